@@ -1,0 +1,6 @@
+"""``accelerate launch pretrain.py task=mae data=folder data.path=... out=runs/x``; the words of `unlabeled pretrain`."""
+
+from unlabeled.ssl.cli import main
+
+if __name__ == "__main__":
+    main(["pretrain"])

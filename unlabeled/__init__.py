@@ -1,0 +1,45 @@
+"""Self-supervised vision pretraining: any backbone, any pretext task, and evidence that it worked.
+
+>>> import unlabeled
+>>> result = unlabeled.pretrain(task="mae", backbone="vit_small_patch16_224", data="path/to/images", out="runs/x")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "pretrain": "unlabeled.ssl.api",
+    "evaluate": "unlabeled.ssl.api",
+    "PretrainResult": "unlabeled.ssl.api",
+    "create_backbone": "unlabeled.ssl.backbone",
+    "Backbone": "unlabeled.ssl.backbone",
+    "PretextTask": "unlabeled.pretext.base",
+    "StepOutput": "unlabeled.pretext.base",
+    "TaskConfig": "unlabeled.pretext.base",
+    "create_task": "unlabeled.pretext.registry",
+    "task_names": "unlabeled.pretext.registry",
+    "UnlabeledError": "unlabeled.ssl.errors",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+if TYPE_CHECKING:
+    from unlabeled.pretext.base import PretextTask, StepOutput, TaskConfig
+    from unlabeled.pretext.registry import create_task, task_names
+    from unlabeled.ssl.api import PretrainResult, evaluate, pretrain
+    from unlabeled.ssl.backbone import Backbone, create_backbone
+    from unlabeled.ssl.errors import UnlabeledError
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'unlabeled' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

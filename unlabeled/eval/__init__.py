@@ -1,0 +1,1 @@
+"""Evidence out: features, evaluators, baselines, the report."""

@@ -1,0 +1,112 @@
+"""The contract of a pretext task.
+
+Legend of shapes used in all tasks: B images, L tokens or patches, K visible ones, D channels, (gh, gw) grid.
+A mask says *visible* (True) inside this package; other polarities are converted at the edges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.errors import CheckpointError
+
+Batch = Mapping[str, Tensor]
+Views = Callable[[Tensor], dict[str, Tensor]]
+
+
+class StepOutput(NamedTuple):
+    """Result of one forward pass. A NamedTuple, since Accelerate casts these to float32 under autocast."""
+
+    loss: Tensor
+    """Scalar, mean over the local batch."""
+    logs: dict[str, Tensor]
+    """Detached scalars worth a curve, by name."""
+
+
+class NamedParameter(NamedTuple):
+    """One trainable parameter and what the optimizer needs to know of it."""
+
+    name: str
+    parameter: nn.Parameter
+    decay: bool
+    """Whether weight decay applies."""
+    layer: int
+    """Depth for layer-wise learning-rate decay: 0 is the stem, `depth + 1` the heads and everything new."""
+
+
+class TaskConfig(BaseModel):
+    """Base of each task's settings. Unknown keys are refused; defaults are the paper's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PretextTask(nn.Module):
+    """A pretext task around a backbone.
+
+    A subclass is built as ``Task(config, backbone)``, sets `Config`, `requires` and `views`, and implements `forward`.
+    It keeps the network that evaluation and export receive as ``self.backbone``, freezes (``requires_grad_(False)``)
+    every parameter that its loss does not reach, and keeps all state that a resumed run needs in `state_dict()`.
+    Randomness drawn in `forward` comes from torch's global generator of the input's device (the engine seeds it anew
+    for each step and rank) and can also be passed in by keyword, so that a test can fix it.
+    """
+
+    Config: ClassVar[type[TaskConfig]] = TaskConfig
+    requires: ClassVar[frozenset[str]] = frozenset()
+    """Names of the backbone capabilities that the task needs (see `unlabeled.ssl.backbone`)."""
+
+    def __init__(self, config: TaskConfig, backbone: Backbone) -> None:
+        super().__init__()
+        backbone.require(self.requires, task=type(self).__name__)
+        self.config = config
+        self.backbone = backbone
+
+    @classmethod
+    def views(cls, config: Any, backbone: Backbone) -> Views:
+        """Picture, uint8 (3, H, W) of any size → dict of tensors of fixed shape (uint8 where they are pictures).
+
+        Runs in loader workers under a generator seeded for each picture and epoch; the result must pickle.
+        """
+        raise NotImplementedError
+
+    def forward(self, batch: Batch) -> StepOutput:
+        """The whole loss of one local batch. No logging, no optimizer, no process-group set-up here."""
+        raise NotImplementedError
+
+    def after_step(self, progress: float) -> None:
+        """Moves EMA teachers, queues, vocabularies; once an optimizer step, `progress` in [0, 1]."""
+
+    def encoder(self) -> Backbone:
+        """The backbone that evaluation and export receive."""
+        return self.backbone
+
+    def parameter_groups(self) -> Iterator[NamedParameter]:
+        """Every trainable parameter with its labels.
+
+        The default: no decay for one-dimensional tensors and biases (the rule of timm 0.3.2), layers of the backbone
+        in the order of its modules, everything outside the backbone one layer past its last.
+        """
+        layers = self.backbone.parameter_layers()
+        head = self.backbone.depth + 1
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                decay = parameter.ndim > 1 and not name.endswith(".bias")
+                layer = layers.get(name.removeprefix("backbone."), head) if name.startswith("backbone.") else head
+                yield NamedParameter(name, parameter, decay, layer)
+
+    @torch.no_grad()
+    def visualize(self, batch: Batch) -> dict[str, Tensor]:
+        """Pictures for people, name → uint8 (3, H, W): reconstructions, predictions, crops with their geometry."""
+        return {}
+
+    def load_official(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+        """Loads the original authors' checkpoint layout; returns (missing, unexpected) names.
+
+        Raises CheckpointError when the task has no such layout or the tensors do not fit.
+        """
+        raise CheckpointError(f"task: {type(self).__name__} has no official checkpoint layout")

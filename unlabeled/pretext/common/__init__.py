@@ -1,0 +1,1 @@
+"""Pieces that several pretext tasks share: patches, masks, positions, decoders."""

@@ -1,0 +1,59 @@
+"""Name → task class. A new task is one line here, its file, its config and its test."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import Any
+
+from pydantic import ValidationError
+
+from unlabeled.pretext.base import PretextTask, TaskConfig
+from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.errors import ConfigError, nearest
+from unlabeled.ssl.messages import explain
+
+TASKS: dict[str, str] = {
+    "mae": "unlabeled.pretext.mae:MAE",
+    "rotation": "unlabeled.pretext.rotation:Rotation",
+}
+
+
+def register_task(name: str, target: str) -> None:
+    """Adds task `name` as ``"module:Class"``. Raises ConfigError when the name is taken."""
+    if name in TASKS and TASKS[name] != target:
+        raise ConfigError(f"task: {name!r} is already {TASKS[name]}; give {target} another name")
+    TASKS[name] = target
+
+
+def task_names() -> list[str]:
+    """All task names: built in, registered, and from installed plugins (entry-point group ``unlabeled.tasks``)."""
+    for point in entry_points(group="unlabeled.tasks"):
+        register_task(point.name, point.value)
+    return sorted(TASKS)
+
+
+def task_class(name: str) -> type[PretextTask]:
+    """The class of task `name`, imported on demand. Raises ConfigError naming the nearest known tasks."""
+    names = task_names()
+    if name not in names:
+        raise ConfigError(f"task: {name!r} is not a pretext task; {nearest(name, names)}")
+    module, _, attribute = TASKS[name].partition(":")
+    loaded: type[PretextTask] = getattr(importlib.import_module(module), attribute)
+    return loaded
+
+
+def task_config(settings: Mapping[str, Any]) -> TaskConfig:
+    """Validates ``{"name": ..., **fields}`` with the task's own `Config`. Raises ConfigError in one line."""
+    fields = {key: value for key, value in settings.items() if key != "name"}
+    cls = task_class(str(settings.get("name")))
+    try:
+        return cls.Config.model_validate(fields)
+    except ValidationError as error:
+        raise ConfigError(explain(error, cls.Config, prefix="task")) from None
+
+
+def create_task(settings: Mapping[str, Any], backbone: Backbone) -> PretextTask:
+    """Builds the task that `settings` (``{"name": ..., **fields}``) describes around `backbone`."""
+    return task_class(str(settings["name"]))(task_config(settings), backbone)

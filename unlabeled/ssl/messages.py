@@ -1,0 +1,74 @@
+"""Turns a pydantic ValidationError into one line that names the field, the value and the remedy."""
+
+from __future__ import annotations
+
+import types
+import typing
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from unlabeled.ssl.errors import nearest
+
+_SHOWN = 80
+
+
+def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """One line for the first fault in `error`; says how many others there are.
+
+    `prefix` is the section that `model` stands in, such as ``task``; it is put before the field's name.
+    """
+    faults = error.errors()
+    fault = faults[0]
+    location = [part for part in fault["loc"] if isinstance(part, (str, int)) and not _is_union_tag(part)]
+    field = ".".join(str(part) for part in ([prefix] if prefix else []) + location)
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    return _phrase(fault, field, location, model, prefix) + more
+
+
+def _phrase(fault: Any, field: str, location: list[str | int], model: type[BaseModel], prefix: str) -> str:
+    kind, value = fault["type"], fault["input"]
+    shown = repr(value) if len(repr(value)) <= _SHOWN else repr(value)[:_SHOWN] + "..."
+    if kind == "extra_forbidden":
+        section = _model_at(model, location[:-1])
+        known = list(section.model_fields) if section else []
+        where = ".".join(([prefix] if prefix else []) + [str(part) for part in location[:-1]])
+        near = nearest(str(location[-1]), known)
+        return f"{field}: there is no such setting{f' in {where}' if where else ''}; {near}"
+    if kind == "missing":
+        return f"{field}: not given; set {field}=..."
+    if kind == "literal_error":
+        return f"{field}: {shown} is not possible; choose {fault['ctx']['expected']}"
+    if kind == "value_error":
+        return f"{field or 'config'}: {str(fault['ctx']['error']).replace(chr(10), ' ')}"
+    wanted = fault["msg"].removeprefix("Input should be ")
+    return f"{field}: {shown} is not possible; give {wanted[0].lower() + wanted[1:]}"
+
+
+def _is_union_tag(part: str | int) -> bool:
+    """Pydantic names the member of a union in the location: ``int``, ``tuple[int, int]``, ``BaseModel``."""
+    return isinstance(part, str) and (
+        part in {"int", "float", "bool", "str", "none", "list", "dict", "path"} or "[" in part or part[:1].isupper()
+    )
+
+
+def _model_at(model: type[BaseModel], path: list[str | int]) -> type[BaseModel] | None:
+    for part in path:
+        field = model.model_fields.get(str(part))
+        if field is None:
+            return None
+        inner = _inner_model(field.annotation)
+        if inner is None:
+            return None
+        model = inner
+    return model
+
+
+def _inner_model(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        for member in typing.get_args(annotation):
+            if (found := _inner_model(member)) is not None:
+                return found
+    return None

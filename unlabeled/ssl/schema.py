@@ -1,0 +1,230 @@
+"""Every setting of a run: its name, type, default, unit and meaning.
+
+`unlabeled.ssl.compose` fills these models from the YAML files in ``configs/`` and the words of the command line.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Size = Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are refused, values do not change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class BackboneConfig(Section):
+    """Which network is pretrained, and from which weights it starts."""
+
+    name: str = "vit_small_patch16_224"
+    """A timm model name (ours, such as ``nin_cifar``, are registered with timm too)."""
+    pretrained: bool = False
+    """Start from timm's published weights."""
+    checkpoint: Path | None = None
+    """Start from this file: a run's ``backbone.safetensors``, a run folder, or a timm or safetensors state dict."""
+    size: Size | None = None
+    """Pixels of the pictures that the network sees, one number or [height, width]; None: the model's own."""
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments for ``timm.create_model``, such as ``{patch_size: 4}``."""
+
+
+class DataConfig(Section):
+    """Where the pictures come from."""
+
+    name: str = "folder"
+    """folder, parquet, hf, torchvision, digits or shapes."""
+    path: Path | None = None
+    """Folder of pictures, parquet file or folder of them, saved Hugging Face dataset, torchvision root."""
+    test_path: Path | None = None
+    """Held-out pictures of the same form; None: the source's own test split, or a part held out of `path`."""
+    test_fraction: float = Field(0.2, gt=0, lt=1)
+    """Part held out for testing where the source has no test split of its own."""
+    labels: bool = False
+    """folder only: take the name of the first sub-folder as the label."""
+    dataset: str | None = None
+    """torchvision: class name, such as ``CIFAR10``. hf: dataset name, when not given by `path`."""
+    image_column: str | None = None
+    """Tables: the picture column; None: found by its type."""
+    label_column: str | None = None
+    """Tables: the label column; None: the first column of class labels, or one named ``label``."""
+    limit: int | None = Field(None, ge=1)
+    """Use only this many pictures, chosen by a fixed shuffle."""
+    count: int = Field(2048, ge=1)
+    """shapes only: number of training pictures; a quarter as many are made for testing."""
+    max_bad_fraction: float = Field(0.05, ge=0, le=1)
+    """A run stops when more than this part of the data cannot be decoded."""
+
+
+class OptimConfig(Section):
+    """The optimizer (any name that timm knows) and how the learning rate follows the batch."""
+
+    name: str = "adamw"
+    lr: float = Field(1.5e-4, gt=0)
+    """Base learning rate, for a batch of `lr_batch` images."""
+    lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
+    """peak = lr x (batch_size / lr_batch), its square root, or lr as it is."""
+    lr_batch: int = Field(256, ge=1)
+    weight_decay: float = Field(0.05, ge=0)
+    weight_decay_end: float | None = Field(None, ge=0)
+    """Cosine from `weight_decay` to this over the run; None: constant."""
+    betas: tuple[float, float] | None = None
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Of SGD-like optimizers."""
+    layer_decay: float | None = Field(None, gt=0, le=1)
+    """Learning rate of layer i is multiplied by layer_decay^(depth + 1 - i); None: no layer-wise decay."""
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the optimizer."""
+
+
+class ScheduleConfig(Section):
+    """The learning rate over the run, set before each optimizer step. See `unlabeled.ssl.schedule`."""
+
+    name: Literal["cosine", "multistep", "constant"] = "cosine"
+    warmup_epochs: float = Field(40.0, ge=0)
+    start_lr: float = Field(0.0, ge=0)
+    """Learning rate of the first step, not scaled by the batch."""
+    min_lr: float = Field(0.0, ge=0)
+    """Where the cosine ends, not scaled by the batch."""
+    warmup_in_cosine: bool = False
+    """Whether the cosine's length includes the warm-up (SimMIM) or begins after it (MAE)."""
+    milestones: tuple[float, ...] = ()
+    """multistep: epochs at which the rate is multiplied by `gamma`."""
+    gamma: float = Field(0.1, gt=0)
+    per_epoch: bool = False
+    """Change the rate only at the start of an epoch once the warm-up is over."""
+
+
+class EngineConfig(Section):
+    """How the run is executed."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    accumulation: int = Field(1, ge=1)
+    """Micro-steps per optimizer step; the batch stays `batch_size`."""
+    clip: float | None = Field(None, gt=0)
+    """Largest gradient norm; None: no clipping."""
+    compile: bool = False
+    channels_last: bool | None = None
+    """Memory layout of convolutions; None: channels last for networks of 2-D maps on a GPU."""
+    sync_bn: bool = False
+    """Batch-norm statistics over all processes (GPU only)."""
+    seed: int = 0
+    workers: int = Field(2, ge=0)
+    """Loader processes per process."""
+    device: Literal["auto", "cpu"] = "auto"
+    checkpoint_epochs: float = Field(1.0, gt=0)
+    """Epochs between checkpoints; the last step always writes one."""
+    checkpoint_steps: int | None = Field(None, ge=1)
+    """Optimizer steps between checkpoints, instead of `checkpoint_epochs`."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints that are kept."""
+
+
+class KnnConfig(Section):
+    """Weighted kNN through faiss, the protocol of DINO."""
+
+    k: tuple[int, ...] = (10, 20, 100, 200)
+    temperature: float = Field(0.07, gt=0)
+
+
+class LinearConfig(Section):
+    """Linear probe on cached features: a grid trained in one pass, chosen on a split of the training set."""
+
+    lr: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    """Learning rates of SGD with momentum, for standardised features and a batch of 256."""
+    weight_decay: tuple[float, ...] = (0.0, 1e-4, 1e-3)
+    epochs: int = Field(50, ge=1)
+    batch_size: int = Field(256, ge=1)
+    holdout: float = Field(0.1, gt=0, lt=1)
+    """Part of the training set that chooses the head."""
+
+
+class EvaluateConfig(Section):
+    """Evidence: during the run and at its end."""
+
+    every: float = Field(0.0, ge=0)
+    """Epochs between online kNN evaluations; 0: none."""
+    final: bool = True
+    """Evaluate and write the report when the run ends, if there are labels."""
+    data: DataConfig | None = None
+    """Labelled data; None: the run's own data, with its labels."""
+    baselines: bool = True
+    """Also evaluate raw pixels and the same backbone with random weights."""
+    batch_size: int = Field(256, ge=1)
+    limit: int | None = Field(None, ge=1)
+    """Largest number of pictures per split, chosen by a fixed shuffle."""
+    knn: KnnConfig = KnnConfig()
+    linear: LinearConfig = LinearConfig()
+
+
+class LogConfig(Section):
+    """What is written while the run goes."""
+
+    every: int = Field(10, ge=1)
+    """Optimizer steps between lines of ``metrics.jsonl``."""
+    tensorboard: bool = True
+    wandb: str | None = None
+    """Weights & Biases project; None: off."""
+    progress: bool = True
+
+
+class PretrainConfig(Section):
+    """One pretraining run."""
+
+    task: dict[str, Any] = Field(default_factory=lambda: {"name": "mae"})
+    """``name`` and the fields of that task's own ``Config``."""
+    backbone: BackboneConfig = BackboneConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    engine: EngineConfig = EngineConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    log: LogConfig = LogConfig()
+    out: Path = Path("runs/pretrain")
+    """The run folder."""
+    epochs: float = Field(100.0, gt=0)
+    """Passes over the data."""
+    batch_size: int = Field(256, ge=1)
+    """Images per optimizer step, over all processes and micro-steps."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the newest checkpoint in `out`; never: refuse a folder that holds one."""
+    debug: bool = False
+    """Tiny mode: two epochs of two steps, 64 pictures, no workers; proves that a command works."""
+
+    @model_validator(mode="after")
+    def _task_has_a_name(self) -> PretrainConfig:
+        if not isinstance(self.task.get("name"), str):
+            raise ValueError("task.name is not given; set task=mae, task=rotation, ...")
+        return self
+
+
+class EvaluateRun(Section):
+    """``unlabeled evaluate TARGET``: a run folder, a timm name or a weights file, and labelled data."""
+
+    target: str
+    """A run folder, a timm model name, or a file of weights (which also needs `backbone.name`)."""
+    backbone: BackboneConfig | None = None
+    pretrained: bool = True
+    """For a timm name: load its published weights."""
+    data: DataConfig | None = None
+    """Labelled data; None: what the run was evaluated on or pretrained on."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    out: Path | None = None
+    """Where the report goes; None: ``report/`` in the run folder, else ``reports/<target>``."""
+    device: Literal["auto", "cpu"] = "auto"
+    workers: int = Field(2, ge=0)
+    seed: int = 0
+
+
+class DoctorRun(Section):
+    """``unlabeled doctor data=...``: scan a data source before anyone spends a GPU hour."""
+
+    data: DataConfig = DataConfig()
+    limit: int | None = Field(None, ge=1)
+    """Scan only this many pictures; None: all."""
+    workers: int = Field(2, ge=0)
