@@ -88,16 +88,24 @@ class ScheduleConfig(Section):
     name: Literal["cosine", "multistep", "constant"] = "cosine"
     warmup_epochs: float = Field(40.0, ge=0)
     start_lr: float = Field(0.0, ge=0)
-    """Learning rate of the first step, not scaled by the batch."""
+    """Where the linear warm-up begins."""
+    start_factor: float = Field(0.0, ge=0)
+    """Added to `start_lr`: this part of the peak rate."""
     min_lr: float = Field(0.0, ge=0)
-    """Where the cosine ends, not scaled by the batch."""
+    """Where the cosine ends."""
+    min_factor: float = Field(0.0, ge=0)
+    """Added to `min_lr`: this part of the peak rate."""
     warmup_in_cosine: bool = False
     """Whether the cosine's length includes the warm-up (SimMIM) or begins after it (MAE)."""
+    reach_min: bool = False
+    """Whether the last step already has the smallest rate (SparK) or would have it one step later."""
+    lag: int = Field(0, ge=0)
+    """Step n uses the value of step n - lag (SimMIM's loop: 1)."""
+    per_epoch: bool = False
+    """Change the rate only at the start of an epoch once the warm-up is over (OBoW)."""
     milestones: tuple[float, ...] = ()
     """multistep: epochs at which the rate is multiplied by `gamma`."""
     gamma: float = Field(0.1, gt=0)
-    per_epoch: bool = False
-    """Change the rate only at the start of an epoch once the warm-up is over."""
 
 
 class EngineConfig(Section):

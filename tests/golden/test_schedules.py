@@ -1,0 +1,80 @@
+"""The published schedules at given steps; tensors to 1e-7 and float64 values to 1e-12 of the peak."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from unlabeled.ssl.schedule import Schedule, peak_rate, weight_decay_at
+from unlabeled.ssl.schema import OptimConfig, ScheduleConfig
+
+FOLDER = Path(os.environ.get("UNLABELED_GOLDEN_DIR", Path(__file__).parent))
+FIXTURE = json.loads((FOLDER / "schedules.json").read_text())
+TENSORS = load_file(FOLDER / "schedules.safetensors")
+CASES = [(method, index) for method in ("mae", "simmim", "spark", "obow", "pixpro") for index in range(len(FIXTURE["config"][method]))]
+
+
+def published(method: str, settings: dict) -> tuple[Schedule, OptimConfig]:
+    """Our schedule under the settings of the fixture."""
+    iterations, epochs = settings["iterations_per_epoch"], settings["epochs"]
+    common = {"warmup_epochs": settings["warmup_epochs"]}
+    optim = OptimConfig(lr=settings.get("base_lr", settings.get("lr")), lr_scaling="none")
+    batch = 1
+    if method == "mae":
+        batch = settings["batch_per_device"] * settings["accumulate"] * settings["devices"]
+        config = ScheduleConfig(min_lr=settings["min_lr"], **common)
+    elif method == "simmim":
+        batch = settings["batch_per_device"] * settings["accumulate"] * settings["devices"]
+        base = settings["base_lr"]
+        config = ScheduleConfig(
+            name=settings["name"],
+            start_factor=settings["warmup_lr"] / base,
+            min_factor=settings["min_lr"] / base,
+            warmup_in_cosine=True,
+            milestones=tuple(settings.get("milestones", ())),
+            gamma=settings.get("gamma", 0.1),
+            **common,
+        )
+    elif method == "spark":
+        batch = settings["batch_size"]
+        config = ScheduleConfig(start_factor=0.005, min_factor=0.001, reach_min=True, **common)
+        optim = optim.model_copy(
+            update={"weight_decay": settings["weight_decay"], "weight_decay_end": settings["weight_decay_end"]}
+        )
+    elif method == "obow":
+        config = ScheduleConfig(min_lr=settings["end_lr"], per_epoch=True, **common)
+    else:
+        config = ScheduleConfig(start_factor=1 / settings["warmup_multiplier"], min_lr=settings["min_lr"], **common)
+    if "lr_scale_divisor" in settings:
+        optim = optim.model_copy(update={"lr_scaling": "linear", "lr_batch": settings["lr_scale_divisor"]})
+    return Schedule(config, peak_rate(optim, batch), iterations, iterations * epochs), optim
+
+
+def check(name: str, values: list[float], peak: float) -> None:
+    exact = FIXTURE["values_float64"][f"expect/{name}"]
+    exact = exact if isinstance(exact, list) else [exact]
+    assert len(exact) == len(values) > 0
+    assert max(abs(a - b) for a, b in zip(values, exact, strict=True)) <= 1e-12 * peak, name
+    rounded = TENSORS[f"expect/{name}"].reshape(-1).tolist()
+    assert max(abs(a - b) for a, b in zip(values, rounded, strict=True)) <= 1e-7 * peak, name
+
+
+@pytest.mark.parametrize(("method", "index"), CASES)
+def test_published_schedule(method: str, index: int) -> None:
+    settings = FIXTURE["config"][method][index]
+    schedule, optim = published(method, settings)
+    steps = TENSORS[f"input/{method}{index}_iteration"].tolist()
+    prefix = f"{method}{index}"
+    if f"expect/{prefix}_peak_lr" in TENSORS:
+        check(f"{prefix}_peak_lr", [schedule.peak], schedule.peak)
+    if method == "simmim":
+        check(f"{prefix}_lr_of_update", [schedule(step) for step in steps], schedule.peak)
+        lagged = Schedule(schedule.config.model_copy(update={"lag": 1}), schedule.peak, schedule.steps_per_epoch, schedule.total_steps)
+        check(f"{prefix}_lr_used", [lagged(step) for step in steps], schedule.peak)
+    else:
+        check(f"{prefix}_lr", [schedule(step) for step in steps], schedule.peak)
+    if method == "spark":
+        total = schedule.total_steps
+        check(f"{prefix}_weight_decay", [weight_decay_at(optim, step, total) for step in steps], settings["weight_decay_end"])

@@ -1,0 +1,129 @@
+"""Checkpoints that are complete or absent, and a run folder that belongs to one run.
+
+A checkpoint is a folder ``checkpoints/step_00000120`` with ``model.safetensors`` (parameters and buffers of the task),
+``optimizer.pt`` and ``state.json``. It is written beside its place, flushed to disk, and renamed; ``checkpoints/last``
+then names it. A crash at any moment leaves the one before it intact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from unlabeled.ssl.errors import CheckpointError
+
+_PREFIX = "step_"
+
+
+def save_checkpoint(
+    folder: Path, step: int, *, model: Mapping[str, Tensor], optimizer: Mapping[str, Any], state: Mapping[str, Any], keep: int
+) -> Path:
+    """Writes checkpoint `step` under `folder` and removes all but the newest `keep`; returns its path.
+
+    Raises CheckpointError, with everything that was there before still in place, when it cannot be written.
+    """
+    target, partial = folder / f"{_PREFIX}{step:08d}", folder / f".partial_{step:08d}"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file(_unshared(model), partial / "model.safetensors")
+        torch.save(dict(optimizer), partial / "optimizer.pt")
+        (partial / "state.json").write_text(json.dumps(dict(state)))
+        for path in partial.iterdir():
+            _flush(path)
+        if target.exists():  # the same step, written again after a resume from an earlier one
+            shutil.rmtree(target)
+        partial.rename(target)
+        write_atomically(folder / "last", target.name)
+        _flush(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"checkpoint: step {step} could not be written to {folder} ({_reason(error)}); "
+            "make room or choose another out=, then run the same command again: it resumes from the checkpoint before"
+        ) from None
+    _prune(folder, keep)
+    return target
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """(model, optimizer, state) of a checkpoint folder. Raises CheckpointError when it cannot be read."""
+    try:
+        model = load_file(path / "model.safetensors")
+        optimizer: dict[str, Any] = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+        state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    except Exception as error:
+        others = [other.name for other in complete(path.parent) if other != path]
+        remedy = f"write '{others[-1]}' into {path.parent / 'last'} to go on from there" if others else "start anew in another out="
+        raise CheckpointError(f"checkpoint: {path} cannot be read ({_reason(error)}); {remedy}") from None
+    return model, optimizer, state
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint that ``last`` names, or the newest complete one when ``last`` is missing; None without any."""
+    pointer = folder / "last"
+    if pointer.is_file():
+        named = folder / pointer.read_text().strip()
+        if not named.is_dir():
+            raise CheckpointError(f"checkpoint: {pointer} names {named.name}, which is not there; correct or delete it")
+        return named
+    found = complete(folder)
+    return found[-1] if found else None
+
+
+def complete(folder: Path) -> list[Path]:
+    """Complete checkpoints under `folder`, oldest first."""
+    return sorted(folder.glob(f"{_PREFIX}*")) if folder.is_dir() else []
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces the file `path` in one move."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    _flush(partial)
+    os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Turns a failing disk into one line that names what was being written."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{what} could not be written ({_reason(error)}); make room or choose another out=") from None
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies on the CPU; safetensors refuses tensors that share memory."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _prune(folder: Path, keep: int) -> None:
+    for old in complete(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    for partial in folder.glob(".partial_*"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -1,0 +1,57 @@
+"""Parameter groups and the optimizer: which parameters decay, and how the rate falls with depth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers
+
+from unlabeled.pretext.base import PretextTask
+from unlabeled.ssl.errors import ConfigError, nearest
+from unlabeled.ssl.schema import OptimConfig
+
+
+def parameter_groups(task: PretextTask, config: OptimConfig) -> list[dict[str, Any]]:
+    """One group for each (layer multiplier, decays or not), in the order of first appearance.
+
+    Each holds ``params``, ``names``, ``lr_scale`` (``layer_decay^(depth + 1 - layer)``) and ``decays``.
+    """
+    last = task.encoder().depth + 1
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    for named in task.parameter_groups():
+        scale = (config.layer_decay or 1.0) ** (last - named.layer)
+        group = groups.setdefault(
+            (scale, named.decay), {"params": [], "names": [], "lr_scale": scale, "decays": named.decay}
+        )
+        group["params"].append(named.parameter)
+        group["names"].append(named.name)
+    return list(groups.values())
+
+
+def create_optimizer(task: PretextTask, config: OptimConfig) -> torch.optim.Optimizer:
+    """timm's optimizer `config.name` over the task's parameter groups; rates are set before each step.
+
+    Raises ConfigError for an unknown name or arguments that the optimizer does not take.
+    """
+    known = list_optimizers()
+    if config.name not in known:
+        raise ConfigError(f"optim.name: {config.name!r} is not an optimizer; {nearest(config.name, known)}")
+    groups = [{**group, "weight_decay": config.weight_decay * group["decays"]} for group in parameter_groups(task, config)]
+    extra = dict(config.kwargs) | ({"betas": config.betas} if config.betas else {})
+    if any(parameter.is_cuda for parameter in task.parameters()) and config.name in ("adam", "adamw"):
+        extra.setdefault("fused", True)
+    try:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            groups, opt=config.name, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **extra
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optim: {config.name} does not take these settings ({error}); see optim.kwargs") from None
+    return optimizer
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+    """Sets learning rate and weight decay of every group for the step to come."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+        group["weight_decay"] = weight_decay * group["decays"]

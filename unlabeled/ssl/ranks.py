@@ -1,0 +1,56 @@
+"""The processes of a run: the Accelerator, reductions over ranks, and the check that all asked-for ranks exist."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor
+
+from unlabeled.ssl.schema import EngineConfig
+
+logger = logging.getLogger(__name__)
+
+
+def create_accelerator(config: EngineConfig) -> Accelerator:
+    """Accelerate for this process: the CPU (gloo) where there is no accelerator or `config.device` says so."""
+    AcceleratorState._reset_state(reset_partial_state=not dist.is_initialized())
+    cpu = config.device == "cpu" or not torch.accelerator.is_available()
+    precision = "no" if config.precision == "fp32" else config.precision
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[ddp])
+    asked = processes_asked_for()
+    if asked is not None and asked > accelerator.num_processes:
+        logger.warning(
+            "%d processes were asked for, %d is running: `accelerate launch --cpu` starts one; "
+            "use --config_file configs/accelerate/cpu_2.yaml or --multi_gpu --num_processes %d",
+            asked,
+            accelerator.num_processes,
+            asked,
+        )
+    return accelerator
+
+
+def processes_asked_for() -> int | None:
+    """``--num_processes N`` of the launcher that started this process, if there is one."""
+    try:
+        import psutil  # a dependency of accelerate
+
+        words = " ".join(psutil.Process(os.getppid()).cmdline())
+    except Exception:  # the parent is gone or not ours to look at
+        return None
+    match = re.search(r"\blaunch\b.*--num[_-]processes[= ](\d+)", words)
+    return int(match.group(1)) if match else None
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum of `values` over all ranks, in place; the same tensor in a single process."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
