@@ -1,6 +1,8 @@
 """``accelerate launch pretrain.py task=mae data=folder data.path=... out=runs/x``; the words of `unlabeled pretrain`."""
 
+import sys
+
 from unlabeled.ssl.cli import main
 
 if __name__ == "__main__":
-    main(["pretrain"])
+    sys.exit(main(["pretrain", *sys.argv[1:]]))

@@ -22,6 +22,10 @@ class CapabilityError(UnlabeledError):
     """A backbone cannot do what a task needs of it."""
 
 
+class DivergedError(UnlabeledError):
+    """The loss or the gradients are not finite any more."""
+
+
 class CheckpointError(UnlabeledError):
     """A checkpoint or run folder cannot be written, read, or belongs to something else."""
 

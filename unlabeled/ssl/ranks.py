@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,9 +14,12 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
+from unlabeled.ssl.errors import ConfigError
 from unlabeled.ssl.schema import EngineConfig
 
 logger = logging.getLogger(__name__)
+
+ItemT = TypeVar("ItemT")
 
 
 def create_accelerator(config: EngineConfig) -> Accelerator:
@@ -24,7 +28,12 @@ def create_accelerator(config: EngineConfig) -> Accelerator:
     cpu = config.device == "cpu" or not torch.accelerator.is_available()
     precision = "no" if config.precision == "fp32" else config.precision
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[ddp])
+    try:
+        accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[ddp])
+    except ValueError as error:
+        raise ConfigError(f"engine.precision: {config.precision} does not work here ({error}); give fp32 or bf16") from None
+    if cpu and (threads := config.threads or _share_of_cores(accelerator)):
+        torch.set_num_threads(threads)
     asked = processes_asked_for()
     if asked is not None and asked > accelerator.num_processes:
         logger.warning(
@@ -35,6 +44,15 @@ def create_accelerator(config: EngineConfig) -> Accelerator:
             asked,
         )
     return accelerator
+
+
+def _share_of_cores(accelerator: Accelerator) -> int | None:
+    """Threads for this process where a launcher set them to one; None: leave them as they are."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if not launched or torch.get_num_threads() > 1:
+        return None
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    return max(len(os.sched_getaffinity(0)) // local, 1) if hasattr(os, "sched_getaffinity") else None
 
 
 def processes_asked_for() -> int | None:
@@ -54,3 +72,12 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def gather_lists(items: list[ItemT]) -> list[ItemT]:
+    """The items of all ranks, in the order of ranks, on every rank."""
+    if not dist.is_initialized():
+        return items
+    parts: list[list[ItemT]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]

@@ -124,6 +124,8 @@ class EngineConfig(Section):
     seed: int = 0
     workers: int = Field(2, ge=0)
     """Loader processes per process."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads per process; None: torch's choice, or the cores shared between the processes of a launcher."""
     device: Literal["auto", "cpu"] = "auto"
     checkpoint_epochs: float = Field(1.0, gt=0)
     """Epochs between checkpoints; the last step always writes one."""
@@ -199,6 +201,8 @@ class PretrainConfig(Section):
     """Passes over the data."""
     batch_size: int = Field(256, ge=1)
     """Images per optimizer step, over all processes and micro-steps."""
+    official: Path | None = None
+    """Start the whole task (backbone, decoder, heads) from this checkpoint of the method's original authors."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint in `out`; never: refuse a folder that holds one."""
     debug: bool = False

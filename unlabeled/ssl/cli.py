@@ -1,0 +1,127 @@
+"""The command ``unlabeled``: pretrain, evaluate, doctor, tasks.
+
+Exit codes: 0 done · 2 a fault of the input, in one line · 75 stopped by a signal after writing a checkpoint (the same
+command goes on) · 130 interrupted at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from unlabeled.ssl.errors import UnlabeledError
+from unlabeled.ssl.signals import EXIT_STOPPED
+
+_EPILOG = """\
+settings are key=value words, the same for every way to start a run:
+  unlabeled pretrain task=mae data=folder data.path=pictures backbone=vit_small_patch16_224 out=runs/x epochs=100
+  accelerate launch pretrain.py task=rotation data=digits backbone=resnet18 out=runs/y
+  unlabeled pretrain --multirun optim.lr=1e-3,1e-4 engine.seed=range(3) out=runs/sweep
+  unlabeled evaluate runs/x            unlabeled evaluate resnet18 data=shapes
+  unlabeled doctor data=folder data.path=pictures
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    given = _parser().parse_args(arguments)
+    _set_up_logging()
+    try:
+        return int(_COMMANDS[given.command](given) or 0)
+    except UnlabeledError as error:
+        if given.debug:
+            raise
+        rank = int(os.environ.get("RANK", "0"))
+        sys.stderr.write(f"unlabeled: {'[rank %d] ' % rank if rank else ''}{error}\n")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _pretrain(given: argparse.Namespace) -> int:
+    from unlabeled.ssl.api import pretrain_from
+    from unlabeled.ssl.compose import pretrain_config, sweep
+
+    if not given.multirun:
+        return EXIT_STOPPED if pretrain_from(pretrain_config(given.words)).stopped else 0
+    base = next((word.removeprefix("out=") for word in reversed(given.words) if word.startswith("out=")), "runs/sweep")
+    for words, label in sweep([word for word in given.words if not word.startswith("out=")]):
+        logging.getLogger(__name__).info("--- %s", label)
+        if pretrain_from(pretrain_config([*words, f"out='{Path(base) / label}'"])).stopped:
+            return EXIT_STOPPED
+    return 0
+
+
+def _evaluate(given: argparse.Namespace) -> None:
+    from unlabeled.eval.command import evaluate_target
+    from unlabeled.ssl.compose import compose_config
+    from unlabeled.ssl.schema import EvaluateRun
+
+    evaluate_target(compose_config("evaluate", [f"target='{given.target}'", *given.words], EvaluateRun))
+
+
+def _doctor(given: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from unlabeled.ssl.compose import compose_config
+    from unlabeled.ssl.data.doctor import examine, render
+    from unlabeled.ssl.schema import DoctorRun
+
+    Console().print(render(examine(compose_config("doctor", given.words, DoctorRun))))
+
+
+def _tasks(given: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from unlabeled.pretext.registry import task_class, task_names
+
+    table = Table("task", "what it is", "needs of the backbone", box=None)
+    for name in task_names():
+        task = task_class(name)
+        table.add_row(name, (task.__doc__ or "").strip().splitlines()[0], ", ".join(sorted(task.requires)) or "-")
+    Console().print(table)
+
+
+_COMMANDS = {"pretrain": _pretrain, "evaluate": _evaluate, "doctor": _doctor, "tasks": _tasks}
+
+
+def _parser() -> argparse.ArgumentParser:
+    from unlabeled import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="unlabeled",
+        description="Self-supervised vision pretraining: any backbone, any pretext task, and evidence that it worked.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"unlabeled {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in (
+        ("pretrain", "pretrain a backbone on unlabelled images"),
+        ("evaluate", "kNN, linear probe and report of a run, a timm model or a weights file"),
+        ("doctor", "scan a data source: count, sizes, formats, bad files, decoding speed"),
+        ("tasks", "list the pretext tasks"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--debug", action="store_true", help="show a traceback instead of one line")
+        if name == "pretrain":
+            command.add_argument("--multirun", action="store_true", help="run every combination of swept values")
+        if name == "evaluate":
+            command.add_argument("target", help="a run folder, a timm model name, or a weights file")
+        if name != "tasks":
+            command.add_argument("words", nargs="*", metavar="key=value", help="settings")
+    return parser
+
+
+def _set_up_logging() -> None:
+    main_process = int(os.environ.get("RANK", "0")) == 0
+    logging.basicConfig(format="%(message)s", level=logging.INFO if main_process else logging.ERROR, stream=sys.stderr)
+    for noisy in ("httpx", "datasets", "timm", "PIL", "matplotlib", "faiss", "accelerate", "torch"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)

@@ -1,0 +1,170 @@
+"""The pretraining loop. It knows no task: it draws batches, calls the task, and owns everything around that call.
+
+    for each optimizer step: rates · micro-steps (forward, backward) · verdict of all ranks · clip · step · after_step
+                             · metrics · online evaluation · checkpoint
+
+Randomness is seeded anew for each micro-step from (seed, step, micro-step, rank), and the order of the data is a
+function of the step: a run that is killed anywhere and resumed is bit-equal to one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from unlabeled.pretext.base import PretextTask, StepOutput
+from unlabeled.ssl.data.loader import BadImage, BadImages, LoadedBatch
+from unlabeled.ssl.errors import DivergedError
+from unlabeled.ssl.evidence import OnlineEvaluation
+from unlabeled.ssl.monitor import Meter, Monitor, Stopwatch, memory_gb
+from unlabeled.ssl.optim import set_rates
+from unlabeled.ssl.ranks import gather_lists, sum_over_ranks
+from unlabeled.ssl.run import Plan
+from unlabeled.ssl.saving import Saver
+from unlabeled.ssl.schedule import Schedule, weight_decay_at
+from unlabeled.ssl.schema import PretrainConfig
+from unlabeled.ssl.seeds import derive
+from unlabeled.ssl.signals import StopRequest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Training:
+    """What the loop works on; made by `unlabeled.ssl.setup.prepare`."""
+
+    config: PretrainConfig
+    accelerator: Accelerator
+    task: PretextTask
+    model: nn.Module
+    """`task` as Accelerate wrapped it (DDP, FSDP), or itself."""
+    optimizer: Any
+    schedule: Schedule
+    plan: Plan
+    batches: Iterator[LoadedBatch]
+    bad: BadImages
+    meter: Meter
+    monitor: Monitor
+    saver: Saver
+    online: OnlineEvaluation
+    start_step: int
+    watch: Stopwatch
+
+
+def train(run: Training) -> str | None:
+    """Runs until the last step or until a signal; returns the signal's name, or None when the run is complete.
+
+    Raises DivergedError before the optimizer step when loss or gradients are not finite on any rank, and DataError
+    when too many pictures cannot be decoded.
+    """
+    run.model.train()
+    with StopRequest() as stop:
+        for step in range(run.start_step, run.plan.total_steps):
+            lr = run.schedule(step)
+            set_rates(run.optimizer, lr, weight_decay_at(run.config.optim, step, run.plan.total_steps))
+            values, bad = accumulate(run, step)
+            norm = gradient_norm(run)
+            values, stopping = consult_ranks(run, step, values, bad, norm, stop.requested is not None)
+            run.optimizer.step()
+            run.optimizer.zero_grad(set_to_none=True)
+            run.task.after_step((step + 1) / run.plan.total_steps)
+            record(run, step + 1, values, lr)
+            evaluate_online(run, step + 1)
+            run.bad.check()
+            if stopping or run.saver.due(step + 1):
+                run.saver.save(step + 1, run.meter)
+            if stopping and step + 1 < run.plan.total_steps:
+                return stop.requested or "a signal on another rank"
+    return None
+
+
+def accumulate(run: Training, step: int) -> tuple[dict[str, Tensor], list[BadImage]]:
+    """Forward and backward of all micro-steps: this rank's mean loss and logs, and what it could not decode."""
+    config, accelerator = run.config.engine, run.accelerator
+    totals: dict[str, Tensor] = {}
+    bad: list[BadImage] = []
+    for micro in range(config.accumulation):
+        batch = next_batch(run)
+        bad += batch.bad
+        tensors = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.tensors.items()}
+        torch.manual_seed(derive("step", config.seed, step, micro, accelerator.process_index))
+        last = micro == config.accumulation - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(run.model):
+            output: StepOutput = run.model(tensors)
+            accelerator.backward(output.loss / config.accumulation)
+        for name, value in {"loss": output.loss, **output.logs}.items():
+            share = value.detach().double() / config.accumulation
+            totals[name] = totals[name] + share if name in totals else share
+    run.watch.images += run.plan.batch_size
+    return totals, bad
+
+
+def next_batch(run: Training) -> LoadedBatch:
+    """The next micro-batch, with the wait for it on the clock."""
+    begin = time.perf_counter()
+    batch = next(run.batches)
+    run.watch.waited += time.perf_counter() - begin
+    return batch
+
+
+def gradient_norm(run: Training) -> Tensor:
+    """L2 norm of all gradients before clipping; clips them to ``engine.clip`` if that is set."""
+    limit = run.config.engine.clip
+    norm = run.accelerator.clip_grad_norm_(run.model.parameters(), limit if limit is not None else math.inf)
+    return torch.as_tensor(norm).detach().double().to(run.accelerator.device)
+
+
+def consult_ranks(
+    run: Training, step: int, values: dict[str, Tensor], bad: list[BadImage], norm: Tensor, stopping: bool
+) -> tuple[dict[str, float], bool]:
+    """The ranks' verdict on a step: means of `values`, and whether any rank was asked to stop.
+
+    One reduction, and the step's one synchronisation with the device: after backward, before the optimizer step.
+    """
+    names, device = list(values), run.accelerator.device
+    finite = torch.isfinite(values["loss"])
+    if run.accelerator.scaler is None:  # under fp16 the scaler skips steps whose gradients overflow
+        finite = finite & torch.isfinite(norm)
+    flags = torch.tensor([len(bad), stopping], device=device, dtype=torch.float64)
+    local = torch.cat([torch.stack([*values.values(), (~finite).double()]), flags])
+    summed = sum_over_ranks(local)
+    *sums, broken, bad_images, stops = summed.tolist()
+    means = {name: total / run.accelerator.num_processes for name, total in zip(names, sums, strict=True)}
+    means["grad_norm"] = norm.item()
+    if broken:
+        raise DivergedError(
+            f"loss: not finite at step {step} (loss {means['loss']:.4g}, gradient norm {means['grad_norm']:.4g}); lower "
+            f"optim.lr, set engine.clip=1 or engine.precision=fp32; last good checkpoint: {run.saver.newest() or 'none'}"
+        )
+    if bad_images:
+        run.bad.add(gather_lists(bad))
+    return means, bool(stops)
+
+
+def record(run: Training, step: int, values: dict[str, float], lr: float) -> None:
+    """Adds a step to the meter; every ``log.every`` steps and at the end, writes a row."""
+    run.meter.add(values)
+    if step % run.config.log.every == 0 or step == run.plan.total_steps:
+        row = {**run.meter.take(), "lr": lr, **run.watch.take(), "memory_gb": memory_gb(run.accelerator.device)}
+        if run.bad.count:
+            row["bad_images"] = run.bad.count
+        run.monitor.row(step, run.plan.epoch(step), row)
+        run.monitor.show(step, row, run.bad.count)
+
+
+def evaluate_online(run: Training, step: int) -> None:
+    if run.online.due(step):
+        values = run.online.run(run.task.encoder(), run.accelerator.device)
+        run.model.train()
+        if values:
+            run.monitor.row(step, run.plan.epoch(step), values)
+            logger.info("epoch %.1f  %s", run.plan.epoch(step), "  ".join(f"{k} {v:.4f}" for k, v in values.items()))

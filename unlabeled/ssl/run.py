@@ -1,0 +1,115 @@
+"""The run folder: whose it is, what lies in it, and how long the run will be.
+
+``config.yaml`` (resolved) · ``metrics.jsonl`` · ``bad_images.jsonl`` · ``tensorboard/`` · ``checkpoints/step_*`` ·
+``backbone.safetensors`` + ``backbone.json`` · ``report/``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from unlabeled.ssl.checkpoint import last_checkpoint, write_atomically, writing
+from unlabeled.ssl.errors import CheckpointError, ConfigError
+from unlabeled.ssl.schema import PretrainConfig
+
+_MAY_CHANGE = frozenset(
+    {"out", "resume", "log", "evaluate", "engine.workers", "engine.keep", "engine.checkpoint_epochs"}
+    | {"engine.checkpoint_steps", "engine.device", "data.max_bad_fraction"}
+)
+"""Settings that a resumed run may have otherwise than the run it goes on with."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a run is, in optimizer steps."""
+
+    images: int
+    batch_size: int
+    steps_per_epoch: int
+    total_steps: int
+
+    @classmethod
+    def of(cls, config: PretrainConfig, images: int, world: int) -> Plan:
+        """Raises ConfigError when a batch is larger than the data or cannot be split over processes."""
+        batch, parts = config.batch_size, world * config.engine.accumulation
+        if batch > images:
+            raise ConfigError(f"batch_size: {batch} is larger than the data ({images} images); give batch_size={images} or less")
+        if batch % parts:
+            raise ConfigError(
+                f"batch_size: {batch} cannot be split over {world} processes x {config.engine.accumulation} micro-steps; "
+                f"give a multiple of {parts}"
+            )
+        per_epoch = images // batch
+        return cls(images, batch, per_epoch, max(round(config.epochs * per_epoch), 1))
+
+    def epoch(self, step: int) -> float:
+        """Epochs done after `step` optimizer steps."""
+        return step / self.steps_per_epoch
+
+
+def claim_folder(config: PretrainConfig) -> Path | None:
+    """Checks that ``config.out`` is free or holds this very run; returns the checkpoint to resume from, if any.
+
+    Raises CheckpointError for another run's folder, a folder of other things, or a checkpoint under resume=never.
+    """
+    out, record = config.out, config.out / "config.yaml"
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"out: {out} is a file; give a folder")
+    if not record.is_file():
+        if out.is_dir() and any(out.iterdir()):
+            raise CheckpointError(f"out: {out} is not empty and holds no run; choose another folder")
+        return None
+    difference = _difference(read_config(record), config.model_dump(mode="json"))
+    if difference is not None:
+        key, there, here = difference
+        raise CheckpointError(
+            f"out: {out} holds another run ({key}: {there} there, {here} here); choose another out=, or the same settings"
+        )
+    checkpoint = last_checkpoint(out / "checkpoints")
+    if checkpoint is not None and config.resume == "never":
+        raise CheckpointError(f"out: {out} already holds {checkpoint.name}; resume=auto goes on, another out= starts anew")
+    return checkpoint
+
+
+def write_config(config: PretrainConfig) -> None:
+    """Makes the run folder and writes its ``config.yaml``."""
+    with writing(f"out: {config.out}"):
+        config.out.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        write_atomically(config.out / "config.yaml", text)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A run's ``config.yaml``. Raises CheckpointError when it is not one."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        values = None
+    if not isinstance(values, dict) or "task" not in values:
+        raise CheckpointError(f"out: {path} is not a run's configuration; choose another out=")
+    return values
+
+
+def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """First setting that differs and may not: (name, value there, value here)."""
+    flat_there, flat_here = _flatten(there), _flatten(here)
+    for key in [*flat_here, *(flat_there.keys() - flat_here.keys())]:
+        parents = {key.rsplit(".", depth)[0] for depth in range(key.count(".") + 1)}
+        if flat_there.get(key) != flat_here.get(key) and not parents & _MAY_CHANGE:
+            return key, flat_there.get(key), flat_here.get(key)
+    return None
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

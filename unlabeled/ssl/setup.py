@@ -1,0 +1,190 @@
+"""From a configuration to a `Training` that is ready for its first (or next) step."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from unlabeled.pretext.base import PretextTask
+from unlabeled.pretext.registry import create_task, task_class, task_config
+from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.data.loader import BadImages, RunSampler, ViewDataset, make_loader
+from unlabeled.ssl.data.source import DecodeError, ImageSource, open_source
+from unlabeled.ssl.engine import Training
+from unlabeled.ssl.errors import ConfigError
+from unlabeled.ssl.evidence import OnlineEvaluation, labelled_data
+from unlabeled.ssl.export import load_official_file, load_weights
+from unlabeled.ssl.monitor import Meter, Monitor, Stopwatch
+from unlabeled.ssl.optim import create_optimizer
+from unlabeled.ssl.ranks import create_accelerator
+from unlabeled.ssl.run import Plan, claim_folder, write_config
+from unlabeled.ssl.saving import Saver
+from unlabeled.ssl.schedule import Schedule, peak_rate
+from unlabeled.ssl.schema import BackboneConfig, PretrainConfig
+from unlabeled.ssl.seeds import derive
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(config: PretrainConfig) -> Training:
+    """Builds everything a run needs and restores the newest checkpoint of its folder, if there is one.
+
+    Raises ConfigError, DataError, CapabilityError or CheckpointError, in one line, before anything is written.
+    """
+    accelerator = create_accelerator(config.engine)
+    checkpoint = claim_folder(config)
+    source = open_source(config.data, "train")
+    plan = Plan.of(config, len(source), accelerator.num_processes)
+    task = build_task(config)
+    warn_of_small_images(source, task.backbone)
+    set_layout(task, config, accelerator)
+    optimizer = create_optimizer(task, config.optim)
+    model, optimizer = accelerator.prepare(task, optimizer)
+    online = OnlineEvaluation(config, labelled_data(config) if config.evaluate.every else None, plan.steps_per_epoch)
+    accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+    if accelerator.is_main_process:
+        write_config(config)
+    accelerator.wait_for_everyone()
+    saver = Saver(
+        config.out,
+        accelerator,
+        model=model,
+        optimizer=optimizer,
+        every_steps=config.engine.checkpoint_steps or max(round(config.engine.checkpoint_epochs * plan.steps_per_epoch), 1),
+        total_steps=plan.total_steps,
+        keep=config.engine.keep,
+    )
+    meter = Meter()
+    start = saver.load(checkpoint, meter) if checkpoint is not None else 0
+    schedule = Schedule(config.schedule, peak_rate(config.optim, config.batch_size), plan.steps_per_epoch, plan.total_steps)
+    announce(config, plan, schedule, task, accelerator, start)
+    return Training(
+        config=config,
+        accelerator=accelerator,
+        task=task,
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        plan=plan,
+        batches=iter(open_loader(config, source, task, plan, accelerator, start)),
+        bad=BadImages(config.out / "bad_images.jsonl", len(source), config.data.max_bad_fraction, write=accelerator.is_main_process),
+        meter=meter,
+        monitor=Monitor(
+            config.out,
+            config.log,
+            main=accelerator.is_main_process,
+            start_step=start,
+            total_steps=plan.total_steps,
+            run=config.model_dump(mode="json"),
+        ),
+        saver=saver,
+        online=online,
+        start_step=start,
+        watch=Stopwatch(),
+    )
+
+
+def build_backbone(config: BackboneConfig) -> Backbone:
+    """The network that `config` names, with the weights that it asks for."""
+    backbone = create_backbone(config.name, pretrained=config.pretrained, size=config.size, **config.kwargs)
+    if config.checkpoint is not None:
+        report = load_weights(backbone, config.checkpoint)
+        logger.info("backbone: loaded %d tensors from %s", len(report.loaded), config.checkpoint)
+        for what, names in (("not in the file", report.missing), ("not used", report.unexpected)):
+            if names:
+                logger.info("backbone: %s: %s", what, ", ".join(names[:8]) + (", ..." if len(names) > 8 else ""))
+    return backbone
+
+
+def build_task(config: PretrainConfig) -> PretextTask:
+    """The task around its backbone, initialised from ``engine.seed``, with the weights that were asked for."""
+    torch.manual_seed(derive("weights", config.engine.seed))
+    backbone = build_backbone(config.backbone)
+    continues = config.backbone.pretrained or config.backbone.checkpoint is not None
+    weights = {name: value.clone() for name, value in backbone.model.state_dict().items()} if continues else None
+    task = create_task(config.task, backbone)
+    if weights is not None:  # the task may have initialised the network its own way
+        backbone.model.load_state_dict(weights, strict=False)
+    if config.official is not None:
+        missing, unexpected = load_official_file(task, config.official)
+        logger.info("task: read %s (missing: %s; not used: %s)", config.official, missing or "none", unexpected or "none")
+    return task
+
+
+def set_layout(task: PretextTask, config: PretrainConfig, accelerator: Accelerator) -> None:
+    """Memory format, synchronised batch norm, compilation."""
+    wanted = config.engine.channels_last
+    convolutional = len({stage.stride for stage in task.backbone.stages}) > 1
+    if wanted or (wanted is None and convolutional and accelerator.device.type == "cuda"):
+        task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
+    if config.engine.sync_bn:
+        if accelerator.device.type != "cuda":
+            raise ConfigError("engine.sync_bn: true needs a GPU; torch has no synchronised batch norm on the CPU")
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(task)
+    if config.engine.compile:
+        task.compile()
+
+
+def warn_of_small_images(source: ImageSource, backbone: Backbone) -> None:
+    """One line when the first readable pictures are smaller than what the network sees."""
+    height, width = backbone.input_size
+    for index in range(min(8, len(source))):
+        try:
+            shape = source.read(index).shape
+        except DecodeError:
+            continue
+        if shape[1] < height or shape[2] < width:
+            logger.warning(
+                "data: %s is %dx%d, smaller than the network's %dx%d, and will be enlarged; set backbone.size to see it as it is",
+                source.describe(index), shape[1], shape[2], height, width,
+            )  # fmt: skip
+        return
+
+
+def open_loader(
+    config: PretrainConfig, source: ImageSource, task: PretextTask, plan: Plan, accelerator: Accelerator, start: int
+) -> Any:
+    """Batches of views of this rank, from step `start` to the end of the run."""
+    views = task_class(config.task["name"]).views(task_config(config.task), task.backbone)
+    sampler = RunSampler(
+        length=plan.images,
+        batch_size=plan.batch_size,
+        accumulation=config.engine.accumulation,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        seed=config.engine.seed,
+        start_step=start,
+        total_steps=plan.total_steps,
+    )
+    dataset = ViewDataset(source, views, config.engine.seed)
+    return make_loader(dataset, sampler, config.engine.workers, accelerator.device.type == "cuda")
+
+
+def announce(
+    config: PretrainConfig, plan: Plan, schedule: Schedule, task: PretextTask, accelerator: Accelerator, start: int
+) -> None:
+    """Says what is about to happen, the learning-rate rule included."""
+    if not accelerator.is_main_process:
+        return
+    optim = config.optim
+    parameters = sum(parameter.numel() for parameter in task.parameters() if parameter.requires_grad)
+    rule = {"linear": f"{optim.lr:g} x {plan.batch_size}/{optim.lr_batch}", "none": f"{optim.lr:g}, not scaled"}.get(
+        optim.lr_scaling, f"{optim.lr:g} x sqrt({plan.batch_size}/{optim.lr_batch})"
+    )
+    logger.info("%s on %s: %.2f M trainable parameters", config.task["name"], config.backbone.name, parameters / 1e6)
+    logger.info(
+        "%d images, %g epochs of %d steps = %d steps; batch %d = %d processes x %d micro-steps x %d",
+        plan.images, config.epochs, plan.steps_per_epoch, plan.total_steps, plan.batch_size, accelerator.num_processes,
+        config.engine.accumulation, plan.batch_size // accelerator.num_processes // config.engine.accumulation,
+    )  # fmt: skip
+    logger.info(
+        "%s, peak lr %.3g (%s), %s on %s, out %s",
+        optim.name, schedule.peak, rule, config.engine.precision, accelerator.device, config.out,
+    )  # fmt: skip
+    if config.schedule.warmup_epochs >= config.epochs > 0:
+        logger.warning("schedule.warmup_epochs: %g is not below epochs=%g; the peak is never reached", config.schedule.warmup_epochs, config.epochs)
+    if start:
+        logger.info("resuming after step %d", start)
