@@ -52,8 +52,8 @@ class PretextTask(nn.Module):
     A subclass is built as ``Task(config, backbone)``, sets `Config`, `requires` and `views`, and implements `forward`.
     It keeps the network that evaluation and export receive as ``self.backbone``, freezes (``requires_grad_(False)``)
     every parameter that its loss does not reach, and keeps all state that a resumed run needs in `state_dict()`.
-    Randomness drawn in `forward` comes from torch's global generator of the input's device (the engine seeds it anew
-    for each step and rank) and can also be passed in by keyword, so that a test can fix it.
+    All randomness of `forward` comes from `draw`, which uses torch's global generator of the input's device (the engine
+    seeds it anew for each micro-step and rank); ``forward(batch, **draw)`` fixes it.
     """
 
     Config: ClassVar[type[TaskConfig]] = TaskConfig
@@ -74,7 +74,11 @@ class PretextTask(nn.Module):
         """
         raise NotImplementedError
 
-    def forward(self, batch: Batch) -> StepOutput:
+    def draw(self, batch: Batch) -> dict[str, Tensor]:
+        """Everything random in one forward pass, by the keyword under which `forward` takes it; (B, ...) each."""
+        return {}
+
+    def forward(self, batch: Batch, **draw: Tensor) -> StepOutput:
         """The whole loss of one local batch. No logging, no optimizer, no process-group set-up here."""
         raise NotImplementedError
 

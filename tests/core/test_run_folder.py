@@ -1,0 +1,70 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from unlabeled.ssl.checkpoint import save_checkpoint
+from unlabeled.ssl.errors import CheckpointError, ConfigError
+from unlabeled.ssl.run import Plan, claim_folder, read_config, write_config
+from unlabeled.ssl.schema import PretrainConfig
+
+
+def config(out: Path, **changes: object) -> PretrainConfig:
+    return PretrainConfig.model_validate({"out": out, **changes})
+
+
+def begin(out: Path, **changes: object) -> None:
+    write_config(config(out, **changes))
+    save_checkpoint(out / "checkpoints", 4, model={"w": torch.ones(1)}, optimizer={}, state={"step": 4}, keep=1)
+
+
+def test_a_new_folder_is_free_and_an_own_one_resumes(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "run"
+    assert claim_folder(config(out)) is None
+    begin(out)
+    assert claim_folder(config(out)) == out / "checkpoints" / "step_00000004"
+    assert read_config(out / "config.yaml")["epochs"] == 100.0
+
+
+def test_settings_that_do_not_touch_the_result_may_change(tmp_path: Path) -> None:
+    begin(tmp_path / "x")
+    changed = config(tmp_path / "x", engine={"workers": 7, "keep": 9}, log={"every": 3}, evaluate={"final": False})
+    assert claim_folder(changed) is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": {"name": "rotation"}}, r"another run \(task.name: mae there, rotation here\)"),
+        ({"epochs": 7}, r"another run \(epochs: 100.0 there, 7.0 here\)"),
+        ({"engine": {"seed": 1}}, r"another run \(engine.seed: 0 there, 1 here\)"),
+        ({"backbone": {"name": "x", "kwargs": {"a": 1}}}, r"another run \(backbone.name"),
+        ({"resume": "never"}, r"already holds step_00000004; resume=auto goes on"),
+    ],
+)
+def test_another_runs_folder_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    begin(tmp_path / "x")
+    with pytest.raises(CheckpointError, match=message):
+        claim_folder(config(tmp_path / "x", **changes))
+
+
+def test_foreign_folders_and_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").touch()
+    with pytest.raises(CheckpointError, match="is not empty and holds no run"):
+        claim_folder(config(tmp_path / "photos"))
+    with pytest.raises(CheckpointError, match="is a file; give a folder"):
+        claim_folder(config(tmp_path / "photos" / "a.jpg"))
+    (tmp_path / "photos" / "config.yaml").write_text("[: not yaml")
+    with pytest.raises(CheckpointError, match="is not a run's configuration"):
+        claim_folder(config(tmp_path / "photos"))
+
+
+def test_plan_counts_steps_and_refuses_impossible_batches(tmp_path: Path) -> None:
+    plan = Plan.of(config(tmp_path, batch_size=32, epochs=2.5), images=100, world=2)
+    assert (plan.steps_per_epoch, plan.total_steps) == (3, 8)
+    assert plan.epoch(6) == 2.0
+    with pytest.raises(ConfigError, match=r"batch_size: 256 is larger than the data \(100 images\)"):
+        Plan.of(config(tmp_path), images=100, world=1)
+    with pytest.raises(ConfigError, match=r"batch_size: 32 cannot be split over 3 processes x 1 micro-steps; .*multiple of 3"):
+        Plan.of(config(tmp_path, batch_size=32), images=100, world=3)
