@@ -22,13 +22,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from unlabeled.ssl.data.source import DecodeError
 
-EXTENSIONS = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .bmp .tif .tiff .gif .ppm .pgm .pbm .pnm .jp2 .avif".split(),
-)
+_JPEG = {".jpg", ".jpeg", ".jpe", ".jfif", ".jp2"}
+_NETPBM = {".ppm", ".pgm", ".pbm", ".pnm"}
+EXTENSIONS = frozenset(_JPEG | _NETPBM | {".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
 """File names that are taken for pictures, in lower case."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
@@ -107,7 +107,7 @@ def _open(content: bytes, name: str) -> Image.Image:
         raise DecodeError(f"{name}: is empty (0 bytes)")
     try:
         return Image.open(io.BytesIO(content), formats=_formats())
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise DecodeError(f"{name}: is not a picture of a known format ({len(content)} bytes)") from None
 
 

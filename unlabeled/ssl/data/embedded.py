@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +17,8 @@ from unlabeled.ssl.data.source import Split
 from unlabeled.ssl.schema import DataConfig
 
 Array = npt.NDArray[np.float32]
+_Draw = Callable[[Array, Array], Any]
+"""Signed distance to a shape's edge at its own coordinates u and v: negative inside, in units of its radius."""
 
 
 class DigitsSource:
@@ -87,7 +91,7 @@ class ShapesSource:
     def _label(self, index: int) -> int:
         return index % len(self.classes)
 
-    def _draw(self, index: int) -> Callable[[Array, Array], Array]:
+    def _draw(self, index: int) -> _Draw:
         return _SHAPES[self.classes[self._label(index)]]
 
     def _random(self, index: int) -> np.random.Generator:
@@ -104,15 +108,16 @@ def _pose(random: np.random.Generator) -> _Pose:
     return radius, float(x), float(y), random.uniform(0, 2 * np.pi)
 
 
-def _coverage(draw: Callable[[Array, Array], Array], pose: _Pose, size: int) -> Array:
+def _coverage(draw: _Draw, pose: _Pose, size: int) -> Array:
     """How much of each pixel the shape covers, 0..1 (size, size)."""
     radius, x, y, angle = pose
     across, down = _grid(size)
-    cosine, sine = np.float32(np.cos(angle) / radius), np.float32(np.sin(angle) / radius)
-    u = (across - np.float32(x)) * cosine + (down - np.float32(y)) * sine
-    v = (down - np.float32(y)) * cosine - (across - np.float32(x)) * sine
-    pixels = draw(u, v) * np.float32(radius * size / 2)
-    return np.clip(0.5 - pixels, 0, 1).astype(np.float32)
+    cosine, sine = math.cos(angle) / radius, math.sin(angle) / radius
+    u = (across - x) * cosine + (down - y) * sine
+    v = (down - y) * cosine - (across - x) * sine
+    pixels = draw(u, v) * (radius * size / 2)
+    covered: Array = np.clip(0.5 - pixels, 0, 1).astype(np.float32)
+    return covered
 
 
 def _paint(random: np.random.Generator, pose: _Pose, coverage: Array, size: int) -> Array:
@@ -121,22 +126,20 @@ def _paint(random: np.random.Generator, pose: _Pose, coverage: Array, size: int)
     _, down = _grid(size)
     ground, colour = random.uniform(0.15, 0.85, (2, 3, 1, 1)).astype(np.float32)
     if np.abs(ground - colour).mean() < 0.25:
-        colour = (ground + np.float32(0.5)) % 1
+        colour = (ground + 0.5) % 1
     cells = int(random.integers(3, 12))
-    rough = random.uniform(-1, 1, (4, cells, cells)).astype(np.float32) * np.float32(random.uniform(0.1, 0.3))
+    rough = random.uniform(-1, 1, (4, cells, cells)).astype(np.float32) * random.uniform(0.1, 0.3)
     blend = _blend(cells, size)
     texture = blend @ rough @ blend.T  # (4, size, size): three of the ground, one of the object
-    sky = np.float32(random.uniform(0.15, 0.3))
-    background = ground + texture[:3] - sky * down
+    background = ground + texture[:3] - random.uniform(0.15, 0.3) * down
     shadow = np.zeros_like(coverage)
     shadow[4:] = coverage[:-4]
-    background *= 1 - np.float32(0.45) * shadow
-    shading = np.float32(random.uniform(0.15, 0.3)) * (down - np.float32(y)) / np.float32(radius)
-    front = colour + texture[3] - shading
-    picture = background + coverage * (front - background)
-    picture += (random.integers(0, 256, (1, size, size), dtype=np.uint8) - np.float32(127.5)) * np.float32(0.08 / 128)
-    clipped: Array = np.clip(picture, 0, 1)
-    return clipped
+    background *= 1 - 0.45 * shadow
+    shading = random.uniform(0.15, 0.3) * (down - y) / radius
+    picture = background + coverage * (colour + texture[3] - shading - background)
+    picture += (random.integers(0, 256, (1, size, size), dtype=np.uint8) - np.float32(127.5)) * (0.08 / 128)
+    painted: Array = np.clip(picture, 0, 1).astype(np.float32)
+    return painted
 
 
 @functools.cache
@@ -150,62 +153,39 @@ def _grid(size: int) -> tuple[Array, Array]:
 def _blend(cells: int, size: int) -> Array:
     """Matrix (size, cells) that interpolates `cells` values linearly."""
     places = np.linspace(0, cells - 1, size)
-    return np.maximum(0, 1 - np.abs(places[:, None] - np.arange(cells)[None, :])).astype(np.float32)
+    weights: Array = np.maximum(0, 1 - np.abs(places[:, None] - np.arange(cells)[None, :])).astype(np.float32)
+    return weights
 
 
-# Signed distances to the edge, negative inside, in units of the radius; u and v are the shape's own coordinates.
-
-
-def _circle(u: Array, v: Array) -> Array:
-    return np.hypot(u, v) - np.float32(0.85)
-
-
-def _square(u: Array, v: Array) -> Array:
-    return np.maximum(np.abs(u), np.abs(v)) - np.float32(0.75)
-
-
-def _triangle(u: Array, v: Array) -> Array:
-    slope = np.float32(np.sqrt(3) / 2)
-    return np.maximum(v, np.abs(u) * slope - v / 2) - np.float32(0.5)
-
-
-def _star(u: Array, v: Array) -> Array:
+def _star(u: Array, v: Array) -> Any:
     # fold the plane onto one half of one point: a triangle between the tip (1, 0) and the notch
-    half = np.pi / 5
-    notch = 0.42 * np.array([np.cos(half), np.sin(half)])
-    normal = np.array([notch[1], 1 - notch[0]])
-    normal /= np.linalg.norm(normal)
+    half = math.pi / 5
+    notch = 0.42 * math.cos(half), 0.42 * math.sin(half)
+    normal = notch[1], 1 - notch[0]
+    length = math.hypot(*normal)
     distance, angle = np.hypot(u, v), np.arctan2(v, u)
     folded = np.abs((angle + half) % (2 * half) - half)
-    edge = (distance * np.cos(folded) - 1) * normal[0] + distance * np.sin(folded) * normal[1]
-    return edge.astype(np.float32)
+    across = (distance * np.cos(folded) - 1) * normal[0] + distance * np.sin(folded) * normal[1]
+    return across / length
 
 
-def _cross(u: Array, v: Array) -> Array:
+def _cross(u: Array, v: Array) -> Any:
     long, short = np.maximum(np.abs(u), np.abs(v)), np.minimum(np.abs(u), np.abs(v))
-    return np.maximum(long - np.float32(0.9), short - np.float32(0.28))
+    return np.maximum(long - 0.9, short - 0.28)
 
 
-def _ring(u: Array, v: Array) -> Array:
-    return np.abs(np.hypot(u, v) - np.float32(0.7)) - np.float32(0.2)
+def _bars(u: Array, v: Array) -> Any:
+    from_nearest = np.minimum(np.abs(v), np.abs(np.abs(v) - 0.62))
+    return np.maximum(np.abs(u) - 0.85, from_nearest - 0.19)
 
 
-def _ellipse(u: Array, v: Array) -> Array:
-    return (np.hypot(u / np.float32(0.98), v / np.float32(0.5)) - 1) * np.float32(0.5)
-
-
-def _bars(u: Array, v: Array) -> Array:
-    nearest = np.minimum(np.abs(v), np.abs(np.abs(v) - np.float32(0.62)))
-    return np.maximum(np.abs(u) - np.float32(0.85), nearest - np.float32(0.19))
-
-
-_SHAPES: dict[str, Callable[[Array, Array], Array]] = {
-    "circle": _circle,
-    "square": _square,
-    "triangle": _triangle,
+_SHAPES: dict[str, _Draw] = {
+    "circle": lambda u, v: np.hypot(u, v) - 0.85,
+    "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - 0.75,
+    "triangle": lambda u, v: np.maximum(v, np.abs(u) * (math.sqrt(3) / 2) - v / 2) - 0.5,
     "star": _star,
     "cross": _cross,
-    "ring": _ring,
-    "ellipse": _ellipse,
+    "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.7) - 0.2,
+    "ellipse": lambda u, v: (np.hypot(u / 0.98, v / 0.5) - 1) * 0.5,
     "bars": _bars,
 }

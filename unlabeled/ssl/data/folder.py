@@ -113,7 +113,7 @@ def _scan(root: Path, skip: Path | None) -> _Found:
         if identity in seen:
             continue
         seen.add(identity)
-        inner = []
+        inner: list[str] = []
         for entry in _entries(root / prefix):
             if entry.is_dir():
                 (links if entry.is_symlink() else inner).append(f"{prefix}{entry.name}/")

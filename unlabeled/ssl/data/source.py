@@ -124,8 +124,8 @@ SOURCES: dict[str, str] = {
 def open_source(config: DataConfig, split: Split = "train") -> ImageSource:
     """Opens split `split` of the data that `config` names.
 
-    Every source class is built as ``Source(config, split)``; `config.limit` applies to each split. Raises ConfigError for an unknown name and DataError for
-    a missing path, an empty folder, or a split that the data does not have.
+    Every source class is built as ``Source(config, split)``; `config.limit` applies to each split. Raises ConfigError
+    for an unknown name and DataError for a missing path, an empty folder, or a split that the data does not have.
     """
     if config.name not in SOURCES:
         raise ConfigError(f"data: {config.name!r} is not a data source; {nearest(config.name, SOURCES)}")

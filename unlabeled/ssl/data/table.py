@@ -10,7 +10,6 @@ import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from unlabeled.ssl.data.decode import decode_rgb
@@ -79,12 +78,11 @@ class TableSource:
     def encoded(self, index: int) -> bytes | Path:
         """The bytes in the table, or the file that it names. Raises DecodeError when the cell is empty."""
         cell = self._pictures[self._row(index)][self._column]
-        content = cell.get("bytes") if isinstance(cell, dict) else cell
-        path = cell.get("path") if isinstance(cell, dict) else None
+        content, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
         if isinstance(content, bytes):
             return content
-        if path or isinstance(content, str):
-            return Path(path or content)
+        if isinstance(path, str):
+            return Path(path)
         raise DecodeError(f"{self.describe(index)}: the cell {self._column!r} is empty")
 
     def _row(self, index: int) -> int:
@@ -115,7 +113,7 @@ class ParquetSource(TableSource):
 
 
 class HuggingFaceSource(TableSource):
-    """A data set saved by ``save_to_disk``, a local data set folder (`config.path`), or one of the Hub (`config.dataset`)."""
+    """A data set saved by ``save_to_disk`` or any local one (`config.path`), or one of the Hub (`config.dataset`)."""
 
     def _tables(self, config: DataConfig) -> tuple[Dataset, Dataset | None]:
         datasets = _datasets(config)
@@ -134,7 +132,7 @@ class HuggingFaceSource(TableSource):
 
 def image_column(table: Dataset, config: DataConfig, origin: str) -> str:
     """Name of the picture column: the one that was asked for, or the first of the type of pictures."""
-    kinds = {name: _kind(feature) for name, feature in table.features.items()}
+    kinds: dict[str, str] = {name: _kind(feature) for name, feature in table.features.items()}
     listed = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in table.features.items())
     if config.image_column is not None:
         if config.image_column not in kinds:
@@ -176,7 +174,8 @@ def _label_column(table: Dataset, config: DataConfig, origin: str) -> str | None
     return next(iter(marked + named), None)
 
 
-_LABEL_TYPES = frozenset("bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 string large_string".split())
+_INTEGERS = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
+_LABEL_TYPES = frozenset(_INTEGERS | {"bool", "string", "large_string"})
 
 
 def _labels(

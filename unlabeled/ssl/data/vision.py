@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from typing import Any
 
@@ -88,10 +89,8 @@ def _opened(constructor: Any, name: str, root: str, split: Split) -> tuple[Any, 
     if "split" not in parameters:
         return _built(constructor, name, arguments), False
     for value in _SPLITS[split]:
-        try:
+        with contextlib.suppress(ValueError):  # this class has no split of that name
             return _built(constructor, name, {**arguments, "split": value}), True
-        except ValueError:  # this class has no split of that name
-            continue
     raise DataError(f"data.dataset: {name} has no {split} split; choose another class or data=folder")
 
 
