@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
@@ -47,6 +48,69 @@ class ImageSource(Protocol):
         ...
 
 
+@runtime_checkable
+class MaskSource(ImageSource, Protocol):
+    """A source that also knows which pixels show what."""
+
+    def mask(self, index: int) -> torch.Tensor:
+        """Segmentation of picture `index`, uint8 (H, W): 0 is background, class c is c + 1."""
+        ...
+
+
+class Subset:
+    """The pictures `indices` of another source, in that order."""
+
+    def __init__(self, source: ImageSource, indices: torch.Tensor) -> None:
+        self.source = source
+        self.indices = indices
+        self.classes = source.classes
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> torch.Tensor:
+        return self.source.read(int(self.indices[index]))
+
+    def labels(self) -> torch.Tensor | None:
+        labels = self.source.labels()
+        return None if labels is None else labels[self.indices]
+
+    def describe(self, index: int) -> str:
+        return self.source.describe(int(self.indices[index]))
+
+    def encoded(self, index: int) -> bytes | Path | None:
+        return encoded(self.source, int(self.indices[index]))
+
+
+class MaskSubset(Subset):
+    """A subset of a source with masks."""
+
+    source: MaskSource
+
+    def mask(self, index: int) -> torch.Tensor:
+        return self.source.mask(int(self.indices[index]))
+
+
+def limited(source: ImageSource, limit: int | None) -> ImageSource:
+    """The first `limit` pictures of a fixed shuffle of `source`, or all when there are no more than that."""
+    if limit is None or limit >= len(source):
+        return source
+    shuffled = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
+    kind = MaskSubset if isinstance(source, MaskSource) else Subset
+    # a clone, since a slice would carry the whole shuffle to every worker
+    return kind(source, shuffled[:limit].clone())
+
+
+def encoded(source: ImageSource, index: int) -> bytes | Path | None:
+    """The file or the bytes behind picture `index`; None where pictures are made or kept as arrays.
+
+    A source offers this by a method of the same name. Raises DecodeError when there is nothing where it should be.
+    """
+    method = getattr(source, "encoded", None)
+    content: bytes | Path | None = method(index) if method is not None else None
+    return content
+
+
 SOURCES: dict[str, str] = {
     "folder": "unlabeled.ssl.data.folder:FolderSource",
     "parquet": "unlabeled.ssl.data.table:ParquetSource",
@@ -60,11 +124,11 @@ SOURCES: dict[str, str] = {
 def open_source(config: DataConfig, split: Split = "train") -> ImageSource:
     """Opens split `split` of the data that `config` names.
 
-    Every source class is built as ``Source(config, split)``. Raises ConfigError for an unknown name and DataError for
-    a missing path, an empty folder, or a split that the data does not have.
+    Every source class is built as ``Source(config, split)``; `config.limit` applies to each split. Raises ConfigError
+    for an unknown name and DataError for a missing path, an empty folder, or a split that the data does not have.
     """
     if config.name not in SOURCES:
         raise ConfigError(f"data: {config.name!r} is not a data source; {nearest(config.name, SOURCES)}")
     module, _, attribute = SOURCES[config.name].partition(":")
     source: ImageSource = getattr(importlib.import_module(module), attribute)(config, split)
-    return source
+    return limited(source, config.limit)

@@ -1,0 +1,164 @@
+"""Pictures in a folder, nested in any way; the first sub-folder's name can be the label."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from unlabeled.ssl.data.decode import EXTENSIONS, decode_rgb
+from unlabeled.ssl.data.layout import existing_folder, holdout, test_name
+from unlabeled.ssl.data.source import Split
+from unlabeled.ssl.errors import DataError
+from unlabeled.ssl.schema import DataConfig
+
+
+class FolderSource:
+    """All pictures below `config.path`, in the order of their names.
+
+    The splits, by the first rule that fits: `config.test_path` is the test split; sub-folders ``train`` and ``test``
+    (or ``val``, ``validation``) are the splits; with labels, `config.test_fraction` of each class is held out, chosen
+    by a hash of the name; without labels everything is for training and there is no test split.
+    """
+
+    def __init__(self, config: DataConfig, split: Split = "train") -> None:
+        train_root, test_root = _roots(config)
+        if split == "test" and test_root is None and not config.labels:
+            raise DataError(
+                f"data.path: {train_root} has no test split; make sub-folders train and test, "
+                f"set data.test_path, or set data.labels=true to hold a part out"
+            )
+        self.root = test_root if split == "test" and test_root is not None else train_root
+        self.classes: list[str] | None = None
+        apart = test_root is not None and not os.path.samefile(test_root, self.root)
+        names = _pictures(self.root, skip=test_root if apart else None)
+        labels: torch.Tensor | None = None
+        if config.labels:
+            self.classes = _class_names(train_root, without=test_root)
+            labels = _labels(names, self.classes, self.root)
+            if test_root is None:
+                kept = holdout(labels, config.test_fraction, split, _name_order(names))
+                names, labels = [names[i] for i in kept.tolist()], labels[kept]
+                if not names:
+                    raise DataError(f"data.path: {self.root} has too few pictures a class to hold some out; add more")
+        self._labels = labels
+        # one block of bytes instead of a list: forked workers would copy a list by counting its references
+        encoded = [os.fsencode(name) for name in names]
+        self._names = b"".join(encoded)
+        self._ends: npt.NDArray[np.int64] = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def read(self, index: int) -> torch.Tensor:
+        """Picture `index`, uint8 (3, H, W). Raises DecodeError."""
+        return decode_rgb(self.encoded(index), name=self.describe(index))
+
+    def labels(self) -> torch.Tensor | None:
+        """Index of each picture's class, int64 (N,); None unless asked for by `config.labels`."""
+        return self._labels
+
+    def describe(self, index: int) -> str:
+        """The path, with what is not UTF-8 replaced."""
+        return os.fsencode(self.encoded(index)).decode("utf-8", "replace")
+
+    def encoded(self, index: int) -> Path:
+        """The file of picture `index`."""
+        name = self._names[self._ends[index] : self._ends[index + 1]]
+        return self.root / os.fsdecode(name)
+
+
+class _Found(NamedTuple):
+    pictures: list[str]
+    """Paths relative to the root, with forward slashes."""
+    files: int
+    """Files looked at, pictures or not."""
+
+
+def _roots(config: DataConfig) -> tuple[Path, Path | None]:
+    """Folders of the training and of the test pictures."""
+    root = existing_folder(config.path, "data.path")
+    given_test = existing_folder(config.test_path, "data.test_path") if config.test_path is not None else None
+    parts = {entry.name.lower(): Path(entry.path) for entry in os.scandir(root) if entry.is_dir()}
+    named_test = test_name(parts)
+    if "train" in parts and (named_test is not None or given_test is not None):
+        return parts["train"], given_test or parts[named_test or ""]
+    return root, given_test
+
+
+def _pictures(root: Path, skip: Path | None) -> list[str]:
+    found = _scan(root, skip)
+    if not found.pictures:
+        raise DataError(
+            f"data: no pictures in {root}: {found.files} files were looked at, "
+            f"those read end in {', '.join(sorted(EXTENSIONS))}"
+        )
+    return found.pictures
+
+
+def _scan(root: Path, skip: Path | None) -> _Found:
+    """Walks `root` in the order of names, real folders before linked ones, each folder once; hidden names are left."""
+    seen = {_identity(skip)} if skip is not None else set()
+    pictures: list[str] = []
+    files = 0
+    folders, links = [""], list[str]()
+    while folders or links:
+        prefix = folders.pop() if folders else links.pop(0)
+        identity = _identity(root / prefix)
+        if identity in seen:
+            continue
+        seen.add(identity)
+        inner: list[str] = []
+        for entry in _entries(root / prefix):
+            if entry.is_dir():
+                (links if entry.is_symlink() else inner).append(f"{prefix}{entry.name}/")
+            elif entry.is_file():
+                files += 1
+                if os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+                    pictures.append(prefix + entry.name)
+        folders.extend(reversed(inner))
+    return _Found(sorted(pictures), files)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(f"data: {folder} cannot be listed ({error.strerror}); check its permissions") from error
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def _class_names(root: Path, without: Path | None) -> list[str]:
+    folders = [entry for entry in _entries(root) if entry.is_dir()]
+    names = [entry.name for entry in folders if without is None or not os.path.samefile(entry.path, without)]
+    if not names:
+        raise DataError(f"data.labels: {root} has no sub-folders to name classes; make one a class or set labels=false")
+    return names
+
+
+def _labels(names: list[str], classes: list[str], root: Path) -> torch.Tensor:
+    numbers = {name: label for label, name in enumerate(classes)}
+    labels = torch.empty(len(names), dtype=torch.int64)
+    for index, name in enumerate(names):
+        first, _, rest = name.partition("/")
+        if not rest:
+            raise DataError(f"data.labels: {root / name} lies in no sub-folder and has no label; move it into a class")
+        if first not in numbers:
+            raise DataError(f"data.labels: class {first!r} of {root} is not among the training classes; remove it")
+        labels[index] = numbers[first]
+    return labels
+
+
+def _name_order(names: list[str]) -> npt.NDArray[np.uint64]:
+    digests = b"".join(hashlib.blake2b(os.fsencode(name), digest_size=8).digest() for name in names)
+    return np.frombuffer(digests, dtype="<u8").astype(np.uint64)

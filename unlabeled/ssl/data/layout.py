@@ -1,0 +1,75 @@
+"""Where the parts of a data set lie: paths as the user gave them, names of splits, and what is held out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from unlabeled.ssl.data.source import Split
+from unlabeled.ssl.errors import ConfigError, DataError
+
+TEST_NAMES = ("test", "val", "validation", "valid")
+"""Names of a held-out part, the preferred first."""
+
+_SPLIT = re.compile(r"(train(?:ing)?|test(?:ing)?|val(?:id(?:ation)?)?)(?![a-z])")
+
+
+def given(path: Path | None, field: str, example: str) -> Path:
+    """`path` with ``~`` expanded. Raises ConfigError when it was not given."""
+    if path is None:
+        raise ConfigError(f"{field}: not given; set {field}={example}")
+    return path.expanduser()
+
+
+def existing_folder(path: Path | None, field: str) -> Path:
+    """`path` as a folder that exists. Raises ConfigError or DataError naming `field`."""
+    folder = given(path, field, "FOLDER")
+    if not folder.exists():
+        raise DataError(f"{field}: {folder} does not exist; give an existing folder")
+    if not folder.is_dir():
+        raise DataError(f"{field}: {folder} is a file; give the folder that it lies in")
+    return folder
+
+
+def split_named(name: str) -> str | None:
+    """The part that a file or folder is named for: ``train``, ``test`` or ``val``; None for any other name.
+
+    >>> split_named("train-00000-of-00005.parquet"), split_named("Validation"), split_named("trains.parquet")
+    ('train', 'val', None)
+    """
+    match = _SPLIT.match(name.lower())
+    if match is None:
+        return None
+    return next(part for part in ("train", "test", "val") if match.group(1).startswith(part))
+
+
+def test_name(names: Iterable[str]) -> str | None:
+    """The one of `names` that is the test split: test before validation."""
+    found = set(names)
+    return next((name for name in TEST_NAMES if name in found), None)
+
+
+def holdout(
+    labels: torch.Tensor, fraction: float, split: Split, order: npt.NDArray[np.uint64] | None = None
+) -> torch.Tensor:
+    """Sorted indices, int64 (M,), of the train or test part when `fraction` of each class is held out.
+
+    The pictures of a class that come first by `order` (N,) are held out; None: a fixed random order. An order that
+    belongs to the pictures, such as a hash of their names, keeps them in their part when others are added.
+    Each class of two or more has at least one picture in both parts; a class of one picture is trained on.
+    """
+    count = len(labels)
+    keys = np.random.default_rng(0).permutation(count) if order is None else order
+    classes, members = np.unique(labels.numpy(), return_inverse=True)
+    by_class = np.lexsort((keys, members))
+    sizes = np.bincount(members, minlength=len(classes))
+    held = np.minimum(np.maximum(np.floor(sizes * fraction + 0.5), 1), sizes - 1).astype(np.int64)
+    starts = np.cumsum(sizes) - sizes
+    rank = np.arange(count) - starts[members[by_class]]
+    chosen = by_class[(rank < held[members[by_class]]) == (split == "test")]
+    return torch.from_numpy(np.sort(chosen).astype(np.int64))
