@@ -1,0 +1,92 @@
+"""Reading checkpoints in the layout of a method's authors into our modules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from unlabeled.pretext.common.positions import sincos_2d
+from unlabeled.ssl.errors import CheckpointError
+
+_SAME_TABLE = 1e-4
+"""Largest difference between a stored fixed table and the one computed here."""
+
+
+def load_mapped(
+    module: nn.Module, tensors: Mapping[str, Tensor], names: Mapping[str, str]
+) -> tuple[list[str], list[str]]:
+    """Copies `tensors` (their layout's names) into `module`; `names` maps that layout's names to the module's own.
+
+    Returns (missing, unexpected), both in the layout's names. Raises CheckpointError, before anything is copied, when
+    a tensor has another shape or not one of them belongs to the module.
+    """
+    own = module.state_dict()
+    common = [name for name in names if name in tensors]
+    if not common:
+        raise CheckpointError(
+            f"checkpoint: it holds none of {', '.join(list(names)[:3])}, ...; is it of another method?"
+        )
+    for name in common:
+        theirs, ours = tuple(tensors[name].shape), tuple(own[names[name]].shape)
+        if theirs != ours:
+            raise CheckpointError(
+                f"checkpoint: {name} is {theirs} in the file and {ours} here; "
+                "take the backbone and decoder that it was trained with"
+            )
+    with torch.no_grad():
+        for name in common:
+            own[names[name]].copy_(tensors[name])
+    return [name for name in names if name not in tensors], [name for name in tensors if name not in names]
+
+
+def resampled_positions(stored: Tensor, own: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Table of positions (1, 1 + L', D) of a file for a network whose table `own` (1, P + L, D) has `grid` (L patches).
+
+    The fixed sine-cosine table is made anew for `grid`, any other is resampled bicubically over its patch entries. Of
+    the prefix the first entry (class token) is taken over; entries that only `own` has stay.
+
+    Raises CheckpointError when the file's grid is neither `grid` nor square, or its width is another one.
+    """
+    patches, prefix = grid[0] * grid[1], own.shape[1] - grid[0] * grid[1]
+    if stored.ndim != 3 or stored.shape[-1] != own.shape[-1]:
+        raise CheckpointError(
+            f"checkpoint: pos_embed is {tuple(stored.shape)} in the file, of width {own.shape[-1]} here; "
+            "take the backbone that it was trained with"
+        )
+    if stored.shape[1] == 1 + patches:
+        entries = stored[:, 1:]
+    elif _is_fixed_table(stored):
+        entries = sincos_2d(stored.shape[-1], grid)
+    else:
+        square = _square_grid("pos_embed", stored)
+        entries = resample_abs_pos_embed(stored[:, 1:], list(grid), list(square), num_prefix_tokens=0)
+    first = own.detach()[:, :prefix].clone()
+    first[:, :1] = stored[:, :1] if prefix else first
+    return torch.cat([first, entries.to(first)], dim=1)
+
+
+def require_fixed_table(name: str, stored: Tensor) -> None:
+    """Raises CheckpointError unless `stored` (1, 1 + L, D) is the sine-cosine table of a square grid."""
+    if not _is_fixed_table(stored):
+        raise CheckpointError(f"checkpoint: {name} is not the fixed sine-cosine table; other positions are not read")
+
+
+def _is_fixed_table(stored: Tensor) -> bool:
+    if stored.ndim != 3 or stored.shape[-1] % 4:
+        return False
+    table = sincos_2d(stored.shape[-1], _square_grid("positions", stored), prefix=1)
+    return torch.allclose(stored.detach().cpu().float(), table, atol=_SAME_TABLE)
+
+
+def _square_grid(name: str, stored: Tensor) -> tuple[int, int]:
+    """Grid of a stored table; the authors' code trains on square pictures only."""
+    side = math.isqrt(stored.shape[1] - 1)
+    if side * side != stored.shape[1] - 1:
+        raise CheckpointError(
+            f"checkpoint: {name} has {stored.shape[1] - 1} patches, no square; set backbone.size to the file's own"
+        )
+    return side, side
