@@ -65,9 +65,9 @@ class MAEConfig(TaskConfig):
     """sincos: the backbone's table of absolute positions becomes the paper's fixed sine-cosine table and is not
     trained. backbone: it is trained as the backbone has it. A backbone without such a table (rotary positions only)
     keeps its own either way; the decoder's positions are always the fixed table."""
-    init: Literal["mae", "keep"] = "mae"
+    init: Literal["auto", "mae", "keep"] = "auto"
     """mae: weights of the backbone are drawn anew as in the paper. keep: they and the positions stay as they are, and
-    only the decoder is drawn. Whoever starts from existing weights sets ``keep``."""
+    only the decoder is drawn. auto: keep for a backbone that starts from trained weights, else mae."""
 
     @model_validator(mode="after")
     def _ordered(self) -> MAEConfig:
@@ -107,9 +107,10 @@ class MAE(PretextTask):
         )
         _init_weights(self.decoder)
         nn.init.normal_(self.decoder.mask_token, std=0.02)
-        if config.init == "mae":
+        anew = config.init == "mae" or (config.init == "auto" and not backbone.trained)
+        if anew:
             _init_encoder(backbone.model)
-        self._settle_positions(overwrite=config.init == "mae")
+        self._settle_positions(overwrite=anew)
         for parameter in encoder.unreached():
             parameter.requires_grad_(False)
 
@@ -117,11 +118,17 @@ class MAE(PretextTask):
     def views(cls, config: MAEConfig, backbone: Backbone) -> Views:
         return MAEViews(backbone.input_size, config.crop_scale)
 
+    def draw(self, batch: Batch) -> dict[str, Tensor]:
+        """``noise`` (B, L), uniform in [0, 1): the patches with the smallest stay visible."""
+        images = batch["image"]
+        rows, columns = TokenEncoder(self.backbone).grid((images.shape[-2], images.shape[-1]))
+        return {"noise": torch.rand(images.shape[0], rows * columns, device=images.device)}
+
     def forward(self, batch: Batch, *, noise: Tensor | None = None) -> StepOutput:
         """Mean squared error of the hidden patches of ``batch["image"]``, and the part of their variance explained.
 
         A uint8 picture (B, 3, H, W) is normalised here; a float one is taken as normalised already. `noise` (B, L)
-        decides the masks (see `random_masking`); None: drawn on the device of the pictures.
+        decides the masks (see `random_masking`); None: as `draw` gives it.
         """
         images = self._images(batch)
         masking, grid = self._mask(images, noise)
@@ -184,8 +191,7 @@ class MAE(PretextTask):
 
     def _mask(self, images: Tensor, noise: Tensor | None) -> tuple[Masking, tuple[int, int]]:
         grid = TokenEncoder(self.backbone).grid((images.shape[-2], images.shape[-1]))
-        if noise is None:
-            noise = torch.rand(images.shape[0], grid[0] * grid[1], device=images.device)
+        noise = self.draw({"image": images})["noise"] if noise is None else noise
         return random_masking(noise, self._keep(grid)), grid
 
     def _keep(self, grid: tuple[int, int]) -> int:

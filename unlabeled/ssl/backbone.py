@@ -48,6 +48,7 @@ class Backbone(nn.Module):
         self.model = model
         self.name = name
         self.kwargs = dict(kwargs or {})
+        self.trained = False
         data = resolve_model_data_config(model)
         self.input_size: tuple[int, int] = size or (int(data["input_size"][-2]), int(data["input_size"][-1]))
         self.mean: tuple[float, ...] = tuple(data["mean"])

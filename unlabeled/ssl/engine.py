@@ -22,7 +22,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from unlabeled.pretext.base import PretextTask, StepOutput
-from unlabeled.ssl.data.loader import BadImage, BadImages, LoadedBatch
+from unlabeled.ssl.data.bad import BadImage, BadImages
+from unlabeled.ssl.data.loader import LoadedBatch
 from unlabeled.ssl.errors import DivergedError
 from unlabeled.ssl.evidence import OnlineEvaluation
 from unlabeled.ssl.monitor import Meter, Monitor, Stopwatch, memory_gb

@@ -54,3 +54,7 @@ class OnlineEvaluation:
         assert self._data is not None, "run() without data"
         train, test = self._data
         return {f"eval/{name}": value for name, value in online_knn(backbone, train, test, self._config, device).items()}
+
+
+def conclude(run, seconds):
+    return None, None

@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from unlabeled.pretext.base import PretextTask
 from unlabeled.pretext.registry import create_task, task_class, task_config
 from unlabeled.ssl.backbone import Backbone, create_backbone
-from unlabeled.ssl.data.loader import BadImages, RunSampler, ViewDataset, make_loader
+from unlabeled.ssl.data.bad import BadImages
+from unlabeled.ssl.data.loader import RunSampler, ViewDataset, make_loader
 from unlabeled.ssl.data.source import DecodeError, ImageSource, open_source
 from unlabeled.ssl.engine import Training
 from unlabeled.ssl.errors import ConfigError
@@ -102,12 +103,7 @@ def build_backbone(config: BackboneConfig) -> Backbone:
 def build_task(config: PretrainConfig) -> PretextTask:
     """The task around its backbone, initialised from ``engine.seed``, with the weights that were asked for."""
     torch.manual_seed(derive("weights", config.engine.seed))
-    backbone = build_backbone(config.backbone)
-    continues = config.backbone.pretrained or config.backbone.checkpoint is not None
-    weights = {name: value.clone() for name, value in backbone.model.state_dict().items()} if continues else None
-    task = create_task(config.task, backbone)
-    if weights is not None:  # the task may have initialised the network its own way
-        backbone.model.load_state_dict(weights, strict=False)
+    task = create_task(config.task, build_backbone(config.backbone))
     if config.official is not None:
         missing, unexpected = load_official_file(task, config.official)
         logger.info("task: read %s (missing: %s; not used: %s)", config.official, missing or "none", unexpected or "none")

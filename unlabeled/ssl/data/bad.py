@@ -28,8 +28,10 @@ class BadImages:
     distributed run the others send theirs to the main one.
     """
 
-    def __init__(self, path: Path, total: int, max_fraction: float) -> None:
+    def __init__(self, path: Path, total: int, max_fraction: float, *, write: bool = True) -> None:
+        """`write`: whether this process keeps the file; the others only count."""
         self.path = path
+        self.write = write
         self.total = total
         self.max_fraction = max_fraction
         self._known = _indices(path) if path.exists() else set()
@@ -42,8 +44,8 @@ class BadImages:
     def add(self, bad: Iterable[BadImage]) -> int:
         """Notes `bad`; returns how many of them were not known yet."""
         new = {image.index: image for image in bad if image.index not in self._known}
-        if new:
-            self._known.update(new)
+        self._known.update(new)
+        if new and self.write:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(asdict(image)) + "\n" for image in new.values()))

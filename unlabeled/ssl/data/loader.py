@@ -7,7 +7,6 @@ the number of processes nor on accumulation. A run can therefore go on at any st
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import random
 import re
 import signal
@@ -25,6 +24,7 @@ from unlabeled.pretext.base import Views
 from unlabeled.ssl.data.bad import BadImage
 from unlabeled.ssl.data.source import DecodeError, ImageSource
 from unlabeled.ssl.errors import ConfigError, DataError, UnlabeledError
+from unlabeled.ssl.seeds import derive
 
 Key = tuple[int, int]
 """(epoch, index of the picture): together with the run's seed this fixes what the views draw."""
@@ -90,7 +90,7 @@ class RunSampler(Sampler[list[Key]]):
                 yield [(epoch, index) for index in order[first : first + local].tolist()]
 
     def _order(self, epoch: int) -> npt.NDArray[np.int64]:
-        return np.random.default_rng(mixed("epoch", self.seed, epoch)).permutation(self.length)
+        return np.random.default_rng(derive("epoch", self.seed, epoch)).permutation(self.length)
 
 
 class Sample(NamedTuple):
@@ -120,7 +120,7 @@ class ViewDataset(Dataset[Sample]):
         """Views of picture `key`, and ``"index"``, int64 (): the picture really used."""
         epoch, index = key
         picture, used, bad = self._read(index)
-        with seeded(mixed("picture", self.seed, epoch, index)):
+        with seeded(derive("picture", self.seed, epoch, index)):
             views = self.views(picture)
         return Sample({**views, "index": torch.tensor(used)}, bad)
 
@@ -142,7 +142,7 @@ class ViewDataset(Dataset[Sample]):
             except DecodeError as error:
                 name = self.source.describe(used)
                 bad.append(BadImage(used, name, str(error).removeprefix(f"{name}: ")))
-            used = mixed("replacement", self.seed, index, attempt) % len(self.source)
+            used = derive("replacement", self.seed, index, attempt) % len(self.source)
         raise DataError(
             f"data: {self.max_attempts} pictures in a row cannot be decoded, the last is {bad[-1].name} "
             f"({bad[-1].reason}); scan the data with `unlabeled doctor`"
@@ -206,12 +206,6 @@ def start_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
-
-
-def mixed(purpose: str, *parts: int) -> int:
-    """63 bits that depend on every part and on what they are for; equal on all machines."""
-    text = ":".join([purpose, *map(str, parts)])
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 @contextlib.contextmanager
