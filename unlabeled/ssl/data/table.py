@@ -76,14 +76,14 @@ class TableSource:
         return f"row {self._row(index)} of {self.origin}"
 
     def encoded(self, index: int) -> bytes | Path:
-        """The bytes in the table, or the file that it names. Raises DecodeError when the cell is empty."""
+        """The bytes in the table, or the file that it names. Raises DecodeError when it holds neither."""
         cell = self._pictures[self._row(index)][self._column]
-        content, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+        content, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, cell)
         if isinstance(content, bytes):
             return content
         if isinstance(path, str):
             return Path(path)
-        raise DecodeError(f"{self.describe(index)}: the cell {self._column!r} is empty")
+        raise DecodeError(f"{self.describe(index)}: its cell {self._column!r} holds no encoded picture")
 
     def _row(self, index: int) -> int:
         return index if self._rows is None else int(self._rows[index])
