@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -89,7 +91,7 @@ def test_an_epoch_is_a_permutation_cut_to_full_batches() -> None:
 
 def test_epochs_and_seeds_are_shuffled_apart() -> None:
     def order(seed: int, epoch: int) -> list[int]:
-        return [i for number, i in sum(sampler(seed=seed), []) if number == epoch]
+        return [index for keys in sampler(seed=seed) for number, index in keys if number == epoch]
 
     # (seed, epoch) and (seed + 1, epoch - 1) would coincide if the two were added
     orders = {(seed, epoch): tuple(order(seed, epoch)) for seed in (-1, 0, 1, 2) for epoch in (0, 1)}
@@ -124,7 +126,7 @@ def test_mixing_separates_purposes_and_parts() -> None:
     assert all(0 <= value < 2**63 for value in values)
     assert mixed("picture", 1, 23) != mixed("picture", 12, 3)
     # equal on all machines and versions, or resumed runs would differ
-    assert mixed("epoch", 0, 0) == 0
+    assert mixed("epoch", 0, 0) == 8357998376211256105
 
 
 def test_seeded_leaves_the_generators_as_they_were() -> None:
@@ -212,9 +214,22 @@ def raises_a_bug(picture: Tensor) -> dict[str, Tensor]:
     raise KeyError("a bug")
 
 
-def test_bugs_keep_their_traceback() -> None:
-    with pytest.raises(KeyError, match="raises_a_bug"):
+def test_bugs_keep_their_traceback_and_leave_no_workers() -> None:
+    with pytest.raises(KeyError, match="raises_a_bug") as caught:
         list(make_loader(ViewDataset(Numbers(50), raises_a_bug, seed=1), sampler(), workers=1))
+    assert caught.tb is not None  # which refers to torch's iterator
+    assert multiprocessing.active_children() == []
+
+
+def test_workers_end_with_an_iterator_that_is_dropped() -> None:
+    iterator = iter(make_loader(ViewDataset(Numbers(50), draws, seed=1), sampler(), workers=2))
+    next(iterator)
+    assert len(multiprocessing.active_children()) == 2
+    cycle = [iterator]
+    cycle.append(cycle)
+    del iterator, cycle
+    gc.collect()
+    assert multiprocessing.active_children() == []
 
 
 def kills_itself(picture: Tensor) -> dict[str, Tensor]:

@@ -6,7 +6,9 @@ the number of processes nor on accumulation. A run can therefore go on at any st
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import hashlib
 import random
 import re
@@ -20,6 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from unlabeled.pretext.base import Views
 from unlabeled.ssl.data.bad import BadImage
@@ -163,11 +166,19 @@ class LoadedBatch:
 
 
 class RunLoader(DataLoader[Sample]):
-    """A DataLoader that raises a worker's UnlabeledError as it was: one line instead of a traceback in a traceback."""
+    """A DataLoader that raises a worker's UnlabeledError as it was: one line instead of a traceback in a traceback.
+
+    Its workers end with its iterator: when that is exhausted, closed, dropped, or raises.
+    """
 
     def __iter__(self) -> Any:
+        iterator = super().__iter__()
+        close = functools.partial(_end_workers, iterator)
+        # the registration also keeps torch's iterator out of reference cycles with a traceback: collected in one, it
+        # loses its queues before it has told the workers to leave, and waits for them in vain
+        atexit.register(close)
         try:
-            for batch in super().__iter__():
+            for batch in iterator:
                 if isinstance(batch, UnlabeledError):
                     raise batch
                 yield batch
@@ -177,6 +188,18 @@ class RunLoader(DataLoader[Sample]):
             raise DataError(
                 "engine.workers: a loader process died, most often for want of memory; set engine.workers lower"
             ) from error
+        finally:
+            close()
+            atexit.unregister(close)
+
+
+def _end_workers(iterator: object) -> None:
+    """Tells the workers to leave, waits for them some seconds, and kills those that are stuck."""
+    if isinstance(iterator, _MultiProcessingDataLoaderIter):
+        iterator._shutdown_workers()
+        for process in iterator._workers:
+            if process.is_alive():  # torch's own last resort is the SIGTERM that they ignore
+                process.kill()
 
 
 def make_loader(dataset: ViewDataset, sampler: RunSampler, workers: int, pin_memory: bool = False) -> RunLoader:

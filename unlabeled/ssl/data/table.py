@@ -240,8 +240,8 @@ def _datasets(config: DataConfig) -> Any:
 
 
 def _parquet(datasets: Any, files: list[Path]) -> Any:
-    names = [str(file) for file in files]
-    return _loaded(datasets.load_dataset, "parquet", data_files=names, split="train")
+    # not load_dataset("parquet"): that counts its uses on the Hub's server, and waits for it where there is no network
+    return _loaded(datasets.Dataset.from_parquet, [glob.escape(str(file)) for file in files])
 
 
 def _open_dataset(datasets: Any, path: Path, field: str) -> Any:
@@ -256,10 +256,10 @@ def _from_hub(datasets: Any, config: DataConfig) -> Any:
     return _loaded(datasets.load_dataset, str(config.dataset))
 
 
-def _loaded(load: Any, what: str, **arguments: Any) -> Any:
+def _loaded(load: Any, what: str | list[str]) -> Any:
     try:
-        return load(what, **arguments)
+        return load(what)
     except Exception as error:  # datasets raises dozens of kinds, from its own to pyarrow's and the network's
-        named = arguments.get("data_files", [what])[0]
+        name = what if isinstance(what, str) else what[0]
         reason = " ".join(str(error.__cause__ or error).split())
-        raise DataError(f"data: {named} cannot be opened as a data set ({reason}); check it") from error
+        raise DataError(f"data: {name} cannot be opened as a data set ({reason}); check it") from error
