@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
 import hashlib
 import random
 import re
@@ -165,7 +164,7 @@ class LoadedBatch:
         return LoadedBatch({name: tensor.pin_memory() for name, tensor in self.tensors.items()}, self.bad)
 
 
-class RunLoader(DataLoader[Sample]):
+class RunLoader(DataLoader[Any]):
     """A DataLoader that raises a worker's UnlabeledError as it was: one line instead of a traceback in a traceback.
 
     Its workers end with its iterator: when that is exhausted, closed, dropped, or raises.
@@ -173,10 +172,7 @@ class RunLoader(DataLoader[Sample]):
 
     def __iter__(self) -> Any:
         iterator = super().__iter__()
-        close = functools.partial(_end_workers, iterator)
-        # the registration also keeps torch's iterator out of reference cycles with a traceback: collected in one, it
-        # loses its queues before it has told the workers to leave, and waits for them in vain
-        atexit.register(close)
+        workers = _Workers(iterator)
         try:
             for batch in iterator:
                 if isinstance(batch, UnlabeledError):
@@ -189,13 +185,27 @@ class RunLoader(DataLoader[Sample]):
                 "engine.workers: a loader process died, most often for want of memory; set engine.workers lower"
             ) from error
         finally:
-            close()
-            atexit.unregister(close)
+            workers.end()
 
 
-def _end_workers(iterator: object) -> None:
-    """Tells the workers to leave, waits for them some seconds, and kills those that are stuck."""
-    if isinstance(iterator, _MultiProcessingDataLoaderIter):
+class _Workers:
+    """The loader processes of one of torch's iterators; they end once, at the latest when Python exits.
+
+    The registration also keeps the iterator out of reference cycles with a traceback: collected in one, it loses its
+    queues before it has told the workers to leave, and waits for them in vain.
+    """
+
+    def __init__(self, iterator: object) -> None:
+        self._iterator = iterator if isinstance(iterator, _MultiProcessingDataLoaderIter) else None
+        if self._iterator is not None:
+            atexit.register(self.end)
+
+    def end(self) -> None:
+        """Tells them to leave, waits for them some seconds, and kills those that are stuck."""
+        iterator, self._iterator = self._iterator, None
+        if iterator is None:
+            return
+        atexit.unregister(self.end)
         iterator._shutdown_workers()
         for process in iterator._workers:
             if process.is_alive():  # torch's own last resort is the SIGTERM that they ignore
@@ -239,16 +249,20 @@ def mixed(purpose: str, *parts: int) -> int:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seeds the CPU generators of torch, numpy and Python; afterwards they are where they were before."""
+    """Seeds the CPU generators of torch, numpy and Python; in the main process they are then put back."""
     # not torch.manual_seed: that reaches for the GPU's generators too, and is ten times slower
     generator = torch.default_generator
-    before = generator.get_state(), np.random.get_state(), random.getstate()
+    # in a worker nothing else draws from them, and numpy takes longer over its state than a small picture to decode
+    restored = get_worker_info() is None
+    if restored:
+        before = generator.get_state(), np.random.get_state(), random.getstate()
     generator.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
     try:
         yield
     finally:
-        generator.set_state(before[0])
-        np.random.set_state(before[1])
-        random.setstate(before[2])
+        if restored:
+            generator.set_state(before[0])
+            np.random.set_state(before[1])
+            random.setstate(before[2])
