@@ -46,6 +46,7 @@ def test_digits_are_the_ones_of_scikit_learn() -> None:
         assert (grey.numpy().tobytes(), int(labels_of(test)[index])) in stored
     assert test.read(3).max() == 255
     assert test.describe(3) == "test digit 3"
+    assert torch.equal(pickle.loads(pickle.dumps(test)).read(3), test.read(3))
 
 
 def test_shapes_are_the_same_every_time_and_differ_between_splits() -> None:

@@ -8,17 +8,22 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from unlabeled.ssl.data.bad import BadImage, BadImages
 from unlabeled.ssl.data.loader import Key, LoadedBatch, RunSampler, ViewDataset, make_loader, mixed, seeded
-from unlabeled.ssl.data.source import DecodeError
+from unlabeled.ssl.data.source import DecodeError, open_source
 from unlabeled.ssl.errors import ConfigError, DataError
+from unlabeled.ssl.schema import DataConfig
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 3), (4, 1), (3, 4)]
 
@@ -232,6 +237,25 @@ def test_workers_end_with_an_iterator_that_is_dropped() -> None:
     assert multiprocessing.active_children() == []
 
 
+LEFT_OPEN = """
+from unlabeled.ssl.data.loader import RunSampler, ViewDataset, make_loader
+from unlabeled.ssl.data.source import open_source
+from unlabeled.ssl.schema import DataConfig
+
+def views(picture):
+    return {"image": picture}
+
+dataset = ViewDataset(open_source(DataConfig(name="digits")), views, seed=0)
+iterator = iter(make_loader(dataset, RunSampler(length=len(dataset), batch_size=8, total_steps=99, seed=0), workers=2))
+print(len(next(iterator).tensors["image"]))
+"""
+
+
+def test_python_exits_quietly_with_an_iterator_left_open() -> None:
+    result = subprocess.run([sys.executable, "-c", LEFT_OPEN], capture_output=True, text=True, timeout=60, check=True)
+    assert (result.stdout, result.stderr) == ("8\n", "")
+
+
 def kills_itself(picture: Tensor) -> dict[str, Tensor]:
     os.kill(os.getpid(), signal.SIGKILL)
     return {}
@@ -302,3 +326,27 @@ def test_too_many_bad_pictures_stop_a_run(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match=expected):
         listed.check()
+
+
+def test_a_folder_with_some_torn_files_from_disk_to_list(tmp_path: Path) -> None:
+    for index in range(40):
+        path = tmp_path / "data" / f"{index:02}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(path)
+    torn = [tmp_path / "data" / name for name in ("07.png", "31.png")]
+    for path in torn:
+        path.write_bytes(path.read_bytes()[:50])
+    source = open_source(DataConfig(name="folder", path=tmp_path / "data"))
+    epoch = RunSampler(length=40, batch_size=10, total_steps=4, seed=0)
+    listed = BadImages(tmp_path / "bad_images.jsonl", total=len(source), max_fraction=0.05)
+    seen = Counter[int]()
+    for batch in make_loader(ViewDataset(source, draws, seed=0), epoch, workers=2):
+        listed.add(batch.bad)
+        listed.check()
+        assert torch.equal(batch.tensors["image"][:, 0, 0, 0], batch.tensors["index"].to(torch.uint8))
+        seen.update(batch.tensors["index"].tolist())
+    assert seen.total() == 40
+    assert set(range(40)) - set(seen) == {7, 31}
+    lines = [json.loads(line) for line in listed.path.read_text().splitlines()]
+    assert sorted(line["name"] for line in lines) == [str(path) for path in torn]
+    assert all(line["reason"].startswith("cannot be decoded (") for line in lines)
