@@ -150,7 +150,7 @@ def _to_255(values: npt.NDArray[np.float64], *, unit_range: bool) -> npt.NDArray
         return clean
     if low >= 0 and high <= 65535:
         return clean / 257
-    return (clean - low) * (255 / (high - low) if high > low else 0.0)
+    return (clean - low) * 255 / (high - low) if high > low else np.zeros_like(clean)
 
 
 def _grey(values: npt.NDArray[np.float64]) -> Image.Image:

@@ -9,18 +9,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from unlabeled.ssl.data.bad import BadImage
 from unlabeled.ssl.data.decode import decode_rgb, read_bytes, read_header
-from unlabeled.ssl.data.loader import start_worker
+from unlabeled.ssl.data.loader import RunLoader, start_worker
 from unlabeled.ssl.data.source import DecodeError, ImageSource, encoded, limited, open_source
 from unlabeled.ssl.schema import DoctorRun
 
@@ -127,7 +126,7 @@ class _Scan(Dataset[Scanned]):
 
 
 def _scan(source: ImageSource, workers: int) -> Iterator[Scanned]:
-    loader: DataLoader[Any] = DataLoader(
+    loader = RunLoader(
         _Scan(source),
         batch_size=32,
         num_workers=workers,
@@ -179,15 +178,15 @@ def _duplicates(source: ImageSource, good: Sequence[Scanned]) -> list[tuple[str,
 
 def _warnings(report: DoctorReport, max_bad_fraction: float) -> Iterator[str]:
     if report.bad:
-        more = len(report.bad) > max_bad_fraction * report.count
-        verdict = f"a run stops above data.max_bad_fraction={max_bad_fraction}" if more else "a run replaces them"
-        yield f"{len(report.bad)} of {report.count} pictures cannot be decoded; {verdict}"
+        too_many = len(report.bad) > max_bad_fraction * report.count
+        verdict = f"a run stops above data.max_bad_fraction={max_bad_fraction}" if too_many else "a run replaces them"
+        yield f"pictures that cannot be decoded: {len(report.bad)} of {report.count}; {verdict}"
     if report.small:
-        yield f"{report.small} pictures have a side under {SMALL} pixels; views enlarge them"
+        yield f"pictures with a side under {SMALL} pixels: {report.small}; views enlarge them"
     if report.extreme:
-        yield f"{report.extreme} pictures have one side over {EXTREME_ASPECT:g} times the other; crops see little"
+        yield f"pictures with one side over {EXTREME_ASPECT:g} times the other: {report.extreme}; crops lose much"
     if report.duplicates:
-        yield f"{len(report.duplicates)} pictures repeat the bytes of another one; they count double"
+        yield f"pictures that repeat the bytes of another picture: {len(report.duplicates)}; they count double"
     if report.classes:
         yield from _class_warnings(report.classes)
 

@@ -6,6 +6,7 @@ the number of processes nor on accumulation. A run can therefore go on at any st
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import random
 import re
@@ -19,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from unlabeled.pretext.base import Views
 from unlabeled.ssl.data.bad import BadImage
@@ -162,12 +164,17 @@ class LoadedBatch:
         return LoadedBatch({name: tensor.pin_memory() for name, tensor in self.tensors.items()}, self.bad)
 
 
-class RunLoader(DataLoader[Sample]):
-    """A DataLoader that raises a worker's UnlabeledError as it was: one line instead of a traceback in a traceback."""
+class RunLoader(DataLoader[Any]):
+    """A DataLoader that raises a worker's UnlabeledError as it was: one line instead of a traceback in a traceback.
+
+    Its workers end with its iterator: when that is exhausted, closed, dropped, or raises.
+    """
 
     def __iter__(self) -> Any:
+        iterator = super().__iter__()
+        workers = _Workers(iterator)
         try:
-            for batch in super().__iter__():
+            for batch in iterator:
                 if isinstance(batch, UnlabeledError):
                     raise batch
                 yield batch
@@ -177,6 +184,32 @@ class RunLoader(DataLoader[Sample]):
             raise DataError(
                 "engine.workers: a loader process died, most often for want of memory; set engine.workers lower"
             ) from error
+        finally:
+            workers.end()
+
+
+class _Workers:
+    """The loader processes of one of torch's iterators; they end once, at the latest when Python exits.
+
+    The registration also keeps the iterator out of reference cycles with a traceback: collected in one, it loses its
+    queues before it has told the workers to leave, and waits for them in vain.
+    """
+
+    def __init__(self, iterator: object) -> None:
+        self._iterator = iterator if isinstance(iterator, _MultiProcessingDataLoaderIter) else None
+        if self._iterator is not None:
+            atexit.register(self.end)
+
+    def end(self) -> None:
+        """Tells them to leave, waits for them some seconds, and kills those that are stuck."""
+        iterator, self._iterator = self._iterator, None
+        if iterator is None:
+            return
+        atexit.unregister(self.end)
+        iterator._shutdown_workers()
+        for process in iterator._workers:
+            if process.is_alive():  # torch's own last resort is the SIGTERM that they ignore
+                process.kill()
 
 
 def make_loader(dataset: ViewDataset, sampler: RunSampler, workers: int, pin_memory: bool = False) -> RunLoader:
@@ -210,16 +243,20 @@ def start_worker(worker: int) -> None:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seeds the CPU generators of torch, numpy and Python; afterwards they are where they were before."""
+    """Seeds the CPU generators of torch, numpy and Python; in the main process they are then put back."""
     # not torch.manual_seed: that reaches for the GPU's generators too, and is ten times slower
     generator = torch.default_generator
-    before = generator.get_state(), np.random.get_state(), random.getstate()
+    # in a worker nothing else draws from them, and numpy takes longer over its state than a small picture to decode
+    restored = get_worker_info() is None
+    if restored:
+        before = generator.get_state(), np.random.get_state(), random.getstate()
     generator.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
     try:
         yield
     finally:
-        generator.set_state(before[0])
-        np.random.set_state(before[1])
-        random.setstate(before[2])
+        if restored:
+            generator.set_state(before[0])
+            np.random.set_state(before[1])
+            random.setstate(before[2])

@@ -76,14 +76,14 @@ class TableSource:
         return f"row {self._row(index)} of {self.origin}"
 
     def encoded(self, index: int) -> bytes | Path:
-        """The bytes in the table, or the file that it names. Raises DecodeError when the cell is empty."""
+        """The bytes in the table, or the file that it names. Raises DecodeError when it holds neither."""
         cell = self._pictures[self._row(index)][self._column]
-        content, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+        content, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, cell)
         if isinstance(content, bytes):
             return content
         if isinstance(path, str):
             return Path(path)
-        raise DecodeError(f"{self.describe(index)}: the cell {self._column!r} is empty")
+        raise DecodeError(f"{self.describe(index)}: its cell {self._column!r} holds no encoded picture")
 
     def _row(self, index: int) -> int:
         return index if self._rows is None else int(self._rows[index])
@@ -240,8 +240,8 @@ def _datasets(config: DataConfig) -> Any:
 
 
 def _parquet(datasets: Any, files: list[Path]) -> Any:
-    names = [str(file) for file in files]
-    return _loaded(datasets.load_dataset, "parquet", data_files=names, split="train")
+    # not load_dataset("parquet"): that counts its uses on the Hub's server, and waits for it where there is no network
+    return _loaded(datasets.Dataset.from_parquet, [glob.escape(str(file)) for file in files])
 
 
 def _open_dataset(datasets: Any, path: Path, field: str) -> Any:
@@ -256,10 +256,10 @@ def _from_hub(datasets: Any, config: DataConfig) -> Any:
     return _loaded(datasets.load_dataset, str(config.dataset))
 
 
-def _loaded(load: Any, what: str, **arguments: Any) -> Any:
+def _loaded(load: Any, what: str | list[str]) -> Any:
     try:
-        return load(what, **arguments)
+        return load(what)
     except Exception as error:  # datasets raises dozens of kinds, from its own to pyarrow's and the network's
-        named = arguments.get("data_files", [what])[0]
+        name = what if isinstance(what, str) else what[0]
         reason = " ".join(str(error.__cause__ or error).split())
-        raise DataError(f"data: {named} cannot be opened as a data set ({reason}); check it") from error
+        raise DataError(f"data: {name} cannot be opened as a data set ({reason}); check it") from error
