@@ -71,7 +71,14 @@ def test_identity_of_weights_sees_one_changed_value_and_the_pooling() -> None:
     assert base == weights_identity(tiny_vit())
     torch.manual_seed(0)
     averaged = create_backbone(
-        "vit_tiny_patch16_224", size=32, embed_dim=32, depth=1, num_heads=2, patch_size=8, global_pool="avg", fc_norm=False
+        "vit_tiny_patch16_224",
+        size=32,
+        embed_dim=32,
+        depth=1,
+        num_heads=2,
+        patch_size=8,
+        global_pool="avg",
+        fc_norm=False,
     )
     averaged.load_state_dict(network.state_dict())
     assert weights_identity(averaged) != base
