@@ -24,8 +24,10 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from unlabeled.eval.document import Row, clean, online_curve
 from unlabeled.eval.verdict import TITLES, Comparison, percent
 
-_INK, _SOFT, _LINE, _ACCENT = "#010101", "#020202", "#030303", "#040404"
-_VARIABLES = {_INK: "var(--ink)", _SOFT: "var(--soft)", _LINE: "var(--line)", _ACCENT: "var(--accent)"}
+_INK, _SOFT, _LINE, _ACCENT, _CARD = "#010101", "#020202", "#030303", "#040404", "#050505"
+_VARIABLES = {
+    _INK: "var(--ink)", _SOFT: "var(--soft)", _LINE: "var(--line)", _ACCENT: "var(--accent)", _CARD: "var(--card)",
+}  # fmt: skip
 
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -98,7 +100,7 @@ def comparison_figure(comparisons: Sequence[Comparison]) -> Markup:
         axes.grid(axis="y", visible=False)
         axes.set_ylim(min(places) - 0.6, 0.6)
         axes.margins(x=0.16)
-        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
         axes.xaxis.set_major_locator(MaxNLocator(4))
         return _svg(figure, "Accuracy of each encoder with its 95 % interval")
 
@@ -125,7 +127,11 @@ def confusion_figure(matrix: npt.NDArray[np.int64], classes: Sequence[str]) -> M
         if count <= _NUMBERED:
             for (row, column), value in np.ndenumerate(share):
                 if value >= 0.005:
-                    axes.text(column + 0.5, row + 0.5, f"{100 * value:.0f}", ha="center", va="center", fontsize=7.5)
+                    color = _CARD if value > 0.55 else _INK
+                    axes.text(
+                        column + 0.5, row + 0.5, f"{100 * value:.0f}",
+                        ha="center", va="center", fontsize=7.5, color=color,
+                    )  # fmt: skip
         return _svg(figure, "Confusion matrix of the linear probe, percent of each true class")
 
 
@@ -144,7 +150,7 @@ def _curve(
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_locator(MaxNLocator(4))
         if fraction:
-            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
         elif np.abs(ys).max(initial=0) < 0.01:
             axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
         return _svg(figure, title)

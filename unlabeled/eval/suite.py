@@ -148,7 +148,11 @@ def random_twin(backbone: Backbone, seed: int) -> Backbone:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return create_backbone(backbone.name, size=backbone.input_size, **backbone.kwargs)
+        twin = create_backbone(backbone.name, size=backbone.input_size, **backbone.kwargs)
+    twin.mean, twin.std = backbone.mean, backbone.std
+    for name, buffer in backbone.named_buffers(recurse=False):
+        twin.get_buffer(name).copy_(buffer)
+    return twin
 
 
 class Subset:

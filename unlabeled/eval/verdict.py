@@ -53,9 +53,8 @@ class Verdict:
 def compare(evidence: Evidence) -> list[Comparison]:
     """Every accuracy of the backbone beside the baselines', those to quote first."""
     metrics = [name for name in evidence.encoders["backbone"].metrics if label_of(name) is not None]
-    metrics.sort(
-        key=lambda name: evidence.headline.index(name) if name in evidence.headline else len(evidence.headline)
-    )
+    order = {metric: place for place, metric in enumerate(evidence.headline)}
+    metrics.sort(key=lambda metric: (order.get(metric, len(order)), metric.endswith("top5")))
     return [_comparison(evidence, metric) for metric in metrics]
 
 
@@ -97,7 +96,7 @@ def judge(evidence: Evidence | None) -> Verdict:
     low = [c.label for c in quoted if c.values["backbone"].low <= evidence.majority]
     if low:
         guess = f"always guessing the commonest class ({percent(evidence.majority)} %)"
-        details.append(f"Not clearly above {guess}: {' and '.join(low)}.")
+        details.append(f"Not clearly above {guess}: {' and '.join(map(_inside, low))}.")
     outcomes = {_outcome(comparison) for comparison in quoted}
     if None in outcomes or not quoted:
         return Verdict("alone", "Measured without baselines, so nothing to be better than.", tuple(details))
@@ -126,18 +125,28 @@ def _outcome(comparison: Comparison) -> Literal["better", "even", "worse"] | Non
 def _gap(comparison: Comparison) -> str:
     stronger = comparison.stronger()
     assert stronger is not None
-    points = 100 * comparison.differences[stronger].value
-    return f"{points:+.1f} points against {TITLES[stronger]} in {comparison.label}".replace("-", "−")
+    doubt = " (within chance)" if _outcome(comparison) == "even" else ""
+    return f"{_against(comparison.differences[stronger].value, stronger)} in {_inside(comparison.label)}{doubt}"
+
+
+def _against(gap: float, baseline: str) -> str:
+    """0.123 → ``12.3 points above raw pixels``."""
+    if percent(abs(gap)) == "0.0":
+        return f"level with {TITLES[baseline]}"
+    return f"{percent(abs(gap))} points {'above' if gap >= 0 else 'below'} {TITLES[baseline]}"
+
+
+def _inside(label: str) -> str:
+    """The label within a sentence: ``kNN, k = 20``, but ``the linear probe``."""
+    return label if label.startswith("kNN") else f"the {label}"
 
 
 def _detail(comparison: Comparison, count: int) -> str:
     own = comparison.values["backbone"]
-    sentence = (
-        f"{comparison.label[0].upper()}{comparison.label[1:]}" if comparison.label[:3] != "kNN" else comparison.label
-    )
+    sentence = comparison.label if comparison.label.startswith("kNN") else comparison.label.capitalize()
     sentence += f": {percent(own.value)} % of {count:,} test pictures (95 %: {percent(own.low)} to {percent(own.high)})"
     for name, gap in comparison.differences.items():
-        sentence += f"; {signed(gap.value)} points against {TITLES[name]} ({signed(gap.low)} to {signed(gap.high)})"
+        sentence += f"; {_against(gap.value, name)} ({signed(gap.low)} to {signed(gap.high)})"
     return sentence + "."
 
 
