@@ -71,8 +71,11 @@ def test_golden_numbers_of_the_published_implementation() -> None:
 
     np.testing.assert_allclose(normalized(test.features), tensors["expect/test_features_normalised"], atol=1e-6)
     indices, similarities = nearest_neighbours(train.features, test.features, max(ks))
-    np.testing.assert_array_equal(indices, tensors["expect/neighbour_index"])
     np.testing.assert_allclose(similarities, tensors["expect/neighbour_similarity"], atol=1e-6)
+    apart = np.diff(similarities, axis=1) < -2e-6  # neighbours as near as rounding may change places
+    clear = np.pad(apart, ((0, 0), (1, 0)), constant_values=True) & np.pad(apart, ((0, 0), (0, 1)))
+    assert clear.mean() > 0.9
+    np.testing.assert_array_equal(indices[clear], tensors["expect/neighbour_index"][clear])
     for k, scores in class_scores(train.labels[indices], similarities, ks, config["temperature"], classes):
         np.testing.assert_allclose(scores, tensors[f"expect/probabilities_k{k}"], atol=1e-5)
         np.testing.assert_array_equal(scores.argmax(1), tensors[f"expect/prediction_k{k}"])
@@ -82,7 +85,7 @@ def test_golden_numbers_of_the_published_implementation() -> None:
     found = dict(evaluator.run(FeatureSet(train, test, names(classes))))
     headline = evaluator.headline_k(len(train))
     np.testing.assert_array_equal(found["predictions"], tensors[f"expect/prediction_k{headline}"])
-    np.testing.assert_array_equal(found["neighbours"], tensors["expect/neighbour_index"][:, :headline])
+    np.testing.assert_array_equal(found["neighbours"], indices[:, :headline])
     for k in ks:
         assert found[f"k{k}"] == pytest.approx(float(tensors[f"expect/top1_k{k}"]), abs=1e-6)
         if classes > 5:

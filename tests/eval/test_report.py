@@ -251,6 +251,7 @@ def test_confusion_of_any_size_is_drawn(count: int) -> None:
     svg = confusion_figure(np.eye(count, dtype=np.int64), [f"class {n}" for n in range(count)])
     assert ("class 1" in svg) == (count <= 24)
     assert len(svg) < 400_000
+    assert ("data:image/png" in svg) == (count > 24), "many cells are drawn as pixels"
 
 
 def test_clean_keeps_letters_of_every_script() -> None:

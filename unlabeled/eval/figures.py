@@ -28,6 +28,8 @@ _INK, _SOFT, _LINE, _ACCENT, _CARD = "#010101", "#020202", "#030303", "#040404",
 _VARIABLES = {
     _INK: "var(--ink)", _SOFT: "var(--soft)", _LINE: "var(--line)", _ACCENT: "var(--accent)", _CARD: "var(--card)",
 }  # fmt: skip
+_PIXEL = "#2a9d95"
+"""Of pixels, which CSS cannot recolour: near the accent, and visible on light and on dark."""
 
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -65,7 +67,8 @@ _TASK_CURVES = 4
 
 def training_curves(rows: Sequence[Row]) -> list[tuple[str, Markup]]:
     """(title, SVG) of the loss, the learning rate, the online kNN, and the first few of the task's own logs."""
-    logs = [key for row in rows[:1] for key in row if key not in _BESIDE and not key.startswith("eval/")]
+    keys = dict.fromkeys(key for row in rows for key in row)
+    logs = [key for key in keys if key not in _BESIDE and not key.startswith("eval/")]
     wanted = [("loss", "Loss"), ("lr", "Learning rate"), *((key, key) for key in logs[:_TASK_CURVES])]
     figures = []
     for key, title in wanted:
@@ -112,7 +115,7 @@ def confusion_figure(matrix: npt.NDArray[np.int64], classes: Sequence[str]) -> M
     with mpl.rc_context(_STYLE):
         figure, axes = _figure(_WIDTH * 0.92)
         colors = np.empty((count * count, 4))
-        colors[:] = to_rgba(_ACCENT)
+        colors[:] = to_rgba(_ACCENT if count <= _NAMED else _PIXEL)
         colors[:, 3] = share.ravel()
         mesh = axes.pcolormesh(np.zeros((count, count)), linewidth=0, rasterized=count > _NAMED)
         axes.grid(visible=False)
