@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from unlabeled.ssl.errors import DataError
+
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
@@ -23,7 +25,11 @@ class FeatureSplit:
     features: FloatArray
     """float32 (N, D), as the encoder gives them (not normalised)."""
     labels: IntArray
-    """int64 (N,)."""
+    """int64 (N,); -1 where the source has no labels."""
+    indices: IntArray | None = None
+    """int64 (N,): index in the source of each row; None: the row's own number."""
+    skipped: tuple[str, ...] = ()
+    """What the source calls the pictures that could not be decoded."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -51,3 +57,30 @@ class Evaluator(Protocol):
         Raises DataError, in one line, for features that it cannot judge (NaN, a single class, too few pictures).
         """
         ...
+
+
+def check_features(data: FeatureSet) -> None:
+    """Raises DataError, in one line, for features or labels that no evaluator can judge.
+
+    That is: no pictures, NaN or infinite features, labels outside the classes, a training split of a single class.
+    """
+    for split, part in (("training", data.train), ("test", data.test)):
+        if len(part) == 0:
+            raise DataError(f"evaluate.data: the {split} split has no readable picture; nothing can be measured")
+        if len(part.features) != len(part.labels):
+            raise DataError(f"evaluate.data: {len(part.features)} {split} features but {len(part.labels)} labels")
+        broken = int((~np.isfinite(part.features).all(axis=1)).sum())
+        if broken:
+            raise DataError(
+                f"evaluate: {broken} of {len(part)} {split} features are NaN or infinite; the backbone's weights have "
+                "diverged, go back to an earlier checkpoint or lower optim.lr"
+            )
+        low, high = int(part.labels.min()), int(part.labels.max())
+        if low < 0 or high >= len(data.classes):
+            wrong = low if low < 0 else high
+            raise DataError(f"evaluate.data: {split} label {wrong} is outside the {len(data.classes)} classes")
+    if len(np.unique(data.train.labels)) < 2:
+        only = data.classes[int(data.train.labels[0])]
+        raise DataError(
+            f"evaluate.data: all training pictures are of class {only!r}; give data with at least two classes"
+        )

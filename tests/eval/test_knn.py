@@ -1,0 +1,161 @@
+"""Weighted kNN against brute force, closed forms and the published implementation's numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from unlabeled.eval.base import FeatureSet, FeatureSplit
+from unlabeled.eval.knn import KnnEvaluator, best_classes, class_scores, nearest_neighbours, normalized
+from unlabeled.ssl.errors import ConfigError, DataError
+from unlabeled.ssl.schema import KnnConfig
+
+GOLDEN = Path(os.environ.get("UNLABELED_GOLDEN_DIR") or Path(__file__).parent.parent / "golden")
+
+
+def names(count: int) -> tuple[str, ...]:
+    return tuple(f"class {number}" for number in range(count))
+
+
+def clusters(count: int, classes: int, *, spread: float = 1.0, seed: int = 0) -> FeatureSplit:
+    """Normal clouds around fixed centres in 16 dimensions."""
+    centres = np.random.default_rng(7).normal(size=(classes, 16))
+    generator = np.random.default_rng(seed)
+    labels = np.arange(count) % classes
+    features = centres[labels] + spread * generator.normal(size=(count, 16))
+    return FeatureSplit(features.astype(np.float32), labels)
+
+
+def brute_force(train: FeatureSplit, test: FeatureSplit, k: int, temperature: float, classes: int) -> np.ndarray:
+    """Scores by the definition, one test picture after the other."""
+    rows = []
+    for query in test.features.astype(np.float64):
+        cosines = [
+            query @ other / np.linalg.norm(query) / np.linalg.norm(other) for other in train.features.astype(np.float64)
+        ]
+        nearest = sorted(range(len(cosines)), key=lambda row: -cosines[row])[:k]
+        scores = np.zeros(classes)
+        for row in nearest:
+            scores[train.labels[row]] += np.exp(cosines[row] / temperature)
+        rows.append(scores / scores.sum())
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("k", [1, 7, 30])
+def test_accuracy_and_scores_are_those_of_brute_force(k: int) -> None:
+    train, test = clusters(120, 8, spread=2, seed=1), clusters(100, 8, spread=2, seed=2)
+    expected = brute_force(train, test, k, 0.07, 8)
+    found = dict(KnnEvaluator(KnnConfig(k=(k, 30))).run(FeatureSet(train, test, names(8))))
+    assert found[f"k{k}"] == pytest.approx((expected.argmax(1) == test.labels).mean())
+    np.testing.assert_array_equal(found["predictions"], expected.argmax(1))
+    indices, similarities = nearest_neighbours(train.features, test.features, k)
+    ((_, scores),) = class_scores(train.labels[indices], similarities, [k], 0.07, 8)
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    ranked = np.sort(np.argsort(-expected, axis=1)[:, :5], axis=1)
+    guessed = [row in order for row, order in zip(test.labels, ranked, strict=True)]
+    if k == 30:
+        assert found["k30_top5"] == pytest.approx(np.mean(guessed))
+
+
+def test_golden_numbers_of_the_published_implementation() -> None:
+    config = json.loads((GOLDEN / "knn.json").read_text())["config"]
+    tensors = load_file(GOLDEN / "knn.safetensors")
+    train = FeatureSplit(tensors["input/train_features"], tensors["input/train_labels"])
+    test = FeatureSplit(tensors["input/test_features"], tensors["input/test_labels"])
+    classes, ks = config["classes"], sorted(config["k"])
+
+    np.testing.assert_allclose(normalized(test.features), tensors["expect/test_features_normalised"], atol=1e-6)
+    indices, similarities = nearest_neighbours(train.features, test.features, max(ks))
+    np.testing.assert_allclose(similarities, tensors["expect/neighbour_similarity"], atol=1e-6)
+    apart = np.diff(similarities, axis=1) < -2e-6  # neighbours as near as rounding may change places
+    clear = np.pad(apart, ((0, 0), (1, 0)), constant_values=True) & np.pad(apart, ((0, 0), (0, 1)))
+    assert clear.mean() > 0.9
+    np.testing.assert_array_equal(indices[clear], tensors["expect/neighbour_index"][clear])
+    for k, scores in class_scores(train.labels[indices], similarities, ks, config["temperature"], classes):
+        np.testing.assert_allclose(scores, tensors[f"expect/probabilities_k{k}"], atol=1e-5)
+        np.testing.assert_array_equal(scores.argmax(1), tensors[f"expect/prediction_k{k}"])
+
+    settings = KnnConfig(k=tuple(ks), temperature=config["temperature"])
+    evaluator = KnnEvaluator(settings)
+    found = dict(evaluator.run(FeatureSet(train, test, names(classes))))
+    headline = evaluator.headline_k(len(train))
+    np.testing.assert_array_equal(found["predictions"], tensors[f"expect/prediction_k{headline}"])
+    np.testing.assert_array_equal(found["neighbours"], indices[:, :headline])
+    for k in ks:
+        assert found[f"k{k}"] == pytest.approx(float(tensors[f"expect/top1_k{k}"]), abs=1e-6)
+        if classes > 5:
+            assert found[f"k{k}_top5"] == pytest.approx(float(tensors[f"expect/top5_k{k}"]), abs=1e-6)
+
+
+def test_a_near_neighbour_outvotes_two_far_ones_exactly_as_the_temperature_says() -> None:
+    train = FeatureSplit(np.array([[1, 0], [0, 1], [0, 1]], np.float32), np.array([0, 1, 1]))
+    ((_, scores),) = class_scores(np.array([[0, 1, 1]]), np.array([[0.8, 0.6, 0.6]], np.float32), [3], 0.1, 2)
+    np.testing.assert_allclose(scores[0, 0], 1 / (1 + 2 * np.exp(-2)), rtol=1e-6)
+    test = FeatureSplit(np.array([[0.8, 0.6]], np.float32), np.array([0]))
+    sharp = dict(KnnEvaluator(KnnConfig(k=(3,), temperature=0.1)).run(FeatureSet(train, test, names(2))))
+    blunt = dict(KnnEvaluator(KnnConfig(k=(3,), temperature=10)).run(FeatureSet(train, test, names(2))))
+    assert (sharp["k3"], blunt["k3"]) == (1.0, 0.0)
+
+
+def test_top5_counts_the_five_best_and_never_a_class_without_a_vote() -> None:
+    scores = np.array([[0.1, 0.2, 0.3, 0.15, 0.05, 0.2], [0.0, 0.0, 1.0, 0.0, 0.0, 0.0]])
+    np.testing.assert_array_equal(best_classes(scores, 5), [[2, 1, 5, 3, 0], [2, -1, -1, -1, -1]])
+
+
+def test_top5_only_with_more_than_five_classes_and_headline_is_k20_or_the_first() -> None:
+    data = FeatureSet(clusters(60, 5), clusters(20, 5, seed=9), names(5))
+    found = dict(KnnEvaluator(KnnConfig(k=(3, 20))).run(data))
+    assert {key for key in found if key.startswith("k")} == {"k3", "k20"}
+    assert found["neighbours"].shape == found["similarities"].shape == (20, 20)
+    assert dict(KnnEvaluator(KnnConfig(k=(3, 5))).run(data))["neighbours"].shape == (20, 3)
+
+
+def test_k_beyond_the_training_set_is_cut_and_said() -> None:
+    data = FeatureSet(clusters(15, 3), clusters(6, 3, seed=4), names(3))
+    found = dict(KnnEvaluator(KnnConfig(k=(10, 20, 100))).run(data))
+    assert found["note"] == "k was cut to 15, the number of training pictures"
+    assert {key for key in found if key.startswith("k")} == {"k10", "k15"}
+    assert found["neighbours"].shape == (6, 15)
+
+
+def test_zero_and_huge_vectors_are_safe() -> None:
+    train = clusters(12, 3)
+    train.features[0] = 0
+    train.features[1] *= 1e30
+    test = FeatureSplit(np.stack([np.zeros(16), train.features[1]]).astype(np.float32), np.array([0, 1]))
+    found = dict(KnnEvaluator(KnnConfig(k=(1, 12))).run(FeatureSet(train, test, names(3))))
+    assert np.isfinite(found["similarities"]).all()
+    assert found["predictions"][1] == 1
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_broken_features_are_refused(value: float) -> None:
+    test = clusters(9, 3)
+    test.features[2, 1] = value
+    with pytest.raises(DataError, match="1 of 9 test features are NaN or infinite"):
+        dict(KnnEvaluator(KnnConfig()).run(FeatureSet(clusters(9, 3), test, names(3))))
+
+
+def test_unusable_labels_and_splits_are_refused() -> None:
+    evaluator, good = KnnEvaluator(KnnConfig()), clusters(9, 3)
+    single = FeatureSplit(good.features, np.full(9, 2))
+    with pytest.raises(DataError, match="all training pictures are of class 'class 2'"):
+        dict(evaluator.run(FeatureSet(single, good, names(3))))
+    with pytest.raises(DataError, match="test label 2 is outside the 2 classes"):
+        dict(evaluator.run(FeatureSet(FeatureSplit(good.features, good.labels % 2), good, names(2))))
+    with pytest.raises(DataError, match="training label -1 is outside"):
+        dict(evaluator.run(FeatureSet(FeatureSplit(good.features, good.labels - 1), good, names(3))))
+    empty = FeatureSplit(good.features[:0], good.labels[:0])
+    with pytest.raises(DataError, match="test split has no readable picture"):
+        dict(evaluator.run(FeatureSet(good, empty, names(3))))
+
+
+@pytest.mark.parametrize("k", [(), (0,), (5, -1)])
+def test_impossible_k_is_refused(k: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"evaluate\.knn\.k: \["):
+        KnnEvaluator(KnnConfig(k=k))

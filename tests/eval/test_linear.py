@@ -1,0 +1,191 @@
+"""The linear probe: its grouped optimizer against torch's, its accuracy against scikit-learn's, its edge cases."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from unlabeled.eval.base import FeatureSet, FeatureSplit
+from unlabeled.eval.linear import (
+    GroupedSgd,
+    LinearEvaluator,
+    Setting,
+    confusion_matrix,
+    statistics,
+    stratified_split,
+)
+from unlabeled.ssl.errors import ConfigError, DataError
+from unlabeled.ssl.schema import LinearConfig
+
+FAST = LinearConfig(epochs=20, batch_size=64)
+
+
+def clouds(count: int, *, spread: float, seed: int, classes: int = 4) -> FeatureSplit:
+    """Normal clouds in 20 dimensions of very unlike scales and offsets."""
+    centres = np.random.default_rng(3).normal(size=(classes, 20))
+    generator = np.random.default_rng(seed)
+    labels = generator.permutation(np.arange(count) % classes)
+    features = centres[labels] + spread * generator.normal(size=(count, 20))
+    return FeatureSplit((features * np.logspace(-2, 2, 20) + 5).astype(np.float32), labels)
+
+
+def dataset(spread: float, *, train: int = 400, test: int = 300) -> FeatureSet:
+    return FeatureSet(clouds(train, spread=spread, seed=1), clouds(test, spread=spread, seed=2), tuple("abcd"))
+
+
+def test_grouped_steps_are_those_of_separate_optimizers() -> None:
+    grid = [Setting(0.1, 0.0), Setting(0.5, 0.01), Setting(0.02, 0.3)]
+    generator = torch.Generator().manual_seed(0)
+    features = torch.cat([torch.randn(40, 6, generator=generator), torch.ones(40, 1)], dim=1)
+    labels = torch.randint(0, 5, (40,), generator=generator)
+    grouped = GroupedSgd(7, 5, grid, device=torch.device("cpu"), lr_scale=0.5)
+    weights = [torch.zeros(6, 5, requires_grad=True) for _ in grid]
+    biases = [torch.zeros(5, requires_grad=True) for _ in grid]
+    optimizers = [
+        torch.optim.SGD(
+            [{"params": [w], "weight_decay": s.weight_decay}, {"params": [b], "weight_decay": 0.0}],
+            lr=s.lr, momentum=0.9,
+        )
+        for w, b, s in zip(weights, biases, grid, strict=True)
+    ]  # fmt: skip
+    for step in range(12):
+        rate = 1 - step / 12
+        rows = torch.randperm(40, generator=generator)[:16]
+        grouped.step(features[rows], labels[rows], rate=rate)
+        for w, b, optimizer, setting in zip(weights, biases, optimizers, grid, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = setting.lr * 0.5 * rate
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(features[rows, :-1] @ w + b, labels[rows]).backward()
+            optimizer.step()
+    for head, w, b in zip(grouped.heads(), weights, biases, strict=True):
+        torch.testing.assert_close(head[:-1], w.detach(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(head[-1], b.detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_diverging_head_leaves_the_others_bit_equal() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(32, 6, generator=generator), torch.arange(32) % 3
+    calm, wild = Setting(0.1, 0.01), Setting(1e38, 0.01)
+    alone = GroupedSgd(6, 3, [calm, calm], device=torch.device("cpu"))
+    beside = GroupedSgd(6, 3, [wild, calm], device=torch.device("cpu"))
+    for _ in range(8):
+        alone.step(features, labels, rate=1.0)
+        beside.step(features, labels, rate=1.0)
+    assert not beside.heads()[0].isfinite().all()
+    assert torch.equal(beside.heads()[1], alone.heads()[1])
+
+
+def test_the_evaluator_survives_a_diverging_setting_and_refuses_when_all_diverge() -> None:
+    data = dataset(0.3)
+    found = dict(LinearEvaluator(LinearConfig(lr=(0.01, 1e38), weight_decay=(0.0,), epochs=10)).run(data))
+    assert found["lr"] == 0.01
+    assert found["diverged"] == 1
+    assert found["top1"] > 0.95
+    with pytest.raises(DataError, match=r"evaluate\.linear\.lr: all 1 heads diverged"):
+        dict(LinearEvaluator(LinearConfig(lr=(1e38,), weight_decay=(0.0,), epochs=10)).run(data))
+
+
+@pytest.mark.parametrize(("spread", "least"), [(0.2, 0.99), (1.5, 0.5)])
+def test_accuracy_is_that_of_logistic_regression(spread: float, least: float) -> None:
+    data = dataset(spread, train=800, test=1000)
+    scaler = StandardScaler().fit(data.train.features)
+    reference = LogisticRegression(C=1.0, max_iter=2000).fit(scaler.transform(data.train.features), data.train.labels)
+    expected = reference.score(scaler.transform(data.test.features), data.test.labels)
+    found = dict(LinearEvaluator(FAST).run(data))
+    assert expected > least, "the case must be neither hopeless nor, for the noisy one, trivial"
+    assert found["top1"] == pytest.approx(expected, abs=0.02)
+
+
+def test_values_agree_with_each_other_and_repeat() -> None:
+    data = dataset(1.0)
+    found, again = (dict(LinearEvaluator(FAST, seed=5).run(data)) for _ in range(2))
+    assert found["top1"] == (found["predictions"] == data.test.labels).mean()
+    assert np.trace(found["confusion"]) == pytest.approx(found["top1"] * len(data.test))
+    assert found["confusion"].sum() == len(data.test)
+    assert found["lr"] in FAST.lr
+    assert found["weight_decay"] in FAST.weight_decay
+    assert "top5" not in found
+    np.testing.assert_array_equal(found["predictions"], again["predictions"])
+    assert found["holdout_top1"] == again["holdout_top1"]
+
+
+def test_top5_is_given_from_six_classes_on() -> None:
+    train, test = (clouds(240, spread=2.0, seed=seed, classes=8) for seed in (1, 2))
+    found = dict(LinearEvaluator(FAST).run(FeatureSet(train, test, tuple("abcdefgh"))))
+    assert found["top1"] < found["top5"] < 1
+
+
+def test_the_test_split_never_chooses() -> None:
+    """With the test labels shuffled, the same setting is chosen with the same hold-out accuracy."""
+    data = dataset(1.0)
+    shuffled = FeatureSplit(data.test.features, np.roll(data.test.labels, 1))
+    one, two = (
+        dict(LinearEvaluator(FAST).run(FeatureSet(data.train, test, data.classes))) for test in (data.test, shuffled)
+    )
+    assert [one[key] for key in ("lr", "weight_decay", "holdout_top1")] == [
+        two[key] for key in ("lr", "weight_decay", "holdout_top1")
+    ]
+    assert one["top1"] != two["top1"]
+
+
+def test_the_edge_of_the_grid_is_said() -> None:
+    data = dataset(1.0)
+    notes = dict(LinearEvaluator(LinearConfig(lr=(1e-9, 2e-9, 1e-3), weight_decay=(0.0,), epochs=5)).run(data))
+    assert "lr 0.001 is at the edge of the grid" in notes["note"]
+
+
+def test_features_without_variance_are_harmless() -> None:
+    data = dataset(0.3)
+    for part in (data.train, data.test):
+        part.features[:, 4] = 1e4 + 1 / 3
+    mean, deviation = statistics(data.train.features)
+    assert deviation[4] == 1
+    np.testing.assert_allclose(mean, data.train.features.mean(0), rtol=1e-4)
+    assert dict(LinearEvaluator(FAST).run(data))["top1"] > 0.95
+
+
+def test_fewer_pictures_than_a_batch_and_a_class_of_one_picture_work() -> None:
+    train, test = clouds(21, spread=0.1, seed=1), clouds(20, spread=0.1, seed=2)
+    train.labels[train.labels == 3] = np.where(np.cumsum(train.labels == 3)[train.labels == 3] == 1, 3, 2)
+    assert (train.labels == 3).sum() == 1
+    found = dict(LinearEvaluator(LinearConfig()).run(FeatureSet(train, test, tuple("abcd"))))
+    assert found["confusion"].shape == (4, 4)
+
+
+def test_degenerate_inputs_are_refused() -> None:
+    data = dataset(1.0)
+    single = FeatureSplit(data.train.features, np.zeros_like(data.train.labels))
+    with pytest.raises(DataError, match="all training pictures are of class 'a'"):
+        dict(LinearEvaluator(FAST).run(FeatureSet(single, data.test, data.classes)))
+    data.train.features[0, 0] = np.nan
+    with pytest.raises(DataError, match="1 of 400 training features are NaN or infinite"):
+        dict(LinearEvaluator(FAST).run(data))
+    lone = FeatureSplit(np.eye(4, 20, dtype=np.float32), np.arange(4))
+    with pytest.raises(DataError, match="4 training pictures, one a class, are too few"):
+        dict(LinearEvaluator(FAST).run(FeatureSet(lone, data.test, data.classes)))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("lr", ()), ("lr", (0.0,)), ("lr", (float("nan"),)), ("weight_decay", (-1.0,))]
+)
+def test_impossible_grids_are_refused(field: str, value: tuple[float, ...]) -> None:
+    with pytest.raises(ConfigError, match=rf"evaluate\.linear\.{field}: \["):
+        LinearEvaluator(LinearConfig.model_validate({field: value}))
+
+
+def test_the_hold_out_is_stratified_and_disjoint() -> None:
+    labels = np.array([0] * 50 + [1] * 10 + [2] * 2 + [3])
+    kept, held = stratified_split(labels, 0.1, seed=0)
+    assert np.bincount(labels[held], minlength=4).tolist() == [5, 1, 1, 0]
+    np.testing.assert_array_equal(np.sort(np.concatenate([kept, held])), np.arange(len(labels)))
+    assert np.bincount(labels[stratified_split(labels, 0.99, seed=0)[0]]).tolist() == [1, 1, 1, 1]
+    assert not np.array_equal(held, stratified_split(labels, 0.1, seed=1)[1])
+
+
+def test_confusion_rows_are_the_truth() -> None:
+    matrix = confusion_matrix(np.array([0, 0, 1, 2]), np.array([1, 0, 1, 0]), 3)
+    assert matrix.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]

@@ -1,0 +1,259 @@
+"""The report: its numbers, its words, its file, and that no name in it can break the page."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from unlabeled.eval.document import clean, read_report, report_document
+from unlabeled.eval.figures import confusion_figure, training_curves
+from unlabeled.eval.gallery import GalleryRow, Thumbnail
+from unlabeled.eval.report import write_report
+from unlabeled.eval.suite import EncoderEvidence, Evidence
+from unlabeled.eval.summary import RunSummary
+from unlabeled.eval.verdict import compare, judge, label_of
+from unlabeled.ssl.errors import DataError
+
+RUN = RunSummary(
+    title="a run", backbone="vit", data="digits", parameters=1_234_567, device="cpu", seed=3,
+    config="task:\n  name: mae\n", task="mae", epochs=10, steps=400, images=51200, seconds=3725, commit="abc1234",
+)  # fmt: skip
+
+HOSTILE = (
+    "<script>steal()</script>",
+    '"><img src=x onerror=steal()>',
+    "</style></svg><script>steal()</script>",
+    "$\\frac{1}{$",
+    "a\udcffb\x00\x1b",
+    "| pipe | and\nline",
+)
+
+
+def evidence(
+    knn: tuple[float, float, float] = (0.8, 0.6, 0.5),
+    linear: tuple[float, float, float] = (0.9, 0.7, 0.6),
+    *,
+    count: int = 1000,
+    classes: tuple[str, ...] = ("cat", "dog", "owl"),
+) -> Evidence:
+    names = ("backbone", "pixels", "random")
+    confusion = np.full((len(classes), len(classes)), 10) + 80 * np.eye(len(classes), dtype=int)
+    encoders = {
+        name: EncoderEvidence(
+            {"knn/k10": k, "knn/k20": k, "linear/top1": p, "linear/lr": 0.1, "linear/weight_decay": 0.0},
+            {"linear/confusion": confusion},
+            (),
+            {"features": 1.0},
+            32,
+        )
+        for name, k, p in zip(names, knn, linear, strict=True)
+    }
+    picture = torch.arange(3 * 8 * 8, dtype=torch.uint8).view(3, 8, 8)
+    row = GalleryRow(
+        Thumbnail(picture, 0, f"{classes[0]}/query.png"),
+        (Thumbnail(picture, 0, f"{classes[0]}/right.png", 0.99), Thumbnail(picture, 1, f"{classes[1]}/wrong.png", 0.5)),
+    )
+    return Evidence(
+        encoders=encoders, headline=("knn/k20", "linear/top1"), classes=classes,
+        test_labels=np.zeros(count, dtype=np.int64), train_pictures=5000, test_pictures=count, majority=0.34,
+        skipped={"train": (), "test": ("bad.png",)}, seeds={"random weights": 7}, hardware={"device": "cpu"},
+        gallery=(row,), seconds=12.5,
+    )  # fmt: skip
+
+
+def rows(count: int = 60) -> list[dict[str, float]]:
+    trained = [
+        {"step": step, "epoch": step / 10, "loss": 1 / (1 + step), "lr": 1e-4, "images_per_s": 9.0, "masked": 0.75}
+        for step in range(count)
+    ]
+    return trained + [{"step": step, "epoch": step / 10, "eval/knn/k10": 0.1, "eval/knn/k20": 0.5} for step in (20, 40)]
+
+
+class Page(HTMLParser):
+    """Elements of a page, what they refer to, and its text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.words: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def test_report_json_round_trips_and_is_strict(tmp_path: Path) -> None:
+    broken = evidence()
+    broken.encoders["backbone"].metrics["linear/loss"] = math.nan
+    page = write_report(tmp_path, RUN, broken, rows(), {"reconstructions": torch.zeros(3, 8, 16, dtype=torch.uint8)})
+    assert page == tmp_path / "report" / "report.html"
+    document = read_report(tmp_path / "report" / "report.json")
+    assert document == report_document(RUN, broken, rows(), ["reconstructions"])
+    assert document["schema"] == 1
+    assert document["evidence"]["encoders"]["backbone"]["metrics"]["linear/loss"] is None
+    assert document["evidence"]["confusion"][0] == [90, 10, 10]
+    assert document["run"]["parameters"] == 1_234_567
+    assert document["training"]["online"] == [[2.0, 0.5], [4.0, 0.5]]
+    assert document["pictures"] == ["reconstructions"]
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["report.html", "report.json", "report.md"]
+
+
+def test_another_schema_or_no_report_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    with pytest.raises(DataError, match="cannot be read"):
+        read_report(file)
+    file.write_text(json.dumps({"schema": 99}))
+    with pytest.raises(DataError, match="has schema 99, this version reads 1"):
+        read_report(file)
+
+
+def test_the_comparison_puts_quoted_metrics_first_and_knows_the_stronger_baseline() -> None:
+    first, second, third = compare(evidence((0.8, 0.6, 0.7)))
+    assert [first.metric, second.metric, third.metric] == ["knn/k20", "linear/top1", "knn/k10"]
+    assert [first.headline, second.headline, third.headline] == [True, True, False]
+    assert first.stronger() == "random"
+    assert second.stronger() == "pixels"
+    assert first.differences["pixels"].value == pytest.approx(0.2)
+    assert first.values["backbone"].low < 0.8 < first.values["backbone"].high
+
+
+@pytest.mark.parametrize(
+    ("metric", "label"),
+    [("knn/k20", "kNN, k = 20"), ("knn/k5_top5", "kNN, k = 5, top 5"), ("linear/top5", "linear probe, top 5"),
+     ("linear/lr", None), ("linear/holdout_top1", None), ("knn/kind", None)],
+)  # fmt: skip
+def test_only_test_accuracies_have_labels(metric: str, label: str | None) -> None:
+    assert label_of(metric) == label
+
+
+@pytest.mark.parametrize(
+    ("knn", "linear", "level", "summary"),
+    [
+        ((0.8, 0.6, 0.5), (0.9, 0.7, 0.6), "better", "Better than both baselines: 20.0 points above raw pixels in kNN, "
+         "k = 20 and 20.0 points above raw pixels in the linear probe."),
+        ((0.4, 0.6, 0.5), (0.5, 0.6, 0.7), "worse", "Not better than the baselines: 20.0 points below raw pixels in "
+         "kNN, k = 20 and 20.0 points below random weights in the linear probe."),
+        ((0.61, 0.6, 0.5), (0.6, 0.6, 0.5), "even", "No clear difference from the stronger baseline: 1.0 points above "
+         "raw pixels in kNN, k = 20 (within chance) and level with raw pixels in the linear probe (within chance)."),
+        ((0.8, 0.6, 0.5), (0.5, 0.6, 0.5), "mixed", "A mixed picture: 20.0 points above raw pixels in kNN, k = 20 and "
+         "10.0 points below raw pixels in the linear probe."),
+    ],
+)  # fmt: skip
+def test_the_verdict_says_what_the_numbers_say(knn, linear, level: str, summary: str) -> None:
+    verdict = judge(evidence(knn, linear))
+    assert (verdict.level, verdict.summary) == (level, summary)
+
+
+def test_a_large_difference_on_few_pictures_is_within_chance() -> None:
+    assert judge(evidence((0.8, 0.6, 0.5), (0.8, 0.6, 0.5), count=1000)).level == "better"
+    assert judge(evidence((0.8, 0.6, 0.5), (0.8, 0.6, 0.5), count=20)).level == "even"
+
+
+def test_the_verdict_without_baselines_and_without_evidence() -> None:
+    alone = evidence()
+    alone = replace(alone, encoders={"backbone": alone.encoders["backbone"]})
+    assert judge(alone).level == "alone"
+    assert judge(None).level == "none"
+
+
+def test_an_accuracy_near_the_commonest_class_is_called_out() -> None:
+    details = judge(evidence((0.35, 0.3, 0.2))).details
+    assert details[-1] == "Not clearly above always guessing the commonest class (34.0 %): kNN, k = 20."
+    assert len(judge(evidence()).details) == 2
+
+
+def test_the_page_stands_alone_and_shows_every_part(tmp_path: Path) -> None:
+    file = write_report(
+        tmp_path, RUN, evidence(), rows(), {"reconstructions": torch.zeros(3, 8, 16, dtype=torch.uint8)}
+    )
+    html = file.read_text(encoding="utf-8")
+    page = Page(html)
+    for name, value in page.attributes:
+        if name in ("src", "href", "xlink:href", "srcset"):
+            assert value.startswith(("data:image/", "#")), (name, value[:60])
+    assert "script" not in page.tags
+    assert "link" not in page.tags
+    assert "@import" not in html
+    text = " ".join(" ".join(page.words).split())
+    for part in ("Better than both baselines", "Nearest training pictures", "reconstructions", "Loss", "Learning rate",
+                 "kNN accuracy during the run", "masked", "1 h 2 min", "51,200", "abc1234", "name: mae", "bad.png",
+                 "hold-out of the training split", "of the last step", "1.23 million"):  # fmt: skip
+        assert part in text, part
+    assert "prefers-color-scheme: dark" in html
+    assert 'content="width=device-width' in html
+    assert "var(--accent)" in html[html.index("<svg") :]
+
+
+def test_hostile_names_do_not_leave_the_text(tmp_path: Path) -> None:
+    hostile = evidence(classes=HOSTILE)
+    run = replace(RUN, title=HOSTILE[0], task=HOSTILE[1], data=HOSTILE[4], config=f"a: </pre>{HOSTILE[0]}")
+    file = write_report(tmp_path, run, hostile, rows(), {HOSTILE[1]: torch.zeros(3, 8, 8, dtype=torch.uint8)})
+    page = Page(file.read_text(encoding="utf-8"))
+    assert "script" not in page.tags
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert page.tags.count("img") == 4, "the query, its two neighbours and the task's picture"
+    assert page.tags.count("svg") == page.tags.count("figure") - 2, "all but the gallery and the task's picture"
+    text = "".join(page.words)
+    assert HOSTILE[0] in text
+    assert "\x00" not in text
+    markdown = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert markdown.splitlines()[0] == "# \\<script\\>steal()\\</script\\>"
+    assert read_report(tmp_path / "report" / "report.json")["evidence"]["classes"][4] == "a\ufffdb\ufffd\ufffd"
+
+
+def test_a_report_without_evidence_metrics_or_pictures_is_still_one(tmp_path: Path) -> None:
+    file = write_report(tmp_path, replace(RUN, epochs=None), None, None, None)
+    text = " ".join(Page(file.read_text(encoding="utf-8")).words)
+    assert "No evidence" in text
+    assert "Nearest training pictures" not in text
+    assert read_report(file.with_name("report.json"))["evidence"] is None
+
+
+def test_markdown_has_the_table(tmp_path: Path) -> None:
+    write_report(tmp_path, RUN, evidence(), None, None)
+    lines = (tmp_path / "report" / "report.md").read_text().splitlines()
+    header = next(row for row in lines if row.startswith("| Measure"))
+    assert header == "| Measure | this backbone | raw pixels | random weights | vs raw pixels | vs random weights |"
+    quoted = next(row for row in lines if row.startswith("| kNN, k = 20"))
+    assert quoted.split(" | ")[1] == "80.0 (77.4 to 82.4)"
+    assert quoted.count("|") == header.count("|")
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
+    one, two = (write_report(tmp_path / name, RUN, evidence(), rows(), None).read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+def test_curves_are_thinned_and_skip_what_is_no_number() -> None:
+    short = dict(training_curves(rows(60)))
+    assert list(short) == ["Loss", "Learning rate", "kNN accuracy during the run", "masked"]
+    long = dict(training_curves(rows(20000)))
+    assert len(long["Loss"]) < 3 * len(dict(training_curves(rows(400)))["Loss"])
+    broken = [{"step": 0, "loss": math.nan, "lr": 0.1}, {"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+    assert list(dict(training_curves(broken))) == ["Loss"]
+    assert training_curves([]) == []
+
+
+@pytest.mark.parametrize("count", [2, 24, 200])
+def test_confusion_of_any_size_is_drawn(count: int) -> None:
+    svg = confusion_figure(np.eye(count, dtype=np.int64), [f"class {n}" for n in range(count)])
+    assert ("class 1" in svg) == (count <= 24)
+    assert len(svg) < 400_000
+    assert ("data:image/png" in svg) == (count > 24), "many cells are drawn as pixels"
+
+
+def test_clean_keeps_letters_of_every_script() -> None:
+    assert clean("Ünïcödé 猫 😀\t\n") == "Ünïcödé 猫 😀\t\n"
+    assert clean("a\x00b\ud800") == "a\ufffdb\ufffd"

@@ -1,0 +1,184 @@
+"""The whole evaluation on pictures whose classes are colours."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from eval_helpers import MemorySource, tiny_vit
+
+from unlabeled.eval.base import FeatureSplit
+from unlabeled.eval.suite import evaluate_backbone, limited, online_knn, random_twin
+from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.errors import DataError
+from unlabeled.ssl.schema import EvaluateConfig, KnnConfig, LinearConfig
+
+CONFIG = EvaluateConfig(knn=KnnConfig(k=(5, 20)), linear=LinearConfig(epochs=5, lr=(0.01, 0.1), weight_decay=(0.0,)))
+
+
+def sources(**options) -> tuple[MemorySource, MemorySource]:
+    return MemorySource(48, **options), MemorySource(21, seed=1, split="test", **options)
+
+
+def test_backbone_pixels_and_random_weights_are_measured_alike(tmp_path: Path) -> None:
+    train, test = sources(corrupt=(2, 4))
+    evidence = evaluate_backbone(tiny_vit(seed=1), train, test, CONFIG, work=tmp_path, seed=3)
+    assert evidence is not None
+    assert list(evidence.encoders) == ["backbone", "pixels", "random"]
+    assert evidence.headline == ("knn/k20", "linear/top1")
+    for encoder in evidence.encoders.values():
+        assert set(encoder.metrics) == {
+            "knn/k5", "knn/k20", "linear/top1", "linear/holdout_top1",
+            "linear/lr", "linear/weight_decay", "linear/diverged",
+        }  # fmt: skip
+        assert encoder.arrays["linear/confusion"].sum() == evidence.test_pictures == 19
+        assert set(encoder.seconds) == {"features", "knn", "linear"}
+    assert [encoder.dimension for encoder in evidence.encoders.values()] == [32, 3072, 32]
+    assert evidence.encoders["pixels"].metrics["knn/k5"] == 1.0, "the classes are colours"
+    assert evidence.skipped == {"train": ("train-2.png", "train-4.png"), "test": ("test-2.png", "test-4.png")}
+    assert evidence.train_pictures == 46
+    assert evidence.majority == pytest.approx(7 / 19)
+    assert evidence.seconds > sum(evidence.encoders["backbone"].seconds.values())
+    assert len(list((tmp_path / "features").iterdir())) == 6
+
+
+def test_the_gallery_shows_the_true_neighbours_past_a_corrupt_picture() -> None:
+    train, test = sources(corrupt=(0, 1))
+    evidence = evaluate_backbone(tiny_vit(), train, test, CONFIG)
+    assert evidence is not None
+    assert len(evidence.gallery) == 8
+    for row in evidence.gallery:
+        number = int(row.query.name.removeprefix("test-").removesuffix(".png"))
+        assert torch.equal(row.query.image, test._images[number])
+        assert row.query.label == number % 3
+        assert len(row.neighbours) == 5
+        similarities = [near.similarity for near in row.neighbours]
+        assert similarities == sorted(similarities, reverse=True)
+        for near in row.neighbours:
+            index = int(near.name.removeprefix("train-").removesuffix(".png"))
+            assert torch.equal(near.image, train._images[index])
+            assert near.label == index % 3
+
+
+def test_the_same_seed_gives_the_same_evidence_and_another_another_twin() -> None:
+    one, two = (evaluate_backbone(tiny_vit(), *sources(), CONFIG, seed=3) for _ in range(2))
+    assert one is not None
+    assert two is not None
+    assert {name: encoder.metrics for name, encoder in one.encoders.items()} == {
+        name: encoder.metrics for name, encoder in two.encoders.items()
+    }
+    state = torch.get_rng_state()
+    network = create_backbone("resnet10t", size=(32, 64))
+    torch.set_rng_state(state)
+    twins = [random_twin(network, seed).model.state_dict()["conv1.0.weight"] for seed in (3, 3, 4)]
+    assert torch.equal(twins[0], twins[1])
+    assert not torch.equal(twins[0], twins[2])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert random_twin(network, 0).input_size == (32, 64)
+
+
+def test_a_module_without_a_timm_name_is_measured_without_a_random_twin() -> None:
+    backbone = Backbone(tiny_vit().model, size=(32, 32))
+    evidence = evaluate_backbone(backbone, *sources(), CONFIG)
+    assert evidence is not None
+    assert list(evidence.encoders) == ["backbone", "pixels"]
+    assert "no baseline with random weights" in evidence.encoders["backbone"].notes[0]
+
+
+def test_baselines_can_be_left_out_and_pictures_limited() -> None:
+    config = CONFIG.model_copy(update={"baselines": False, "limit": 12})
+    train, test = sources()
+    evidence = evaluate_backbone(tiny_vit(), train, test, config)
+    assert evidence is not None
+    assert list(evidence.encoders) == ["backbone"]
+    assert (evidence.train_pictures, evidence.test_pictures) == (12, 12)
+    assert train.reads <= 12 + 40, "only the chosen pictures and the gallery are read"
+
+
+def test_a_limited_source_is_a_fixed_part_of_the_whole() -> None:
+    source = MemorySource(30)
+    part, again = limited(source, 10), limited(source, 10)
+    numbers = [int(part.describe(row).removeprefix("train-").removesuffix(".png")) for row in range(10)]
+    assert numbers == sorted(set(numbers)) != list(range(10))
+    assert numbers == [int(again.describe(row).removeprefix("train-").removesuffix(".png")) for row in range(10)]
+    labels = part.labels()
+    assert labels is not None
+    assert labels.tolist() == [number % 3 for number in numbers]
+    assert torch.equal(part.read(4), source._images[numbers[4]])
+    assert limited(source, 30) is source
+
+
+def test_test_classes_in_another_order_are_renumbered() -> None:
+    train, test = sources()
+    test.classes = ("blue", "red")
+    test._labels = torch.tensor([{0: 1, 1: 0, 2: 0}[label] for label in test._labels.tolist()])
+    config = CONFIG.model_copy(update={"baselines": False})
+    evidence = evaluate_backbone(tiny_vit(), train, test, config)
+    assert evidence is not None
+    np.testing.assert_array_equal(evidence.test_labels, [0, 2, 2] * 7)
+    test.classes = ("blue", "mauve")
+    with pytest.raises(DataError, match="test class 'mauve' is not among the 3 training classes"):
+        evaluate_backbone(tiny_vit(), train, test, config)
+
+
+def test_data_without_labels_is_refused() -> None:
+    with pytest.raises(DataError, match=r"the data has no labels.*data\.labels=true"):
+        evaluate_backbone(tiny_vit(), *sources(classes=None), CONFIG)
+
+
+def test_a_diverged_backbone_raises_and_a_broken_baseline_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tiny_vit()
+    with torch.no_grad():
+        next(broken.parameters()).fill_(torch.nan)
+    with pytest.raises(DataError, match="48 of 48 training features are NaN"):
+        evaluate_backbone(broken, *sources(), CONFIG)
+    monkeypatch.setattr(
+        "unlabeled.eval.suite.raw_pixels",
+        lambda source, **_: FeatureSplit(np.full((len(source), 2), np.nan, np.float32), source.labels().numpy()),
+    )
+    evidence = evaluate_backbone(tiny_vit(), *sources(), CONFIG)
+    assert evidence is not None
+    assert evidence.encoders["pixels"].metrics == {}
+    assert "NaN or infinite" in evidence.encoders["pixels"].notes[0]
+
+
+def test_online_knn_gives_the_suites_number_and_leaves_the_network_training() -> None:
+    backbone = tiny_vit().train()
+    state = torch.get_rng_state()
+    found = online_knn(backbone, *sources(), CONFIG, "cpu")
+    assert backbone.training
+    assert torch.equal(torch.get_rng_state(), state)
+    evidence = evaluate_backbone(backbone, *sources(), CONFIG.model_copy(update={"baselines": False}))
+    assert evidence is not None
+    assert found == {key: value for key, value in evidence.encoders["backbone"].metrics.items() if key[:3] == "knn"}
+
+
+def _evaluate_in_process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    evidence = evaluate_backbone(tiny_vit(), *sources(), CONFIG, work=Path(folder))
+    online = online_knn(tiny_vit(), *sources(), CONFIG, "cpu")
+    if rank == 0:
+        assert evidence is not None
+        metrics = {f"{name}/{key}": v for name, e in evidence.encoders.items() for key, v in e.metrics.items()}
+        np.savez(f"{folder}/found.npz", online=online["knn/k20"], **metrics)
+    elif evidence is not None or online:
+        raise AssertionError("only the first process evaluates")
+    dist.destroy_process_group()
+
+
+def test_two_processes_give_the_evidence_of_one(tmp_path: Path) -> None:
+    mp.spawn(_evaluate_in_process, args=(str(tmp_path),), nprocs=2)
+    found = np.load(tmp_path / "found.npz")
+    evidence = evaluate_backbone(tiny_vit(), *sources(), CONFIG)
+    assert evidence is not None
+    for name, encoder in evidence.encoders.items():
+        for key, value in encoder.metrics.items():
+            assert found[f"{name}/{key}"] == pytest.approx(value), (name, key)
+    assert found["online"] == found["backbone/knn/k20"]

@@ -1,0 +1,92 @@
+"""Features on disk: what they depend on, hashed into a file name, and the file itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from unlabeled.eval.base import FeatureSplit
+from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.data.source import DecodeError, ImageSource
+
+_SAMPLED = 16
+"""Pictures whose pixels enter the identity of a source."""
+
+log = logging.getLogger(__name__)
+
+
+def cache_key(**parts: Any) -> str:
+    """Hexadecimal name for what the keyword arguments (JSON-like values) say."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()[:32]
+
+
+def weights_identity(backbone: Backbone) -> str:
+    """Hash of every tensor of the network and of how it was built, for instance its pooling."""
+    digest = hashlib.sha256()
+    built = (backbone.name, sorted(backbone.kwargs.items()), backbone.mean, backbone.std)
+    digest.update(repr((*built, type(backbone.model).__qualname__)).encode())
+    for name, value in backbone.state_dict().items():
+        array = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(array.numpy().data)
+    return digest.hexdigest()
+
+
+def data_identity(source: ImageSource) -> str:
+    """Hash of what a source holds: its settings, split, names and labels, and the pixels of a few of its pictures."""
+    digest = hashlib.sha256(type(source).__qualname__.encode())
+    digest.update(repr((getattr(source, "config", None), getattr(source, "split", None), source.classes)).encode())
+    for index in range(len(source)):
+        digest.update(source.describe(index).encode(errors="replace") + b"\0")
+    labels = source.labels()
+    if labels is not None:
+        digest.update(labels.cpu().numpy().tobytes())
+    for index in np.unique(np.linspace(0, len(source) - 1, min(_SAMPLED, len(source))).astype(int)):
+        digest.update(_pixels(source, int(index)))
+    return digest.hexdigest()
+
+
+def _pixels(source: ImageSource, index: int) -> bytes:
+    try:
+        picture = source.read(index)
+    except DecodeError:
+        return b"unreadable"
+    return repr(tuple(picture.shape)).encode() + picture.contiguous().numpy().tobytes()
+
+
+def load_split(file: Path) -> FeatureSplit | None:
+    """The cached features in `file`; None when there is none or it is damaged."""
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(str(file), framework="numpy") as opened:
+            tensors = {name: opened.get_tensor(name) for name in ("features", "labels", "indices")}
+            skipped = json.loads((opened.metadata() or {})["skipped"])
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        log.warning("cached features in %s are damaged (%s) and are computed again", file, error)
+        return None
+    return FeatureSplit(tensors["features"], tensors["labels"], tensors["indices"], tuple(skipped))
+
+
+def save_split(file: Path, split: FeatureSplit) -> None:
+    """Writes `split` to `file`, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    indices = np.arange(len(split)) if split.indices is None else split.indices
+    tensors: Mapping[str, Any] = {
+        "features": np.ascontiguousarray(split.features),
+        "labels": np.ascontiguousarray(split.labels),
+        "indices": np.ascontiguousarray(indices),
+    }
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    save_file(dict(tensors), str(partial), metadata={"skipped": json.dumps(split.skipped)})
+    os.replace(partial, file)

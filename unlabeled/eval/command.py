@@ -1,0 +1,201 @@
+"""``unlabeled evaluate TARGET``: kNN, linear probe and a report for a run, a timm model or a file of weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from pydantic import ValidationError
+
+from unlabeled.eval.report import render_report
+from unlabeled.eval.suite import Evidence, evaluate_backbone
+from unlabeled.eval.summary import RunSummary, count_parameters, name_backbone, name_data, summarize_run
+from unlabeled.eval.verdict import judge
+from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.data.source import open_source
+from unlabeled.ssl.errors import CheckpointError, ConfigError, UnlabeledError, nearest
+from unlabeled.ssl.messages import explain
+from unlabeled.ssl.schema import BackboneConfig, DataConfig, EvaluateRun, PretrainConfig
+
+_WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What ``TARGET`` turned out to be."""
+
+    backbone: Backbone
+    title: str
+    config: PretrainConfig | None = None
+    """The settings of the run, when it is one."""
+    folder: Path | None = None
+    """The run folder, when it is one."""
+
+
+def evaluate_target(run: EvaluateRun) -> Evidence:
+    """Evaluates what `run.target` names, writes the report, and returns the evidence.
+
+    Raises, each in one line, ConfigError for an unknown target or missing data, CheckpointError for weights that
+    cannot be read or do not fit, DataError for data without labels.
+    """
+    target = resolve_target(run)
+    data = _data(run, target.config)
+    device = torch.device("cuda" if run.device == "auto" and torch.cuda.is_available() else "cpu")
+    train, test = open_source(data, "train"), open_source(data, "test")
+    work = target.folder or run.out or _report_folder(run, target)
+    evidence = evaluate_backbone(
+        target.backbone, train, test, run.evaluate, work=work, device=device, seed=run.seed, workers=run.workers
+    )
+    assert evidence is not None, "one process evaluates"
+    summary = _summary(run, target, data, str(device))
+    report = render_report(_report_folder(run, target), summary, evidence, _metrics(target.folder), None)
+    log.info("%s Report: %s", judge(evidence).summary, report)
+    return evidence
+
+
+def resolve_target(run: EvaluateRun) -> Target:
+    """Builds and fills the backbone that `run.target` names: a run folder, a file of weights or a timm model."""
+    path = Path(run.target).expanduser()
+    if path.is_dir():
+        return _from_folder(path)
+    if path.is_file():
+        return _from_file(path, run.backbone)
+    if timm.is_model(run.target.partition(".")[0]) and path.suffix not in _WEIGHTS:
+        return _from_timm(run)
+    if path.suffix in _WEIGHTS or len(path.parts) > 1:
+        raise ConfigError(f"target: {run.target!r} does not exist; give a run folder, a file of weights or a timm name")
+    near = nearest(run.target, timm.list_models())
+    raise ConfigError(f"target: {run.target!r} is no run folder, file of weights or timm model; {near}")
+
+
+def _from_folder(folder: Path) -> Target:
+    from unlabeled.ssl.export import load_backbone
+
+    if not (folder / "backbone.safetensors").is_file() or not (folder / "backbone.json").is_file():
+        raise CheckpointError(
+            f"target: {folder} holds no backbone.safetensors with its backbone.json; give the folder of a finished run"
+        )
+    config = _read_config(folder / "config.yaml")
+    return Target(load_backbone(folder), folder.resolve().name, config, folder)
+
+
+def _from_file(file: Path, config: BackboneConfig | None) -> Target:
+    from unlabeled.ssl.export import load_weights
+
+    if config is None:
+        raise ConfigError(f"backbone.name: not given; weights such as {file.name} need backbone.name=<timm name>")
+    backbone = create_backbone(config.name, size=config.size, **config.kwargs)
+    missing = load_weights(backbone, file).missing
+    if missing:
+        raise CheckpointError(
+            f"target: {file} lacks {len(missing)} tensors of {config.name}, such as {missing[0]}; "
+            "check backbone.name, backbone.size and backbone.kwargs"
+        )
+    return Target(backbone, f"{file.name} in {config.name}")
+
+
+def _from_timm(run: EvaluateRun) -> Target:
+    config = run.backbone or BackboneConfig()
+    if run.pretrained:
+        _check_published(run.target)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.seed)  # what timm does not load, and all of it without weights
+            backbone = create_backbone(run.target, pretrained=run.pretrained, size=config.size, **config.kwargs)
+    except UnlabeledError:
+        raise
+    except Exception as error:  # timm, its hub and the network raise kinds that share no base
+        if not run.pretrained:
+            raise ConfigError(
+                f"backbone: timm cannot build {run.target} ({_first_line(error)}); check backbone.kwargs"
+            ) from error
+        raise CheckpointError(
+            f"target: the published weights of {run.target} cannot be loaded ({_first_line(error)}); go online, give a "
+            "file with backbone.name, or set pretrained=false"
+        ) from error
+    return Target(backbone, run.target if run.pretrained else f"{run.target}, random weights")
+
+
+def _check_published(name: str) -> None:
+    if not timm.is_model_pretrained(name):
+        raise CheckpointError(f"target: timm has no published weights for {name}; set pretrained=false or give a file")
+
+
+def _data(run: EvaluateRun, config: PretrainConfig | None) -> DataConfig:
+    """The labelled data: the command's, else what the run names for evaluation, else its own with labels."""
+    if run.data is not None:
+        return run.data
+    if run.evaluate.data is not None:
+        return run.evaluate.data
+    if config is None:
+        raise ConfigError("data: not given; a target that is no run folder needs labelled data, such as data=digits")
+    return config.evaluate.data or config.data.model_copy(update={"labels": True})
+
+
+def _read_config(file: Path) -> PretrainConfig | None:
+    """The settings beside a run's weights; None when there are none, as in an exported folder."""
+    if not file.is_file():
+        return None
+    try:
+        return PretrainConfig.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        raise CheckpointError(f"target: {file} does not fit this version: {explain(error, PretrainConfig)}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"target: {file} is not YAML ({_first_line(error)}); restore it or give data=..."
+        ) from None
+
+
+def _metrics(folder: Path | None) -> list[dict[str, Any]]:
+    """Rows of the run's metrics.jsonl up to a line that a crash cut short."""
+    file = folder / "metrics.jsonl" if folder else None
+    rows: list[dict[str, Any]] = []
+    if file is None or not file.is_file():
+        return rows
+    try:
+        rows.extend(json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    except json.JSONDecodeError:
+        log.warning("%s is cut short after %d rows", file, len(rows))
+    return rows
+
+
+def _summary(run: EvaluateRun, target: Target, data: DataConfig, device: str) -> RunSummary:
+    backbone, today = target.backbone, date.today().isoformat()
+    if target.config is not None:
+        steps = max((int(row["step"]) for row in _metrics(target.folder) if "step" in row), default=None)
+        summary = summarize_run(target.config, backbone, device=device, steps=steps, date=today)
+        return replace(summary, title=target.title)
+    return RunSummary(
+        title=target.title,
+        backbone=name_backbone(backbone),
+        data=name_data(data),
+        config=yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        parameters=count_parameters(backbone),
+        input_size=backbone.input_size,
+        device=device,
+        seed=run.seed,
+        date=today,
+    )
+
+
+def _report_folder(run: EvaluateRun, target: Target) -> Path:
+    if run.out is not None:
+        return run.out
+    if target.folder is not None:
+        return target.folder / "report"
+    return Path("reports") / re.sub(r"[^\w.-]+", "_", Path(run.target).name)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

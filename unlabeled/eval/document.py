@@ -1,0 +1,174 @@
+"""The report as data: what report.json holds, and what report.md and report.html show apart from pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unlabeled.eval.environment import versions
+from unlabeled.eval.suite import EncoderEvidence, Evidence
+from unlabeled.eval.summary import RunSummary
+from unlabeled.eval.verdict import TITLES, compare, judge
+from unlabeled.ssl.errors import DataError
+
+SCHEMA = 1
+
+_LARGEST_CONFUSION = 50
+"""Classes up to which report.json holds the confusion matrix."""
+
+Row = Mapping[str, Any]
+
+
+def report_document(
+    run: RunSummary, evidence: Evidence | None, metrics: Sequence[Row] | None, pictures: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The report as JSON-like values; fractions are 0..1, times in seconds, non-finite numbers null.
+
+    ``schema``      1; grows when a key changes its meaning or goes.
+    ``run``         the fields of `RunSummary`.
+    ``verdict``     ``level`` (better, even, worse, mixed, alone: no baselines, none: no evidence), ``summary``,
+                    ``details``.
+    ``comparison``  one entry for each accuracy, those to quote (``headline``) first: ``metric``, ``label``, ``values``
+                    (encoder → ``value``, ``low``, ``high``: 95 % Wilson interval) and ``differences`` (baseline → this
+                    backbone less the baseline, the same three, Newcombe's interval).
+    ``evidence``    null or ``encoders`` (name → ``title``, ``metrics``, ``notes``, ``seconds``, ``dimension``),
+                    ``classes``, ``train_pictures``, ``test_pictures``, ``majority``, ``skipped``, ``seeds``,
+                    ``hardware``, ``seconds``, ``confusion`` (of the linear probe, true class by predicted class; null
+                    past 50 classes).
+    ``training``    null or ``rows``, ``first`` and ``last`` (rows of metrics.jsonl) and ``online`` ([epoch or step,
+                    kNN accuracy] during the run).
+    ``pictures``    names of the task's pictures.
+    ``notes``       how the numbers came about.
+    """
+    document: dict[str, Any] = _plain(
+        {
+            "schema": SCHEMA,
+            "versions": versions(),
+            "run": asdict(run),
+            "verdict": asdict(judge(evidence)),
+            "comparison": [asdict(comparison) for comparison in compare(evidence)] if evidence else [],
+            "evidence": _evidence(evidence) if evidence else None,
+            "training": training_summary(metrics or ()),
+            "pictures": list(pictures),
+            "notes": _notes(run, evidence),
+        }
+    )
+    return document
+
+
+def write_json(document: Mapping[str, Any], file: Path) -> None:
+    """Writes a document of `report_document`."""
+    file.write_text(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_report(file: Path) -> dict[str, Any]:
+    """The document in a report.json. Raises DataError when it is not one, or of another schema."""
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"report: {file} cannot be read ({error}); write it again with `unlabeled evaluate`") from None
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        found = document.get("schema") if isinstance(document, dict) else None
+        raise DataError(f"report: {file} has schema {found}, this version reads {SCHEMA}; write it again")
+    return document
+
+
+def training_summary(rows: Sequence[Row]) -> dict[str, Any] | None:
+    """First and last row of the training and the online kNN curve; None without a row that has a loss."""
+    trained = [row for row in rows if "loss" in row]
+    if not trained:
+        return None
+    return {"rows": len(trained), "first": dict(trained[0]), "last": dict(trained[-1]), "online": online_curve(rows)}
+
+
+def online_curve(rows: Sequence[Row]) -> list[list[float]]:
+    """[epoch (or step), accuracy] of the kNN evaluations during the run, k = 20 where it was asked for."""
+    keys = [key for row in rows for key in row if key.startswith("eval/knn/k") and not key.endswith("_top5")]
+    if not keys:
+        return []
+    key = "eval/knn/k20" if "eval/knn/k20" in keys else keys[0]
+    return [[float(row.get("epoch", row.get("step", 0))), float(row[key])] for row in rows if key in row]
+
+
+def clean(text: str) -> str:
+    """`text` without control characters and lone surrogates, which file names may hold and UTF-8 and HTML may not."""
+    return "".join(
+        "\ufffd" if unicodedata.category(mark) in ("Cc", "Cs") and mark not in "\n\t" else mark for mark in text
+    )
+
+
+def _evidence(evidence: Evidence) -> dict[str, Any]:
+    confusion = evidence.encoders["backbone"].arrays.get("linear/confusion")
+    small = confusion is not None and len(evidence.classes) <= _LARGEST_CONFUSION
+    return {
+        "encoders": {name: _encoder(name, encoder) for name, encoder in evidence.encoders.items()},
+        "headline": evidence.headline,
+        "classes": evidence.classes,
+        "train_pictures": evidence.train_pictures,
+        "test_pictures": evidence.test_pictures,
+        "majority": evidence.majority,
+        "skipped": evidence.skipped,
+        "seeds": evidence.seeds,
+        "hardware": evidence.hardware,
+        "seconds": evidence.seconds,
+        "confusion": confusion if small else None,
+    }
+
+
+def _encoder(name: str, encoder: EncoderEvidence) -> dict[str, Any]:
+    return {
+        "title": TITLES.get(name, name),
+        "metrics": encoder.metrics,
+        "notes": encoder.notes,
+        "seconds": encoder.seconds,
+        "dimension": encoder.dimension,
+    }
+
+
+def _notes(run: RunSummary, evidence: Evidence | None) -> list[str]:
+    notes = ["The weights are those of the last step; no epoch was chosen by its accuracy."] if run.epochs else []
+    if evidence is None:
+        return notes
+    probe = evidence.encoders["backbone"].metrics
+    quoted = evidence.headline[0].removeprefix("knn/k")
+    notes += [
+        "The backbone is frozen; features are its pooled output, and pictures are not augmented.",
+        f"k = {quoted} was fixed beforehand; the other k are listed, not chosen from.",
+        "The linear probe chose its learning rate and weight decay on a hold-out of the training split, was trained "
+        "again on the whole of it, and met the test split once.",
+        "Baselines go through the same evaluators and grid: raw pixels (at most 32 x 32), and the same architecture "
+        f"with random weights (seed {evidence.seeds.get('random weights', 0)}).",
+        "Intervals are 95 % and cover the choice of test pictures only, not another pretraining seed: Wilson for "
+        "accuracies, Newcombe for differences (a little wide, as all encoders see the same pictures).",
+    ]
+    if "linear/lr" in probe:
+        notes.append(f"Chosen for this backbone: lr {probe['linear/lr']:g}, decay {probe['linear/weight_decay']:g}.")
+    for split, names in evidence.skipped.items():
+        if names:
+            shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+            notes.append(f"{len(names)} {split} pictures could not be decoded and were left out: {shown}")
+    return notes + [f"{TITLES.get(n, n)}: {note}" for n, encoder in evidence.encoders.items() for note in encoder.notes]
+
+
+def _plain(value: Any) -> Any:
+    """`value` in the types that JSON has: clean strings, lists, null for non-finite numbers."""
+    if isinstance(value, Mapping):
+        return {clean(str(key)): _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    return clean(str(value))

@@ -1,0 +1,263 @@
+"""Pictures to features: one deterministic pass over a source, shared by processes and cached on disk.
+
+Shapes: B images of a batch, N pictures of a source, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as tv
+
+from unlabeled.eval.base import FeatureSplit, IntArray
+from unlabeled.eval.cache import cache_key, data_identity, load_split, save_split, weights_identity
+from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.data.source import DecodeError, ImageSource
+from unlabeled.ssl.errors import DataError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Encode = Callable[[Tensor], Tensor]
+
+_MARGIN = 256 / 224
+_AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """uint8 (3, H, W) of any size → uint8 (3, h, w), always the same for the same picture.
+
+    The usual protocol: bicubic resize to 256/224 of `size`, then the centre. A picture that is no larger than that on
+    either side is resized to `size` as a whole, so that small pictures lose nothing: 32 x 32 into 32 stays as it is.
+    """
+
+    size: tuple[int, int]
+    """(h, w) in pixels."""
+
+    def __call__(self, image: Tensor) -> Tensor:
+        (height, width), (h, w) = image.shape[-2:], self.size
+        if height <= h * _MARGIN and width <= w * _MARGIN:
+            return _resize(image, self.size)
+        scale = max(h * _MARGIN / height, w * _MARGIN / width)
+        covering = (max(h, round(height * scale)), max(w, round(width * scale)))
+        centre: Tensor = tv.center_crop(_resize(image, covering), list(self.size))
+        return centre
+
+
+@dataclass(frozen=True)
+class Resize:
+    """uint8 (3, H, W) → uint8 (3, h, w), bicubic, the whole picture."""
+
+    size: tuple[int, int]
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return _resize(image, self.size)
+
+
+def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    if tuple(image.shape[-2:]) == size:
+        return image
+    resized: Tensor = tv.resize(image, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return resized
+
+
+def extract_features(
+    backbone: Backbone,
+    source: ImageSource,
+    *,
+    size: int | tuple[int, int] | None = None,
+    batch_size: int = 256,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+    cache: Path | None = None,
+    precision: Precision = "fp32",
+) -> FeatureSplit:
+    """Pooled features of every readable picture, float32 (N, D), in the order of `source`.
+
+    Under torch.distributed each process encodes a part and all receive the whole. With a `cache` folder the result is
+    kept there and read back for the same weights, transform, data and precision. Pictures that cannot be decoded are
+    left out and named in `FeatureSplit.skipped`. The modes of all modules and the random state are left as they were.
+
+    Raises DataError when not a single picture can be decoded.
+    """
+    pixels = (size, size) if isinstance(size, int) else size or backbone.input_size
+    device = torch.device(device)
+
+    def encode(images: Tensor) -> Tensor:
+        images = images.to(device, non_blocking=True)
+        with torch.autocast(device.type, _AUTOCAST[precision], enabled=precision != "fp32"):
+            return backbone.pooled(backbone.normalize(images)).float()
+
+    def compute() -> FeatureSplit:
+        backbone.to(device)
+        with evaluating(backbone):
+            return _encode_all(encode, source, EvalTransform(pixels), batch_size, workers)
+
+    if cache is None:
+        return compute()
+    key = cache_key(
+        weights=weights_identity(backbone),
+        transform=repr(EvalTransform(pixels)),
+        data=data_identity(source),
+        precision=precision,
+    )
+    return _cached(cache / f"{key}.safetensors", compute)
+
+
+def raw_pixels(
+    source: ImageSource, *, size: int = 32, batch_size: int = 256, workers: int = 0, cache: Path | None = None
+) -> FeatureSplit:
+    """The baseline without a network: pictures of at most `size` x `size` pixels, flattened, 0..1, float32 (N, 3hw).
+
+    All pictures get the size of the first readable one, cut down to `size` on each side.
+    """
+    transform = Resize(_size_of_first(source, size))
+
+    def compute() -> FeatureSplit:
+        return _encode_all(lambda images: images.flatten(1).float() / 255, source, transform, batch_size, workers)
+
+    if cache is None:
+        return compute()
+    key = cache_key(weights="pixels", transform=repr(transform), data=data_identity(source))
+    return _cached(cache / f"{key}.safetensors", compute)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the time of the block; afterwards each submodule has the mode that it had."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def is_main_process() -> bool:
+    """Whether this process is the first one, or the only one."""
+    return _world()[0] == 0
+
+
+class _Pictures(Dataset[tuple[int, Tensor | None]]):
+    """Part of a source, transformed; None stands for a picture that cannot be decoded."""
+
+    def __init__(self, source: ImageSource, transform: Callable[[Tensor], Tensor], indices: range) -> None:
+        self.source, self.transform, self.indices = source, transform, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[int, Tensor | None]:
+        index = self.indices[position]
+        try:
+            return index, self.transform(self.source.read(index))
+        except DecodeError:
+            return index, None
+
+
+def _collate(items: list[tuple[int, Tensor | None]]) -> tuple[Tensor, Tensor | None, list[int]]:
+    """Batch → indices (B,), pictures (B, 3, h, w) or None, indices of the unreadable."""
+    good = [(index, image) for index, image in items if image is not None]
+    images = torch.stack([image for _, image in good]) if good else None
+    return torch.tensor([index for index, _ in good]), images, [index for index, image in items if image is None]
+
+
+@torch.inference_mode()
+def _encode_all(
+    encode: Encode, source: ImageSource, transform: Callable[[Tensor], Tensor], batch_size: int, workers: int
+) -> FeatureSplit:
+    rank, world = _world()
+    share = range(len(source) * rank // world, len(source) * (rank + 1) // world)
+    loader = DataLoader(
+        _Pictures(source, transform, share),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # a loader without its own draws from the global one and disturbs the training
+    )
+    features: list[Tensor] = []
+    indices: list[Tensor] = []
+    unreadable: list[int] = []
+    for batch_indices, images, bad in loader:
+        unreadable.extend(bad)
+        if images is not None:
+            features.append(encode(images).cpu())
+            indices.append(batch_indices)
+    rows = torch.cat(features) if features else torch.zeros(0, 0)
+    numbers = torch.cat(indices) if indices else torch.zeros(0, dtype=torch.int64)
+    if world > 1:
+        rows, numbers, unreadable = _gather(rows, numbers, unreadable)
+    return _split(source, rows, numbers.numpy(), unreadable)
+
+
+def _split(source: ImageSource, rows: Tensor, indices: IntArray, unreadable: list[int]) -> FeatureSplit:
+    if len(rows) == 0:
+        raise DataError(f"evaluate.data: none of the {len(source)} pictures can be decoded; run `unlabeled doctor`")
+    labels = source.labels()
+    known = np.full(len(source), -1) if labels is None else labels.cpu().numpy()
+    skipped = tuple(source.describe(index) for index in unreadable)
+    return FeatureSplit(rows.numpy(), known[indices].astype(np.int64), indices, skipped)
+
+
+def _gather(rows: Tensor, indices: Tensor, unreadable: list[int]) -> tuple[Tensor, Tensor, list[int]]:
+    """Joins the parts of all processes, which are consecutive, on every process."""
+    parts: list[tuple[int, int, list[int]]] = [(0, 0, [])] * dist.get_world_size()
+    dist.all_gather_object(parts, (len(rows), rows.shape[1], unreadable))
+    counts, width = [count for count, _, _ in parts], max(width for _, width, _ in parts)
+    joined = _gather_tensor(rows.reshape(len(rows), width), counts)
+    return joined, _gather_tensor(indices, counts), [index for _, _, part in parts for index in part]
+
+
+def _gather_tensor(part: Tensor, counts: list[int]) -> Tensor:
+    """Concatenates `part` (counts[rank], ...) over the processes; the parts are padded to equal length on the way."""
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    padded = torch.zeros(max(counts), *part.shape[1:], dtype=part.dtype, device=device)
+    padded[: len(part)] = part.to(device)
+    received = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(received, padded)
+    return torch.cat([tensor[:count].cpu() for tensor, count in zip(received, counts, strict=True)])
+
+
+def _cached(file: Path, compute: Callable[[], FeatureSplit]) -> FeatureSplit:
+    found = load_split(file)
+    _, world = _world()
+    if world > 1:  # all or none: a process that computes alone would wait for the others for ever
+        hits: list[bool] = [False] * world
+        dist.all_gather_object(hits, found is not None)
+        found = found if all(hits) else None
+    if found is not None:
+        return found
+    split = compute()
+    if is_main_process():
+        save_split(file, split)
+    if world > 1:
+        dist.barrier()
+    return split
+
+
+def _world() -> tuple[int, int]:
+    """(rank, number of processes)."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _size_of_first(source: ImageSource, largest: int) -> tuple[int, int]:
+    for index in range(len(source)):
+        try:
+            height, width = source.read(index).shape[-2:]
+        except DecodeError:
+            continue
+        return min(height, largest), min(width, largest)
+    raise DataError(f"evaluate.data: none of the {len(source)} pictures can be decoded; run `unlabeled doctor`")

@@ -1,0 +1,81 @@
+"""Test pictures beside their nearest training pictures: what the features take to be alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as tv
+
+from unlabeled.eval.base import FeatureSet, FeatureSplit, FloatArray, IntArray
+from unlabeled.ssl.data.source import ImageSource
+
+_PIXELS = 112
+"""Longer side of a thumbnail."""
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """One small picture and what is known of it."""
+
+    image: Tensor
+    """uint8 (3, h, w)."""
+    label: int
+    name: str
+    """What its source calls it."""
+    similarity: float | None = None
+    """Cosine to the query; None for the query itself."""
+
+
+@dataclass(frozen=True)
+class GalleryRow:
+    """A test picture and its nearest training pictures, most similar first."""
+
+    query: Thumbnail
+    neighbours: tuple[Thumbnail, ...]
+
+
+def nearest_gallery(
+    data: FeatureSet,
+    neighbours: IntArray,
+    similarities: FloatArray,
+    sources: tuple[ImageSource, ImageSource],
+    *,
+    rows: int = 8,
+    columns: int = 5,
+    seed: int = 0,
+) -> tuple[GalleryRow, ...]:
+    """`rows` test pictures, drawn by `seed` and not picked for looks, with their `columns` nearest neighbours.
+
+    `neighbours` int64 (N, k) are rows of the training split, `similarities` float32 (N, k); `sources` is (train, test).
+    """
+    train, test = sources
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(data.test))[:rows])
+    return tuple(
+        GalleryRow(
+            _thumbnail(test, data.test, int(row)),
+            tuple(
+                _thumbnail(train, data.train, int(near), float(cosine))
+                for near, cosine in zip(neighbours[row, :columns], similarities[row, :columns], strict=True)
+            ),
+        )
+        for row in drawn
+    )
+
+
+def _thumbnail(source: ImageSource, split: FeatureSplit, row: int, similarity: float | None = None) -> Thumbnail:
+    index = row if split.indices is None else int(split.indices[row])
+    return Thumbnail(shrunk(source.read(index), _PIXELS), int(split.labels[row]), source.describe(index), similarity)
+
+
+def shrunk(image: Tensor, longest: int) -> Tensor:
+    """uint8 (3, H, W) with its longer side cut to `longest` pixels; smaller pictures stay as they are."""
+    height, width = image.shape[-2:]
+    if max(height, width) <= longest:
+        return image
+    scale = longest / max(height, width)
+    size = [max(1, round(height * scale)), max(1, round(width * scale))]
+    small: Tensor = tv.resize(image, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return small

@@ -1,0 +1,192 @@
+"""The report of a run: report.json for programs, report.md for terminals and reviews, report.html for people."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader
+from PIL import Image
+from torch import Tensor
+
+from unlabeled.eval.document import Row, clean, report_document, write_json
+from unlabeled.eval.figures import comparison_figure, confusion_figure, training_curves
+from unlabeled.eval.gallery import Thumbnail, shrunk
+from unlabeled.eval.suite import Evidence
+from unlabeled.eval.summary import RunSummary
+from unlabeled.eval.verdict import compare, percent, signed
+
+_PIXELATED = 96
+"""Pictures up to this height are shown enlarged with sharp pixels."""
+_LOSSLESS = 64 * 1024
+"""Pictures of more pixels are stored as JPEG."""
+_LONGEST = 1600
+"""Longer side of a task's picture in the page."""
+
+
+def write_report(
+    folder: Path,
+    run: RunSummary,
+    evidence: Evidence | None,
+    metrics: Sequence[Row] | None,
+    pictures: Mapping[str, Tensor] | None,
+) -> Path:
+    """Writes ``folder/report/report.{json,md,html}`` and returns the path of the HTML.
+
+    `metrics` are the rows of metrics.jsonl, `pictures` the task's own, name → uint8 (3, H, W). The page needs no other
+    file and no network. The schema of the JSON is that of `unlabeled.eval.document.report_document`.
+    """
+    return render_report(folder / "report", run, evidence, metrics, pictures)
+
+
+def render_report(
+    folder: Path,
+    run: RunSummary,
+    evidence: Evidence | None,
+    metrics: Sequence[Row] | None,
+    pictures: Mapping[str, Tensor] | None,
+) -> Path:
+    """As `write_report`, into `folder` itself."""
+    folder.mkdir(parents=True, exist_ok=True)
+    document = report_document(run, evidence, metrics, list(pictures or {}))
+    context = {**document, "lead": _lead(document), "facts": _facts(document), "baselines": _baselines(document)}
+    write_json(document, folder / "report.json")
+    (folder / "report.md").write_text(_environment(html=False).get_template("report.md.j2").render(context), "utf-8")
+    page = _environment(html=True).get_template("report.html.j2")
+    html = page.render(
+        context,
+        figures=_figures(evidence, metrics or ()),
+        gallery=_gallery(evidence),
+        pictures=[_picture(name, image) for name, image in (pictures or {}).items()],
+    )
+    file = folder / "report.html"
+    file.write_text(html, encoding="utf-8")
+    return file
+
+
+def _environment(*, html: bool) -> Environment:
+    environment = Environment(
+        loader=PackageLoader("unlabeled.eval", "templates"),
+        autoescape=html,
+        trim_blocks=html,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(percent=percent, signed=signed, grouped="{:,}".format, md=_markdown)
+    return environment
+
+
+def _markdown(text: Any) -> str:
+    """`text` as it stands, in one line, inside a table too."""
+    line = " ".join(str(text).split())
+    for mark in "\\`*_|[]<>":
+        line = line.replace(mark, "\\" + mark)
+    return line
+
+
+def _figures(evidence: Evidence | None, metrics: Sequence[Row]) -> dict[str, Any]:
+    figures: dict[str, Any] = {"curves": training_curves(metrics)}
+    if evidence is not None:
+        figures["comparison"] = comparison_figure(compare(evidence))
+        confusion = evidence.encoders["backbone"].arrays.get("linear/confusion")
+        if confusion is not None:
+            figures["confusion"] = confusion_figure(confusion, evidence.classes)
+    return figures
+
+
+def _gallery(evidence: Evidence | None) -> list[dict[str, Any]]:
+    if evidence is None:
+        return []
+
+    def shown(thumbnail: Thumbnail, truth: int) -> dict[str, Any]:
+        return {
+            "uri": _data_uri(thumbnail.image),
+            "css": _css(thumbnail.image),
+            "label": clean(evidence.classes[thumbnail.label]),
+            "name": clean(thumbnail.name),
+            "right": thumbnail.label == truth,
+            "similarity": "" if thumbnail.similarity is None else f"{thumbnail.similarity:.2f}",
+        }
+
+    return [
+        {
+            "query": shown(row.query, row.query.label),
+            "neighbours": [shown(near, row.query.label) for near in row.neighbours],
+        }
+        for row in evidence.gallery
+    ]
+
+
+def _picture(name: str, image: Tensor) -> dict[str, Any]:
+    image = shrunk(image, _LONGEST)
+    height, width = image.shape[-2:]
+    enlarged = width * max(1, round(2 * _PIXELATED / height)) if height <= _PIXELATED else width
+    return {
+        "name": clean(name).replace("_", " "),
+        "uri": _data_uri(image),
+        "css": _css(image),
+        "width": enlarged,
+        "wide": enlarged > 480,
+    }
+
+
+def _css(image: Tensor) -> str:
+    return "small" if image.shape[-2] <= _PIXELATED else ""
+
+
+def _data_uri(image: Tensor) -> str:
+    """uint8 (3, H, W) → ``data:image/...;base64,...``."""
+    buffer = io.BytesIO()
+    picture = Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy()))
+    kind = "JPEG" if picture.width * picture.height > _LOSSLESS else "PNG"
+    picture.save(buffer, kind, **({"quality": 90} if kind == "JPEG" else {"optimize": True}))
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _baselines(document: Mapping[str, Any]) -> list[str]:
+    return [name for name in (document["evidence"] or {}).get("encoders", {}) if name != "backbone"]
+
+
+def _lead(document: Mapping[str, Any]) -> str:
+    run = document["run"]
+    return " · ".join(part for part in (run["task"], run["backbone"], run["data"], run["date"]) if part)
+
+
+def _facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Name and value of everything known of the run, in reading order."""
+    run, evidence = document["run"], document["evidence"] or {}
+    size = run["input_size"]
+    known: list[tuple[str, Any]] = [
+        ("Task", run["task"]),
+        ("Backbone", run["backbone"]),
+        ("Parameters", f"{run['parameters'] / 1e6:.2f} million"),
+        ("Input", f"{size[0]} x {size[1]} pixels" if size else None),
+        ("Data", run["data"]),
+        ("Epochs", None if run["epochs"] is None else f"{run['epochs']:g}"),
+        ("Steps", None if run["steps"] is None else f"{run['steps']:,}"),
+        ("Pictures seen", None if run["images"] is None else f"{run['images']:,}"),
+        ("Pretraining took", _duration(run["seconds"])),
+        ("Evaluation took", _duration(evidence.get("seconds"))),
+        ("Device", run["device"]),
+        ("Evaluated on", ", ".join(f"{k} {v}" for k, v in evidence.get("hardware", {}).items())),
+        ("Training pictures", f"{evidence['train_pictures']:,}" if evidence else None),
+        ("Test pictures", f"{evidence['test_pictures']:,}" if evidence else None),
+        ("Seed", str(run["seed"])),
+        ("Evaluation seeds", ", ".join(f"{name} {seed}" for name, seed in evidence.get("seeds", {}).items())),
+        ("Commit", run["commit"]),
+        ("Versions", ", ".join(f"{name} {number}" for name, number in run["versions"].items())),
+    ]
+    return [(name, str(value)) for name, value in known if value]
+
+
+def _duration(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -1,0 +1,275 @@
+"""The evidence for one encoder: kNN and linear probe, beside raw pixels and the same network with random weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from unlabeled.eval.base import Evaluator, FeatureSet, FeatureSplit, IntArray
+from unlabeled.eval.environment import hardware
+from unlabeled.eval.features import Precision, extract_features, is_main_process, raw_pixels
+from unlabeled.eval.gallery import GalleryRow, nearest_gallery
+from unlabeled.eval.knn import KnnEvaluator
+from unlabeled.eval.linear import LinearEvaluator
+from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.data.source import ImageSource
+from unlabeled.ssl.errors import ConfigError, DataError
+from unlabeled.ssl.schema import EvaluateConfig
+
+LIMIT_SEED = 0
+"""Of the shuffle that chooses the pictures under ``evaluate.limit``."""
+
+
+@dataclass(frozen=True)
+class EncoderEvidence:
+    """What was measured on one encoder's features."""
+
+    metrics: dict[str, float]
+    """``evaluator/name`` → value, such as ``knn/k20`` (fractions, not percent)."""
+    arrays: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
+    """``evaluator/name`` → array, such as ``linear/confusion`` (C, C)."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the numbers should know, in plain words."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall clock of ``features`` and of each evaluator."""
+    dimension: int = 0
+    """Number of features."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything that a report says about an encoder's quality."""
+
+    encoders: dict[str, EncoderEvidence]
+    """``backbone``, and with baselines ``pixels`` and ``random``."""
+    headline: tuple[str, ...]
+    """The metrics to quote, fixed beforehand: ``knn/k20`` and ``linear/top1``."""
+    classes: tuple[str, ...]
+    test_labels: IntArray
+    """int64 (N,) of the pictures that were judged."""
+    train_pictures: int
+    test_pictures: int
+    majority: float
+    """Test accuracy of always guessing the commonest training class."""
+    skipped: dict[str, tuple[str, ...]]
+    """Split → names of pictures that could not be decoded."""
+    seeds: dict[str, int]
+    hardware: dict[str, str]
+    gallery: tuple[GalleryRow, ...] = ()
+    seconds: float = 0.0
+    """Wall clock of the whole evaluation."""
+
+
+def evaluate_backbone(
+    backbone: Backbone,
+    train: ImageSource,
+    test: ImageSource,
+    config: EvaluateConfig,
+    *,
+    work: Path | None = None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    workers: int = 0,
+    precision: Precision = "fp32",
+) -> Evidence | None:
+    """Measures `backbone` (trained here or anywhere) on labelled data; features are cached in ``work/features``.
+
+    Under torch.distributed every process must call it and takes part in computing features; all but the first receive
+    None. Raises DataError for data without labels or with test classes unknown to the training split.
+    """
+    began = time.perf_counter()
+    knn = KnnEvaluator(config.knn)
+    evaluators: list[Evaluator] = [knn, LinearEvaluator(config.linear, device=device, seed=seed)]
+    train, test = limited(train, config.limit), limited(test, config.limit)
+    classes = _classes(train)
+    cache = work / "features" if work is not None else None
+    sets: dict[str, FeatureSet] = {}
+    seconds: dict[str, float] = {}
+    notes: dict[str, str] = {}
+
+    def encode(name: str, encoder: Backbone) -> None:
+        with _timed(seconds, name):
+            sets[name] = _feature_set(
+                train, test, classes, encoder, batch_size=config.batch_size, workers=workers, device=device,
+                cache=cache, precision=precision,
+            )  # fmt: skip
+
+    encode("backbone", backbone)
+    if config.baselines:
+        with _timed(seconds, "pixels"):
+            parts = [raw_pixels(s, batch_size=config.batch_size, workers=workers, cache=cache) for s in (train, test)]
+            sets["pixels"] = _joined(parts[0], parts[1], train, test, classes)
+        try:
+            encode("random", random_twin(backbone, seed))
+        except ConfigError as error:
+            notes["backbone"] = f"no baseline with random weights: {error}"
+    if not is_main_process():
+        return None
+    encoders = {name: _judged(name, data, evaluators, seconds[name], notes.get(name)) for name, data in sets.items()}
+    evidence = _evidence(encoders, sets["backbone"], (train, test), knn, seed=seed, device=device)
+    return replace(evidence, seconds=time.perf_counter() - began)
+
+
+def online_knn(
+    backbone: Backbone,
+    train: ImageSource,
+    test: ImageSource,
+    config: EvaluateConfig,
+    device: torch.device | str,
+    *,
+    workers: int = 0,
+    precision: Precision = "fp32",
+) -> dict[str, float]:
+    """kNN accuracies (``knn/k20`` → fraction) of a network in training, which is left as it was; {} off rank 0."""
+    evaluator = KnnEvaluator(config.knn)
+    train, test = limited(train, config.limit), limited(test, config.limit)
+    data = _feature_set(
+        train, test, _classes(train), backbone, batch_size=config.batch_size, workers=workers, device=device,
+        cache=None, precision=precision,
+    )  # fmt: skip
+    if not is_main_process():
+        return {}
+    return {f"knn/{name}": value for name, value in evaluator.run(data) if isinstance(value, float)}
+
+
+def random_twin(backbone: Backbone, seed: int) -> Backbone:
+    """The same architecture with fresh random weights drawn under `seed`; the global random state is left alone.
+
+    Raises ConfigError when the network was not built from a timm name.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        twin = create_backbone(backbone.name, size=backbone.input_size, **backbone.kwargs)
+    twin.mean, twin.std = backbone.mean, backbone.std
+    for name, buffer in backbone.named_buffers(recurse=False):
+        twin.get_buffer(name).copy_(buffer)
+    return twin
+
+
+class Subset:
+    """Some pictures of a source, in ascending order."""
+
+    def __init__(self, source: ImageSource, indices: Sequence[int]) -> None:
+        self.source, self.indices = source, list(indices)
+        self.classes = source.classes
+        self.config = (getattr(source, "config", None), tuple(self.indices))  # enters the cache's key
+        self.split = getattr(source, "split", None)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> Tensor:
+        return self.source.read(self.indices[index])
+
+    def labels(self) -> Tensor | None:
+        labels = self.source.labels()
+        return None if labels is None else labels[torch.tensor(self.indices, dtype=torch.int64)]
+
+    def describe(self, index: int) -> str:
+        return self.source.describe(self.indices[index])
+
+
+def limited(source: ImageSource, limit: int | None) -> ImageSource:
+    """At most `limit` pictures of `source`, the same ones each time."""
+    if limit is None or len(source) <= limit:
+        return source
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(LIMIT_SEED))
+    return Subset(source, sorted(order[:limit].tolist()))
+
+
+def _classes(train: ImageSource) -> tuple[str, ...]:
+    if train.classes is None or train.labels() is None:
+        raise DataError(
+            "evaluate.data: the data has no labels, and evidence needs them; set data.labels=true (folders named after "
+            "classes), data.label_column, or evaluate.data=..."
+        )
+    return tuple(train.classes)
+
+
+def _feature_set(
+    train: ImageSource, test: ImageSource, classes: tuple[str, ...], backbone: Backbone, **options: Any
+) -> FeatureSet:
+    parts = [extract_features(backbone, source, **options) for source in (train, test)]
+    return _joined(parts[0], parts[1], train, test, classes)
+
+
+def _joined(
+    train: FeatureSplit, test: FeatureSplit, train_source: ImageSource, source: ImageSource, classes: tuple[str, ...]
+) -> FeatureSet:
+    """Both splits with the training split's numbering of the classes."""
+    names = _classes(source)
+    if names == classes:
+        return FeatureSet(train, test, classes)
+    unknown = sorted(set(names) - set(classes))
+    if unknown:
+        raise DataError(f"evaluate.data: test class {unknown[0]!r} is not among the {len(classes)} training classes")
+    mapping = np.array([classes.index(name) for name in names], dtype=np.int64)
+    labels = np.where(test.labels < 0, -1, mapping[test.labels])
+    return FeatureSet(train, replace(test, labels=labels), classes)
+
+
+def _judged(
+    name: str, data: FeatureSet, evaluators: Sequence[Evaluator], feature_seconds: float, note: str | None
+) -> EncoderEvidence:
+    """Runs the evaluators. A baseline that cannot be judged (NaN features) says so in a note, the backbone raises."""
+    metrics: dict[str, float] = {}
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    notes = [note] if note else []
+    seconds = {"features": feature_seconds}
+    for evaluator in evaluators:
+        with _timed(seconds, evaluator.name):
+            try:
+                for key, value in evaluator.run(data):
+                    if isinstance(value, np.ndarray):
+                        arrays[f"{evaluator.name}/{key}"] = value
+                    elif isinstance(value, str):
+                        notes.append(f"{evaluator.name}: {value}")
+                    else:
+                        metrics[f"{evaluator.name}/{key}"] = float(value)
+            except DataError as error:
+                if name == "backbone":
+                    raise
+                notes.append(str(error))
+    return EncoderEvidence(metrics, arrays, tuple(notes), seconds, data.train.features.shape[1])
+
+
+def _evidence(
+    encoders: dict[str, EncoderEvidence],
+    data: FeatureSet,
+    sources: tuple[ImageSource, ImageSource],
+    knn: KnnEvaluator,
+    *,
+    seed: int,
+    device: torch.device | str,
+) -> Evidence:
+    arrays = encoders["backbone"].arrays
+    commonest = np.bincount(data.train.labels, minlength=len(data.classes)).argmax()
+    return Evidence(
+        encoders=encoders,
+        headline=(f"knn/k{knn.headline_k(len(data.train))}", "linear/top1"),
+        classes=data.classes,
+        test_labels=data.test.labels,
+        train_pictures=len(data.train),
+        test_pictures=len(data.test),
+        majority=float((data.test.labels == commonest).mean()),
+        skipped={"train": data.train.skipped, "test": data.test.skipped},
+        seeds={"random weights": seed, "linear probe": seed, "limit": LIMIT_SEED},
+        hardware=hardware(device),
+        gallery=nearest_gallery(data, arrays["knn/neighbours"], arrays["knn/similarities"], sources, seed=seed),
+    )
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began

@@ -1,0 +1,90 @@
+"""What a report says about the run itself, apart from its evidence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import yaml
+
+from unlabeled.eval.environment import versions
+from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.schema import DataConfig, PretrainConfig
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """Facts of one run; None where they are not known, for instance of weights trained elsewhere."""
+
+    title: str
+    backbone: str
+    """timm name, with what was changed of it."""
+    data: str
+    """In words: source and path or data set."""
+    parameters: int
+    """Of the backbone."""
+    device: str
+    seed: int
+    config: str = ""
+    """The resolved settings, YAML."""
+    task: str | None = None
+    input_size: tuple[int, int] | None = None
+    """(h, w) in pixels."""
+    epochs: float | None = None
+    steps: int | None = None
+    images: int | None = None
+    """Pictures seen, repeats counted."""
+    seconds: float | None = None
+    """Wall clock of the pretraining."""
+    date: str | None = None
+    """When it ended, as people write it."""
+    commit: str | None = None
+    versions: dict[str, str] = field(default_factory=versions)
+
+
+def summarize_run(
+    config: PretrainConfig,
+    backbone: Backbone,
+    *,
+    device: str,
+    steps: int | None = None,
+    seconds: float | None = None,
+    date: str | None = None,
+    commit: str | None = None,
+) -> RunSummary:
+    """The summary of a pretraining run from its settings and what is known of how it went."""
+    task = str(config.task["name"])
+    return RunSummary(
+        title=f"{task} on {config.data.name}: {backbone.name}",
+        task=task,
+        backbone=name_backbone(backbone),
+        data=name_data(config.data),
+        config=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        parameters=count_parameters(backbone),
+        input_size=backbone.input_size,
+        epochs=config.epochs,
+        steps=steps,
+        images=None if steps is None else steps * config.batch_size,
+        seconds=seconds,
+        device=device,
+        seed=config.engine.seed,
+        date=date,
+        commit=commit,
+    )
+
+
+def name_backbone(backbone: Backbone) -> str:
+    """The timm name and the arguments that were given beside it."""
+    given = ", ".join(
+        f"{key} {value}" for key, value in backbone.kwargs.items() if key not in ("num_classes", "img_size")
+    )
+    return f"{backbone.name} ({given})" if given else backbone.name
+
+
+def name_data(data: DataConfig) -> str:
+    """The kind of source and where it lies."""
+    return " ".join(str(part) for part in (data.name, data.dataset, data.path) if part)
+
+
+def count_parameters(backbone: Backbone) -> int:
+    """Number of weights of the network."""
+    return sum(parameter.numel() for parameter in backbone.parameters())
