@@ -1,0 +1,68 @@
+"""What a network really gives: one forward pass on the meta device, where tensors have shapes but no values.
+
+`feature_info` is a statement of intent (TResNet's first stage says stride 2 and has 4; the width past a head that
+pools with attention or projects is in none of its fields), so the adapter measures instead. The pass costs about as much
+as a tenth of building the network, and no memory: parameters are replaced by empty ones while the copy is made.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+
+class Shapes(NamedTuple):
+    """Shapes for one picture, without the batch axis."""
+
+    pooled: tuple[int, ...]
+    """(D,) where the head pools."""
+    maps: list[tuple[int, ...]] | None
+    """(C, H, W) of each feature map; None without ``forward_intermediates``."""
+
+
+def probe_shapes(model: nn.Module, size: tuple[int, int]) -> Shapes:
+    """Shapes that `model` gives for a picture of `size` (h, w).
+
+    Raises whatever the network raises for a picture that it cannot take.
+    """
+    try:
+        return _run(_ghost(model), size, torch.device("meta"))
+    except Exception:  # not every operation has a meta kernel; the network itself then says what is wrong, or works
+        return _run_real(model, size)
+
+
+def _run_real(model: nn.Module, size: tuple[int, int]) -> Shapes:
+    first = next(model.parameters(), None)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        return _run(model, size, first.device if first is not None else torch.device("cpu"))
+    finally:
+        for module in training:
+            module.training = True
+
+
+@torch.no_grad()
+def _run(model: nn.Module, size: tuple[int, int], device: torch.device) -> Shapes:
+    first = next(model.parameters(), None)
+    net = cast(Any, model)
+    x = torch.zeros(1, 3, *size, device=device, dtype=first.dtype if first is not None else torch.float32)
+    pooled: Tensor = net.forward_head(net.forward_features(x), pre_logits=True)
+    maps = None
+    if hasattr(model, "forward_intermediates"):
+        found: list[Tensor] = net.forward_intermediates(x, output_fmt="NCHW", intermediates_only=True)
+        maps = [tuple(one.shape[1:]) for one in found]
+    return Shapes(tuple(pooled.shape[1:]), maps)
+
+
+def _ghost(model: nn.Module) -> nn.Module:
+    """Copy of `model` in eval mode whose parameters and buffers lie on the meta device."""
+    memo: dict[int, Any] = {}
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(model, memo).eval()
