@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import unlabeled.ssl.networks  # noqa: F401  registers our own networks with timm
 from unlabeled.ssl.errors import CapabilityError, CheckpointError, ConfigError, nearest
 from unlabeled.ssl.layers import block_layers, count_blocks
-from unlabeled.ssl.probe import Shapes, probe_shapes
+from unlabeled.ssl.probe import Shapes, probe_shapes, reached_by_pooled
 
 __all__ = ["CAPABILITIES", "Backbone", "Stage", "block_layers", "create_backbone"]
 
@@ -25,7 +25,7 @@ CAPABILITIES: dict[str, str] = {
     "dense_map": "unlabeled.ssl.backbone:_lacks_dense_map",
     "token_dropping": "unlabeled.ssl.tokens:lacks_token_dropping",
 }
-"""Capability → ``"module:function"``; the function takes a Backbone and says in a few words why it lacks it, or None."""
+"""Capability → ``"module:function"``; the function takes a Backbone and says in a few words why it lacks it."""
 
 
 class Stage(NamedTuple):
@@ -81,6 +81,12 @@ class Backbone(nn.Module):
         scaled = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         return (scaled - cast(Tensor, self._mean)) / cast(Tensor, self._std)
 
+    def set_statistics(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """Normalises with `mean` and `std` of 0..1 values from here on."""
+        self.mean, self.std = mean, std
+        cast(Tensor, self._mean).copy_(torch.tensor(mean).view(1, -1, 1, 1))
+        cast(Tensor, self._std).copy_(torch.tensor(std).view(1, -1, 1, 1))
+
     def pooled(self, x: Tensor) -> Tensor:
         """Normalised (B, 3, H, W) → (B, embed_dim), as timm's ``forward_head(..., pre_logits=True)`` gives it."""
         model = cast(Any, self.model)
@@ -132,6 +138,10 @@ class Backbone(nn.Module):
         """Name of each parameter (relative to this module) → layer for layer-wise decay: 0 stem .. depth + 1."""
         names = [name for name, _ in self.model.named_parameters()]
         return dict(zip((f"model.{name}" for name in names), block_layers(names), strict=True))
+
+    def reached_by_pooled(self) -> set[str]:
+        """Names of the parameters (relative to this module) that the pooled features depend on."""
+        return {f"model.{name}" for name in reached_by_pooled(self.model, self.input_size)}
 
 
 def create_backbone(
@@ -249,11 +259,10 @@ def _tasks_for(backbone: Backbone) -> list[str]:
     """Names of the tasks whose every requirement `backbone` meets."""
     from unlabeled.pretext.registry import task_class, task_names  # here, since tasks import this module
 
-    able = []
-    for name in task_names():
+    def able(task: str) -> bool:
         try:
-            if not any(backbone.lacks(capability) for capability in task_class(name).requires):
-                able.append(name)
+            return not any(backbone.lacks(capability) for capability in task_class(task).requires)
         except ImportError:  # a task of a plugin whose own dependencies are not installed
-            continue
-    return able
+            return False
+
+    return [task for task in task_names() if able(task)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @torch.no_grad()
@@ -12,7 +12,7 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
 
     The two networks must have the same structure. Parameters of one dtype and device move in one fused operation.
     """
-    moving = list(teacher.parameters())
+    moving: list[Tensor] = list(teacher.parameters())
     if moving:
         torch._foreach_lerp_(moving, list(student.parameters()), 1 - momentum)
     for ours, theirs in zip(teacher.buffers(), student.buffers(), strict=True):

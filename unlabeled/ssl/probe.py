@@ -1,8 +1,8 @@
 """What a network really gives: one forward pass on the meta device, where tensors have shapes but no values.
 
-`feature_info` is a statement of intent (TResNet's first stage says stride 2 and has 4; the width past a head that
-pools with attention or projects is in none of its fields), so the adapter measures instead. The pass costs about as much
-as a tenth of building the network, and no memory: parameters are replaced by empty ones while the copy is made.
+``feature_info`` is a statement of intent (TResNet's first stage says stride 2 and has 4; a head that projects or
+concatenates has a width of its own), so the adapter measures instead. The pass costs about a tenth of building the
+network, and no memory: parameters are replaced by empty ones while the copy is made.
 """
 
 from __future__ import annotations
@@ -66,3 +66,22 @@ def _ghost(model: nn.Module) -> nn.Module:
         empty = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(model, memo).eval()
+
+
+def reached_by_pooled(model: nn.Module, size: tuple[int, int]) -> set[str]:
+    """Names of the parameters that the pooled features depend on; the others get no gradient from a loss on them."""
+    try:
+        return _reached(_ghost(model), size, torch.device("meta"))
+    except Exception:  # see probe_shapes; the copy keeps gradients of the network itself untouched
+        first = next(model.parameters())
+        return _reached(copy.deepcopy(model).eval(), size, first.device)
+
+
+@torch.enable_grad()
+def _reached(net: nn.Module, size: tuple[int, int], device: torch.device) -> set[str]:
+    parameters = {name: parameter.requires_grad_(True) for name, parameter in net.named_parameters()}
+    first = next(iter(parameters.values()))
+    x = torch.zeros(1, 3, *size, device=device, dtype=first.dtype)
+    pooled: Tensor = cast(Any, net).forward_head(cast(Any, net).forward_features(x), pre_logits=True)
+    grads = torch.autograd.grad(pooled.sum(), list(parameters.values()), allow_unused=True)
+    return {name for name, grad in zip(parameters, grads, strict=True) if grad is not None}

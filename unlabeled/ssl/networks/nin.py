@@ -33,9 +33,9 @@ def _block(inputs: int, widths: tuple[int, int, int], kernel: int, pool: nn.Modu
 
 
 class NetworkInNetwork(nn.Module):
-    """Blocks of 96 (stride 2), 192 (stride 4), 192, ... channels; the later ones keep stride 4, as in the released code.
+    """Blocks of 96 (stride 2), 192 (stride 4), 192, ... channels; the later ones keep stride 4.
 
-    All weights keep the framework's default initialisation, as in the released code.
+    No third pooling and the framework's default initialisation, as in the released configuration.
     """
 
     def __init__(
@@ -85,9 +85,9 @@ class NetworkInNetwork(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The blocks' maps at `indices` (a number: the last so many), with the last features unless `intermediates_only`.
+        """Maps of the blocks `indices` (a number: the last so many); before them the features unless `intermediates_only`.
 
-        `norm` is part of timm's surface and has nothing to do here.
+        `norm` belongs to timm's surface and has nothing to do here.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt: {output_fmt!r} is not possible; give 'NCHW'")
@@ -137,7 +137,6 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-@register_model
 def nin_cifar(pretrained: bool = False, **kwargs: Any) -> NetworkInNetwork:
     """RotNet's Network-in-Network; ``num_blocks`` is 3, 4 (default) or 5."""
     features = {"out_indices": (0, 1, 2), "feature_cls": "getter"}
@@ -145,3 +144,6 @@ def nin_cifar(pretrained: bool = False, **kwargs: Any) -> NetworkInNetwork:
         NetworkInNetwork, "nin_cifar", pretrained, feature_cfg=features, **kwargs
     )
     return model
+
+
+register_model(nin_cifar)
