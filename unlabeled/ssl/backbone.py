@@ -186,7 +186,7 @@ def _build(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
     except Exception as error:  # constructors and the hub raise whatever they like; it is told in one line
-        if match := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
+        if match := re.search(r"unexpected keyword argument[^']*'(\w+)'", str(error)):
             raise _UnknownArgumentError(name, match.group(1)) from error
         if pretrained and not isinstance(error, (AssertionError, TypeError)):
             remedy = "give them with backbone.checkpoint=FILE or set backbone.pretrained=false"

@@ -65,7 +65,12 @@ def _ghost(model: nn.Module) -> nn.Module:
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         empty = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(model, memo).eval()
+    return _fresh(copy.deepcopy(model, memo))
+
+
+def _fresh(model: nn.Module) -> nn.Module:
+    """In eval mode, by way of train mode: LeViT and its like keep values from earlier passes until then."""
+    return model.train().eval()
 
 
 def reached_by_pooled(model: nn.Module, size: tuple[int, int]) -> set[str]:
@@ -74,7 +79,7 @@ def reached_by_pooled(model: nn.Module, size: tuple[int, int]) -> set[str]:
         return _reached(_ghost(model), size, torch.device("meta"))
     except Exception:  # see probe_shapes; the copy keeps gradients of the network itself untouched
         first = next(model.parameters())
-        return _reached(copy.deepcopy(model).eval(), size, first.device)
+        return _reached(_fresh(copy.deepcopy(model)), size, first.device)
 
 
 @torch.enable_grad()

@@ -85,7 +85,7 @@ class NetworkInNetwork(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Maps of the blocks `indices` (a number: the last so many); before them the features unless `intermediates_only`.
+        """Maps of the blocks `indices` (a number: the last so many), and the features too unless asked not to.
 
         `norm` belongs to timm's surface and has nothing to do here.
         """
