@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -37,13 +39,8 @@ def probe_shapes(model: nn.Module, size: tuple[int, int]) -> Shapes:
 
 def _run_real(model: nn.Module, size: tuple[int, int]) -> Shapes:
     first = next(model.parameters(), None)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        return _run(model, size, first.device if first is not None else torch.device("cpu"))
-    finally:
-        for module in training:
-            module.training = True
+    with _modes_kept(model):
+        return _run(model.eval(), size, first.device if first is not None else torch.device("cpu"))
 
 
 @torch.no_grad()
@@ -65,12 +62,23 @@ def _ghost(model: nn.Module) -> nn.Module:
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         empty = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-    return _fresh(copy.deepcopy(model, memo))
+    return _copy(model, memo)
 
 
-def _fresh(model: nn.Module) -> nn.Module:
-    """In eval mode, by way of train mode: LeViT and its like keep values from earlier passes until then."""
-    return model.train().eval()
+def _copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A copy in eval mode. Entering train mode first makes LeViT and its like forget what they kept of earlier passes."""
+    with _modes_kept(model):
+        return copy.deepcopy(model.train(), memo).eval()
+
+
+@contextmanager
+def _modes_kept(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def reached_by_pooled(model: nn.Module, size: tuple[int, int]) -> set[str]:
@@ -79,7 +87,7 @@ def reached_by_pooled(model: nn.Module, size: tuple[int, int]) -> set[str]:
         return _reached(_ghost(model), size, torch.device("meta"))
     except Exception:  # see probe_shapes; the copy keeps gradients of the network itself untouched
         first = next(model.parameters())
-        return _reached(_fresh(copy.deepcopy(model)), size, first.device)
+        return _reached(_copy(model), size, first.device)
 
 
 @torch.enable_grad()
