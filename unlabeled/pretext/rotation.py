@@ -30,6 +30,8 @@ _SMALL = 64
 """Pixels up to which `crop: auto` follows the CIFAR recipe."""
 _SHOWN = 8
 """Pictures that `visualize` shows."""
+_COUNTER = "num_batches_tracked"
+"""Batch norm's counter, which did not exist when the authors' files were written."""
 
 
 class RotationConfig(TaskConfig):
@@ -164,22 +166,22 @@ class Rotation(PretextTask):
                     "check task.angles and backbone.kwargs"
                 )
         self.load_state_dict(renamed, strict=False)
-        counters = "num_batches_tracked"  # did not exist when the authors' files were written
-        missing = [name for name in ours if name not in renamed and not name.endswith(counters)]
+        missing = [name for name in ours if name not in renamed and not name.endswith(_COUNTER)]
         used = set(names.values())
         return missing, [name for name in network if name not in used]
 
 
 def _official_names(task: Rotation) -> dict[str, str]:
-    """Our name → the authors' (layout of `_feature_blocks` in their NetworkInNetwork), for `nin_cifar`."""
-    blocks = task.backbone.depth
+    """Our name → the authors' (their NetworkInNetwork's `_feature_blocks`); empty for other backbones."""
     parts = {"conv": "Conv", "bn": "BatchNorm"}
-    names = {f"head.{kind}": f"_feature_blocks.{blocks}.Classifier.{kind}" for kind in ("weight", "bias")}
+    names = {}
     for name in task.state_dict():
         match name.split("."):
-            case ["backbone", "model", "blocks", block, conv, part, kind] if part in parts and conv.startswith("conv"):
-                unit = f"Block{int(block) + 1}_ConvB{conv.removeprefix('conv')}"
-                names[name] = f"_feature_blocks.{block}.{unit}.layers.{parts[part]}.{kind}"
+            case ["backbone", "model", "blocks", block, unit, part, kind] if part in parts and kind != _COUNTER:
+                official = f"Block{int(block) + 1}_ConvB{unit.removeprefix('conv')}"
+                names[name] = f"_feature_blocks.{block}.{official}.layers.{parts[part]}.{kind}"
+    for kind in ("weight", "bias") if names else ():
+        names[f"head.{kind}"] = f"_feature_blocks.{task.backbone.depth}.Classifier.{kind}"
     return names
 
 

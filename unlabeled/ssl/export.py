@@ -25,6 +25,7 @@ from torch import Tensor
 
 from unlabeled.ssl.backbone import Backbone, create_backbone
 from unlabeled.ssl.errors import CheckpointError, ConfigError
+from unlabeled.ssl.probe import modes_kept
 
 WEIGHTS = "backbone.safetensors"
 DESCRIPTION = "backbone.json"
@@ -141,7 +142,8 @@ def load_weights(backbone: Backbone, path: str | Path) -> LoadReport:
         if ours != theirs:
             fault = f"{name} has shape {theirs}, {backbone.name} needs {ours}"
             raise CheckpointError(f"{file}: {fault}; check backbone.name, size and kwargs")
-    backbone.model.load_state_dict({name: state[name] for name in loaded}, strict=False)
+    with modes_kept(backbone.model):  # forgets what was computed from the old weights
+        backbone.model.load_state_dict({name: state[name] for name in loaded}, strict=False)
     return LoadReport(
         loaded=loaded,
         missing=[name for name in target if name not in state],

@@ -39,7 +39,7 @@ def probe_shapes(model: nn.Module, size: tuple[int, int]) -> Shapes:
 
 def _run_real(model: nn.Module, size: tuple[int, int]) -> Shapes:
     first = next(model.parameters(), None)
-    with _modes_kept(model):
+    with modes_kept(model):
         return _run(model.eval(), size, first.device if first is not None else torch.device("cpu"))
 
 
@@ -66,17 +66,24 @@ def _ghost(model: nn.Module) -> nn.Module:
 
 
 def _copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A copy in eval mode. Entering train mode first makes LeViT and its like forget what they kept of earlier passes."""
-    with _modes_kept(model):
-        return copy.deepcopy(model.train(), memo).eval()
+    """A copy in eval mode."""
+    with modes_kept(model):
+        return copy.deepcopy(model, memo).eval()
 
 
 @contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Each module is in its mode again afterwards.
+
+    The network enters train mode first and last, which makes LeViT and its like forget what they keep in eval mode of
+    earlier passes: tables computed from weights that may be replaced, and that belong to a graph.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    model.train()
     try:
         yield
     finally:
+        model.train()
         for module, training in modes:
             module.training = training
 
