@@ -66,7 +66,7 @@ def test_export_replaces_an_older_one_whole(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("unlabeled.ssl.export.save_file", full)
-    with pytest.raises(CheckpointError, match="the backbone cannot be written .No space left on device"):
+    with pytest.raises(CheckpointError, match=r"the backbone cannot be written .No space left on device"):
         export_backbone(new, tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["backbone.json", "backbone.safetensors"]
     assert _same(load_backbone(tmp_path), old, (32, 32))
@@ -213,5 +213,5 @@ def test_folders_that_are_not_exports(tmp_path):
         load_backbone(tmp_path)
     changed = json.loads((tmp_path / "backbone.json").read_text()) | {"name": "nin_cipher"}
     (tmp_path / "backbone.json").write_text(json.dumps(changed))
-    with pytest.raises(CheckpointError, match="cannot be built again: backbone.name: 'nin_cipher'"):
+    with pytest.raises(CheckpointError, match=r"cannot be built again: backbone.name: 'nin_cipher'"):
         load_backbone(tmp_path)

@@ -89,7 +89,7 @@ def test_equal_logits_give_the_logarithm_of_the_number_of_angles():
 def test_non_square_pictures_need_two_angles():
     with pytest.raises(ConfigError, match=r"task.angles: 4 rotations need square pictures, these are 32x64; set task"):
         _task(size=(32, 64))
-    with pytest.raises(ConfigError, match="these are 64x96; set task.angles=2"):
+    with pytest.raises(ConfigError, match=r"these are 64x96; set task.angles=2"):
         _task()(_batch(size=(64, 96)))
     task = _task(size=(32, 64), angles=2)
     assert task(_batch(size=(32, 64))).loss.isfinite()
@@ -123,7 +123,7 @@ def test_weight_decay_applies_to_everything_as_published():
 
 def test_the_backbone_must_pool():
     backbone = create_backbone("test_vit", size=32, global_pool="")
-    with pytest.raises(CapabilityError, match="test_vit cannot do Rotation: it lacks pooled .its head does not pool"):
+    with pytest.raises(CapabilityError, match=r"test_vit cannot do Rotation: it lacks pooled .its head does not pool"):
         Rotation(RotationConfig(), backbone)
 
 
@@ -131,7 +131,7 @@ def test_created_by_name():
     task = create_task({"name": "rotation", "angles": 2}, create_backbone("nin_cifar"))
     assert isinstance(task, Rotation)
     assert isinstance(task.encoder(), Backbone)
-    with pytest.raises(ConfigError, match="task.angles: 3 is not possible; choose 2 or 4"):
+    with pytest.raises(ConfigError, match=r"task.angles: 3 is not possible; choose 2 or 4"):
         create_task({"name": "rotation", "angles": 3}, create_backbone("nin_cifar"))
 
 
@@ -189,14 +189,14 @@ def test_visualize_shows_verdict_and_predicted_top():
     statistics = task.backbone.model.blocks[0].conv1.bn.running_mean.clone()
     batch = _batch(images=2)
     picture = task.visualize(batch)["rotations"]
-    side = 3 * 32 + 8
+    side = 3 * 32 + 2 * 8
     assert (picture.dtype, picture.shape) == (torch.uint8, (3, 2 * (side + 2) + 2, 4 * (side + 2) + 2))
     colors = [picture[:, 2, 2 + k * (side + 2)].tolist() for k in range(4)]
     assert [color == colors[1] for color in colors] == [False, True, False, False]
-    assert picture[:, 2 + side // 2, 2].tolist() == [255, 255, 255]
-    assert picture[:, 2 + side // 2, 2 + side - 1].tolist() == colors[0]
+    assert picture[:, 2 + side // 2, 2 + 4].tolist() == [255, 255, 255]
+    assert picture[:, 2 + side // 2, 2 + side - 4].tolist() == colors[0]
     turned = torch.rot90(batch["image"][0], 1, (1, 2))
-    assert torch.equal(picture[:, 6:102:3, 6 + side + 2 : 102 + side + 2 : 3], turned)
+    assert torch.equal(picture[:, 10:106:3, 10 + side + 2 : 106 + side + 2 : 3], turned)
     assert [module.training for module in task.modules()] == modes
     assert torch.equal(task.backbone.model.blocks[0].conv1.bn.running_mean, statistics)
 

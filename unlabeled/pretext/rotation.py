@@ -30,6 +30,8 @@ _SMALL = 64
 """Pixels up to which `crop: auto` follows the CIFAR recipe."""
 _SHOWN = 8
 """Pictures that `visualize` shows."""
+_FRAME = 8
+"""Pixels of the frame around each of them."""
 _COUNTER = "num_batches_tracked"
 """Batch norm's counter, which did not exist when the authors' files were written."""
 
@@ -186,15 +188,13 @@ def _official_names(task: Rotation) -> dict[str, str]:
 
 
 def _framed(picture: Tensor, quarter: int, right: bool) -> Tensor:
-    """uint8 (3, H, W) with a frame 4 pixels wide in the colour of the verdict and a bar on the predicted top."""
+    """uint8 (3, H, W) with a frame in the colour of the verdict, and in it a bar on the side of the predicted top."""
     color = torch.tensor([40, 170, 70] if right else [210, 50, 50], dtype=torch.uint8).view(3, 1, 1)
-    framed = color.expand(3, picture.shape[1] + 8, picture.shape[2] + 8).clone()
-    framed[:, 4:-4, 4:-4] = picture
-    # a picture turned counter-clockwise by 0, 90, 180, 270 degrees has its top above, left, below, right
-    side = ((0, slice(0, 4)), (1, slice(0, 4)), (0, slice(-4, None)), (1, slice(-4, None)))[quarter]
-    middle = slice(framed.shape[2 - side[0]] // 4, -(framed.shape[2 - side[0]] // 4))
-    if side[0] == 0:
-        framed[:, side[1], middle] = 255
-    else:
-        framed[:, middle, side[1]] = 255
-    return framed
+    # a picture turned counter-clockwise by 0, 90, 180, 270 degrees has its top above, left, below, right: the frame is
+    # turned with it, so that the bar only ever has to be drawn above
+    upright = torch.rot90(picture, -quarter, (1, 2))
+    height, width = (length + 2 * _FRAME for length in upright.shape[1:])
+    framed = color.expand(3, height, width).clone()
+    framed[:, _FRAME // 4 : 3 * _FRAME // 4, width // 4 : -(width // 4)] = 255
+    framed[:, _FRAME:-_FRAME, _FRAME:-_FRAME] = upright
+    return torch.rot90(framed, quarter, (1, 2))
