@@ -1,0 +1,38 @@
+"""Layers, rate multipliers and weight decay of MAE's and SimMIM's fine-tuning, parameter by parameter."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from unlabeled.ssl.layers import block_layers, count_blocks, decay_applies, layer_scale
+
+FOLDER = Path(os.environ.get("UNLABELED_GOLDEN_DIR", Path(__file__).parent))
+GOLDEN = json.loads((FOLDER / "layer_decay.json").read_text())
+TENSORS = load_file(FOLDER / "layer_decay.safetensors")
+
+
+@pytest.mark.parametrize("model", sorted(GOLDEN["parameters"]))
+def test_official_names_give_official_numbers(model):
+    settings, parameters = GOLDEN["config"][model], GOLDEN["parameters"][model]
+    rule = "swin" if "swin" in model else "finetune"
+    names = [parameter["name"] for parameter in parameters]
+
+    depth = count_blocks(names)
+    layers = block_layers(names)
+    scales = [layer_scale(layer, depth, settings["layer_decay"]) for layer in layers]
+    decays = [settings["weight_decay"] * decay_applies(p["name"], p["shape"], rule) for p in parameters]
+
+    assert depth == settings.get("encoder_depth", sum(settings.get("stage_depths", [])))
+    for parameter, layer, scale, decay in zip(parameters, layers, scales, decays, strict=True):
+        assert layer == parameter["layer"], parameter["name"]
+        assert scale == pytest.approx(parameter["lr_scale"], rel=1e-12), parameter["name"]
+        assert decay == pytest.approx(parameter["weight_decay"], rel=1e-12), parameter["name"]
+    assert layers == TENSORS[f"expect/{model}_layer"].tolist()
+    assert scales == pytest.approx(TENSORS[f"expect/{model}_lr_scale"].tolist(), rel=1e-6)
+    assert decays == pytest.approx(TENSORS[f"expect/{model}_weight_decay"].tolist(), rel=1e-6)
+    assert len(set(zip(layers, decays, strict=True))) == TENSORS[f"expect/{model}_group_count"].item()

@@ -1,0 +1,200 @@
+"""Rotation prediction (RotNet): which of four rotations was applied to the picture?
+
+Gidaris, Singh, Komodakis: Unsupervised Representation Learning by Predicting Image Rotations, ICLR 2018,
+arXiv 1803.07728; repository github.com/gidariss/FeatureLearningRotNet.
+
+Every picture enters the batch in all its rotations. They are made on the device, from one picture that the loader
+brings, after crop and flip; a rotation by a right angle only permutes pixels, so nothing is interpolated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.transforms import v2
+from torchvision.utils import make_grid
+
+from unlabeled.pretext.base import Batch, NamedParameter, PretextTask, StepOutput, TaskConfig, Views
+from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.errors import CheckpointError, ConfigError
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Ratio = Annotated[float, Field(gt=0)]
+
+_SMALL = 64
+"""Pixels up to which `crop: auto` follows the CIFAR recipe."""
+_SHOWN = 8
+"""Pictures that `visualize` shows."""
+_FRAME = 8
+"""Pixels of the frame around each of them."""
+_COUNTER = "num_batches_tracked"
+"""Batch norm's counter, which did not exist when the authors' files were written."""
+
+
+class RotationConfig(TaskConfig):
+    """Settings of rotation prediction; the defaults are those of the released code."""
+
+    angles: Literal[2, 4] = 4
+    """Rotations per picture: 4 (0, 90, 180, 270 degrees) or 2 (0, 180), the only ones that keep a non-square shape."""
+    crop: Literal["auto", "pad", "resized"] = "auto"
+    """pad: shift by up to `pad` pixels (the CIFAR recipe); resized: random part of the picture (the ImageNet recipe);
+    auto: pad for pictures of up to 64 pixels."""
+    pad: int = Field(4, ge=0)
+    """Pixels of zeros on each side before the crop of `crop: pad`."""
+    scale: tuple[Fraction, Fraction] = (0.08, 1.0)
+    """Smallest and largest part of the area that `crop: resized` keeps."""
+    ratio: tuple[Ratio, Ratio] = (3 / 4, 4 / 3)
+    """Narrowest and widest width over height of that part."""
+    flip: float = Field(0.5, ge=0, le=1)
+    """Probability of a horizontal flip."""
+    decay_all: bool = True
+    """Weight decay on every parameter, norms and biases too, as published; False: not on these."""
+
+
+class RotationViews:
+    """Crop and flip of one picture; rotations are made later, on the device."""
+
+    def __init__(self, config: RotationConfig, size: tuple[int, int]) -> None:
+        crop: list[v2.Transform]
+        if config.crop == "pad" or (config.crop == "auto" and max(size) <= _SMALL):
+            crop = [v2.Resize(max(size), antialias=True), v2.RandomCrop(size, padding=config.pad)]
+        else:
+            crop = [v2.RandomResizedCrop(size, scale=config.scale, ratio=config.ratio, antialias=True)]
+        self.transform = v2.Compose([*crop, v2.RandomHorizontalFlip(config.flip)])
+
+    def __call__(self, picture: Tensor) -> dict[str, Tensor]:
+        """uint8 (3, H, W) of any size → ``image``, uint8 (3, h, w)."""
+        return {"image": self.transform(picture)}
+
+
+def rotations(images: Tensor, angles: int) -> Tensor:
+    """(B, C, H, W) → (B * angles, C, H, W), image by image: x0 by 0, x0 by 90 degrees counter-clockwise, ...
+
+    With two angles the second is 180 degrees. Raises ConfigError for four angles of pictures that are not square.
+    """
+    _check_square(images.shape[-2], images.shape[-1], angles)
+    quarters = range(0, 4, 4 // angles)
+    return torch.stack([torch.rot90(images, quarter, (2, 3)) for quarter in quarters], dim=1).flatten(0, 1)
+
+
+def _check_square(height: int, width: int, angles: int) -> None:
+    if angles == 4 and height != width:
+        remedy = "set task.angles=2 or a square backbone.size"
+        raise ConfigError(f"task.angles: 4 rotations need square pictures, these are {height}x{width}; {remedy}")
+
+
+class Rotation(PretextTask):
+    """Classifies the rotation of each picture from the pooled features, with one linear layer."""
+
+    Config: ClassVar[type[TaskConfig]] = RotationConfig
+    requires: ClassVar[frozenset[str]] = frozenset({"pooled"})
+    config: RotationConfig
+
+    def __init__(self, config: RotationConfig, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        _check_square(*backbone.input_size, config.angles)
+        reached = backbone.reached_by_pooled()
+        for name, parameter in backbone.named_parameters():
+            if name not in reached:
+                parameter.requires_grad_(False)
+        self.head = nn.Linear(backbone.embed_dim, config.angles)
+
+    @classmethod
+    def views(cls, config: RotationConfig, backbone: Backbone) -> Views:
+        return RotationViews(config, backbone.input_size)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) → (B * angles, angles), in the order of `rotations`."""
+        rotated = rotations(self.backbone.normalize(images), self.config.angles)
+        scores: Tensor = self.head(self.backbone.pooled(rotated))
+        return scores
+
+    def forward(self, batch: Batch) -> StepOutput:
+        """``image`` uint8 (B, 3, H, W) → mean cross-entropy over all B * angles rotated pictures."""
+        logits = self.logits(batch["image"]).float()
+        labels = self._labels(len(batch["image"]), logits.device)
+        accuracy = (logits.detach().argmax(1) == labels).float().mean()
+        return StepOutput(F.cross_entropy(logits, labels), {"accuracy": accuracy})
+
+    def _labels(self, images: int, device: torch.device) -> Tensor:
+        return torch.arange(self.config.angles, device=device).repeat(images)
+
+    def parameter_groups(self) -> Iterator[NamedParameter]:
+        """As in the base class, with weight decay on everything when `decay_all` is set."""
+        for group in super().parameter_groups():
+            yield group._replace(decay=group.decay or self.config.decay_all)
+
+    @torch.no_grad()
+    def visualize(self, batch: Batch) -> dict[str, Tensor]:
+        """``rotations``: one row a picture, in all its rotations.
+
+        A frame is green where the prediction is right and red where it is wrong; the white bar is on the side that
+        the network takes for the top of the unrotated picture.
+        """
+        images = batch["image"][:_SHOWN]
+        training = [module for module in self.modules() if module.training]
+        self.eval()
+        predicted = self.logits(images).argmax(1)
+        for module in training:
+            module.training = True
+        right = predicted == self._labels(len(images), predicted.device)
+        enlarge = max(1, 96 // min(images.shape[-2:]))
+        pictures = rotations(images, self.config.angles).cpu()
+        pictures = pictures.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
+        quarters = (predicted * (4 // self.config.angles)).tolist()
+        framed = [_framed(*one) for one in zip(pictures, quarters, right.tolist(), strict=True)]
+        return {"rotations": make_grid(torch.stack(framed), nrow=self.config.angles, padding=2)}
+
+    def load_official(self, state: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+        """Loads a network-in-network checkpoint of the authors' repository, ``{epoch, network}`` or its `network`."""
+        network: Mapping[str, Tensor] = state.get("network", state)
+        names = _official_names(self)
+        ours = self.state_dict()
+        renamed = {name: network[official] for name, official in names.items() if official in network}
+        if not renamed:
+            raise CheckpointError(
+                "rotation: the checkpoint has no tensor of RotNet's network-in-network that belongs to "
+                f"{self.backbone.name}; set backbone.name=nin_cifar"
+            )
+        for name, tensor in renamed.items():
+            if tensor.shape != ours[name].shape:
+                raise CheckpointError(
+                    f"rotation: {names[name]} has shape {list(tensor.shape)}, {name} needs {list(ours[name].shape)}; "
+                    "check task.angles and backbone.kwargs"
+                )
+        self.load_state_dict(renamed, strict=False)
+        missing = [name for name in ours if name not in renamed and not name.endswith(_COUNTER)]
+        used = set(names.values())
+        return missing, [name for name in network if name not in used]
+
+
+def _official_names(task: Rotation) -> dict[str, str]:
+    """Our name → the authors' (their NetworkInNetwork's `_feature_blocks`); empty for other backbones."""
+    parts = {"conv": "Conv", "bn": "BatchNorm"}
+    names = {}
+    for name in task.state_dict():
+        match name.split("."):
+            case ["backbone", "model", "blocks", block, unit, part, kind] if part in parts and kind != _COUNTER:
+                official = f"Block{int(block) + 1}_ConvB{unit.removeprefix('conv')}"
+                names[name] = f"_feature_blocks.{block}.{official}.layers.{parts[part]}.{kind}"
+    for kind in ("weight", "bias") if names else ():
+        names[f"head.{kind}"] = f"_feature_blocks.{task.backbone.depth}.Classifier.{kind}"
+    return names
+
+
+def _framed(picture: Tensor, quarter: int, right: bool) -> Tensor:
+    """uint8 (3, H, W) with a frame in the colour of the verdict, and in it a bar on the side of the predicted top."""
+    color = torch.tensor([40, 170, 70] if right else [210, 50, 50], dtype=torch.uint8).view(3, 1, 1)
+    # a picture turned counter-clockwise by 0, 90, 180, 270 degrees has its top above, left, below, right: the frame is
+    # turned with it, so that the bar only ever has to be drawn above
+    upright = torch.rot90(picture, -quarter, (1, 2))
+    height, width = (length + 2 * _FRAME for length in upright.shape[1:])
+    framed = color.expand(3, height, width).clone()
+    framed[:, _FRAME // 4 : 3 * _FRAME // 4, width // 4 : -(width // 4)] = 255
+    framed[:, _FRAME:-_FRAME, _FRAME:-_FRAME] = upright
+    return torch.rot90(framed, quarter, (1, 2))

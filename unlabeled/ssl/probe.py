@@ -1,0 +1,107 @@
+"""What a network really gives: one forward pass on the meta device, where tensors have shapes but no values.
+
+``feature_info`` is a statement of intent (TResNet's first stage says stride 2 and has 4; a head that projects or
+concatenates has a width of its own), so the adapter measures instead. The pass costs about a tenth of building the
+network, and no memory: parameters are replaced by empty ones while the copy is made.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+
+class Shapes(NamedTuple):
+    """Shapes for one picture, without the batch axis."""
+
+    pooled: tuple[int, ...]
+    """(D,) where the head pools."""
+    maps: list[tuple[int, ...]] | None
+    """(C, H, W) of each feature map; None without ``forward_intermediates``."""
+
+
+def probe_shapes(model: nn.Module, size: tuple[int, int]) -> Shapes:
+    """Shapes that `model` gives for a picture of `size` (h, w).
+
+    Raises whatever the network raises for a picture that it cannot take.
+    """
+    try:
+        return _run(_ghost(model), size, torch.device("meta"))
+    except Exception:  # not every operation has a meta kernel; the network itself then says what is wrong, or works
+        return _run_real(model, size)
+
+
+def _run_real(model: nn.Module, size: tuple[int, int]) -> Shapes:
+    first = next(model.parameters(), None)
+    with modes_kept(model):
+        return _run(model.eval(), size, first.device if first is not None else torch.device("cpu"))
+
+
+@torch.no_grad()
+def _run(model: nn.Module, size: tuple[int, int], device: torch.device) -> Shapes:
+    first = next(model.parameters(), None)
+    net = cast(Any, model)
+    x = torch.zeros(1, 3, *size, device=device, dtype=first.dtype if first is not None else torch.float32)
+    pooled: Tensor = net.forward_head(net.forward_features(x), pre_logits=True)
+    maps = None
+    if hasattr(model, "forward_intermediates"):
+        found: list[Tensor] = net.forward_intermediates(x, output_fmt="NCHW", intermediates_only=True)
+        maps = [tuple(one.shape[1:]) for one in found]
+    return Shapes(tuple(pooled.shape[1:]), maps)
+
+
+def _ghost(model: nn.Module) -> nn.Module:
+    """Copy of `model` in eval mode whose parameters and buffers lie on the meta device."""
+    memo: dict[int, Any] = {}
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    return _copy(model, memo)
+
+
+def _copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A copy in eval mode."""
+    with modes_kept(model):
+        return copy.deepcopy(model, memo).eval()
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Each module is in its mode again afterwards.
+
+    The network enters train mode first and last, which makes LeViT and its like forget what they keep in eval mode of
+    earlier passes: tables computed from weights that may be replaced, and that belong to a graph.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    try:
+        yield
+    finally:
+        model.train()
+        for module, training in modes:
+            module.training = training
+
+
+def reached_by_pooled(model: nn.Module, size: tuple[int, int]) -> set[str]:
+    """Names of the parameters that the pooled features depend on; the others get no gradient from a loss on them."""
+    try:
+        return _reached(_ghost(model), size, torch.device("meta"))
+    except Exception:  # see probe_shapes; the copy keeps gradients of the network itself untouched
+        first = next(model.parameters())
+        return _reached(_copy(model), size, first.device)
+
+
+@torch.enable_grad()
+def _reached(net: nn.Module, size: tuple[int, int], device: torch.device) -> set[str]:
+    parameters = {name: parameter.requires_grad_(True) for name, parameter in net.named_parameters()}
+    first = next(iter(parameters.values()))
+    x = torch.zeros(1, 3, *size, device=device, dtype=first.dtype)
+    pooled: Tensor = cast(Any, net).forward_head(cast(Any, net).forward_features(x), pre_logits=True)
+    grads = torch.autograd.grad(pooled.sum(), list(parameters.values()), allow_unused=True)
+    return {name for name, grad in zip(parameters, grads, strict=True) if grad is not None}
