@@ -218,7 +218,7 @@ class MAE(PretextTask):
         table = sincos_2d(dim, grid, absolute.shape[1] - grid[0] * grid[1]).to(absolute)
         if overwrite:
             absolute.data.copy_(table)
-        absolute.requires_grad_(not torch.allclose(absolute.detach(), table, atol=1e-4))
+        absolute.requires_grad_(not (overwrite or torch.allclose(absolute.detach(), table, atol=1e-4)))
 
 
 def _init_weights(module: nn.Module) -> None:
