@@ -38,6 +38,7 @@ MODELS = {
     "vit_small_patch16_rope_mixed_224": {},  # a learned rotation for each block and head
     "vit_small_patch16_rope_mixed_ape_224": {},
     "vit_pe_core_tiny_patch16_384": {},
+    "vit_base_patch16_sapiens2": {"num_kv_heads": (2, 1)},  # fewer keys and values than queries
 }
 
 

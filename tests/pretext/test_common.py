@@ -35,8 +35,8 @@ def test_patches_round_trip_and_can_be_picked(patch):
     assert torch.equal(patchify(images, patch, ids), patches[torch.arange(2)[:, None], ids])
 
 
-def test_normalised_patches_use_the_unbiased_variance():
-    a, b = 1.0, 4.0
+@pytest.mark.parametrize(("a", "b"), [(1.0, 4.0), (-1e-3, 1e-3)])  # in the second, 1e-6 is about half of the variance
+def test_normalised_patches_use_the_unbiased_variance(a, b):
     n = 12
     patch = torch.tensor([a, b]).repeat(n // 2)
     deviation = math.sqrt(((b - a) / 2) ** 2 * n / (n - 1) + 1e-6)

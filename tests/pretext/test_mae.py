@@ -382,6 +382,7 @@ def test_sizes_and_backbones_that_are_refused():
         tiny_task(mask_ratio=0.98)
     with pytest.raises(ConfigError, match=r"task.positions: sincos needs a width that is a multiple of 4, .* has 30"):
         tiny_task(tiny_backbone(embed_dim=30))
+    assert tiny_task(tiny_backbone(embed_dim=30), init="keep").backbone.model.pos_embed.requires_grad
     with pytest.raises(CapabilityError, match="resnet10t cannot do MAE: it lacks token_dropping"):
         tiny_task(create_backbone("resnet10t"))
 

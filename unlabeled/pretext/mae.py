@@ -210,6 +210,8 @@ class MAE(PretextTask):
         if absolute is None or self.config.positions == "backbone":
             return
         dim, grid = absolute.shape[-1], encoder.absolute_grid
+        if dim % 4 and not overwrite:
+            return
         if dim % 4:
             raise ConfigError(
                 f"task.positions: sincos needs a width that is a multiple of 4, {self.backbone.name} has {dim}; "
