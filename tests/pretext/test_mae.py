@@ -376,7 +376,7 @@ def test_settings_that_are_refused(settings, message):
 
 
 def test_sizes_and_backbones_that_are_refused():
-    with pytest.raises(ConfigError, match=r"backbone.size: \[30, 32\] is no multiple of .* patch \[8, 8\]; set it to"):
+    with pytest.raises(ConfigError, match="backbone.size: .*30.* multiple of vit_tiny_patch16_224's patch"):
         tiny_task(tiny_backbone(size=(30, 32)))
     with pytest.raises(ConfigError, match=r"task.mask_ratio: 0.98 leaves 0 of 4x4 patches visible; set it between"):
         tiny_task(mask_ratio=0.98)
