@@ -216,6 +216,8 @@ class MAE(PretextTask):
         if absolute is None or self.config.positions == "backbone":
             return
         dim, grid = absolute.shape[-1], encoder.absolute_grid
+        if dim % 4 and not overwrite:
+            return
         if dim % 4:
             raise ConfigError(
                 f"task.positions: sincos needs a width that is a multiple of 4, {self.backbone.name} has {dim}; "
@@ -224,7 +226,7 @@ class MAE(PretextTask):
         table = sincos_2d(dim, grid, absolute.shape[1] - grid[0] * grid[1]).to(absolute)
         if overwrite:
             absolute.data.copy_(table)
-        absolute.requires_grad_(not torch.allclose(absolute.detach(), table, atol=1e-4))
+        absolute.requires_grad_(not (overwrite or torch.allclose(absolute.detach(), table, atol=1e-4)))
 
 
 def _init_weights(module: nn.Module) -> None:

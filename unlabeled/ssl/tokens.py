@@ -14,9 +14,8 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DiffAttention, PatchEmbed, apply_keep_indices_nlc
+from timm.layers import PatchEmbed, apply_keep_indices_nlc
 from timm.layers.grn import GlobalResponseNorm
-from timm.layers.attention import Attention, AttentionRope
 from timm.models import deit, eva, vision_transformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -24,16 +23,19 @@ from torch.utils.checkpoint import checkpoint
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.errors import ConfigError
 
-_BLOCKS = (
-    vision_transformer.Block,
-    vision_transformer.ResPostBlock,
-    vision_transformer.ParallelScalingBlock,
-    vision_transformer.DiffParallelScalingBlock,
-    vision_transformer.ParallelThingsBlock,
-    eva.EvaBlock,
-    eva.EvaBlockPostNorm,
+_BLOCKS = frozenset(
+    {
+        "Block",
+        "DiffParallelScalingBlock",
+        "EvaBlock",
+        "EvaBlockPostNorm",
+        "ParallelScalingBlock",
+        "ParallelThingsBlock",
+        "ResPostBlock",
+    }
 )
-_ATTENTION = (Attention, AttentionRope, DiffAttention, eva.EvaAttention, type(None))
+_ATTENTION = frozenset({"Attention", "AttentionRope", "DiffAttention", "EvaAttention"})
+"""timm's own classes (by name: not each release has all of them) that treat their tokens as a set."""
 _MODELS = (vision_transformer.VisionTransformer, deit.VisionTransformerDistilled, eva.Eva)
 _RECOMPUTED = ("forward_features", "_pos_embed")
 """Methods that `TokenEncoder` calls or does again; a subclass that changes one is another network."""
@@ -71,18 +73,23 @@ def _computes_like(model: nn.Module, known: type[nn.Module]) -> bool:
 
 def _strange_part(block: nn.Module) -> str | None:
     """Name of the class inside `block` that may mix tokens in an unknown way; None when there is none."""
-    if type(block) not in _BLOCKS:
+    if not _is_timm(block, _BLOCKS):
         return type(block).__name__
-    for module in block.modules():
-        if isinstance(module, _MIXING):
+    for name, module in block.named_modules():
+        if isinstance(module, _MIXING) or (name == "attn" and not _is_timm(module, _ATTENTION)):
             return type(module).__name__
-    attention = getattr(block, "attn", None)
-    return None if type(attention) in _ATTENTION else type(attention).__name__
+    return None
+
+
+def _is_timm(module: nn.Module, names: frozenset[str]) -> bool:
+    """Whether the exact type of `module` is one of timm's classes `names`."""
+    cls = type(module)
+    return cls.__module__.partition(".")[0] == "timm" and cls.__name__ in names
 
 
 def _foreign_reason(model: nn.Module) -> str:
     modules = list(model.modules())
-    if any(getattr(module, "window_size", None) for module in modules):
+    if not hasattr(model, "blocks") and any(getattr(module, "window_size", None) for module in modules):
         return "windows need the whole grid"
     names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
     if any("rel_pos" in name or "relative_position" in name for name in names):

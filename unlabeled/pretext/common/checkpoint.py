@@ -49,7 +49,8 @@ def resampled_positions(stored: Tensor, own: Tensor, grid: tuple[int, int]) -> T
     The fixed sine-cosine table is made anew for `grid`, any other is resampled bicubically over its patch entries. Of
     the prefix the first entry (class token) is taken over; entries that only `own` has stay.
 
-    Raises CheckpointError when the file's grid is neither `grid` nor square, or its width is another one.
+    A file's grid is square (the authors' code knows no other), or else `grid` itself.
+    Raises CheckpointError when it can be neither, or the width is another one.
     """
     patches, prefix = grid[0] * grid[1], own.shape[1] - grid[0] * grid[1]
     if stored.ndim != 3 or stored.shape[-1] != own.shape[-1]:
@@ -57,12 +58,16 @@ def resampled_positions(stored: Tensor, own: Tensor, grid: tuple[int, int]) -> T
             f"checkpoint: pos_embed is {tuple(stored.shape)} in the file, of width {own.shape[-1]} here; "
             "take the backbone that it was trained with"
         )
-    if stored.shape[1] == 1 + patches:
+    square = _square_grid(stored)
+    if square == grid or (square is None and stored.shape[1] == 1 + patches):
         entries = stored[:, 1:]
+    elif square is None:
+        raise CheckpointError(
+            f"checkpoint: pos_embed has {stored.shape[1] - 1} patches, no square; set backbone.size to the file's own"
+        )
     elif _is_fixed_table(stored):
         entries = sincos_2d(stored.shape[-1], grid)
     else:
-        square = _square_grid("pos_embed", stored)
         entries = resample_abs_pos_embed(stored[:, 1:], list(grid), list(square), num_prefix_tokens=0)
     first = own.detach()[:, :prefix].clone()
     first[:, :1] = stored[:, :1] if prefix else first
@@ -76,17 +81,15 @@ def require_fixed_table(name: str, stored: Tensor) -> None:
 
 
 def _is_fixed_table(stored: Tensor) -> bool:
-    if stored.ndim != 3 or stored.shape[-1] % 4:
+    square = _square_grid(stored)
+    if square is None or stored.shape[-1] % 4:
         return False
-    table = sincos_2d(stored.shape[-1], _square_grid("positions", stored), prefix=1)
+    table = sincos_2d(stored.shape[-1], square, prefix=1)
     return torch.allclose(stored.detach().cpu().float(), table, atol=_SAME_TABLE)
 
 
-def _square_grid(name: str, stored: Tensor) -> tuple[int, int]:
-    """Grid of a stored table; the authors' code trains on square pictures only."""
-    side = math.isqrt(stored.shape[1] - 1)
-    if side * side != stored.shape[1] - 1:
-        raise CheckpointError(
-            f"checkpoint: {name} has {stored.shape[1] - 1} patches, no square; set backbone.size to the file's own"
-        )
-    return side, side
+def _square_grid(stored: Tensor) -> tuple[int, int] | None:
+    """Grid of a stored table (1, 1 + L, D): the authors train on square pictures only. None when L is no square."""
+    patches = stored.shape[1] - 1 if stored.ndim == 3 else 0
+    side = math.isqrt(max(patches, 0))
+    return (side, side) if patches > 0 and side * side == patches else None
