@@ -1,4 +1,4 @@
-"""``accelerate launch pretrain.py task=mae data=folder data.path=... out=runs/x``; the words of `unlabeled pretrain`."""
+"""``accelerate launch pretrain.py task=mae data=folder data.path=... out=runs/x``: `unlabeled pretrain` by a file."""
 
 import sys
 

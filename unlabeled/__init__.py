@@ -28,11 +28,17 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
-    from unlabeled.pretext.base import PretextTask, StepOutput, TaskConfig
-    from unlabeled.pretext.registry import create_task, task_names
-    from unlabeled.ssl.api import PretrainResult, evaluate, pretrain
-    from unlabeled.ssl.backbone import Backbone, create_backbone
-    from unlabeled.ssl.errors import UnlabeledError
+    from unlabeled.pretext.base import PretextTask as PretextTask
+    from unlabeled.pretext.base import StepOutput as StepOutput
+    from unlabeled.pretext.base import TaskConfig as TaskConfig
+    from unlabeled.pretext.registry import create_task as create_task
+    from unlabeled.pretext.registry import task_names as task_names
+    from unlabeled.ssl.api import PretrainResult as PretrainResult
+    from unlabeled.ssl.api import evaluate as evaluate
+    from unlabeled.ssl.api import pretrain as pretrain
+    from unlabeled.ssl.backbone import Backbone as Backbone
+    from unlabeled.ssl.backbone import create_backbone as create_backbone
+    from unlabeled.ssl.errors import UnlabeledError as UnlabeledError
 
 
 def __getattr__(name: str) -> Any:

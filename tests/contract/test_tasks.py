@@ -74,7 +74,9 @@ def test_halves_of_a_batch_add_up_to_the_whole(task: PretextTask) -> None:
         loss.backward()
         return loss.detach(), {k: p.grad.clone() for k, p in task.named_parameters() if p.grad is not None}
 
-    (whole, whole_grads), (first, first_grads), (second, second_grads) = (run(s) for s in (slice(0, 4), slice(0, 2), slice(2, 4)))
+    (whole, whole_grads), (first, first_grads), (second, second_grads) = (
+        run(s) for s in (slice(0, 4), slice(0, 2), slice(2, 4))
+    )
     assert abs((first + second) / 2 - whole) < 1e-6
     for key, gradient in whole_grads.items():
         half = (first_grads[key] + second_grads[key]) / 2

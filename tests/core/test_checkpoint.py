@@ -13,7 +13,12 @@ from unlabeled.ssl.errors import CheckpointError
 def save(folder: Path, step: int, keep: int = 2) -> Path:
     weight = torch.full((3,), float(step))
     return save_checkpoint(
-        folder, step, model={"w": weight, "tied": weight}, optimizer={"state": {0: weight}}, state={"step": step}, keep=keep
+        folder,
+        step,
+        model={"w": weight, "tied": weight},
+        optimizer={"state": {0: weight}},
+        state={"step": step},
+        keep=keep,
     )
 
 

@@ -11,7 +11,12 @@ def compose(*words: str) -> PretrainConfig:
 
 def test_the_words_of_the_readme() -> None:
     config = compose(
-        "task=mae", "data=folder", "data.path=some/pictures", "backbone=vit_small_patch16_224", "out=runs/x", "epochs=100"
+        "task=mae",
+        "data=folder",
+        "data.path=some/pictures",
+        "backbone=vit_small_patch16_224",
+        "out=runs/x",
+        "epochs=100",
     )
     assert config.task == {"name": "mae"}
     assert config.backbone.name == "vit_small_patch16_224"

@@ -66,5 +66,7 @@ def test_plan_counts_steps_and_refuses_impossible_batches(tmp_path: Path) -> Non
     assert plan.epoch(6) == 2.0
     with pytest.raises(ConfigError, match=r"batch_size: 256 is larger than the data \(100 images\)"):
         Plan.of(config(tmp_path), images=100, world=1)
-    with pytest.raises(ConfigError, match=r"batch_size: 32 cannot be split over 3 processes x 1 micro-steps; .*multiple of 3"):
+    with pytest.raises(
+        ConfigError, match=r"batch_size: 32 cannot be split over 3 processes x 1 micro-steps; .*multiple of 3"
+    ):
         Plan.of(config(tmp_path, batch_size=32), images=100, world=3)

@@ -13,8 +13,9 @@ import torch.multiprocessing as mp
 from eval_helpers import MemorySource, tiny_vit
 
 from unlabeled.eval.base import FeatureSplit
-from unlabeled.eval.suite import evaluate_backbone, limited, online_knn, random_twin
+from unlabeled.eval.suite import evaluate_backbone, online_knn, random_twin
 from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.data.source import limited
 from unlabeled.ssl.errors import DataError
 from unlabeled.ssl.schema import EvaluateConfig, KnnConfig, LinearConfig
 

@@ -13,7 +13,11 @@ from unlabeled.ssl.schema import OptimConfig, ScheduleConfig
 FOLDER = Path(os.environ.get("UNLABELED_GOLDEN_DIR", Path(__file__).parent))
 FIXTURE = json.loads((FOLDER / "schedules.json").read_text())
 TENSORS = load_file(FOLDER / "schedules.safetensors")
-CASES = [(method, index) for method in ("mae", "simmim", "spark", "obow", "pixpro") for index in range(len(FIXTURE["config"][method]))]
+CASES = [
+    (method, index)
+    for method in ("mae", "simmim", "spark", "obow", "pixpro")
+    for index in range(len(FIXTURE["config"][method]))
+]
 
 
 def published(method: str, settings: dict) -> tuple[Schedule, OptimConfig]:
@@ -71,10 +75,16 @@ def test_published_schedule(method: str, index: int) -> None:
         check(f"{prefix}_peak_lr", [schedule.peak], schedule.peak)
     if method == "simmim":
         check(f"{prefix}_lr_of_update", [schedule(step) for step in steps], schedule.peak)
-        lagged = Schedule(schedule.config.model_copy(update={"lag": 1}), schedule.peak, schedule.steps_per_epoch, schedule.total_steps)
+        lagged = Schedule(
+            schedule.config.model_copy(update={"lag": 1}), schedule.peak, schedule.steps_per_epoch, schedule.total_steps
+        )
         check(f"{prefix}_lr_used", [lagged(step) for step in steps], schedule.peak)
     else:
         check(f"{prefix}_lr", [schedule(step) for step in steps], schedule.peak)
     if method == "spark":
         total = schedule.total_steps
-        check(f"{prefix}_weight_decay", [weight_decay_at(optim, step, total) for step in steps], settings["weight_decay_end"])
+        check(
+            f"{prefix}_weight_decay",
+            [weight_decay_at(optim, step, total) for step in steps],
+            settings["weight_decay_end"],
+        )

@@ -1,6 +1,6 @@
 """Runs ``unlabeled pretrain`` with the given words and, if asked to, kills its own process after a step.
 
-    python launch.py KILL_AFTER_STEP|never words...
+python launch.py KILL_AFTER_STEP|never words...
 """
 
 import os

@@ -20,7 +20,11 @@ COMMON = [
     "schedule.warmup_epochs=0.5", "engine.checkpoint_steps=5", "evaluate.final=false", "engine.device=cpu",
 ]  # fmt: skip
 TOTAL = 24
-VIT = ["backbone=vit_tiny_patch16_224", "backbone.size=32", "backbone.kwargs={patch_size:8,embed_dim:32,depth:2,num_heads:2}"]
+VIT = [
+    "backbone=vit_tiny_patch16_224",
+    "backbone.size=32",
+    "backbone.kwargs={patch_size:8,embed_dim:32,depth:2,num_heads:2}",
+]
 MAE = ["task=mae", "task.decoder={dim:32,depth:1,heads:2}", *VIT]
 RESNET = ["task=rotation", "backbone=resnet18", "backbone.size=32", "backbone.kwargs={channels:[8,8,8,8],stem_width:8}"]
 
@@ -31,7 +35,16 @@ def launch(out: Path, words: list[str], processes: int, kill: int | None = None)
     command = [sys.executable, *script]
     if processes > 1:
         config = str(ROOT / "configs" / "accelerate" / "cpu_2.yaml")
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0", *script]
+        command = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            config,
+            "--main_process_port",
+            "0",
+            *script,
+        ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert (done.returncode == 0) == (kill is None), done.stderr[-3000:]

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from unlabeled.eval.base import Evaluator, FeatureSet, FeatureSplit, IntArray
 from unlabeled.eval.environment import hardware
@@ -21,12 +20,9 @@ from unlabeled.eval.gallery import GalleryRow, nearest_gallery
 from unlabeled.eval.knn import KnnEvaluator
 from unlabeled.eval.linear import LinearEvaluator
 from unlabeled.ssl.backbone import Backbone, create_backbone
-from unlabeled.ssl.data.source import ImageSource
+from unlabeled.ssl.data.source import ImageSource, limited
 from unlabeled.ssl.errors import ConfigError, DataError
 from unlabeled.ssl.schema import EvaluateConfig
-
-LIMIT_SEED = 0
-"""Of the shuffle that chooses the pictures under ``evaluate.limit``."""
 
 
 @dataclass(frozen=True)
@@ -155,37 +151,6 @@ def random_twin(backbone: Backbone, seed: int) -> Backbone:
     return twin
 
 
-class Subset:
-    """Some pictures of a source, in ascending order."""
-
-    def __init__(self, source: ImageSource, indices: Sequence[int]) -> None:
-        self.source, self.indices = source, list(indices)
-        self.classes = source.classes
-        self.config = (getattr(source, "config", None), tuple(self.indices))  # enters the cache's key
-        self.split = getattr(source, "split", None)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def read(self, index: int) -> Tensor:
-        return self.source.read(self.indices[index])
-
-    def labels(self) -> Tensor | None:
-        labels = self.source.labels()
-        return None if labels is None else labels[torch.tensor(self.indices, dtype=torch.int64)]
-
-    def describe(self, index: int) -> str:
-        return self.source.describe(self.indices[index])
-
-
-def limited(source: ImageSource, limit: int | None) -> ImageSource:
-    """At most `limit` pictures of `source`, the same ones each time."""
-    if limit is None or len(source) <= limit:
-        return source
-    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(LIMIT_SEED))
-    return Subset(source, sorted(order[:limit].tolist()))
-
-
 def _classes(train: ImageSource) -> tuple[str, ...]:
     if train.classes is None or train.labels() is None:
         raise DataError(
@@ -262,7 +227,7 @@ def _evidence(
         test_pictures=len(data.test),
         majority=float((data.test.labels == commonest).mean()),
         skipped={"train": data.train.skipped, "test": data.test.skipped},
-        seeds={"random weights": seed, "linear probe": seed, "limit": LIMIT_SEED},
+        seeds={"random weights": seed, "linear probe": seed},
         hardware=hardware(device),
         gallery=nearest_gallery(data, arrays["knn/neighbours"], arrays["knn/similarities"], sources, seed=seed),
     )

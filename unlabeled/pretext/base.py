@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.errors import CheckpointError
+from unlabeled.ssl.layers import decay_applies
 
 Batch = Mapping[str, Tensor]
 Views = Callable[[Tensor], dict[str, Tensor]]
@@ -78,7 +79,7 @@ class PretextTask(nn.Module):
         """Everything random in one forward pass, by the keyword under which `forward` takes it; (B, ...) each."""
         return {}
 
-    def forward(self, batch: Batch, **draw: Tensor) -> StepOutput:
+    def forward(self, batch: Batch, *args: Any, **draw: Any) -> StepOutput:
         """The whole loss of one local batch. No logging, no optimizer, no process-group set-up here."""
         raise NotImplementedError
 
@@ -99,7 +100,7 @@ class PretextTask(nn.Module):
         head = self.backbone.depth + 1
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                decay = parameter.ndim > 1 and not name.endswith(".bias")
+                decay = decay_applies(name, parameter.shape)
                 layer = layers.get(name.removeprefix("backbone."), head) if name.startswith("backbone.") else head
                 yield NamedParameter(name, parameter, decay, layer)
 

@@ -30,7 +30,7 @@ class PretrainResult:
     metrics: list[dict[str, Any]]
     """Rows of ``metrics.jsonl``."""
     evidence: Evidence | None
-    """kNN and linear probe against the baselines; None without labels, on other ranks than the first, or when stopped."""
+    """kNN and linear probe against the baselines; None without labels, off the first rank, or when stopped."""
     out: Path
     weights: Path
     """``backbone.safetensors``, which plain timm loads."""
@@ -44,7 +44,7 @@ def pretrain(
 ) -> PretrainResult:
     """Pretrains `backbone` on `data` with `task`; the settings are those of ``unlabeled pretrain``.
 
-    `data` is a folder of pictures, the name of a data source, or a mapping such as ``{"name": "parquet", "path": ...}``.
+    `data` is a folder of pictures, the name of a source, or a mapping such as ``{"name": "parquet", "path": ...}``.
     Further settings as keywords: ``out="runs/x"``, ``epochs=100``, ``optim={"lr": 1e-3}`` or ``optim__lr=1e-3``.
     Raises a subclass of UnlabeledError, in one line, for anything in the input that cannot work.
     """
@@ -63,11 +63,12 @@ def pretrain_from(config: PretrainConfig) -> PretrainResult:
         stopped = train(run)
     finally:
         run.monitor.close()
+    seconds = time.perf_counter() - begin
     encoder = run.task.encoder()
     if run.accelerator.is_main_process:
         export_backbone(encoder, config.out)
     run.accelerator.wait_for_everyone()
-    evidence, report = (None, None) if stopped else conclude(run, time.perf_counter() - begin)
+    evidence, report = (None, None) if stopped else conclude(run, seconds if run.start_step == 0 else None)
     return PretrainResult(
         backbone=encoder,
         metrics=read_metrics(config.out / "metrics.jsonl"),

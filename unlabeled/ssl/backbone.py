@@ -66,6 +66,7 @@ class Backbone(nn.Module):
         self.name = name
         self.kwargs = dict(kwargs or {})
         self.trained = False
+        """Whether it starts from trained weights, which a task then keeps."""
         data = resolve_model_data_config(model)
         self.input_size: tuple[int, int] = size or (int(data["input_size"][-2]), int(data["input_size"][-1]))
         self.mean: tuple[float, ...] = tuple(data["mean"])
@@ -169,12 +170,17 @@ def create_backbone(
     arguments: dict[str, Any] = {"num_classes": 0, **kwargs}
     if pixels is not None:
         try:
-            sized = arguments | {"img_size": pixels}
-            return Backbone(_build(name, pretrained, sized), name, sized, pixels)
+            return _wrapped(name, pretrained, arguments | {"img_size": pixels}, pixels)
         except _UnknownArgumentError as error:
             if error.argument != "img_size" or own:
                 raise
-    return Backbone(_build(name, pretrained, arguments), name, arguments, pixels)
+    return _wrapped(name, pretrained, arguments, pixels)
+
+
+def _wrapped(name: str, pretrained: bool, arguments: dict[str, Any], size: tuple[int, int] | None) -> Backbone:
+    backbone = Backbone(_build(name, pretrained, arguments), name, arguments, size)
+    backbone.trained = pretrained
+    return backbone
 
 
 class _UnknownArgumentError(ConfigError):

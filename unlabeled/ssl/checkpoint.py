@@ -26,7 +26,13 @@ _PREFIX = "step_"
 
 
 def save_checkpoint(
-    folder: Path, step: int, *, model: Mapping[str, Tensor], optimizer: Mapping[str, Any], state: Mapping[str, Any], keep: int
+    folder: Path,
+    step: int,
+    *,
+    model: Mapping[str, Tensor],
+    optimizer: Mapping[str, Any],
+    state: Mapping[str, Any],
+    keep: int,
 ) -> Path:
     """Writes checkpoint `step` under `folder` and removes all but the newest `keep`; returns its path.
 
@@ -64,7 +70,11 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
     except Exception as error:
         others = [other.name for other in complete(path.parent) if other != path]
-        remedy = f"write '{others[-1]}' into {path.parent / 'last'} to go on from there" if others else "start anew in another out="
+        remedy = (
+            f"write '{others[-1]}' into {path.parent / 'last'} to go on from there"
+            if others
+            else "start anew in another out="
+        )
         raise CheckpointError(f"checkpoint: {path} cannot be read ({_reason(error)}); {remedy}") from None
     return model, optimizer, state
 
@@ -100,7 +110,9 @@ def writing(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(f"{what} could not be written ({_reason(error)}); make room or choose another out=") from None
+        raise CheckpointError(
+            f"{what} could not be written ({_reason(error)}); make room or choose another out="
+        ) from None
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -36,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UnlabeledError as error:
         if given.debug:
             raise
-        rank = int(os.environ.get("RANK", "0"))
-        sys.stderr.write(f"unlabeled: {'[rank %d] ' % rank if rank else ''}{error}\n")
+        rank = os.environ.get("RANK", "0")
+        sys.stderr.write(f"unlabeled: {error}\n" if rank == "0" else f"unlabeled [rank {rank}]: {error}\n")
         return 2
     except KeyboardInterrupt:
         return 130

@@ -88,13 +88,15 @@ def parse(words: Sequence[str]) -> list[Override]:
 def sweep(words: Sequence[str]) -> Iterator[tuple[list[str], str]]:
     """``--multirun``: every combination of the swept values as (words, label of the combination).
 
-    A sweep is written as Hydra writes it: ``optim.lr=1e-3,1e-4``, ``engine.seed=range(3)``, ``task=choice(mae,rotation)``.
+    A sweep is written as Hydra writes it: ``optim.lr=1e-3,1e-4``, ``engine.seed=range(3)``, ``task=mae,rotation``.
     """
     choices: list[list[tuple[str, str]]] = []
     for override in parse(words):
         if override.is_sweep_override():
             values = [str(value) for value in override.sweep_string_iterator()]
-            choices.append([(f"{override.key_or_group}={value}", f"{override.key_or_group}={value}") for value in values])
+            choices.append(
+                [(f"{override.key_or_group}={value}", f"{override.key_or_group}={value}") for value in values]
+            )
         else:
             choices.append([(str(override.input_line), "")])
     for combination in itertools.product(*choices):

@@ -72,9 +72,9 @@ def train(run: Training) -> str | None:
         for step in range(run.start_step, run.plan.total_steps):
             lr = run.schedule(step)
             set_rates(run.optimizer, lr, weight_decay_at(run.config.optim, step, run.plan.total_steps))
-            values, bad = accumulate(run, step)
+            local, bad = accumulate(run, step)
             norm = gradient_norm(run)
-            values, stopping = consult_ranks(run, step, values, bad, norm, stop.requested is not None)
+            values, stopping = consult_ranks(run, step, local, bad, norm, stop.requested is not None)
             run.optimizer.step()
             run.optimizer.zero_grad(set_to_none=True)
             run.task.after_step((step + 1) / run.plan.total_steps)
@@ -143,8 +143,9 @@ def consult_ranks(
     means["grad_norm"] = norm.item()
     if broken:
         raise DivergedError(
-            f"loss: not finite at step {step} (loss {means['loss']:.4g}, gradient norm {means['grad_norm']:.4g}); lower "
-            f"optim.lr, set engine.clip=1 or engine.precision=fp32; last good checkpoint: {run.saver.newest() or 'none'}"
+            f"loss: not finite at step {step} (loss {means['loss']:.4g}, gradient norm {means['grad_norm']:.4g}); "
+            "lower optim.lr, set engine.clip=1 or engine.precision=fp32; "
+            f"last good checkpoint: {run.saver.newest() or 'none'}"
         )
     if bad_images:
         run.bad.add(gather_lists(bad))

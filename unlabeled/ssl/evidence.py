@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import logging
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.checkpoint import writing
+from unlabeled.ssl.data.loader import LoadedBatch, ViewDataset, collate, seeded
 from unlabeled.ssl.data.source import ImageSource, Split, open_source
 from unlabeled.ssl.errors import DataError
+from unlabeled.ssl.monitor import read_metrics
 from unlabeled.ssl.schema import DataConfig, EvaluateConfig, PretrainConfig
+
+if TYPE_CHECKING:
+    from unlabeled.eval.suite import Evidence
+    from unlabeled.ssl.engine import Training
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +50,9 @@ def labelled_split(data: DataConfig, split: Split, evaluate: EvaluateConfig) -> 
 class OnlineEvaluation:
     """kNN on held-out labelled pictures every few epochs; never due when there are none."""
 
-    def __init__(self, config: PretrainConfig, data: tuple[ImageSource, ImageSource] | None, steps_per_epoch: int) -> None:
+    def __init__(
+        self, config: PretrainConfig, data: tuple[ImageSource, ImageSource] | None, steps_per_epoch: int
+    ) -> None:
         self._config, self._data = config.evaluate, data
         wanted = config.evaluate.every > 0 and data is not None
         self.every_steps = max(round(config.evaluate.every * steps_per_epoch), 1) if wanted else None
@@ -53,8 +66,58 @@ class OnlineEvaluation:
 
         assert self._data is not None, "run() without data"
         train, test = self._data
-        return {f"eval/{name}": value for name, value in online_knn(backbone, train, test, self._config, device).items()}
+        return {
+            f"eval/{name}": value for name, value in online_knn(backbone, train, test, self._config, device).items()
+        }
 
 
-def conclude(run, seconds):
-    return None, None
+def conclude(run: Training, seconds: float | None) -> tuple[Evidence | None, Path | None]:
+    """Evaluates a finished run against its baselines and writes the report; (None, None) off the main process.
+
+    `seconds` is the wall clock of the training, None when it was not all in this process.
+    """
+    from unlabeled.eval.report import write_report
+    from unlabeled.eval.suite import evaluate_backbone
+    from unlabeled.eval.summary import summarize_run
+    from unlabeled.eval.verdict import judge
+
+    config, encoder, device = run.config, run.task.encoder(), run.accelerator.device
+    if not config.evaluate.final:
+        return None, None
+    data = labelled_data(config)
+    evidence = None
+    if data is not None:
+        logger.info("evaluating: %d labelled training pictures, %d for testing", len(data[0]), len(data[1]))
+        evidence = evaluate_backbone(
+            encoder, *data, config.evaluate, work=config.out, device=device, seed=config.engine.seed,
+            workers=config.engine.workers,
+        )  # fmt: skip
+    if not run.accelerator.is_main_process:
+        return None, None
+    summary = summarize_run(
+        config, encoder, device=str(device), steps=run.plan.total_steps, seconds=seconds, date=date.today().isoformat()
+    )
+    with writing("report"):
+        rows = read_metrics(config.out / "metrics.jsonl")
+        report = write_report(config.out, summary, evidence, rows, task_pictures(run))
+    if evidence is not None:
+        logger.info("%s", judge(evidence).summary)
+    logger.info("report: %s", report)
+    return evidence, report
+
+
+def task_pictures(run: Training, count: int = 8) -> dict[str, Tensor]:
+    """What the task shows of the first pictures of the data, under fixed randomness."""
+    task, views = run.task, type(run.task).views(run.task.config, run.task.backbone)
+    dataset = ViewDataset(open_source(run.config.data, "train"), views, run.config.engine.seed)
+    batch = collate([dataset[(0, index)] for index in range(min(count, len(dataset)))])
+    assert isinstance(batch, LoadedBatch), "only a loader's worker returns an error"
+    device = run.accelerator.device
+    modes = {module: module.training for module in task.modules()}
+    task.eval()
+    try:
+        with seeded(run.config.engine.seed):
+            return task.visualize({name: tensor.to(device) for name, tensor in batch.tensors.items()})
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -128,7 +128,7 @@ def load_weights(backbone: Backbone, path: str | Path) -> LoadReport:
     path = Path(path)
     file = path / WEIGHTS if path.is_dir() else path
     target = backbone.model.state_dict()
-    content = _read(file)
+    content = read_tensors(file)
     prefix = _prefix(content, target)
     found = {name.removeprefix(prefix): tensor for name, tensor in content.items() if name.startswith(prefix)}
     converted = _convert(found, backbone)
@@ -144,6 +144,7 @@ def load_weights(backbone: Backbone, path: str | Path) -> LoadReport:
             raise CheckpointError(f"{file}: {fault}; check backbone.name, size and kwargs")
     with modes_kept(backbone.model):  # forgets what was computed from the old weights
         backbone.model.load_state_dict({name: state[name] for name in loaded}, strict=False)
+    backbone.trained = True
     return LoadReport(
         loaded=loaded,
         missing=[name for name in target if name not in state],
@@ -152,7 +153,7 @@ def load_weights(backbone: Backbone, path: str | Path) -> LoadReport:
     )
 
 
-def _read(file: Path) -> State:
+def read_tensors(file: Path) -> State:
     """The tensors of `file` under their names there, out of whatever container they lie in."""
     if not file.is_file():
         raise CheckpointError(

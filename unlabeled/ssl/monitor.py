@@ -63,7 +63,9 @@ class Stopwatch:
 class Monitor:
     """Writes rows of the main process; on other ranks all methods do nothing."""
 
-    def __init__(self, folder: Path, config: LogConfig, *, main: bool, start_step: int, total_steps: int, run: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, config: LogConfig, *, main: bool, start_step: int, total_steps: int, run: dict[str, Any]
+    ) -> None:
         self._path = folder / "metrics.jsonl"
         self._main, self._total = main, total_steps
         self._board: Any = None
@@ -76,7 +78,7 @@ class Monitor:
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)  # type: ignore[no-untyped-call]
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         if config.wandb is not None:
             self._wandb = _start_wandb(config.wandb, folder, run)
         if config.progress and Console(stderr=True).is_terminal:
@@ -116,14 +118,10 @@ class Monitor:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of a ``metrics.jsonl``; a last line that a crash cut short is left out."""
-    rows: list[dict[str, Any]] = []
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return rows
+    if not path.is_file():
+        return []
+    complete, _, _ = path.read_text().rpartition("\n")
+    return [json.loads(line) for line in complete.splitlines()]
 
 
 def memory_gb(device: torch.device) -> float:
@@ -144,12 +142,19 @@ def _start_wandb(project: str, folder: Path, run: dict[str, Any]) -> Any:
     try:
         import wandb
     except ImportError:
-        raise ConfigError("log.wandb: wandb is not installed; pip install 'unlabeled[wandb]', or log.wandb=null") from None
+        raise ConfigError(
+            "log.wandb: wandb is not installed; pip install 'unlabeled[wandb]', or log.wandb=null"
+        ) from None
     return wandb.init(project=project, name=folder.name, dir=str(folder), config=run, resume="allow", id=folder.name)
 
 
 def _progress_bar() -> Progress:
-    columns = (BarColumn(bar_width=24), TextColumn("{task.completed:.0f}/{task.total:.0f}"), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+    columns = (
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
     return Progress(*columns, console=Console(stderr=True), transient=False)
 
 

@@ -9,6 +9,7 @@ from timm.optim import create_optimizer_v2, list_optimizers
 
 from unlabeled.pretext.base import PretextTask
 from unlabeled.ssl.errors import ConfigError, nearest
+from unlabeled.ssl.layers import layer_scale
 from unlabeled.ssl.schema import OptimConfig
 
 
@@ -17,10 +18,10 @@ def parameter_groups(task: PretextTask, config: OptimConfig) -> list[dict[str, A
 
     Each holds ``params``, ``names``, ``lr_scale`` (``layer_decay^(depth + 1 - layer)``) and ``decays``.
     """
-    last = task.encoder().depth + 1
+    depth = task.encoder().depth
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for named in task.parameter_groups():
-        scale = (config.layer_decay or 1.0) ** (last - named.layer)
+        scale = layer_scale(named.layer, depth, config.layer_decay or 1.0)
         group = groups.setdefault(
             (scale, named.decay), {"params": [], "names": [], "lr_scale": scale, "decays": named.decay}
         )
@@ -37,7 +38,9 @@ def create_optimizer(task: PretextTask, config: OptimConfig) -> torch.optim.Opti
     known = list_optimizers()
     if config.name not in known:
         raise ConfigError(f"optim.name: {config.name!r} is not an optimizer; {nearest(config.name, known)}")
-    groups = [{**group, "weight_decay": config.weight_decay * group["decays"]} for group in parameter_groups(task, config)]
+    groups = [
+        {**group, "weight_decay": config.weight_decay * group["decays"]} for group in parameter_groups(task, config)
+    ]
     extra = dict(config.kwargs) | ({"betas": config.betas} if config.betas else {})
     if any(parameter.is_cuda for parameter in task.parameters()) and config.name in ("adam", "adamw"):
         extra.setdefault("fused", True)

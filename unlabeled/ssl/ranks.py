@@ -31,7 +31,9 @@ def create_accelerator(config: EngineConfig) -> Accelerator:
     try:
         accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[ddp])
     except ValueError as error:
-        raise ConfigError(f"engine.precision: {config.precision} does not work here ({error}); give fp32 or bf16") from None
+        raise ConfigError(
+            f"engine.precision: {config.precision} does not work here ({error}); give fp32 or bf16"
+        ) from None
     if cpu and (threads := config.threads or _share_of_cores(accelerator)):
         torch.set_num_threads(threads)
     asked = processes_asked_for()

@@ -38,11 +38,13 @@ class Plan:
         """Raises ConfigError when a batch is larger than the data or cannot be split over processes."""
         batch, parts = config.batch_size, world * config.engine.accumulation
         if batch > images:
-            raise ConfigError(f"batch_size: {batch} is larger than the data ({images} images); give batch_size={images} or less")
+            raise ConfigError(
+                f"batch_size: {batch} is larger than the data ({images} images); give batch_size={images} or less"
+            )
         if batch % parts:
             raise ConfigError(
-                f"batch_size: {batch} cannot be split over {world} processes x {config.engine.accumulation} micro-steps; "
-                f"give a multiple of {parts}"
+                f"batch_size: {batch} cannot be split over {world} processes x {config.engine.accumulation} "
+                f"micro-steps; give a multiple of {parts}"
             )
         per_epoch = images // batch
         return cls(images, batch, per_epoch, max(round(config.epochs * per_epoch), 1))
@@ -68,11 +70,14 @@ def claim_folder(config: PretrainConfig) -> Path | None:
     if difference is not None:
         key, there, here = difference
         raise CheckpointError(
-            f"out: {out} holds another run ({key}: {there} there, {here} here); choose another out=, or the same settings"
+            f"out: {out} holds another run ({key}: {there} there, {here} here); "
+            "choose another out=, or the same settings"
         )
     checkpoint = last_checkpoint(out / "checkpoints")
     if checkpoint is not None and config.resume == "never":
-        raise CheckpointError(f"out: {out} already holds {checkpoint.name}; resume=auto goes on, another out= starts anew")
+        raise CheckpointError(
+            f"out: {out} already holds {checkpoint.name}; resume=auto goes on, another out= starts anew"
+        )
     return checkpoint
 
 

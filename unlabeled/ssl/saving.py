@@ -78,7 +78,7 @@ class Saver:
         try:
             if self._sharded:
                 options = StateDictOptions(full_state_dict=True, strict=True)
-                set_model_state_dict(self._model, model, options=options)
+                set_model_state_dict(self._model, dict[str, Any](model), options=options)
                 set_optimizer_state_dict(self._model, self._optimizer.optimizer, optimizer, options=options)
             else:
                 self._accelerator.unwrap_model(self._model).load_state_dict(model)
@@ -91,7 +91,7 @@ class Saver:
         meter.load_state_dict(state["meter"])
         if state["world"] != self._accelerator.num_processes:
             logger.warning(
-                "resumed with %d processes instead of %d: the same pictures per step, but other random numbers on each rank",
+                "resumed with %d processes instead of %d: the same pictures per step, but other random numbers",
                 self._accelerator.num_processes,
                 state["world"],
             )

@@ -17,7 +17,7 @@ from unlabeled.ssl.data.source import DecodeError, ImageSource, open_source
 from unlabeled.ssl.engine import Training
 from unlabeled.ssl.errors import ConfigError
 from unlabeled.ssl.evidence import OnlineEvaluation, labelled_data
-from unlabeled.ssl.export import load_official_file, load_weights
+from unlabeled.ssl.export import load_weights, read_tensors
 from unlabeled.ssl.monitor import Meter, Monitor, Stopwatch
 from unlabeled.ssl.optim import create_optimizer
 from unlabeled.ssl.ranks import create_accelerator
@@ -54,13 +54,16 @@ def prepare(config: PretrainConfig) -> Training:
         accelerator,
         model=model,
         optimizer=optimizer,
-        every_steps=config.engine.checkpoint_steps or max(round(config.engine.checkpoint_epochs * plan.steps_per_epoch), 1),
+        every_steps=config.engine.checkpoint_steps
+        or max(round(config.engine.checkpoint_epochs * plan.steps_per_epoch), 1),
         total_steps=plan.total_steps,
         keep=config.engine.keep,
     )
     meter = Meter()
     start = saver.load(checkpoint, meter) if checkpoint is not None else 0
-    schedule = Schedule(config.schedule, peak_rate(config.optim, config.batch_size), plan.steps_per_epoch, plan.total_steps)
+    schedule = Schedule(
+        config.schedule, peak_rate(config.optim, config.batch_size), plan.steps_per_epoch, plan.total_steps
+    )
     announce(config, plan, schedule, task, accelerator, start)
     return Training(
         config=config,
@@ -71,7 +74,12 @@ def prepare(config: PretrainConfig) -> Training:
         schedule=schedule,
         plan=plan,
         batches=iter(open_loader(config, source, task, plan, accelerator, start)),
-        bad=BadImages(config.out / "bad_images.jsonl", len(source), config.data.max_bad_fraction, write=accelerator.is_main_process),
+        bad=BadImages(
+            config.out / "bad_images.jsonl",
+            len(source),
+            config.data.max_bad_fraction,
+            write=accelerator.is_main_process,
+        ),
         meter=meter,
         monitor=Monitor(
             config.out,
@@ -105,8 +113,10 @@ def build_task(config: PretrainConfig) -> PretextTask:
     torch.manual_seed(derive("weights", config.engine.seed))
     task = create_task(config.task, build_backbone(config.backbone))
     if config.official is not None:
-        missing, unexpected = load_official_file(task, config.official)
-        logger.info("task: read %s (missing: %s; not used: %s)", config.official, missing or "none", unexpected or "none")
+        missing, unexpected = task.load_official(read_tensors(config.official))
+        logger.info(
+            "task: read %s (missing: %s; not used: %s)", config.official, missing or "none", unexpected or "none"
+        )
     return task
 
 
@@ -115,11 +125,11 @@ def set_layout(task: PretextTask, config: PretrainConfig, accelerator: Accelerat
     wanted = config.engine.channels_last
     convolutional = len({stage.stride for stage in task.backbone.stages}) > 1
     if wanted or (wanted is None and convolutional and accelerator.device.type == "cuda"):
-        task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
+        task.to(memory_format=torch.channels_last)
     if config.engine.sync_bn:
         if accelerator.device.type != "cuda":
             raise ConfigError("engine.sync_bn: true needs a GPU; torch has no synchronised batch norm on the CPU")
-        torch.nn.SyncBatchNorm.convert_sync_batchnorm(task)
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(task)  # type: ignore[no-untyped-call]
     if config.engine.compile:
         task.compile()
 
@@ -134,7 +144,7 @@ def warn_of_small_images(source: ImageSource, backbone: Backbone) -> None:
             continue
         if shape[1] < height or shape[2] < width:
             logger.warning(
-                "data: %s is %dx%d, smaller than the network's %dx%d, and will be enlarged; set backbone.size to see it as it is",
+                "data: %s is %dx%d, smaller than the network's %dx%d, and will be enlarged; see backbone.size",
                 source.describe(index), shape[1], shape[2], height, width,
             )  # fmt: skip
         return
@@ -181,6 +191,10 @@ def announce(
         optim.name, schedule.peak, rule, config.engine.precision, accelerator.device, config.out,
     )  # fmt: skip
     if config.schedule.warmup_epochs >= config.epochs > 0:
-        logger.warning("schedule.warmup_epochs: %g is not below epochs=%g; the peak is never reached", config.schedule.warmup_epochs, config.epochs)
+        logger.warning(
+            "schedule.warmup_epochs: %g is not below epochs=%g; the peak is never reached",
+            config.schedule.warmup_epochs,
+            config.epochs,
+        )
     if start:
         logger.info("resuming after step %d", start)
