@@ -15,7 +15,6 @@ from eval_helpers import MemorySource, tiny_vit
 from unlabeled.eval.base import FeatureSplit
 from unlabeled.eval.suite import evaluate_backbone, online_knn, random_twin
 from unlabeled.ssl.backbone import Backbone, create_backbone
-from unlabeled.ssl.data.source import limited
 from unlabeled.ssl.errors import DataError
 from unlabeled.ssl.schema import EvaluateConfig, KnnConfig, LinearConfig
 
@@ -99,19 +98,6 @@ def test_baselines_can_be_left_out_and_pictures_limited() -> None:
     assert list(evidence.encoders) == ["backbone"]
     assert (evidence.train_pictures, evidence.test_pictures) == (12, 12)
     assert train.reads <= 12 + 40, "only the chosen pictures and the gallery are read"
-
-
-def test_a_limited_source_is_a_fixed_part_of_the_whole() -> None:
-    source = MemorySource(30)
-    part, again = limited(source, 10), limited(source, 10)
-    numbers = [int(part.describe(row).removeprefix("train-").removesuffix(".png")) for row in range(10)]
-    assert numbers == sorted(set(numbers)) != list(range(10))
-    assert numbers == [int(again.describe(row).removeprefix("train-").removesuffix(".png")) for row in range(10)]
-    labels = part.labels()
-    assert labels is not None
-    assert labels.tolist() == [number % 3 for number in numbers]
-    assert torch.equal(part.read(4), source._images[numbers[4]])
-    assert limited(source, 30) is source
 
 
 def test_test_classes_in_another_order_are_renumbered() -> None:

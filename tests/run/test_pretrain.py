@@ -1,0 +1,214 @@
+"""One short run from pictures to report: what it leaves behind, what it says, and how it is started."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+import unlabeled
+from unlabeled.pretext.registry import task_names
+from unlabeled.ssl.cli import main
+from unlabeled.ssl.monitor import read_metrics
+from unlabeled.ssl.signals import EXIT_STOPPED
+
+ROOT = Path(__file__).resolve().parents[2]
+BACKBONES: dict[str, dict[str, Any]] = {
+    "mae": {
+        "name": "vit_tiny_patch16_224",
+        "size": 32,
+        "kwargs": {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2},
+    }
+}
+CONVNEXT = {"name": "convnext_atto", "size": 32, "kwargs": {"dims": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}}
+SMALL = {"mae": {"name": "mae", "decoder": {"dim": 16, "depth": 1, "heads": 2}}}
+
+
+def settings(task: str) -> dict[str, Any]:
+    return {
+        "task": SMALL.get(task, {"name": task}),
+        "backbone": BACKBONES.get(task, CONVNEXT),
+        "data": {"name": "shapes", "count": 64},
+        "epochs": 2,
+        "batch_size": 16,
+        "schedule": {"warmup_epochs": 0},
+        "engine": {"workers": 0, "device": "cpu"},
+        "log": {"every": 1, "progress": False},
+        "evaluate": {"every": 1, "linear": {"epochs": 2}},
+    }
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, unlabeled.PretrainResult]:
+    """A finished run of every task."""
+    folder = tmp_path_factory.mktemp("runs")
+    return {name: unlabeled.pretrain(**settings(name), out=folder / name) for name in task_names()}
+
+
+@pytest.mark.parametrize("task", task_names())
+def test_a_run_leaves_exactly_this(results: dict[str, unlabeled.PretrainResult], task: str) -> None:
+    out = results[task].out
+    found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert {name for name in found if not name.startswith(("tensorboard/", "features/"))} == {
+        "config.yaml", "metrics.jsonl", "backbone.safetensors", "backbone.json", "checkpoints/last",
+        *(f"checkpoints/step_0000000{step}/{name}" for step in (4, 8)
+          for name in ("model.safetensors", "optimizer.pt", "state.json")),
+        *(f"report/report.{kind}" for kind in ("html", "md", "json")),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("task", task_names())
+def test_rows_evidence_and_report(results: dict[str, unlabeled.PretrainResult], task: str) -> None:
+    result = results[task]
+    steps = [row for row in result.metrics if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 9))
+    assert {"epoch", "loss", "lr", "images_per_s", "data_wait", "grad_norm", "memory_gb"} <= steps[0].keys()
+    assert [row["step"] for row in result.metrics if "eval/knn/k10" in row] == [4, 8]
+    assert result.stopped is None
+    assert result.evidence is not None
+    assert set(result.evidence.encoders) == {"backbone", "pixels", "random"}
+    assert result.report is not None
+    html = result.report.read_text()
+    assert "raw pixels" in html
+    assert "data:image/" in html
+    assert "http-equiv" not in html
+    assert 'src="http' not in html
+
+
+@pytest.mark.parametrize("task", task_names())
+def test_the_exported_backbone_is_plain_timm(results: dict[str, unlabeled.PretrainResult], task: str) -> None:
+    result = results[task]
+    made = json.loads((result.out / "backbone.json").read_text())
+    model = timm.create_model(made["name"], checkpoint_path=str(result.weights), **made["kwargs"]).eval()
+    x = torch.randn(2, 3, *result.backbone.input_size)
+    result.backbone.eval()
+    with torch.no_grad():
+        assert torch.equal(model.forward_head(model.forward_features(x), pre_logits=True), result.backbone.pooled(x))
+
+
+def test_a_finished_run_started_again_trains_no_step(results: dict[str, unlabeled.PretrainResult]) -> None:
+    before = load_file(results["rotation"].weights)
+    rows = len(results["rotation"].metrics)
+    again = unlabeled.pretrain(**settings("rotation"), out=results["rotation"].out)
+    assert len(again.metrics) == rows
+    assert all(torch.equal(value, before[name]) for name, value in load_file(again.weights).items())
+
+
+def test_continued_pretraining_starts_from_the_given_weights(
+    results: dict[str, unlabeled.PretrainResult], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = settings("mae")
+    words["backbone"] = {**words["backbone"], "checkpoint": str(results["mae"].out)}
+    words["optim"] = {"lr": 1e-12, "weight_decay": 0.0}
+    with caplog.at_level("INFO"):
+        result = unlabeled.pretrain(**words, out=tmp_path / "on", evaluate__final=False)
+    assert "loaded" in caplog.text
+    before, after = load_file(results["mae"].weights), load_file(result.weights)
+    assert all(torch.allclose(after[name], before[name], atol=1e-6) for name in before)
+
+
+def test_evaluating_a_run_again_gives_the_same_numbers(results: dict[str, unlabeled.PretrainResult]) -> None:
+    result = results["rotation"]
+    assert result.evidence is not None
+    again = unlabeled.evaluate(result.out, evaluate={"linear": {"epochs": 2}})
+    assert again.encoders["backbone"].metrics == result.evidence.encoders["backbone"].metrics
+
+
+def test_debug_is_a_tiny_run_and_multirun_makes_a_folder_for_each(tmp_path: Path) -> None:
+    words = [
+        "task=rotation",
+        "data=digits",
+        "backbone=resnet18",
+        "backbone.size=32",
+        "debug=true",
+        "evaluate.final=false",
+    ]
+    narrow = "backbone.kwargs={channels:[8,8,8,8],stem_width:8}"
+    assert main(["pretrain", "--multirun", *words, narrow, "engine.seed=0,1", f"out={tmp_path}/sweep"]) == 0
+    folders = sorted(path.name for path in (tmp_path / "sweep").iterdir())
+    assert folders == ["engine.seed=0", "engine.seed=1"]
+    first, second = (read_metrics(tmp_path / "sweep" / name / "metrics.jsonl") for name in folders)
+    assert len(first) == 4
+    assert first[0]["loss"] != second[0]["loss"]
+
+
+def test_accumulation_gives_the_large_batch(tmp_path: Path) -> None:
+    runs = {}
+    for parts in (1, 4):
+        words = settings("rotation") | {"evaluate": {"final": False}, "engine": {"workers": 0, "accumulation": parts}}
+        runs[parts] = unlabeled.pretrain(**words, out=tmp_path / str(parts)).metrics
+    for whole, summed in zip(runs[1], runs[4], strict=True):
+        assert summed["loss"] == pytest.approx(whole["loss"], abs=1e-5)
+        assert summed["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)
+
+
+def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    words = settings("rotation") | {"epochs": 200, "evaluate": {"final": False}, "out": tmp_path / "run"}
+
+    def stop() -> None:
+        while not (tmp_path / "run" / "metrics.jsonl").is_file() or not read_metrics(
+            tmp_path / "run" / "metrics.jsonl"
+        ):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    result = unlabeled.pretrain(**words)
+    thread.join()
+    assert result.stopped == "SIGUSR1"
+    assert EXIT_STOPPED == 75
+    done = result.metrics[-1]["step"]
+    assert (result.out / "checkpoints" / "last").read_text() == f"step_{done:08d}"
+    assert 0 < done < 800
+
+
+@pytest.mark.slow
+def test_two_processes_of_accelerate_launch_do_what_one_does(tmp_path: Path) -> None:
+    """The same pictures, losses and gradients for the same command; rotation draws nothing per rank."""
+    words = [
+        "task=rotation", "data=shapes", "data.count=64", "backbone=convnext_atto", "backbone.size=32",
+        "backbone.kwargs={dims:[8,16,16,16],depths:[1,1,1,1]}", "epochs=2", "batch_size=16", "engine.workers=0",
+        "log.every=1", "evaluate.linear.epochs=2", "evaluate.every=1",
+    ]  # fmt: skip
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "configs/accelerate/cpu_2.yaml"),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for out, command in (("two", [*launch, "--main_process_port", "0"]), ("one", [sys.executable])):
+        line = [*command, str(ROOT / "pretrain.py"), *words, f"out={tmp_path / out}"]
+        done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert ("2 processes x 1 micro-steps x 8" in done.stderr) == (out == "two")
+    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert len(one) == len(two) == 10
+    for single, double in zip(one, two, strict=True):
+        for key in single.keys() & {"loss", "grad_norm", "lr", "eval/knn/k10"}:
+            assert double[key] == pytest.approx(single[key], rel=1e-3, abs=1e-5), key
+    reports = [json.loads((tmp_path / name / "report" / "report.json").read_text()) for name in ("one", "two")]
+    assert reports[0]["evidence"]["encoders"].keys() == reports[1]["evidence"]["encoders"].keys()
+
+
+def test_fewer_processes_than_asked_for_are_said(tmp_path: Path) -> None:
+    code = "from unlabeled.ssl.ranks import create_accelerator\nfrom unlabeled.ssl.schema import EngineConfig\n"
+    script = tmp_path / "start.py"
+    script.write_text(code + "import logging; logging.basicConfig(); create_accelerator(EngineConfig())\n")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(script)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=120)
+    assert "2 processes were asked for, 1 is running" in done.stderr
