@@ -135,7 +135,7 @@ def test_debug_is_a_tiny_run_and_multirun_makes_a_folder_for_each(tmp_path: Path
         "evaluate.final=false",
     ]
     narrow = "backbone.kwargs={channels:[8,8,8,8],stem_width:8}"
-    assert main(["pretrain", "--multirun", *words, narrow, "engine.seed=0,1", f"out={tmp_path}/sweep"]) == 0
+    assert main(["pretrain", "--multirun", *words, *narrow, "engine.seed=0,1", f"out={tmp_path}/sweep"]) == 0
     folders = sorted(path.name for path in (tmp_path / "sweep").iterdir())
     assert folders == ["engine.seed=0", "engine.seed=1"]
     first, second = (read_metrics(tmp_path / "sweep" / name / "metrics.jsonl") for name in folders)
