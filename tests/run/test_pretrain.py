@@ -126,16 +126,9 @@ def test_evaluating_a_run_again_gives_the_same_numbers(results: dict[str, unlabe
 
 
 def test_debug_is_a_tiny_run_and_multirun_makes_a_folder_for_each(tmp_path: Path) -> None:
-    words = [
-        "task=rotation",
-        "data=digits",
-        "backbone=resnet18",
-        "backbone.size=32",
-        "debug=true",
-        "evaluate.final=false",
-    ]
-    narrow = "backbone.kwargs={channels:[8,8,8,8],stem_width:8}"
-    assert main(["pretrain", "--multirun", *words, *narrow, "engine.seed=0,1", f"out={tmp_path}/sweep"]) == 0
+    words = ["task=rotation", "data=digits", "debug=true", "evaluate.final=false", "backbone=resnet18"]
+    words += ["backbone.size=32", "backbone.kwargs={channels:[8,8,8,8],stem_width:8}", "engine.seed=0,1"]
+    assert main(["pretrain", "--multirun", *words, f"out={tmp_path}/sweep"]) == 0
     folders = sorted(path.name for path in (tmp_path / "sweep").iterdir())
     assert folders == ["engine.seed=0", "engine.seed=1"]
     first, second = (read_metrics(tmp_path / "sweep" / name / "metrics.jsonl") for name in folders)
