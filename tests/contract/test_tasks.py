@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import pictures, tiny_task, views_batch
 from safetensors.torch import load_file
+from tiny_tasks import pictures, tiny_task, views_batch
 
 from unlabeled.pretext.base import PretextTask
 from unlabeled.pretext.registry import task_class, task_config

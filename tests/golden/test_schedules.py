@@ -1,23 +1,11 @@
 """The published schedules at given steps; tensors to 1e-7 and float64 values to 1e-12 of the peak."""
 
-import json
-import os
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
-from safetensors.torch import load_file
 
 from unlabeled.ssl.schedule import Schedule, peak_rate, weight_decay_at
 from unlabeled.ssl.schema import OptimConfig, ScheduleConfig
-
-FOLDER = Path(os.environ.get("UNLABELED_GOLDEN_DIR", Path(__file__).parent))
-FIXTURE = json.loads((FOLDER / "schedules.json").read_text())
-TENSORS = load_file(FOLDER / "schedules.safetensors")
-CASES = [
-    (method, index)
-    for method in ("mae", "simmim", "spark", "obow", "pixpro")
-    for index in range(len(FIXTURE["config"][method]))
-]
 
 
 def published(method: str, settings: dict) -> tuple[Schedule, OptimConfig]:
@@ -56,35 +44,30 @@ def published(method: str, settings: dict) -> tuple[Schedule, OptimConfig]:
     return Schedule(config, peak_rate(optim, batch), iterations, iterations * epochs), optim
 
 
-def check(name: str, values: list[float], peak: float) -> None:
-    exact = FIXTURE["values_float64"][f"expect/{name}"]
+def check(pair, name: str, values: list[float], peak: float) -> None:
+    exact = pair.meta["values_float64"][f"expect/{name}"]
     exact = exact if isinstance(exact, list) else [exact]
-    assert len(exact) == len(values) > 0
+    rounded = pair[f"expect/{name}"].reshape(-1).tolist()
+    assert len(values) == len(exact) == len(rounded) > 0
     assert max(abs(a - b) for a, b in zip(values, exact, strict=True)) <= 1e-12 * peak, name
-    rounded = TENSORS[f"expect/{name}"].reshape(-1).tolist()
     assert max(abs(a - b) for a, b in zip(values, rounded, strict=True)) <= 1e-7 * peak, name
 
 
-@pytest.mark.parametrize(("method", "index"), CASES)
-def test_published_schedule(method: str, index: int) -> None:
-    settings = FIXTURE["config"][method][index]
-    schedule, optim = published(method, settings)
-    steps = TENSORS[f"input/{method}{index}_iteration"].tolist()
-    prefix = f"{method}{index}"
-    if f"expect/{prefix}_peak_lr" in TENSORS:
-        check(f"{prefix}_peak_lr", [schedule.peak], schedule.peak)
-    if method == "simmim":
-        check(f"{prefix}_lr_of_update", [schedule(step) for step in steps], schedule.peak)
-        lagged = Schedule(
-            schedule.config.model_copy(update={"lag": 1}), schedule.peak, schedule.steps_per_epoch, schedule.total_steps
-        )
-        check(f"{prefix}_lr_used", [lagged(step) for step in steps], schedule.peak)
-    else:
-        check(f"{prefix}_lr", [schedule(step) for step in steps], schedule.peak)
-    if method == "spark":
-        total = schedule.total_steps
-        check(
-            f"{prefix}_weight_decay",
-            [weight_decay_at(optim, step, total) for step in steps],
-            settings["weight_decay_end"],
-        )
+@pytest.mark.parametrize("method", ["mae", "simmim", "spark", "obow", "pixpro"])
+def test_published_schedule(golden, method: str) -> None:
+    pair = golden("schedules")
+    assert pair.config[method]
+    for index, settings in enumerate(pair.config[method]):
+        schedule, optim = published(method, settings)
+        steps, prefix = pair[f"input/{method}{index}_iteration"].tolist(), f"{method}{index}"
+        if f"expect/{prefix}_peak_lr" in pair.tensors:
+            check(pair, f"{prefix}_peak_lr", [schedule.peak], schedule.peak)
+        used = "lr_of_update" if method == "simmim" else "lr"
+        check(pair, f"{prefix}_{used}", [schedule(step) for step in steps], schedule.peak)
+        if method == "simmim":
+            lagged = replace(schedule, config=schedule.config.model_copy(update={"lag": 1}))
+            check(pair, f"{prefix}_lr_used", [lagged(step) for step in steps], schedule.peak)
+        if method == "spark":
+            decays = [weight_decay_at(optim, step, schedule.total_steps) for step in steps]
+            check(pair, f"{prefix}_weight_decay", decays, settings["weight_decay_end"])
+    assert not [name for name in pair.unused() if name.startswith(f"expect/{method}")]
