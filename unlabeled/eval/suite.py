@@ -19,7 +19,7 @@ from unlabeled.eval.features import Precision, extract_features, is_main_process
 from unlabeled.eval.gallery import GalleryRow, nearest_gallery
 from unlabeled.eval.knn import KnnEvaluator
 from unlabeled.eval.linear import LinearEvaluator
-from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.data.source import ImageSource, limited
 from unlabeled.ssl.errors import ConfigError, DataError
 from unlabeled.ssl.schema import EvaluateConfig
@@ -144,11 +144,7 @@ def random_twin(backbone: Backbone, seed: int) -> Backbone:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        twin = create_backbone(backbone.name, size=backbone.input_size, **backbone.kwargs)
-    twin.mean, twin.std = backbone.mean, backbone.std
-    for name, buffer in backbone.named_buffers(recurse=False):
-        twin.get_buffer(name).copy_(buffer)
-    return twin
+        return backbone.twin()
 
 
 def _classes(train: ImageSource) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.compose import compose_config, pretrain_config, words_of
-from unlabeled.ssl.engine import Training, train
+from unlabeled.ssl.engine import Training, train, whole_task
 from unlabeled.ssl.errors import UnlabeledError
 from unlabeled.ssl.evidence import conclude
 from unlabeled.ssl.export import export_backbone
@@ -64,11 +64,12 @@ def pretrain_from(config: PretrainConfig) -> PretrainResult:
     finally:
         run.monitor.close()
     seconds = time.perf_counter() - begin
-    encoder = run.task.encoder()
+    task = whole_task(run)
+    encoder = task.encoder()
     if run.accelerator.is_main_process:
         export_backbone(encoder, config.out)
     run.accelerator.wait_for_everyone()
-    evidence, report = (None, None) if stopped else conclude(run, seconds if run.start_step == 0 else None)
+    evidence, report = (None, None) if stopped else conclude(run, task, seconds if run.start_step == 0 else None)
     return PretrainResult(
         backbone=encoder,
         metrics=read_metrics(config.out / "metrics.jsonl"),

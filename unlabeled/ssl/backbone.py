@@ -141,6 +141,15 @@ class Backbone(nn.Module):
         names = [name for name, _ in self.model.named_parameters()]
         return dict(zip((f"model.{name}" for name in names), block_layers(names), strict=True))
 
+    def twin(self) -> Backbone:
+        """The same architecture with fresh random weights and the same statistics of the pictures.
+
+        Raises ConfigError when the network was not built from a timm name.
+        """
+        twin = create_backbone(self.name, size=self.input_size, **self.kwargs)
+        twin.set_statistics(self.mean, self.std)
+        return twin
+
     def reached_by_pooled(self) -> set[str]:
         """Names of the parameters (relative to this module) that the pooled features depend on."""
         return {f"model.{name}" for name in reached_by_pooled(self.model, self.input_size)}

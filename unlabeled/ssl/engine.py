@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from unlabeled.pretext.base import PretextTask, StepOutput
+from unlabeled.pretext.registry import create_task
 from unlabeled.ssl.data.bad import BadImage, BadImages
 from unlabeled.ssl.data.loader import LoadedBatch
 from unlabeled.ssl.errors import DivergedError
@@ -163,9 +165,20 @@ def record(run: Training, step: int, values: dict[str, float], lr: float) -> Non
         run.monitor.show(step, row, run.bad.count)
 
 
+def whole_task(run: Training) -> PretextTask:
+    """The task for use outside of training: itself, or under FSDP an unsharded copy. All ranks must call it."""
+    if not run.saver.sharded:
+        return run.task
+    copy = create_task(run.config.task, run.task.backbone.twin()).to(run.accelerator.device)
+    state = [run.saver.whole_model()]  # complete on the main process only
+    dist.broadcast_object_list(state, src=0)
+    copy.load_state_dict(state[0])
+    return copy
+
+
 def evaluate_online(run: Training, step: int) -> None:
     if run.online.due(step):
-        values = run.online.run(run.task.encoder(), run.accelerator.device)
+        values = run.online.run(whole_task(run).encoder(), run.accelerator.device)
         run.model.train()
         if values:
             run.monitor.row(step, run.plan.epoch(step), values)

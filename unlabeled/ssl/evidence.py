@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from unlabeled.pretext.base import PretextTask
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.checkpoint import writing
 from unlabeled.ssl.data.loader import LoadedBatch, ViewDataset, collate, seeded
@@ -71,17 +72,17 @@ class OnlineEvaluation:
         }
 
 
-def conclude(run: Training, seconds: float | None) -> tuple[Evidence | None, Path | None]:
+def conclude(run: Training, task: PretextTask, seconds: float | None) -> tuple[Evidence | None, Path | None]:
     """Evaluates a finished run against its baselines and writes the report; (None, None) off the main process.
 
-    `seconds` is the wall clock of the training, None when it was not all in this process.
+    `task` is the trained task, unsharded; `seconds` its wall clock, None when it was not all in this process.
     """
     from unlabeled.eval.report import write_report
     from unlabeled.eval.suite import evaluate_backbone
     from unlabeled.eval.summary import summarize_run
     from unlabeled.eval.verdict import judge
 
-    config, encoder, device = run.config, run.task.encoder(), run.accelerator.device
+    config, encoder, device = run.config, task.encoder(), run.accelerator.device
     if not config.evaluate.final:
         return None, None
     data = labelled_data(config)
@@ -99,16 +100,16 @@ def conclude(run: Training, seconds: float | None) -> tuple[Evidence | None, Pat
     )
     with writing("report"):
         rows = read_metrics(config.out / "metrics.jsonl")
-        report = write_report(config.out, summary, evidence, rows, task_pictures(run))
+        report = write_report(config.out, summary, evidence, rows, task_pictures(run, task))
     if evidence is not None:
         logger.info("%s", judge(evidence).summary)
     logger.info("report: %s", report)
     return evidence, report
 
 
-def task_pictures(run: Training, count: int = 8) -> dict[str, Tensor]:
+def task_pictures(run: Training, task: PretextTask, count: int = 8) -> dict[str, Tensor]:
     """What the task shows of the first pictures of the data, under fixed randomness."""
-    task, views = run.task, type(run.task).views(run.task.config, run.task.backbone)
+    views = type(task).views(task.config, task.backbone)
     dataset = ViewDataset(open_source(run.config.data, "train"), views, run.config.engine.seed)
     batch = collate([dataset[(0, index)] for index in range(min(count, len(dataset)))])
     assert isinstance(batch, LoadedBatch), "only a loader's worker returns an error"

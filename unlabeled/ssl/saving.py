@@ -45,7 +45,8 @@ class Saver:
         self.folder = folder / "checkpoints"
         self.every_steps, self.total_steps, self.keep = every_steps, total_steps, keep
         self._accelerator, self._model, self._optimizer = accelerator, model, optimizer
-        self._sharded = accelerator.distributed_type == DistributedType.FSDP
+        self.sharded = accelerator.distributed_type == DistributedType.FSDP
+        """Whether parameters are split over ranks (FSDP)."""
 
     def due(self, step: int) -> bool:
         return step % self.every_steps == 0 or step == self.total_steps
@@ -55,7 +56,7 @@ class Saver:
 
     def save(self, step: int, meter: Meter) -> None:
         """Writes checkpoint `step` from the main process. Raises CheckpointError, on every rank, when that fails."""
-        model, optimizer = self._state()
+        model, optimizer = self.whole_model(), self._whole_optimizer()
         scaler = self._accelerator.scaler
         state = {
             "step": step,
@@ -76,7 +77,7 @@ class Saver:
         """Restores everything from checkpoint `path` and returns its step."""
         model, optimizer, state = load_checkpoint(path)
         try:
-            if self._sharded:
+            if self.sharded:
                 options = StateDictOptions(full_state_dict=True, strict=True)
                 set_model_state_dict(self._model, dict[str, Any](model), options=options)
                 set_optimizer_state_dict(self._model, self._optimizer.optimizer, optimizer, options=options)
@@ -97,14 +98,19 @@ class Saver:
             )
         return int(state["step"])
 
-    def _state(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        if self._sharded:
+    def whole_model(self) -> dict[str, Any]:
+        """The task's state dict, gathered on the main process if it is sharded; all ranks must call it."""
+        if self.sharded:
+            return get_model_state_dict(self._model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        state: dict[str, Any] = self._accelerator.unwrap_model(self._model).state_dict()
+        return state
+
+    def _whole_optimizer(self) -> dict[str, Any]:
+        if self.sharded:
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            inner = self._optimizer.optimizer
-            return get_model_state_dict(self._model, options=options), get_optimizer_state_dict(
-                self._model, inner, options=options
-            )
-        return self._accelerator.unwrap_model(self._model).state_dict(), self._optimizer.state_dict()
+            return get_optimizer_state_dict(self._model, self._optimizer.optimizer, options=options)
+        state: dict[str, Any] = self._optimizer.state_dict()
+        return state
 
     def _share(self, failure: CheckpointError | None) -> CheckpointError | None:
         """The main process's failure, on every rank, so that all stop together."""
