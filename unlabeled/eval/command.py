@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from dataclasses import dataclass, replace
@@ -13,16 +12,17 @@ from typing import Any
 import timm
 import torch
 import yaml
-from pydantic import ValidationError
 
 from unlabeled.eval.report import render_report
 from unlabeled.eval.suite import Evidence, evaluate_backbone
 from unlabeled.eval.summary import RunSummary, count_parameters, name_backbone, name_data, summarize_run
 from unlabeled.eval.verdict import judge
 from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.compose import validate
 from unlabeled.ssl.data.source import open_source
 from unlabeled.ssl.errors import CheckpointError, ConfigError, UnlabeledError, nearest
-from unlabeled.ssl.messages import explain
+from unlabeled.ssl.monitor import read_metrics
+from unlabeled.ssl.run import read_config
 from unlabeled.ssl.schema import BackboneConfig, DataConfig, EvaluateRun, PretrainConfig
 
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
@@ -58,7 +58,7 @@ def evaluate_target(run: EvaluateRun) -> Evidence:
     )
     assert evidence is not None, "one process evaluates"
     summary = _summary(run, target, data, str(device))
-    report = render_report(_report_folder(run, target), summary, evidence, _metrics(target.folder), None)
+    report = render_report(_report_folder(run, target), summary, evidence, _metrics(target), None)
     log.info("%s Report: %s", judge(evidence).summary, report)
     return evidence
 
@@ -144,35 +144,17 @@ def _data(run: EvaluateRun, config: PretrainConfig | None) -> DataConfig:
 
 def _read_config(file: Path) -> PretrainConfig | None:
     """The settings beside a run's weights; None when there are none, as in an exported folder."""
-    if not file.is_file():
-        return None
-    try:
-        return PretrainConfig.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except ValidationError as error:
-        raise CheckpointError(f"target: {file} does not fit this version: {explain(error, PretrainConfig)}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"target: {file} is not YAML ({_first_line(error)}); restore it or give data=..."
-        ) from None
+    return validate(read_config(file), PretrainConfig) if file.is_file() else None
 
 
-def _metrics(folder: Path | None) -> list[dict[str, Any]]:
-    """Rows of the run's metrics.jsonl up to a line that a crash cut short."""
-    file = folder / "metrics.jsonl" if folder else None
-    rows: list[dict[str, Any]] = []
-    if file is None or not file.is_file():
-        return rows
-    try:
-        rows.extend(json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
-    except json.JSONDecodeError:
-        log.warning("%s is cut short after %d rows", file, len(rows))
-    return rows
+def _metrics(target: Target) -> list[dict[str, Any]]:
+    return read_metrics(target.folder / "metrics.jsonl") if target.folder is not None else []
 
 
 def _summary(run: EvaluateRun, target: Target, data: DataConfig, device: str) -> RunSummary:
     backbone, today = target.backbone, date.today().isoformat()
     if target.config is not None:
-        steps = max((int(row["step"]) for row in _metrics(target.folder) if "step" in row), default=None)
+        steps = max((int(row["step"]) for row in _metrics(target) if "step" in row), default=None)
         summary = summarize_run(target.config, backbone, device=device, steps=steps, date=today)
         return replace(summary, title=target.title)
     return RunSummary(

@@ -205,7 +205,7 @@ def _build(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
         if match := re.search(r"unexpected keyword argument[^']*'(\w+)'", str(error)):
             raise _UnknownArgumentError(name, match.group(1)) from error
         if pretrained and not isinstance(error, (AssertionError, TypeError)):
-            remedy = "give them with backbone.checkpoint=FILE or set backbone.pretrained=false"
+            remedy = "give a file of weights instead (backbone.checkpoint=FILE), or set pretrained=false"
             raise CheckpointError(f"backbone.pretrained: no weights for {name} ({_reason(error)}); {remedy}") from error
         raise ConfigError(f"backbone: {name} cannot be built with {arguments} ({_reason(error)})") from error
     return model

@@ -124,4 +124,5 @@ def _set_up_logging() -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO if main_process else logging.ERROR, stream=sys.stderr)
     for noisy in ("httpx", "datasets", "timm", "PIL", "matplotlib", "faiss", "accelerate", "torch"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells each of its retries
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -96,7 +96,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         values = None
     if not isinstance(values, dict) or "task" not in values:
-        raise CheckpointError(f"out: {path} is not a run's configuration; choose another out=")
+        raise CheckpointError(f"{path} is not a run's configuration; restore it or choose another folder")
     return values
 
 
