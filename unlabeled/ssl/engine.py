@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from unlabeled.pretext.base import PretextTask, StepOutput
 from unlabeled.pretext.registry import create_task
@@ -123,6 +124,8 @@ def gradient_norm(run: Training) -> Tensor:
     """L2 norm of all gradients before clipping; clips them to ``engine.clip`` if that is set."""
     limit = run.config.engine.clip
     norm = run.accelerator.clip_grad_norm_(run.model.parameters(), limit if limit is not None else math.inf)
+    if isinstance(norm, DTensor):  # FSDP
+        norm = norm.full_tensor()
     return torch.as_tensor(norm).detach().double().to(run.accelerator.device)
 
 
