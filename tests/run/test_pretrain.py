@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import unlabeled
@@ -116,6 +117,22 @@ def test_continued_pretraining_starts_from_the_given_weights(
     assert "loaded" in caplog.text
     before, after = load_file(results["mae"].weights), load_file(result.weights)
     assert all(torch.allclose(after[name], before[name], atol=1e-6) for name in before)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_pictures_in_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture, labelled: bool) -> None:
+    """Without labels there is a report without evidence; sub-folders are labels."""
+    for index in range(48):
+        path = tmp_path / "pictures" / (f"class{index % 2}" if labelled else ".") / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((40, 48), 20 + 60 * (index % 2)).save(path)
+    words = settings("rotation") | {"data": tmp_path / "pictures", "evaluate": {"linear": {"epochs": 2}}}
+    with caplog.at_level("INFO"):
+        result = unlabeled.pretrain(**words, out=tmp_path / "run")
+    assert result.report is not None
+    assert result.report.is_file()
+    assert (result.evidence is not None) == labelled
+    assert ("no evaluation: " in caplog.text) != labelled
 
 
 def test_evaluating_a_run_again_gives_the_same_numbers(results: dict[str, unlabeled.PretrainResult]) -> None:
