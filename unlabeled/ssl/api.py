@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,8 +91,6 @@ def evaluate(target: str | Path, **settings: Any) -> Evidence:
 
 def _prepare_everywhere(config: PretrainConfig) -> Training:
     """`prepare`, with faults that all ranks meet said by the first one only."""
-    import os
-
     try:
         return prepare(config)
     except UnlabeledError:

@@ -52,7 +52,7 @@ def compose_config(command: str, words: Sequence[str], model: type[SectionT]) ->
 
     Raises ConfigError, in one line, for a word that cannot be read, an unknown setting, or an impossible value.
     """
-    overrides = [_to_hydra(override, command) for override in parse(words)]
+    overrides = [_to_hydra(override) for override in parse(words)]
     try:
         with initialize_config_dir(str(config_folder()), version_base=None):
             composed = compose(command, overrides=[word for word in overrides if word is not None])
@@ -136,7 +136,7 @@ def _literal(value: Any) -> str:
     return repr(value)
 
 
-def _to_hydra(override: Override, command: str) -> str | None:
+def _to_hydra(override: Override) -> str | None:
     """One override in the form that Hydra takes."""
     key, line = override.key_or_group, str(override.input_line)
     if override.is_sweep_override():

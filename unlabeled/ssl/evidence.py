@@ -109,16 +109,12 @@ def conclude(run: Training, task: PretextTask, seconds: float | None) -> tuple[E
 
 def task_pictures(run: Training, task: PretextTask, count: int = 8) -> dict[str, Tensor]:
     """What the task shows of the first pictures of the data, under fixed randomness."""
+    from unlabeled.eval.features import evaluating
+
     views = type(task).views(task.config, task.backbone)
     dataset = ViewDataset(open_source(run.config.data, "train"), views, run.config.engine.seed)
     batch = collate([dataset[(0, index)] for index in range(min(count, len(dataset)))])
     assert isinstance(batch, LoadedBatch), "only a loader's worker returns an error"
     device = run.accelerator.device
-    modes = {module: module.training for module in task.modules()}
-    task.eval()
-    try:
-        with seeded(run.config.engine.seed):
-            return task.visualize({name: tensor.to(device) for name, tensor in batch.tensors.items()})
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(task), seeded(run.config.engine.seed):
+        return task.visualize({name: tensor.to(device) for name, tensor in batch.tensors.items()})
