@@ -71,24 +71,24 @@ def test_state_is_what_the_task_holds(pair):
 def test_results(pair):
     task = build(pair, norm_pix=True)
     images, noise = pair["input/images"], pair["input/noise"]
-    masking = random_masking(noise, pair["expect/ids_keep"].shape[1])
+    masking = random_masking(noise, pair["expect/ids_keep"].shape[1], task.decoder.grid)
     for name in ("ids_keep", "ids_restore"):
         pair.assert_close(f"expect/{name}", getattr(masking, name), 0)
     for name in ("expect/mask", "input/mask"):
-        pair.assert_close(name, ~masking.visible, 0)
+        pair.assert_close(name, ~masking.visible.flatten(1), 0)
 
     seen: dict[str, Tensor] = {}
     task.backbone.model.blocks[0].register_forward_hook(lambda *call: seen.update(block0=call[2]))
     task.decoder.embed.register_forward_hook(lambda *call: seen.update(embedded=call[2]))
     with torch.no_grad():
         latent, prefix = TokenEncoder(task.backbone).encode(images, masking.ids_keep)
-        predictions = task.decoder.predict_all(latent, masking, task.decoder.grid)
+        predictions = task.decoder.predict_all(latent, masking)
     assert prefix == 1
     pair.assert_close("expect/tokens_after_block0", seen["block0"], RESULT)
     pair.assert_close("expect/latent", latent, RESULT)
     pair.assert_close("expect/decoder_input_visible", seen["embedded"], RESULT)
     pair.assert_close("expect/pred", predictions, RESULT)
-    pair.assert_close("expect/pred_image", unpatchify(predictions, task.patch, task.decoder.grid), RESULT)
+    pair.assert_close("expect/pred_image", unpatchify(predictions, task.cell, task.decoder.grid), RESULT)
 
     everything = torch.arange(noise.shape[1]).expand_as(noise)
     pair.assert_close("expect/target_norm_pix", task.target(images, everything), RESULT)

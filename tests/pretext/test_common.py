@@ -10,7 +10,7 @@ from torch import nn
 
 from unlabeled.pretext.common.checkpoint import load_mapped, require_fixed_table, resampled_positions
 from unlabeled.pretext.common.decoder import DecoderBlock, TransformerDecoder
-from unlabeled.pretext.common.masking import count_keep, random_masking
+from unlabeled.pretext.common.masking import random_masking
 from unlabeled.pretext.common.patches import normalize_patches, patch_statistics, patchify, unpatchify
 from unlabeled.pretext.common.positions import sincos_2d
 from unlabeled.ssl.errors import CheckpointError
@@ -62,37 +62,6 @@ def test_normalised_patches_leave_half_precision(half):
     )
 
 
-@pytest.mark.parametrize(
-    ("patches", "ratio", "exact", "official"),
-    [(196, 0.75, 49, 49), (256, 0.75, 64, 64), (49, 0.6, 19, 19), (64, 0.75, 16, 16), (100, 0.8, 20, 19),
-     (100, 0.9, 10, 9), (25, 0.7, 7, 7), (2, 0.75, 0, 0)],
-)  # fmt: skip
-def test_count_of_kept_patches(patches, ratio, exact, official):
-    assert count_keep(patches, ratio) == exact
-    assert count_keep(patches, ratio, "official") == official
-
-
-def test_masks_are_exact_independent_and_invertible():
-    torch.manual_seed(0)
-    noise = torch.rand(64, 36)
-    masking = random_masking(noise, 9)
-    assert masking.ids_keep.shape == (64, 9)
-    assert masking.ids_masked.shape == (64, 27)
-    assert torch.equal(masking.visible.sum(1), torch.full((64,), 9))
-    assert len({tuple(row) for row in masking.visible.tolist()}) == 64  # no two of 94 million alike
-    everyone = torch.cat([masking.ids_keep, masking.ids_masked], 1)
-    assert torch.equal(everyone.sort(1).values, torch.arange(36).expand(64, -1))
-    # A picture's mask hangs on its own noise only, and keeps its smallest values.
-    assert torch.equal(random_masking(noise[5:6], 9).visible, masking.visible[5:6])
-    assert noise[3, masking.visible[3]].max() < noise[3, ~masking.visible[3]].min()
-
-
-def test_restore_puts_tokens_where_they_came_from():
-    masking = random_masking(torch.rand(4, 10), 3)
-    indices = torch.cat([masking.ids_keep, masking.ids_masked], 1)[..., None]  # each token carries its own place
-    assert torch.equal(masking.restore(indices)[..., 0], torch.arange(10).expand(4, -1))
-
-
 def test_positions_against_known_values():
     table = sincos_2d(8, (2, 3), prefix=1)
     assert table.shape == (1, 7, 8)
@@ -130,12 +99,12 @@ def reference_predictions(built: TransformerDecoder, latent, masking, grid, pref
 @torch.no_grad()
 def test_decoder_equals_the_plain_way(prefix, depth, grid):
     built = decoder(depth=depth)
-    masking = random_masking(torch.rand(3, grid[0] * grid[1]), 2)
+    masking = random_masking(torch.rand(3, grid[0] * grid[1]), 2, grid)
     latent = torch.randn(3, prefix + 2, 24)
     expected = reference_predictions(built, latent, masking, grid, prefix)
-    torch.testing.assert_close(built.predict_all(latent, masking, grid), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(built.predict_all(latent, masking), expected, atol=1e-5, rtol=1e-5)
     hidden = expected[torch.arange(3)[:, None], masking.ids_masked]
-    torch.testing.assert_close(built(latent, masking, grid), hidden, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(built(latent, masking), hidden, atol=1e-5, rtol=1e-5)
 
 
 def test_skipping_results_changes_no_gradient():

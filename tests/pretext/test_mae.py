@@ -50,13 +50,13 @@ def test_loss_is_the_mean_over_pixels_then_over_hidden_patches(norm_pix):
     output = task({"image": pictures()}, noise=noise)
 
     images = task.backbone.normalize(pictures())
-    masking, grid = task._mask(images, noise)
+    masking = task.mask(images, noise)
     latent, prefix = TokenEncoder(task.backbone).encode(images, masking.ids_keep)
     assert latent.shape == (4, prefix + 4, 32)
-    predictions = task.decoder.predict_all(latent, masking, grid)
+    predictions = task.decoder.predict_all(latent, masking)
     target = patchify(images, (8, 8))
     target = normalize_patches(target) if norm_pix else target
-    removed = (~masking.visible).float()
+    removed = (~masking.visible.flatten(1)).float()
     loss = ((predictions - target) ** 2).mean(-1).mul(removed).sum() / removed.sum()
     torch.testing.assert_close(output.loss, loss)
     explained = 1 - loss / ((target**2).mean(-1).mul(removed).sum() / removed.sum())
@@ -69,7 +69,7 @@ def test_visible_patches_are_seen_but_not_scored():
     task = tiny_task()
     images = task.backbone.normalize(pictures())
     noise = torch.rand(4, 16)
-    visible = task._mask(images, noise)[0].visible.view(4, 1, 4, 4)
+    visible = task.mask(images, noise).visible.view(4, 1, 4, 4)
     visible = visible.repeat_interleave(8, 2).repeat_interleave(8, 3)
     seen: list[Tensor] = []
     task.decoder.register_forward_hook(lambda *call: seen.append(call[2]))
@@ -275,9 +275,10 @@ def test_picture_of_a_reconstruction():
     images, noise = pictures(10), torch.rand(10, 16)
     picture = task.visualize({"image": images}, noise=noise)["reconstruction"]
     assert picture.dtype == torch.uint8
-    assert picture.shape == (3, 8 * 34 + 2, 3 * 34 + 2)  # the first eight, with borders of two pixels
-    original, masked, rebuilt = (picture[:, 36:68, left : left + 32] for left in (2, 36, 70))  # second row
-    visible = task._mask(task.backbone.normalize(images), noise)[0].visible[1].view(1, 4, 4)
+    assert picture.shape == (3, 8 * 98 + 2, 3 * 98 + 2)  # the first eight, enlarged threefold, borders of two pixels
+    tiles = (picture[:, 100:196, left : left + 96] for left in (2, 100, 198))  # second row
+    original, masked, rebuilt = (tile[:, 1::3, 1::3] for tile in tiles)
+    visible = task.mask(task.backbone.normalize(images), noise).visible[1].view(1, 4, 4)
     visible = visible.repeat_interleave(8, 1).repeat_interleave(8, 2).expand(3, -1, -1)
     assert torch.equal(original, images[1])
     assert torch.equal(masked[visible], images[1][visible])
@@ -292,7 +293,7 @@ def test_a_perfect_prediction_gives_the_picture_back(monkeypatch):
     target = normalize_patches(patchify(task.backbone.normalize(images), (8, 8)))
     monkeypatch.setattr(task.decoder, "predict_all", lambda *_: target)
     picture = task.visualize({"image": images})["reconstruction"]
-    assert torch.equal(picture[:, 2:34, 2:34], picture[:, 2:34, 70:102])
+    assert torch.equal(picture[:, 2:98, 2:98], picture[:, 2:98, 198:294])
 
 
 def test_the_encoder_is_a_plain_timm_model():
@@ -325,7 +326,7 @@ def test_settings_that_are_refused(settings, message):
 def test_sizes_and_backbones_that_are_refused():
     with pytest.raises(ConfigError, match=r"backbone.size: .*30.* multiple of vit_tiny_patch16_224's patch"):
         tiny_task(tiny_backbone(size=(30, 32)))
-    with pytest.raises(ConfigError, match=r"task.mask_ratio: 0.98 leaves 0 of 4x4 patches visible; set it between"):
+    with pytest.raises(ConfigError, match=r"task.mask_ratio: 0.98 leaves 0 of 4x4 cells visible; set it between"):
         tiny_task(mask_ratio=0.98)
     with pytest.raises(ConfigError, match=r"task.positions: sincos needs a width that is a multiple of 4, .* has 30"):
         tiny_task(tiny_backbone(embed_dim=30))

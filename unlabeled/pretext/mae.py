@@ -7,26 +7,22 @@ code of the authors: github.com/facebookresearch/mae. Shapes as in `unlabeled.pr
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torchvision.transforms import v2
-from torchvision.utils import make_grid
 
-from unlabeled.pretext.base import Batch, PretextTask, StepOutput, TaskConfig, Views
+from unlabeled.pretext.base import Batch, StepOutput, TaskConfig
 from unlabeled.pretext.common.checkpoint import load_mapped, require_fixed_table, resampled_positions
 from unlabeled.pretext.common.decoder import TransformerDecoder
-from unlabeled.pretext.common.masking import CountRule, Masking, count_keep, random_masking
+from unlabeled.pretext.common.masked_image import MaskedImageConfig, MaskedImageTask
+from unlabeled.pretext.common.masking import Masking, Method
 from unlabeled.pretext.common.patches import normalize_patches, patch_statistics, patchify, unpatchify, widened
 from unlabeled.pretext.common.positions import sincos_2d
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.errors import ConfigError
 from unlabeled.ssl.tokens import TokenEncoder
-
-_PICTURES = 8
-"""Rows of a visualisation."""
 
 
 class DecoderConfig(TaskConfig):
@@ -49,18 +45,12 @@ class DecoderConfig(TaskConfig):
         return self
 
 
-class MAEConfig(TaskConfig):
+class MAEConfig(MaskedImageConfig):
     """Settings of MAE; the defaults are the paper's."""
 
-    mask_ratio: float = Field(0.75, gt=0, lt=1)
-    """Part of the patches that is hidden."""
-    mask_count: CountRule = "exact"
-    """How the number of visible patches is rounded down; see `count_keep`. official: as the authors' code does."""
     norm_pix: bool = True
     """Predict each patch normalised by its own mean and deviation; False: the pixels of the normalised picture."""
     decoder: DecoderConfig = DecoderConfig()
-    crop_scale: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.2, 1.0)
-    """Part of the picture's area that a crop covers, smallest and largest."""
     positions: Literal["sincos", "backbone"] = "sincos"
     """sincos: the backbone's table of absolute positions becomes the paper's fixed sine-cosine table and is not
     trained. backbone: it is trained as the backbone has it. A backbone without such a table (rotary positions only)
@@ -69,30 +59,13 @@ class MAEConfig(TaskConfig):
     """mae: weights of the backbone are drawn anew as in the paper. keep: they and the positions stay as they are, and
     only the decoder is drawn. auto: keep for a backbone that starts from trained weights, else mae."""
 
-    @model_validator(mode="after")
-    def _ordered(self) -> MAEConfig:
-        if self.crop_scale[0] > self.crop_scale[1]:
-            raise ValueError(f"crop_scale {list(self.crop_scale)} begins above its end; give [smallest, largest]")
-        return self
 
-
-class MAEViews:
-    """One random crop with a flip: picture, uint8 (3, H, W) → ``{"image": uint8 (3, h, w)}``."""
-
-    def __init__(self, size: tuple[int, int], scale: tuple[float, float]) -> None:
-        bicubic = v2.InterpolationMode.BICUBIC
-        self.crop = v2.RandomResizedCrop(list(size), scale=scale, interpolation=bicubic, antialias=True)
-        self.flip = v2.RandomHorizontalFlip(0.5)
-
-    def __call__(self, picture: Tensor) -> dict[str, Tensor]:
-        return {"image": self.flip(self.crop(picture))}
-
-
-class MAE(PretextTask):
+class MAE(MaskedImageTask):
     """Masked autoencoder. Submodules: `backbone` (the encoder) and `decoder`."""
 
     Config: ClassVar[type[TaskConfig]] = MAEConfig
     requires: ClassVar[frozenset[str]] = frozenset({"token_dropping"})
+    method: ClassVar[Method] = "mae"
     config: MAEConfig
 
     def __init__(self, config: MAEConfig, backbone: Backbone) -> None:
@@ -100,10 +73,10 @@ class MAE(PretextTask):
         super().__init__(config, backbone)
         encoder = TokenEncoder(backbone)
         grid = encoder.grid(backbone.input_size)
-        self._keep(grid)
-        self.patch = encoder.patch_size
+        self.cell = encoder.patch_size
+        self.keep(grid)
         self.decoder = TransformerDecoder(
-            encoder.dim, self.patch[0] * self.patch[1] * encoder.channels, grid=grid, **config.decoder.model_dump()
+            encoder.dim, self.cell[0] * self.cell[1] * encoder.channels, grid=grid, **config.decoder.model_dump()
         )
         _init_weights(self.decoder)
         nn.init.normal_(self.decoder.mask_token, std=0.02)
@@ -114,54 +87,31 @@ class MAE(PretextTask):
         for parameter in encoder.unreached():
             parameter.requires_grad_(False)
 
-    @classmethod
-    def views(cls, config: MAEConfig, backbone: Backbone) -> Views:
-        return MAEViews(backbone.input_size, config.crop_scale)
-
-    def draw(self, batch: Batch) -> dict[str, Tensor]:
-        """``noise`` (B, L), uniform in [0, 1): the patches with the smallest stay visible."""
-        images = batch["image"]
-        rows, columns = TokenEncoder(self.backbone).grid((images.shape[-2], images.shape[-1]))
-        return {"noise": torch.rand(images.shape[0], rows * columns, device=images.device)}
-
-    def forward(self, batch: Batch, *, noise: Tensor | None = None) -> StepOutput:
+    def forward(self, batch: Batch, *, noise: Tensor | None = None, visible: Tensor | None = None) -> StepOutput:
         """Mean squared error of the hidden patches of ``batch["image"]``, and the part of their variance explained.
 
-        A uint8 picture (B, 3, H, W) is normalised here; a float one is taken as normalised already. `noise` (B, L)
-        decides the masks (see `random_masking`); None: as `draw` gives it.
+        A uint8 picture (B, 3, H, W) is normalised here; a float one is taken as normalised already. `noise` (B, L) or
+        `visible` (bool, B, gh, gw) decides the masks; None: as `draw` gives it.
         """
-        images = self._images(batch)
-        masking, grid = self._mask(images, noise)
+        images = self.images_of(batch)
+        masking = self.mask(images, noise, visible)
         latent, _ = TokenEncoder(self.backbone).encode(images, masking.ids_keep)
-        predictions = self.decoder(latent, masking, grid)
+        predictions = self.decoder(latent, masking)
         target = self.target(images, masking.ids_masked)
         loss = (predictions.to(target.dtype) - target).square().mean()
         return StepOutput(loss, {"explained": 1 - loss.detach() / (target.square().mean() + 1e-6)})
 
-    @torch.no_grad()
-    def visualize(self, batch: Batch, *, noise: Tensor | None = None) -> dict[str, Tensor]:
-        """``reconstruction``: a row per picture (the first 8): original, masked, reconstruction; uint8 (3, H, W).
-
-        Predictions stand at hidden patches only; with `norm_pix` they get back the true statistics of their patch.
-        """
-        images = self._images(batch)[:_PICTURES]
-        masking, grid = self._mask(images, None if noise is None else noise[:_PICTURES])
+    def reconstruct(self, images: Tensor, masking: Masking) -> Tensor:
+        """See the base class; with `norm_pix` predictions get back the true statistics of their patch."""
         latent, _ = TokenEncoder(self.backbone).encode(images, masking.ids_keep)
-        patches = patchify(images, self.patch)
-        predictions = self.decoder.predict_all(latent, masking, grid).to(patches.dtype)
+        predictions = widened(self.decoder.predict_all(latent, masking))
         if self.config.norm_pix:
-            mean, deviation = patch_statistics(patches)
+            mean, deviation = patch_statistics(patchify(images, self.cell))
             predictions = predictions * deviation + mean
-        visible = masking.visible[..., None]
-        columns = [
-            images,
-            unpatchify(torch.where(visible, patches, 0.0), self.patch, grid),
-            unpatchify(torch.where(visible, patches, predictions), self.patch, grid),
-        ]
-        tiles = torch.stack(columns, dim=1).flatten(0, 1)  # (3 B, C, H, W), row by row
-        return {
-            "reconstruction": make_grid(_to_uint8(tiles, self.backbone), nrow=len(columns), padding=2, pad_value=255)
-        }
+        return unpatchify(predictions, self.cell, masking.grid)
+
+    def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        return TokenEncoder(self.backbone).grid(size)
 
     def load_official(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
         """Loads ``mae_pretrain_vit_*`` (encoder) or ``*_full`` and ``mae_visualize_*`` files (with decoder).
@@ -184,29 +134,9 @@ class MAE(PretextTask):
         self._settle_positions(overwrite=False)
         return result
 
-    def _images(self, batch: Batch) -> Tensor:
-        """Normalised (B, 3, H, W); float pictures are taken as normalised already."""
-        images = batch["image"]
-        return images if images.is_floating_point() else self.backbone.normalize(images)
-
-    def _mask(self, images: Tensor, noise: Tensor | None) -> tuple[Masking, tuple[int, int]]:
-        grid = TokenEncoder(self.backbone).grid((images.shape[-2], images.shape[-1]))
-        noise = self.draw({"image": images})["noise"] if noise is None else noise
-        return random_masking(noise, self._keep(grid)), grid
-
-    def _keep(self, grid: tuple[int, int]) -> int:
-        patches, config = grid[0] * grid[1], self.config
-        keep = count_keep(patches, config.mask_ratio, config.mask_count)
-        if not 0 < keep < patches:
-            raise ConfigError(
-                f"task.mask_ratio: {config.mask_ratio} leaves {keep} of {grid[0]}x{grid[1]} patches visible; "
-                f"set it between {1 / patches:.2g} and {1 - 1 / patches:.2g}, or use more pixels or smaller patches"
-            )
-        return keep
-
     def target(self, images: Tensor, ids: Tensor) -> Tensor:
         """What is to be predicted for the patches `ids` (B, M): at least float32 (B, M, ph * pw * C)."""
-        patches = patchify(images, self.patch, ids)
+        patches = patchify(images, self.cell, ids)
         return normalize_patches(patches) if self.config.norm_pix else widened(patches)
 
     def _settle_positions(self, *, overwrite: bool) -> None:
@@ -253,9 +183,3 @@ def _official_name(name: str) -> str:
     if name.startswith("decoder."):
         return "mask_token" if name == "decoder.mask_token" else "decoder_" + name.removeprefix("decoder.")
     return name.removeprefix("backbone.model.")
-
-
-def _to_uint8(images: Tensor, backbone: Backbone) -> Tensor:
-    """Normalised pictures (B, C, H, W) → uint8 of the same shape."""
-    mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (backbone.mean, backbone.std))
-    return ((images * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)

@@ -65,27 +65,27 @@ class TransformerDecoder(nn.Module):
         # Fixed and made again from the grid: not part of checkpoints.
         self.register_buffer("positions", sincos_2d(dim, grid)[0], persistent=False)
 
-    def forward(self, latent: Tensor, masking: Masking, grid: tuple[int, int]) -> Tensor:
+    def forward(self, latent: Tensor, masking: Masking) -> Tensor:
         """Encoder tokens (B, P + K, in_dim) → predictions (B, L - K, out_dim) of the patches `ids_masked`."""
-        x = self._sequence(latent, masking, grid)
+        x = self._sequence(latent, masking)
         *blocks, last = self.blocks
         for block in blocks:
             x = block(x)
         x = last(x, first=latent.shape[1])
         return self.pred(self.norm(x))  # type: ignore[no-any-return]
 
-    def predict_all(self, latent: Tensor, masking: Masking, grid: tuple[int, int]) -> Tensor:
+    def predict_all(self, latent: Tensor, masking: Masking) -> Tensor:
         """Encoder tokens (B, P + K, in_dim) → predictions of all patches in raster order (B, L, out_dim)."""
-        x = self._sequence(latent, masking, grid)
+        x = self._sequence(latent, masking)
         for block in self.blocks:
             x = block(x)
         x = self.pred(self.norm(x))
         return masking.restore(x[:, latent.shape[1] - masking.ids_keep.shape[1] :])
 
-    def _sequence(self, latent: Tensor, masking: Masking, grid: tuple[int, int]) -> Tensor:
+    def _sequence(self, latent: Tensor, masking: Masking) -> Tensor:
         """(B, P + K, in_dim) → (B, P + L, dim): prefix without positions, visible and masked tokens with theirs."""
         prefix = latent.shape[1] - masking.ids_keep.shape[1]
-        positions = self._positions(grid)
+        positions = self._positions(masking.grid)
         visible = self.embed(latent).to(positions.dtype)
         kept = visible[:, prefix:] + F.embedding(masking.ids_keep, positions)
         masked = self.mask_token + F.embedding(masking.ids_masked, positions)
