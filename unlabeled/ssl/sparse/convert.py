@@ -16,7 +16,7 @@ from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.probe import ghost
 from unlabeled.ssl.sparse.masked_map import MaskedMap, NoRuleError, silenced
 from unlabeled.ssl.sparse.rows import Cells, Factor
-from unlabeled.ssl.sparse.rules import RULES, refusal
+from unlabeled.ssl.sparse.rules import RULES, attends, refusal
 
 Execution = Literal["auto", "gathered", "dense"]
 """gathered: maps are rows of visible places, whole only around spatial layers. dense: whole everywhere, the reference.
@@ -30,14 +30,12 @@ def convert(module: nn.Module) -> nn.Module:
     and any other tensor as before. Parameters, buffers and their names stay. A layer without a rule keeps working on
     plain tensors and raises NoRuleError for a masked map.
     """
-    rule = RULES.get(type(module))
-    if rule is not None or not any(True for _ in module.children()):
-        if not getattr(module, "_masked", False):
-            kind: Any = type(module)  # hashable, which the stubs of nn.Module do not say
-            module.__class__ = _masked_class(kind)
-        return module
     for child in module.children():
         convert(child)
+    leaf = not any(True for _ in module.children())
+    if (leaf or type(module) in RULES) and not getattr(module, "_masked", False):
+        kind: Any = type(module)  # hashable, which the stubs of nn.Module do not say
+        module.__class__ = _masked_class(kind)
     return module
 
 
@@ -112,18 +110,30 @@ def _failure(model: nn.Module, size: tuple[int, int], grid: tuple[int, int], dev
     masking = Masking(*(one.to(device) for one in random_masking(noise, max(1, noise.shape[1] // 2), grid)))
     cell = (size[0] // grid[0], size[1] // grid[1])
     images = torch.zeros(2, 3, *size, device=device, dtype=next(model.parameters()).dtype)
-    with _path_of_failure(model) as path:
+    with _running(model) as path:
         try:
             found = cast(Any, model.eval()).forward_intermediates(
                 _masked_images(images, Cells(masking), cell), output_fmt="NCHW", intermediates_only=True
             )
         except NoRuleError as error:
-            return f"{path[-1] if path else 'the network'}: {error}"
+            return _told(model, path, error)
     return None if all(isinstance(one, MaskedMap) for one in found) else "its maps are not those of places"
 
 
+def _told(model: nn.Module, path: list[str], error: NoRuleError) -> str:
+    """Where and why in one line: the innermost running module, or the attention that it belongs to."""
+    for name in path:
+        kind = type(model.get_submodule(name))
+        if attends(kind):
+            return f"{name}: {kind.__name__.removeprefix('Masked')} attends to all places"
+    if not path:
+        return f"its own code: {error}"
+    kind = type(model.get_submodule(path[-1]))
+    return f"{path[-1]} ({kind.__name__.removeprefix('Masked')}): {error}"
+
+
 @contextmanager
-def _path_of_failure(model: nn.Module) -> Iterator[list[str]]:
+def _running(model: nn.Module) -> Iterator[list[str]]:
     """Names of the modules that are running, outermost first; after an exception, where it happened."""
     running: list[str] = []
     handles = []

@@ -49,7 +49,7 @@ def convolve(
     any other runs on the dense map.
     """
     kernel, step = (weight.shape[2], weight.shape[3]), _pair(stride)
-    inside = groups == 1 and padding in (0, (0, 0), [0, 0], "valid") and not x.last
+    inside = groups == 1 and padding in (0, (0, 0), [0, 0], "valid") and not x.last and x.border is None
     divides = not (x.factor[0] % step[0] or x.factor[1] % step[1])
     factor = (x.factor[0] // step[0], x.factor[1] // step[1])
     if inside and divides and kernel in ((1, 1), step) and x.cells.gathers(factor):

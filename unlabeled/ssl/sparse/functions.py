@@ -30,7 +30,8 @@ def apply_function(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
         return _in_place(name, args, kwargs)
     rule = _RULES.get(name.removeprefix("__").removesuffix("__"))
     if rule is None:
-        raise NoRuleError(f"{name} has no masked form")
+        does = "rearranges places" if name in _REARRANGING else "has no masked form"
+        raise NoRuleError(f"{name} {does}")
     return rule(func, name, args, kwargs)
 
 
@@ -162,6 +163,15 @@ def _spatial(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[str,
     return on_dense(x, lambda dense: func(dense, *rest, **kwargs))
 
 
+def _pad(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MaskedMap:
+    """Zeros around a map, for the spatial layer that comes next."""
+    x: MaskedMap = args[0]
+    mode, value = kwargs.get("mode", "constant"), kwargs.get("value")
+    if x.last or x.border is not None or mode != "constant" or value:
+        raise NoRuleError("pad other than with zeros around a map has no masked form")
+    return x.with_border(tuple(kwargs.get("pad", args[1] if len(args) > 1 else ())))
+
+
 def _interpolate(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MaskedMap:
     """Nearest neighbours stay inside their cell when the map grows by whole numbers."""
     if kwargs.get("mode", "nearest") != "nearest":
@@ -213,6 +223,7 @@ _METADATA = _names(
     """size dim numel nelement stride is_floating_point is_contiguous __len__ is_complex get_device __hash__ is_sparse
     element_size __repr__ __format__ is_inference"""
 )
+_REARRANGING = _names("reshape view flatten transpose unfold fold roll unflatten unbind")
 _ZERO_STAYS = _names(
     """relu relu6 gelu silu mish hardswish hardtanh tanh leaky_relu prelu elu selu celu softsign softshrink abs neg
     clone to float half bfloat16 double type dropout dropout2d alpha_dropout mul rmul square sqrt sin tan sign cat
@@ -239,4 +250,5 @@ _RULES: dict[str, Rule] = {
     "contiguous": _contiguous,
     "conv2d": _conv2d,
     "interpolate": _interpolate,
+    "pad": _pad,
 }

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unlabeled.ssl.errors import CapabilityError
@@ -28,8 +29,9 @@ class MaskedMap(torch.Tensor):
     a strip (B, C, R, 1), in the order of `unlabeled.ssl.sparse.rows`; the strip is itself a map, of one column, so that
     every layer that treats places alike or takes statistics over them runs on it as it is.
 
-    Attributes: `held` (what is stored), `cells`, `factor` (places in a cell), `gathered`, and `last` (whether it shows
-    itself as B, H, W, C).
+    Attributes: `held` (what is stored), `cells`, `factor` (places in a cell), `gathered`, `last` (whether it shows
+    itself as B, H, W, C), and `border` (zeros to be put around it by the spatial layer that comes next, as ``F.pad``
+    takes them; nothing else can be done with a map that has one).
     """
 
     held: Tensor
@@ -37,6 +39,7 @@ class MaskedMap(torch.Tensor):
     factor: Factor
     gathered: bool
     last: bool
+    border: tuple[int, ...] | None
 
     @staticmethod
     def __new__(cls, storage: Tensor, cells: Cells, factor: Factor, *, gathered: bool, last: bool = False) -> MaskedMap:
@@ -46,6 +49,7 @@ class MaskedMap(torch.Tensor):
         shape = (batch, height, width, channels) if last else (batch, channels, height, width)
         made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=storage.dtype, device=storage.device)
         made.held, made.cells, made.factor, made.gathered, made.last = storage, cells, factor, gathered, last
+        made.border = None
         return made
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # everything is done in __new__
@@ -65,30 +69,44 @@ class MaskedMap(torch.Tensor):
             return cls(rows.transpose(1, 2).unsqueeze(-1), cells, factor, gathered=True)
         return cls(scatter_rows(rows, cells, factor), cells, factor, gathered=False)
 
+    def with_border(self, border: tuple[int, ...]) -> MaskedMap:
+        """The same map with `border`."""
+        copied = MaskedMap(self.held, self.cells, self.factor, gathered=self.gathered)
+        copied.border = border
+        return copied
+
     def dense(self) -> Tensor:
-        """(B, C, H, W), zero at masked places."""
-        return scatter_rows(self.rows(), self.cells, self.factor) if self.gathered else self.held
+        """(B, C, H, W), zero at masked places, with its border."""
+        whole = self.held
+        if self.gathered:
+            whole = scatter_rows(whole.squeeze(-1).transpose(1, 2), self.cells, self.factor)
+        return whole if self.border is None else F.pad(whole, self.border)
 
     def rows(self) -> Tensor:
         """The visible places, (B, R, C)."""
-        if self.gathered:
-            return self.held.squeeze(-1).transpose(1, 2)
-        return gather_rows(self.held, self.cells, self.factor)
+        return self.strip().squeeze(-1).transpose(1, 2)
 
     def strip(self) -> Tensor:
         """The visible places as a map of one column, (B, C, R, 1)."""
-        return self.held if self.gathered else self.rows().transpose(1, 2).unsqueeze(-1)
+        held = self._without_border()
+        if self.gathered:
+            return held
+        return gather_rows(held, self.cells, self.factor).transpose(1, 2).unsqueeze(-1)
 
     def seen(self, *, strip: bool = False) -> Tensor:
-        """The storage (or the strip) with its axes in the order that this map shows."""
-        tensor = self.strip() if strip else self.held
+        """What is stored (or the strip) with its axes in the order that this map shows."""
+        tensor = self.strip() if strip else self._without_border()
         return tensor.permute(0, 2, 3, 1) if self.last else tensor
 
-    def with_seen(self, tensor: Tensor, *, last: bool | None = None) -> MaskedMap:
-        """A map at the same places whose storage, with its axes as this map shows them, is `tensor`."""
+    def _without_border(self) -> Tensor:
+        if self.border is not None:
+            raise NoRuleError("a padded map is for a spatial layer only")
+        return self.held
+
+    def with_seen(self, tensor: Tensor) -> MaskedMap:
+        """A map at the same places that stores `tensor`, which has its axes as this map shows them."""
         storage = tensor.permute(0, 3, 1, 2) if self.last else tensor
-        shown = self.last if last is None else last
-        return MaskedMap(storage, self.cells, self.factor, gathered=self.gathered, last=shown)
+        return MaskedMap(storage, self.cells, self.factor, gathered=self.gathered, last=self.last)
 
     def with_strip(self, strip: Tensor) -> MaskedMap:
         """A map at the same places, shown as this one, from a strip with its axes as this map shows them."""

@@ -24,8 +24,10 @@ import torch
 from timm.layers import activations, grn, norm_act
 from timm.layers.norm_act import BatchNormAct2d
 from timm.models import _efficientnet_blocks as efficientnet
+from timm.models import fastvit, hgnet, metaformer, swiftformer
 from torch import Tensor, nn
 
+from unlabeled.ssl.sparse.attention import selective_kernel, split_attention
 from unlabeled.ssl.sparse.batch_norm import SyncedBatchNorm2d, batch_norm_rows, synced
 from unlabeled.ssl.sparse.convolution import on_dense
 from unlabeled.ssl.sparse.masked_map import MaskedMap, NoRuleError
@@ -114,6 +116,10 @@ _POINTWISE = [
         LayerNormExp2d RmsNorm RmsNorm2d RmsNormFp32 RmsNorm2dFp32 SimpleNorm SimpleNorm2d SimpleNormFp32
         SimpleNorm2dFp32 FrozenBatchNormAct2d""",
     ),
+    *_types(hgnet, "LearnableAffineBlock"),
+    *_types(fastvit, "LayerScale2d"),
+    *_types(metaformer, "LayerNorm2dNoBias LayerNormNoBias Scale"),
+    *_types(swiftformer, "LayerScale2d"),
     *_types(norm_act, "LayerNormAct LayerNormAct2d LayerNormActFp32 LayerNormAct2dFp32 RmsNormAct2d"),
 ]
 _STATISTIC = [
@@ -124,6 +130,7 @@ _STATISTIC = [
         EffectiveSqueezeExcite CecaModule GlobalContext FilterResponseNormTlu2d FilterResponseNormAct2d EvoNorm2dS0
         EvoNorm2dS0a ChannelAttn LightChannelAttn""",
     ),
+    *_types(metaformer, "GroupNorm1NoBias"),
     efficientnet.SqueezeExcite,
 ]
 _SPATIAL = [
@@ -147,7 +154,9 @@ RULES: dict[type[nn.Module], Rule] = {
     **dict.fromkeys(_CONVOLUTIONS, convolution),
     **dict.fromkeys(_BATCH_NORMS, batch_norm),
     **dict.fromkeys([nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d], pooled),
-    nn.Upsample: through,
+    **dict.fromkeys([nn.Upsample, nn.Sequential], through),
+    layers.SplitAttn: split_attention,
+    layers.SelectiveKernel: selective_kernel,
     grn.GlobalResponseNorm: response_norm,
 }
 """Exact type → rule. Modules with children that are not here run their own code on the map."""
@@ -155,7 +164,9 @@ RULES: dict[type[nn.Module], Rule] = {
 
 def refusal(kind: type[nn.Module]) -> str:
     """Why a layer without a rule cannot be masked, in a few words."""
-    name = kind.__name__
-    if "attn" in name.lower() or "attention" in name.lower():
-        return f"{name} attends to all places"
-    return f"{name} has no masked form"
+    return f"{kind.__name__} attends to all places" if attends(kind) else f"{kind.__name__} has no masked form"
+
+
+def attends(kind: type[nn.Module]) -> bool:
+    """Whether a module is some kind of attention between places, by its name."""
+    return any(word in kind.__name__.lower() for word in ("attn", "attention", "mhsa", "transformer"))
