@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 _UNIT = 32
 """Pixels of a cell of the mask in the paper (section 4.1.1)."""
+_SMALLEST = 4
+"""Pixels of the smallest cell that is chosen here."""
 _CELLS = 4
 """Cells along a side that a mask unit chosen here leaves at least."""
 _EPS = 1e-5
@@ -46,7 +48,7 @@ class SimMIMConfig(MaskedImageConfig):
     """Part of the cells that is hidden."""
     mask_unit: int | None = Field(None, ge=1)
     """Pixels along a side of one cell of the mask, a multiple of the network's patch. None: 32 where that leaves 4
-    cells along each side, else the largest that does."""
+    cells along each side, else the largest that does, down to 4."""
     crop_scale: tuple[Part, Part] = (0.67, 1.0)
     """Part of the picture's area that a crop covers, smallest and largest."""
 
@@ -81,7 +83,8 @@ class SimMIM(MaskedImageTask):
         self.keep(self.grid_of(backbone.input_size))
         channels, self.stride = backbone.stages[-1]
         self.normed = _norms_maps(backbone)
-        self.mask_token = nn.Parameter(torch.empty(1, 3, 1, 1) if self.stem is None else torch.empty(1, 1, self.stem.dim))
+        shape = (1, 3, 1, 1) if self.stem is None else (1, 1, self.stem.dim)
+        self.mask_token = nn.Parameter(torch.empty(shape))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.decoder = nn.Conv2d(channels, 3 * self.stride**2, kernel_size=1)
         reached = self._reached()
@@ -208,13 +211,14 @@ def _mask_unit(asked: int | None, backbone: Backbone, patch: tuple[int, int]) ->
     if not fitting:
         raise ConfigError(f"backbone.size: no cells of a mask fit {known}; give a larger multiple of {step}")
     if asked is None:
-        large = [unit for unit in fitting if unit <= min(_UNIT, min(size) // _CELLS)]
-        if not large:
+        good = [unit for unit in fitting if _SMALLEST <= unit <= min(_UNIT, min(size) // _CELLS)]
+        if not good:
+            near = min(fitting, key=lambda unit: abs(unit - min(size) / _CELLS))
             raise ConfigError(
-                f"task.mask_unit: none leaves {_CELLS} cells along each side for {known}; "
-                f"set task.mask_unit={fitting[0]} to do with fewer, or use more pixels or smaller patches"
+                f"task.mask_unit: none of {_SMALLEST} to {_UNIT} pixels leaves {_CELLS} cells along each side for "
+                f"{known}; set task.mask_unit={near} to do without, or change backbone.size"
             )
-        return large[-1]
+        return good[-1]
     if asked not in fitting:
         choices = ", ".join(str(unit) for unit in fitting)
         raise ConfigError(f"task.mask_unit: {asked} does not fit {known}; choose of {choices}")

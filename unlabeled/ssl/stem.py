@@ -103,7 +103,7 @@ def _called_with_picture(model: nn.Module, size: tuple[int, int]) -> dict[str, t
         calls: dict[str, list[tuple[int, ...] | None]] = {}
         for name, module in net.named_modules():
             if name and _of_patches(module):
-                module.register_forward_hook(_recorder(calls, name, x.shape), with_kwargs=True)
+                module.register_forward_hook(_recorder(calls, name, x), with_kwargs=True)
         with torch.no_grad():
             cast(Any, net).forward_features(x)
         return calls
@@ -113,10 +113,10 @@ def _called_with_picture(model: nn.Module, size: tuple[int, int]) -> dict[str, t
     return {name: found[0] for name in order if len(found := calls.get(name, [])) == 1 and found[0] is not None}
 
 
-def _recorder(calls: dict[str, list[tuple[int, ...] | None]], name: str, picture: torch.Size) -> Any:
+def _recorder(calls: dict[str, list[tuple[int, ...] | None]], name: str, picture: Tensor) -> Any:
     def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        alone = len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and args[0].shape == picture
-        fits = alone and isinstance(result, Tensor) and result.shape[0] == picture[0]
+        alone = len(args) == 1 and not kwargs and args[0] is picture  # not something already made of it
+        fits = alone and isinstance(result, Tensor) and len(result) == len(picture)
         calls.setdefault(name, []).append(tuple(result.shape) if fits else None)
 
     return record

@@ -71,9 +71,10 @@ def _resampled_table(name: str, stored: Tensor, model: nn.Module) -> Tensor:
     if stored.ndim != 2 or stored.shape[1:] != own.shape[1:] or (stored.shape == own.shape and window[0] == window[1]):
         return stored  # where the heads differ the shapes are compared, and refused, when it is copied
     try:
-        return resize_rel_pos_bias_table(stored, new_window_size=window, new_bias_shape=tuple(own.shape))
+        table: Tensor = resize_rel_pos_bias_table(stored, new_window_size=window, new_bias_shape=tuple(own.shape))
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"checkpoint: {name} of {stored.shape[0]} positions cannot be resampled to windows of {list(window)} "
             f"({str(error).splitlines()[0]}); set backbone.kwargs.window_size to the file's own"
         ) from error
+    return table
