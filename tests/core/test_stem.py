@@ -96,7 +96,11 @@ def test_shapes_that_do_not_fit_or_only_seem_to():
 @pytest.mark.parametrize(
     ("name", "kwargs", "expected"),
     [
-        ("vit_tiny_patch16_224", {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}, ("patch_embed", "NLC")),
+        (
+            "vit_tiny_patch16_224",
+            {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2},
+            ("patch_embed", "NLC"),
+        ),
         ("test_vit", {}, ("patch_embed", "NHWC")),
         ("swin_tiny_patch4_window7_224", {"embed_dim": 24, "depths": (1, 1, 1, 1)}, ("patch_embed", "NHWC")),
         ("test_convnext", {}, ("stem", "NCHW")),

@@ -179,7 +179,7 @@ def masked_l1(predicted: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
     The count of pixels has 1e-5 added. At least float32. Source: section 3.4 of the paper; microsoft/SimMIM.
     """
     error = (widened(images) - widened(predicted)).abs()
-    return (error * hidden).sum() / (hidden.sum() + _EPS) / images.shape[1]
+    return (error * hidden).sum() / (hidden.sum(dtype=error.dtype) + _EPS) / images.shape[1]
 
 
 def final_map(model: nn.Module, x: Tensor, last: int, normed: bool) -> Tensor:
