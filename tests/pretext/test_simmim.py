@@ -13,13 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from unlabeled.pretext.common.masking import masking_of
-from unlabeled.pretext.registry import create_task, task_config
-from unlabeled.pretext.simmim import SimMIM, SimMIMConfig, masked_l1
+from unlabeled.pretext.registry import create_task
+from unlabeled.pretext.simmim import SimMIM, masked_l1
 from unlabeled.ssl.backbone import Backbone, create_backbone
-from unlabeled.ssl.compose import compose_config
-from unlabeled.ssl.errors import CapabilityError, ConfigError
-from unlabeled.ssl.schedule import peak_rate
-from unlabeled.ssl.schema import PretrainConfig
 
 VIT = ("vit_tiny_patch16_224", {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2})
 SWIN = (
@@ -344,91 +340,3 @@ def test_the_final_norm_is_trained_and_what_follows_it_is_not():
     frozen = {name for name, parameter in task.named_parameters() if not parameter.requires_grad}
     assert frozen == {"backbone.model.head.fc.weight", "backbone.model.head.fc.bias"}
     assert task.backbone.model.norm.weight.requires_grad
-
-
-def test_published_recipe():
-    config = compose_config("pretrain", ["task=simmim"], PretrainConfig)
-    assert peak_rate(config.optim, 2048) == pytest.approx(8e-4)
-    assert peak_rate(config.optim, 512) == pytest.approx(2e-4)
-    assert config.engine.clip == 5.0
-    assert config.optim.betas == (0.9, 0.999)
-    assert config.schedule.start_factor * 2e-4 == pytest.approx(1e-6)
-    assert config.schedule.min_factor * 2e-4 == pytest.approx(1e-5)
-    assert SimMIMConfig() == SimMIMConfig(mask_ratio=0.6, crop_scale=(0.67, 1.0), mask_unit=None)
-    assert SimMIM.interpolation.value == "bilinear"
-
-
-@pytest.mark.parametrize(
-    ("which", "size", "asked", "unit"),
-    [
-        (VIT, 256, None, 32),
-        (VIT, 128, None, 32),
-        (VIT, 96, None, 24),
-        (VIT, 32, None, 8),
-        (VIT, (32, 48), None, 8),
-        (SWIN, 32, 16, 16),
-        (RESNET, 90, None, 18),
-        (RESNET, 90, 45, 45),
-    ],
-)
-def test_mask_units(which, size, asked, unit):
-    assert tiny_task(which, size, mask_unit=asked).cell == (unit, unit)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (
-            {"mask_unit": 6},
-            "task.mask_unit: 6 does not fit vit_tiny_.* of 32x32 pixels and patches of 4x4; .* 4, 8, 16$",
-        ),
-        ({"mask_unit": 12}, "task.mask_unit: 12 does not fit .*; choose of 4, 8, 16$"),
-        ({"mask_unit": 32}, "task.mask_unit: 32 does not fit"),
-        ({"mask_unit": 16, "mask_ratio": 0.9}, "task.mask_ratio: 0.9 leaves 0 of 2x2 cells visible"),
-    ],
-)
-def test_masks_that_do_not_fit(settings, message):
-    with pytest.raises(ConfigError, match=message) as caught:
-        tiny_task(**settings)
-    assert "\n" not in str(caught.value)
-
-
-def test_sizes_that_leave_no_choice():
-    with pytest.raises(ConfigError, match=r"task.mask_unit: none of 4 to 32 .* 16x16; set task.mask_unit=16 to do"):
-        tiny_task(backbone_of(VIT, 32, patch_size=16))
-    assert tiny_task(backbone_of(VIT, 32, patch_size=16), mask_unit=16).cell == (16, 16)
-    with pytest.raises(ConfigError, match=r"backbone.size: no cells of a mask fit .* 16x16 .* larger multiple of 16"):
-        tiny_task(backbone_of(VIT, 16, patch_size=16))
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"mask_unit": 0}, "task.mask_unit: 0 is not possible"),
-        ({"mask_units": 8}, "task.mask_units: there is no such setting in task; did you mean 'mask_unit'"),
-    ],
-)
-def test_settings_that_are_refused(settings, message):
-    with pytest.raises(ConfigError, match=message):
-        task_config({"name": "simmim", **settings})
-
-
-def test_a_network_without_maps_is_refused():
-    class Flat(torch.nn.Module):
-        def forward_features(self, x: Tensor) -> Tensor:
-            return x.mean((2, 3))
-
-        def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-            return x
-
-    with pytest.raises(CapabilityError, match="cannot do SimMIM: it lacks dense_map"):
-        tiny_task(Backbone(Flat(), size=(32, 32)))
-
-
-@pytest.mark.parametrize("recipe", ["cifar10/simmim_swin"])
-def test_recipes_build(recipe):
-    config = compose_config("pretrain", [f"recipe={recipe}", "data.path=cifar10"], PretrainConfig)
-    task = create_task(config.task, backbone_of((config.backbone.name, config.backbone.kwargs), config.backbone.size))
-    assert task.grid_of((32, 32)) == (4, 4)
-    assert task.cell == (task.stride, task.stride)  # as the paper's Swin: a cell is one place of the last map
-    assert task.level == "token"

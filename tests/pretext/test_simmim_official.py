@@ -76,6 +76,13 @@ def test_swin_of_another_window():
     torch.testing.assert_close(after, after.flip(0, 1), atol=1e-3, rtol=0)
     assert after.abs().max() <= 1.5 * before.abs().max()
 
+    rows = torch.arange(-3.0, 4.0)[:, None, None].expand(7, 7, 2)  # of a table that rises from row to row only
+    assert task.load_official(state | {name: rows.reshape(49, 2)}) == ([], [])
+    after = task.backbone.model.layers[0].blocks[0].attn.relative_position_bias_table.detach().view(15, 15, 2)
+    torch.testing.assert_close(after, after[:, :1].expand_as(after))
+    assert (after[1:, 0, 0] >= after[:-1, 0, 0]).all()
+    assert (after[3:12, 0, 0] > after[2:11, 0, 0]).all()
+
 
 def test_windows_are_cut_to_small_maps_and_then_not_shifted():
     net = swin(window=8).backbone.model
@@ -128,9 +135,7 @@ def test_names_that_are_missing_or_too_many():
     assert unexpected == ["encoder.norm.weight", "encoder.norm.bias"]
     fewer = {name: tensor for name, tensor in state.items() if not name.startswith("decoder")}
     assert vit().load_official(fewer) == (["decoder.0.weight", "decoder.0.bias"], [])
-    assert vit().load_official(official(shared(init_values=None)))[1] == [
-        SHARED
-    ]  # a plain ViT has no place for the table
+    assert vit(init_values=0.1).load_official(official(shared()))[1] == [SHARED]  # a plain ViT has no such table
 
 
 def test_checkpoints_that_do_not_fit():
@@ -145,7 +150,7 @@ def test_checkpoints_that_do_not_fit():
         task.load_official(state | {table: torch.zeros(49, 5)})
     with pytest.raises(CheckpointError, match=rf"{TABLE} of 50 positions cannot be resampled to windows of \[4, 4\]"):
         task.load_official(state | {table: torch.zeros(50, 2)})
-    with pytest.raises(CheckpointError, match="encoder.mask_token is .* in the file"):
+    with pytest.raises(CheckpointError, match=r"encoder.mask_token is .* in the file"):
         SimMIM(SimMIMConfig(), create_backbone("test_resnet", size=32)).load_official(state)
     with pytest.raises(CheckpointError, match="it holds none of"):
         task.load_official({"cls_token": torch.zeros(1, 1, 16)})
