@@ -17,6 +17,7 @@ from unlabeled.ssl.messages import explain
 TASKS: dict[str, str] = {
     "mae": "unlabeled.pretext.mae:MAE",
     "rotation": "unlabeled.pretext.rotation:Rotation",
+    "simmim": "unlabeled.pretext.simmim:SimMIM",
 }
 
 

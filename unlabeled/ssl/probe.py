@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+
+_T = TypeVar("_T")
 
 
 class Shapes(NamedTuple):
@@ -41,6 +43,20 @@ def _run_real(model: nn.Module, size: tuple[int, int]) -> Shapes:
     first = next(model.parameters(), None)
     with modes_kept(model):
         return _run(model.eval(), size, first.device if first is not None else torch.device("cpu"))
+
+
+def probed(model: nn.Module, size: tuple[int, int], run: Callable[[nn.Module, Tensor], _T]) -> _T:
+    """What `run(network, picture)` gives for a copy of `model` in eval mode and a picture of `size`: shapes, graphs.
+
+    On the meta device where the network can, else with real tensors. Raises whatever `run` raises there.
+    """
+    first = next(model.parameters(), None)
+    dtype = first.dtype if first is not None else torch.float32
+    try:
+        return run(ghost(model), torch.zeros(1, 3, *size, device="meta", dtype=dtype))
+    except Exception:  # see probe_shapes
+        device = first.device if first is not None else torch.device("cpu")
+        return run(_copy(model), torch.zeros(1, 3, *size, device=device, dtype=dtype))
 
 
 @torch.no_grad()
