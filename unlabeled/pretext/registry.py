@@ -15,8 +15,10 @@ from unlabeled.ssl.errors import ConfigError, nearest
 from unlabeled.ssl.messages import explain
 
 TASKS: dict[str, str] = {
+    "fcmae": "unlabeled.pretext.fcmae:FCMAE",
     "mae": "unlabeled.pretext.mae:MAE",
     "rotation": "unlabeled.pretext.rotation:Rotation",
+    "spark": "unlabeled.pretext.spark:SparK",
 }
 
 
