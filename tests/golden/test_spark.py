@@ -42,9 +42,22 @@ def network(config) -> nn.Module:
     depths, channels = tuple(config["stage_depths"]), tuple(config["stage_channels"])
     if config["encoder"] == "resnet":
         block = BLOCKS[config["block"]]
-        return ResNet(block, depths, channels=channels, stem_width=config["stem_channels"], **shape)
+        return with_stem(ResNet(block, depths, channels=channels, **shape), config["stem_channels"])
     scale = 1e-6 if config["layer_scale"] else None
     return ConvNeXt(depths=depths, dims=channels, ls_init_value=scale, norm_eps=config["layer_norm_eps"], **shape)
+
+
+def with_stem(model: ResNet, channels: int) -> ResNet:
+    """`model` with `channels` after its stem instead of 64, which timm gives every plain stem."""
+    first = model.layer1[0]
+    kernel, width = first.conv1.kernel_size, first.conv1.out_channels
+    out = width * first.expansion
+    model.conv1 = nn.Conv2d(3, channels, 7, 2, 3, bias=False)
+    model.bn1 = nn.BatchNorm2d(channels)
+    first.conv1 = nn.Conv2d(channels, width, kernel, padding=kernel[0] // 2, bias=False)
+    shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, bias=False), nn.BatchNorm2d(out))
+    first.downsample = None if channels == out else shortcut
+    return model
 
 
 def build(pair) -> tuple[SparK, list[str]]:

@@ -70,7 +70,9 @@ class FCMAE(MaskedImageTask):
         self.cell = (last.stride, last.stride)
         self.keep(self.grid_of(backbone.input_size))
         self.sparse = SparseEncoder(backbone, cell=self.cell)
-        self.decoder = ConvDecoder(last.channels, 3 * last.stride**2, dim=config.decoder.dim, depth=config.decoder.depth)
+        self.decoder = ConvDecoder(
+            last.channels, 3 * last.stride**2, dim=config.decoder.dim, depth=config.decoder.depth
+        )
         reached = backbone.reached_by_maps([-1])
         for name, parameter in backbone.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and name in reached)
@@ -166,7 +168,7 @@ class ConvDecoder(nn.Module):
         visible = self.proj(latent)
         hidden = self.mask_token.to(visible.dtype).expand(visible.shape[0], masking.ids_masked.shape[1], -1)
         x = masking.restore(torch.cat([visible, hidden], dim=1))
-        x = x.unflatten(1, masking.grid).permute(0, 3, 1, 2)  # (B, L, dim) -> (B, dim, gh, gw)
+        x = x.view(x.shape[0], *masking.grid, -1).permute(0, 3, 1, 2)  # (B, L, dim) -> (B, dim, gh, gw)
         return cast(Tensor, self.blocks(x)).flatten(2).transpose(1, 2)
 
 
@@ -196,7 +198,7 @@ def _dense_kernel(kernel: Tensor) -> Tensor:
     if kernel.ndim == 2:
         kernel = kernel[:, None]  # one input channel for each output channel
     side = math.isqrt(kernel.shape[0])
-    return kernel.unflatten(0, (side, kernel.shape[0] // side)).permute(3, 2, 1, 0).contiguous()
+    return kernel.reshape(side, -1, *kernel.shape[1:]).permute(3, 2, 1, 0).contiguous()
 
 
 def official_names(own: Iterable[str]) -> dict[str, str]:
