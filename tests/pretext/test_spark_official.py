@@ -98,7 +98,7 @@ def test_checkpoints_that_do_not_fit():
     module = {published(own): value for own, value in values_of(task).items()}
     with pytest.raises(CheckpointError, match=r"densify_projs.0.bias is \(3,\) in the file and \(16,\) here"):
         task.load_official(module | {"densify_projs.0.bias": torch.zeros(3)})
-    with pytest.raises(CheckpointError, match="it holds none of conv1.weight, bn1.weight"):
+    with pytest.raises(CheckpointError, match=r"it holds none of conv1\.weight, bn1\.weight"):
         task.load_official({"sparse_encoder.blocks.0.weight": torch.zeros(1)})
     for name, value in task.state_dict().items():
         assert torch.equal(value, before[name]), name

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from unlabeled.pretext.base import Batch, NamedParameter, StepOutput, TaskConfig
 from unlabeled.pretext.common.checkpoint import load_mapped
 from unlabeled.pretext.common.convnext_names import official_name
-from unlabeled.pretext.common.masked_image import MaskedImageConfig, MaskedImageTask
+from unlabeled.pretext.common.masked_image import MaskedImageConfig, MaskedImageTask, Part
 from unlabeled.pretext.common.masking import Masking, Method
 from unlabeled.pretext.common.patches import normalize_patches, patch_statistics, patchify, unpatchify, widened
 from unlabeled.ssl.backbone import Backbone
@@ -59,7 +59,7 @@ class SparKConfig(MaskedImageConfig):
     """Settings of SparK; the defaults are the paper's."""
 
     mask_ratio: float = Field(0.6, gt=0, lt=1)
-    crop_scale: tuple[float, float] = (0.67, 1.0)
+    crop_scale: tuple[Part, Part] = (0.67, 1.0)
     mask_unit: int | None = Field(None, ge=1)
     """Pixels of the side of a cell, a multiple of the network's total stride; None: that stride, as published."""
     levels: int = Field(4, ge=1)
