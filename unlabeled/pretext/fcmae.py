@@ -33,7 +33,7 @@ _STD = 0.02
 
 
 class DecoderConfig(TaskConfig):
-    """The decoder, thrown away after pretraining. Source of the defaults: table 8 of the paper's appendix."""
+    """The decoder, thrown away after pretraining. Source of the defaults: the paper's comparison of decoders."""
 
     dim: int = Field(512, ge=1)
     """Channels."""
@@ -130,7 +130,7 @@ class FCMAE(MaskedImageTask):
 
 
 class ConvDecoder(nn.Module):
-    """Predicts a vector for each cell from the features of the visible ones. Source: section 3.1 of the paper.
+    """Predicts a vector for each cell from the features of the visible ones. Source: section 3 of the paper.
 
     Each matrix here is a 1x1 convolution in the authors' code.
     """

@@ -149,7 +149,7 @@ class SparK(MaskedImageTask):
 class Densify(nn.Module):
     """Whole maps from visible places: a norm over these, a learned embedding at masked ones, and a projection.
 
-    Source: section 3.2 of the paper. `channels` of the encoder's maps and `widths` of the decoder, coarsest first.
+    Source: section 3 of the paper. `channels` of the encoder's maps and `widths` of the decoder, coarsest first.
     """
 
     def __init__(self, channels: Sequence[int], widths: Sequence[int], norm: Literal["batch", "layer"]) -> None:
@@ -178,7 +178,7 @@ def fill(masked: MaskedMap, token: Tensor) -> Tensor:
 class LightDecoder(nn.Module):
     """Doubles the coarsest map until it has the size of the picture, adding the finer maps on the way.
 
-    Source: section 3.3 of the paper; sizes and initial weights are those of the authors' code. `widths` (one more than
+    Source: section 3 of the paper; sizes and initial weights are those of the authors' code. `widths` (one more than
     there are blocks) are the channels before the first, between all, and after the last block.
     """
 

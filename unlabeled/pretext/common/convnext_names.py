@@ -15,11 +15,11 @@ _RULES = [
     (re.compile(r"^head\.norm\."), "norm."),
     (re.compile(r"^head\.fc\."), "head."),
 ]
-"""Source: github.com/facebookresearch/ConvNeXt and ConvNeXt-V2; other networks' names match none of the rules."""
+"""Source: github.com/facebookresearch/ConvNeXt and ConvNeXt-V2; ResNets' names match none of the rules."""
 
 
 def official_name(name: str) -> str:
-    """The authors' name of the parameter or buffer that timm's ConvNeXt calls `name`; other names stay.
+    """The authors' name of the parameter or buffer that timm's ConvNeXt calls `name`; a ResNet's names stay as they are.
 
     >>> official_name("stages.2.blocks.0.mlp.fc1.weight")
     'stages.2.0.pwconv1.weight'
