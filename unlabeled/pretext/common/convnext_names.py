@@ -19,7 +19,7 @@ _RULES = [
 
 
 def official_name(name: str) -> str:
-    """The authors' name of the parameter or buffer that timm's ConvNeXt calls `name`; a ResNet's names stay as they are.
+    """The authors' name of the parameter or buffer that timm's ConvNeXt calls `name`; a ResNet's names stay.
 
     >>> official_name("stages.2.blocks.0.mlp.fc1.weight")
     'stages.2.0.pwconv1.weight'
