@@ -11,7 +11,11 @@ from unlabeled.pretext.base import PretextTask
 from unlabeled.pretext.registry import create_task, task_class
 from unlabeled.ssl.backbone import Backbone, create_backbone
 
-SMALL: dict[str, dict[str, Any]] = {"mae": {"decoder": {"dim": 32, "depth": 2, "heads": 2}}}
+SMALL: dict[str, dict[str, Any]] = {
+    "fcmae": {"decoder": {"dim": 16}},
+    "mae": {"decoder": {"dim": 32, "depth": 2, "heads": 2}},
+    "spark": {"decoder": {"width": 32}},
+}
 """Settings that make a task small; a task that is not here runs with its defaults."""
 
 BACKBONES: list[tuple[str, dict[str, Any]]] = [

@@ -200,3 +200,12 @@ def test_reached_by_pooled_leaves_out_what_is_not_used():
     model = Tiny()
     model.spare = nn.Linear(2, 2)
     assert Backbone(model, size=(16, 16)).reached_by_pooled() == {"model.conv.weight", "model.conv.bias"}
+
+
+def test_reached_by_maps_ends_at_the_deepest_map():
+    backbone = create_backbone("resnet18", size=32, channels=(8, 8, 8, 8))
+    names = [name for name, _ in backbone.named_parameters()]
+    stem = [f"model.{name}" for name in ("conv1.weight", "bn1.weight", "bn1.bias")]
+    assert backbone.reached_by_maps([0]) == set(stem)
+    assert backbone.reached_by_maps([0, 1]) == set(stem) | {name for name in names if "layer1" in name}
+    assert backbone.reached_by_maps([-1]) == set(names)

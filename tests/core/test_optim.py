@@ -47,6 +47,11 @@ def test_sgd_is_the_optimizer_of_the_rotation_paper(mae) -> None:
     assert all(group["nesterov"] and group["momentum"] == 0.9 for group in optimizer.param_groups)
 
 
+def test_lamb_leaves_clipping_to_the_engine(mae) -> None:
+    assert create_optimizer(mae, OptimConfig(name="lamb")).defaults["max_grad_norm"] is None
+    assert create_optimizer(mae, OptimConfig(name="lamb", kwargs={"max_grad_norm": 2})).defaults["max_grad_norm"] == 2
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -26,14 +26,24 @@ from unlabeled.ssl.signals import EXIT_STOPPED
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKBONES: dict[str, dict[str, Any]] = {
+    "fcmae": {
+        "name": "convnextv2_atto",
+        "size": 32,
+        "kwargs": {"patch_size": 1, "dims": [8, 16, 16, 16], "depths": [1, 1, 1, 1]},
+    },
     "mae": {
         "name": "vit_tiny_patch16_224",
         "size": 32,
         "kwargs": {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2},
-    }
+    },
+    "spark": {"name": "resnet18", "size": 32, "kwargs": {"channels": [8, 8, 16, 16], "output_stride": 8}},
 }
 CONVNEXT = {"name": "convnext_atto", "size": 32, "kwargs": {"dims": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}}
-SMALL = {"mae": {"name": "mae", "decoder": {"dim": 16, "depth": 1, "heads": 2}}}
+SMALL = {
+    "fcmae": {"name": "fcmae", "decoder": {"dim": 16}},
+    "mae": {"name": "mae", "decoder": {"dim": 16, "depth": 1, "heads": 2}},
+    "spark": {"name": "spark", "decoder": {"width": 16}},
+}
 
 
 def settings(task: str) -> dict[str, Any]:

@@ -15,9 +15,11 @@ from unlabeled.ssl.errors import ConfigError, nearest
 from unlabeled.ssl.messages import explain
 
 TASKS: dict[str, str] = {
+    "fcmae": "unlabeled.pretext.fcmae:FCMAE",
     "mae": "unlabeled.pretext.mae:MAE",
     "rotation": "unlabeled.pretext.rotation:Rotation",
     "simmim": "unlabeled.pretext.simmim:SimMIM",
+    "spark": "unlabeled.pretext.spark:SparK",
 }
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import unlabeled.ssl.networks  # noqa: F401  registers our own networks with timm
 from unlabeled.ssl.errors import CapabilityError, CheckpointError, ConfigError, nearest
 from unlabeled.ssl.layers import block_layers, count_blocks
-from unlabeled.ssl.probe import Shapes, probe_shapes, reached_by_pooled
+from unlabeled.ssl.probe import Shapes, probe_shapes, reached_by_maps, reached_by_pooled
 
 __all__ = ["CAPABILITIES", "Backbone", "Stage", "block_layers", "create_backbone"]
 
@@ -154,6 +154,11 @@ class Backbone(nn.Module):
     def reached_by_pooled(self) -> set[str]:
         """Names of the parameters (relative to this module) that the pooled features depend on."""
         return {f"model.{name}" for name in reached_by_pooled(self.model, self.input_size)}
+
+    def reached_by_maps(self, indices: Iterable[int]) -> set[str]:
+        """Names of the parameters (relative to this module) that the feature maps `indices` depend on."""
+        places = sorted({index % len(self.stages) for index in indices})
+        return {f"model.{name}" for name in reached_by_maps(self.model, self.input_size, places)}
 
 
 def create_backbone(

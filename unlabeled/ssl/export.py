@@ -32,7 +32,7 @@ DESCRIPTION = "backbone.json"
 
 State = dict[str, Tensor]
 
-_CONTAINERS = ("state_dict", "model", "teacher", "student", "network")
+_CONTAINERS = ("state_dict", "model", "module", "teacher", "student", "network")
 """Where others keep the state dict inside their checkpoint, in the order in which it is looked for."""
 _PREFIXES = ("module", "_orig_mod", "backbone", "encoder", "encoder_q", "base_encoder", "model", "teacher", "network")
 """What others wrap around the network."""

@@ -12,6 +12,9 @@ from unlabeled.ssl.errors import ConfigError, nearest
 from unlabeled.ssl.layers import layer_scale
 from unlabeled.ssl.schema import OptimConfig
 
+_CLIPPING = frozenset({"clamb", "clambw", "lamb", "lambc", "lambcd", "lambcw", "lambw"})
+"""Optimizers that by default clip the gradient to 1, which is the engine's work (``engine.clip``)."""
+
 
 def parameter_groups(task: PretextTask, config: OptimConfig) -> list[dict[str, Any]]:
     """One group for each (layer multiplier, decays or not), in the order of first appearance.
@@ -44,6 +47,8 @@ def create_optimizer(task: PretextTask, config: OptimConfig) -> torch.optim.Opti
     extra = dict(config.kwargs) | ({"betas": config.betas} if config.betas else {})
     if any(parameter.is_cuda for parameter in task.parameters()) and config.name in ("adam", "adamw"):
         extra.setdefault("fused", True)
+    if config.name in _CLIPPING:
+        extra.setdefault("max_grad_norm", None)
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
             groups, opt=config.name, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **extra

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 _T = TypeVar("_T")
+_Results = Callable[[Any, Tensor], list[Tensor]]
+"""(network, picture) → what is read of it."""
 
 
 class Shapes(NamedTuple):
@@ -106,18 +108,28 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 def reached_by_pooled(model: nn.Module, size: tuple[int, int]) -> set[str]:
     """Names of the parameters that the pooled features depend on; the others get no gradient from a loss on them."""
+    return _reached_by(model, size, lambda net, x: [net.forward_head(net.forward_features(x), pre_logits=True)])
+
+
+def reached_by_maps(model: nn.Module, size: tuple[int, int], indices: list[int]) -> set[str]:
+    """Names of the parameters that the feature maps `indices` (ascending, from 0) depend on."""
+    options = {"indices": indices, "output_fmt": "NCHW", "intermediates_only": True}
+    return _reached_by(model, size, lambda net, x: net.forward_intermediates(x, **options))
+
+
+def _reached_by(model: nn.Module, size: tuple[int, int], results: _Results) -> set[str]:
     try:
-        return _reached(ghost(model), size, torch.device("meta"))
+        return _reached(ghost(model), size, torch.device("meta"), results)
     except Exception:  # see probe_shapes; the copy keeps gradients of the network itself untouched
         first = next(model.parameters())
-        return _reached(_copy(model), size, first.device)
+        return _reached(_copy(model), size, first.device, results)
 
 
 @torch.enable_grad()
-def _reached(net: nn.Module, size: tuple[int, int], device: torch.device) -> set[str]:
+def _reached(net: nn.Module, size: tuple[int, int], device: torch.device, results: _Results) -> set[str]:
     parameters = {name: parameter.requires_grad_(True) for name, parameter in net.named_parameters()}
     first = next(iter(parameters.values()))
     x = torch.zeros(1, 3, *size, device=device, dtype=first.dtype)
-    pooled: Tensor = cast(Any, net).forward_head(cast(Any, net).forward_features(x), pre_logits=True)
-    grads = torch.autograd.grad(pooled.sum(), list(parameters.values()), allow_unused=True)
+    total = torch.stack([result.sum() for result in results(net, x)]).sum()
+    grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     return {name for name, grad in zip(parameters, grads, strict=True) if grad is not None}

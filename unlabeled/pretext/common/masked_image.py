@@ -71,6 +71,8 @@ class MaskedImageTask(PretextTask):
     """Whose way of counting visible cells is used."""
     interpolation: ClassVar[v2.InterpolationMode] = v2.InterpolationMode.BICUBIC
     """Of the random crop."""
+    masked_statistics: ClassVar[bool] = False
+    """Whether the encoder's batch-norm statistics are those of masked pictures, and shifted for whole ones."""
     config: MaskedImageConfig
     cell: tuple[int, int]
     """Pixels (rows, columns) of one cell of the mask; set before `forward` is called."""

@@ -1,0 +1,29 @@
+"""Names of ConvNeXt's parameters in its authors' code and in timm's."""
+
+from __future__ import annotations
+
+import re
+
+_RULES = [
+    (re.compile(r"^stem\."), "downsample_layers.0."),
+    (re.compile(r"^stages\.(\d+)\.downsample\."), r"downsample_layers.\1."),
+    (re.compile(r"^stages\.(\d+)\.blocks\.(\d+)\."), r"stages.\1.\2."),
+    (re.compile(r"\bconv_dw\."), "dwconv."),
+    (re.compile(r"\bmlp\.fc([12])\."), r"pwconv\1."),
+    (re.compile(r"\bmlp\.grn\.weight$"), "grn.gamma"),
+    (re.compile(r"\bmlp\.grn\.bias$"), "grn.beta"),
+    (re.compile(r"^head\.norm\."), "norm."),
+    (re.compile(r"^head\.fc\."), "head."),
+]
+"""Source: github.com/facebookresearch/ConvNeXt and ConvNeXt-V2; ResNets' names match none of the rules."""
+
+
+def official_name(name: str) -> str:
+    """The authors' name of the parameter or buffer that timm's ConvNeXt calls `name`; a ResNet's names stay.
+
+    >>> official_name("stages.2.blocks.0.mlp.fc1.weight")
+    'stages.2.0.pwconv1.weight'
+    """
+    for pattern, replacement in _RULES:
+        name = pattern.sub(replacement, name)
+    return name
