@@ -108,6 +108,7 @@ def test_words() -> None:
         ("module=biet", "module: 'biet' is not an architecture module of timm; did you mean 'beit'"),
         ("modul=beit", "modul: there is no such setting; did you mean 'module'"),
         ("beit", "'beit' is not a setting; write key=value"),
+        ("out=docs/matrix.json", "^out: docs/matrix.json is no Markdown file; give a name such as docs/matrix.md"),
     ],
 )
 def test_words_that_are_refused(word: str, message: str) -> None:
@@ -134,18 +135,23 @@ def test_a_row_is_measured_and_the_rest_of_the_page_stays(tmp_path: Path, capsys
     assert "1 x convolutions need the whole grid" in capsys.readouterr().out
 
 
-def test_cells_of_two_timms_are_not_mixed(tmp_path: Path) -> None:
-    old = Matrix("0.0.1", {"beit": "b", "cait": "c"}, {"beit": {"mae": Cell("runs")}, "cait": {"mae": Cell("runs")}})
-    write_page(old, tmp_path / "matrix.md")
-    part = Matrix(networks={"beit": "b"}, cells={"beit": {"mae": Cell("runs")}})
-    with pytest.raises(
-        ConfigError, match=r"out: the cells there are of timm 0.0.1, these of .*; run all of them again"
-    ):
-        write_page(part, tmp_path / "matrix.md")
-    whole = Matrix(
-        networks={"beit": "b", "cait": "c"}, cells={name: {"mae": Cell("runs")} for name in ("beit", "cait")}
-    )
-    assert write_page(whole, tmp_path / "matrix.md").timm == timm.__version__
+def test_a_page_that_cannot_be_added_to(tmp_path: Path) -> None:
+    page = tmp_path / "matrix.md"
+    part = MatrixRun(task=("rotation",), module=("sknet",), out=page)
+    write_page(Matrix("0.0.1", {"beit": "b"}, {"beit": {"mae": Cell("runs")}}), page)
+    with pytest.raises(ConfigError, match=r"out: .*matrix.json is of timm 0.0.1, this is .*; run all cells again"):
+        measure(part)
+    page.with_suffix(".json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"out: .*matrix.json does not hold the cells of a matrix .*; run all cells"):
+        measure(part)
+
+
+def test_a_whole_run_forgets_what_is_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = tmp_path / "matrix.md"
+    write_page(Matrix(networks={"gone": "g"}, cells={"gone": {"jigsaw": Cell("runs")}}), page)
+    monkeypatch.setattr(timm, "list_modules", lambda: ["sknet"])
+    monkeypatch.setattr(matrix_module, "task_names", lambda: ["rotation"])
+    assert measure(MatrixRun(out=page)).cells == {"sknet": {"rotation": Cell("runs")}}
 
 
 def test_faults_are_shown() -> None:

@@ -96,10 +96,13 @@ def _matrix(given: argparse.Namespace) -> None:
     from unlabeled.ssl.matrix import matrix_config, measure
     from unlabeled.ssl.matrix_page import render_terminal, write_page
 
+    logging.getLogger("unlabeled.pretext").setLevel(logging.WARNING)  # what a task says of itself, once per cell
     run = matrix_config(given.words)
     errors = Console(stderr=True)
     matrix = measure(run, lambda modules: iter(track(modules, description="modules", console=errors)))
-    Console().print(render_terminal(matrix if run.out is None else write_page(matrix, run.out)))
+    if run.out is not None:
+        write_page(matrix, run.out)
+    Console().print(render_terminal(matrix))
 
 
 _COMMANDS = {"pretrain": _pretrain, "evaluate": _evaluate, "doctor": _doctor, "tasks": _tasks, "matrix": _matrix}

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import timm
 import torch
 from hydra.core.override_parser.types import Override
+from pydantic import field_validator
 from torch import Tensor
 
 from unlabeled.pretext.registry import create_task, task_class, task_config, task_names
@@ -41,8 +42,15 @@ class MatrixRun(Section):
     module: tuple[str, ...] | None = None
     """Architecture modules of timm, one name or a list; None: all."""
     out: Path | None = None
-    """Page to write, with the cells beside it as JSON; cells that exist there and are not run again stay."""
+    """Page to write, with the cells beside it as JSON; with `task` or `module`, its other cells stay."""
     seed: int = 0
+
+    @field_validator("out")
+    @classmethod
+    def _is_a_page(cls, out: Path | None) -> Path | None:
+        if out is not None and out.suffix != ".md":
+            raise ValueError(f"{out} is no Markdown file; give a name such as docs/matrix.md")
+        return out
 
 
 class Cell(NamedTuple):
@@ -72,17 +80,6 @@ class Matrix:
             (module, task, cell.reason) for module, row in rows for task, cell in row.items() if cell.status == status
         ]
 
-    def update(self, newer: Matrix) -> None:
-        """Takes over the cells of `newer`. Raises ConfigError when they are of another timm."""
-        if self.timm != newer.timm:
-            raise ConfigError(
-                f"out: the cells there are of timm {self.timm}, these of {newer.timm}; run all of them again, "
-                "without task= and module="
-            )
-        for module, row in newer.cells.items():
-            self.cells.setdefault(module, {}).update(row)
-        self.networks.update(newer.networks)
-
     def dumps(self) -> str:
         """JSON with one line per module."""
         rows = [
@@ -99,6 +96,24 @@ class Matrix:
         networks = {module: row.pop("network") for module, row in stored["modules"].items()}
         cells = {module: {task: Cell(*cell) for task, cell in row.items()} for module, row in stored["modules"].items()}
         return cls(stored["timm"], networks, cells)
+
+    @classmethod
+    def beside(cls, page: Path) -> Matrix:
+        """The cells of the page `page`; none when it does not exist.
+
+        Raises ConfigError when they cannot be read, or are of another timm than the installed one.
+        """
+        file = page.with_suffix(".json")
+        if not file.is_file():
+            return cls()
+        again = "run all cells again, without task= and module="
+        try:
+            stored = cls.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"out: {file} does not hold the cells of a matrix ({error}); {again}") from None
+        if stored.timm != timm.__version__:
+            raise ConfigError(f"out: {file} is of timm {stored.timm}, this is {timm.__version__}; {again}")
+        return stored
 
 
 def matrix_config(words: Sequence[str]) -> MatrixRun:
@@ -124,15 +139,19 @@ def _value(override: Override) -> Any:
 
 
 def measure(run: MatrixRun, progress: Callable[[Sequence[str]], Iterator[str]] = iter) -> Matrix:
-    """Runs the cells that `run` asks for; `progress` passes the modules on and may tell of them."""
-    matrix = Matrix()
+    """Runs the cells that `run` asks for, and adds those of its page that it does not ask for.
+
+    `progress` passes the modules on and may tell of them. Raises ConfigError when the page cannot be added to.
+    """
+    partial = run.task is not None or run.module is not None
+    matrix = Matrix.beside(run.out) if partial and run.out is not None else Matrix()
     tasks = list(run.task or task_names())
     for module in progress(list(run.module or timm.list_modules())):
         network = architecture(module)
-        matrix.networks[module] = _shown(network)
         torch.manual_seed(run.seed)
         backbone = create_backbone(network["name"], size=network["size"], **network.get("kwargs", {}))
-        matrix.cells[module] = {task: try_task(task, backbone, run.seed) for task in tasks}
+        matrix.networks[module] = _shown(network)
+        matrix.cells.setdefault(module, {}).update({task: try_task(task, backbone, run.seed) for task in tasks})
         del backbone
         gc.collect()
     return matrix

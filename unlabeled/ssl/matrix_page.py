@@ -42,21 +42,11 @@ def render_page(matrix: Matrix) -> str:
     return "\n".join(part.rstrip() + "\n" for part in parts)
 
 
-def write_page(matrix: Matrix, page: Path) -> Matrix:
-    """Writes `page` and, beside it, the cells as JSON; cells of an existing file that are not in `matrix` stay.
-
-    Raises ConfigError when those are of another timm and `matrix` does not replace them all.
-    """
-    stored = page.with_suffix(".json")
-    if stored.is_file():
-        older = Matrix.loads(stored.read_text(encoding="utf-8"))
-        if not all(set(row) <= set(matrix.cells.get(module, {})) for module, row in older.cells.items()):
-            older.update(matrix)
-            matrix = older
+def write_page(matrix: Matrix, page: Path) -> None:
+    """Writes `page` and, beside it, the cells as JSON."""
     page.parent.mkdir(parents=True, exist_ok=True)
-    stored.write_text(matrix.dumps(), encoding="utf-8")
+    page.with_suffix(".json").write_text(matrix.dumps(), encoding="utf-8")
     page.write_text(render_page(matrix), encoding="utf-8")
-    return matrix
 
 
 def render_terminal(matrix: Matrix) -> RenderableType:
