@@ -166,6 +166,14 @@ def test_faults_are_shown() -> None:
     assert Matrix.loads(matrix.dumps()) == matrix
 
 
+def test_the_page_groups_reasons_that_differ_in_the_place_only() -> None:
+    reasons = ["stem.0: Flat has no masked form", "the network: Flat has no masked form", "its map of 7x7 is odd"]
+    cells = {f"m{position}": {"spark": Cell("cannot", reason)} for position, reason in enumerate(reasons)}
+    page = render_page(Matrix(networks=dict.fromkeys(cells, "n"), cells=cells))
+    assert "1. Flat has no masked form\n2. its map of NxN is odd\n" in page
+    assert "| m1 | <sub>1</sub> |\n| m2 | <sub>2</sub> |" in page
+
+
 def test_a_module_that_the_table_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(matrix_module, "_TABLE", tmp_path / "none.json")
     (tmp_path / "none.json").write_text("{}")

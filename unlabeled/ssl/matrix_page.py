@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -15,8 +16,8 @@ _HEAD = """\
 
 Every architecture module of timm {timm}, and our own, under every pretext task. Nothing here is guessed: each ✓ is one
 forward and one backward pass of the task, with its default settings, that gave a finite loss and a gradient for every
-parameter that it trains. Where a task cannot, a number stands for the reason; [the reasons](#why-not) are what the
-command says when it is tried.
+parameter that it trains. Where a task cannot, a number stands for [the reason](#why-not); the command itself also names
+the place in the network.
 
 One small network stands for each module ([which ones](#the-networks)); others of the same module may differ.
 
@@ -54,7 +55,7 @@ def render_terminal(matrix: Matrix) -> RenderableType:
     table = Table("task", "runs on", "cannot", "why", box=None)
     for task in matrix.tasks:
         cells = _column(matrix, task)
-        why = Counter(cell.reason for cell in cells if cell.status == "cannot")
+        why = Counter(_general(cell.reason) for cell in cells if cell.status == "cannot")
         counts = Counter(cell.status for cell in cells)
         shown = "\n".join(f"{count} x {reason}" for reason, count in why.most_common())
         table.add_row(task, f"{counts['runs']} of {len(cells)}", str(counts["cannot"]), shown)
@@ -62,9 +63,14 @@ def render_terminal(matrix: Matrix) -> RenderableType:
     return Group(table, *faults)
 
 
+def _general(reason: str) -> str:
+    """`reason` without what belongs to one network only: the place inside of it, and numbers of pixels."""
+    return re.sub(r"\d+x\d+", "NxN", re.sub(r"^(the network|[\w.]+): ", "", reason))
+
+
 def _numbered(matrix: Matrix) -> dict[str, int]:
     """Reason → number, the most frequent first."""
-    found = Counter(reason for _, _, reason in matrix.having("cannot"))
+    found = Counter(_general(reason) for _, _, reason in matrix.having("cannot"))
     ordered = sorted(found, key=lambda reason: (-found[reason], reason))
     faults = sorted({f"**fault**: {reason}" for _, _, reason in matrix.having("fault")})
     return {reason: number for number, reason in enumerate([*ordered, *faults], start=1)}
@@ -105,5 +111,5 @@ def _mark(cell: Cell | None, reasons: dict[str, int]) -> str:
     if cell.status == "runs":
         return "✓"
     if cell.status == "cannot":
-        return f"<sub>{reasons[cell.reason]}</sub>"
+        return f"<sub>{reasons[_general(cell.reason)]}</sub>"
     return f"**✗** <sub>{reasons[f'**fault**: {cell.reason}']}</sub>"
