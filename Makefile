@@ -1,9 +1,10 @@
 # make demo: from a fresh clone to a report.   make test: all tests.   make check: what the continuous integration runs.
+# make matrix: try every task on every architecture and write docs/matrix.md.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test quick check lint golden
+.PHONY: install demo test quick check lint golden matrix
 
 install: $(VENV)/.installed
 
@@ -28,3 +29,6 @@ lint: install
 	$(BIN)/mypy
 
 check: lint test
+
+matrix: install
+	$(BIN)/unlabeled matrix out=docs/matrix.md

@@ -1,4 +1,4 @@
-"""The adapter over every architecture module of timm: one small model each, named in ``architectures.json``."""
+"""The adapter over every architecture module of timm: the small model of each in ``architectures.json``."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pytest
 import timm
 import torch
 
+import unlabeled.ssl.backbone as adapter
 from unlabeled.ssl.backbone import Backbone, create_backbone
 
-TABLE: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("architectures.json").read_text())
+TABLE: dict[str, dict[str, Any]] = json.loads(Path(adapter.__file__).with_name("architectures.json").read_text())
 
 
 def test_every_architecture_module_of_timm_is_in_the_table():

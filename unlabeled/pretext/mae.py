@@ -53,8 +53,9 @@ class MAEConfig(MaskedImageConfig):
     decoder: DecoderConfig = DecoderConfig()
     positions: Literal["sincos", "backbone"] = "sincos"
     """sincos: the backbone's table of absolute positions becomes the paper's fixed sine-cosine table and is not
-    trained. backbone: it is trained as the backbone has it. A backbone without such a table (rotary positions only)
-    keeps its own either way; the decoder's positions are always the fixed table."""
+    trained. backbone: it is trained as the backbone has it. A backbone without such a table (rotary or relative
+    positions only, tables resampled or finer than a patch) keeps its own either way; the decoder's positions are always
+    the fixed table."""
     init: Literal["auto", "mae", "keep"] = "auto"
     """mae: weights of the backbone are drawn anew as in the paper. keep: they and the positions stay as they are, and
     only the decoder is drawn. auto: keep for a backbone that starts from trained weights, else mae."""
@@ -82,7 +83,7 @@ class MAE(MaskedImageTask):
         nn.init.normal_(self.decoder.mask_token, std=0.02)
         anew = config.init == "mae" or (config.init == "auto" and not backbone.trained)
         if anew:
-            _init_encoder(backbone.model)
+            _init_encoder(encoder)
         self._settle_positions(overwrite=anew)
         for parameter in encoder.unreached():
             parameter.requires_grad_(False)
@@ -168,14 +169,17 @@ def _init_weights(module: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
-def _init_encoder(model: nn.Module) -> None:
-    """The same for the encoder; its patch projection is a matrix in the shape of a convolution."""
+def _init_encoder(encoder: TokenEncoder) -> None:
+    """The same for the encoder; its patch projection is a matrix, often in the shape of a convolution."""
+    model = encoder.backbone.model
     _init_weights(model)
-    projection = cast(Any, model).patch_embed.proj.weight
-    nn.init.xavier_uniform_(projection.data.view(projection.shape[0], -1))
+    nn.init.xavier_uniform_(encoder.projection.data.view(encoder.projection.shape[0], -1))
     for name, parameter in model.named_parameters():
-        if name in {"cls_token", "reg_token", "dist_token"}:
+        if name.rpartition(".")[2] in {"cls_token", "reg_token", "dist_token"}:
             nn.init.normal_(parameter, std=0.02)
+    for layer in model.modules():
+        if hasattr(layer, "local_init"):  # ConViT: heads that begin as convolutions, by design and not by chance
+            cast(Any, layer).local_init()
 
 
 def _official_name(name: str) -> str:

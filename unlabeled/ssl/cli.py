@@ -1,4 +1,4 @@
-"""The command ``unlabeled``: pretrain, evaluate, doctor, tasks.
+"""The command ``unlabeled``: pretrain, evaluate, doctor, tasks, matrix.
 
 Exit codes: 0 done · 2 a fault of the input, in one line · 75 stopped by a signal after writing a checkpoint (the same
 command goes on) · 130 interrupted at once.
@@ -24,6 +24,7 @@ settings are key=value words, the same for every way to start a run:
   unlabeled pretrain --multirun optim.lr=1e-3,1e-4 engine.seed=range(3) out=runs/sweep
   unlabeled evaluate runs/x            unlabeled evaluate resnet18 data=shapes
   unlabeled doctor data=folder data.path=pictures
+  unlabeled matrix task=mae module=beit
 """
 
 
@@ -88,7 +89,23 @@ def _tasks(given: argparse.Namespace) -> None:
     Console().print(table)
 
 
-_COMMANDS = {"pretrain": _pretrain, "evaluate": _evaluate, "doctor": _doctor, "tasks": _tasks}
+def _matrix(given: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.progress import track
+
+    from unlabeled.ssl.matrix import matrix_config, measure
+    from unlabeled.ssl.matrix_page import render_terminal, write_page
+
+    logging.getLogger("unlabeled.pretext").setLevel(logging.WARNING)  # what a task says of itself, once per cell
+    run = matrix_config(given.words)
+    errors = Console(stderr=True)
+    matrix = measure(run, lambda modules: iter(track(modules, description="modules", console=errors)))
+    if run.out is not None:
+        write_page(matrix, run.out)
+    Console().print(render_terminal(matrix))
+
+
+_COMMANDS = {"pretrain": _pretrain, "evaluate": _evaluate, "doctor": _doctor, "tasks": _tasks, "matrix": _matrix}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
         ("evaluate", "kNN, linear probe and report of a run, a timm model or a weights file"),
         ("doctor", "scan a data source: count, sizes, formats, bad files, decoding speed"),
         ("tasks", "list the pretext tasks"),
+        ("matrix", "try every task on every architecture of timm: what runs on what, and why not"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--debug", action="store_true", help="show a traceback instead of one line")
