@@ -3,22 +3,23 @@
 A cell is the patch of the last stage, and places of an earlier stage lie inside one cell. Everything but the depthwise
 convolutions works inside cells, so the network is given the pixels of the K visible cells, (B, K, c, c, C), and never
 reads the others. Only around a depthwise convolution do they become a map: their places are put into zeros, convolved,
-and taken out again. That is what masking the whole map before each such convolution gives at the visible places
-(arXiv 2205.03892, section 3.2), without computing the rest; `execution="dense"` does the latter, to compare with.
+and taken out again. At visible places that is what masking the whole map before each such convolution gives
+(arXiv 2205.03892, section 3.2), without computing the rest; ``execution="dense"`` does that, to compare with.
 
 Shapes: B images, L = gh * gw cells in raster order, K visible ones, c places along a cell's side, C and D channels.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unlabeled.pretext.common.masking import Masking
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.networks.convmae import ConvViT, Mix, convolve
+from unlabeled.ssl.sparse.rows import Cells, gather_rows, scatter_rows
 from unlabeled.ssl.tokens import gather_patches
 
 Execution = Literal["gathered", "dense"]
@@ -27,7 +28,7 @@ Execution = Literal["gathered", "dense"]
 def lacks_masked_stages(backbone: Backbone) -> str | None:
     """Why this backbone cannot run on visible cells stage by stage, in a few words; None when it can."""
     if type(backbone.model) is not ConvViT:
-        return "only the networks convmae_* have stages of masked convolutions before a transformer"
+        return "only convmae_* have convolution stages that mask themselves before a transformer"
     return None
 
 
@@ -58,7 +59,7 @@ class StageEncoder:
 
     @property
     def sides(self) -> tuple[int, int]:
-        """Places along a cell's side in the first and the second stage."""
+        """Places along a cell's side in the first and in the second stage."""
         first, second, cell = self.model.strides
         return cell // first, cell // second
 
@@ -67,88 +68,48 @@ class StageEncoder:
         """Channels of a picture."""
         return self.model.patch_embed1.proj.in_channels
 
-    def encode(self, x: Tensor, ids_keep: Tensor, execution: Execution = "gathered") -> Stages:
-        """Normalised (B, C, H, W) and raster indices of visible cells (B, K) → what each of the stages gives there.
+    def encode(self, x: Tensor, masking: Masking, execution: Execution = "gathered") -> Stages:
+        """Normalised (B, C, gh * 16, gw * 16) and its mask → what each of the stages gives at visible cells.
 
-        The sides of the pictures are multiples of the cell's.
+        ``gathered`` computes these only, ``dense`` everything. The rest gets no gradient either way.
         """
-        size, grid = self.model.strides[-1], (x.shape[-2] // self.model.strides[-1], x.shape[-1] // self.cell[1])
+        cells = Cells(masking)
         if execution == "gathered":
-            pixels = gather_patches(x, ids_keep, (size, size)).permute(0, 1, 3, 4, 2)  # (B, K, 16, 16, 3)
-            mixes = [_gathered(ids_keep, grid, side) for side in self.sides]
+            pixels = _cells_of(x, masking, self.cell[0])
+            mixes = [_at_visible_places(cells, side) for side in self.sides]
             first, second = self.model.conv_stages(pixels, (mixes[0], mixes[1]))
         else:
-            mixes = [_masked(ids_keep, grid, side) for side in self.sides]
+            mixes = [_times_mask(cells, side) for side in self.sides]
             maps = self.model.conv_stages(x.permute(0, 2, 3, 1), (mixes[0], mixes[1]))
-            first, second = (_cells(map_, ids_keep, grid) for map_ in maps)
+            first, second = (
+                _cells_of(places.permute(0, 3, 1, 2), masking, side)
+                for places, side in zip(maps, self.sides, strict=True)
+            )
         tokens = self.model.embed(second).flatten(1, 3)  # (B, K, 1, 1, D) → (B, K, D)
-        tokens = tokens + F.embedding(ids_keep, self.model.positions(grid))
+        tokens = tokens + F.embedding(masking.ids_keep, self.model.positions(masking.grid))
         return Stages(first, second, self.model.transform(tokens))
 
     def unreached(self) -> list[nn.Parameter]:
-        """Parameters of the model that `encode` and its last norm do not use (norm after pooling, head)."""
-        return [p for name, p in self.model.named_parameters() if name.startswith(("fc_norm", "head"))]
+        """Parameters of the model that neither `encode` nor its last norm uses (a norm after pooling, a head)."""
+        return [p for name, p in self.model.named_parameters() if name.startswith(("fc_norm.", "head."))]
 
 
-def _gathered(ids: Tensor, grid: tuple[int, int], side: int) -> Mix:
+def _cells_of(x: Tensor, masking: Masking, side: int) -> Tensor:
+    """(B, C, gh * side, gw * side) → the visible cells, (B, K, side, side, C)."""
+    return gather_patches(x, masking.ids_keep, (side, side)).permute(0, 1, 3, 4, 2)
+
+
+def _at_visible_places(cells: Cells, side: int) -> Mix:
     """The `Mix` of visible cells alone, (B, K, side, side, C): all other places of the map are zero."""
-    shape = (ids.shape[0], grid[0] * side, grid[1] * side)
-    index = _places(ids, grid, side)
 
     def mix(conv: nn.Conv2d, x: Tensor) -> Tensor:
-        full = _Scatter.apply(x.flatten(0, -2), index, shape[0] * shape[1] * shape[2])
-        mixed = convolve(conv, cast(Tensor, full).view(*shape, -1)).flatten(0, 2)
-        return cast(Tensor, _Gather.apply(mixed, index)).view(x.shape)
+        mixed = conv(scatter_rows(x.flatten(1, 3), cells, (side, side)))
+        return gather_rows(mixed, cells, (side, side)).view(x.shape)
 
     return mix
 
 
-def _masked(ids: Tensor, grid: tuple[int, int], side: int) -> Mix:
-    """The `Mix` of whole maps that the authors use: a product with the visible places, then the convolution."""
-    visible = torch.zeros(ids.shape[0], grid[0] * grid[1], device=ids.device).scatter_(1, ids, 1.0).view(-1, *grid)
-    places = visible.repeat_interleave(side, 1).repeat_interleave(side, 2)[..., None]  # (B, H, W, 1)
-    return lambda conv, x: convolve(conv, x * places.to(x.dtype))
-
-
-def _cells(map_: Tensor, ids: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Map (B, H, W, C) → its cells `ids`, (B, K, side, side, C)."""
-    side = map_.shape[1] // grid[0]
-    return gather_patches(map_.permute(0, 3, 1, 2), ids, (side, side)).permute(0, 1, 3, 4, 2)
-
-
-def _places(ids: Tensor, grid: tuple[int, int], side: int) -> Tensor:
-    """Where the places of the cells `ids` (B, K) lie in a flat map (B * H * W): (B * K * side * side,), all different."""
-    height, width = grid[0] * side, grid[1] * side
-    along = torch.arange(side, device=ids.device)
-    rows = (ids // grid[1] * side)[..., None] + along  # (B, K, side)
-    columns = (ids % grid[1] * side)[..., None] + along
-    flat = rows[..., :, None] * width + columns[..., None, :]  # (B, K, side, side)
-    pictures = torch.arange(ids.shape[0], device=ids.device) * (height * width)
-    return (pictures.view(-1, 1, 1, 1) + flat).flatten()
-
-
-class _Gather(torch.autograd.Function):
-    """Rows `index` of (N, C). They are all different, so its gradient is a copy and needs no atomic sum."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.rows = x.shape[0]
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return _Scatter.apply(grads[0], ctx.saved_tensors[0], ctx.rows), None
-
-
-class _Scatter(torch.autograd.Function):
-    """Puts (M, C) into the rows `index` of zeros (N, C): the transpose of `_Gather`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, rows: int) -> Tensor:
-        ctx.save_for_backward(index)
-        return x.new_zeros(rows, x.shape[1]).index_copy_(0, index, x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return _Gather.apply(grads[0], ctx.saved_tensors[0]), None, None
+def _times_mask(cells: Cells, side: int) -> Mix:
+    """The `Mix` of whole maps, (B, H, W, C), as the authors compute it: masked places are multiplied by zero."""
+    visible = cells.active((side, side))[:, 0, :, :, None]
+    return lambda conv, x: convolve(conv, x * visible)

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, calculate_drop_path_rates, global_pool_nlc, resample_abs_pos_embed
-from timm.models import build_model_with_cfg, feature_take_indices, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -42,9 +43,9 @@ class PatchConv(nn.Conv2d):
         super().__init__(inputs, outputs, patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
-        patch = self.kernel_size[0]
-        x = x.unflatten(-2, (-1, patch)).unflatten(-4, (-1, patch))  # (..., H / p, p, W / p, p, C)
-        return F.linear(x.transpose(-4, -3).flatten(-3), self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
+        patch, (*leading, height, width, channels) = self.kernel_size[0], x.shape
+        x = x.reshape(*leading, height // patch, patch, width // patch, patch, channels).transpose(-4, -3).flatten(-3)
+        return F.linear(x, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)  # x: (..., H / p, W / p, p * p * C)
 
 
 class PatchEmbed(nn.Module):
@@ -127,17 +128,22 @@ class ConvViT(nn.Module):
         self.grad_checkpointing = False
         self.grid_size = self._grid((img_size, img_size) if isinstance(img_size, int) else tuple(img_size))
 
-        drops = calculate_drop_path_rates(drop_path_rate, list(depths))
+        drops = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         norm = partial(nn.LayerNorm, eps=norm_eps)
         self.patch_embed1 = PatchEmbed(in_chans, dims[0], patch_size[0], conv_norm_eps)
-        self.blocks1 = nn.ModuleList(ConvBlock(dims[0], mlp_ratio[0], drop, conv_norm_eps) for drop in drops[0])
+        self.blocks1 = nn.ModuleList(
+            ConvBlock(dims[0], mlp_ratio[0], next(drops), conv_norm_eps) for _ in range(depths[0])
+        )
         self.patch_embed2 = PatchEmbed(dims[0], dims[1], patch_size[1], conv_norm_eps)
-        self.blocks2 = nn.ModuleList(ConvBlock(dims[1], mlp_ratio[1], drop, conv_norm_eps) for drop in drops[1])
+        self.blocks2 = nn.ModuleList(
+            ConvBlock(dims[1], mlp_ratio[1], next(drops), conv_norm_eps) for _ in range(depths[1])
+        )
         self.patch_embed3 = PatchEmbed(dims[1], dims[2], patch_size[2], conv_norm_eps)
         self.patch_embed4 = nn.Linear(dims[2], dims[2])
         self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.grid_size), dims[2]))
         self.blocks3 = nn.ModuleList(
-            Block(dims[2], num_heads, mlp_ratio[2], qkv_bias=True, drop_path=drop, norm_layer=norm) for drop in drops[2]
+            Block(dims[2], num_heads, mlp_ratio[2], qkv_bias=True, drop_path=next(drops), norm_layer=norm)
+            for _ in range(depths[2])
         )
         self.norm = nn.Identity() if fc_norm else norm(dims[2])
         self.fc_norm = norm(dims[2]) if fc_norm else nn.Identity()
@@ -192,9 +198,10 @@ class ConvViT(nn.Module):
     def _stages(self, x: Tensor) -> Iterator[Tensor]:
         """(B, 3, H, W) → one map (B, H_i, W_i, C_i) after another, the third before the last norm."""
         grid = self._grid(tuple(x.shape[-2:]))
-        for x in self.conv_stages(x.permute(0, 2, 3, 1)):
-            yield x
-        yield self.transform(self.embed(x).flatten(1, 2) + self.positions(grid)).unflatten(1, grid)
+        for places in self.conv_stages(x.permute(0, 2, 3, 1)):
+            yield places
+        tokens = self.transform(self.embed(places).flatten(1, 2) + self.positions(grid))
+        yield tokens.view(-1, *grid, self.embed_dim)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) → tokens (B, L, D)."""
