@@ -15,6 +15,7 @@ from unlabeled.ssl.errors import ConfigError, nearest
 from unlabeled.ssl.messages import explain
 
 TASKS: dict[str, str] = {
+    "convmae": "unlabeled.pretext.convmae:ConvMAE",
     "mae": "unlabeled.pretext.mae:MAE",
     "rotation": "unlabeled.pretext.rotation:Rotation",
 }
