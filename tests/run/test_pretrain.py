@@ -26,14 +26,19 @@ from unlabeled.ssl.signals import EXIT_STOPPED
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKBONES: dict[str, dict[str, Any]] = {
+    "convmae": {
+        "name": "convmae_small",
+        "size": 32,
+        "kwargs": {"patch_size": [2, 2, 2], "dims": [8, 8, 16], "depths": [1, 1, 1], "num_heads": 2},
+    },
     "mae": {
         "name": "vit_tiny_patch16_224",
         "size": 32,
         "kwargs": {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2},
-    }
+    },
 }
 CONVNEXT = {"name": "convnext_atto", "size": 32, "kwargs": {"dims": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}}
-SMALL = {"mae": {"name": "mae", "decoder": {"dim": 16, "depth": 1, "heads": 2}}}
+SMALL = {name: {"name": name, "decoder": {"dim": 16, "depth": 1, "heads": 2}} for name in ("convmae", "mae")}
 
 
 def settings(task: str) -> dict[str, Any]:
