@@ -81,7 +81,8 @@ class ConvBlock(nn.Module):
     def forward(self, x: Tensor, mix: Mix = convolve) -> Tensor:
         """(B, ..., C) → (B, ..., C)."""
         x = x + self.drop_path(self.conv2(mix(self.attn, self.conv1(self.norm1(x)))))
-        return x + self.drop_path(self.mlp(self.norm2(x)))  # type: ignore[no-any-return]
+        y: Tensor = self.drop_path(self.mlp(self.norm2(x)))
+        return x + y
 
 
 class ConvViT(nn.Module):
