@@ -12,6 +12,7 @@ from unlabeled.pretext.registry import create_task, task_class
 from unlabeled.ssl.backbone import Backbone, create_backbone
 
 SMALL: dict[str, dict[str, Any]] = {
+    "convmae": {"decoder": {"dim": 32, "depth": 2, "heads": 2}},
     "fcmae": {"decoder": {"dim": 16}},
     "mae": {"decoder": {"dim": 32, "depth": 2, "heads": 2}},
     "spark": {"decoder": {"width": 32}},
@@ -20,6 +21,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 BACKBONES: list[tuple[str, dict[str, Any]]] = [
     ("vit_tiny_patch16_224", {"size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}),
+    ("convmae_small", {"size": 32, "patch_size": (2, 2, 2), "dims": (8, 12, 32), "depths": (1, 1, 2), "num_heads": 2}),
     ("convnext_atto", {"size": 64, "dims": (8, 16, 16, 16), "depths": (1, 1, 1, 1)}),
 ]
 """Without batch norm, so that halves of a batch add up to the whole."""

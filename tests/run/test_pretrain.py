@@ -26,6 +26,11 @@ from unlabeled.ssl.signals import EXIT_STOPPED
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKBONES: dict[str, dict[str, Any]] = {
+    "convmae": {
+        "name": "convmae_small",
+        "size": 32,
+        "kwargs": {"patch_size": [2, 2, 2], "dims": [8, 8, 16], "depths": [1, 1, 1], "num_heads": 2},
+    },
     "fcmae": {
         "name": "convnextv2_atto",
         "size": 32,
@@ -40,6 +45,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
 }
 CONVNEXT = {"name": "convnext_atto", "size": 32, "kwargs": {"dims": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}}
 SMALL = {
+    "convmae": {"name": "convmae", "decoder": {"dim": 16, "depth": 1, "heads": 2}},
     "fcmae": {"name": "fcmae", "decoder": {"dim": 16}},
     "mae": {"name": "mae", "decoder": {"dim": 16, "depth": 1, "heads": 2}},
     "spark": {"name": "spark", "decoder": {"width": 16}},

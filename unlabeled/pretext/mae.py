@@ -6,63 +6,26 @@ code of the authors: github.com/facebookresearch/mae. Shapes as in `unlabeled.pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
-import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from unlabeled.pretext.base import Batch, StepOutput, TaskConfig
-from unlabeled.pretext.common.checkpoint import load_mapped, require_fixed_table, resampled_positions
-from unlabeled.pretext.common.decoder import TransformerDecoder
-from unlabeled.pretext.common.masked_image import MaskedImageConfig, MaskedImageTask
+from unlabeled.pretext.base import TaskConfig
+from unlabeled.pretext.common.autoencoder import AutoencoderConfig, MaskedAutoencoder, init_linear
 from unlabeled.pretext.common.masking import Masking, Method
-from unlabeled.pretext.common.patches import normalize_patches, patch_statistics, patchify, unpatchify, widened
-from unlabeled.pretext.common.positions import sincos_2d
 from unlabeled.ssl.backbone import Backbone
-from unlabeled.ssl.errors import ConfigError
 from unlabeled.ssl.tokens import TokenEncoder
 
 
-class DecoderConfig(TaskConfig):
-    """The decoder, thrown away after pretraining. Source of the defaults: section 4.1 of the paper."""
-
-    dim: int = Field(512, ge=4)
-    """Channels."""
-    depth: int = Field(8, ge=1)
-    """Blocks. Fewer are faster and cost little after fine-tuning, but much in a linear probe (table 1a)."""
-    heads: int = Field(16, ge=1)
-    mlp_ratio: float = Field(4.0, gt=0)
-    norm_eps: float = Field(1e-6, gt=0)
-
-    @model_validator(mode="after")
-    def _divides(self) -> DecoderConfig:
-        if self.dim % 4:
-            raise ValueError(f"dim {self.dim} is no multiple of 4, as its positions need; set dim={self.dim // 4 * 4}")
-        if self.dim % self.heads:
-            raise ValueError(f"dim {self.dim} is no multiple of heads {self.heads}; change one of them")
-        return self
-
-
-class MAEConfig(MaskedImageConfig):
+class MAEConfig(AutoencoderConfig):
     """Settings of MAE; the defaults are the paper's."""
 
-    norm_pix: bool = True
-    """Predict each patch normalised by its own mean and deviation; False: the pixels of the normalised picture."""
-    decoder: DecoderConfig = DecoderConfig()
-    positions: Literal["sincos", "backbone"] = "sincos"
-    """sincos: the backbone's table of absolute positions becomes the paper's fixed sine-cosine table and is not
-    trained. backbone: it is trained as the backbone has it. A backbone without such a table (rotary or relative
-    positions only, tables resampled or finer than a patch) keeps its own either way; the decoder's positions are always
-    the fixed table."""
-    init: Literal["auto", "mae", "keep"] = "auto"
-    """mae: weights of the backbone are drawn anew as in the paper. keep: they and the positions stay as they are, and
-    only the decoder is drawn. auto: keep for a backbone that starts from trained weights, else mae."""
 
+class MAE(MaskedAutoencoder):
+    """Masked autoencoder. Submodules: `backbone` (the encoder) and `decoder`.
 
-class MAE(MaskedImageTask):
-    """Masked autoencoder. Submodules: `backbone` (the encoder) and `decoder`."""
+    `load_official` takes ``mae_pretrain_vit_*`` (encoder) and ``*_full`` and ``mae_visualize_*`` files (with decoder).
+    """
 
     Config: ClassVar[type[TaskConfig]] = MAEConfig
     requires: ClassVar[frozenset[str]] = frozenset({"token_dropping"})
@@ -76,103 +39,28 @@ class MAE(MaskedImageTask):
         grid = encoder.grid(backbone.input_size)
         self.cell = encoder.patch_size
         self.keep(grid)
-        self.decoder = TransformerDecoder(
-            encoder.dim, self.cell[0] * self.cell[1] * encoder.channels, grid=grid, **config.decoder.model_dump()
-        )
-        _init_weights(self.decoder)
-        nn.init.normal_(self.decoder.mask_token, std=0.02)
-        anew = config.init == "mae" or (config.init == "auto" and not backbone.trained)
-        if anew:
+        self._build_decoder(encoder.dim, encoder.channels, grid)
+        if self.anew:
             _init_encoder(encoder)
-        self._settle_positions(overwrite=anew)
+        self._settle_positions(overwrite=self.anew)
         for parameter in encoder.unreached():
             parameter.requires_grad_(False)
 
-    def forward(self, batch: Batch, *, noise: Tensor | None = None, visible: Tensor | None = None) -> StepOutput:
-        """Mean squared error of the hidden patches of ``batch["image"]``, and the part of their variance explained.
+    def latent(self, images: Tensor, masking: Masking) -> Tensor:
+        return TokenEncoder(self.backbone).encode(images, masking.ids_keep)[0]
 
-        A uint8 picture (B, 3, H, W) is normalised here; a float one is taken as normalised already. `noise` (B, L) or
-        `visible` (bool, B, gh, gw) decides the masks; None: as `draw` gives it.
-        """
-        images = self.images_of(batch)
-        masking = self.mask(images, noise, visible)
-        latent, _ = TokenEncoder(self.backbone).encode(images, masking.ids_keep)
-        predictions = self.decoder(latent, masking)
-        target = self.target(images, masking.ids_masked)
-        loss = (predictions.to(target.dtype) - target).square().mean()
-        return StepOutput(loss, {"explained": 1 - loss.detach() / (target.square().mean() + 1e-6)})
-
-    def reconstruct(self, images: Tensor, masking: Masking) -> Tensor:
-        """See the base class; with `norm_pix` predictions get back the true statistics of their patch."""
-        latent, _ = TokenEncoder(self.backbone).encode(images, masking.ids_keep)
-        predictions = widened(self.decoder.predict_all(latent, masking))
-        if self.config.norm_pix:
-            mean, deviation = patch_statistics(patchify(images, self.cell))
-            predictions = predictions * deviation + mean
-        return unpatchify(predictions, self.cell, masking.grid)
+    def absolute(self) -> tuple[nn.Parameter, tuple[int, int]] | None:
+        encoder = TokenEncoder(self.backbone)
+        return None if encoder.absolute is None else (encoder.absolute, encoder.absolute_grid)
 
     def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
         return TokenEncoder(self.backbone).grid(size)
 
-    def load_official(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
-        """Loads ``mae_pretrain_vit_*`` (encoder) or ``*_full`` and ``mae_visualize_*`` files (with decoder).
-
-        Takes the dictionary of tensors or the file's ``{"model": ...}``. A table of positions of another grid becomes
-        this grid's: made anew where it is the fixed table, resampled bicubically where it is not. Returns
-        (missing, unexpected) names of the file's layout; without a decoder in the file its names are all missing.
-
-        Raises CheckpointError, before anything is changed, when a tensor has another shape or none fits.
-        """
-        tensors = cast(Mapping[str, Tensor], state.get("model", state))
-        names = {_official_name(name): name for name in self.state_dict()}
-        changed = dict(tensors)
-        encoder = TokenEncoder(self.backbone)
-        if "pos_embed" in tensors and encoder.absolute is not None:
-            changed["pos_embed"] = resampled_positions(tensors["pos_embed"], encoder.absolute, encoder.absolute_grid)
-        if "decoder_pos_embed" in tensors:
-            require_fixed_table("decoder_pos_embed", changed.pop("decoder_pos_embed"))
-        result = load_mapped(self, changed, names)
-        self._settle_positions(overwrite=False)
-        return result
-
-    def target(self, images: Tensor, ids: Tensor) -> Tensor:
-        """What is to be predicted for the patches `ids` (B, M): at least float32 (B, M, ph * pw * C)."""
-        patches = patchify(images, self.cell, ids)
-        return normalize_patches(patches) if self.config.norm_pix else widened(patches)
-
-    def _settle_positions(self, *, overwrite: bool) -> None:
-        """Sets the fixed table if asked to, and trains absolute positions unless they are that table."""
-        encoder = TokenEncoder(self.backbone)
-        absolute = encoder.absolute
-        if absolute is None or self.config.positions == "backbone":
-            return
-        dim, grid = absolute.shape[-1], encoder.absolute_grid
-        if dim % 4 and not overwrite:
-            return
-        if dim % 4:
-            raise ConfigError(
-                f"task.positions: sincos needs a width that is a multiple of 4, {self.backbone.name} has {dim}; "
-                "set task.positions=backbone"
-            )
-        table = sincos_2d(dim, grid, absolute.shape[1] - grid[0] * grid[1]).to(absolute)
-        if overwrite:
-            absolute.data.copy_(table)
-        absolute.requires_grad_(not (overwrite or torch.allclose(absolute.detach(), table, atol=1e-4)))
-
-
-def _init_weights(module: nn.Module) -> None:
-    """Xavier-uniform matrices with biases of 0, as section A.1 of the paper says; norms stay as they were built."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.xavier_uniform_(layer.weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
-
 
 def _init_encoder(encoder: TokenEncoder) -> None:
-    """The same for the encoder; its patch projection is a matrix, often in the shape of a convolution."""
+    """Matrices as in the decoder, tokens from a normal distribution of 0.02."""
     model = encoder.backbone.model
-    _init_weights(model)
+    init_linear(model)
     nn.init.xavier_uniform_(encoder.projection.data.view(encoder.projection.shape[0], -1))
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[2] in {"cls_token", "reg_token", "dist_token"}:
@@ -180,10 +68,3 @@ def _init_encoder(encoder: TokenEncoder) -> None:
     for layer in model.modules():
         if hasattr(layer, "local_init"):  # ConViT: heads that begin as convolutions, by design and not by chance
             cast(Any, layer).local_init()
-
-
-def _official_name(name: str) -> str:
-    """Name of one of this task's tensors in the authors' files."""
-    if name.startswith("decoder."):
-        return "mask_token" if name == "decoder.mask_token" else "decoder_" + name.removeprefix("decoder.")
-    return name.removeprefix("backbone.model.")
