@@ -168,6 +168,11 @@ class EvaluateConfig(Section):
     batch_size: int = Field(256, ge=1)
     limit: int | None = Field(None, ge=1)
     """Largest number of pictures per split, chosen by a fixed shuffle."""
+    recalibrate: Literal["auto"] | bool = "auto"
+    """Estimate the running statistics of batch norms anew on whole training pictures, of the backbone and of its
+    baseline with random weights. auto: when the task collected them on masked pictures."""
+    recalibrate_pictures: int = Field(1024, ge=2)
+    """Training pictures for that estimate, chosen by a fixed shuffle."""
     knn: KnnConfig = KnnConfig()
     linear: LinearConfig = LinearConfig()
 
