@@ -24,6 +24,7 @@ CAPABILITIES: dict[str, str] = {
     "pooled": "unlabeled.ssl.backbone:_lacks_pooled",
     "dense_map": "unlabeled.ssl.backbone:_lacks_dense_map",
     "token_dropping": "unlabeled.ssl.tokens:lacks_token_dropping",
+    "sparse_convs": "unlabeled.ssl.sparse:lacks_sparse_convs",
 }
 """Capability → ``"module:function"``; the function takes a Backbone and says in a few words why it lacks it."""
 

@@ -32,7 +32,7 @@ def probe_shapes(model: nn.Module, size: tuple[int, int]) -> Shapes:
     Raises whatever the network raises for a picture that it cannot take.
     """
     try:
-        return _run(_ghost(model), size, torch.device("meta"))
+        return _run(ghost(model), size, torch.device("meta"))
     except Exception:  # not every operation has a meta kernel; the network itself then says what is wrong, or works
         return _run_real(model, size)
 
@@ -56,7 +56,7 @@ def _run(model: nn.Module, size: tuple[int, int], device: torch.device) -> Shape
     return Shapes(tuple(pooled.shape[1:]), maps)
 
 
-def _ghost(model: nn.Module) -> nn.Module:
+def ghost(model: nn.Module) -> nn.Module:
     """Copy of `model` in eval mode whose parameters and buffers lie on the meta device."""
     memo: dict[int, Any] = {}
     for tensor in itertools.chain(model.parameters(), model.buffers()):
@@ -91,7 +91,7 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 def reached_by_pooled(model: nn.Module, size: tuple[int, int]) -> set[str]:
     """Names of the parameters that the pooled features depend on; the others get no gradient from a loss on them."""
     try:
-        return _reached(_ghost(model), size, torch.device("meta"))
+        return _reached(ghost(model), size, torch.device("meta"))
     except Exception:  # see probe_shapes; the copy keeps gradients of the network itself untouched
         first = next(model.parameters())
         return _reached(_copy(model), size, first.device)
