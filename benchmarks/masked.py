@@ -89,6 +89,10 @@ def set_up(model: Model, device: torch.device, *, compiled: bool = False, seed: 
     """Builds both sides of `model` from random weights, and pictures and noise for the masks."""
     torch.manual_seed(seed)
     task = create_task(model.task, create_backbone(model.backbone, size=model.size, **model.kwargs)).to(device).train()
+    with torch.no_grad():  # layer scales and response norms that begin at 0 would hide what is behind them
+        for parameter in task.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
     theirs = copy.deepcopy(task)
     if model.channels_last:
         task = task.to(memory_format=torch.channels_last)

@@ -43,4 +43,32 @@ MODELS: dict[str, Model] = {
             "task": {"name": "mae", "decoder": {"dim": 16, "depth": 2, "heads": 2}},
         },
     ),
+    "spark_convnext_t": Model(
+        "SparK, ConvNeXt-T",
+        {"name": "spark"},
+        "convnext_tiny",
+        batch=8,
+        channels_last=True,
+        toy={"size": 64, "kwargs": _TOY_CONVNEXT, "task": {"name": "spark", "decoder": {"width": 32}}},
+    ),
+    "spark_resnet50": Model(
+        "SparK, ResNet-50",
+        {"name": "spark"},
+        "resnet50",
+        batch=8,
+        channels_last=True,
+        toy={
+            "size": 64,
+            "kwargs": {"layers": (1, 1, 1, 1), "channels": (8, 8, 8, 8)},
+            "task": {"name": "spark", "decoder": {"width": 32}},
+        },
+    ),
+    "fcmae_convnextv2_t": Model(
+        "FCMAE, ConvNeXt V2-T",
+        {"name": "fcmae"},
+        "convnextv2_tiny",
+        batch=16,
+        channels_last=True,
+        toy={"size": 64, "kwargs": _TOY_CONVNEXT, "task": {"name": "fcmae", "decoder": {"dim": 16}}},
+    ),
 }
