@@ -39,6 +39,7 @@ from benchmarks.timing import (
 from unlabeled.pretext.base import PretextTask
 from unlabeled.pretext.registry import create_task
 from unlabeled.ssl.backbone import create_backbone
+from unlabeled.ssl.onednn import fast_products
 
 DTYPES = {"fp32": ("fp32", "fp32"), "bf16": ("bf16", "bf16"), "mixed": ("bf16", "fp32")}
 """Name → precision of our side and of the original."""
@@ -61,10 +62,13 @@ class Duel:
     noise: Tensor
     forward: Callable[..., Any]
     """Our side as it is run: the task, or its compiled form."""
+    onednn: bool | None = None
+    """As the engine's setting of that name."""
 
     def our_loss(self, *, eager: bool = False) -> Tensor:
         forward = self.ours if eager else self.forward
-        loss: Tensor = forward({"image": self.images}, noise=self.noise).loss
+        with nullcontext() if eager else fast_products(self.images.device, self.onednn):
+            loss: Tensor = forward({"image": self.images}, noise=self.noise).loss
         return loss
 
     def original_loss(self) -> Tensor:
@@ -85,7 +89,9 @@ class Duel:
         return list(sides[0].values()), list(sides[1].values())
 
 
-def set_up(model: Model, device: torch.device, *, compiled: bool = False, seed: int = 0) -> Duel:
+def set_up(
+    model: Model, device: torch.device, *, compiled: bool = False, onednn: bool | None = None, seed: int = 0
+) -> Duel:
     """Builds both sides of `model` from random weights, and pictures and noise for the masks."""
     torch.manual_seed(seed)
     task = create_task(model.task, create_backbone(model.backbone, size=model.size, **model.kwargs)).to(device).train()
@@ -99,7 +105,8 @@ def set_up(model: Model, device: torch.device, *, compiled: bool = False, seed: 
     images = torch.randn(model.batch, 3, model.size, model.size, device=device)
     noise = task.draw({"image": images})["noise"]
     forward = torch.compile(task) if compiled else task
-    return Duel(model, task, theirs, original_loss(model.task["name"]), images, noise, forward)
+    original = original_loss(model.task["name"])
+    return Duel(model, task, theirs, original, images, noise, forward, False if compiled else onednn)
 
 
 def training_step(task: PretextTask, loss: Callable[[], Tensor], precision: str, device: torch.device) -> Tensor:
@@ -127,7 +134,7 @@ def agreement(duel: Duel, device: torch.device) -> dict[str, float]:
 def measure(model: Model, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     """One row of results: speed, memory and operations of both sides; see ``docs/benchmarks.md`` for their meaning."""
     device = torch.device(options.device)
-    duel = set_up(model, device, compiled=options.compile)
+    duel = set_up(model, device, compiled=options.compile, onednn=options.onednn)
     agreed = agreement(duel, device)
     precision = dict(zip(("ours", "original"), DTYPES[dtype], strict=True))
 
@@ -172,6 +179,11 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, help="untimed steps of each side (CPU: 1, GPU: 5)")
     parser.add_argument("--batch", type=int, help="pictures of a step, instead of the model's own number")
     parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument(
+        "--onednn",
+        action=argparse.BooleanOptionalAction,
+        help="our fp32 linear layers through oneDNN (CPU; as the engine)",
+    )
     parser.add_argument("--compile", action="store_true", help="our side through torch.compile")
     parser.add_argument("--toy", action="store_true", help="tiny networks: whether everything runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
@@ -197,7 +209,12 @@ def main(words: list[str] | None = None) -> Path:
         model = replace(model, batch=options.batch or model.batch)
         for dtype in options.dtype:
             row = measure(model, dtype, options)
-            key = " ".join([name, dtype] + ["compiled"] * options.compile + ["toy"] * options.toy)
+            key = " ".join(
+                [name, dtype]
+                + ["compiled"] * options.compile
+                + ["plain"] * (options.onednn is False)
+                + ["toy"] * options.toy
+            )
             add_result(file, key, {"title": model.title, "machine": found, "matrix_rate": rates, **row})
             speedup = row["speedup"]
             log.info("%s: %.2fx (%.2f to %.2f)", key, speedup["median"], speedup["low"], speedup["high"])

@@ -66,7 +66,7 @@ def _machine(found: Mapping[str, str]) -> str:
 
 def _line(key: str, row: Row) -> str:
     speedup, speed, work, memory = row["speedup"], row["images_per_s"], row["gigaflop"], row["peak_gb"]
-    compiled = " compiled" if "compiled" in key.split() else ""
+    compiled = "".join(f" {word}" for word in ("compiled", "plain") if word in key.split())
     cells = [
         row["title"],
         f"{row['precision']['ours']}{compiled} / {row['precision']['original']}",

@@ -44,7 +44,7 @@ def _encode(model: Any, images: Tensor, visible: Tensor) -> Tensor:
 
 def _enlarged(visible: Tensor, x: Tensor) -> Tensor:
     rows, columns = (x.shape[axis] // visible.shape[axis] for axis in (2, 3))
-    return visible.repeat_interleave(rows, dim=2).repeat_interleave(columns, dim=3)
+    return visible.to(x.dtype).repeat_interleave(rows, dim=2).repeat_interleave(columns, dim=3)
 
 
 def _block(block: Any, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -55,14 +55,16 @@ def _block(block: Any, x: Tensor, mask: Tensor | None) -> Tensor:
     x = F.layer_norm(x, x.shape[-1:], block.norm.weight, block.norm.bias, block.norm.eps)
     x = F.gelu(block.mlp.fc1(x))
     x = _response_norm(x if mask is None else x * mask.permute(0, 2, 3, 1), block.mlp.grn)
-    return shortcut + block.mlp.fc2(x).permute(0, 3, 1, 2)
+    x = block.mlp.fc2(x)
+    return shortcut + x.permute(0, 3, 1, 2)
 
 
 def _response_norm(x: Tensor, layer: Any) -> Tensor:
     """Per picture, over the places of the whole map (B, h, w, C)."""
     size = x.norm(p=2, dim=(1, 2), keepdim=True)
     relative = size / (size.mean(dim=-1, keepdim=True) + layer.eps)
-    return layer.weight * (x * relative) + layer.bias + x
+    normed: Tensor = layer.weight * (x * relative) + layer.bias + x
+    return normed
 
 
 def _norm_of_channels(x: Tensor, layer: Any) -> Tensor:
@@ -70,4 +72,5 @@ def _norm_of_channels(x: Tensor, layer: Any) -> Tensor:
     mean = x.mean(1, keepdim=True)
     variance = (x - mean).pow(2).mean(1, keepdim=True)
     x = (x - mean) / (variance + layer.eps).sqrt()
-    return layer.weight[:, None, None] * x + layer.bias[:, None, None]
+    normed: Tensor = layer.weight[:, None, None] * x + layer.bias[:, None, None]
+    return normed
