@@ -82,6 +82,15 @@ def test_quartiles_operations_and_differences() -> None:
     q = torch.randn(1, 2, 16, 8)
     attention = nn.functional.scaled_dot_product_attention
     assert gigaflops(lambda: attention(q, q, q)) == pytest.approx(2 * 2 * 2 * 16 * 16 * 8 / 1e9), "fused ones count too"
+    for convolution in (
+        nn.Conv2d(8, 4, 3, stride=2, padding=1),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        nn.ConvTranspose2d(8, 4, 4, stride=2, padding=1),
+    ):
+        image = torch.randn(2, 8, 6, 6, requires_grad=True)
+        forward = gigaflops(lambda: convolution(image))  # noqa: B023
+        assert gigaflops(lambda: convolution(image).sum().backward()) == pytest.approx(3 * forward)  # noqa: B023
+    assert forward == pytest.approx(2 * 2 * 36 * 8 * 4 * 16 / 1e9)
     assert relative_difference([torch.tensor([3.0, 4.5])], [torch.tensor([3.0, 4.0])]) == pytest.approx(0.1)
 
 

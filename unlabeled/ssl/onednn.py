@@ -28,14 +28,14 @@ def fast_products(device: torch.device, wanted: bool | None = None) -> AbstractC
 
 
 def _available() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return bool(cast(Any, torch.backends.mkldnn).is_available()) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _faster_on(device: torch.device) -> bool:
     if (
         device.type != "cpu"
         or torch.backends.cpu.get_cpu_capability() != "AVX512"
-        or not torch.backends.mkl.is_available()
+        or not cast(Any, torch.backends.mkl).is_available()
     ):
         return False
     listing = Path("/proc/cpuinfo")
