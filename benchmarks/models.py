@@ -43,6 +43,17 @@ MODELS: dict[str, Model] = {
             "task": {"name": "mae", "decoder": {"dim": 16, "depth": 2, "heads": 2}},
         },
     ),
+    "convmae_b": Model(
+        "ConvMAE-B",
+        {"name": "convmae"},
+        "convmae_base",
+        batch=8,
+        toy={
+            "size": 64,
+            "kwargs": {"dims": (8, 12, 16), "depths": (1, 2, 2), "num_heads": 2},
+            "task": {"name": "convmae", "decoder": {"dim": 16, "depth": 2, "heads": 2}},
+        },
+    ),
     "spark_convnext_t": Model(
         "SparK, ConvNeXt-T",
         {"name": "spark"},

@@ -103,7 +103,7 @@ def _convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, *options:
     """As many operations as forward, for each of both gradients. (torch's formula takes groups for dense ones.)"""
     transposed, (of_x, of_weight, _) = options[4], options[-1]
     places = (x if transposed else gradient)[:, :1].numel()
-    return 2 * places * weight.numel() * (of_x + of_weight)
+    return 2 * places * weight.numel() * (int(of_x) + int(of_weight))
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

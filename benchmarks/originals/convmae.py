@@ -20,7 +20,7 @@ def original_loss(task: Any, images: Tensor, noise: Tensor) -> Tensor:
     second = _run(model.blocks2, _embed(first, model.patch_embed2), visible)
     x = model.patch_embed4(_embed(second, model.patch_embed3).flatten(2).transpose(1, 2)) + model.pos_embed
     x = run_blocks(taken(x, masks.keep), model.blocks3)
-    for stage, layer in zip((first, second), task.skips, strict=True):
+    for stage, layer in ((first, task.stage1_output_decode), (second, task.stage2_output_decode)):
         x = x + taken(_patch_convolution(stage, layer).flatten(2).transpose(1, 2), masks.keep)
     predicted = decode(task.decoder, model.norm(x), masks.restore, prefix=0)
     return reconstruction_loss(predicted, images, cell, masks.removed)
