@@ -96,18 +96,14 @@ def evaluate_backbone(
     sets: dict[str, FeatureSet] = {}
     seconds: dict[str, float] = {}
     notes: dict[str, str] = {}
+    loading: dict[str, Any] = {"batch_size": config.batch_size, "workers": workers, "device": device}
     anew = min(recalibration_pictures(config, backbone, masked_statistics), len(train))
 
     def encode(name: str, encoder: Backbone) -> None:
         with _timed(seconds, name):
             if anew:
-                encoder = recalibrated(
-                    encoder, train, pictures=anew, batch_size=config.batch_size, workers=workers, device=device
-                )
-            sets[name] = _feature_set(
-                train, test, classes, encoder, batch_size=config.batch_size, workers=workers, device=device,
-                cache=cache, precision=precision,
-            )  # fmt: skip
+                encoder = recalibrated(encoder, train, pictures=anew, **loading)
+            sets[name] = _feature_set(train, test, classes, encoder, cache=cache, precision=precision, **loading)
 
     encode("backbone", backbone)
     if config.baselines:
@@ -139,14 +135,10 @@ def online_knn(
     """kNN accuracies (``knn/k20`` → fraction) of a network in training, which is left as it was; {} off rank 0."""
     evaluator = KnnEvaluator(config.knn)
     train, test = limited(train, config.limit), limited(test, config.limit)
+    loading: dict[str, Any] = {"batch_size": config.batch_size, "workers": workers, "device": device}
     if pictures := recalibration_pictures(config, backbone, masked_statistics):
-        backbone = recalibrated(
-            backbone, train, pictures=pictures, batch_size=config.batch_size, workers=workers, device=device
-        )
-    data = _feature_set(
-        train, test, _classes(train), backbone, batch_size=config.batch_size, workers=workers, device=device,
-        cache=None, precision=precision,
-    )  # fmt: skip
+        backbone = recalibrated(backbone, train, pictures=pictures, **loading)
+    data = _feature_set(train, test, _classes(train), backbone, cache=None, precision=precision, **loading)
     if not is_main_process():
         return {}
     return {f"knn/{name}": value for name, value in evaluator.run(data) if isinstance(value, float)}
