@@ -13,10 +13,12 @@ import timm
 import torch
 import yaml
 
+from unlabeled.eval.recalibrate import batch_norms
 from unlabeled.eval.report import render_report
 from unlabeled.eval.suite import Evidence, evaluate_backbone
 from unlabeled.eval.summary import RunSummary, count_parameters, name_backbone, name_data, summarize_run
 from unlabeled.eval.verdict import judge
+from unlabeled.pretext.registry import task_class
 from unlabeled.ssl.backbone import Backbone, create_backbone
 from unlabeled.ssl.compose import validate
 from unlabeled.ssl.data.source import open_source
@@ -54,8 +56,9 @@ def evaluate_target(run: EvaluateRun) -> Evidence:
     train, test = open_source(data, "train"), open_source(data, "test")
     work = target.folder or run.out or _report_folder(run, target)
     evidence = evaluate_backbone(
-        target.backbone, train, test, run.evaluate, work=work, device=device, seed=run.seed, workers=run.workers
-    )
+        target.backbone, train, test, run.evaluate, work=work, device=device, seed=run.seed, workers=run.workers,
+        masked_statistics=run.evaluate.recalibrate == "auto" and _masked_statistics(target),
+    )  # fmt: skip
     assert evidence is not None, "one process evaluates"
     summary = _summary(run, target, data, str(device))
     report = render_report(_report_folder(run, target), summary, evidence, _metrics(target), None)
@@ -140,6 +143,18 @@ def _data(run: EvaluateRun, config: PretrainConfig | None) -> DataConfig:
     if config is None:
         raise ConfigError("data: not given; a target that is no run folder needs labelled data, such as data=digits")
     return config.evaluate.data or config.data.model_copy(update={"labels": True})
+
+
+def _masked_statistics(target: Target) -> bool:
+    """Whether the task that trained the target collected batch-norm statistics on masked pictures only."""
+    if target.config is None or not batch_norms(target.backbone):
+        return False
+    try:
+        return task_class(target.config.task["name"]).masked_statistics
+    except (ConfigError, ImportError) as error:  # a plugin that is not installed here
+        raise ConfigError(
+            f"evaluate.recalibrate: auto has to know the run's task ({_first_line(error)}); set it to true or false"
+        ) from error
 
 
 def _read_config(file: Path) -> PretrainConfig | None:

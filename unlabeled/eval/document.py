@@ -40,7 +40,8 @@ def report_document(
                     backbone less the baseline, the same three, Newcombe's interval).
     ``evidence``    null or ``encoders`` (name → ``title``, ``metrics``, ``notes``, ``seconds``, ``dimension``),
                     ``classes``, ``train_pictures``, ``test_pictures``, ``majority``, ``skipped``, ``seeds``,
-                    ``hardware``, ``seconds``, ``confusion`` (of the linear probe, true class by predicted class; null
+                    ``hardware``, ``seconds``, ``recalibrated`` (training pictures on which batch-norm statistics were
+                    estimated anew; 0: none), ``confusion`` (of the linear probe, true class by predicted class; null
                     past 50 classes).
     ``training``    null or ``rows``, ``first`` and ``last`` (rows of metrics.jsonl) and ``online`` ([epoch or step,
                     kNN accuracy] during the run).
@@ -118,6 +119,7 @@ def _evidence(evidence: Evidence) -> dict[str, Any]:
         "seeds": evidence.seeds,
         "hardware": evidence.hardware,
         "seconds": evidence.seconds,
+        "recalibrated": evidence.recalibrated,
         "confusion": confusion if small else None,
     }
 
@@ -148,6 +150,11 @@ def _notes(run: RunSummary, evidence: Evidence | None) -> list[str]:
         "Intervals are 95 % and cover the choice of test pictures only, not another pretraining seed: Wilson for "
         "accuracies, Newcombe for differences (a little wide, as all encoders see the same pictures).",
     ]
+    if evidence.recalibrated:
+        notes.append(
+            f"Running statistics of batch norms were estimated anew on {evidence.recalibrated:,} whole training "
+            "pictures, without labels, for the backbone and for random weights alike."
+        )
     if "linear/lr" in probe:
         notes.append(f"Chosen for this backbone: lr {probe['linear/lr']:g}, decay {probe['linear/weight_decay']:g}.")
     for split, names in evidence.skipped.items():

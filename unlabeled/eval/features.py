@@ -5,7 +5,7 @@ Shapes: B images of a batch, N pictures of a source, D features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,8 @@ from unlabeled.ssl.errors import DataError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Encode = Callable[[Tensor], Tensor]
+PictureBatch = tuple[Tensor, "Tensor | None", list[int]]
+"""Indices (B,), pictures uint8 (B, 3, h, w) or None where none can be decoded, and the indices of those that cannot."""
 
 _MARGIN = 256 / 224
 _AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -151,7 +153,7 @@ def is_main_process() -> bool:
 class _Pictures(Dataset[tuple[int, Tensor | None]]):
     """Part of a source, transformed; None stands for a picture that cannot be decoded."""
 
-    def __init__(self, source: ImageSource, transform: Callable[[Tensor], Tensor], indices: range) -> None:
+    def __init__(self, source: ImageSource, transform: Callable[[Tensor], Tensor], indices: Sequence[int]) -> None:
         self.source, self.transform, self.indices = source, transform, indices
 
     def __len__(self) -> int:
@@ -165,8 +167,26 @@ class _Pictures(Dataset[tuple[int, Tensor | None]]):
             return index, None
 
 
-def _collate(items: list[tuple[int, Tensor | None]]) -> tuple[Tensor, Tensor | None, list[int]]:
-    """Batch → indices (B,), pictures (B, 3, h, w) or None, indices of the unreadable."""
+def load_pictures(
+    source: ImageSource,
+    transform: Callable[[Tensor], Tensor],
+    indices: Sequence[int],
+    *,
+    batch_size: int,
+    workers: int,
+) -> Iterable[PictureBatch]:
+    """The pictures `indices` of `source`, transformed to one size, in that order."""
+    return DataLoader(
+        _Pictures(source, transform, indices),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # a loader without its own draws from the global one and disturbs the training
+    )
+
+
+def _collate(items: list[tuple[int, Tensor | None]]) -> PictureBatch:
     good = [(index, image) for index, image in items if image is not None]
     images = torch.stack([image for _, image in good]) if good else None
     return torch.tensor([index for index, _ in good]), images, [index for index, image in items if image is None]
@@ -178,14 +198,7 @@ def _encode_all(
 ) -> FeatureSplit:
     rank, world = _world()
     share = range(len(source) * rank // world, len(source) * (rank + 1) // world)
-    loader = DataLoader(
-        _Pictures(source, transform, share),
-        batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=_collate,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # a loader without its own draws from the global one and disturbs the training
-    )
+    loader = load_pictures(source, transform, share, batch_size=batch_size, workers=workers)
     features: list[Tensor] = []
     indices: list[Tensor] = []
     unreadable: list[int] = []

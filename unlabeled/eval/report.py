@@ -174,12 +174,17 @@ def _facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Evaluated on", ", ".join(f"{k} {v}" for k, v in evidence.get("hardware", {}).items())),
         ("Training pictures", f"{evidence['train_pictures']:,}" if evidence else None),
         ("Test pictures", f"{evidence['test_pictures']:,}" if evidence else None),
+        ("Batch norms", _batch_norms(evidence.get("recalibrated", 0))),
         ("Seed", str(run["seed"])),
         ("Evaluation seeds", ", ".join(f"{name} {seed}" for name, seed in evidence.get("seeds", {}).items())),
         ("Commit", run["commit"]),
         ("Versions", ", ".join(f"{name} {number}" for name, number in run["versions"].items())),
     ]
     return [(name, str(value)) for name, value in known if value]
+
+
+def _batch_norms(pictures: int) -> str | None:
+    return f"statistics of {pictures:,} whole training pictures" if pictures else None
 
 
 def _duration(seconds: float | None) -> str | None:

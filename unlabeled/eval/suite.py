@@ -19,6 +19,7 @@ from unlabeled.eval.features import Precision, extract_features, is_main_process
 from unlabeled.eval.gallery import GalleryRow, nearest_gallery
 from unlabeled.eval.knn import KnnEvaluator
 from unlabeled.eval.linear import LinearEvaluator
+from unlabeled.eval.recalibrate import recalibrated, recalibration_pictures
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.data.source import ImageSource, limited
 from unlabeled.ssl.errors import ConfigError, DataError
@@ -63,6 +64,8 @@ class Evidence:
     gallery: tuple[GalleryRow, ...] = ()
     seconds: float = 0.0
     """Wall clock of the whole evaluation."""
+    recalibrated: int = 0
+    """Training pictures on which the batch-norm statistics of all networks were estimated anew; 0: they were not."""
 
 
 def evaluate_backbone(
@@ -76,9 +79,11 @@ def evaluate_backbone(
     seed: int = 0,
     workers: int = 0,
     precision: Precision = "fp32",
+    masked_statistics: bool = False,
 ) -> Evidence | None:
     """Measures `backbone` (trained here or anywhere) on labelled data; features are cached in ``work/features``.
 
+    `masked_statistics` says that its batch norms saw masked pictures only, which ``config.recalibrate`` may answer.
     Under torch.distributed every process must call it and takes part in computing features; all but the first receive
     None. Raises DataError for data without labels or with test classes unknown to the training split.
     """
@@ -91,13 +96,14 @@ def evaluate_backbone(
     sets: dict[str, FeatureSet] = {}
     seconds: dict[str, float] = {}
     notes: dict[str, str] = {}
+    loading: dict[str, Any] = {"batch_size": config.batch_size, "workers": workers, "device": device}
+    anew = min(recalibration_pictures(config, backbone, masked_statistics), len(train))
 
     def encode(name: str, encoder: Backbone) -> None:
         with _timed(seconds, name):
-            sets[name] = _feature_set(
-                train, test, classes, encoder, batch_size=config.batch_size, workers=workers, device=device,
-                cache=cache, precision=precision,
-            )  # fmt: skip
+            if anew:
+                encoder = recalibrated(encoder, train, pictures=anew, **loading)
+            sets[name] = _feature_set(train, test, classes, encoder, cache=cache, precision=precision, **loading)
 
     encode("backbone", backbone)
     if config.baselines:
@@ -112,7 +118,7 @@ def evaluate_backbone(
         return None
     encoders = {name: _judged(name, data, evaluators, seconds[name], notes.get(name)) for name, data in sets.items()}
     evidence = _evidence(encoders, sets["backbone"], (train, test), knn, seed=seed, device=device)
-    return replace(evidence, seconds=time.perf_counter() - began)
+    return replace(evidence, seconds=time.perf_counter() - began, recalibrated=anew)
 
 
 def online_knn(
@@ -124,14 +130,15 @@ def online_knn(
     *,
     workers: int = 0,
     precision: Precision = "fp32",
+    masked_statistics: bool = False,
 ) -> dict[str, float]:
     """kNN accuracies (``knn/k20`` → fraction) of a network in training, which is left as it was; {} off rank 0."""
     evaluator = KnnEvaluator(config.knn)
     train, test = limited(train, config.limit), limited(test, config.limit)
-    data = _feature_set(
-        train, test, _classes(train), backbone, batch_size=config.batch_size, workers=workers, device=device,
-        cache=None, precision=precision,
-    )  # fmt: skip
+    loading: dict[str, Any] = {"batch_size": config.batch_size, "workers": workers, "device": device}
+    if pictures := recalibration_pictures(config, backbone, masked_statistics):
+        backbone = recalibrated(backbone, train, pictures=pictures, **loading)
+    data = _feature_set(train, test, _classes(train), backbone, cache=None, precision=precision, **loading)
     if not is_main_process():
         return {}
     return {f"knn/{name}": value for name, value in evaluator.run(data) if isinstance(value, float)}

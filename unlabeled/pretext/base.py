@@ -60,6 +60,9 @@ class PretextTask(nn.Module):
     Config: ClassVar[type[TaskConfig]] = TaskConfig
     requires: ClassVar[frozenset[str]] = frozenset()
     """Names of the backbone capabilities that the task needs (see `unlabeled.ssl.backbone`)."""
+    masked_statistics: ClassVar[bool] = False
+    """Whether the backbone's batch norms collect their running statistics on masked pictures only; evaluation then
+    estimates them anew on whole ones (see `unlabeled.eval.recalibrate`)."""
 
     def __init__(self, config: TaskConfig, backbone: Backbone) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from unlabeled.pretext.base import PretextTask
+from unlabeled.pretext.registry import task_class
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.checkpoint import writing
 from unlabeled.ssl.data.loader import LoadedBatch, ViewDataset, collate, seeded
@@ -55,6 +56,7 @@ class OnlineEvaluation:
         self, config: PretrainConfig, data: tuple[ImageSource, ImageSource] | None, steps_per_epoch: int
     ) -> None:
         self._config, self._data = config.evaluate, data
+        self._task = task_class(config.task["name"])
         wanted = config.evaluate.every > 0 and data is not None
         self.every_steps = max(round(config.evaluate.every * steps_per_epoch), 1) if wanted else None
 
@@ -67,9 +69,8 @@ class OnlineEvaluation:
 
         assert self._data is not None, "run() without data"
         train, test = self._data
-        return {
-            f"eval/{name}": value for name, value in online_knn(backbone, train, test, self._config, device).items()
-        }
+        values = online_knn(backbone, train, test, self._config, device, masked_statistics=self._task.masked_statistics)
+        return {f"eval/{name}": value for name, value in values.items()}
 
 
 def conclude(run: Training, task: PretextTask, seconds: float | None) -> tuple[Evidence | None, Path | None]:
@@ -91,7 +92,7 @@ def conclude(run: Training, task: PretextTask, seconds: float | None) -> tuple[E
         logger.info("evaluating: %d labelled training pictures, %d for testing", len(data[0]), len(data[1]))
         evidence = evaluate_backbone(
             encoder, *data, config.evaluate, work=config.out, device=device, seed=config.engine.seed,
-            workers=config.engine.workers,
+            workers=config.engine.workers, masked_statistics=task.masked_statistics,
         )  # fmt: skip
     if not run.accelerator.is_main_process:
         return None, None

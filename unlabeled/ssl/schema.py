@@ -117,6 +117,9 @@ class EngineConfig(Section):
     clip: float | None = Field(None, gt=0)
     """Largest gradient norm; None: no clipping."""
     compile: bool = False
+    onednn: bool | None = None
+    """CPU, fp32: linear layers through oneDNN instead of torch's usual library; None: where that is faster (AMD with
+    AVX-512). Not together with `compile`."""
     channels_last: bool | None = None
     """Memory layout of convolutions; None: channels last for networks of 2-D maps on a GPU."""
     sync_bn: bool = False
@@ -168,6 +171,11 @@ class EvaluateConfig(Section):
     batch_size: int = Field(256, ge=1)
     limit: int | None = Field(None, ge=1)
     """Largest number of pictures per split, chosen by a fixed shuffle."""
+    recalibrate: Literal["auto"] | bool = "auto"
+    """Estimate the running statistics of batch norms anew on whole training pictures, of the backbone and of its
+    baseline with random weights. auto: when the task collected them on masked pictures."""
+    recalibrate_pictures: int = Field(1024, ge=2)
+    """Training pictures for that estimate, chosen by a fixed shuffle."""
     knn: KnnConfig = KnnConfig()
     linear: LinearConfig = LinearConfig()
 

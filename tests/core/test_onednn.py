@@ -1,0 +1,97 @@
+"""Linear layers through oneDNN: the same numbers, where it applies, and where it does not."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unlabeled.ssl import onednn
+from unlabeled.ssl.onednn import fast_products
+
+CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.skipif(not onednn._available(), reason="this build of torch has no oneDNN")
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> mock.Mock:
+    """Counts the products that oneDNN computes."""
+    counted = mock.Mock(side_effect=onednn._product)
+    monkeypatch.setattr(onednn, "_product", counted)
+    return counted
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (2, 3, 8), (2, 3, 5, 8)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_values_and_gradients_are_those_of_the_usual_product(
+    shape: tuple[int, ...], bias: bool, products: mock.Mock
+) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(8, 4, bias=bias), torch.randn(shape, requires_grad=True)
+    weights = torch.randn(*shape[:-1], 4)
+
+    def run(context) -> list[Tensor]:
+        with context:
+            y = layer(x)
+        return [y, *torch.autograd.grad((y * weights).sum(), [x, *layer.parameters()])]
+
+    for found, expected in zip(run(fast_products(CPU, True)), run(nullcontext()), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert products.call_count == 3, "forward, gradient of the input, gradient of the weights"
+
+
+def test_strided_inputs_and_parts_of_a_weight_are_right() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 8, 5).transpose(1, 2), torch.randn(12, 8)
+    with fast_products(CPU, True):
+        found = F.linear(x, weight[4:])
+    torch.testing.assert_close(found, x @ weight[4:].t(), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_that_nobody_asked_for_are_not_computed(products: mock.Mock) -> None:
+    layer = nn.Linear(8, 4)
+    layer.weight.requires_grad_(False)
+    with fast_products(CPU, True):
+        layer(torch.randn(2, 8)).sum().backward()
+    assert layer.weight.grad is None
+    assert torch.equal(layer.bias.grad, torch.full((4,), 2.0))
+    assert products.call_count == 1
+
+
+def test_other_types_and_autocast_compute_as_ever(products: mock.Mock) -> None:
+    with fast_products(CPU, True):
+        assert nn.Linear(8, 4).double()(torch.randn(2, 8).double()).dtype == torch.float64
+        with torch.autocast("cpu", torch.bfloat16):
+            assert nn.Linear(8, 4)(torch.randn(2, 8)).dtype == torch.bfloat16
+        assert nn.Linear(8, 4)(torch.randn(0, 8)).shape == (0, 4)
+        assert products.call_count == 0
+        nn.Linear(8, 4)(torch.randn(2, 8))
+    nn.Linear(8, 4)(torch.randn(2, 8))
+    assert products.call_count == 1, "only inside"
+
+
+@pytest.mark.parametrize(
+    ("listing", "capability", "device", "used"),
+    [
+        ("vendor_id : AuthenticAMD", "AVX512", "cpu", True),
+        ("vendor_id : GenuineIntel", "AVX512", "cpu", False),
+        ("vendor_id : AuthenticAMD", "AVX2", "cpu", False),
+        ("vendor_id : AuthenticAMD", "AVX512", "cuda", False),
+    ],
+)
+def test_it_is_used_where_mkl_is_slow(
+    listing: str, capability: str, device: str, used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: listing)
+    monkeypatch.setattr(Path, "is_file", lambda self: True)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    context = fast_products(torch.device(device))
+    assert isinstance(context, onednn._OneDNN) == used
+    assert isinstance(fast_products(torch.device(device), False), nullcontext)
