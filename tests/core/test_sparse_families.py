@@ -19,13 +19,48 @@ from unlabeled.ssl.sparse.masked_map import MaskedMap
 from unlabeled.ssl.sparse.rows import Cells
 
 ARCHITECTURES = json.loads(resources.files("unlabeled.ssl").joinpath("architectures.json").read_text())
-SUPPORTED = [  # fmt: skip
-    "byobnet", "convmixer", "convnext", "cspnet", "cspnext", "densenet", "dla", "dpn", "efficientnet", "fasternet",
-    "fastvit", "focalnet", "ghostnet", "hardcorenas", "hgnet", "hrnet", "inception_next", "lcnetv2", "mambaout",
-    "metaformer", "mobilenetv3", "nfnet", "nin", "rdnet", "regnet", "repghost", "repvit", "res2net", "resnest",
-    "resnet", "resnetv2", "rexnet", "selecsls", "senet", "sknet", "starnet", "tresnet", "vgg", "vovnet",
+SUPPORTED = [
+    "byobnet",
+    "convmixer",
+    "convnext",
+    "cspnet",
+    "cspnext",
+    "densenet",
+    "dla",
+    "dpn",
+    "efficientnet",
+    "fasternet",
+    "fastvit",
+    "focalnet",
+    "ghostnet",
+    "hardcorenas",
+    "hgnet",
+    "hrnet",
+    "inception_next",
+    "lcnetv2",
+    "mambaout",
+    "metaformer",
+    "mobilenetv3",
+    "nfnet",
+    "nin",
+    "rdnet",
+    "regnet",
+    "repghost",
+    "repvit",
+    "res2net",
+    "resnest",
+    "resnet",
+    "resnetv2",
+    "rexnet",
+    "selecsls",
+    "senet",
+    "sknet",
+    "starnet",
+    "tresnet",
+    "vgg",
+    "vovnet",
     "xception_aligned",
-]  # fmt: skip
+]
 
 
 def build(module: str) -> Backbone:
