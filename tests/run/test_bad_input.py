@@ -56,7 +56,7 @@ def files_of(folder: Path) -> dict[Path, bytes]:
     [
         (["task=mea"], "task: 'mea' is not a pretext task; did you mean 'mae'?"),
         (["task.mask_ration=0.5"], "task.mask_ration: there is no such setting in task; did you mean 'mask_ratio'"),
-        (["task.mask_ratio=0.99"], "task.mask_ratio: 0.99 leaves 0 of 4x4 patches visible"),
+        (["task.mask_ratio=0.99"], "task.mask_ratio: 0.99 leaves 0 of 4x4 cells visible"),
         (["task.decoder.heads=3"], "dim 16 is no multiple of heads 3"),
         (["backbone=resnet81"], "backbone.name: 'resnet81' is not a timm model; did you mean"),
         (["backbone=resnet18", "~backbone.kwargs"], "backbone: resnet18 cannot do MAE: it lacks token_dropp"),

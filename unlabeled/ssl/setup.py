@@ -129,7 +129,8 @@ def set_layout(task: PretextTask, config: PretrainConfig, accelerator: Accelerat
     if config.engine.sync_bn:
         if accelerator.device.type != "cuda":
             raise ConfigError("engine.sync_bn: true needs a GPU; torch has no synchronised batch norm on the CPU")
-        torch.nn.SyncBatchNorm.convert_sync_batchnorm(task)  # type: ignore[no-untyped-call]
+        if not task.masked_statistics:  # masked batch norms span all ranks by themselves
+            torch.nn.SyncBatchNorm.convert_sync_batchnorm(task)  # type: ignore[no-untyped-call]
     if config.engine.compile:
         task.compile()
 
