@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +111,41 @@ def test_the_exported_backbone_is_plain_timm(results: dict[str, unlabeled.Pretra
     made = json.loads((result.out / "backbone.json").read_text())
     model = timm.create_model(made["name"], checkpoint_path=str(result.weights), **made["kwargs"]).eval()
     x = torch.randn(2, 3, *result.backbone.input_size)
-    result.backbone.eval()
+    result.backbone.eval().to(memory_format=torch.contiguous_format)  # convolutions sum in another order in the other
     with torch.no_grad():
         assert torch.equal(model.forward_head(model.forward_features(x), pre_logits=True), result.backbone.pooled(x))
+
+
+@pytest.mark.parametrize("task", task_names())
+def test_resumed_in_the_middle_equals_never_stopped(
+    results: dict[str, unlabeled.PretrainResult], task: str, tmp_path: Path
+) -> None:
+    """As if killed after the first checkpoint; `test_resume.py` really kills, at any step."""
+    whole = results[task].out / "checkpoints" / "step_00000008"
+    broken = tmp_path / "broken"
+    shutil.copytree(results[task].out / "checkpoints" / "step_00000004", broken / "checkpoints" / "step_00000004")
+    (broken / "checkpoints" / "last").write_text((whole.parent / "last").read_text().replace("08", "04"))
+    shutil.copy(results[task].out / "config.yaml", broken)
+    unlabeled.pretrain(**settings(task), out=broken)
+    resumed = broken / "checkpoints" / "step_00000008"
+    for file in ("model.safetensors", "optimizer.pt"):
+        read = load_file if file.endswith("safetensors") else partial(torch.load, weights_only=True)
+        assert_same_bits(read(whole / file), read(resumed / file), file)
+    assert (whole / "state.json").read_text() == (resumed / "state.json").read_text()
+
+
+def assert_same_bits(a: Any, b: Any, where: str) -> None:
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same_bits(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        for index, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_bits(x, y, f"{where}/{index}")
+    else:
+        assert a == b, where
 
 
 def test_a_finished_run_started_again_trains_no_step(results: dict[str, unlabeled.PretrainResult]) -> None:
