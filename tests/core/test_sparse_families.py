@@ -74,6 +74,8 @@ def prepared(module: str) -> tuple[nn.Module, tuple[int, int], tuple[int, int]]:
     """The network in double precision with lively norms, its size, and one cell of its mask."""
     backbone = build(module)
     model = backbone.model.double()
+    if module == "convmixer":
+        model.blocks = model.blocks[:4]  # its 32 with norms over twelve places blow rounding up
     for layer in model.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None:
             layer.running_mean.normal_(std=0.2)

@@ -96,10 +96,14 @@ def _matrix(given: argparse.Namespace) -> None:
     from unlabeled.ssl.matrix import matrix_config, measure
     from unlabeled.ssl.matrix_page import render_terminal, write_page
 
-    logging.getLogger("unlabeled.pretext").setLevel(logging.WARNING)  # what a task says of itself, once per cell
     run = matrix_config(given.words)
-    errors = Console(stderr=True)
-    matrix = measure(run, lambda modules: iter(track(modules, description="modules", console=errors)))
+    errors, tasks = Console(stderr=True), logging.getLogger("unlabeled.pretext")
+    level = tasks.level
+    tasks.setLevel(logging.WARNING)  # what a task says of itself, it would say for each cell
+    try:
+        matrix = measure(run, lambda modules: iter(track(modules, description="modules", console=errors)))
+    finally:
+        tasks.setLevel(level)
     if run.out is not None:
         write_page(matrix, run.out)
     Console().print(render_terminal(matrix))
