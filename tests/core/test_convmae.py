@@ -191,9 +191,7 @@ def test_capabilities():
     assert backbone.lacks("dense_map") is None
     assert backbone.lacks("token_dropping") == "convolutions need the whole grid"
     assert backbone.lacks("sparse_convs") is not None
-    with pytest.raises(
-        CapabilityError, match=r"convmae_small cannot do MAE: .* token_dropping \(convolutions need the whole grid\)"
-    ):
+    with pytest.raises(CapabilityError, match=r"convmae_small cannot do MAE: .* token_dropping \(convolutions need"):
         backbone.require({"token_dropping"}, task="MAE")
     plain = create_backbone("test_vit", size=32)
     with pytest.raises(CapabilityError, match=r"test_vit cannot do ConvMAE: it lacks masked_stages \(only convmae_"):
