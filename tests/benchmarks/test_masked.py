@@ -28,6 +28,17 @@ def test_losses_and_gradients_are_those_of_the_original_execution(name: str) -> 
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_in_double_precision_nothing_but_rounding_is_left(name: str) -> None:
+    duel = set_up(MODELS[name].small(), CPU)
+    for task in (duel.ours, duel.theirs):
+        task.double()
+    duel.images = duel.images.double()
+    training_step(duel.ours, duel.our_loss, "fp32", CPU)
+    training_step(duel.theirs, duel.original_loss, "fp32", CPU)
+    assert relative_difference(*duel.gradients()) < 1e-8
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_the_whole_loss_changes_with_every_trained_parameter_on_both_sides(name: str) -> None:
     duel = set_up(MODELS[name].small(), CPU)
     training_step(duel.ours, duel.our_loss, "fp32", CPU)
