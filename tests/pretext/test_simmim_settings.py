@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from importlib import resources
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from unlabeled.ssl.errors import CapabilityError, ConfigError
 from unlabeled.ssl.schedule import peak_rate
 from unlabeled.ssl.schema import PretrainConfig
 
-ARCHITECTURES = json.loads((Path(__file__).parents[1] / "core" / "architectures.json").read_text())
+ARCHITECTURES = json.loads(resources.files("unlabeled.ssl").joinpath("architectures.json").read_text())
 """One small model of each of timm's architecture modules; all of them pass, the quick ones are tested here."""
 SAMPLE = {
     "byobnet": "pixel", "convnext": "token", "deepseek_vit": "token", "efficientnet": "pixel", "efficientvim": "pixel",
