@@ -6,7 +6,7 @@ A mask says *visible* (True) inside this package; other polarities are converted
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -85,6 +85,12 @@ class PretextTask(nn.Module):
     def forward(self, batch: Batch, *args: Any, **draw: Any) -> StepOutput:
         """The whole loss of one local batch. No logging, no optimizer, no process-group set-up here."""
         raise NotImplementedError
+
+    def train_only(self, reached: Container[str]) -> None:
+        """Freezes the backbone's parameters whose names (relative to it) are not `reached` by the loss."""
+        for name, parameter in self.backbone.named_parameters():
+            if name not in reached:
+                parameter.requires_grad_(False)
 
     def after_step(self, progress: float) -> None:
         """Moves EMA teachers, queues, vocabularies; once an optimizer step, `progress` in [0, 1]."""

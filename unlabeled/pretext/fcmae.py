@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from unlabeled.pretext.base import Batch, NamedParameter, StepOutput, TaskConfig
 from unlabeled.pretext.common.checkpoint import load_mapped
 from unlabeled.pretext.common.convnext_names import official_name
-from unlabeled.pretext.common.masked_image import MaskedImageConfig, MaskedImageTask
+from unlabeled.pretext.common.masked_image import CellRegression, MaskedImageConfig
 from unlabeled.pretext.common.masking import Masking, Method
-from unlabeled.pretext.common.patches import normalize_patches, patch_statistics, patchify, unpatchify, widened
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.sparse import SparseEncoder
 
@@ -50,7 +49,7 @@ class FCMAEConfig(MaskedImageConfig):
     decoder: DecoderConfig = DecoderConfig()
 
 
-class FCMAE(MaskedImageTask):
+class FCMAE(CellRegression):
     """Fully convolutional masked autoencoder. Submodules: `backbone` (the encoder) and `decoder`.
 
     A cell of the mask is one place of the encoder's last map. The backbone keeps its initial weights: timm draws those
@@ -73,9 +72,7 @@ class FCMAE(MaskedImageTask):
         self.decoder = ConvDecoder(
             last.channels, 3 * last.stride**2, dim=config.decoder.dim, depth=config.decoder.depth
         )
-        reached = backbone.reached_by_maps([-1])
-        for name, parameter in backbone.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and name in reached)
+        self.train_only(backbone.reached_by_maps([-1]))
 
     def forward(self, batch: Batch, *, noise: Tensor | None = None, visible: Tensor | None = None) -> StepOutput:
         """Mean squared error of the hidden cells of ``batch["image"]``, and the part of their variance explained.
@@ -86,27 +83,19 @@ class FCMAE(MaskedImageTask):
         images = self.images_of(batch)
         masking = self.mask(images, noise, visible)
         predictions = self.decoder(self.encode(images, masking), masking)
-        target = self.target(images, masking.ids_masked)
-        loss = (predictions.to(target.dtype) - target).square().mean()
-        return StepOutput(loss, {"explained": 1 - loss.detach() / (target.square().mean() + 1e-6)})
+        return self.score(predictions, images, masking)
 
     def encode(self, images: Tensor, masking: Masking) -> Tensor:
         """Normalised (B, 3, H, W) → features of the visible cells (B, K, C), in the order of `ids_keep`."""
         (last,) = self.sparse.maps(images, masking, indices=[-1])
         return last.rows()
 
-    def target(self, images: Tensor, ids: Tensor) -> Tensor:
-        """What is to be predicted for the cells `ids` (B, M): at least float32 (B, M, ph * pw * 3)."""
-        patches = patchify(images, self.cell, ids)
-        return normalize_patches(patches) if self.config.norm_pix else widened(patches)
+    @property
+    def norm_pix(self) -> bool:
+        return self.config.norm_pix
 
     def reconstruct(self, images: Tensor, masking: Masking) -> Tensor:
-        """See the base class; with `norm_pix` predictions get back the true statistics of their cell."""
-        predictions = widened(self.decoder.predict_all(self.encode(images, masking), masking))
-        if self.config.norm_pix:
-            mean, deviation = patch_statistics(patchify(images, self.cell))
-            predictions = predictions * deviation + mean
-        return unpatchify(predictions, self.cell, masking.grid)
+        return self.pictures_of(self.decoder.predict_all(self.encode(images, masking), masking), images, masking)
 
     def parameter_groups(self) -> Iterator[NamedParameter]:
         """See the base class; gains and offsets of response norms are decayed, as published.

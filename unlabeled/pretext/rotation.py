@@ -98,10 +98,7 @@ class Rotation(PretextTask):
     def __init__(self, config: RotationConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
         _check_square(*backbone.input_size, config.angles)
-        reached = backbone.reached_by_pooled()
-        for name, parameter in backbone.named_parameters():
-            if name not in reached:
-                parameter.requires_grad_(False)
+        self.train_only(backbone.reached_by_pooled())
         self.head = nn.Linear(backbone.embed_dim, config.angles)
 
     @classmethod

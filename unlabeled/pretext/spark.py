@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from unlabeled.pretext.base import Batch, NamedParameter, StepOutput, TaskConfig
 from unlabeled.pretext.common.checkpoint import load_mapped
 from unlabeled.pretext.common.convnext_names import official_name
-from unlabeled.pretext.common.masked_image import MaskedImageConfig, MaskedImageTask, Part
+from unlabeled.pretext.common.masked_image import CellRegression, MaskedImageConfig, Part
 from unlabeled.pretext.common.masking import Masking, Method
-from unlabeled.pretext.common.patches import normalize_patches, patch_statistics, patchify, unpatchify, widened
+from unlabeled.pretext.common.patches import patchify
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.errors import CapabilityError, ConfigError
 from unlabeled.ssl.sparse import MaskedMap, SparseEncoder, convert
@@ -67,7 +67,7 @@ class SparKConfig(MaskedImageConfig):
     decoder: DecoderConfig = DecoderConfig()
 
 
-class SparK(MaskedImageTask):
+class SparK(CellRegression):
     """Sparse and hierarchical masked modeling. Submodules: `backbone`, `densify` and `decoder`."""
 
     Config: ClassVar[type[TaskConfig]] = SparKConfig
@@ -89,9 +89,7 @@ class SparK(MaskedImageTask):
         channels = [backbone.stages[index].channels for index in self.levels]
         self.densify = Densify(channels, widths, "batch" if _has_batch_norm(backbone) else "layer")
         self.decoder = LightDecoder(widths)
-        reached = backbone.reached_by_maps(self.levels)
-        for name, parameter in backbone.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and name in reached)
+        self.train_only(backbone.reached_by_maps(self.levels))
 
     def forward(self, batch: Batch, *, noise: Tensor | None = None, visible: Tensor | None = None) -> StepOutput:
         """Mean squared error of the hidden cells of ``batch["image"]``, and the part of their variance explained.
@@ -101,10 +99,8 @@ class SparK(MaskedImageTask):
         """
         images = self.images_of(batch)
         masking = self.mask(images, noise, visible)
-        target = self.target(images, masking.ids_masked)
         predictions = patchify(self.predict(images, masking), self.cell, masking.ids_masked)
-        loss = (predictions.to(target.dtype) - target).square().mean()
-        return StepOutput(loss, {"explained": 1 - loss.detach() / (target.square().mean() + 1e-6)})
+        return self.score(predictions, images, masking)
 
     def predict(self, images: Tensor, masking: Masking) -> Tensor:
         """Normalised (B, 3, H, W) → predictions (B, 3, H, W) in units of each cell's own mean and deviation."""
@@ -112,15 +108,8 @@ class SparK(MaskedImageTask):
         prediction: Tensor = self.decoder(self.densify(maps))
         return prediction
 
-    def target(self, images: Tensor, ids: Tensor) -> Tensor:
-        """The cells `ids` (B, M), each normalised by itself: at least float32 (B, M, ph * pw * 3)."""
-        return normalize_patches(patchify(images, self.cell, ids))
-
     def reconstruct(self, images: Tensor, masking: Masking) -> Tensor:
-        """See the base class; predictions get back the true statistics of their cell."""
-        mean, deviation = patch_statistics(patchify(images, self.cell))
-        predictions = patchify(widened(self.predict(images, masking)), self.cell)
-        return unpatchify(predictions * deviation + mean, self.cell, masking.grid)
+        return self.pictures_of(patchify(self.predict(images, masking), self.cell), images, masking)
 
     def parameter_groups(self) -> Iterator[NamedParameter]:
         """See the base class; mask embeddings and layer scales are not decayed either, as published."""

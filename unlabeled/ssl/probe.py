@@ -118,18 +118,11 @@ def reached_by_maps(model: nn.Module, size: tuple[int, int], indices: list[int])
 
 
 def _reached_by(model: nn.Module, size: tuple[int, int], results: _Results) -> set[str]:
-    try:
-        return _reached(ghost(model), size, torch.device("meta"), results)
-    except Exception:  # see probe_shapes; the copy keeps gradients of the network itself untouched
-        first = next(model.parameters())
-        return _reached(_copy(model), size, first.device, results)
+    @torch.enable_grad()
+    def reached(net: nn.Module, x: Tensor) -> set[str]:
+        parameters = {name: parameter.requires_grad_(True) for name, parameter in net.named_parameters()}
+        total = torch.stack([result.sum() for result in results(net, x)]).sum()
+        grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+        return {name for name, grad in zip(parameters, grads, strict=True) if grad is not None}
 
-
-@torch.enable_grad()
-def _reached(net: nn.Module, size: tuple[int, int], device: torch.device, results: _Results) -> set[str]:
-    parameters = {name: parameter.requires_grad_(True) for name, parameter in net.named_parameters()}
-    first = next(iter(parameters.values()))
-    x = torch.zeros(1, 3, *size, device=device, dtype=first.dtype)
-    total = torch.stack([result.sum() for result in results(net, x)]).sum()
-    grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
-    return {name for name, grad in zip(parameters, grads, strict=True) if grad is not None}
+    return probed(model, size, reached)

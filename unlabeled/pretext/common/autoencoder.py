@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from unlabeled.pretext.base import Batch, StepOutput, TaskConfig
 from unlabeled.pretext.common.checkpoint import load_mapped, require_fixed_table, resampled_positions
 from unlabeled.pretext.common.decoder import TransformerDecoder
-from unlabeled.pretext.common.masked_image import MaskedImageConfig, MaskedImageTask
+from unlabeled.pretext.common.masked_image import CellRegression, MaskedImageConfig
 from unlabeled.pretext.common.masking import Masking
-from unlabeled.pretext.common.patches import normalize_patches, patch_statistics, patchify, unpatchify, widened
 from unlabeled.pretext.common.positions import sincos_2d
 from unlabeled.ssl.errors import ConfigError
 
@@ -59,7 +58,7 @@ class AutoencoderConfig(MaskedImageConfig):
     only the decoder is drawn. auto: keep for a backbone that starts from trained weights, else mae."""
 
 
-class MaskedAutoencoder(MaskedImageTask):
+class MaskedAutoencoder(CellRegression):
     """Encodes visible cells and decodes hidden ones. A subclass builds its `decoder` and implements `latent`."""
 
     Config: ClassVar[type[TaskConfig]] = AutoencoderConfig
@@ -90,22 +89,14 @@ class MaskedAutoencoder(MaskedImageTask):
         images = self.images_of(batch)
         masking = self.mask(images, noise, visible)
         predictions = self.decoder(self.latent(images, masking), masking)
-        target = self.target(images, masking.ids_masked)
-        loss = (predictions.to(target.dtype) - target).square().mean()
-        return StepOutput(loss, {"explained": 1 - loss.detach() / (target.square().mean() + 1e-6)})
+        return self.score(predictions, images, masking)
+
+    @property
+    def norm_pix(self) -> bool:
+        return self.config.norm_pix
 
     def reconstruct(self, images: Tensor, masking: Masking) -> Tensor:
-        """See the base class; with `norm_pix` predictions get back the true statistics of their patch."""
-        predictions = widened(self.decoder.predict_all(self.latent(images, masking), masking))
-        if self.config.norm_pix:
-            mean, deviation = patch_statistics(patchify(images, self.cell))
-            predictions = predictions * deviation + mean
-        return unpatchify(predictions, self.cell, masking.grid)
-
-    def target(self, images: Tensor, ids: Tensor) -> Tensor:
-        """What is to be predicted for the patches `ids` (B, M): at least float32 (B, M, ph * pw * C)."""
-        patches = patchify(images, self.cell, ids)
-        return normalize_patches(patches) if self.config.norm_pix else widened(patches)
+        return self.pictures_of(self.decoder.predict_all(self.latent(images, masking), masking), images, masking)
 
     def load_official(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
         """Loads the authors' files, with or without a decoder in them.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.utils import make_grid
 
-from unlabeled.pretext.base import Batch, PretextTask, TaskConfig, Views
+from unlabeled.pretext.base import Batch, PretextTask, StepOutput, TaskConfig, Views
 from unlabeled.pretext.common.masking import (
     Masking,
     Method,
@@ -21,6 +21,7 @@ from unlabeled.pretext.common.masking import (
     masking_of,
     random_masking,
 )
+from unlabeled.pretext.common.patches import normalize_patches, patch_statistics, patchify, unpatchify, widened
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.errors import ConfigError
 from unlabeled.ssl.probe import modes_kept
@@ -71,8 +72,6 @@ class MaskedImageTask(PretextTask):
     """Whose way of counting visible cells is used."""
     interpolation: ClassVar[v2.InterpolationMode] = v2.InterpolationMode.BICUBIC
     """Of the random crop."""
-    masked_statistics: ClassVar[bool] = False
-    """Whether the encoder's batch-norm statistics are those of masked pictures, and shifted for whole ones."""
     config: MaskedImageConfig
     cell: tuple[int, int]
     """Pixels (rows, columns) of one cell of the mask; set before `forward` is called."""
@@ -145,6 +144,38 @@ class MaskedImageTask(PretextTask):
                 f"{remedy}, or use more pixels or smaller cells"
             )
         return keep
+
+
+class CellRegression(MaskedImageTask):
+    """Base of the tasks that predict the pixels of hidden cells under a squared error, each cell by itself."""
+
+    @property
+    def norm_pix(self) -> bool:
+        """Whether each cell is predicted normalised by its own mean and deviation."""
+        return True
+
+    def target(self, images: Tensor, ids: Tensor) -> Tensor:
+        """What is to be predicted for the cells `ids` (B, M): at least float32 (B, M, ph * pw * C)."""
+        patches = patchify(images, self.cell, ids)
+        return normalize_patches(patches) if self.norm_pix else widened(patches)
+
+    def score(self, predictions: Tensor, images: Tensor, masking: Masking) -> StepOutput:
+        """Mean squared error of predictions (B, L - K, ph * pw * C) of the hidden cells, and the part of their variance
+        that they explain."""
+        target = self.target(images, masking.ids_masked)
+        loss = (predictions.to(target.dtype) - target).square().mean()
+        return StepOutput(loss, {"explained": 1 - loss.detach() / (target.square().mean() + 1e-6)})
+
+    def pictures_of(self, predictions: Tensor, images: Tensor, masking: Masking) -> Tensor:
+        """Predictions of all cells (B, L, ph * pw * C) as pictures (B, C, H, W), normalised, at least float32.
+
+        With `norm_pix` each cell gets back its true mean and deviation.
+        """
+        predictions = widened(predictions)
+        if self.norm_pix:
+            mean, deviation = patch_statistics(patchify(images, self.cell))
+            predictions = predictions * deviation + mean
+        return unpatchify(predictions, self.cell, masking.grid)
 
 
 def _to_uint8(images: Tensor, backbone: Backbone) -> Tensor:

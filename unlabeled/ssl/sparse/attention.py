@@ -15,7 +15,7 @@ def split_attention(module: Any, forward: Callable[..., Any], x: MaskedMap) -> M
 
     `module` is timm's ``SplitAttn``.
     """
-    if x.cells.full and not x.gathered:
+    if x.whole:
         return x.with_seen(forward(x.held))
     mixed: MaskedMap = module.act0(module.drop(module.bn0(module.conv(x))))
     strip = mixed.strip()
@@ -31,7 +31,7 @@ def selective_kernel(module: Any, forward: Callable[..., Any], x: MaskedMap) -> 
 
     `module` is timm's ``SelectiveKernel``.
     """
-    if x.cells.full and not x.gathered:
+    if x.whole:
         return x.with_seen(forward(x.held))
     inputs = torch.split(x, module.in_channels // module.num_paths, 1) if module.split_input else [x] * module.num_paths
     paths: list[MaskedMap] = [path(part) for path, part in zip(module.paths, inputs, strict=True)]

@@ -15,12 +15,11 @@ from unlabeled.pretext.common.masking import Masking, random_masking
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.probe import ghost
 from unlabeled.ssl.sparse.masked_map import MaskedMap, NoRuleError, silenced
-from unlabeled.ssl.sparse.rows import Cells, Factor
+from unlabeled.ssl.sparse.rows import Cells
 from unlabeled.ssl.sparse.rules import RULES, attends, refusal
 
-Execution = Literal["auto", "gathered", "dense"]
-"""gathered: maps are rows of visible places, whole only around spatial layers. dense: whole everywhere, the reference.
-auto: the faster one for each stage."""
+Execution = Literal["gathered", "dense"]
+"""gathered: maps are rows of visible places, whole only around spatial layers. dense: whole maps, the reference."""
 
 
 def convert(module: nn.Module) -> nn.Module:
@@ -60,7 +59,7 @@ class SparseEncoder:
     It converts the backbone's layers in place (see `convert`); the backbone stays the same network for whole pictures.
     """
 
-    def __init__(self, backbone: Backbone, cell: tuple[int, int], execution: Execution = "auto") -> None:
+    def __init__(self, backbone: Backbone, cell: tuple[int, int], execution: Execution = "gathered") -> None:
         """`cell`: pixels of one cell of the mask. Raises CapabilityError for a backbone without a masked form."""
         backbone.require({"sparse_convs"}, task="sparse execution")
         self.backbone = backbone
@@ -70,11 +69,8 @@ class SparseEncoder:
 
     def maps(self, images: Tensor, masking: Masking, indices: Iterable[int]) -> list[MaskedMap]:
         """Maps of the stages `indices` for normalised (B, 3, H, W), of which the cells of `masking` are visible."""
-        cells = Cells(masking, None if self.execution == "dense" else self._dense_factors())
+        cells = Cells(masking, None if self.execution == "dense" else frozenset())
         return self.backbone.maps(_masked_images(images, cells, self.cell), indices)  # type: ignore[return-value]
-
-    def _dense_factors(self) -> frozenset[Factor]:
-        return frozenset()
 
 
 def _masked_images(images: Tensor, cells: Cells, cell: tuple[int, int]) -> MaskedMap:
@@ -88,10 +84,6 @@ def lacks_sparse_convs(backbone: Backbone) -> str | None:
     """
     if not backbone.stages:
         return "it gives no feature maps"
-    return _tried(backbone)
-
-
-def _tried(backbone: Backbone) -> str | None:
     stride = max(stage.stride for stage in backbone.stages)
     height, width = backbone.input_size
     if height % stride or width % stride:

@@ -76,7 +76,7 @@ def _statistic(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[st
     rest = args[1:]
     if x.last:
         raise NoRuleError(f"{name} of a map with channels last has no masked form")
-    if x.cells.full and not x.gathered:
+    if x.whole:
         return x.with_seen(func(x.held, *rest, **kwargs))
     return x.with_strip(func(x.strip(), *rest, **kwargs))
 
@@ -89,8 +89,7 @@ def _reduction(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[st
         raise NoRuleError(f"{name} over everything has no masked form")
     axes = {axis % 4 for axis in ((given,) if isinstance(given, int) else given)}
     if axes == set(x.spatial_axes):
-        whole = x.cells.full and not x.gathered
-        tensor: Tensor = func(x.seen(strip=not whole), *args[1:], **kwargs)
+        tensor: Tensor = func(x.seen(strip=not x.whole), *args[1:], **kwargs)
         return tensor
     keeps = kwargs.get("keepdim", bool(args[2]) if len(args) > 2 and name != "norm" else False)
     if axes == {x.channel_axis} and keeps:
@@ -104,8 +103,7 @@ def _adaptive_pool(func: Function, name: str, args: tuple[Any, ...], kwargs: dic
     size = kwargs.get("output_size", args[1] if len(args) > 1 else None)
     if x.last or size not in (1, (1, 1), [1, 1]):
         raise NoRuleError(f"{name} to {size} places has no masked form")
-    whole = x.cells.full and not x.gathered
-    pooled: Tensor = func(x.seen(strip=not whole), *args[1:], **kwargs)
+    pooled: Tensor = func(x.seen(strip=not x.whole), *args[1:], **kwargs)
     return pooled
 
 

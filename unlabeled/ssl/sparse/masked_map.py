@@ -124,6 +124,11 @@ class MaskedMap(torch.Tensor):
         return MaskedMap(storage, self.cells, self.factor, gathered=False, last=self.last)
 
     @property
+    def whole(self) -> bool:
+        """Whether it is the ordinary map: nothing is masked, and it is stored as such."""
+        return self.cells.full and not self.gathered
+
+    @property
     def channel_axis(self) -> int:
         return 3 if self.last else 1
 

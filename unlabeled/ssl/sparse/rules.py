@@ -42,7 +42,7 @@ def pointwise(module: nn.Module, forward: Forward, x: MaskedMap) -> MaskedMap:
 
 
 def statistic(module: nn.Module, forward: Forward, x: MaskedMap) -> MaskedMap:
-    if x.cells.full and not x.gathered:
+    if x.whole:
         return x.with_seen(forward(x.seen()))
     return x.with_strip(forward(x.seen(strip=True)))
 
@@ -60,8 +60,7 @@ def pooled(module: nn.Module, forward: Forward, x: MaskedMap) -> Tensor:
     size = getattr(module, "output_size", 1)
     if size not in (1, (1, 1), [1, 1]):
         raise NoRuleError(f"pooling to {size} places has no masked form")
-    whole = x.cells.full and not x.gathered
-    return cast(Tensor, forward(x.seen(strip=not whole)))
+    return cast(Tensor, forward(x.seen(strip=not x.whole)))
 
 
 def convolution(module: nn.Conv2d, forward: Forward, x: MaskedMap) -> MaskedMap:
@@ -76,7 +75,7 @@ def batch_norm(module: nn.BatchNorm2d, forward: Forward, x: MaskedMap) -> Masked
     trains = module.training or module.running_mean is None
     if not trains:
         return pointwise(module, forward, x)
-    if x.cells.full and not x.gathered and not synced():
+    if x.whole and not synced():
         return x.with_seen(forward(x.seen()))
     rows = x.rows()
     normalized = batch_norm_rows(module, rows.reshape(-1, rows.shape[-1])).view(rows.shape)
@@ -88,7 +87,7 @@ def batch_norm(module: nn.BatchNorm2d, forward: Forward, x: MaskedMap) -> Masked
 
 def response_norm(module: grn.GlobalResponseNorm, forward: Forward, x: MaskedMap) -> MaskedMap:
     """Global response norm, each picture by itself, in float32: sums of squares overflow in half precision."""
-    if x.cells.full and not x.gathered:
+    if x.whole:
         return x.with_seen(forward(x.seen()))
     strip = x.seen(strip=True)
     wide = torch.promote_types(strip.dtype, torch.float32)
