@@ -39,7 +39,7 @@ from benchmarks.timing import (
 from unlabeled.pretext.base import PretextTask
 from unlabeled.pretext.registry import create_task
 from unlabeled.ssl.backbone import create_backbone
-from unlabeled.ssl.onednn import fast_products
+from unlabeled.ssl.cpu import cpu_kernels
 
 DTYPES = {"fp32": ("fp32", "fp32"), "bf16": ("bf16", "bf16"), "mixed": ("bf16", "fp32")}
 """Name → precision of our side and of the original."""
@@ -62,12 +62,12 @@ class Duel:
     noise: Tensor
     forward: Callable[..., Any]
     """Our side as it is run: the task, or its compiled form."""
-    onednn: bool | None = None
+    kernels: bool | None = None
     """As the engine's setting of that name."""
 
     def our_loss(self, *, eager: bool = False) -> Tensor:
         forward = self.ours if eager else self.forward
-        with nullcontext() if eager else fast_products(self.images.device, self.onednn):
+        with nullcontext() if eager else cpu_kernels(self.images.device, self.kernels):
             loss: Tensor = forward({"image": self.images}, noise=self.noise).loss
         return loss
 
@@ -90,7 +90,7 @@ class Duel:
 
 
 def set_up(
-    model: Model, device: torch.device, *, compiled: bool = False, onednn: bool | None = None, seed: int = 0
+    model: Model, device: torch.device, *, compiled: bool = False, kernels: bool | None = None, seed: int = 0
 ) -> Duel:
     """Builds both sides of `model` from random weights, and pictures and noise for the masks."""
     torch.manual_seed(seed)
@@ -106,7 +106,7 @@ def set_up(
     noise = task.draw({"image": images})["noise"]
     forward = torch.compile(task) if compiled else task
     original = original_loss(model.task["name"])
-    return Duel(model, task, theirs, original, images, noise, forward, False if compiled else onednn)
+    return Duel(model, task, theirs, original, images, noise, forward, False if compiled else kernels)
 
 
 def training_step(task: PretextTask, loss: Callable[[], Tensor], precision: str, device: torch.device) -> Tensor:
@@ -134,7 +134,7 @@ def agreement(duel: Duel, device: torch.device) -> dict[str, float]:
 def measure(model: Model, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     """One row of results: speed, memory and operations of both sides; see ``docs/benchmarks.md`` for their meaning."""
     device = torch.device(options.device)
-    duel = set_up(model, device, compiled=options.compile, onednn=options.onednn)
+    duel = set_up(model, device, compiled=options.compile, kernels=options.cpu_kernels)
     agreed = agreement(duel, device)
     precision = dict(zip(("ours", "original"), DTYPES[dtype], strict=True))
 
@@ -180,7 +180,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="pictures of a step, instead of the model's own number")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument(
-        "--onednn",
+        "--cpu-kernels",
         action=argparse.BooleanOptionalAction,
         help="our fp32 linear layers through oneDNN (CPU; as the engine)",
     )
@@ -212,7 +212,7 @@ def main(words: list[str] | None = None) -> Path:
             key = " ".join(
                 [name, dtype]
                 + ["compiled"] * options.compile
-                + ["plain"] * (options.onednn is False)
+                + ["plain"] * (options.cpu_kernels is False)
                 + ["toy"] * options.toy
             )
             add_result(file, key, {"title": model.title, "machine": found, "matrix_rate": rates, **row})

@@ -25,12 +25,12 @@ from torch.distributed.tensor import DTensor
 
 from unlabeled.pretext.base import PretextTask, StepOutput
 from unlabeled.pretext.registry import create_task
+from unlabeled.ssl.cpu import cpu_kernels
 from unlabeled.ssl.data.bad import BadImage, BadImages
 from unlabeled.ssl.data.loader import LoadedBatch
 from unlabeled.ssl.errors import DivergedError
 from unlabeled.ssl.evidence import OnlineEvaluation
 from unlabeled.ssl.monitor import Meter, Monitor, Stopwatch, memory_gb
-from unlabeled.ssl.onednn import fast_products
 from unlabeled.ssl.optim import set_rates
 from unlabeled.ssl.ranks import gather_lists, sum_over_ranks
 from unlabeled.ssl.run import Plan
@@ -72,8 +72,8 @@ def train(run: Training) -> str | None:
     when too many pictures cannot be decoded.
     """
     run.model.train()
-    onednn = False if run.config.engine.compile else run.config.engine.onednn
-    with StopRequest() as stop, fast_products(run.accelerator.device, onednn):
+    kernels = False if run.config.engine.compile else run.config.engine.cpu_kernels
+    with StopRequest() as stop, cpu_kernels(run.accelerator.device, kernels):
         for step in range(run.start_step, run.plan.total_steps):
             lr = run.schedule(step)
             set_rates(run.optimizer, lr, weight_decay_at(run.config.optim, step, run.plan.total_steps))

@@ -117,9 +117,9 @@ class EngineConfig(Section):
     clip: float | None = Field(None, gt=0)
     """Largest gradient norm; None: no clipping."""
     compile: bool = False
-    onednn: bool | None = None
-    """CPU, fp32: linear layers through oneDNN instead of torch's usual library; None: where that is faster (AMD with
-    AVX-512). Not together with `compile`."""
+    cpu_kernels: bool | None = None
+    """CPU: fp32 linear layers through oneDNN and bf16 attention as plain products, instead of what torch chooses; None:
+    where that is faster (AMD with AVX-512). Not together with `compile`."""
     channels_last: bool | None = None
     """Memory layout of convolutions; None: channels last for networks of 2-D maps on a GPU."""
     sync_bn: bool = False

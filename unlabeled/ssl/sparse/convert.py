@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, Literal, cast
@@ -15,7 +15,7 @@ from unlabeled.pretext.common.masking import Masking, random_masking
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.probe import ghost
 from unlabeled.ssl.sparse.masked_map import MaskedMap, NoRuleError, silenced
-from unlabeled.ssl.sparse.rows import Cells
+from unlabeled.ssl.sparse.rows import Cells, Factor
 from unlabeled.ssl.sparse.rules import RULES, attends, refusal
 
 Execution = Literal["gathered", "dense"]
@@ -59,6 +59,9 @@ class SparseEncoder:
     It converts the backbone's layers in place (see `convert`); the backbone stays the same network for whole pictures.
     """
 
+    dense: Container[Factor] = frozenset()
+    """Resolutions (places of a cell) at which a gathered execution keeps whole maps all the same."""
+
     def __init__(self, backbone: Backbone, cell: tuple[int, int], execution: Execution = "gathered") -> None:
         """`cell`: pixels of one cell of the mask. Raises CapabilityError for a backbone without a masked form."""
         backbone.require({"sparse_convs"}, task="sparse execution")
@@ -69,7 +72,7 @@ class SparseEncoder:
 
     def maps(self, images: Tensor, masking: Masking, indices: Iterable[int]) -> list[MaskedMap]:
         """Maps of the stages `indices` for normalised (B, 3, H, W), of which the cells of `masking` are visible."""
-        cells = Cells(masking, None if self.execution == "dense" else frozenset())
+        cells = Cells(masking, None if self.execution == "dense" else self.dense)
         return self.backbone.maps(_masked_images(images, cells, self.cell), indices)  # type: ignore[return-value]
 
 
