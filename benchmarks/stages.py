@@ -65,7 +65,7 @@ def main(words: list[str] | None = None) -> None:
     print(f"| model, {options.dtype} | visible | {' | '.join(FACTORS)} |")
     print("|---|---:|" + "---:|" * len(FACTORS))
     for name in options.models:
-        backbone = create_backbone(name, size=224).to(options.device, memory_format=torch.channels_last).train()
+        backbone = create_backbone(name, size=224).to(options.device).to(memory_format=torch.channels_last).train()
         for visible in options.visible:
             cells = " | ".join(f"{ratio:.2f}" for ratio in ratios(backbone, visible, options))
             print(f"| {name} | {visible:.0%} | {cells} |", flush=True)

@@ -13,6 +13,7 @@ from tiny_tasks import tiny_task, views_batch
 from torch.nn.parallel import DistributedDataParallel
 
 from unlabeled.pretext.registry import task_names
+from unlabeled.ssl.batch_norm import synchronize
 
 
 def _worker(rank: int, rendezvous: str, folder: str) -> None:
@@ -23,6 +24,8 @@ def _worker(rank: int, rendezvous: str, folder: str) -> None:
         batch = views_batch(task)
         draw = task.draw(batch)
         rows = slice(rank * 2, rank * 2 + 2)
+        if task.synced_statistics:
+            synchronize(task)
         model = DistributedDataParallel(task)
         loss = model({k: v[rows] for k, v in batch.items()}, **{k: v[rows] for k, v in draw.items()}).loss
         loss.backward()

@@ -203,13 +203,13 @@ def test_half_precision_runs():
 @pytest.mark.parametrize(
     ("act", "reason"),
     [
-        (lambda x: x.flatten(2), "flatten rearranges places"),
+        (lambda x: x.flatten(2), "flatten puts its places into another order"),
         (lambda x: x[:, :, ::2], "taking a part of the places of a map has no masked form"),
         (lambda x: x.mean(2), r"mean over axes \[2\] has no masked form"),
         (lambda x: torch.fft.fft(x), "fft_fft has no masked form"),
         (lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"), r"interpolation \(bilinear\) mixes cells"),
         (lambda x: F.pad(x, (1, 1)) * 2, "a padded map is for a spatial layer only"),
-        (lambda x: convert(nn.MultiheadAttention(8, 2))(x, x, x), "MultiheadAttention|rearranges|no masked form"),
+        (lambda x: convert(nn.MultiheadAttention(8, 2))(x, x, x), "MultiheadAttention|another order|no masked form"),
         (lambda x: convert(nn.Conv2d(8, 8, 3).double())(x), "its map of 2x10 does not divide into 2x3 cells"),
     ],
 )

@@ -199,7 +199,7 @@ def test_the_list_of_families_is_complete():
     assert len(found) == 40
     assert all(0 < len(reason) < 120 and "\n" not in reason for reason in reasons.values()), reasons
     assert reasons["swin_transformer"].endswith("attends to all places")
-    assert reasons["vision_transformer"] == "its own code: view rearranges places"
+    assert reasons["vision_transformer"].endswith("attn: Attention attends to all places")
     assert "does not divide into" in reasons["inception_v3"]
 
 

@@ -75,7 +75,6 @@ def files_of(folder: Path) -> dict[Path, bytes]:
         (["epochs=0"], "epochs: 0 is not possible; give greater than 0"),
         (["batch_size=64"], "batch_size: 64 is larger than the data (32 images); give batch_size=32 or less"),
         (["engine.accumulation=3"], "batch_size: 8 cannot be split over 1 processes x 3 micro-steps"),
-        (["engine.sync_bn=true"], "engine.sync_bn: true needs a GPU"),
         (["official=nowhere.pth"], "nowhere.pth: there is no such file"),
         (["epochs"], "'epochs' is not a setting; write key=value"),
     ],

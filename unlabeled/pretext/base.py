@@ -28,6 +28,9 @@ class StepOutput(NamedTuple):
     """Scalar, mean over the local batch."""
     logs: dict[str, Tensor]
     """Detached scalars worth a curve, by name."""
+    features: Tensor | None = None
+    """Detached (N, D) of different pictures, as the loss compares them; watched for collapse (see
+    `unlabeled.ssl.collapse`). None: the task cannot collapse."""
 
 
 class NamedParameter(NamedTuple):
@@ -63,6 +66,14 @@ class PretextTask(nn.Module):
     masked_statistics: ClassVar[bool] = False
     """Whether the backbone's batch norms collect their running statistics on masked pictures only; evaluation then
     estimates them anew on whole ones (see `unlabeled.eval.recalibrate`)."""
+
+    synced_statistics: ClassVar[bool] = False
+    """Whether batch norms take the statistics of all ranks' pictures together, as published."""
+    per_picture: ClassVar[bool] = True
+    """Whether the loss is a mean over pictures, each by itself. False: the pictures of a batch are compared with each
+    other, so that a step in several micro-steps is not the step of the whole batch."""
+    collapse_remedy: ClassVar[str] = "lower optim.lr, lengthen schedule.warmup_epochs, or raise batch_size"
+    """What to change when the features collapse; part of the warning."""
 
     def __init__(self, config: TaskConfig, backbone: Backbone) -> None:
         super().__init__()

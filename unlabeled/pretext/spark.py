@@ -26,9 +26,9 @@ from unlabeled.pretext.common.masked_image import CellRegression, MaskedImageCon
 from unlabeled.pretext.common.masking import Masking, Method
 from unlabeled.pretext.common.patches import patchify
 from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.batch_norm import SyncedBatchNorm2d
 from unlabeled.ssl.errors import CapabilityError, ConfigError
 from unlabeled.ssl.sparse import MaskedMap, SparseEncoder, convert
-from unlabeled.ssl.sparse.batch_norm import SyncedBatchNorm2d
 
 _UNDECAYED = re.compile(r"cls_token|pos_embed|mask_token|gamma")
 """Parameters that the authors do not decay, besides one-dimensional ones and biases."""

@@ -8,12 +8,11 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher ← momentum * teacher + (1 - momentum) * student, in place, for every parameter; buffers are copied.
+    """teacher ← momentum * teacher + (1 - momentum) * student, in place, for every parameter.
 
-    The two networks must have the same structure. Parameters of one dtype and device move in one fused operation.
+    Buffers stay: a teacher in train mode keeps batch-norm statistics of its own. The two networks must have the same
+    structure. Parameters of one dtype and device move in one fused operation.
     """
     moving: list[Tensor] = list(teacher.parameters())
     if moving:
         torch._foreach_lerp_(moving, list(student.parameters()), 1 - momentum)
-    for ours, theirs in zip(teacher.buffers(), student.buffers(), strict=True):
-        ours.copy_(theirs)

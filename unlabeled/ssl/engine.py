@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from unlabeled.pretext.base import PretextTask, StepOutput
 from unlabeled.pretext.registry import create_task
+from unlabeled.ssl.collapse import WATCH_EVERY, CollapseAlarm, feature_figures
 from unlabeled.ssl.cpu import cpu_kernels
 from unlabeled.ssl.data.bad import BadImage, BadImages
 from unlabeled.ssl.data.loader import LoadedBatch
@@ -61,6 +62,7 @@ class Training:
     monitor: Monitor
     saver: Saver
     online: OnlineEvaluation
+    alarm: CollapseAlarm
     start_step: int
     watch: Stopwatch
 
@@ -77,13 +79,13 @@ def train(run: Training) -> str | None:
         for step in range(run.start_step, run.plan.total_steps):
             lr = run.schedule(step)
             set_rates(run.optimizer, lr, weight_decay_at(run.config.optim, step, run.plan.total_steps))
-            local, bad = accumulate(run, step)
+            local, bad, features = accumulate(run, step)
             norm = gradient_norm(run)
             values, stopping = consult_ranks(run, step, local, bad, norm, stop.requested is not None)
             run.optimizer.step()
             run.optimizer.zero_grad(set_to_none=True)
             run.task.after_step((step + 1) / run.plan.total_steps)
-            record(run, step + 1, values, lr)
+            record(run, step + 1, values, lr, features)
             evaluate_online(run, step + 1)
             run.bad.check()
             if stopping or run.saver.due(step + 1):
@@ -93,8 +95,9 @@ def train(run: Training) -> str | None:
     return None
 
 
-def accumulate(run: Training, step: int) -> tuple[dict[str, Tensor], list[BadImage]]:
-    """Forward and backward of all micro-steps: this rank's mean loss and logs, and what it could not decode."""
+def accumulate(run: Training, step: int) -> tuple[dict[str, Tensor], list[BadImage], Tensor | None]:
+    """Forward and backward of all micro-steps: this rank's mean loss and logs, what it could not decode, and features
+    of the last micro-step where the task gives some."""
     config, accelerator = run.config.engine, run.accelerator
     totals: dict[str, Tensor] = {}
     bad: list[BadImage] = []
@@ -111,7 +114,7 @@ def accumulate(run: Training, step: int) -> tuple[dict[str, Tensor], list[BadIma
             share = value.detach().double() / config.accumulation
             totals[name] = totals[name] + share if name in totals else share
     run.watch.images += run.plan.batch_size
-    return totals, bad
+    return totals, bad, output.features
 
 
 def next_batch(run: Training) -> LoadedBatch:
@@ -159,11 +162,16 @@ def consult_ranks(
     return means, bool(stops)
 
 
-def record(run: Training, step: int, values: dict[str, float], lr: float) -> None:
-    """Adds a step to the meter; every ``log.every`` steps and at the end, writes a row."""
+def record(run: Training, step: int, values: dict[str, float], lr: float, features: Tensor | None) -> None:
+    """Adds a step to the meter; every ``log.every`` steps and at the end, writes a row. Looks out for collapse."""
     run.meter.add(values)
-    if step % run.config.log.every == 0 or step == run.plan.total_steps:
-        row = {**run.meter.take(), "lr": lr, **run.watch.take(), "memory_gb": memory_gb(run.accelerator.device)}
+    due = step % run.config.log.every == 0 or step == run.plan.total_steps
+    watched = feature_figures(features) if features is not None and (due or step % WATCH_EVERY == 0) else {}
+    if step % WATCH_EVERY == 0:
+        run.alarm.look(step, {**values, **watched})
+    if due:
+        row = {**run.meter.take(), **watched, "lr": lr, **run.watch.take()}
+        row["memory_gb"] = memory_gb(run.accelerator.device)
         if run.bad.count:
             row["bad_images"] = run.bad.count
         run.monitor.row(step, run.plan.epoch(step), row)

@@ -65,7 +65,10 @@ def render_terminal(matrix: Matrix) -> RenderableType:
 
 def _general(reason: str) -> str:
     """`reason` without what belongs to one network only: the place inside of it, and numbers of pixels."""
-    return re.sub(r"\d+x\d+", "NxN", re.sub(r"^(the network|[\w.]+): ", "", reason))
+    reason = re.sub(r"^[\w.]+ \((\w+)\): ", r"\1: ", re.sub(r"^(the network|[\w.]+): ", "", reason))
+    if reason.endswith(" attends to all places"):
+        return "attention between all places needs the whole grid"
+    return re.sub(r"\d+x\d+", "NxN", re.sub(r"^(\w+): \1 ", r"\1 ", reason))
 
 
 def _numbered(matrix: Matrix) -> dict[str, int]:

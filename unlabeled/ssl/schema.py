@@ -122,8 +122,8 @@ class EngineConfig(Section):
     where that is faster (AMD with AVX-512). Not together with `compile`."""
     channels_last: bool | None = None
     """Memory layout of convolutions; None: channels last for networks of 2-D maps on a GPU."""
-    sync_bn: bool = False
-    """Batch-norm statistics over all processes (GPU only)."""
+    sync_bn: bool | None = None
+    """Batch-norm statistics over all processes; None: where the task's authors had it so."""
     seed: int = 0
     workers: int = Field(2, ge=0)
     """Loader processes per process."""

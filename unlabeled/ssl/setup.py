@@ -11,11 +11,12 @@ from accelerate import Accelerator
 from unlabeled.pretext.base import PretextTask
 from unlabeled.pretext.registry import create_task, task_class, task_config
 from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.batch_norm import synchronize
+from unlabeled.ssl.collapse import CollapseAlarm
 from unlabeled.ssl.data.bad import BadImages
 from unlabeled.ssl.data.loader import RunSampler, ViewDataset, make_loader
 from unlabeled.ssl.data.source import DecodeError, ImageSource, open_source
 from unlabeled.ssl.engine import Training
-from unlabeled.ssl.errors import ConfigError
 from unlabeled.ssl.evidence import OnlineEvaluation, labelled_data
 from unlabeled.ssl.export import load_weights, read_tensors
 from unlabeled.ssl.monitor import Meter, Monitor, Stopwatch
@@ -91,6 +92,7 @@ def prepare(config: PretrainConfig) -> Training:
         ),
         saver=saver,
         online=online,
+        alarm=CollapseAlarm(task.collapse_remedy),
         start_step=start,
         watch=Stopwatch(),
     )
@@ -126,11 +128,14 @@ def set_layout(task: PretextTask, config: PretrainConfig, accelerator: Accelerat
     convolutional = len({stage.stride for stage in task.backbone.stages}) > 1
     if wanted or (wanted is None and convolutional and accelerator.device.type == "cuda"):
         task.to(memory_format=torch.channels_last)
-    if config.engine.sync_bn:
-        if accelerator.device.type != "cuda":
-            raise ConfigError("engine.sync_bn: true needs a GPU; torch has no synchronised batch norm on the CPU")
-        if not task.masked_statistics:  # masked batch norms span all ranks by themselves
-            torch.nn.SyncBatchNorm.convert_sync_batchnorm(task)  # type: ignore[no-untyped-call]
+    synced = config.engine.sync_bn if config.engine.sync_bn is not None else task.synced_statistics
+    if synced and accelerator.num_processes > 1 and not task.masked_statistics:  # masked ones span all ranks anyway
+        synchronize(task)
+    if not task.per_picture and config.engine.accumulation > 1:
+        logger.warning(
+            "engine.accumulation: %s compares the pictures of a batch; each of %d micro-steps has only a part of it",
+            config.task["name"], config.engine.accumulation,
+        )  # fmt: skip
     if config.engine.compile:
         task.compile()
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from unlabeled.pretext.common.masking import Masking, random_masking
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.probe import ghost
-from unlabeled.ssl.sparse.masked_map import MaskedMap, NoRuleError, silenced
+from unlabeled.ssl.sparse.masked_map import MaskedMap, NoRuleError, OrderError, silenced
 from unlabeled.ssl.sparse.rows import Cells, Factor
 from unlabeled.ssl.sparse.rules import RULES, attends, refusal
 
 Execution = Literal["gathered", "dense"]
-"""gathered: maps are rows of visible places, whole only around spatial layers. dense: whole maps, the reference."""
+"""gathered: maps are rows of visible places, whole only around spatial layers; the faster one at each resolution (see
+docs/benchmarks.md). dense: whole maps, the reference."""
 
 
 def convert(module: nn.Module) -> nn.Module:
@@ -116,15 +117,13 @@ def _failure(model: nn.Module, size: tuple[int, int], grid: tuple[int, int], dev
 
 
 def _told(model: nn.Module, path: list[str], error: NoRuleError) -> str:
-    """Where and why in one line: the innermost running module, or the attention that it belongs to."""
-    for name in path:
-        kind = type(model.get_submodule(name))
-        if attends(kind):
-            return f"{name}: {kind.__name__.removeprefix('Masked')} attends to all places"
-    if not path:
-        return f"its own code: {error}"
-    kind = type(model.get_submodule(path[-1]))
-    return f"{path[-1]} ({kind.__name__.removeprefix('Masked')}): {error}"
+    """Where and why in one line: the innermost running module, or the attention that it belongs to or leads to."""
+    kinds = {name: type(module).__name__.removeprefix("Masked") for name, module in model.named_modules()}
+    later = kinds if isinstance(error, OrderError) else []  # a map becomes a list of tokens for the attention behind it
+    for name in [*path, *later]:
+        if name and attends(type(model.get_submodule(name))):
+            return f"{name}: {kinds[name]} attends to all places"
+    return f"{path[-1]} ({kinds[path[-1]]}): {error}" if path else f"its own code: {error}"
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unlabeled.ssl.sparse.convolution import convolve, on_dense
-from unlabeled.ssl.sparse.masked_map import MaskedMap, NoRuleError
+from unlabeled.ssl.sparse.masked_map import MaskedMap, NoRuleError, OrderError
 
 Function = Callable[..., Any]
 Rule = Callable[[Function, str, tuple[Any, ...], dict[str, Any]], Any]
@@ -30,8 +30,9 @@ def apply_function(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
         return _in_place(name, args, kwargs)
     rule = _RULES.get(name.removeprefix("__").removesuffix("__"))
     if rule is None:
-        does = "rearranges places" if name in _REARRANGING else "has no masked form"
-        raise NoRuleError(f"{name} {does}")
+        if name in _REARRANGING:
+            raise OrderError(f"{name} puts its places into another order")
+        raise NoRuleError(f"{name} has no masked form")
     return rule(func, name, args, kwargs)
 
 

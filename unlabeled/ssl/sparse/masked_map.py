@@ -22,6 +22,10 @@ class NoRuleError(CapabilityError):
     """An operation that has no masked form."""
 
 
+class OrderError(NoRuleError):
+    """An operation after which places no longer lie as in a map."""
+
+
 class MaskedMap(torch.Tensor):
     """A map (B, C, H, W), or (B, H, W, C) after a permute, that is defined at visible places only.
 

@@ -12,9 +12,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class SyncedBatchNorm1d(nn.BatchNorm1d):
+    """nn.BatchNorm1d whose training statistics are those of all ranks' rows together."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  torch's name
+        """(B, C) → the same shape."""
+        return batch_norm_rows(self, input) if self.training and synced() else super().forward(input)
 
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):
@@ -26,6 +35,34 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
             return super().forward(input)
         rows = input.permute(0, 2, 3, 1)
         return batch_norm_rows(self, rows.reshape(-1, rows.shape[-1])).view(rows.shape).permute(0, 3, 1, 2)
+
+
+class _SyncedBatchNormAct2d(BatchNormAct2d):  # type: ignore[misc]
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and synced()):
+            plain: Tensor = super().forward(x)
+            return plain
+        rows = x.permute(0, 2, 3, 1)
+        normalized = batch_norm_rows(self, rows.reshape(-1, rows.shape[-1])).view(rows.shape).permute(0, 3, 1, 2)
+        activated: Tensor = self.act(self.drop(normalized))
+        return activated
+
+
+_SYNCED: dict[type, type] = {
+    nn.BatchNorm1d: SyncedBatchNorm1d,
+    nn.BatchNorm2d: SyncedBatchNorm2d,
+    BatchNormAct2d: _SyncedBatchNormAct2d,
+}
+
+
+def synchronize(module: nn.Module) -> None:
+    """Gives every batch norm inside `module` the statistics of all ranks, in place; parameters and names stay.
+
+    On any device, unlike torch's SyncBatchNorm. A norm without learnable or running parts is converted as well.
+    """
+    for layer in module.modules():
+        if type(layer) in _SYNCED:
+            layer.__class__ = _SYNCED[type(layer)]
 
 
 def synced() -> bool:

@@ -1,0 +1,79 @@
+"""Watches the features of a joint-embedding task for collapse: every picture giving the same, or one direction only.
+
+Two figures of the L2-normalised features z (N, D), as the loss compares them:
+
+- spread: standard deviation over pictures, averaged over channels, times sqrt(D). 1 for directions drawn evenly from a
+  sphere, 0 when all pictures give the same (the figure of SimSiam, arXiv 2011.10566, section 4.1).
+- rank: effective rank of the centred features, the exponential of the entropy of their normalised singular values
+  (RankMe, arXiv 2210.02885). 1 when all differences lie along one line.
+
+A third, where the task logs it as ``teacher_information``: how much the teacher's assignment says about the picture,
+H(mean p) - mean H(p) over log K; 0 when all pictures get the same one, be it sharp or even.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+INFORMATION = "teacher_information"
+_LIMITS = {"feature_spread": 0.02, "feature_rank": 1.2, INFORMATION: 1e-4}
+"""Figure → value below which features count as collapsed."""
+_MEANING = {
+    "feature_spread": "the features of all pictures are nearly the same",
+    "feature_rank": "the features of all pictures lie along one line",
+    INFORMATION: "the teacher assigns every picture alike",
+}
+WATCH_EVERY = 10
+"""Optimizer steps between readings."""
+_ROWS = 256
+"""Features that are looked at."""
+
+
+@torch.no_grad()
+def feature_figures(features: Tensor) -> dict[str, float]:
+    """(N, D) → ``feature_spread`` and ``feature_rank``; empty for fewer than four rows."""
+    if features.shape[0] < 4:
+        return {}
+    z = torch.nn.functional.normalize(features[:_ROWS].float(), dim=1)
+    centred = z - z.mean(0)
+    spread = centred.square().mean(0).sqrt().mean() * z.shape[1] ** 0.5
+    values = torch.linalg.svdvals(centred.double().cpu())
+    part = values / values.sum().clamp(min=1e-12) + 1e-12
+    return {"feature_spread": spread.item(), "feature_rank": (-part * part.log()).sum().exp().item()}
+
+
+class CollapseAlarm:
+    """Warns once a run when a figure has stayed below its limit for some readings in a row."""
+
+    def __init__(self, remedy: str, *, after: int = 50, readings: int = 5) -> None:
+        """`after`: steps at the start that are not judged (new networks give nearly constant features);
+        `readings`: how many low ones in a row it takes."""
+        self.remedy = remedy
+        self.after = after
+        self.warned = False
+        self._recent: dict[str, deque[bool]] = {name: deque(maxlen=readings) for name in _LIMITS}
+
+    def look(self, step: int, values: Mapping[str, float]) -> str | None:
+        """Takes the figures after `step` steps; returns the warning, which it also logs, when it is time for one."""
+        if step <= self.after:
+            return None
+        for name, recent in self._recent.items():
+            if name not in values:
+                continue
+            recent.append(values[name] < _LIMITS[name])
+            if len(recent) == recent.maxlen and all(recent) and not self.warned:
+                self.warned = True
+                warning = (
+                    f"collapse: {_MEANING[name]} since step {step} or before "
+                    f"({name} {values[name]:.2g}, healthy above {_LIMITS[name]:g}); {self.remedy}"
+                )
+                logger.warning(warning)
+                return warning
+        return None
