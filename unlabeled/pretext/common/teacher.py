@@ -17,5 +17,5 @@ def frozen_copy(student: ModuleT) -> ModuleT:
 
 
 def cosine_momentum(start: float, end: float, progress: float) -> float:
-    """`start` at progress 0, `end` at progress 1, along half a cosine: end - (end - start) (1 + cos(pi progress)) / 2."""
+    """Half a cosine from `start` to `end`: end - (end - start) (1 + cos(pi progress)) / 2, `progress` in [0, 1]."""
     return end - (end - start) * (1 + math.cos(math.pi * progress)) / 2
