@@ -12,10 +12,13 @@ from unlabeled.pretext.registry import create_task, task_class
 from unlabeled.ssl.backbone import Backbone, create_backbone
 
 SMALL: dict[str, dict[str, Any]] = {
+    "byol": {"hidden": 32, "dim": 16},
     "convmae": {"decoder": {"dim": 32, "depth": 2, "heads": 2}},
     "fcmae": {"decoder": {"dim": 16}},
     "mae": {"decoder": {"dim": 32, "depth": 2, "heads": 2}},
+    "simclr": {"hidden": 32, "dim": 16},
     "spark": {"decoder": {"width": 32}},
+    "vicreg": {"hidden": 32, "dim": 16},
 }
 """Settings that make a task small; a task that is not here runs with its defaults."""
 

@@ -47,10 +47,13 @@ BACKBONES: dict[str, dict[str, Any]] = {
 }
 CONVNEXT = {"name": "convnext_atto", "size": 32, "kwargs": {"dims": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}}
 SMALL = {
+    "byol": {"name": "byol", "hidden": 32, "dim": 16},
     "convmae": {"name": "convmae", "decoder": {"dim": 16, "depth": 1, "heads": 2}},
     "fcmae": {"name": "fcmae", "decoder": {"dim": 16}},
     "mae": {"name": "mae", "decoder": {"dim": 16, "depth": 1, "heads": 2}},
+    "simclr": {"name": "simclr", "hidden": 32, "dim": 16},
     "spark": {"name": "spark", "decoder": {"width": 16}},
+    "vicreg": {"name": "vicreg", "hidden": 32, "dim": 16},
 }
 
 

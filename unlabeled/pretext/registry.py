@@ -15,12 +15,15 @@ from unlabeled.ssl.errors import ConfigError, nearest
 from unlabeled.ssl.messages import explain
 
 TASKS: dict[str, str] = {
+    "byol": "unlabeled.pretext.byol:BYOL",
     "fcmae": "unlabeled.pretext.fcmae:FCMAE",
     "convmae": "unlabeled.pretext.convmae:ConvMAE",
     "mae": "unlabeled.pretext.mae:MAE",
     "rotation": "unlabeled.pretext.rotation:Rotation",
+    "simclr": "unlabeled.pretext.simclr:SimCLR",
     "simmim": "unlabeled.pretext.simmim:SimMIM",
     "spark": "unlabeled.pretext.spark:SparK",
+    "vicreg": "unlabeled.pretext.vicreg:VICReg",
 }
 
 
