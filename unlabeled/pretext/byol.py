@@ -18,7 +18,7 @@ from torch import nn
 
 from unlabeled.pretext.base import Batch, StepOutput, TaskConfig
 from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy
-from unlabeled.pretext.common.two_views import TwoViewsConfig, TwoViewTask, exactly
+from unlabeled.pretext.common.two_views import FirstColors, SecondColors, TwoViewsConfig, TwoViewTask, exactly
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.ema import ema_update
 
@@ -32,6 +32,8 @@ class BYOLConfig(TwoViewsConfig):
     """Width of the hidden layer of projector and predictor."""
     dim: int = Field(256, ge=1)
     """Channels of projections and predictions."""
+    first: FirstColors = FirstColors()
+    second: SecondColors = SecondColors()
 
 
 class BYOL(TwoViewTask):

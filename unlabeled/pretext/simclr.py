@@ -39,8 +39,8 @@ class SimCLRConfig(TwoViewsConfig):
     """Width of the projection head's hidden layer; the authors take the backbone's, 2048 for a ResNet-50."""
     dim: int = Field(128, ge=1)
     """Channels of the projections that are compared."""
-    first: ColorConfig = SimCLRColors()
-    second: ColorConfig = SimCLRColors()
+    first: SimCLRColors = SimCLRColors()
+    second: SimCLRColors = SimCLRColors()
 
 
 class SimCLR(TwoViewTask):

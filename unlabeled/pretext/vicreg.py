@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import nn
 
 from unlabeled.pretext.base import Batch, StepOutput, TaskConfig
-from unlabeled.pretext.common.two_views import TwoViewsConfig, TwoViewTask, exactly
+from unlabeled.pretext.common.two_views import FirstColors, SecondColors, TwoViewsConfig, TwoViewTask, exactly
 from unlabeled.ssl.backbone import Backbone
 
 
@@ -33,6 +33,8 @@ class VICRegConfig(TwoViewsConfig):
     """Width of the expander's two hidden layers."""
     dim: int = Field(8192, ge=1)
     """Channels of the projections that are compared."""
+    first: FirstColors = FirstColors()
+    second: SecondColors = SecondColors()
 
 
 class VICReg(TwoViewTask):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
@@ -46,7 +46,10 @@ class SecondColors(ColorConfig):
 
 
 class TwoViewsConfig(TaskConfig):
-    """Settings of the two views; the defaults are BYOL's."""
+    """Settings of the two views.
+
+    A task declares `first` and `second` as types of its own, so that what a user leaves out keeps that task's default.
+    """
 
     crop_scale: tuple[Part, Part] = (0.08, 1.0)
     """Part of the picture's area that a view covers, smallest and largest."""
@@ -55,9 +58,9 @@ class TwoViewsConfig(TaskConfig):
     blur: Literal["auto"] | bool = "auto"
     """Whether views are blurred as often as `first` and `second` say, or never; auto: for views of more than 64 pixels
     (SimCLR, appendix B.9, and what followed it leave CIFAR's pictures sharp)."""
-    first: ColorConfig = FirstColors()
+    first: ColorConfig = ColorConfig()
     """Colours of the first view."""
-    second: ColorConfig = SecondColors()
+    second: ColorConfig = ColorConfig()
     """Colours of the second view."""
 
     @model_validator(mode="after")
