@@ -16,8 +16,10 @@ from pydantic import Field
 from torch import nn
 
 from unlabeled.pretext.base import Batch, StepOutput, TaskConfig
+from unlabeled.pretext.common.patches import widened
 from unlabeled.pretext.common.two_views import FirstColors, SecondColors, TwoViewsConfig, TwoViewTask, exactly
 from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.collapse import DEVIATION
 
 
 class VICRegConfig(TwoViewsConfig):
@@ -71,4 +73,6 @@ class VICReg(TwoViewTask):
         """``views`` uint8 (B, 2, 3, h, w) → the weighted sum of equation 6, with a mean of squares over channels too,
         as in the authors' code."""
         first, second = (self.embed(view) for view in self.pair(batch))  # (B, D) each
-        return self.output(exactly(self.loss, first, second), first, second)
+        output = self.output(exactly(self.loss, first, second), first, second)
+        output.logs[DEVIATION] = widened(first.detach()).std(0).mean()
+        return output
