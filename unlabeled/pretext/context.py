@@ -109,7 +109,7 @@ class PairHead(nn.Module):
         hidden = as_first.index_select(1, first) + as_second.index_select(1, second)  # (B, Q, W)
         hidden = F.relu(self.bn7(hidden.flatten(0, 1)))
         scores: Tensor = self.fc9(F.relu(self.fc8(hidden)))
-        return scores.unflatten(0, (len(embeddings), len(first)))
+        return scores.view(len(embeddings), len(first), -1)
 
 
 class Context(PretextTask):
@@ -175,7 +175,7 @@ class Context(PretextTask):
     def judge(self, disguised: Tensor, pictures: int) -> tuple[Tensor, Tensor]:
         """Disguised (B * P, 3, h, w) → scores (B, Q, 8) and embeddings (B * P, D); every patch is embedded once."""
         embeddings = self.backbone.pooled(self.inputs(disguised))
-        scores = self.head(embeddings.unflatten(0, (pictures, -1)), self._first, self._second)
+        scores = self.head(embeddings.reshape(pictures, -1, self.backbone.embed_dim), self._first, self._second)
         return widened(scores), embeddings
 
     def forward(self, batch: Batch, **draw: Tensor) -> StepOutput:
@@ -202,7 +202,7 @@ class Context(PretextTask):
         with modes_kept(self):
             self.eval()
             predicted = self.judge(disguised, len(patches))[0].argmax(-1).cpu()
-        seen = (disguised + 127.5).clamp(0, 255).to(torch.uint8).unflatten(0, patches.shape[:2])
+        seen = (disguised + 127.5).clamp(0, 255).to(torch.uint8).reshape(patches.shape)
         tiles = [
             draw_grid(self.layout, shown[position].cpu(), corners[position], self._marks(guesses))
             for position, guesses in enumerate(predicted.tolist())
@@ -261,7 +261,8 @@ def _from_caffe(state: dict[str, Tensor], layer: str, ours: str, norm: str | Non
     """
     found: dict[str, Tensor] = {}
     if (weight := state.pop(f"{layer}.weight", None)) is not None:
-        found[f"{ours}.weight"] = weight.reshape(-1, weight.shape[-1] // 9, 3, 3) if layer == "fc6" else weight
+        as_map = layer == "fc6" and weight.ndim == 2 and weight.shape[1] % 9 == 0
+        found[f"{ours}.weight"] = weight.reshape(len(weight), -1, 3, 3) if as_map else weight
     bias = state.pop(f"{layer}.bias", None)
     if norm is None:
         return found if bias is None else {**found, f"{ours}.bias": bias}

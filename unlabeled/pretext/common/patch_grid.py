@@ -103,7 +103,8 @@ class GridViews:
         factor = math.sqrt(pixels / (sides[0] * sides[1]))
         factor = max(factor, *(need / side for need, side in zip(needs, sides, strict=True)))
         size = [min(max(int(side * factor), need), _LONGEST * need) for side, need in zip(sides, needs, strict=True)]
-        return F.resize(picture, size, antialias=True)
+        resized: Tensor = F.resize(picture, size, antialias=True)
+        return resized
 
 
 class Mark(NamedTuple):

@@ -74,7 +74,7 @@ class _Head(nn.Module):
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if min(x.shape[-2:]) < _FC6:  # small pictures: the nearest places stand in for those that are missing
-            x = F.adaptive_avg_pool2d(x, [max(_FC6, length) for length in x.shape[-2:]])
+            x = F.adaptive_avg_pool2d(x, (max(_FC6, x.shape[2]), max(_FC6, x.shape[3])))
         x = self.act(self.bn6(self.fc6(x)))
         if not self.global_pool:
             return x
