@@ -45,6 +45,8 @@ _PAPER = 96
 """Side of the paper's patches, in pixels: what `pixels` is for."""
 _SHOWN = 4
 """Pictures that `visualize` shows."""
+_MARGIN = 8
+"""Pixels around each drawn grid."""
 
 
 class ContextConfig(TaskConfig):
@@ -208,7 +210,7 @@ class Context(PretextTask):
             for position, guesses in enumerate(predicted.tolist())
             for shown in (patches, seen)
         ]
-        return {"positions": make_grid(torch.stack(tiles), nrow=2, padding=2, pad_value=255)}
+        return {"positions": make_grid(torch.stack(tiles), nrow=2, padding=_MARGIN, pad_value=255)}
 
     def _marks(self, guesses: list[int]) -> Iterator[Mark]:
         """Frames of the middle patch and its neighbours, from the predicted labels of all pairs (Q,) of one picture."""

@@ -18,6 +18,8 @@ OFFSETS = ((-1, -1), (0, -1), (1, -1), (-1, 0), (1, 0), (-1, 1), (0, 1), (1, 1))
 """Label → (columns to the right, rows down) from the first patch of a pair to the second."""
 _LONGEST = 8
 """Longest side of a resized picture in multiples of what the grid needs; slivers beyond that are squeezed."""
+_GROUND = 40
+"""Grey between drawn patches: dark, so that white dots show."""
 
 
 class Pairs(NamedTuple):
@@ -122,9 +124,9 @@ def draw_grid(layout: GridLayout, patches: Tensor, corners: Tensor, marks: Itera
     `patches` is uint8 (P, 3, h, w), `corners` int64 (P, 2); small patches are enlarged to about 96 pixels.
     """
     enlarge = max(1, 96 // min(layout.patch))
-    frame = max(3, enlarge * min(layout.patch) // 24)
+    frame = max(3, enlarge * min(layout.patch) // 20)
     sides = [enlarge * (extent + 2 * jitter) for extent, jitter in zip(layout.extent, layout.jitter, strict=True)]
-    canvas = torch.full((3, sides[0] + 2 * frame, sides[1] + 2 * frame), 255, dtype=torch.uint8)
+    canvas = torch.full((3, sides[0] + 2 * frame, sides[1] + 2 * frame), _GROUND, dtype=torch.uint8)
     marked = {mark.place: mark for mark in marks}
     for place, (patch, corner) in enumerate(zip(patches, corners - corners.min(dim=0).values, strict=True)):
         tile = patch.repeat_interleave(enlarge, 1).repeat_interleave(enlarge, 2)
