@@ -40,6 +40,7 @@ def _worker(rank: int, rendezvous: str, folder: str) -> None:
             },
             f"{folder}/{name}_{rank}.pt",
         )
+    dist.barrier()  # nobody leaves while the other still talks
     dist.destroy_process_group()
 
 
