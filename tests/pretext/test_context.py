@@ -33,6 +33,11 @@ def _batch(task: Context, pictures: int = 3) -> dict[str, Tensor]:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
+def fc7(head: PairHead) -> Tensor:
+    """The first layer's weight, as of one layer on two embeddings one after the other."""
+    return torch.cat([head.fc7_first.weight, head.fc7_second.weight], dim=1)
+
+
 # --- head and loss ---------------------------------------------------------------------------------------------------
 
 
@@ -45,7 +50,7 @@ def test_the_split_layer_is_the_layer_of_the_concatenation():
 
     def plain() -> Tensor:
         joined = torch.cat([embeddings[:, first], embeddings[:, second]], dim=-1)
-        return head.fc9(head.fc8(head.bn7(head.fc7(joined).flatten(0, 1)).relu()).relu()).view(4, 40, 8)
+        return head.fc9(head.fc8(head.bn7((joined @ fc7(head).T).flatten(0, 1)).relu()).relu()).view(4, 40, 8)
 
     inputs = [embeddings, *head.parameters()]
     expected = plain()
@@ -72,10 +77,11 @@ def test_no_batch_norm_of_head_or_paper_s_network_can_learn():
 
 def test_the_head_starts_as_caffe_fills_it():
     head = PairHead(32, (64, 64))
-    for layer in (head.fc7, head.fc8, head.fc9):
-        bound = math.sqrt(3 / layer.in_features)
-        assert 0.9 * bound < layer.weight.abs().max() <= bound
-        assert layer.bias is None or not layer.bias.any()
+    for weight in (fc7(head), head.fc8.weight, head.fc9.weight):
+        bound = math.sqrt(3 / weight.shape[1])
+        assert 0.9 * bound < weight.abs().max() <= bound
+    assert not head.fc8.bias.any()
+    assert not head.fc9.bias.any()
 
 
 def test_parameter_count_is_the_released_models():
@@ -96,7 +102,7 @@ def test_loss_is_the_mean_cross_entropy_over_pairs():
         disguised = task.disguise(batch["patches"][picture], **one)
         embeddings = [task.backbone.pooled(task.inputs(patch[None])) for patch in disguised]
         for first, second, label in zip(*(column.tolist() for column in neighbour_pairs(3, 3)), strict=True):
-            hidden = task.head.fc7(torch.cat([embeddings[first], embeddings[second]], 1))
+            hidden = torch.cat([embeddings[first], embeddings[second]], 1) @ fc7(task.head).T
             scores = task.head.fc9(task.head.fc8(task.head.bn7(hidden).relu()).relu())
             total += F.cross_entropy(scores, torch.tensor([label])).item() / 80
             right += int(scores.argmax().item() == label)

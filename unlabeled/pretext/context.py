@@ -93,21 +93,25 @@ class ContextConfig(TaskConfig):
 class PairHead(nn.Module):
     """Judges ordered pairs of embeddings: fc7, a batch norm without scale and shift, fc8, fc9.
 
-    fc7 of two embeddings one after the other is the sum of two layers of one each. Both run once a patch, not once a
+    fc7 of two embeddings one after the other is the sum of two layers of one each, which run once a patch, not once a
     pair: the same numbers for a quarter of the work on a grid of 3 x 3.
     """
 
     def __init__(self, dim: int, widths: tuple[int, int], classes: int = len(OFFSETS)) -> None:
         super().__init__()
-        self.fc7 = nn.Linear(2 * dim, widths[0], bias=False)  # the norm would undo a bias
+        self.fc7_first = nn.Linear(dim, widths[0], bias=False)  # the norm would undo a bias
+        self.fc7_second = nn.Linear(dim, widths[0], bias=False)
         self.bn7 = nn.BatchNorm1d(widths[0], affine=False)
         self.fc8 = nn.Linear(widths[0], widths[1])
         self.fc9 = nn.Linear(widths[1], classes)
         caffe_xavier_(self)
+        with torch.no_grad():
+            for half in (self.fc7_first, self.fc7_second):
+                half.weight.mul_(0.5**0.5)  # one layer of 2 * dim inputs
 
     def forward(self, embeddings: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """(B, P, D), places (Q,) and (Q,) → (B, Q, classes)."""
-        as_first, as_second = (F.linear(embeddings, half) for half in self.fc7.weight.chunk(2, dim=1))
+        as_first, as_second = self.fc7_first(embeddings), self.fc7_second(embeddings)  # (B, P, W)
         hidden = as_first.index_select(1, first) + as_second.index_select(1, second)  # (B, Q, W)
         hidden = F.relu(self.bn7(hidden.flatten(0, 1)))
         scores: Tensor = self.fc9(F.relu(self.fc8(hidden)))
@@ -172,7 +176,7 @@ class Context(PretextTask):
         pretrained on has the contrast of the pictures that the backbone sees later, through `Backbone.normalize`.
         """
         deviation = 255 * sum(self.backbone.std) / len(self.backbone.std)
-        return disguised.to(self.head.fc7.weight.dtype) / deviation
+        return disguised.to(self.head.fc9.weight.dtype) / deviation
 
     def judge(self, disguised: Tensor, pictures: int) -> tuple[Tensor, Tensor]:
         """Disguised (B * P, 3, h, w) → scores (B, Q, 8) and embeddings (B * P, D); every patch is embedded once."""
@@ -233,6 +237,9 @@ class Context(PretextTask):
         converted: dict[str, Tensor] = {}
         for layer, (ours, norm) in _OFFICIAL.items():
             converted |= _from_caffe(rest, layer, ours, norm)
+        if (joined := converted.pop("head.fc7.weight", None)) is not None:
+            first, second = joined.tensor_split(2, dim=-1)
+            converted |= {"head.fc7_first.weight": first, "head.fc7_second.weight": second}
         wanted = [name for name in self.state_dict() if not name.endswith(_COUNTER)]
         missing, foreign = load_mapped(self, converted, {name: name for name in wanted})
         return missing, foreign + list(rest)
