@@ -12,6 +12,7 @@ from unlabeled.pretext.registry import create_task, task_class
 from unlabeled.ssl.backbone import Backbone, create_backbone
 
 SMALL: dict[str, dict[str, Any]] = {
+    "context": {"widths": [32, 32]},
     "convmae": {"decoder": {"dim": 32, "depth": 2, "heads": 2}},
     "fcmae": {"decoder": {"dim": 16}},
     "mae": {"decoder": {"dim": 32, "depth": 2, "heads": 2}},

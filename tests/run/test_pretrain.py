@@ -47,6 +47,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
 }
 CONVNEXT = {"name": "convnext_atto", "size": 32, "kwargs": {"dims": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}}
 SMALL = {
+    "context": {"name": "context", "grid": [2, 2], "widths": [16, 16]},
     "convmae": {"name": "convmae", "decoder": {"dim": 16, "depth": 1, "heads": 2}},
     "fcmae": {"name": "fcmae", "decoder": {"dim": 16}},
     "mae": {"name": "mae", "decoder": {"dim": 16, "depth": 1, "heads": 2}},

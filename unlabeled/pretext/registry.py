@@ -16,6 +16,7 @@ from unlabeled.ssl.messages import explain
 
 TASKS: dict[str, str] = {
     "fcmae": "unlabeled.pretext.fcmae:FCMAE",
+    "context": "unlabeled.pretext.context:Context",
     "convmae": "unlabeled.pretext.convmae:ConvMAE",
     "mae": "unlabeled.pretext.mae:MAE",
     "rotation": "unlabeled.pretext.rotation:Rotation",
