@@ -119,9 +119,9 @@ def create_curriculum(name: CurriculumName | None, task: PretextTask, total_step
     smaller = {stage.size: None for stage in stages[:-1]}
     if not smaller:
         raise ConfigError(
-            f"engine.curriculum: {name} has no smaller size for pictures of {_shown(backbone.input_size)} in "
-            f"{total_steps} steps, since sizes are multiples of {_shown(step)}; raise backbone.size or lower the "
-            "strides (such as backbone.kwargs.output_stride=8), or set engine.curriculum=null"
+            f"engine.curriculum: {name} finds no smaller size for pictures of {_shown(backbone.input_size)} (multiples "
+            f"of {_shown(step)}, {total_steps} steps); raise backbone.size, lower the strides (such as "
+            "backbone.kwargs.output_stride=8), or set engine.curriculum=null"
         )
     for size in smaller:
         _require(task, size)
