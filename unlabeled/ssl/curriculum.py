@@ -6,8 +6,8 @@ github.com/LeapLabTHU/EfficientTrain.
 
 Whole pictures come from the loader as ever. On the device, the central window of their spectrum becomes a smaller
 picture: unlike a resized one it has every low frequency as it was, and no aliasing. All of this is a function of the
-step alone, so a resumed run has nothing to restore. Evaluation and export know nothing of it: the last stage has whole
-pictures, and so have they.
+step alone, so a resumed run has nothing to restore. Evaluation and export know nothing of it and, like the last stage,
+have whole pictures.
 
 Not taken over: the growing magnitude of RandAugment, which does not apply to pretext tasks, whose views are their own;
 of EfficientTrain++ the larger batches at small sizes, the replay buffer, and the down-sampling in the loader that takes
@@ -17,8 +17,10 @@ the second one they follow the compute that was spent).
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -152,23 +154,32 @@ def low_frequencies(pictures: Tensor, size: Size) -> Tensor:
     """(..., H, W) of any type → float32 (..., h, w) with the frequencies below h / 2 and w / 2 cycles a picture.
 
     These keep amplitude and phase, so the mean stays as it was. Values may lie a little outside the range of the input.
-    Source: the low-frequency cropping of arXiv 2211.09703, with the factor h w / (H W).
+    The crop of a turned or mirrored picture is the turned or mirrored crop. Source: arXiv 2211.09703; see `_crop`.
     """
-    with torch.autocast(pictures.device.type, enabled=False):  # half-precision transforms want powers of two
-        wide = _cropped_spectrum(pictures.float(), size[1], dim=-1)
-        # even windows have no partner for their lowest frequency: what it leaves in the imaginary part is dropped
-        return _cropped_spectrum(wide, size[0], dim=-2).real.contiguous()
+    rows, columns = (
+        _crop(whole, side).to(pictures.device) for whole, side in zip(pictures.shape[-2:], size, strict=True)
+    )
+    with torch.autocast(pictures.device.type, enabled=False):
+        return rows @ (pictures.float() @ columns.T)
 
 
-def _cropped_spectrum(signal: Tensor, length: int, dim: int) -> Tensor:
-    """`signal` along `dim` from its `length` central frequencies alone, complex.
+@functools.cache
+def _crop(whole: int, side: int) -> Tensor:
+    """The crop of a spectrum along one axis as a matrix, float32 (side, whole).
 
-    Coefficients are divided by the signal's length (norm="forward"), so they fit any other: no factor afterwards.
+    Fourier transform, shift, window [whole / 2 - side / 2, whole / 2 + side / 2), inverse, real part, times
+    side / whole, all in one: entry (n, m) is the sum of cos(2 pi k (u_n - u_m)) over the frequencies k of the window,
+    over `whole`. As in the paper but for where places lie: u is the centre of a pixel in units of the picture, where
+    the paper has its corner. That puts the crop off the middle by up to half a pixel, and the seam where the spectrum
+    takes opposite sides for neighbours then tells the first row from the last: enough to solve rotation without
+    looking at the picture.
     """
-    spectrum = torch.fft.fftshift(torch.fft.fft(signal, dim=dim, norm="forward"), dim)
-    window = spectrum.narrow(dim, signal.shape[dim] // 2 - length // 2, length)
-    cropped: Tensor = torch.fft.ifft(torch.fft.ifftshift(window, dim), dim=dim, norm="forward")
-    return cropped
+    frequencies = torch.arange(-(side // 2), side - side // 2, dtype=torch.float64)
+    after, before = (
+        2 * math.pi * ((torch.arange(count, dtype=torch.float64) + 0.5) / count)[:, None] * frequencies
+        for count in (side, whole)
+    )
+    return ((after.cos() @ before.cos().T + after.sin() @ before.sin().T) / whole).float()
 
 
 def _rounded(pixels: int, full: Size, step: Size) -> Size:
