@@ -7,7 +7,7 @@ A mask says *visible* (True) inside this package; other polarities are converted
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -72,6 +72,8 @@ class PretextTask(nn.Module):
     per_picture: ClassVar[bool] = True
     """Whether the loss is a mean over pictures, each by itself. False: the pictures of a batch are compared with each
     other, so that a step in several micro-steps is not the step of the whole batch."""
+    float_pictures: ClassVar[Literal["unit", "normalised"]] = "unit"
+    """What `forward` takes floating pictures for: 0..1 values, or already normalised ones."""
     collapse_remedy: ClassVar[str] = "lower optim.lr, lengthen schedule.warmup_epochs, or raise batch_size"
     """What to change when the features collapse; part of the warning."""
 
@@ -105,6 +107,14 @@ class PretextTask(nn.Module):
 
     def after_step(self, progress: float) -> None:
         """Moves EMA teachers, queues, vocabularies; once an optimizer step, `progress` in [0, 1]."""
+
+    def size_step(self) -> tuple[int, int] | None:
+        """Multiples (h, w) that sides of pictures must be when a curriculum makes them smaller (see
+        `unlabeled.ssl.curriculum`); None: they must have the backbone's size."""
+        return self.backbone.size_step()
+
+    def require_size(self, size: tuple[int, int]) -> None:
+        """Raises ConfigError when pictures of `size` (h, w), multiples of `size_step`, are too small for the task."""
 
     def encoder(self) -> Backbone:
         """The backbone that evaluation and export receive."""

@@ -23,10 +23,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from unlabeled.pretext.base import PretextTask, StepOutput
+from unlabeled.pretext.base import Batch, PretextTask, StepOutput
 from unlabeled.pretext.registry import create_task
 from unlabeled.ssl.collapse import WATCH_EVERY, CollapseAlarm, feature_figures
 from unlabeled.ssl.cpu import cpu_kernels
+from unlabeled.ssl.curriculum import Curriculum
 from unlabeled.ssl.data.bad import BadImage, BadImages
 from unlabeled.ssl.data.loader import LoadedBatch
 from unlabeled.ssl.errors import DivergedError
@@ -56,6 +57,7 @@ class Training:
     optimizer: Any
     schedule: Schedule
     plan: Plan
+    curriculum: Curriculum | None
     batches: Iterator[LoadedBatch]
     bad: BadImages
     meter: Meter
@@ -104,7 +106,11 @@ def accumulate(run: Training, step: int) -> tuple[dict[str, Tensor], list[BadIma
     for micro in range(config.accumulation):
         batch = next_batch(run)
         bad += batch.bad
-        tensors = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.tensors.items()}
+        tensors: Batch = {
+            name: value.to(accelerator.device, non_blocking=True) for name, value in batch.tensors.items()
+        }
+        if run.curriculum is not None:
+            tensors = run.curriculum.apply(tensors, step)
         torch.manual_seed(derive("step", config.seed, step, micro, accelerator.process_index))
         last = micro == config.accumulation - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(run.model):
@@ -172,6 +178,8 @@ def record(run: Training, step: int, values: dict[str, float], lr: float, featur
     if due:
         row = {**run.meter.take(), **watched, "lr": lr, **run.watch.take()}
         row["memory_gb"] = memory_gb(run.accelerator.device)
+        if run.curriculum is not None:
+            row["size"] = run.curriculum.size(step - 1)[0]
         if run.bad.count:
             row["bad_images"] = run.bad.count
         run.monitor.row(step, run.plan.epoch(step), row)
