@@ -8,12 +8,12 @@ speed of training (alpha = 0). N losses throughout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor
 
 from unlabeled.pretext.base import TaskConfig
@@ -45,10 +45,14 @@ class Ramp(TaskConfig):
         return self
 
 
-Weight = Annotated[float, Field(gt=0)] | Ramp
+Weight = Annotated[
+    Annotated[float, Field(gt=0), Tag("float")] | Annotated[Ramp, Tag("Ramp")],
+    Discriminator(lambda given: "Ramp" if isinstance(given, (Mapping, Ramp)) else "float"),
+]
+"""A number, or a `Ramp`."""
 
 
-def weight_at(weight: Weight, progress: float) -> float:
+def weight_at(weight: float | Ramp, progress: float) -> float:
     """The weight when `progress` (in [0, 1]) of the run is done."""
     if not isinstance(weight, Ramp):
         return weight
