@@ -337,7 +337,11 @@ def test_it_is_said_once_that_each_task_has_a_forward_pass_of_its_own(caplog):
             r"^task.tasks\[0\].decoder.dmi: there is no such setting in task.tasks\[0\].decoder; did you mean 'dim'\?$",
         ),
         ([{"name": "mae", "weight": 0}, ROTATION], r"^task.tasks\[0\].weight: 0 is not possible; give greater than 0"),
-        ([{"name": "mae", "weight": {"start": 0}}, ROTATION], r"^task.tasks\[0\].weight.end: not given; set task"),
+        ([{"name": "mae", "weight": {"start": 0}}, ROTATION], r"^task.tasks\[0\].weight.end: not given; set"),
+        (
+            [{"name": "mae", "weight": {"start": 0, "end": 1, "edn": 1}}, ROTATION],
+            r"^task.tasks\[0\].weight.edn: there is no such setting in task.tasks\[0\].weight; did you mean 'end'",
+        ),
         ([{"name": "mae", "weight": {"start": 0, "end": 0}}, ROTATION], r"start and end are both 0; give one"),
         (
             [{"name": "mae", "weight": {"start": 0, "end": 1, "over": [0.5, 0.5]}}, ROTATION],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from functools import partial
 from pathlib import Path
@@ -91,7 +92,7 @@ def test_weights_of_the_rows(run: tuple[str, Any]) -> None:
         assert [row["spark/weight"] for row in rows] == pytest.approx([0.5 + step / 8 for step in range(8)])
         return
     assert [rows[0][f"{label}/weight"] for label in LABELS[name]] == [1, 0.25]
-    for before, row in zip(rows, rows[1:], strict=False):
+    for before, row in itertools.pairwise(rows):
         strengths = [row[f"{label}/weight"] * row[f"{label}/grad_norm"] for label in LABELS[name]]
         assert strengths[1] / strengths[0] == pytest.approx(0.25, rel=1e-5)
         assert sum(row[f"{label}/weight"] for label in LABELS[name]) == pytest.approx(1.25)
