@@ -91,6 +91,11 @@ class PretextTask(nn.Module):
         """
         raise NotImplementedError
 
+    @classmethod
+    def masks_statistics(cls, config: Any) -> bool:
+        """`masked_statistics` under these settings; a task that is made of others looks it up in them."""
+        return cls.masked_statistics
+
     def draw(self, batch: Batch) -> dict[str, Tensor]:
         """Everything random in one forward pass, by the keyword under which `forward` takes it; (B, ...) each."""
         return {}
@@ -104,6 +109,11 @@ class PretextTask(nn.Module):
         for name, parameter in self.backbone.named_parameters():
             if name not in reached:
                 parameter.requires_grad_(False)
+
+    def fixed(self) -> set[str]:
+        """Names of the backbone's parameters (relative to it) whose values the method prescribes and does not train,
+        though its loss reaches them; other tasks beside it must not train them either."""
+        return set()
 
     def after_step(self, progress: float) -> None:
         """Moves EMA teachers, queues, vocabularies; once an optimizer step, `progress` in [0, 1]."""
