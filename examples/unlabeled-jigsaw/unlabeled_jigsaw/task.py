@@ -84,7 +84,7 @@ class Jigsaw(PretextTask):
         x = self.backbone.normalize(tiles.flatten(0, 1))
         std, mean = torch.std_mean(x, dim=(1, 2, 3), keepdim=True)
         features = self.backbone.pooled((x - mean) / (std + 1e-5))  # (B * n, D)
-        scores: Tensor = self.head(features.view(len(tiles), -1))
+        scores: Tensor = self.head(features.reshape(len(tiles), -1))
         return scores.float()
 
     @torch.no_grad()
