@@ -45,6 +45,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _pretrain(given: argparse.Namespace) -> int:
+    from unlabeled.ssl.ranks import leave_ranks
+
+    try:
+        return _run(given)
+    finally:
+        leave_ranks()
+
+
+def _run(given: argparse.Namespace) -> int:
     from unlabeled.ssl.api import pretrain_from
     from unlabeled.ssl.compose import pretrain_config, sweep
 

@@ -91,6 +91,7 @@ def _work(rank: int, folder: str, subjects: list[Subject]) -> None:
         named = {name.removeprefix("module."): gradient for name, gradient in gradients.items()}
         results.append({"loss": total.item() / 2, "gradients": named, "draw": own})
     torch.save(results, Path(folder, f"{rank}.pt"))
+    dist.barrier()  # nobody leaves while the other still talks
     dist.destroy_process_group()
 
 
