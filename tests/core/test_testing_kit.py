@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -186,3 +187,20 @@ def test_two_processes_tell_what_spans_the_ranks():
         compare_with_one(centred, found[1])
     with pytest.raises(ContractError, match=r"draw\['factor'\] is the same on both ranks; draw from torch's global"):
         compare_with_one(fixed, found[2])
+
+
+def test_the_page_names_every_rule_and_shows_the_example_as_it_is():
+    root = Path(__file__).resolve().parents[2]
+    page = (root / "docs" / "write-a-task.md").read_text(encoding="utf-8")
+    rows = {line.split("|")[1].strip() for line in page.splitlines() if line.startswith("|")}
+    assert {rule.replace("_", " ") for rule in RULES} <= rows
+    source = (root / "examples/unlabeled-jigsaw/unlabeled_jigsaw/task.py").read_text(encoding="utf-8")
+    shown = re.findall(r"```python\n(.*?)```", page.split("## The example")[1].split("## State")[0], flags=re.DOTALL)
+    assert len(shown) == 4
+    assert all(bare(block) in bare(source) for block in shown)
+    assert len(source.splitlines()) < 100
+
+
+def bare(code):
+    """Its lines without indentation and blank ones, which formatting changes."""
+    return "\n".join(line.strip() for line in code.splitlines() if line.strip())

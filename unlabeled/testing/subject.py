@@ -45,10 +45,11 @@ def listed(names: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Subject:
-    """A task class, its settings and an untouched backbone."""
+    """A task class, its settings (as given, and validated) and an untouched backbone."""
 
     name: str
     cls: type[PretextTask]
+    settings: Mapping[str, Any]
     config: TaskConfig
     backbone: Backbone
 
@@ -67,11 +68,12 @@ class Subject:
         """
         found = task_class(task) if isinstance(task, str) else task
         name = task if isinstance(task, str) else task.__name__
+        given = dict(settings or {})
         try:
-            config = found.Config.model_validate(dict(settings or {}))
+            config = found.Config.model_validate(given)
         except ValidationError as error:
             raise ContractError(f"{name}: settings: {explain(error, found.Config)}") from None
-        return cls(name, found, config, backbone if backbone is not None else tiny_backbone(found))
+        return cls(name, found, given, config, backbone if backbone is not None else tiny_backbone(found))
 
     def task(self, seed: int = 0) -> PretextTask:
         """The task in train mode. Its own parameters depend on `seed`, the backbone's do not."""
