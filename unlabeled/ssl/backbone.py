@@ -304,7 +304,7 @@ def _tasks_for(backbone: Backbone) -> list[str]:
     def able(task: str) -> bool:
         try:
             return not any(backbone.lacks(capability) for capability in task_class(task).requires)
-        except ImportError:  # a task of a plugin whose own dependencies are not installed
+        except ConfigError:  # a task of a plugin that cannot be imported
             return False
 
     return [task for task in task_names() if able(task)]
