@@ -18,6 +18,7 @@ TASKS: dict[str, str] = {
     "fcmae": "unlabeled.pretext.fcmae:FCMAE",
     "convmae": "unlabeled.pretext.convmae:ConvMAE",
     "mae": "unlabeled.pretext.mae:MAE",
+    "obow": "unlabeled.pretext.obow.task:OBoW",
     "rotation": "unlabeled.pretext.rotation:Rotation",
     "simmim": "unlabeled.pretext.simmim:SimMIM",
     "spark": "unlabeled.pretext.spark:SparK",
