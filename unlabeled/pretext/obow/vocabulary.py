@@ -56,15 +56,14 @@ def pick_words(maps: Tensor, place: Tensor, window: tuple[int, int]) -> Tensor:
     return widened(taken).mean(-1)
 
 
-def seed_words(maps: Tensor, place: Tensor, window: tuple[int, int], words: int) -> Tensor:
-    """A whole vocabulary (words, C) out of the maps (B, C, H, W) of one batch: from each picture equally many local
-    averages, evenly spaced from `place` (B,) on; a picture's own repeat where it has too few."""
+def seed_words(maps: Tensor, place: Tensor, window: tuple[int, int], each: int) -> Tensor:
+    """Many words out of the maps (B, C, H, W) of one batch: `each` local averages of every picture (B * each, C),
+    picture by picture, evenly spaced from `place` (B,) on; they repeat where a map has too few."""
     pooled = F.avg_pool2d(widened(maps), window, stride=1).flatten(2)  # (B, C, positions)
-    each = -(-words // len(maps))
     steps = torch.arange(each, device=maps.device, dtype=place.dtype) / each
     position = _positions((place[:, None] + steps) % 1, pooled.shape[-1])  # (B, each)
     rows = pooled.gather(2, position[:, None].expand(-1, pooled.shape[1], -1)).transpose(1, 2)
-    return rows.flatten(0, 1)[:words]
+    return rows.flatten(0, 1)
 
 
 def _positions(place: Tensor, count: int) -> Tensor:
@@ -170,8 +169,8 @@ class Vocabulary(nn.Module):
         """The words (K, C) to be used with `maps` (B, C, H, W), and again as seeds where they were made of these."""
         if self.ready:
             return self.words, None
-        share = -(-len(self.words) // ranks()) if self.training else len(self.words)
-        seeds = seed_words(maps, place, window, share)
+        pictures = len(maps) * (ranks() if self.training else 1)
+        seeds = seed_words(maps, place, window, -(-len(self.words) // pictures))
         seeds = (gather_rows(seeds) if self.training else seeds)[: len(self.words)].to(self.words.dtype)
         return seeds, seeds
 
