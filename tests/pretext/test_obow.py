@@ -192,6 +192,23 @@ def test_words_of_other_networks_come_from_the_first_batch():
     assert torch.equal(task.vocabularies[1].words[6:], expected[6:])
 
 
+@pytest.mark.parametrize("constant", [False, True])
+def test_a_first_batch_whose_every_place_is_a_word(constant):
+    backbone = create_backbone("vit_tiny_patch16_224", size=32, dynamic_img_size=True, **VIT)
+    task = make(backbone, words=60, word_source="cell")
+    batch = batch_of(task)
+    if constant:
+        batch = {key: torch.full_like(views, 7) for key, views in batch.items()}
+    loss = task(batch).loss
+    loss.backward()
+    task.after_step(0.0)
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in task.parameters() if p.grad is not None)
+    distance = task.vocabularies[1].distance.item()
+    assert distance == pytest.approx(1e-3 * 16, rel=0.01)  # features of 16 channels and unit variance
+    assert task(batch).loss.isfinite()
+
+
 def test_a_resumed_vocabulary_is_not_filled_again():
     backbone = create_backbone("vit_tiny_patch16_224", size=32, dynamic_img_size=True, **VIT)
     task = make(copy.deepcopy(backbone))

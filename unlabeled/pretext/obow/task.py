@@ -44,6 +44,11 @@ logger = logging.getLogger(__name__)
 _VIEWS = ("crops", "patches")
 """Kinds of student views, by their key in a batch; each has a loss of equal weight, however many views it has."""
 _MB = 2**20
+_LEAST = 1e-3
+"""Part of the mean squared feature that the mean distance of a first batch is at least: on small maps each place may
+be a word itself."""
+_TINY = 1e-12
+"""Smallest mean distance that is divided by; constant pictures have none."""
 _SHOWN = 8
 """Pictures that `visualize` shows."""
 
@@ -202,8 +207,12 @@ class OBoW(PretextTask):
         if self.training or seeds is not None:
             nearest = distances.mean_nearest().view(1)
             nearest = mean_over_ranks(nearest) if self.training else nearest
+            if seeds is not None:
+                size = widened(cells).square().sum(-1).mean().view(1)
+                size = mean_over_ranks(size) if self.training else size
+                nearest = torch.maximum(nearest, _LEAST * size)
             distance = vocabulary.moved_distance(nearest)
-        sharpness = None if self.config.beta is None else self.config.beta / distance
+        sharpness = None if self.config.beta is None else self.config.beta / distance.clamp(min=_TINY)
         bags = distances.bags(sharpness, self.config.pool)
         return words, bags, News(pick_words(maps, place, window), nearest, seeds)
 
