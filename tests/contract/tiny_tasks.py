@@ -18,6 +18,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "convmae": {"decoder": {"dim": 32, "depth": 2, "heads": 2}},
     "fcmae": {"decoder": {"dim": 16}},
     "mae": {"decoder": {"dim": 32, "depth": 2, "heads": 2}},
+    "obow": {"words": 32, "image_crops": {"number": 1}, "patches": {"number": 2, "size": 32}},
     "spark": {"decoder": {"width": 32}},
 }
 """Settings that make a task small; a task that is not here runs with its defaults."""

@@ -43,6 +43,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
         "size": 32,
         "kwargs": {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2},
     },
+    "obow": {"name": "resnet18", "size": 32, "kwargs": {"channels": [8, 8, 16, 16], "output_stride": 8}},
     "spark": {"name": "resnet18", "size": 32, "kwargs": {"channels": [8, 8, 16, 16], "output_stride": 8}},
 }
 CONVNEXT = {"name": "convnext_atto", "size": 32, "kwargs": {"dims": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}}
@@ -51,6 +52,7 @@ SMALL = {
     "convmae": {"name": "convmae", "decoder": {"dim": 16, "depth": 1, "heads": 2}},
     "fcmae": {"name": "fcmae", "decoder": {"dim": 16}},
     "mae": {"name": "mae", "decoder": {"dim": 16, "depth": 1, "heads": 2}},
+    "obow": {"name": "obow", "words": 40, "image_crops": {"number": 1}, "patches": {"number": 2}},
     "spark": {"name": "spark", "decoder": {"width": 16}},
 }
 

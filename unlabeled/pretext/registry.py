@@ -15,11 +15,12 @@ from unlabeled.ssl.errors import ConfigError, nearest
 from unlabeled.ssl.messages import explain
 
 TASKS: dict[str, str] = {
-    "fcmae": "unlabeled.pretext.fcmae:FCMAE",
     "context": "unlabeled.pretext.context:Context",
     "convmae": "unlabeled.pretext.convmae:ConvMAE",
+    "fcmae": "unlabeled.pretext.fcmae:FCMAE",
     "mae": "unlabeled.pretext.mae:MAE",
     "multi": "unlabeled.pretext.multi:Multi",
+    "obow": "unlabeled.pretext.obow.task:OBoW",
     "rotation": "unlabeled.pretext.rotation:Rotation",
     "simmim": "unlabeled.pretext.simmim:SimMIM",
     "spark": "unlabeled.pretext.spark:SparK",
