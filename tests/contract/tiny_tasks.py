@@ -13,7 +13,9 @@ from unlabeled.ssl.backbone import Backbone, create_backbone
 
 SMALL: dict[str, dict[str, Any]] = {
     "convmae": {"decoder": {"dim": 32, "depth": 2, "heads": 2}},
+    "dino": {"locals": 2, "local_size": 32, "head": {"prototypes": 64, "hidden": 32, "bottleneck": 16}},
     "fcmae": {"decoder": {"dim": 16}},
+    "ibot": {"locals": 2, "local_size": 32, "head": {"prototypes": 64, "hidden": 32, "bottleneck": 16}},
     "mae": {"decoder": {"dim": 32, "depth": 2, "heads": 2}},
     "spark": {"decoder": {"width": 32}},
 }

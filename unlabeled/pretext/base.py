@@ -103,6 +103,12 @@ class PretextTask(nn.Module):
             if name not in reached:
                 parameter.requires_grad_(False)
 
+    def before_step(self, progress: float) -> None:
+        """Takes back gradients of a step, after its last backward pass and before they are clipped.
+
+        `progress` as `after_step` had it last; 0 in the first step.
+        """
+
     def after_step(self, progress: float) -> None:
         """Moves EMA teachers, queues, vocabularies; once an optimizer step, `progress` in [0, 1]."""
 

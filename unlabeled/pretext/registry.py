@@ -17,6 +17,8 @@ from unlabeled.ssl.messages import explain
 TASKS: dict[str, str] = {
     "fcmae": "unlabeled.pretext.fcmae:FCMAE",
     "convmae": "unlabeled.pretext.convmae:ConvMAE",
+    "dino": "unlabeled.pretext.dino:DINO",
+    "ibot": "unlabeled.pretext.ibot:IBOT",
     "mae": "unlabeled.pretext.mae:MAE",
     "rotation": "unlabeled.pretext.rotation:Rotation",
     "simmim": "unlabeled.pretext.simmim:SimMIM",
