@@ -32,8 +32,8 @@ _SHOWN = 4
 """Pictures of a sheet."""
 _SHOWN_PIXELS = 96
 """Smaller crops are enlarged to about this size on a sheet."""
-_SIZE_ARGUMENTS = {"dynamic_img_size": "true", "strict_img_size": "false"}
-"""Arguments of timm's networks that let them take pictures of another size than their own."""
+_ANY_SIZE = "dynamic_img_size"
+"""Argument of timm's transformers that lets them take pictures of another size than their own."""
 
 
 class MultiCropConfig(TaskConfig):
@@ -107,9 +107,8 @@ def require_crops(config: MultiCropConfig, backbone: Backbone) -> None:
     except Exception as error:  # whatever a network's forward raises for a size that it cannot take
         fault = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
     if fault is not None:
-        accepted = inspect.signature(type(backbone.model).__init__).parameters
-        ways = [f"backbone.kwargs.{name}={value}" for name, value in _SIZE_ARGUMENTS.items() if name in accepted]
-        ways += [f"task.local_size={list(large)}", "task.locals=0"]
+        known = _ANY_SIZE in inspect.signature(type(backbone.model).__init__).parameters
+        ways = [f"backbone.kwargs.{_ANY_SIZE}=true"] * known + [f"task.local_size={list(large)}", "task.locals=0"]
         raise ConfigError(
             f"task.local_size: {backbone.name} of {large[0]}x{large[1]} pixels cannot take small crops of "
             f"{small[0]}x{small[1]} ({fault.rstrip('.')}); set {' or '.join(ways)}"

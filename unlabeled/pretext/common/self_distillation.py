@@ -150,7 +150,7 @@ class SelfDistillation(PretextTask):
 
     def assign(self, logits: Tensor, center: str) -> Tensor:
         """The teacher's logits (..., K) → its assignments (..., K), under the centre as it was after the last step."""
-        value: Tensor = self.centers[center].value
+        value: Tensor = cast(Center, self.centers[center]).value
         return ((logits - value) / self.temperature()).softmax(-1)
 
     def observe(self, mean: Tensor, center: str) -> None:
@@ -207,7 +207,8 @@ def create_head(dim: int, config: HeadConfig) -> DINOProjectionHead:
 
 def directions(head: Any, features: Tensor) -> Tensor:
     """Features (..., D) → their directions in the head's bottleneck, of length one, at least float32."""
-    return F.normalize(widened(head.layers(features)), dim=-1)
+    projected: Tensor = head.layers(features.flatten(0, -2))  # rows, as its batch norms need
+    return F.normalize(widened(projected), dim=1).view(*features.shape[:-1], -1)
 
 
 def scores(head: Any, units: Tensor) -> Tensor:
