@@ -16,7 +16,9 @@ __all__ = ["BACKBONES", "SMALL", "pictures", "tiny_backbone", "tiny_task", "view
 SMALL: dict[str, dict[str, Any]] = {
     "context": {"widths": [32, 32]},
     "convmae": {"decoder": {"dim": 32, "depth": 2, "heads": 2}},
+    "dino": {"locals": 2, "local_size": 32, "head": {"prototypes": 64, "hidden": 32, "bottleneck": 16}},
     "fcmae": {"decoder": {"dim": 16}},
+    "ibot": {"locals": 2, "local_size": 32, "head": {"prototypes": 64, "hidden": 32, "bottleneck": 16}},
     "mae": {"decoder": {"dim": 32, "depth": 2, "heads": 2}},
     "obow": {"words": 32, "image_crops": {"number": 1}, "patches": {"number": 2, "size": 32}},
     "spark": {"decoder": {"width": 32}},

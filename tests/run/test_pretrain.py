@@ -38,6 +38,11 @@ BACKBONES: dict[str, dict[str, Any]] = {
         "size": 32,
         "kwargs": {"patch_size": 1, "dims": [8, 16, 16, 16], "depths": [1, 1, 1, 1]},
     },
+    "ibot": {
+        "name": "vit_tiny_patch16_224",
+        "size": 32,
+        "kwargs": {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "dynamic_img_size": True},
+    },
     "mae": {
         "name": "vit_tiny_patch16_224",
         "size": 32,
@@ -50,7 +55,9 @@ CONVNEXT = {"name": "convnext_atto", "size": 32, "kwargs": {"dims": [8, 16, 16, 
 SMALL = {
     "context": {"name": "context", "grid": [2, 2], "widths": [16, 16]},
     "convmae": {"name": "convmae", "decoder": {"dim": 16, "depth": 1, "heads": 2}},
+    "dino": {"name": "dino", "locals": 2, "head": {"prototypes": 32, "hidden": 16, "bottleneck": 8}},
     "fcmae": {"name": "fcmae", "decoder": {"dim": 16}},
+    "ibot": {"name": "ibot", "locals": 2, "head": {"prototypes": 32, "hidden": 16, "bottleneck": 8}},
     "mae": {"name": "mae", "decoder": {"dim": 16, "depth": 1, "heads": 2}},
     "obow": {"name": "obow", "words": 40, "image_crops": {"number": 1}, "patches": {"number": 2}},
     "spark": {"name": "spark", "decoder": {"width": 16}},

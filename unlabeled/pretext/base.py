@@ -115,6 +115,12 @@ class PretextTask(nn.Module):
         though its loss reaches them; other tasks beside it must not train them either."""
         return set()
 
+    def before_step(self, progress: float) -> None:
+        """Takes back gradients of a step, after its last backward pass and before they are clipped.
+
+        `progress` as `after_step` had it last; 0 in the first step.
+        """
+
     def after_step(self, progress: float) -> None:
         """Moves EMA teachers, queues, vocabularies; once an optimizer step, `progress` in [0, 1]."""
 

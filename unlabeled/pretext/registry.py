@@ -17,7 +17,9 @@ from unlabeled.ssl.messages import explain
 TASKS: dict[str, str] = {
     "context": "unlabeled.pretext.context:Context",
     "convmae": "unlabeled.pretext.convmae:ConvMAE",
+    "dino": "unlabeled.pretext.dino:DINO",
     "fcmae": "unlabeled.pretext.fcmae:FCMAE",
+    "ibot": "unlabeled.pretext.ibot:IBOT",
     "mae": "unlabeled.pretext.mae:MAE",
     "multi": "unlabeled.pretext.multi:Multi",
     "obow": "unlabeled.pretext.obow.task:OBoW",

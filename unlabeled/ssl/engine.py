@@ -1,7 +1,7 @@
 """The pretraining loop. It knows no task: it draws batches, calls the task, and owns everything around that call.
 
-    for each optimizer step: rates · micro-steps (forward, backward) · verdict of all ranks · clip · step · after_step
-                             · metrics · online evaluation · checkpoint
+    for each optimizer step: rates · micro-steps (forward, backward) · before_step · verdict of all ranks · clip · step
+                             · after_step · metrics · online evaluation · checkpoint
 
 Randomness is seeded anew for each micro-step from (seed, step, micro-step, rank), and the order of the data is a
 function of the step: a run that is killed anywhere and resumed is bit-equal to one that was never stopped.
@@ -82,6 +82,7 @@ def train(run: Training) -> str | None:
             lr = run.schedule(step)
             set_rates(run.optimizer, lr, weight_decay_at(run.config.optim, step, run.plan.total_steps))
             local, bad, features = accumulate(run, step)
+            run.task.before_step(step / run.plan.total_steps)
             norm = gradient_norm(run)
             values, stopping = consult_ranks(run, step, local, bad, norm, stop.requested is not None)
             run.optimizer.step()
