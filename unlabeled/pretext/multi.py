@@ -11,6 +11,7 @@ to a task has its label and a slash before it: batches hold ``mae/image``, logs 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, cast
@@ -120,6 +121,10 @@ class Multi(PretextTask):
         features = next((output.features for output in outputs.values() if output.features is not None), None)
         return StepOutput(loss, self._logs(outputs), features)
 
+    def before_step(self, progress: float) -> None:
+        for _, task in self._each():
+            task.before_step(progress)
+
     def after_step(self, progress: float) -> None:
         for _, task in self._each():
             task.after_step(progress)
@@ -132,6 +137,19 @@ class Multi(PretextTask):
                 self._measured = None
             weights = torch.where((self.norms > 0).all(), balanced(weights, self.norms), weights)
         self.weights.copy_(weights)
+
+    def size_step(self) -> tuple[int, int] | None:
+        """The least that suits all tasks; None where one of them or a mixture of their pictures does not shrink."""
+        steps = [task.size_step() for _, task in self._each()]
+        alike = len({task.float_pictures for _, task in self._each()}) == 1
+        known = [step for step in steps if step is not None]
+        if not alike or len(known) < len(steps):
+            return None
+        return math.lcm(*(rows for rows, _ in known)), math.lcm(*(columns for _, columns in known))
+
+    def require_size(self, size: tuple[int, int]) -> None:
+        for _, task in self._each():
+            task.require_size(size)
 
     def parameter_groups(self) -> Iterator[NamedParameter]:
         """Every trainable parameter under the rule of its task; the backbone's under that of the first one."""
@@ -287,6 +305,7 @@ def _combined(tasks: list[PretextTask]) -> dict[str, Any]:
         "requires": frozenset[str]().union(*(task.requires for task in tasks)),
         "masked_statistics": any(task.masked_statistics for task in tasks),
         "synced_statistics": any(task.synced_statistics for task in tasks),
+        "float_pictures": tasks[0].float_pictures,
         "per_picture": all(task.per_picture for task in tasks),
         "collapse_remedy": "; ".join(one for one in remedies if one != usual) or usual,
     }
