@@ -15,6 +15,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "convmae": {"decoder": {"dim": 32, "depth": 2, "heads": 2}},
     "fcmae": {"decoder": {"dim": 16}},
     "mae": {"decoder": {"dim": 32, "depth": 2, "heads": 2}},
+    "pixcontrast": {"hidden_dim": 32, "feature_dim": 16},
+    "pixpro": {"hidden_dim": 32, "feature_dim": 16, "instance_weight": 1.0},
     "spark": {"decoder": {"width": 32}},
 }
 """Settings that make a task small; a task that is not here runs with its defaults."""

@@ -102,9 +102,12 @@ def test_it_is_an_optimizer_of_the_settings() -> None:
     assert "larspixpro" in list_optimizers()
     task = create_task({"name": "rotation"}, create_backbone("test_resnet", size=32))
     optimizer = create_optimizer(
-        task, OptimConfig(name="larspixpro", lr=1.0, weight_decay=1e-5, momentum=0.8, kwargs={"trust": 0.01, "eps": 1e-6})
+        task,
+        OptimConfig(name="larspixpro", lr=1.0, weight_decay=1e-5, momentum=0.8, kwargs={"trust": 0.01, "eps": 1e-6}),
     )
     assert isinstance(optimizer, LARS)
-    assert {(group["momentum"], group["trust"], group["eps"]) for group in optimizer.param_groups} == {(0.8, 0.01, 1e-6)}
+    assert {(group["momentum"], group["trust"], group["eps"]) for group in optimizer.param_groups} == {
+        (0.8, 0.01, 1e-6)
+    }
     with pytest.raises(ConfigError, match=r"optim: larspixpro does not take these settings \(trust is -1"):
         create_optimizer(task, OptimConfig(name="larspixpro", kwargs={"trust": -1}))

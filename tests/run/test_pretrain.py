@@ -27,6 +27,7 @@ from unlabeled.ssl.monitor import read_metrics
 from unlabeled.ssl.signals import EXIT_STOPPED
 
 ROOT = Path(__file__).resolve().parents[2]
+RESNET = {"name": "resnet18", "size": 32, "kwargs": {"channels": [8, 8, 16, 16], "output_stride": 8}}
 BACKBONES: dict[str, dict[str, Any]] = {
     "convmae": {
         "name": "convmae_small",
@@ -43,13 +44,17 @@ BACKBONES: dict[str, dict[str, Any]] = {
         "size": 32,
         "kwargs": {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2},
     },
-    "spark": {"name": "resnet18", "size": 32, "kwargs": {"channels": [8, 8, 16, 16], "output_stride": 8}},
+    "pixcontrast": RESNET,
+    "pixpro": RESNET,
+    "spark": RESNET,
 }
 CONVNEXT = {"name": "convnext_atto", "size": 32, "kwargs": {"dims": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}}
 SMALL = {
     "convmae": {"name": "convmae", "decoder": {"dim": 16, "depth": 1, "heads": 2}},
     "fcmae": {"name": "fcmae", "decoder": {"dim": 16}},
     "mae": {"name": "mae", "decoder": {"dim": 16, "depth": 1, "heads": 2}},
+    "pixcontrast": {"name": "pixcontrast", "hidden_dim": 16, "feature_dim": 8},
+    "pixpro": {"name": "pixpro", "hidden_dim": 16, "feature_dim": 8, "instance_weight": 1.0},
     "spark": {"name": "spark", "decoder": {"width": 16}},
 }
 

@@ -18,6 +18,8 @@ TASKS: dict[str, str] = {
     "fcmae": "unlabeled.pretext.fcmae:FCMAE",
     "convmae": "unlabeled.pretext.convmae:ConvMAE",
     "mae": "unlabeled.pretext.mae:MAE",
+    "pixcontrast": "unlabeled.pretext.pixcontrast:PixContrast",
+    "pixpro": "unlabeled.pretext.pixpro:PixPro",
     "rotation": "unlabeled.pretext.rotation:Rotation",
     "simmim": "unlabeled.pretext.simmim:SimMIM",
     "spark": "unlabeled.pretext.spark:SparK",
