@@ -15,7 +15,7 @@ from unlabeled.pretext.pixpro import PixPro, PixProConfig, agreement, consistenc
 from unlabeled.ssl.backbone import Backbone
 
 RESULT, MOVED, GRADIENT, LOSS = 1e-4, 1e-6, 3e-4, 5e-5
-"""Largest distances over the largest value; of losses over max(1, |loss|). MOVED: parameters after a momentum update."""
+"""Largest distances over the largest value; of losses over max(1, |loss|). MOVED: of parameters that the EMA moved."""
 BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
 
 
