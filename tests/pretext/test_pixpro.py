@@ -92,8 +92,9 @@ def test_the_unit_is_the_coarser_cell_also_of_different_grids():
 def test_the_threshold_itself_is_too_far():
     side = cell_distances(torch.tensor([WHOLE]), torch.tensor([WHOLE]), (2, 2), (2, 2))[0, 0, 1].item()
     assert side == pytest.approx(math.sqrt(0.5))
-    assert torch.equal(near(WHOLE, WHOLE, (2, 2), side), torch.eye(4, dtype=torch.bool))
-    assert int(near(WHOLE, WHOLE, (2, 2), side + 1e-6).sum()) == 12
+    boxes = torch.tensor([[WHOLE, WHOLE]])
+    assert torch.equal(pixpro(threshold=side).positive_pairs(boxes, (2, 2))[0], torch.eye(4, dtype=torch.bool))
+    assert int(pixpro(threshold=side + 1e-6).positive_pairs(boxes, (2, 2)).sum()) == 12
 
 
 def test_equal_square_crops_pair_each_cell_with_itself_only():
@@ -176,9 +177,11 @@ def test_gradients_pass_through_the_similarities():
     assert torch.autograd.gradcheck(module, maps(1, 4, 2, 2).double().requires_grad_())
 
 
-def test_a_power_below_one_has_finite_gradients():
-    x = torch.cat([maps(1, 4, 1, 1), -maps(1, 4, 1, 1)], dim=3).requires_grad_()
-    (gradient,) = torch.autograd.grad(PixelPropagation(4, 0, 0.5)(x).sum(), x)
+def test_a_power_below_one_is_taken_away_from_zero():
+    module, x = PixelPropagation(4, 0, 0.5), torch.eye(4).view(1, 4, 2, 2).requires_grad_()  # similarities of 0
+    weights = module.weights(x)
+    assert torch.allclose(weights, 0.001 + 0.999 * torch.eye(4), atol=1e-5)
+    (gradient,) = torch.autograd.grad(module(x).sum(), x)
     assert gradient.isfinite().all()
 
 
