@@ -223,6 +223,13 @@ def test_a_map_below_three_cells_is_refused_with_a_remedy():
         pixpro(level=5)
 
 
+def test_a_curriculum_may_not_go_below_three_cells_either():
+    task = pixpro(64)
+    task.require_size((24, 24))
+    with pytest.raises(ConfigError, match=r"task.level: map -1 of resnet18 has 3x2 places for pictures of 24x16, at"):
+        task.require_size((24, 16))
+
+
 def test_an_earlier_level_trains_no_later_layer():
     task = pixpro(level=-2)
     frozen = {

@@ -39,20 +39,30 @@ BACKBONES: dict[str, dict[str, Any]] = {
         "size": 32,
         "kwargs": {"patch_size": 1, "dims": [8, 16, 16, 16], "depths": [1, 1, 1, 1]},
     },
+    "ibot": {
+        "name": "vit_tiny_patch16_224",
+        "size": 32,
+        "kwargs": {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "dynamic_img_size": True},
+    },
     "mae": {
         "name": "vit_tiny_patch16_224",
         "size": 32,
         "kwargs": {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2},
     },
+    "obow": RESNET,
     "pixcontrast": RESNET,
     "pixpro": RESNET,
     "spark": RESNET,
 }
 CONVNEXT = {"name": "convnext_atto", "size": 32, "kwargs": {"dims": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}}
 SMALL = {
+    "context": {"name": "context", "grid": [2, 2], "widths": [16, 16]},
     "convmae": {"name": "convmae", "decoder": {"dim": 16, "depth": 1, "heads": 2}},
+    "dino": {"name": "dino", "locals": 2, "head": {"prototypes": 32, "hidden": 16, "bottleneck": 8}},
     "fcmae": {"name": "fcmae", "decoder": {"dim": 16}},
+    "ibot": {"name": "ibot", "locals": 2, "head": {"prototypes": 32, "hidden": 16, "bottleneck": 8}},
     "mae": {"name": "mae", "decoder": {"dim": 16, "depth": 1, "heads": 2}},
+    "obow": {"name": "obow", "words": 40, "image_crops": {"number": 1}, "patches": {"number": 2}},
     "pixcontrast": {"name": "pixcontrast", "hidden_dim": 16, "feature_dim": 8},
     "pixpro": {"name": "pixpro", "hidden_dim": 16, "feature_dim": 8, "instance_weight": 1.0},
     "spark": {"name": "spark", "decoder": {"width": 16}},

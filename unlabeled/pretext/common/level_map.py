@@ -31,14 +31,19 @@ class LevelMap:
             raise ConfigError(f"task.level: {backbone.name} has no map {level}; choose from {-count} to {count - 1}")
         self.index = level % count
         self._options = _options(backbone, self.index)
-        self.channels, *grid = _shape(backbone, self.index, self._options)
-        self.grid: tuple[int, int] = (grid[0], grid[1])
+        self.channels, *_ = _shape(backbone, self.index, self._options)
+        self.grid = self.grid_of(backbone, backbone.input_size)
         if min(self.grid) < places:
             raise CapabilityError(_too_small(backbone, self, task, places))
 
     def __call__(self, backbone: Backbone, images: Tensor) -> Tensor:
         """Normalised (B, 3, H, W) → (B, channels, gh, gw), by the weights of `backbone`."""
         return _map(backbone.model, images, self.index, self._options)
+
+    def grid_of(self, backbone: Backbone, size: tuple[int, int]) -> tuple[int, int]:
+        """Places (gh, gw) of the map for pictures of `size` (h, w)."""
+        _, rows, columns = _shape(backbone, self.index, self._options, size)
+        return rows, columns
 
     def reached(self, backbone: Backbone) -> set[str]:
         """Names of the parameters (relative to `backbone`) that the map depends on."""
@@ -71,8 +76,12 @@ def _options(backbone: Backbone, index: int) -> dict[str, bool]:
 
 
 @torch.no_grad()
-def _shape(backbone: Backbone, index: int, options: dict[str, bool]) -> tuple[int, int, int]:
-    shape = probed(backbone.model, backbone.input_size, lambda net, x: _map(net, x, index, options).shape)
+def _shape(
+    backbone: Backbone, index: int, options: dict[str, bool], size: tuple[int, int] | None = None
+) -> tuple[int, int, int]:
+    """(C, gh, gw) of a map, for pictures of `size`, or of the backbone's own."""
+    pixels = size or backbone.input_size
+    shape = probed(backbone.model, pixels, lambda net, x: _map(net, x, index, options).shape)
     return shape[1], shape[2], shape[3]
 
 

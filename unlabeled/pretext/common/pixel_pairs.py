@@ -21,6 +21,7 @@ from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy
 from unlabeled.pretext.common.views import Chance, ColorConfig, Colors, Part, RandomCrop, cell_centres
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.ema import ema_update
+from unlabeled.ssl.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +160,14 @@ class PixelPairs(PretextTask):
     @classmethod
     def views(cls, config: PixelPairsConfig, backbone: Backbone) -> Views:
         return PixelPairViews(config, backbone.input_size)
+
+    def require_size(self, size: tuple[int, int]) -> None:
+        rows, columns = self.level.grid_of(self.backbone, size)
+        if min(rows, columns) < _PLACES:
+            raise ConfigError(
+                f"task.level: map {self.config.level} of {self.backbone.name} has {rows}x{columns} places for pictures "
+                f"of {size[0]}x{size[1]}, at least {_PLACES}x{_PLACES} are needed; raise backbone.size"
+            )
 
     def follow(self, name: str) -> None:
         """Gives the submodule `name` a copy of the same name in `teacher`, equal to it now."""
