@@ -21,6 +21,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "ibot": {"locals": 2, "local_size": 32, "head": {"prototypes": 64, "hidden": 32, "bottleneck": 16}},
     "mae": {"decoder": {"dim": 32, "depth": 2, "heads": 2}},
     "obow": {"words": 32, "image_crops": {"number": 1}, "patches": {"number": 2, "size": 32}},
+    "pixcontrast": {"hidden_dim": 32, "feature_dim": 16},
+    "pixpro": {"hidden_dim": 32, "feature_dim": 16, "instance_weight": 1.0},
     "spark": {"decoder": {"width": 32}},
 }
 """Settings that make a task small; a task that is not here runs with its defaults."""

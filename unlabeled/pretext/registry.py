@@ -23,6 +23,8 @@ TASKS: dict[str, str] = {
     "mae": "unlabeled.pretext.mae:MAE",
     "multi": "unlabeled.pretext.multi:Multi",
     "obow": "unlabeled.pretext.obow.task:OBoW",
+    "pixcontrast": "unlabeled.pretext.pixcontrast:PixContrast",
+    "pixpro": "unlabeled.pretext.pixpro:PixPro",
     "rotation": "unlabeled.pretext.rotation:Rotation",
     "simmim": "unlabeled.pretext.simmim:SimMIM",
     "spark": "unlabeled.pretext.spark:SparK",
