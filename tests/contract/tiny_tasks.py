@@ -14,6 +14,7 @@ from unlabeled.testing import pictures, views_batch
 __all__ = ["BACKBONES", "SMALL", "pictures", "tiny_backbone", "tiny_task", "views_batch"]
 
 SMALL: dict[str, dict[str, Any]] = {
+    "byol": {"hidden": 32, "dim": 16},
     "context": {"widths": [32, 32]},
     "convmae": {"decoder": {"dim": 32, "depth": 2, "heads": 2}},
     "dino": {"locals": 2, "local_size": 32, "head": {"prototypes": 64, "hidden": 32, "bottleneck": 16}},
@@ -23,7 +24,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "obow": {"words": 32, "image_crops": {"number": 1}, "patches": {"number": 2, "size": 32}},
     "pixcontrast": {"hidden_dim": 32, "feature_dim": 16},
     "pixpro": {"hidden_dim": 32, "feature_dim": 16, "instance_weight": 1.0},
+    "simclr": {"hidden": 32, "dim": 16},
     "spark": {"decoder": {"width": 32}},
+    "vicreg": {"hidden": 32, "dim": 16},
 }
 """Settings that make a task small; a task that is not here runs with its defaults."""
 

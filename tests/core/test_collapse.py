@@ -34,3 +34,17 @@ def test_a_single_low_reading_or_none_is_no_alarm() -> None:
     for step in range(1, 20):
         assert alarm.look(step, {"feature_rank": 1.0 if step % 2 else 5.0}) is None
         assert alarm.look(step, {"loss": 0.0}) is None
+
+
+def test_features_that_shrink_are_told_by_their_deviation() -> None:
+    """Directions say nothing then: spread and rank of the shrunken features are those of the healthy ones."""
+    torch.manual_seed(0)
+    features = torch.randn(64, 16)
+    for name, value in feature_figures(1e-3 * features).items():
+        assert value == pytest.approx(feature_figures(features)[name], rel=1e-3)
+    alarm = CollapseAlarm("widen them", after=0, readings=2)
+    assert alarm.look(1, {"channel_deviation": 0.9}) is None
+    assert alarm.look(2, {"channel_deviation": 0.05}) is None
+    warning = alarm.look(3, {"channel_deviation": 0.05})
+    assert warning is not None
+    assert "channel_deviation 0.05, healthy above 0.1); widen them" in warning

@@ -56,6 +56,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
 }
 CONVNEXT = {"name": "convnext_atto", "size": 32, "kwargs": {"dims": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}}
 SMALL = {
+    "byol": {"name": "byol", "hidden": 32, "dim": 16},
     "context": {"name": "context", "grid": [2, 2], "widths": [16, 16]},
     "convmae": {"name": "convmae", "decoder": {"dim": 16, "depth": 1, "heads": 2}},
     "dino": {"name": "dino", "locals": 2, "head": {"prototypes": 32, "hidden": 16, "bottleneck": 8}},
@@ -65,7 +66,9 @@ SMALL = {
     "obow": {"name": "obow", "words": 40, "image_crops": {"number": 1}, "patches": {"number": 2}},
     "pixcontrast": {"name": "pixcontrast", "hidden_dim": 16, "feature_dim": 8},
     "pixpro": {"name": "pixpro", "hidden_dim": 16, "feature_dim": 8, "instance_weight": 1.0},
+    "simclr": {"name": "simclr", "hidden": 32, "dim": 16},
     "spark": {"name": "spark", "decoder": {"width": 16}},
+    "vicreg": {"name": "vicreg", "hidden": 32, "dim": 16},
 }
 
 

@@ -15,6 +15,7 @@ from unlabeled.ssl.errors import ConfigError, nearest
 from unlabeled.ssl.messages import explain
 
 TASKS: dict[str, str] = {
+    "byol": "unlabeled.pretext.byol:BYOL",
     "context": "unlabeled.pretext.context:Context",
     "convmae": "unlabeled.pretext.convmae:ConvMAE",
     "dino": "unlabeled.pretext.dino:DINO",
@@ -26,8 +27,10 @@ TASKS: dict[str, str] = {
     "pixcontrast": "unlabeled.pretext.pixcontrast:PixContrast",
     "pixpro": "unlabeled.pretext.pixpro:PixPro",
     "rotation": "unlabeled.pretext.rotation:Rotation",
+    "simclr": "unlabeled.pretext.simclr:SimCLR",
     "simmim": "unlabeled.pretext.simmim:SimMIM",
     "spark": "unlabeled.pretext.spark:SparK",
+    "vicreg": "unlabeled.pretext.vicreg:VICReg",
 }
 
 

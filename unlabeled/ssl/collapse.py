@@ -7,8 +7,24 @@ Two figures of the L2-normalised features z (N, D), as the loss compares them:
 - rank: effective rank of the centred features, the exponential of the entropy of their normalised singular values
   (RankMe, arXiv 2210.02885). 1 when all differences lie along one line.
 
-A third, where the task logs it as ``teacher_information``: how much the teacher's assignment says about the picture,
-H(mean p) - mean H(p) over log K; 0 when all pictures get the same one, be it sharp or even.
+Two more, where a task logs them:
+
+- ``teacher_information``: how much the teacher's assignment says about the picture, H(mean p) - mean H(p) over log K; 0
+  when all pictures get the same one, be it sharp or even.
+- ``channel_deviation``: standard deviation over pictures, averaged over channels, of features that the loss takes as
+  long as they are. These may shrink to nothing while their directions, which spread and rank look at, stay apart.
+
+The limits lie between what was measured on drawn shapes, with a ResNet-18 of 8 to 16 channels, batches of 16 and AdamW,
+after steps 50 to 200:
+
+===================================================  =============  =============
+run                                                  spread, rank   deviation
+===================================================  =============  =============
+BYOL, SimCLR, VICReg at rates of 0.001 and 0.01      > 0.14, > 4.6  > 0.36
+BYOL without predictor and with a momentum of 0      < 0.03, 9      -
+the same at a tenth of the rate, still falling       < 0.08, 9      -
+VICReg without its variance and covariance terms     > 0.19, > 9    < 0.1
+===================================================  =============  =============
 """
 
 from __future__ import annotations
@@ -23,12 +39,14 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 INFORMATION = "teacher_information"
-_LIMITS = {"feature_spread": 0.02, "feature_rank": 1.2, INFORMATION: 1e-4}
+DEVIATION = "channel_deviation"
+_LIMITS = {"feature_spread": 0.05, "feature_rank": 1.2, INFORMATION: 1e-4, DEVIATION: 0.1}
 """Figure → value below which features count as collapsed."""
 _MEANING = {
     "feature_spread": "the features of all pictures are nearly the same",
     "feature_rank": "the features of all pictures lie along one line",
     INFORMATION: "the teacher assigns every picture alike",
+    DEVIATION: "the features of all pictures have shrunk to nearly nothing",
 }
 WATCH_EVERY = 10
 """Optimizer steps between readings."""

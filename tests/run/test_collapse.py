@@ -1,0 +1,94 @@
+"""Runs that collapse are told so, with what to change; healthy ones of all tasks are left in peace."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import unlabeled
+from unlabeled.pretext.byol import BYOL, BYOLConfig
+from unlabeled.pretext.registry import TASKS, create_task, task_names
+from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.collapse import DEVIATION, INFORMATION
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from test_pretrain import settings
+
+STEPS = 110
+"""The alarm lets 50 pass and wants five readings, ten steps apart."""
+FIGURES = {"feature_spread", "feature_rank", DEVIATION, INFORMATION}
+
+
+class WithoutPredictor(BYOL):
+    """BYOL without what keeps it from collapsing."""
+
+    def __init__(self, config: BYOLConfig, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        self.predictor = nn.Identity()
+
+
+def words_of(task: str, lr: float, **changes: Any) -> dict[str, Any]:
+    """A run of STEPS steps on drawn shapes, with the rate `lr` and some settings of the task changed."""
+    words = settings(task)
+    return words | {
+        "task": words["task"] | changes,
+        "epochs": STEPS * words["batch_size"] / words["data"]["count"],
+        "optim": {"lr": lr, "lr_scaling": "none"},
+        "engine": words["engine"] | {"cpu_kernels": False, "checkpoint_epochs": 1000},
+        "log": {"every": 10, "progress": False, "tensorboard": False},
+        "evaluate": {"final": False},
+    }
+
+
+def watched_figures(words: dict[str, Any]) -> set[str]:
+    """The figures of a task that the alarm can look at; none for tasks that cannot collapse."""
+    network = words["backbone"]
+    task = create_task(words["task"], create_backbone(network["name"], size=network["size"], **network["kwargs"]))
+    views = type(task).views(task.config, task.backbone)
+    rows = [views(torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)) for _ in range(8)]
+    output = task({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
+    given = {"feature_spread", "feature_rank"} if output.features is not None else set()
+    return FIGURES & (given | output.logs.keys())
+
+
+def warnings_of(words: dict[str, Any], out: Path, caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the alarm says in a run, which goes on to its end all the same; it has something to look at throughout."""
+    result = unlabeled.pretrain(**words, out=out)
+    figures = watched_figures(words)
+    read = [row["step"] for row in result.metrics if figures <= row.keys()]
+    assert read == list(range(10, STEPS + 1, 10))
+    return [record.getMessage() for record in caplog.records if record.getMessage().startswith("collapse: ")]
+
+
+@pytest.mark.slow
+def test_vicreg_without_its_variance_term_is_told_to_raise_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    words = words_of("vicreg", 2e-2, variance_weight=0, covariance_weight=0)
+    (warning,) = warnings_of(words, tmp_path / "run", caplog)
+    assert "the features of all pictures have shrunk to nearly nothing since step" in warning
+    assert "raise task.variance_weight" in warning
+
+
+@pytest.mark.slow
+def test_byol_without_a_predictor_is_told_that_all_features_are_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TASKS, "without_predictor", f"{__name__}:WithoutPredictor")
+    words = words_of("byol", 1e-2, name="without_predictor", momentum=0)
+    (warning,) = warnings_of(words, tmp_path / "run", caplog)
+    assert "the features of all pictures are nearly the same since step" in warning
+    assert "raise task.momentum" in warning
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", task_names())
+def test_a_healthy_run_is_not_warned(task: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    words = words_of(task, 1e-3)
+    if not watched_figures(words):
+        pytest.skip(f"{task} gives no features: it cannot collapse")
+    assert warnings_of(words, tmp_path / "run", caplog) == []

@@ -1,0 +1,160 @@
+"""What SimCLR, BYOL and VICReg share: two augmented crops of each picture, and how their features are shown.
+
+Legend: B pictures, D channels of the projection. A batch holds ``views``, uint8 (B, 2, 3, h, w).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.transforms import v2
+from torchvision.utils import make_grid
+
+from unlabeled.pretext.base import Batch, PretextTask, StepOutput, TaskConfig, Views
+from unlabeled.pretext.common.patches import widened
+from unlabeled.pretext.common.views import Chance, ColorConfig, Colors, Part, RandomCrop
+from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.errors import ConfigError
+from unlabeled.ssl.probe import modes_kept
+
+_SMALL = 64
+"""Pixels up to which `blur: auto` leaves views sharp."""
+_SHOWN = 8
+"""Pictures that `visualize` shows."""
+_SHOWN_PIXELS = 96
+"""Smaller views are enlarged to about this size there."""
+_FRAME = 6
+"""Pixels of the frame around the partner that was found."""
+
+
+class FirstColors(ColorConfig):
+    """Colours of BYOL's first view (arXiv 2006.07733, table 6): always blurred."""
+
+    blur: Chance = 1.0
+
+
+class SecondColors(ColorConfig):
+    """Colours of BYOL's second view (arXiv 2006.07733, table 6): seldom blurred, at times solarized."""
+
+    blur: Chance = 0.1
+    solarize: Chance = 0.2
+
+
+class TwoViewsConfig(TaskConfig):
+    """Settings of the two views.
+
+    A task declares `first` and `second` as types of its own, so that what a user leaves out keeps that task's default.
+    """
+
+    crop_scale: tuple[Part, Part] = (0.08, 1.0)
+    """Part of the picture's area that a view covers, smallest and largest."""
+    flip: Chance = 0.5
+    """Probability of a horizontal flip."""
+    blur: Literal["auto"] | bool = "auto"
+    """Whether views are blurred as often as `first` and `second` say, or never; auto: for views of more than 64 pixels
+    (SimCLR, appendix B.9, and what followed it leave CIFAR's pictures sharp)."""
+    first: ColorConfig = ColorConfig()
+    """Colours of the first view."""
+    second: ColorConfig = ColorConfig()
+    """Colours of the second view."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> TwoViewsConfig:
+        if self.crop_scale[0] > self.crop_scale[1]:
+            raise ValueError(f"crop_scale {list(self.crop_scale)} begins above its end; give [smallest, largest]")
+        return self
+
+
+class TwoViews:
+    """Two crops of one picture, drawn apart, each with colours of its own."""
+
+    def __init__(self, config: TwoViewsConfig, size: tuple[int, int]) -> None:
+        self.crop = RandomCrop(
+            size, scale=config.crop_scale, flip=config.flip, interpolation=v2.InterpolationMode.BICUBIC
+        )
+        blurred = max(size) > _SMALL if config.blur == "auto" else config.blur
+        sharp = {} if blurred else {"blur": 0.0}
+        self.colors = [Colors(colors.model_copy(update=sharp)) for colors in (config.first, config.second)]
+
+    def __call__(self, picture: Tensor) -> dict[str, Tensor]:
+        """uint8 (3, H, W) of any size → ``views``, uint8 (2, 3, h, w)."""
+        return {"views": torch.stack([colors(self.crop(picture).image) for colors in self.colors])}
+
+
+class TwoViewTask(PretextTask):
+    """Base of the tasks that compare the pooled, projected features of two views; a subclass sets `projector`."""
+
+    Config: ClassVar[type[TaskConfig]] = TwoViewsConfig
+    requires: ClassVar[frozenset[str]] = frozenset({"pooled"})
+    synced_statistics: ClassVar[bool] = True
+    config: TwoViewsConfig
+    projector: nn.Module
+
+    def __init__(self, config: TwoViewsConfig, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        self.train_only(backbone.reached_by_pooled())
+
+    @classmethod
+    def views(cls, config: TwoViewsConfig, backbone: Backbone) -> Views:
+        return TwoViews(config, backbone.input_size)
+
+    def pair(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """``views`` uint8 (B, 2, 3, h, w) → the first and the second views, normalised (B, 3, h, w) each.
+
+        Raises ConfigError for a single picture: batch norm and the losses need others beside it.
+        """
+        first, second = batch["views"].unbind(1)
+        if len(first) < 2:
+            name = type(self).__name__
+            raise ConfigError(f"batch_size: {name} got 1 picture; give at least 2 to each process and micro-step")
+        return self.backbone.normalize(first), self.backbone.normalize(second)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Normalised (B, 3, h, w) → projections (B, D)."""
+        projections: Tensor = self.projector(self.backbone(images))
+        return projections
+
+    def output(self, loss: Tensor, first: Tensor, second: Tensor) -> StepOutput:
+        """A step's result; `first` and `second` (B, D) are what the loss compared. Logs their mean cosine."""
+        first, second = widened(first.detach()), widened(second.detach())
+        return StepOutput(loss, {"similarity": F.cosine_similarity(first, second).mean()}, features=first)
+
+    @torch.no_grad()
+    def visualize(self, batch: Batch) -> dict[str, Tensor]:
+        """``views``: a row per picture (the first 8): both views, and the second view that lies nearest to the first.
+
+        The frame of the last one is green where that is the picture's own, red where it is another's.
+        """
+        views = batch["views"][:_SHOWN]
+        with modes_kept(self):
+            self.eval()
+            first, second = (
+                F.normalize(widened(self.embed(self.backbone.normalize(view))), dim=1) for view in views.unbind(1)
+            )
+        found = (first @ second.T).argmax(1)
+        right = found == torch.arange(len(views), device=found.device)
+        enlarge = max(1, _SHOWN_PIXELS // min(views.shape[-2:]))
+        tiles = torch.stack([views[:, 0], views[:, 1], views[found, 1]], 1).cpu()  # (B, 3 columns, 3, h, w)
+        tiles = tiles.repeat_interleave(enlarge, -2).repeat_interleave(enlarge, -1)
+        for row, verdict in zip(tiles, right.tolist(), strict=True):
+            _frame(row[2], right=verdict)
+        return {"views": make_grid(tiles.flatten(0, 1), nrow=3, padding=2, pad_value=255)}
+
+
+def exactly(loss: Callable[..., Tensor], *features: Tensor) -> Tensor:
+    """`loss` of `features` in at least float32, outside of autocast."""
+    with torch.autocast(features[0].device.type, enabled=False):
+        return loss(*(widened(one) for one in features))
+
+
+def _frame(tile: Tensor, *, right: bool) -> None:
+    """Paints the edge of `tile`, uint8 (3, h, w), in the colour of the verdict."""
+    inner = torch.zeros(tile.shape[1:], dtype=torch.bool)
+    inner[_FRAME:-_FRAME, _FRAME:-_FRAME] = True
+    color = torch.tensor([40, 170, 70] if right else [210, 50, 50], dtype=torch.uint8).view(3, 1, 1)
+    tile.copy_(torch.where(inner, tile, color))
