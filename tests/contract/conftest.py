@@ -1,18 +1,24 @@
-"""Fixtures: the name of each registered task, and the task itself on a tiny backbone."""
+"""Fixtures: the name of each registered task, and what the contract kit tries it on."""
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 
 import pytest
 
-from unlabeled.pretext.base import PretextTask
 from unlabeled.pretext.registry import task_names
+from unlabeled.testing import Subject
 
-sys.path.insert(0, str(Path(__file__).parent))  # for `tiny_tasks`, in spawned processes too
+sys.path.insert(0, str(Path(__file__).parent))  # for `tiny_tasks`
 
-from tiny_tasks import tiny_task
+from tiny_tasks import SMALL, tiny_backbone
+
+
+@functools.cache
+def tiny_subject(name: str) -> Subject:
+    return Subject.of(name, settings=SMALL.get(name), backbone=tiny_backbone(name))
 
 
 @pytest.fixture(params=task_names())
@@ -21,5 +27,5 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def task(name: str) -> PretextTask:
-    return tiny_task(name)
+def subject(name: str) -> Subject:
+    return tiny_subject(name)

@@ -5,17 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from unlabeled.pretext.base import PretextTask
 from unlabeled.pretext.registry import create_task, task_class
 from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.testing import pictures, views_batch
+
+__all__ = ["BACKBONES", "SMALL", "pictures", "tiny_backbone", "tiny_task", "views_batch"]
 
 SMALL: dict[str, dict[str, Any]] = {
     "byol": {"hidden": 32, "dim": 16},
+    "context": {"widths": [32, 32]},
     "convmae": {"decoder": {"dim": 32, "depth": 2, "heads": 2}},
+    "dino": {"locals": 2, "local_size": 32, "head": {"prototypes": 64, "hidden": 32, "bottleneck": 16}},
     "fcmae": {"decoder": {"dim": 16}},
+    "ibot": {"locals": 2, "local_size": 32, "head": {"prototypes": 64, "hidden": 32, "bottleneck": 16}},
     "mae": {"decoder": {"dim": 32, "depth": 2, "heads": 2}},
+    "obow": {"words": 32, "image_crops": {"number": 1}, "patches": {"number": 2, "size": 32}},
+    "pixcontrast": {"hidden_dim": 32, "feature_dim": 16},
+    "pixpro": {"hidden_dim": 32, "feature_dim": 16, "instance_weight": 1.0},
     "simclr": {"hidden": 32, "dim": 16},
     "spark": {"decoder": {"width": 32}},
     "vicreg": {"hidden": 32, "dim": 16},
@@ -42,20 +50,3 @@ def tiny_backbone(task: str) -> Backbone:
 def tiny_task(name: str) -> PretextTask:
     torch.manual_seed(1)
     return create_task({"name": name, **SMALL.get(name, {})}, tiny_backbone(name))
-
-
-def pictures(count: int = 4) -> list[Tensor]:
-    """uint8 pictures of different sizes and content."""
-    generator = torch.Generator().manual_seed(3)
-    shapes = [(40 + 8 * (i % 3), 56 - 8 * (i % 2)) for i in range(count)]
-    return [torch.randint(0, 256, (3, *shape), generator=generator, dtype=torch.uint8) for shape in shapes]
-
-
-def views_batch(task: PretextTask, count: int = 4) -> dict[str, Tensor]:
-    views = type(task).views(task.config, task.backbone)
-    torch.manual_seed(5)
-    return {name: torch.stack(tensors) for name, tensors in _columns([views(picture) for picture in pictures(count)])}
-
-
-def _columns(rows: list[dict[str, Tensor]]) -> list[tuple[str, list[Tensor]]]:
-    return [(name, [row[name] for row in rows]) for name in rows[0]]

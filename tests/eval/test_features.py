@@ -138,6 +138,7 @@ def _extract_in_process(rank: int, world: int, folder: str) -> None:
         features=split.features, labels=split.labels, indices=split.indices, skipped=split.skipped,
         lone=lone.features, reads=again.reads,
     )  # fmt: skip
+    dist.barrier()  # nobody leaves while the other still talks
     dist.destroy_process_group()
 
 

@@ -157,6 +157,7 @@ def _evaluate_in_process(rank: int, folder: str) -> None:
         np.savez(f"{folder}/found.npz", online=online["knn/k20"], **metrics)
     elif evidence is not None or online:
         raise AssertionError("only the first process evaluates")
+    dist.barrier()  # nobody leaves while the other still talks
     dist.destroy_process_group()
 
 

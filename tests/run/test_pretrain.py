@@ -27,6 +27,7 @@ from unlabeled.ssl.monitor import read_metrics
 from unlabeled.ssl.signals import EXIT_STOPPED
 
 ROOT = Path(__file__).resolve().parents[2]
+RESNET = {"name": "resnet18", "size": 32, "kwargs": {"channels": [8, 8, 16, 16], "output_stride": 8}}
 BACKBONES: dict[str, dict[str, Any]] = {
     "convmae": {
         "name": "convmae_small",
@@ -38,19 +39,33 @@ BACKBONES: dict[str, dict[str, Any]] = {
         "size": 32,
         "kwargs": {"patch_size": 1, "dims": [8, 16, 16, 16], "depths": [1, 1, 1, 1]},
     },
+    "ibot": {
+        "name": "vit_tiny_patch16_224",
+        "size": 32,
+        "kwargs": {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "dynamic_img_size": True},
+    },
     "mae": {
         "name": "vit_tiny_patch16_224",
         "size": 32,
         "kwargs": {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2},
     },
-    "spark": {"name": "resnet18", "size": 32, "kwargs": {"channels": [8, 8, 16, 16], "output_stride": 8}},
+    "obow": RESNET,
+    "pixcontrast": RESNET,
+    "pixpro": RESNET,
+    "spark": RESNET,
 }
 CONVNEXT = {"name": "convnext_atto", "size": 32, "kwargs": {"dims": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}}
 SMALL = {
     "byol": {"name": "byol", "hidden": 32, "dim": 16},
+    "context": {"name": "context", "grid": [2, 2], "widths": [16, 16]},
     "convmae": {"name": "convmae", "decoder": {"dim": 16, "depth": 1, "heads": 2}},
+    "dino": {"name": "dino", "locals": 2, "head": {"prototypes": 32, "hidden": 16, "bottleneck": 8}},
     "fcmae": {"name": "fcmae", "decoder": {"dim": 16}},
+    "ibot": {"name": "ibot", "locals": 2, "head": {"prototypes": 32, "hidden": 16, "bottleneck": 8}},
     "mae": {"name": "mae", "decoder": {"dim": 16, "depth": 1, "heads": 2}},
+    "obow": {"name": "obow", "words": 40, "image_crops": {"number": 1}, "patches": {"number": 2}},
+    "pixcontrast": {"name": "pixcontrast", "hidden_dim": 16, "feature_dim": 8},
+    "pixpro": {"name": "pixpro", "hidden_dim": 16, "feature_dim": 8, "instance_weight": 1.0},
     "simclr": {"name": "simclr", "hidden": 32, "dim": 16},
     "spark": {"name": "spark", "decoder": {"width": 16}},
     "vicreg": {"name": "vicreg", "hidden": 32, "dim": 16},

@@ -18,7 +18,7 @@ from unlabeled.eval.report import render_report
 from unlabeled.eval.suite import Evidence, evaluate_backbone
 from unlabeled.eval.summary import RunSummary, count_parameters, name_backbone, name_data, summarize_run
 from unlabeled.eval.verdict import judge
-from unlabeled.pretext.registry import task_class
+from unlabeled.pretext.registry import task_class, task_config
 from unlabeled.ssl.backbone import Backbone, create_backbone
 from unlabeled.ssl.compose import validate
 from unlabeled.ssl.data.source import open_source
@@ -150,7 +150,7 @@ def _masked_statistics(target: Target) -> bool:
     if target.config is None or not batch_norms(target.backbone):
         return False
     try:
-        return task_class(target.config.task["name"]).masked_statistics
+        return task_class(target.config.task["name"]).masks_statistics(task_config(target.config.task))
     except (ConfigError, ImportError) as error:  # a plugin that is not installed here
         raise ConfigError(
             f"evaluate.recalibrate: auto has to know the run's task ({_first_line(error)}); set it to true or false"

@@ -60,7 +60,9 @@ _NUMBERED, _NAMED = 12, 24
 """Classes up to which a confusion matrix shows numbers, and names."""
 _NAME = 14
 
-_BESIDE = {"step", "epoch", "loss", "lr", "images_per_s", "data_wait", "grad_norm", "memory_gb", "time", "seconds"}
+_BESIDE = {"step", "epoch", "loss", "lr", "images_per_s", "data_wait", "grad_norm", "memory_gb", "time", "seconds"} | {
+    "size"
+}
 """Columns of metrics.jsonl that are no log of the task."""
 _TASK_CURVES = 4
 

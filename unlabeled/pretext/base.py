@@ -7,7 +7,7 @@ A mask says *visible* (True) inside this package; other polarities are converted
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -72,6 +72,8 @@ class PretextTask(nn.Module):
     per_picture: ClassVar[bool] = True
     """Whether the loss is a mean over pictures, each by itself. False: the pictures of a batch are compared with each
     other, so that a step in several micro-steps is not the step of the whole batch."""
+    float_pictures: ClassVar[Literal["unit", "normalised"]] = "unit"
+    """What `forward` takes floating pictures for: 0..1 values, or already normalised ones."""
     collapse_remedy: ClassVar[str] = "lower optim.lr, lengthen schedule.warmup_epochs, or raise batch_size"
     """What to change when the features collapse; part of the warning."""
 
@@ -89,6 +91,11 @@ class PretextTask(nn.Module):
         """
         raise NotImplementedError
 
+    @classmethod
+    def masks_statistics(cls, config: Any) -> bool:
+        """`masked_statistics` under these settings; a task that is made of others looks it up in them."""
+        return cls.masked_statistics
+
     def draw(self, batch: Batch) -> dict[str, Tensor]:
         """Everything random in one forward pass, by the keyword under which `forward` takes it; (B, ...) each."""
         return {}
@@ -103,8 +110,27 @@ class PretextTask(nn.Module):
             if name not in reached:
                 parameter.requires_grad_(False)
 
+    def fixed(self) -> set[str]:
+        """Names of the backbone's parameters (relative to it) whose values the method prescribes and does not train,
+        though its loss reaches them; other tasks beside it must not train them either."""
+        return set()
+
+    def before_step(self, progress: float) -> None:
+        """Takes back gradients of a step, after its last backward pass and before they are clipped.
+
+        `progress` as `after_step` had it last; 0 in the first step.
+        """
+
     def after_step(self, progress: float) -> None:
         """Moves EMA teachers, queues, vocabularies; once an optimizer step, `progress` in [0, 1]."""
+
+    def size_step(self) -> tuple[int, int] | None:
+        """Multiples (h, w) that sides of pictures must be when a curriculum makes them smaller (see
+        `unlabeled.ssl.curriculum`); None: they must have the backbone's size."""
+        return self.backbone.size_step()
+
+    def require_size(self, size: tuple[int, int]) -> None:
+        """Raises ConfigError when pictures of `size` (h, w), multiples of `size_step`, are too small for the task."""
 
     def encoder(self) -> Backbone:
         """The backbone that evaluation and export receive."""

@@ -16,15 +16,26 @@ from unlabeled.ssl.messages import explain
 
 TASKS: dict[str, str] = {
     "byol": "unlabeled.pretext.byol:BYOL",
-    "fcmae": "unlabeled.pretext.fcmae:FCMAE",
+    "context": "unlabeled.pretext.context:Context",
     "convmae": "unlabeled.pretext.convmae:ConvMAE",
+    "dino": "unlabeled.pretext.dino:DINO",
+    "fcmae": "unlabeled.pretext.fcmae:FCMAE",
+    "ibot": "unlabeled.pretext.ibot:IBOT",
     "mae": "unlabeled.pretext.mae:MAE",
+    "multi": "unlabeled.pretext.multi:Multi",
+    "obow": "unlabeled.pretext.obow.task:OBoW",
+    "pixcontrast": "unlabeled.pretext.pixcontrast:PixContrast",
+    "pixpro": "unlabeled.pretext.pixpro:PixPro",
     "rotation": "unlabeled.pretext.rotation:Rotation",
     "simclr": "unlabeled.pretext.simclr:SimCLR",
     "simmim": "unlabeled.pretext.simmim:SimMIM",
     "spark": "unlabeled.pretext.spark:SparK",
     "vicreg": "unlabeled.pretext.vicreg:VICReg",
 }
+
+
+GROUP = "unlabeled.tasks"
+"""Entry-point group in which installed packages name their tasks."""
 
 
 def register_task(name: str, target: str) -> None:
@@ -36,18 +47,35 @@ def register_task(name: str, target: str) -> None:
 
 def task_names() -> list[str]:
     """All task names: built in, registered, and from installed plugins (entry-point group ``unlabeled.tasks``)."""
-    for point in entry_points(group="unlabeled.tasks"):
+    for point in entry_points(group=GROUP):
         register_task(point.name, point.value)
     return sorted(TASKS)
 
 
+def task_origin(name: str) -> str:
+    """Who brings task `name`: "built in", a distribution and its version, or the module that registered it."""
+    for point in entry_points(group=GROUP, name=name):
+        if point.dist is not None:
+            return f"{point.dist.name} {point.dist.version}"
+    module = TASKS[name].partition(":")[0]
+    return "built in" if module.startswith("unlabeled.") else module
+
+
 def task_class(name: str) -> type[PretextTask]:
-    """The class of task `name`, imported on demand. Raises ConfigError naming the nearest known tasks."""
+    """The class of task `name`, imported on demand.
+
+    Raises ConfigError naming the nearest known tasks, or saying why a plugin's task cannot be imported.
+    """
     names = task_names()
     if name not in names:
         raise ConfigError(f"task: {name!r} is not a pretext task; {nearest(name, names)}")
     module, _, attribute = TASKS[name].partition(":")
-    loaded: type[PretextTask] = getattr(importlib.import_module(module), attribute)
+    try:
+        loaded: type[PretextTask] = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        if (origin := task_origin(name)) == "built in":
+            raise
+        raise ConfigError(f"task: {name!r} cannot be imported ({error}); install {origin} again") from error
     return loaded
 
 

@@ -9,6 +9,7 @@ brings, after crop and flip; a rotation by a right angle only permutes pixels, s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -104,6 +105,12 @@ class Rotation(PretextTask):
     @classmethod
     def views(cls, config: RotationConfig, backbone: Backbone) -> Views:
         return RotationViews(config, backbone.input_size)
+
+    def size_step(self) -> tuple[int, int]:
+        """See the base class; square pictures stay square under four angles."""
+        height, width = self.backbone.size_step()
+        both = math.lcm(height, width)
+        return (both, both) if self.config.angles == 4 else (height, width)
 
     def logits(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) → (B * angles, angles), in the order of `rotations`."""

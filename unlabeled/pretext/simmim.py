@@ -82,7 +82,7 @@ class SimMIM(MaskedImageTask):
         self.cell = (unit, unit)
         self.keep(self.grid_of(backbone.input_size))
         channels, self.stride = backbone.stages[-1]
-        self.normed = _norms_maps(backbone)
+        self.normed = norms_maps(backbone)
         shape = (1, 3, 1, 1) if self.stem is None else (1, 1, self.stem.dim)
         self.mask_token = nn.Parameter(torch.empty(shape))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
@@ -191,7 +191,7 @@ def final_map(model: nn.Module, x: Tensor, last: int, normed: bool) -> Tensor:
     return maps[0]
 
 
-def _norms_maps(backbone: Backbone) -> bool:
+def norms_maps(backbone: Backbone) -> bool:
     """Whether the network can apply its final norm to the last map; Hiera, which pools first, cannot."""
     last = len(backbone.stages) - 1
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
@@ -28,6 +29,9 @@ CAPABILITIES: dict[str, str] = {
     "sparse_convs": "unlabeled.ssl.sparse:lacks_sparse_convs",
 }
 """Capability → ``"module:function"``; the function takes a Backbone and says in a few words why it lacks it."""
+
+_USUAL_STRIDE = 32
+"""Pixels per place of the last map, where a network has no maps to measure."""
 
 
 class Stage(NamedTuple):
@@ -137,6 +141,21 @@ class Backbone(nn.Module):
                 raise CapabilityError(
                     f"backbone: {self.name} cannot do {task}: it lacks {capability} ({reason}); it can do: {able}"
                 )
+
+    def size_step(self) -> tuple[int, int]:
+        """Multiples (h, w) that sides of pictures should be: of the total stride of the maps, and of the patch."""
+        embed = getattr(self.model, "patch_embed", None)
+        patch = embed.patch_size if isinstance(embed, PatchEmbed) else (1, 1)
+        stride = max((stage.stride for stage in self.stages), default=_USUAL_STRIDE)
+        return math.lcm(stride, int(patch[0])), math.lcm(stride, int(patch[1]))
+
+    def refuses(self, size: tuple[int, int]) -> str | None:
+        """Why the network, built for `input_size`, cannot take pictures of `size`; None when it can."""
+        try:
+            shapes = probe_shapes(self.model, size)
+        except Exception as error:  # whatever its forward raises
+            return _reason(error)
+        return None if shapes.pooled == self._shapes.pooled else "its features then have another width"
 
     def parameter_layers(self) -> dict[str, int]:
         """Name of each parameter (relative to this module) → layer for layer-wise decay: 0 stem .. depth + 1."""
@@ -285,7 +304,7 @@ def _tasks_for(backbone: Backbone) -> list[str]:
     def able(task: str) -> bool:
         try:
             return not any(backbone.lacks(capability) for capability in task_class(task).requires)
-        except ImportError:  # a task of a plugin whose own dependencies are not installed
+        except ConfigError:  # a task of a plugin that cannot be imported
             return False
 
     return [task for task in task_names() if able(task)]

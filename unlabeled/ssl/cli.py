@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from unlabeled.ssl.errors import UnlabeledError
+from unlabeled.ssl.errors import ConfigError, UnlabeledError
 from unlabeled.ssl.signals import EXIT_STOPPED
 
 _EPILOG = """\
@@ -45,6 +45,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _pretrain(given: argparse.Namespace) -> int:
+    from unlabeled.ssl.ranks import leave_ranks
+
+    try:
+        return _run(given)
+    finally:
+        leave_ranks()
+
+
+def _run(given: argparse.Namespace) -> int:
     from unlabeled.ssl.api import pretrain_from
     from unlabeled.ssl.compose import pretrain_config, sweep
 
@@ -80,12 +89,16 @@ def _tasks(given: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from unlabeled.pretext.registry import task_class, task_names
+    from unlabeled.pretext.registry import task_class, task_names, task_origin
 
-    table = Table("task", "what it is", "needs of the backbone", box=None)
+    table = Table("task", "what it is", "needs of the backbone", "from", box=None)
     for name in task_names():
-        task = task_class(name)
-        table.add_row(name, (task.__doc__ or "").strip().splitlines()[0], ", ".join(sorted(task.requires)) or "-")
+        try:
+            task = task_class(name)
+            what, needs = (task.__doc__ or "-").strip().splitlines()[0], ", ".join(sorted(task.requires))
+        except ConfigError as error:  # of a plugin that cannot be imported; the others are listed all the same
+            what, needs = str(error), ""
+        table.add_row(name, what, needs or "-", task_origin(name))
     Console().print(table)
 
 

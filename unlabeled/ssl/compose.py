@@ -10,6 +10,7 @@ refuse or misread are handled here, so that each fault is one line:
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -77,12 +78,18 @@ def parse(words: Sequence[str]) -> list[Override]:
         if "=" not in word and not word.startswith("~"):
             raise ConfigError(f"{word!r} is not a setting; write key=value, such as epochs=100")
         try:
-            parsed += OverridesParser.create().parse_overrides([word])
+            parsed += OverridesParser.create().parse_overrides([_dotted(word)])
         except HydraException as error:
             raise ConfigError(
                 f"{word!r} cannot be read ({_first_line(error)}); quote special characters: 'key=\"value\"'"
             ) from None
     return parsed
+
+
+def _dotted(word: str) -> str:
+    """``task.tasks[1].weight=2`` as Hydra has it: ``task.tasks.1.weight=2``."""
+    key, equals, value = word.partition("=")
+    return re.sub(r"\[(\d+)\]", r".\1", key) + equals + value
 
 
 def sweep(words: Sequence[str]) -> Iterator[tuple[list[str], str]]:
@@ -128,6 +135,8 @@ def _literal(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_literal(item)}" for key, item in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(_literal(item) for item in value) + "]"
     if isinstance(value, (str, Path)):

@@ -1,7 +1,7 @@
 """The pretraining loop. It knows no task: it draws batches, calls the task, and owns everything around that call.
 
-    for each optimizer step: rates · micro-steps (forward, backward) · verdict of all ranks · clip · step · after_step
-                             · metrics · online evaluation · checkpoint
+    for each optimizer step: rates · micro-steps (forward, backward) · before_step · verdict of all ranks · clip · step
+                             · after_step · metrics · online evaluation · checkpoint
 
 Randomness is seeded anew for each micro-step from (seed, step, micro-step, rank), and the order of the data is a
 function of the step: a run that is killed anywhere and resumed is bit-equal to one that was never stopped.
@@ -23,10 +23,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from unlabeled.pretext.base import PretextTask, StepOutput
+from unlabeled.pretext.base import Batch, PretextTask, StepOutput
 from unlabeled.pretext.registry import create_task
 from unlabeled.ssl.collapse import WATCH_EVERY, CollapseAlarm, feature_figures
 from unlabeled.ssl.cpu import cpu_kernels
+from unlabeled.ssl.curriculum import Curriculum
 from unlabeled.ssl.data.bad import BadImage, BadImages
 from unlabeled.ssl.data.loader import LoadedBatch
 from unlabeled.ssl.errors import DivergedError
@@ -56,6 +57,7 @@ class Training:
     optimizer: Any
     schedule: Schedule
     plan: Plan
+    curriculum: Curriculum | None
     batches: Iterator[LoadedBatch]
     bad: BadImages
     meter: Meter
@@ -80,6 +82,7 @@ def train(run: Training) -> str | None:
             lr = run.schedule(step)
             set_rates(run.optimizer, lr, weight_decay_at(run.config.optim, step, run.plan.total_steps))
             local, bad, features = accumulate(run, step)
+            run.task.before_step(step / run.plan.total_steps)
             norm = gradient_norm(run)
             values, stopping = consult_ranks(run, step, local, bad, norm, stop.requested is not None)
             run.optimizer.step()
@@ -104,7 +107,11 @@ def accumulate(run: Training, step: int) -> tuple[dict[str, Tensor], list[BadIma
     for micro in range(config.accumulation):
         batch = next_batch(run)
         bad += batch.bad
-        tensors = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.tensors.items()}
+        tensors: Batch = {
+            name: value.to(accelerator.device, non_blocking=True) for name, value in batch.tensors.items()
+        }
+        if run.curriculum is not None:
+            tensors = run.curriculum.apply(tensors, step)
         torch.manual_seed(derive("step", config.seed, step, micro, accelerator.process_index))
         last = micro == config.accumulation - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(run.model):
@@ -172,6 +179,8 @@ def record(run: Training, step: int, values: dict[str, float], lr: float, featur
     if due:
         row = {**run.meter.take(), **watched, "lr": lr, **run.watch.take()}
         row["memory_gb"] = memory_gb(run.accelerator.device)
+        if run.curriculum is not None:
+            row["size"] = run.curriculum.size(step - 1)[0]
         if run.bad.count:
             row["bad_images"] = run.bad.count
         run.monitor.row(step, run.plan.epoch(step), row)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unlabeled.pretext.base import PretextTask
-from unlabeled.pretext.registry import task_class
+from unlabeled.pretext.registry import task_class, task_config
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.checkpoint import writing
 from unlabeled.ssl.data.loader import LoadedBatch, ViewDataset, collate, seeded
@@ -56,7 +56,7 @@ class OnlineEvaluation:
         self, config: PretrainConfig, data: tuple[ImageSource, ImageSource] | None, steps_per_epoch: int
     ) -> None:
         self._config, self._data = config.evaluate, data
-        self._task = task_class(config.task["name"])
+        self._masked = task_class(config.task["name"]).masks_statistics(task_config(config.task))
         wanted = config.evaluate.every > 0 and data is not None
         self.every_steps = max(round(config.evaluate.every * steps_per_epoch), 1) if wanted else None
 
@@ -69,7 +69,7 @@ class OnlineEvaluation:
 
         assert self._data is not None, "run() without data"
         train, test = self._data
-        values = online_knn(backbone, train, test, self._config, device, masked_statistics=self._task.masked_statistics)
+        values = online_knn(backbone, train, test, self._config, device, masked_statistics=self._masked)
         return {f"eval/{name}": value for name, value in values.items()}
 
 

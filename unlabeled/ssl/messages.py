@@ -67,6 +67,8 @@ def _model_at(model: type[BaseModel], path: list[str | int]) -> type[BaseModel] 
 def _inner_model(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _inner_model(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         for member in typing.get_args(annotation):
             if (found := _inner_model(member)) is not None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
 
+import unlabeled.ssl.lars  # noqa: F401  registers PixPro's LARS with timm
 from unlabeled.pretext.base import PretextTask
 from unlabeled.ssl.errors import ConfigError, nearest
 from unlabeled.ssl.layers import layer_scale

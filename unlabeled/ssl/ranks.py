@@ -70,6 +70,12 @@ def processes_asked_for() -> int | None:
     return int(match.group(1)) if match else None
 
 
+def leave_ranks() -> None:
+    """Takes this process out of the group of ranks, whose threads must not outlive Python's own shutdown."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Sum of `values` over all ranks, in place; the same tensor in a single process."""
     if dist.is_initialized():

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Size = Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+CurriculumName = Literal["efficienttrain", "efficienttrain++"]
 
 
 class Section(BaseModel):
@@ -122,6 +123,9 @@ class EngineConfig(Section):
     where that is faster (AMD with AVX-512). Not together with `compile`."""
     channels_last: bool | None = None
     """Memory layout of convolutions; None: channels last for networks of 2-D maps on a GPU."""
+    curriculum: CurriculumName | None = None
+    """Smaller pictures, of low frequencies alone, in the first 80 % of the steps (efficienttrain) or for the first 60 %
+    of the compute (efficienttrain++). For any task; see `unlabeled.ssl.curriculum`."""
     sync_bn: bool | None = None
     """Batch-norm statistics over all processes; None: where the task's authors had it so."""
     seed: int = 0

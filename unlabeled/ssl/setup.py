@@ -13,6 +13,7 @@ from unlabeled.pretext.registry import create_task, task_class, task_config
 from unlabeled.ssl.backbone import Backbone, create_backbone
 from unlabeled.ssl.batch_norm import synchronize
 from unlabeled.ssl.collapse import CollapseAlarm
+from unlabeled.ssl.curriculum import create_curriculum
 from unlabeled.ssl.data.bad import BadImages
 from unlabeled.ssl.data.loader import RunSampler, ViewDataset, make_loader
 from unlabeled.ssl.data.source import DecodeError, ImageSource, open_source
@@ -41,6 +42,7 @@ def prepare(config: PretrainConfig) -> Training:
     source = open_source(config.data, "train")
     plan = Plan.of(config, len(source), accelerator.num_processes)
     task = build_task(config)
+    curriculum = create_curriculum(config.engine.curriculum, task, plan.total_steps)
     warn_of_small_images(source, task.backbone)
     set_layout(task, config, accelerator)
     optimizer = create_optimizer(task, config.optim)
@@ -66,6 +68,8 @@ def prepare(config: PretrainConfig) -> Training:
         config.schedule, peak_rate(config.optim, config.batch_size), plan.steps_per_epoch, plan.total_steps
     )
     announce(config, plan, schedule, task, accelerator, start)
+    if curriculum is not None and accelerator.is_main_process:
+        logger.info("%s", curriculum)
     return Training(
         config=config,
         accelerator=accelerator,
@@ -74,6 +78,7 @@ def prepare(config: PretrainConfig) -> Training:
         optimizer=optimizer,
         schedule=schedule,
         plan=plan,
+        curriculum=curriculum,
         batches=iter(open_loader(config, source, task, plan, accelerator, start)),
         bad=BadImages(
             config.out / "bad_images.jsonl",

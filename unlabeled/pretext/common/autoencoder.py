@@ -75,6 +75,12 @@ class MaskedAutoencoder(CellRegression):
         """The backbone's table of absolute positions, (1, P + L, D), and its grid; None where it has none."""
         raise NotImplementedError
 
+    def fixed(self) -> set[str]:
+        """The table of positions, where it is the fixed one."""
+        found = self.absolute()
+        named = self.backbone.named_parameters()
+        return {name for name, one in named if found is not None and one is found[0] and not one.requires_grad}
+
     @property
     def anew(self) -> bool:
         """Whether the backbone's weights are drawn here."""

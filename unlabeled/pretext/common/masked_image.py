@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+import math
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -72,6 +73,7 @@ class MaskedImageTask(PretextTask):
     """Whose way of counting visible cells is used."""
     interpolation: ClassVar[v2.InterpolationMode] = v2.InterpolationMode.BICUBIC
     """Of the random crop."""
+    float_pictures: ClassVar[Literal["unit", "normalised"]] = "normalised"
     config: MaskedImageConfig
     cell: tuple[int, int]
     """Pixels (rows, columns) of one cell of the mask; set before `forward` is called."""
@@ -132,6 +134,14 @@ class MaskedImageTask(PretextTask):
                 f"backbone.size: {list(size)} is no multiple of the mask's cells, {list(self.cell)}; set it to {below}"
             )
         return size[0] // self.cell[0], size[1] // self.cell[1]
+
+    def size_step(self) -> tuple[int, int]:
+        """Whole cells, and whole places of the last map."""
+        height, width = self.backbone.size_step()
+        return math.lcm(height, self.cell[0]), math.lcm(width, self.cell[1])
+
+    def require_size(self, size: tuple[int, int]) -> None:
+        self.keep(self.grid_of(size))
 
     def keep(self, grid: tuple[int, int]) -> int:
         """Visible cells of `grid`. Raises ConfigError when none or all would be visible."""

@@ -1,0 +1,1 @@
+"""Jigsaw puzzles as a pretext task of unlabeled."""

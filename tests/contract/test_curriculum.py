@@ -1,0 +1,48 @@
+"""Every task under a curriculum: it learns from smaller pictures, or the run is refused before it begins."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from tiny_tasks import SMALL, tiny_backbone, views_batch
+
+from unlabeled.pretext.base import PretextTask
+from unlabeled.pretext.registry import create_task
+from unlabeled.ssl.backbone import create_backbone
+from unlabeled.ssl.curriculum import create_curriculum
+from unlabeled.ssl.errors import ConfigError
+
+
+def tiny_task_of_any_size(name: str) -> PretextTask:
+    """The task of the contract tests, on a network of twice the size that takes others where it can."""
+    plain = tiny_backbone(name)
+    arguments = {key: value for key, value in plain.kwargs.items() if key not in {"num_classes", "img_size"}}
+    if "dynamic_img_size" in inspect.signature(type(plain.model).__init__).parameters:
+        arguments["dynamic_img_size"] = True
+    height, width = plain.input_size
+    return create_task(
+        {"name": name, **SMALL.get(name, {})}, create_backbone(plain.name, size=(2 * height, 2 * width), **arguments)
+    )
+
+
+def test_smaller_pictures_train_the_same_parameters(name: str) -> None:
+    torch.manual_seed(0)
+    task = tiny_task_of_any_size(name)
+    whole = views_batch(task)
+    try:
+        curriculum = create_curriculum("efficienttrain", task, 10)
+        assert curriculum is not None
+        batches = [curriculum.apply(whole, stage.first) for stage in curriculum.stages[:-1]]
+    except ConfigError as error:
+        pytest.skip(str(error))
+    for stage, batch in zip(curriculum.stages, batches, strict=False):
+        assert any(tensor.shape[-2:] == stage.size for tensor in batch.values())
+        task.zero_grad()
+        output = task(batch, **task.draw(batch))
+        output.loss.backward()
+        assert torch.isfinite(output.loss)
+        assert output.loss.dtype == torch.float32
+        without = [n for n, p in task.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+        assert not without

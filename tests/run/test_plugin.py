@@ -1,0 +1,98 @@
+"""A task in a package of its own: installed into a fresh environment, offline, it is there like a built-in one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "examples" / "unlabeled-jigsaw"
+SMALL = '{"grid": 2, "permutations": 24}'
+pytestmark = pytest.mark.slow
+
+
+class Environment:
+    """A virtual environment that finds torch and all else where this interpreter finds them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=120)
+        self.bin = folder / ("Scripts" if os.name == "nt" else "bin")
+        self.python = self.bin / Path(sys.executable).name
+        site = self.run(self.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip()
+        # not --system-site-packages: of an interpreter that is in an environment itself, that gives the base's packages
+        outer = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+        Path(site, "outer.pth").write_text("\n".join(outer) + "\n", encoding="utf-8")
+
+    def run(self, *command: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+        """Runs `command` in the environment's folder, which holds no source of ours; checks its exit code."""
+        kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+        variables = kept | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "PIP_NO_INDEX": "1"}
+        words = [str(word) for word in command]
+        done = subprocess.run(words, cwd=self.folder, env=variables, capture_output=True, text=True, timeout=300)
+        assert done.returncode == code, f"{words}: {done.stdout[-2000:]}{done.stderr[-3000:]}"
+        return done
+
+    def install(self, project: Path) -> None:
+        """Builds and installs `project` from its folder, with nothing from any index."""
+        pip = [self.python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--ignore-installed"]
+        self.run(*pip, "--no-deps", "--no-build-isolation", "--no-index", project)
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    made = Environment(tmp_path_factory.mktemp("plugin") / "env")
+    made.install(ROOT)
+    made.install(EXAMPLE)
+    return made
+
+
+def test_it_is_listed_with_the_package_that_brings_it(environment: Environment) -> None:
+    rows = [line.split() for line in environment.run(environment.bin / "unlabeled", "tasks").stdout.splitlines()]
+    (jigsaw,) = (row for row in rows if row[0] == "jigsaw")
+    assert " ".join(jigsaw[1:]) == "Tells in which order the tiles of a picture lie. pooled unlabeled-jigsaw 0.1.0"
+    assert all(row[-2:] == ["built", "in"] for row in rows[1:] if row[0] != "jigsaw")
+
+
+def test_the_contract_is_checked_without_pytest(environment: Environment) -> None:
+    code = (
+        "import sys\n"
+        "from unlabeled.testing import check_task\n"
+        "import unlabeled, unlabeled_jigsaw\n"
+        "assert all(module.__file__.startswith(sys.prefix) for module in (unlabeled, unlabeled_jigsaw))\n"
+        f"check_task('jigsaw', settings={SMALL})\n"
+        "assert not {'pytest', '_pytest'} & set(sys.modules)\n"
+    )
+    environment.run(environment.python, "-c", code)
+
+
+def test_its_own_tests_pass(environment: Environment) -> None:
+    pytest_ = [environment.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not contract"]
+    assert "passed" in environment.run(*pytest_, "--rootdir", EXAMPLE, EXAMPLE / "tests").stdout
+
+
+def test_a_debug_run_leaves_what_any_run_leaves(environment: Environment, tmp_path: Path) -> None:
+    words = [
+        "task=jigsaw", "task.grid=2", "task.permutations=24", "data=shapes", "backbone=resnet18", "backbone.size=32",
+        "backbone.kwargs={channels:[8,8,8,8],stem_width:8}", "optim.name=sgd", "debug=true", f"out={tmp_path / 'run'}",
+    ]  # fmt: skip
+    environment.run(environment.bin / "unlabeled", "pretrain", *words)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 4
+    assert all({"loss", "accuracy", "grad_norm"} <= row.keys() for row in rows)
+    assert (tmp_path / "run" / "backbone.safetensors").is_file()
+    assert (tmp_path / "run" / "report" / "report.html").is_file()
+
+
+def test_its_faults_are_one_line_too(environment: Environment, tmp_path: Path) -> None:
+    command = [environment.bin / "unlabeled", "pretrain", "task=jigsaw", "data=digits", f"out={tmp_path / 'run'}"]
+    done = environment.run(*command, "task.gird=2", code=2)
+    assert done.stderr == "unlabeled: task.gird: there is no such setting in task; did you mean 'grid'?\n"
+    done = environment.run(environment.bin / "unlabeled", "pretrain", "task=jigsw", code=2)
+    assert done.stderr == "unlabeled: task: 'jigsw' is not a pretext task; did you mean 'jigsaw'?\n"

@@ -1,0 +1,153 @@
+"""Multi-crop: two large crops of a picture and several small ones (SwAV, arXiv 2006.09882, section 3.4), in the sizes
+and colours of DINO (Caron et al., arXiv 2104.14294; code of the authors: github.com/facebookresearch/dino).
+
+Batches hold them picture by picture; networks get them crop by crop: the first crop of each picture, the second ...
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms import v2
+from torchvision.utils import make_grid
+
+from unlabeled.pretext.base import TaskConfig
+from unlabeled.pretext.common.views import ColorConfig, Colors, Part, RandomCrop
+from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.errors import ConfigError
+from unlabeled.ssl.probe import probe_shapes
+from unlabeled.ssl.schema import Size
+
+GLOBALS = 2
+"""Large crops of each picture."""
+_LOCAL_PART = 96 / 224
+"""Side of a small crop over that of a large one, as published."""
+_SHOWN = 4
+"""Pictures of a sheet."""
+_SHOWN_PIXELS = 96
+"""Smaller crops are enlarged to about this size on a sheet."""
+_ANY_SIZE = "dynamic_img_size"
+"""Argument of timm's transformers that lets them take pictures of another size than their own."""
+
+
+class MultiCropConfig(TaskConfig):
+    """Settings of the crops; the defaults are those of DINO's released code."""
+
+    locals: int = Field(8, ge=0)
+    """Small crops of each picture, beside the two large ones."""
+    local_size: Size | None = None
+    """Their pixels, one number or [height, width]; None: 96/224 of ``backbone.size``, rounded to the backbone's stride.
+    The large crops have ``backbone.size``."""
+    global_scale: tuple[Part, Part] = (0.4, 1.0)
+    """Part of the picture's area in a large crop, smallest and largest."""
+    local_scale: tuple[Part, Part] = (0.05, 0.4)
+    """The same of a small crop."""
+    first_colors: ColorConfig = ColorConfig(blur=1.0)
+    """Colours of the first large crop."""
+    second_colors: ColorConfig = ColorConfig(blur=0.1, solarize=0.2)
+    """Colours of the second large crop."""
+    local_colors: ColorConfig = ColorConfig(blur=0.5)
+    """Colours of the small crops."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> MultiCropConfig:
+        for name, (least, most) in (("global_scale", self.global_scale), ("local_scale", self.local_scale)):
+            if least > most:
+                raise ValueError(f"{name} {[least, most]} begins above its end; give [smallest, largest]")
+        return self
+
+
+class MultiCropViews:
+    """Picture, uint8 (3, H, W) of any size → ``globals`` uint8 (2, 3, h, w) and, if any, ``locals`` (n, 3, h', w')."""
+
+    def __init__(self, config: MultiCropConfig, size: tuple[int, int], local: tuple[int, int]) -> None:
+        bicubic = v2.InterpolationMode.BICUBIC
+        self.locals = config.locals
+        self.large = RandomCrop(size, scale=config.global_scale, interpolation=bicubic)
+        self.small = RandomCrop(local, scale=config.local_scale, interpolation=bicubic)
+        self.large_colors = [Colors(config.first_colors), Colors(config.second_colors)]
+        self.small_colors = Colors(config.local_colors)
+
+    def __call__(self, picture: Tensor) -> dict[str, Tensor]:
+        views = {"globals": torch.stack([colors(self.large(picture).image) for colors in self.large_colors])}
+        if self.locals:
+            small = [self.small_colors(self.small(picture).image) for _ in range(self.locals)]
+            views["locals"] = torch.stack(small)
+        return views
+
+
+def local_size(config: MultiCropConfig, backbone: Backbone) -> tuple[int, int]:
+    """Pixels (height, width) of the small crops."""
+    asked = config.local_size
+    if asked is not None:
+        return (asked, asked) if isinstance(asked, int) else asked
+    step = backbone.stages[-1].stride if backbone.stages else 1
+    height, width = (max(1, round(_LOCAL_PART * pixels / step)) * step for pixels in backbone.input_size)
+    return height, width
+
+
+def require_crops(config: MultiCropConfig, backbone: Backbone) -> None:
+    """Raises ConfigError when `backbone` cannot take the small crops, or crops are too small for their blur."""
+    large, small = backbone.input_size, local_size(config, backbone)
+    _require_blur("backbone.size", large, [config.first_colors, config.second_colors])
+    if not config.locals:
+        return
+    _require_blur("task.local_size", small, [config.local_colors])
+    if small == large:
+        return
+    try:
+        shape = probe_shapes(backbone.model, small).pooled
+        fault = None if shape[0] == backbone.embed_dim else f"it gives {shape[0]} features and not {backbone.embed_dim}"
+    except Exception as error:  # whatever a network's forward raises for a size that it cannot take
+        fault = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    if fault is not None:
+        known = _ANY_SIZE in inspect.signature(type(backbone.model).__init__).parameters
+        ways = [f"backbone.kwargs.{_ANY_SIZE}=true"] * known + [f"task.local_size={list(large)}", "task.locals=0"]
+        raise ConfigError(
+            f"task.local_size: {backbone.name} of {large[0]}x{large[1]} pixels cannot take small crops of "
+            f"{small[0]}x{small[1]} ({fault.rstrip('.')}); set {' or '.join(ways)}"
+        )
+
+
+def _require_blur(field: str, size: tuple[int, int], colors: list[ColorConfig]) -> None:
+    """The blur's window reaches 3 deviations past a pixel, mirrored at the edges: never past the opposite one."""
+    reach = max((math.ceil(3 * one.sigma[1]) for one in colors if one.blur > 0), default=0)
+    if min(size) <= reach:
+        raise ConfigError(
+            f"{field}: crops of {size[0]}x{size[1]} are too small for a blur that reaches {reach} pixels; "
+            "give larger ones, or a smaller sigma or blur=0 in the colours of the task"
+        )
+
+
+def crop_major(crops: Tensor) -> Tensor:
+    """(B, V, 3, h, w) → (V * B, 3, h, w): the first crop of each picture, the second of each, ..."""
+    return crops.transpose(0, 1).flatten(0, 1)
+
+
+def by_crop(rows: Tensor, pictures: int) -> Tensor:
+    """(V * B, ...), crop by crop → (V, B, ...)."""
+    return rows.view(-1, pictures, *rows.shape[1:])
+
+
+def crop_sheet(kinds: Iterable[Tensor]) -> Tensor:
+    """uint8 (B, V, 3, h, w) of several kinds → one picture, uint8 (3, H, W): a row for each of the first 4, in which
+    all of its crops stand in one scale."""
+    rows = list(zip(*(kind[:_SHOWN].cpu() for kind in kinds), strict=True))
+    crops = [crop for row in rows for kind in row for crop in kind]
+    height, width = (max(crop.shape[axis] for crop in crops) for axis in (1, 2))
+    enlarge = max(1, _SHOWN_PIXELS // min(height, width))
+
+    def tile(crop: Tensor) -> Tensor:
+        above, left = (height - crop.shape[1]) // 2, (width - crop.shape[2]) // 2
+        edges = (left, width - crop.shape[2] - left, above, height - crop.shape[1] - above)
+        return F.pad(crop, edges, value=255).repeat_interleave(enlarge, 1).repeat_interleave(enlarge, 2)
+
+    tiles = torch.stack([tile(crop) for crop in crops])
+    sheet: Tensor = make_grid(tiles, nrow=len(crops) // len(rows), padding=2, pad_value=255)
+    return sheet

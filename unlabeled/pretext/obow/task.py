@@ -1,0 +1,300 @@
+"""The method in one page; see `unlabeled.pretext.obow`."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from unlabeled.pretext.base import Batch, NamedParameter, PretextTask, StepOutput, TaskConfig, Views
+from unlabeled.pretext.common.checkpoint import load_mapped
+from unlabeled.pretext.common.patches import widened
+from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy
+from unlabeled.pretext.common.views import Part
+from unlabeled.pretext.obow.head import WordHead, bow_logits
+from unlabeled.pretext.obow.official import official_names
+from unlabeled.pretext.obow.pictures import nearest_words, painted, side_by_side, word_colors
+from unlabeled.pretext.obow.views import ImageCropsConfig, OBoWViews, PatchesConfig, sizes_of
+from unlabeled.pretext.obow.vocabulary import (
+    Distances,
+    News,
+    Pool,
+    Source,
+    Vocabulary,
+    information,
+    inner_map,
+    mean_over_ranks,
+    perplexity,
+    pick_words,
+    window_of,
+)
+from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.ema import ema_update
+from unlabeled.ssl.errors import CheckpointError, ConfigError
+from unlabeled.ssl.probe import modes_kept
+
+logger = logging.getLogger(__name__)
+
+_VIEWS = ("crops", "patches")
+"""Kinds of student views, by their key in a batch; each has a loss of equal weight, however many views it has."""
+_MB = 2**20
+_LEAST = 1e-3
+"""Part of the mean squared feature that the mean distance of a first batch is at least: on small maps each place may
+be a word itself."""
+_TINY = 1e-12
+"""Smallest mean distance that is divided by; constant pictures have none."""
+_SHOWN = 8
+"""Pictures that `visualize` shows."""
+
+
+class OBoWConfig(TaskConfig):
+    """Settings of OBoW; the defaults are the full form on a ResNet-50.
+
+    A ResNet-18 takes kappa=5 and beta=10. The vanilla form: levels=[-1], image_crops.number=1, patches.number=0.
+    """
+
+    levels: tuple[int, ...] | None = Field(None, min_length=1)
+    """Feature maps with a vocabulary each; negative ones count from the end. None: the one at three quarters of the
+    depth and the last (stages 3 and 4 of a ResNet, blocks 9 and 12 of a ViT)."""
+    words: int = Field(8192, ge=2)
+    """Words of each vocabulary."""
+    kappa: float = Field(8.0, gt=0)
+    """Factor of the student's logits."""
+    beta: float | None = Field(15.0, gt=0)
+    """Sharpness of the codes: inverse temperature times the running mean of the distance to the nearest word. None:
+    each place has its nearest word only."""
+    pool: Pool = "max"
+    """How codes are pooled over places."""
+    word_source: Source = "local"
+    """What of a map becomes a word: a 3x3 average at a random place, one random cell, or the mean of the map."""
+    fill: Literal["auto"] | bool = "auto"
+    """Take all words from places of the first batch, and the mean distance from its own. Published: False, random
+    words cut off at zero. auto: where feature maps have negative values, which such words do not fit."""
+    map_norm: Literal["auto"] | bool = "auto"
+    """Normalise the teacher's maps over channels at each place. Published: False. auto: as `fill`."""
+    momentum: float = Field(0.99, ge=0, le=1)
+    """Of the teacher's weights at the start; a half cosine leads to 1."""
+    distance_decay: float = Field(0.99, ge=0, lt=1)
+    """Of the running mean distance."""
+    center: Part = 0.875
+    """Part of each side of the picture that the teacher sees (224 of 256 pixels)."""
+    image_crops: ImageCropsConfig = ImageCropsConfig()
+    patches: PatchesConfig = PatchesConfig()
+    decay_all: bool = True
+    """Weight decay on every parameter, norms and biases too, as published; False: not on these."""
+    memory: int = Field(256, ge=1)
+    """Largest size in MB of one table of distances; it is made in parts where it would be larger."""
+
+    @model_validator(mode="after")
+    def _student_sees_something(self) -> OBoWConfig:
+        if not self.image_crops.number + self.patches.number:
+            raise ValueError("image_crops.number and patches.number are both 0; the student needs a view")
+        return self
+
+
+class OBoW(PretextTask):
+    """Online bag of visual words. Submodules: `backbone` (the student), `teacher`, `vocabularies`, `heads`.
+
+    Order of a step: codes, bags and predictions all use the words as they were before it; the teacher's momentum, new
+    words and the running mean distance follow in `after_step` (the authors move the teacher within the next step, by
+    the same amount). Their monitor, a linear classifier that needs labels and does not touch the features, is left out:
+    online kNN does its work.
+
+    Logs: a loss per kind of view; per level ``perplexity_*`` (words in use in the batch), ``perplexity_image_*`` and
+    ``distance_*``; ``teacher_information``.
+    """
+
+    Config: ClassVar[type[TaskConfig]] = OBoWConfig
+    requires: ClassVar[frozenset[str]] = frozenset({"dense_map", "pooled"})
+    synced_statistics: ClassVar[bool] = True
+    per_picture: ClassVar[bool] = False
+    collapse_remedy: ClassVar[str] = "lower optim.lr, lengthen schedule.warmup_epochs, or raise task.beta"
+    config: OBoWConfig
+    scale: Tensor
+
+    def __init__(self, config: OBoWConfig, backbone: Backbone) -> None:
+        """Raises CapabilityError for a backbone without feature maps, ConfigError for levels or sizes that do not
+        fit."""
+        super().__init__(config, backbone)
+        self.levels = _levels(config.levels, backbone)
+        sizes = sizes_of(config.image_crops, config.patches, backbone)
+        if sizes.refused is not None:
+            logger.warning(
+                "obow: %s takes no pictures but its own %dx%d (%s), so the student's are as large; "
+                "backbone.kwargs.dynamic_img_size=true may help",
+                backbone.name, *sizes.teacher, sizes.refused,
+            )  # fmt: skip
+        self.train_only(backbone.reached_by_pooled())
+        signed = _has_negative_values(backbone, self.levels)
+        fill = signed if config.fill == "auto" else config.fill
+        self.map_norm = signed if config.map_norm == "auto" else config.map_norm
+        self.teacher = frozen_copy(backbone)
+        channels = [backbone.stages[level].channels for level in self.levels]
+        self.vocabularies = nn.ModuleList(
+            Vocabulary(config.words, width, fill=fill, signed=signed, decay=config.distance_decay) for width in channels
+        )
+        self.heads = nn.ModuleList(WordHead(width, backbone.embed_dim) for width in channels)
+        self.register_buffer("scale", torch.full((len(channels),), config.kappa))
+        self._news: list[list[News]] = []
+
+    @classmethod
+    def views(cls, config: OBoWConfig, backbone: Backbone) -> Views:
+        sizes = sizes_of(config.image_crops, config.patches, backbone)
+        return OBoWViews(config.image_crops, config.patches, sizes, config.center)
+
+    def draw(self, batch: Batch) -> dict[str, Tensor]:
+        """``place`` (B, levels) in [0, 1): from where each picture's new words are taken."""
+        image = batch["image"]
+        return {"place": torch.rand(len(image), len(self.levels), device=image.device)}
+
+    def forward(self, batch: Batch, *, place: Tensor | None = None) -> StepOutput:
+        """``image`` (B, 3, H, W), ``crops`` (B, n, 3, h, w) and ``patches`` (B, m, 3, h', w') → sum over kinds of views
+        of KL(bag || prediction), in mean over levels, pictures and views."""
+        place = self.draw(batch)["place"] if place is None else place
+        features = {kind: self.student(batch[kind]) for kind in _VIEWS if kind in batch}
+        losses = {kind: self.scale.new_zeros(()) for kind in features}
+        logs: dict[str, Tensor] = {}
+        news, informed = [], []
+        for level, maps in enumerate(self.teacher_maps(batch["image"])):
+            words, bags, found = self.assign(level, maps, place[:, level])
+            weights = self.heads[level](words)
+            for kind, pooled in features.items():
+                logits = bow_logits(pooled, weights, self.scale[level])
+                losses[kind] = losses[kind] + bow_loss(logits, bags) / len(self.levels)
+            news.append(found)
+            informed.append(information(bags))
+            logs |= self._level_logs(level, bags)
+        if self.training:
+            self._news.append(news)
+        logs |= {f"loss_{kind}": loss.detach() for kind, loss in losses.items()}
+        logs["teacher_information"] = torch.stack(informed).mean()
+        first = next(iter(features.values()))[:, 0].detach()
+        return StepOutput(torch.stack(list(losses.values())).sum(), logs, first)
+
+    def student(self, views: Tensor) -> Tensor:
+        """(B, n, 3, h, w) → pooled features (B, n, D), not normalised."""
+        pooled = self.backbone.pooled(self.backbone.normalize(views.flatten(0, 1)))
+        return pooled.view(*views.shape[:2], -1)
+
+    @torch.no_grad()
+    def teacher_maps(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) → maps (B, C, h, w) of the levels without their border, of the teacher with statistics of its
+        own (in train mode those of the batch)."""
+        return [self.prepared(one) for one in self.teacher.maps(self.backbone.normalize(images), self.levels)]
+
+    def prepared(self, maps: Tensor) -> Tensor:
+        """(B, C, H, W) as the network gives it → without its border, and normalised where `map_norm` says so."""
+        inner = inner_map(maps)
+        if not self.map_norm:
+            return inner
+        return F.layer_norm(widened(inner.movedim(1, -1)), inner.shape[1:2]).movedim(-1, 1)
+
+    @torch.no_grad()
+    def assign(self, level: int, maps: Tensor, place: Tensor) -> tuple[Tensor, Tensor, News]:
+        """Maps (B, C, h, w) of one level → its words (K, C), bags (B, K), and what is to be stored."""
+        vocabulary = cast(Vocabulary, self.vocabularies[level])
+        window = window_of(maps, self.config.word_source)
+        words, seeds = vocabulary.read(maps, place, window)
+        cells = maps.flatten(2).transpose(1, 2)
+        distances = Distances(cells, words, self.config.memory * _MB)
+        nearest, distance = vocabulary.distance, vocabulary.distance
+        if self.training or seeds is not None:
+            nearest = distances.mean_nearest().view(1)
+            nearest = mean_over_ranks(nearest) if self.training else nearest
+            if seeds is not None:
+                size = widened(cells).square().sum(-1).mean().view(1)
+                size = mean_over_ranks(size) if self.training else size
+                nearest = torch.maximum(nearest, _LEAST * size)
+            distance = vocabulary.moved_distance(nearest)
+        sharpness = None if self.config.beta is None else self.config.beta / distance.clamp(min=_TINY)
+        bags = distances.bags(sharpness, self.config.pool)
+        return words, bags, News(pick_words(maps, place, window), nearest, seeds)
+
+    def _level_logs(self, level: int, bags: Tensor) -> dict[str, Tensor]:
+        return {
+            f"perplexity_{level}": perplexity(bags.mean(0)),
+            f"perplexity_image_{level}": perplexity(bags).mean(),
+            f"distance_{level}": cast(Vocabulary, self.vocabularies[level]).distance[0].clone(),
+        }
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        """Teacher momentum 1 - (1 - m) (1 + cos(pi progress)) / 2, then the words and distances of the step."""
+        ema_update(self.teacher, self.backbone, cosine_momentum(self.config.momentum, 1.0, progress))
+        steps, self._news = self._news, []
+        for vocabulary, news in zip(self.vocabularies, zip(*steps, strict=True), strict=False):
+            cast(Vocabulary, vocabulary).store(news)
+
+    def parameter_groups(self) -> Iterator[NamedParameter]:
+        """As in the base class, with weight decay on everything when `decay_all` is set."""
+        for group in super().parameter_groups():
+            yield group._replace(decay=group.decay or self.config.decay_all)
+
+    @torch.no_grad()
+    def visualize(self, batch: Batch) -> dict[str, Tensor]:
+        """``words``: a row a picture (the first 8): what the teacher sees, the same with its places in the colours of
+        their nearest words (one column a level), and the student's views. The networks run in eval mode."""
+        images = batch["image"][:_SHOWN].cpu()
+        columns = [images[:, None]]
+        with modes_kept(self):
+            self.eval()
+            normalized = self.backbone.normalize(batch["image"][:_SHOWN])
+            for level, maps in enumerate(self.teacher.maps(normalized, self.levels)):
+                inner = self.prepared(maps)
+                words = self.assign(level, inner, maps.new_zeros(len(maps)))[0]
+                nearest = nearest_words(inner, words, self.config.memory * _MB)
+                columns.append(painted(images, word_colors(nearest), (maps.shape[-2], maps.shape[-1]))[:, None])
+        columns += [batch[kind][:_SHOWN].cpu() for kind in _VIEWS if kind in batch]
+        return {"words": side_by_side(columns)}
+
+    def load_official(self, state: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+        """Loads a checkpoint of the authors' repository (``tools``' per-epoch files): student, teacher, heads, queues.
+
+        Takes the file's ``{"network": ...}`` or its tensors, with or without the prefix of data parallelism. Returns
+        (missing, unexpected) names of the file's layout. Raises CheckpointError when the backbone is no ResNet of timm
+        or tensors do not fit.
+        """
+        tensors: Mapping[str, Tensor] = state.get("network", state)
+        names = official_names(self.state_dict())
+        if not any(name.startswith("feature_extractor._feature_blocks.4") for name in names):
+            raise CheckpointError(
+                f"checkpoint: OBoW's files hold ResNets, the backbone is {self.backbone.name}; "
+                "set backbone.name=resnet50 or resnet18"
+            )
+        return load_mapped(self, {name.removeprefix("module."): value for name, value in tensors.items()}, names)
+
+
+def bow_loss(logits: Tensor, bags: Tensor) -> Tensor:
+    """KL(bag || softmax(logits)), in mean over views (B, n, K) of pictures with bags (B, K). At least float32."""
+    with torch.autocast(logits.device.type, enabled=False):
+        crossed = (bags[:, None] * widened(logits).log_softmax(-1)).sum(-1)
+    return torch.xlogy(bags, bags).sum(-1).mean() - crossed.mean()
+
+
+def _levels(asked: tuple[int, ...] | None, backbone: Backbone) -> list[int]:
+    """Indices of the maps, from 0. Raises ConfigError for one that the backbone does not have, or has twice."""
+    count = len(backbone.stages)
+    if asked is None:
+        return sorted({max(min(math.ceil(3 * count / 4), count - 1) - 1, 0), count - 1})
+    levels = [level % count for level in asked if -count <= level < count]
+    if len(set(levels)) < len(asked):
+        raise ConfigError(
+            f"task.levels: {list(asked)} are not different maps of {backbone.name}, which has {count}; "
+            f"give numbers from {-count} to -1"
+        )
+    return levels
+
+
+def _has_negative_values(backbone: Backbone, levels: list[int]) -> bool:
+    """Whether feature maps take negative values (a ResNet's, after their ReLU, do not)."""
+    weight = next(backbone.parameters())
+    x = torch.randn(1, 3, *backbone.input_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), modes_kept(backbone.model):
+        backbone.model.eval()
+        return any(bool((one < 0).any()) for one in backbone.maps(x.to(weight), levels))

@@ -1,0 +1,179 @@
+"""What OBoW shows: the whole picture to the teacher; crops, and small windows of one large crop, to the student.
+
+Sizes are those of the paper's recipe for 224 pixels, scaled to the backbone's input.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from unlabeled.pretext.base import TaskConfig
+from unlabeled.pretext.common.views import ColorConfig, Colors, Part, RandomCrop
+from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.errors import ConfigError
+from unlabeled.ssl.probe import probed
+from unlabeled.ssl.schema import Size
+
+_INPUT, _CROP, _PATCH, _BASE, _SHIFT = 224, 160, 96, 256, 24
+"""Pixels in the paper: teacher, image crops, patches, the crop that patches are cut from, their random shift."""
+_ROWS = 3
+"""Windows along each side of that crop."""
+
+
+class _SeenByStudent(TaskConfig):
+    size: Size | None = None
+    """Pixels, one number or [height, width]."""
+    scale: tuple[Part, Part]
+    """Part of the picture's area, smallest and largest."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> _SeenByStudent:
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale {list(self.scale)} begins above its end; give [smallest, largest]")
+        return self
+
+
+class ImageCropsConfig(_SeenByStudent):
+    """Crops of the picture. Without a `size`: 160/224 of the network's input, in multiples of its last stride."""
+
+    number: int = Field(2, ge=0)
+    """Per picture; 1 in the vanilla form, 0: none."""
+    scale: tuple[Part, Part] = (0.08, 0.6)
+    colors: ColorConfig = ColorConfig(saturation=0.4, blur=0.5)
+
+
+class PatchesConfig(_SeenByStudent):
+    """Overlapping windows, three by three, of one larger crop whose colours they share. Without a `size`: 96/224 of the
+    network's input, in multiples of its last stride."""
+
+    number: int = Field(5, ge=0, le=_ROWS**2)
+    """Windows that are kept, by chance; 0 in the vanilla form."""
+    scale: tuple[Part, Part] = (0.6, 1.0)
+    base: Size | None = None
+    """Pixels of the larger crop; None: 256/224 of the network's input."""
+    shift: int | None = Field(None, ge=0)
+    """Largest random shift of a window in pixels, along each axis; None: 24/224 of the input's shorter side."""
+    colors: ColorConfig = ColorConfig(saturation=0.4)
+
+
+class Sizes(NamedTuple):
+    """(height, width) in pixels of everything that is seen."""
+
+    teacher: tuple[int, int]
+    crops: tuple[int, int]
+    patches: tuple[int, int]
+    base: tuple[int, int]
+    """Of the crop that patches are cut from."""
+    shift: int
+    refused: str | None
+    """Why student views are as large as the teacher's though smaller ones were wanted: what the network said."""
+
+
+def sizes_of(crops: ImageCropsConfig, patches: PatchesConfig, backbone: Backbone) -> Sizes:
+    """All sizes for `backbone`. A network that takes pictures of one size only gets views of that size.
+
+    Raises ConfigError for a size that was asked for and that the network cannot take, and for windows that do not fit.
+    """
+    teacher = backbone.input_size
+    crop, refused_crop = _fitting(crops, _CROP, backbone, "task.image_crops.size")
+    patch, refused_patch = _fitting(patches, _PATCH, backbone, "task.patches.size")
+    height, width = (max(round(side * _BASE / _INPUT), least) for side, least in zip(teacher, patch, strict=True))
+    base = (height, width) if patches.base is None else _pair(patches.base)
+    room = min(base[0] - patch[0], base[1] - patch[1])
+    shift = min(round(min(teacher) * _SHIFT / _INPUT), max(room, 0)) if patches.shift is None else patches.shift
+    if patches.number and room < shift:
+        raise ConfigError(
+            f"task.patches.base: windows of {patch[0]}x{patch[1]}, shifted by up to {shift}, do not fit into "
+            f"{base[0]}x{base[1]} pixels; enlarge it, or lower task.patches.size or task.patches.shift"
+        )
+    return Sizes(teacher, crop, patch, base, shift, refused_crop or refused_patch)
+
+
+def _fitting(
+    seen: ImageCropsConfig | PatchesConfig, pixels: int, backbone: Backbone, field: str
+) -> tuple[tuple[int, int], str | None]:
+    """The size of one kind of view, and what the network said where it had to be its own input size."""
+    full, stride = backbone.input_size, backbone.stages[-1].stride
+    if seen.size is None:
+        height, width = (max(round(side * pixels / _INPUT / stride), 1) * stride for side in full)
+        size = (min(height, full[0]), min(width, full[1]))
+    else:
+        size = _pair(seen.size)
+    reason = _refusal(backbone, size) if seen.number and size != full else None
+    if reason is None:
+        return size, None
+    if seen.size is None:
+        return full, reason
+    raise ConfigError(
+        f"{field}: {backbone.name} cannot take pictures of {size[0]}x{size[1]} ({reason}); set it to "
+        f"{list(full)}, or backbone.kwargs.dynamic_img_size=true where the network knows it"
+    )
+
+
+def _refusal(backbone: Backbone, size: tuple[int, int]) -> str | None:
+    """What the network says to pictures of `size`; None when it takes them."""
+
+    @torch.no_grad()
+    def run(net: Any, x: Tensor) -> None:
+        net.forward_head(net.forward_features(x), pre_logits=True)
+
+    try:
+        probed(backbone.model, size, run)
+    except Exception as error:  # whatever a network's forward raises: it becomes part of a message
+        return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+    return None
+
+
+def _pair(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
+class OBoWViews:
+    """Picture → ``image`` (3, H, W), ``crops`` (n, 3, h, w) and ``patches`` (m, 3, h', w'), all uint8."""
+
+    def __init__(self, crops: ImageCropsConfig, patches: PatchesConfig, sizes: Sizes, center: float) -> None:
+        """`center`: part of each side of the picture that the teacher sees."""
+        self.sizes = sizes
+        self.center = center
+        self.crops, self.patches = crops.number, patches.number
+        self._crop = RandomCrop(sizes.crops, scale=crops.scale)
+        self._crop_colors = Colors(crops.colors)
+        self._base = RandomCrop(sizes.base, scale=patches.scale)
+        self._base_colors = Colors(patches.colors)
+
+    def __call__(self, picture: Tensor) -> dict[str, Tensor]:
+        """uint8 (3, H, W) of any size → the views; a kind that is switched off is missing."""
+        views = {"image": self._whole(picture)}
+        if self.crops:
+            crops = [self._crop_colors(self._crop(picture).image) for _ in range(self.crops)]
+            views["crops"] = torch.stack(crops)
+        if self.patches:
+            views["patches"] = self._windows(self._base_colors(self._base(picture).image))
+        return views
+
+    def _whole(self, picture: Tensor) -> Tensor:
+        """The centre of the picture, mirrored at times, in its own colours."""
+        target = self.sizes.teacher
+        enlarge = max(to / (self.center * side) for to, side in zip(target, picture.shape[-2:], strict=True))
+        size = [max(to, round(side * enlarge)) for to, side in zip(target, picture.shape[-2:], strict=True)]
+        image: Tensor = F.center_crop(F.resize(picture, size, antialias=True), list(target))
+        return F.horizontal_flip(image) if torch.rand(()) < 0.5 else image
+
+    def _windows(self, base: Tensor) -> Tensor:
+        """uint8 (3, H, W) → (m, 3, h, w): m of the nine windows, each shifted by itself."""
+        height, width = self.sizes.patches
+        down, across = (
+            (side - window - self.sizes.shift) // (_ROWS - 1)
+            for side, window in zip(base.shape[-2:], (height, width), strict=True)
+        )
+        windows = []
+        for place in torch.randperm(_ROWS**2)[: self.patches].tolist():
+            shift = torch.randint(0, self.sizes.shift + 1, (2,)).tolist()
+            top, left = place // _ROWS * down + shift[0], place % _ROWS * across + shift[1]
+            windows.append(base[:, top : top + height, left : left + width])
+        return torch.stack(windows)

@@ -1,0 +1,218 @@
+"""EfficientTrain: a run that begins with the low frequencies of its pictures, which are learned first and cost less.
+
+Wang, Yue, Lu, Liu, Zhong, Song, Huang, "EfficientTrain: Exploring Generalized Curriculum Learning for Training Visual
+Backbones", ICCV 2023, arXiv 2211.09703; "EfficientTrain++", T-PAMI 2024, arXiv 2405.08768; code of the authors:
+github.com/LeapLabTHU/EfficientTrain.
+
+Whole pictures come from the loader as ever. On the device, the central window of their spectrum becomes a smaller
+picture: unlike a resized one it has every low frequency as it was, and no aliasing. All of this is a function of the
+step alone, so a resumed run has nothing to restore. Evaluation and export know nothing of it and, like the last stage,
+have whole pictures.
+
+Not taken over: the growing magnitude of RandAugment, which does not apply to pretext tasks, whose views are their own;
+of EfficientTrain++ the larger batches at small sizes, the replay buffer, and the down-sampling in the loader that takes
+the place of the spectrum's crop. Learning rate and momenta follow the steps in both schedules (in the authors' code of
+the second one they follow the compute that was spent).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from unlabeled.pretext.base import Batch, PretextTask
+from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.errors import ConfigError
+from unlabeled.ssl.schema import CurriculumName
+
+Size = tuple[int, int]
+"""Pixels, (height, width)."""
+
+_FULL = 224
+_STEPS = {160: 0.6, 192: 0.2, 224: 0.2}
+"""EfficientTrain: size → part of the steps, for pictures of 224 pixels (arXiv 2211.09703)."""
+_EQUAL_STAGES = {96: 2, 160: 4, 224: 4}
+"""EfficientTrain++: size → how many of ten stages of equal compute (arXiv 2405.08768)."""
+
+
+class Stage(NamedTuple):
+    """Consecutive steps with pictures of one size."""
+
+    first: int
+    """Its first step."""
+    steps: int
+    size: Size
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """What size the pictures of each step have; made by `create_curriculum`."""
+
+    name: str
+    stages: tuple[Stage, ...]
+    """In order, without gaps; the last has the full size."""
+    finish: Callable[[Tensor], Tensor]
+    """0..1 values → what the task takes floating pictures for."""
+
+    @property
+    def full(self) -> Size:
+        return self.stages[-1].size
+
+    def size(self, step: int) -> Size:
+        """Size of the pictures that optimizer step `step` (from 0) sees."""
+        return next(stage.size for stage in reversed(self.stages) if stage.first <= step)
+
+    def apply(self, batch: Batch, step: int) -> Batch:
+        """The batch of step `step` with smaller pictures: floats, where they were uint8 (..., 3, H, W) of full size.
+
+        Pictures of another size (local crops) and all other tensors stay, boxes in units of the picture too; at full
+        size everything does. Raises ConfigError when none of the pictures has the full size.
+        """
+        size = self.size(step)
+        if size == self.full:
+            return batch
+        whole = {name for name, tensor in batch.items() if self._is_whole(tensor)}
+        if not whole:
+            raise ConfigError(
+                f"engine.curriculum: no pictures of the batch have the network's {_shown(self.full)} pixels, so none "
+                "can be made smaller; set engine.curriculum=null, or backbone.size to the size of the task's views"
+            )
+        return {name: self._smaller(tensor, size) if name in whole else tensor for name, tensor in batch.items()}
+
+    def _is_whole(self, tensor: Tensor) -> bool:
+        return tensor.dtype == torch.uint8 and tensor.shape[-3:] == (3, *self.full)
+
+    @torch.no_grad()
+    def _smaller(self, pictures: Tensor, size: Size) -> Tensor:
+        return self.finish(low_frequencies(pictures, size) / 255)
+
+    @property
+    def compute(self) -> float:
+        """Expected compute over that of whole pictures throughout, taken to grow with the number of pixels."""
+        seen = sum(stage.steps * stage.size[0] * stage.size[1] for stage in self.stages)
+        return seen / (sum(stage.steps for stage in self.stages) * self.full[0] * self.full[1])
+
+    def __str__(self) -> str:
+        parts = [f"{_shown(size)} in steps {first + 1} to {first + steps}" for first, steps, size in self.stages]
+        return f"{self.name}: {', '.join(parts)}; about {self.compute:.0%} of the plain compute"
+
+
+def create_curriculum(name: CurriculumName | None, task: PretextTask, total_steps: int) -> Curriculum | None:
+    """The curriculum `name` of a run of `total_steps`; None when there is to be none.
+
+    Raises ConfigError when task or backbone cannot do with the smaller pictures, or when there is no smaller size.
+    """
+    if name is None:
+        return None
+    backbone, step = task.backbone, task.size_step()
+    if step is None:
+        raise ConfigError(
+            f"engine.curriculum: {type(task).__name__} needs pictures of the full size; set engine.curriculum=null"
+        )
+    stages = tuple(plan_stages(name, total_steps, backbone.input_size, step))
+    smaller = {stage.size: None for stage in stages[:-1]}
+    if not smaller:
+        raise ConfigError(
+            f"engine.curriculum: {name} finds no smaller size for pictures of {_shown(backbone.input_size)} (multiples "
+            f"of {_shown(step)}, {total_steps} steps); raise backbone.size, lower the strides (such as "
+            "backbone.kwargs.output_stride=8), or set engine.curriculum=null"
+        )
+    for size in smaller:
+        _require(task, size)
+    finish = {"unit": _unchanged, "normalised": backbone.normalize}[task.float_pictures]
+    return Curriculum(name, stages, finish)
+
+
+def plan_stages(name: CurriculumName, total_steps: int, full: Size, step: Size) -> list[Stage]:
+    """The stages of curriculum `name`; neighbours of one size are one stage.
+
+    Sizes are parts of `full`, each side for itself, rounded to multiples of `step`; the last stage has the full size
+    and at least one step.
+    """
+    weights: dict[Size, float] = {}
+    for pixels, weight in (_STEPS if name == "efficienttrain" else _EQUAL_STAGES).items():
+        size = full if pixels == _FULL else _rounded(pixels, full, step)
+        if name == "efficienttrain++":  # equal compute: steps in inverse proportion to the number of pixels
+            weight *= full[0] * full[1] / (size[0] * size[1])
+        weights[size] = weights.get(size, 0.0) + weight
+    total = sum(weights.values())
+    ends = [min(round(total_steps * done / total), total_steps - 1) for done in itertools.accumulate(weights.values())]
+    ends[-1] = total_steps
+    stages = [Stage(begin, end - begin, size) for size, begin, end in zip(weights, [0, *ends], ends, strict=False)]
+    return [stage for stage in stages if stage.steps]
+
+
+def low_frequencies(pictures: Tensor, size: Size) -> Tensor:
+    """(..., H, W) of any type → float32 (..., h, w) with the frequencies below h / 2 and w / 2 cycles a picture.
+
+    These keep amplitude and phase, so the mean stays as it was. Values may lie a little outside the range of the input.
+    The crop of a turned or mirrored picture is the turned or mirrored crop. Source: arXiv 2211.09703; see `_crop`.
+    """
+    rows, columns = (
+        _crop(whole, side).to(pictures.device) for whole, side in zip(pictures.shape[-2:], size, strict=True)
+    )
+    with torch.autocast(pictures.device.type, enabled=False):
+        return rows @ (pictures.float() @ columns.T)
+
+
+@functools.cache
+def _crop(whole: int, side: int) -> Tensor:
+    """The crop of a spectrum along one axis as a matrix, float32 (side, whole).
+
+    Fourier transform, shift, window [whole / 2 - side / 2, whole / 2 + side / 2), inverse, real part, times
+    side / whole, all in one: entry (n, m) is the sum of cos(2 pi k (u_n - u_m)) over the frequencies k of the window,
+    over `whole`. As in the paper but for where places lie: u is the centre of a pixel in units of the picture, where
+    the paper has its corner. That puts the crop off the middle by up to half a pixel, and the seam where the spectrum
+    takes opposite sides for neighbours then tells the first row from the last: enough to solve rotation without
+    looking at the picture.
+    """
+    frequencies = torch.arange(-(side // 2), side - side // 2, dtype=torch.float64)
+    after, before = (
+        2 * math.pi * ((torch.arange(count, dtype=torch.float64) + 0.5) / count)[:, None] * frequencies
+        for count in (side, whole)
+    )
+    return ((after.cos() @ before.cos().T + after.sin() @ before.sin().T) / whole).float()
+
+
+def _rounded(pixels: int, full: Size, step: Size) -> Size:
+    """`full` times pixels / 224, as multiples of `step` that are not above `full`."""
+    height, width = (
+        min(max(int(side * pixels / _FULL / multiple + 0.5), 1) * multiple, side)
+        for side, multiple in zip(full, step, strict=True)
+    )
+    return height, width
+
+
+def _require(task: PretextTask, size: Size) -> None:
+    """Raises ConfigError when the backbone or the task cannot do with pictures of `size`."""
+    if (reason := task.backbone.refuses(size)) is not None:
+        raise ConfigError(
+            f"engine.curriculum: {task.backbone.name} takes no pictures of {_shown(size)} ({reason}); "
+            + _remedy(task.backbone)
+        )
+    try:
+        task.require_size(size)
+    except ConfigError as error:
+        raise ConfigError(f"engine.curriculum: pictures of {_shown(size)} do not fit: {error}") from error
+
+
+def _remedy(backbone: Backbone) -> str:
+    if "dynamic_img_size" in inspect.signature(type(backbone.model).__init__).parameters:
+        return "set backbone.kwargs.dynamic_img_size=true"
+    return "take a network for any size, such as a ConvNet, or set engine.curriculum=null"
+
+
+def _unchanged(pictures: Tensor) -> Tensor:
+    return pictures
+
+
+def _shown(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"

@@ -1,0 +1,90 @@
+"""All rules in their order, and `check_task`, which tries them on one task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from unlabeled.pretext.base import PretextTask
+from unlabeled.ssl.backbone import Backbone
+from unlabeled.testing.loss import (
+    bfloat16_stays_close,
+    every_trainable_parameter_gets_a_gradient,
+    halves_of_a_batch_add_up,
+    logs_and_features_are_detached,
+    loss_is_a_finite_float32_scalar,
+    parameter_groups_are_complete,
+    randomness_comes_from_draw,
+)
+from unlabeled.testing.parity import two_processes_equal_one
+from unlabeled.testing.state import (
+    a_resumed_run_is_the_same_run,
+    state_dict_is_complete,
+    state_moves_in_after_step_only,
+)
+from unlabeled.testing.subject import ContractError, Subject
+from unlabeled.testing.surface import (
+    encoder_loads_into_timm,
+    foreign_checkpoints_are_refused,
+    task_and_settings_are_documented,
+    unknown_settings_are_refused,
+    views_pickle_and_have_fixed_shapes,
+    visualize_gives_pictures,
+)
+
+Check = Callable[[Subject], None]
+"""Raises ContractError when the rule that its name states is broken."""
+
+CHECKS: tuple[Check, ...] = (
+    task_and_settings_are_documented,
+    unknown_settings_are_refused,
+    views_pickle_and_have_fixed_shapes,
+    loss_is_a_finite_float32_scalar,
+    logs_and_features_are_detached,
+    every_trainable_parameter_gets_a_gradient,
+    parameter_groups_are_complete,
+    randomness_comes_from_draw,
+    halves_of_a_batch_add_up,
+    bfloat16_stays_close,
+    state_dict_is_complete,
+    state_moves_in_after_step_only,
+    a_resumed_run_is_the_same_run,
+    encoder_loads_into_timm,
+    visualize_gives_pictures,
+    foreign_checkpoints_are_refused,
+)
+"""Every rule that one process can try, those first on which others build."""
+
+
+def check_task(
+    task: str | type[PretextTask],
+    *,
+    settings: Mapping[str, Any] | None = None,
+    backbone: Backbone | None = None,
+    parity: bool = False,
+) -> None:
+    """Tries every rule of the contract on `task`, a registered name or the class itself; seconds on a CPU.
+
+    `settings`: fields of its Config, such as a narrower decoder; `backbone`: what it is tried on, None for the first of
+    `TINY_BACKBONES` that can do it; `parity`: also in two processes, for which the class must be importable there.
+
+    Raises ContractError, an AssertionError, for the first rule that is broken.
+    """
+    subject = Subject.of(task, settings=settings, backbone=backbone)
+    for check in (*CHECKS, two_processes_equal_one) if parity else CHECKS:
+        run_check(check, subject)
+
+
+def run_check(check: Check, subject: Subject) -> None:
+    """Tries one rule; the error names the task and the rule. Random state is as before afterwards."""
+    place = f"{subject.name} breaks '{check.__name__.replace('_', ' ')}'"
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            check(subject)
+    except ContractError as error:
+        raise ContractError(f"{place}: {error}") from None
+    except Exception as error:
+        raise ContractError(f"{place}: {type(error).__name__}: {error}") from error

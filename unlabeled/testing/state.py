@@ -1,0 +1,155 @@
+"""Rules of state: what a checkpoint must hold, when it may move, and that a resumed run is the run itself."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from unlabeled.pretext.base import PretextTask
+from unlabeled.ssl.checkpoint import load_checkpoint, save_checkpoint
+from unlabeled.ssl.optim import create_optimizer
+from unlabeled.ssl.schema import OptimConfig
+from unlabeled.ssl.seeds import derive
+from unlabeled.testing.subject import Subject, listed, require
+
+_STEPS = 3
+_MICRO_STEPS = 2
+_REGISTER = "keep it in a parameter or a persistent buffer (register_buffer)"
+
+
+def state_dict_is_complete(subject: Subject) -> None:
+    """A task that was built from other random numbers and takes over the state dict gives the same loss."""
+    task, other = subject.task(seed=0), subject.task(seed=1)
+    batch = subject.batch(task)
+    draw = task.draw(batch)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.normal_()
+    try:
+        other.load_state_dict(task.state_dict())
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[:2]]
+        require(False, f"the state dict does not load ({' '.join(lines)})", "register the same names every time")
+    same = torch.equal(other(batch, **draw).loss, task(batch, **draw).loss)
+    require(same, "a task with the same state dict gives another loss", f"what differs is not in it; {_REGISTER}")
+
+
+def state_moves_in_after_step_only(subject: Subject) -> None:
+    """Neither a training pass nor an evaluation moves state; an evaluation leaves nothing for `after_step` to take."""
+    run, watched = _Run(subject), _Run(subject)
+    for one in (run, watched):
+        before = own_state(one.task)
+        one.backward(0)
+        moved = changed(before, own_state(one.task))
+        remedy = "a step may have several micro-steps: move it in after_step(progress)"
+        require(not moved, f"forward moves {listed(moved)}", remedy)
+    _evaluate(watched.task, subject.batch(watched.task, seed=99))
+    for one in (run, watched):
+        one.move(0)
+    moved = changed(own_state(run.task), own_state(watched.task))
+    remedy = "keep what after_step needs only while self.training"
+    require(not moved, f"a pass in eval mode before after_step changes {listed(moved)}", remedy)
+    if type(run.task).after_step is PretextTask.after_step or _parts(run.task):
+        return
+    for step in range(_STEPS):
+        run.backward(step)
+        run.optimize()
+        before = own_state(run.task)
+        run.move(step)
+        if changed(before, own_state(run.task)):
+            return
+    require(False, "after_step changes nothing in the state dict", f"remove it, or: {_REGISTER}")
+
+
+def a_resumed_run_is_the_same_run(subject: Subject) -> None:
+    """Three optimizer steps of two micro-steps; stopped after the second and resumed, bit by bit the same.
+
+    The resumed task is built from other random numbers and reads a checkpoint, as the engine writes them.
+    """
+    whole, resumed = _Run(subject, seed=0), _Run(subject, seed=1)
+    with tempfile.TemporaryDirectory() as folder:
+        for step in range(_STEPS):
+            if step == _STEPS - 1:
+                state, rates = whole.task.state_dict(), whole.optimizer.state_dict()
+                path = save_checkpoint(Path(folder), step, model=state, optimizer=rates, state={}, keep=1)
+            loss = whole.step(step)
+        model, optimizer, _ = load_checkpoint(path)
+    resumed.task.load_state_dict(model)
+    resumed.optimizer.load_state_dict(optimizer)
+    again = resumed.step(_STEPS - 1)
+    lost = f"something that a step depends on is not in the state dict; {_REGISTER}"
+    require(loss == again, f"the loss of step 3 is {loss:.6g}, after a resume {again:.6g}", lost)
+    differing = changed(whole.task.state_dict(), resumed.task.state_dict())
+    require(not differing, f"after step 3, {listed(differing)} is another one in a resumed run", lost)
+
+
+class _Run:
+    """A task, its optimizer, and steps that are functions of their number."""
+
+    def __init__(self, subject: Subject, seed: int = 0) -> None:
+        self.subject = subject
+        self.task = subject.task(seed)
+        self.optimizer = create_optimizer(self.task, OptimConfig(lr=1e-3))
+
+    def step(self, step: int) -> float:
+        """One optimizer step; the sum of its losses."""
+        loss = self.backward(step)
+        self.optimize()
+        self.move(step)
+        return loss
+
+    def backward(self, step: int) -> float:
+        total = 0.0
+        for micro in range(_MICRO_STEPS):
+            batch = self.subject.batch(self.task, seed=derive("views", step, micro))
+            torch.manual_seed(derive("step", step, micro))
+            loss = self.task(batch).loss
+            (loss / _MICRO_STEPS).backward()
+            total += loss.item()
+        return total
+
+    def optimize(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def move(self, step: int) -> None:
+        self.task.after_step((step + 1) / _STEPS)
+
+
+def own_state(task: PretextTask) -> dict[str, Tensor]:
+    """A copy of the state dict, less the layers' own: statistics of batch norms and buffers of the backbone."""
+    layers = {f"{prefix}{name}" for prefix, module in _keeping(task) for name, _ in module.named_buffers()}
+    return {name: value.clone() for name, value in task.state_dict().items() if name not in layers}
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
+    """Names of the tensors that differ or are in one of the two only."""
+    names = [*before, *(name for name in after if name not in before)]
+    return [n for n in names if n not in before or n not in after or not torch.equal(before[n], after[n])]
+
+
+def _keeping(task: PretextTask) -> Iterator[tuple[str, nn.Module]]:
+    yield "backbone.", task.backbone
+    for name, module in task.named_modules():
+        if isinstance(module, _BatchNorm):
+            yield f"{name}.", module
+
+
+def _parts(task: PretextTask) -> list[PretextTask]:
+    """Tasks inside of a task: they answer for themselves."""
+    return [module for module in task.modules() if isinstance(module, PretextTask) and module is not task]
+
+
+@torch.no_grad()
+def _evaluate(task: PretextTask, batch: dict[str, Tensor]) -> None:
+    before = {name: value.clone() for name, value in task.state_dict().items()}
+    task.eval()
+    task(batch)
+    task.train()
+    moved = changed(before, task.state_dict())
+    require(not moved, f"a pass in eval mode moves {listed(moved)}", "move state in after_step(progress) only")

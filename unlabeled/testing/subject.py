@@ -1,0 +1,112 @@
+"""The task that is checked: built anew for every question, on the smallest backbone that can do it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from unlabeled.pretext.base import PretextTask, TaskConfig
+from unlabeled.pretext.registry import task_class
+from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.data.loader import seeded
+from unlabeled.ssl.messages import explain
+
+TINY_BACKBONES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("vit_tiny_patch16_224", {"size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}),
+    ("convnext_atto", {"size": 64, "dims": (8, 16, 16, 16), "depths": (1, 1, 1, 1)}),
+    ("convmae_small", {"size": 32, "patch_size": (2, 2, 2), "dims": (8, 12, 32), "depths": (1, 1, 2), "num_heads": 2}),
+)
+"""timm name and arguments of the networks that are tried, in this order. None has batch norm."""
+
+PICTURES = 4
+"""Pictures in a batch; even, since it is halved."""
+
+
+class ContractError(AssertionError):
+    """A task breaks a rule of the contract. The text says which one, what was seen, and how to mend it."""
+
+
+def require(kept: bool | Tensor, found: str, remedy: str) -> None:
+    """Raises ContractError unless the rule is `kept`."""
+    if not kept:
+        raise ContractError(f"{found}; {remedy}")
+
+
+def listed(names: list[str]) -> str:
+    """The first three of `names`, for a message."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A task class, its settings (as given, and validated) and an untouched backbone."""
+
+    name: str
+    cls: type[PretextTask]
+    settings: Mapping[str, Any]
+    config: TaskConfig
+    backbone: Backbone
+
+    @classmethod
+    def of(
+        cls,
+        task: str | type[PretextTask],
+        *,
+        settings: Mapping[str, Any] | None = None,
+        backbone: Backbone | None = None,
+    ) -> Subject:
+        """`task`: a registered name or the class itself; `backbone` None: the first of `TINY_BACKBONES` that can do it.
+
+        Raises ContractError when the settings do not fit or no tiny backbone can do the task, and ConfigError for a
+        name that is not registered.
+        """
+        found = task_class(task) if isinstance(task, str) else task
+        name = task if isinstance(task, str) else task.__name__
+        given = dict(settings or {})
+        try:
+            config = found.Config.model_validate(given)
+        except ValidationError as error:
+            raise ContractError(f"{name}: settings: {explain(error, found.Config)}") from None
+        return cls(name, found, given, config, backbone if backbone is not None else tiny_backbone(found))
+
+    def task(self, seed: int = 0) -> PretextTask:
+        """The task in train mode. Its own parameters depend on `seed`, the backbone's do not."""
+        backbone = copy.deepcopy(self.backbone)
+        with seeded(seed):
+            return self.cls(self.config, backbone).train()
+
+    def batch(self, task: PretextTask, seed: int = 0) -> dict[str, Tensor]:
+        """What the loader would give: the views of `PICTURES` pictures, (B, ...) each, and ``index`` (B,)."""
+        return {**views_batch(task, seed=seed), "index": torch.arange(PICTURES)}
+
+
+def tiny_backbone(cls: type[PretextTask]) -> Backbone:
+    """The first of `TINY_BACKBONES` with the capabilities that `cls` needs. Raises ContractError when none has."""
+    for name, arguments in TINY_BACKBONES:
+        with seeded(0):
+            backbone = create_backbone(name, **arguments)
+        if all(backbone.lacks(capability) is None for capability in cls.requires):
+            return backbone
+    needs = ", ".join(sorted(cls.requires))
+    raise ContractError(f"{cls.__name__}: no tiny backbone has {needs}; give one: check_task(..., backbone=...)")
+
+
+def pictures(count: int = PICTURES, seed: int = 3) -> list[Tensor]:
+    """uint8 pictures (3, H, W) of noise, of different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(40 + 8 * (i % 3), 56 - 8 * (i % 2)) for i in range(count)]
+    return [torch.randint(0, 256, (3, *shape), generator=generator, dtype=torch.uint8) for shape in shapes]
+
+
+def views_batch(task: PretextTask, count: int = PICTURES, seed: int = 5) -> dict[str, Tensor]:
+    """The views that `task` makes of `count` pictures, (B, ...) each."""
+    views = type(task).views(task.config, task.backbone)
+    with seeded(seed):
+        rows = [views(picture) for picture in pictures(count)]
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

@@ -1,0 +1,163 @@
+"""Rules of what a task shows to the rest: views, encoder, pictures for people, settings, documentation."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+import pickle
+import tempfile
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from pydantic import BaseModel, ValidationError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from unlabeled.pretext.base import TaskConfig
+from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.data.loader import seeded
+from unlabeled.ssl.errors import CheckpointError
+from unlabeled.ssl.export import export_backbone
+from unlabeled.testing.state import changed
+from unlabeled.testing.subject import Subject, listed, pictures, require
+
+
+def views_pickle_and_have_fixed_shapes(subject: Subject) -> None:
+    """The views go to loader workers, take pictures of any size, and draw from the generators that are seeded there."""
+    task = subject.task()
+    views = subject.cls.views(task.config, task.backbone)
+    try:
+        views = pickle.loads(pickle.dumps(views))
+    except Exception as error:  # whatever a __reduce__ raises
+        reason = f"{type(error).__name__}: {error}"
+        require(False, f"the views do not pickle ({reason})", "make them an instance of a class at module level")
+    shapes: list[dict[str, Any]] = []
+    for picture in pictures():
+        kept = picture.clone()
+        with seeded(1):
+            found = views(picture)
+        with seeded(1):
+            again = views(picture)
+        require(torch.equal(picture, kept), "the views write into the picture", "work on a copy")
+        others = [name for name in found if not torch.equal(found[name], again[name])]
+        seeds = "draw from the global generators of torch, numpy or random, not from one of your own"
+        require(not others, f"views[{others and others[0]!r}] is another one under the same seed", seeds)
+        shapes.append({name: (tuple(value.shape), value.dtype) for name, value in found.items()})
+    differing = [name for name in shapes[0] if any(other.get(name) != shapes[0][name] for other in shapes)]
+    sizes = "resize or crop to backbone.input_size, since a batch is stacked"
+    require(not differing, f"views[{differing and differing[0]!r}] depends on the picture's size", sizes)
+    require(all(other.keys() == shapes[0].keys() for other in shapes), "the views' names depend on the picture", sizes)
+    require("index" not in shapes[0], "the views give an 'index'", "choose another name; the loader adds one")
+    seen = [shape for shape, dtype in shapes[0].values() if dtype == torch.uint8]
+    require(bool(seen), "no view is uint8", "give pictures as uint8 and normalize them in forward")
+    flat = [shape for shape in seen if len(shape) < 3 or shape[-3] != 3]
+    require(
+        not flat, f"a uint8 view has shape {flat and flat[0]}", "give pictures as (..., 3, h, w), the rest as int64"
+    )
+
+
+def encoder_loads_into_timm(subject: Subject) -> None:
+    """The exported encoder gives the same features as the timm model that strictly loads its file."""
+    encoder = subject.task().encoder().eval()
+    given = f"encoder() gives {type(encoder).__name__}"
+    require(isinstance(encoder, Backbone), given, "return the Backbone, such as self.backbone")
+    x = torch.randn(2, 3, *encoder.input_size)
+    with torch.no_grad():
+        features = encoder.pooled(x)
+    wrong = f"it gives features {tuple(features.shape)}"
+    require(features.shape == (2, encoder.embed_dim), wrong, "leave the backbone's head as it was")
+    if not timm.is_model(encoder.name):  # a network of the caller's own
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        state = load_file(export_backbone(encoder, Path(folder)))
+    plain = timm.create_model(encoder.name, **encoder.kwargs).eval()
+    remedy = "put new layers beside self.backbone, and give the backbone's own layers back as they were"
+    try:
+        plain.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        require(False, f"timm's {encoder.name} does not load it ({' '.join(str(error).split())[:200]})", remedy)
+    with torch.no_grad():
+        expected = plain.forward_head(plain.forward_features(x), pre_logits=True).flatten(1)
+    require(torch.equal(expected, features), f"timm's {encoder.name} gives other features", remedy)
+
+
+def visualize_gives_pictures(subject: Subject) -> None:
+    """uint8 (3, H, W), with modes and state as they were."""
+    task = subject.task()
+    before = {name: value.clone() for name, value in task.state_dict().items()}
+    modes = [module.training for module in task.modules()]
+    shown = task.visualize(subject.batch(task))
+    require(bool(shown), "visualize gives nothing", "show what the loss compares: views, targets, predictions")
+    for name, picture in shown.items():
+        fits = isinstance(picture, Tensor) and picture.dtype == torch.uint8 and picture.ndim == 3
+        found = (
+            f"visualize[{name!r}] is {getattr(picture, 'dtype', type(picture))} {tuple(getattr(picture, 'shape', ()))}"
+        )
+        require(fits and picture.shape[0] == 3, found, "give uint8 (3, H, W)")
+    kept = modes == [module.training for module in task.modules()]
+    require(kept, "visualize leaves modules in another mode", "use unlabeled.ssl.probe.modes_kept")
+    moved = changed(before, task.state_dict())
+    require(not moved, f"visualize moves {listed(moved)}", "call self.eval() inside modes_kept(self)")
+
+
+def unknown_settings_are_refused(subject: Subject) -> None:
+    """A misspelt setting is a fault, and not a default."""
+    config = subject.cls.Config
+    require(issubclass(config, TaskConfig), f"Config is {config.__name__}", "derive it from TaskConfig")
+    try:
+        config.model_validate({**subject.settings, "no_such_field": 1})
+    except ValidationError:
+        return
+    require(False, "an unknown setting is taken without a word", 'leave TaskConfig\'s extra="forbid" as it is')
+
+
+def foreign_checkpoints_are_refused(subject: Subject) -> None:
+    """`load_official` raises CheckpointError for tensors of something else."""
+    task = subject.task()
+    try:
+        task.load_official({"something.else": torch.zeros(1)})
+    except CheckpointError:
+        return
+    require(False, "load_official takes a file of something else", "raise CheckpointError when no tensor fits")
+
+
+def task_and_settings_are_documented(subject: Subject) -> None:
+    """Docstrings of the task and its Config, and one under each setting that is not a documented section itself."""
+    for cls in (subject.cls, subject.cls.Config):
+        say = "its first line is what `unlabeled tasks` shows" if cls is subject.cls else "say what the defaults are of"
+        require(bool((cls.__doc__ or "").strip()), f"{cls.__name__} has no docstring", say)
+    commented = _commented(subject.cls.Config)
+    fields = subject.cls.Config.model_fields.items()
+    bare = [
+        name for name, field in fields if not (field.description or name in commented or _section(field.annotation))
+    ]
+    require(not bare, f"no docstring under {listed(bare)}", "say there what it is, with unit and source")
+
+
+def _section(annotation: Any) -> bool:
+    """Whether a field holds settings with a docstring of their own."""
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel) and bool(annotation.__doc__)
+
+
+def _commented(config: type[BaseModel]) -> set[str]:
+    """Fields that are followed by a string; those whose source is not at hand count as such."""
+    found: set[str] = set()
+    for cls in config.__mro__:
+        if not issubclass(cls, BaseModel) or cls is BaseModel:
+            continue
+        try:
+            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+        except (OSError, TypeError, SyntaxError):
+            found |= set(cls.__annotations__)
+            continue
+        body = tree.body if isinstance(tree, ast.ClassDef) else []
+        for statement, following in itertools.pairwise(body):
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                text = following.value if isinstance(following, ast.Expr) else None
+                if isinstance(text, ast.Constant) and isinstance(text.value, str):
+                    found.add(statement.target.id)
+    return found
