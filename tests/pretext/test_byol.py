@@ -30,12 +30,12 @@ def test_the_loss_is_the_squared_distance_of_unit_vectors_in_both_directions():
     task, batch = make(), batch_of()
     disturb(task.teacher)
     first, second = (task.backbone.normalize(view) for view in batch["views"].unbind(1))
-    total = 0.0
+    total = torch.zeros(())
     for view, other in ((first, second), (second, first)):
         for prediction, target in zip(task.predictor(task.embed(view)), task.teacher(other), strict=True):
-            total += float((prediction / prediction.norm() - target / target.norm()).square().sum()) / 4
+            total = total + (prediction / prediction.norm() - target / target.norm()).square().sum() / 4
     loss = task(batch).loss.item()
-    assert loss == pytest.approx(total, rel=1e-9)
+    assert loss == pytest.approx(total.item(), rel=1e-9)
     assert 0 < loss < 8
 
 

@@ -22,6 +22,9 @@ from test_pretrain import settings
 
 STEPS = 110
 """The alarm lets 50 pass and wants five readings, ten steps apart."""
+RATES = {"dino": 1e-4, "ibot": 1e-4}
+"""Of healthy runs, otherwise 0.001. The published rule gives self-distillation 3e-5 for batches of 16; at 0.001 iBOT
+does collapse, and is told so."""
 FIGURES = {"feature_spread", "feature_rank", DEVIATION, INFORMATION}
 
 
@@ -79,7 +82,7 @@ def test_byol_without_a_predictor_is_told_that_all_features_are_the_same(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(TASKS, "without_predictor", f"{__name__}:WithoutPredictor")
-    words = words_of("byol", 1e-2, name="without_predictor", momentum=0)
+    words = words_of("byol", 2e-2, name="without_predictor", momentum=0)
     (warning,) = warnings_of(words, tmp_path / "run", caplog)
     assert "the features of all pictures are nearly the same since step" in warning
     assert "raise task.momentum" in warning
@@ -88,7 +91,7 @@ def test_byol_without_a_predictor_is_told_that_all_features_are_the_same(
 @pytest.mark.slow
 @pytest.mark.parametrize("task", task_names())
 def test_a_healthy_run_is_not_warned(task: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    words = words_of(task, 1e-3)
+    words = words_of(task, RATES.get(task, 1e-3))
     if not watched_figures(words):
         pytest.skip(f"{task} gives no features: it cannot collapse")
     assert warnings_of(words, tmp_path / "run", caplog) == []
