@@ -74,8 +74,9 @@ class PretextTask(nn.Module):
     other, so that a step in several micro-steps is not the step of the whole batch."""
     float_pictures: ClassVar[Literal["unit", "normalised"]] = "unit"
     """What `forward` takes floating pictures for: 0..1 values, or already normalised ones."""
-    small_pictures: ClassVar[Mapping[str, Any]] = {}
-    """Settings to take instead of the defaults where pictures are so small that the last map has too few places."""
+    small_settings: ClassVar[Mapping[str, Any]] = {}
+    """Settings that fit small networks of any kind and small pictures, where the defaults do not; for the matrix of
+    tasks and architectures."""
     collapse_remedy: ClassVar[str] = "lower optim.lr, lengthen schedule.warmup_epochs, or raise batch_size"
     """What to change when the features collapse; part of the warning."""
 

@@ -185,12 +185,7 @@ def try_task(task: str, backbone: Backbone, seed: int = 0) -> Cell:
     kind = task_class(task)
     try:
         backbone.require(kind.requires, task=kind.__name__)
-        try:
-            return _step({"name": task}, copy.deepcopy(backbone), seed)
-        except CapabilityError:
-            if not kind.small_pictures:
-                raise
-            return _step({"name": task, **kind.small_pictures}, copy.deepcopy(backbone), seed)
+        return _step({"name": task, **kind.small_settings}, copy.deepcopy(backbone), seed)
     except CapabilityError as error:
         return Cell("cannot", _short(str(error)))
     except Exception as error:  # whatever it is, it is a result: told in the table and to be mended
