@@ -76,6 +76,8 @@ class PretextTask(nn.Module):
     other, so that a step in several micro-steps is not the step of the whole batch."""
     float_pictures: ClassVar[FloatPictures] = "unit"
     """What `forward` takes floating pictures for. A curriculum (`unlabeled.ssl.curriculum`) gives them as such."""
+    small_pictures: ClassVar[Mapping[str, Any]] = {}
+    """Settings to take instead of the defaults where pictures are so small that the last map has too few places."""
     collapse_remedy: ClassVar[str] = "lower optim.lr, lengthen schedule.warmup_epochs, or raise batch_size"
     """What to change when the features collapse; part of the warning."""
 

@@ -293,7 +293,7 @@ def _build_all(config: MultiConfig, backbone: Backbone) -> tuple[dict[str, Prete
     }
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(name not in fixed and any(name in names for names in trained.values()))
-    shared = [name for name in free if name not in fixed and all(name in names for names in trained.values())]
+    shared = [name for name in free if all(name in names for names in trained.values())]
     return built, shared
 
 

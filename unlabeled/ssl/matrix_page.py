@@ -16,8 +16,9 @@ _HEAD = """\
 
 Every architecture module of timm {timm}, and our own, under every pretext task. Nothing here is guessed: each ✓ is one
 forward and one backward pass of the task, with its default settings, that gave a finite loss and a gradient for every
-parameter that it trains. Where a task cannot, a number stands for [the reason](#why-not); the command itself also names
-the place in the network.
+parameter that it trains. (PixPro and PixContrast look at the first map instead of the last where the small picture
+leaves the last one too few places.) Where a task cannot, a number stands for [the reason](#why-not); the command itself
+also names the place in the network.
 
 One small network stands for each module ([which ones](#the-networks)); others of the same module may differ.
 

@@ -61,9 +61,11 @@ class SelfDistillationConfig(MultiCropConfig):
 
     head: HeadConfig = HeadConfig()
     student_temperature: float = Field(0.1, gt=0)
+    """What the student's scores are divided by before the softmax."""
     teacher_temperature: float = Field(0.07, gt=0)
     """After its warm-up."""
     teacher_temperature_start: float = Field(0.04, gt=0)
+    """Where its warm-up begins."""
     temperature_warmup: float = Field(0.3, ge=0, le=1)
     """Part of the run over which the teacher's temperature rises linearly (30 epochs)."""
     momentum: float = Field(0.996, ge=0, le=1)
