@@ -11,7 +11,7 @@ from tiny_tasks import SMALL, tiny_backbone, views_batch
 from unlabeled.pretext.base import PretextTask
 from unlabeled.pretext.registry import create_task
 from unlabeled.ssl.backbone import create_backbone
-from unlabeled.ssl.curriculum import create_curriculum
+from unlabeled.ssl.curriculum import as_floats, create_curriculum
 from unlabeled.ssl.errors import ConfigError
 
 
@@ -46,3 +46,19 @@ def test_smaller_pictures_train_the_same_parameters(name: str) -> None:
         assert output.loss.dtype == torch.float32
         without = [n for n, p in task.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
         assert not without
+
+
+def test_floating_pictures_mean_what_the_task_says(name: str) -> None:
+    """The loss is that of the same pictures as bytes."""
+    torch.manual_seed(0)
+    task = tiny_task_of_any_size(name)
+    if task.size_step() is None:
+        pytest.skip("its pictures are never made smaller")
+    batch = views_batch(task)
+    floats = {key: as_floats(task, one.float()) if one.dtype == torch.uint8 else one for key, one in batch.items()}
+    draw = task.draw(batch)
+    losses = []
+    for pictures in (batch, floats):
+        torch.manual_seed(7)
+        losses.append(task(pictures, **draw).loss)
+    assert torch.allclose(*losses, rtol=1e-5)

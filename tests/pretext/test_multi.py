@@ -34,6 +34,8 @@ SPARK = {"name": "spark", "decoder": {"width": 16}}
 FCMAE = {"name": "fcmae", "decoder": {"dim": 16}}
 ROTATION = {"name": "rotation"}
 SIMMIM = {"name": "simmim"}
+DINO = {"name": "dino", "locals": 1, "local_size": 32, "head": {"prototypes": 16, "hidden": 16, "bottleneck": 8}}
+BYOL = {"name": "byol", "hidden": 16, "dim": 8}
 PAIRS = [
     pytest.param(VIT, [MAE, ROTATION], id="mae-rotation"),
     pytest.param(VIT, [ROTATION, MAE], id="rotation-mae"),
@@ -41,6 +43,8 @@ PAIRS = [
     pytest.param(RESNET, [ROTATION, SPARK], id="rotation-spark"),
     pytest.param(VIT, [SIMMIM, ROTATION], id="simmim-rotation"),
     pytest.param(CONVNEXT, [FCMAE, ROTATION], id="fcmae-rotation"),
+    pytest.param(VIT, [DINO, MAE], id="dino-mae"),
+    pytest.param(RESNET, [ROTATION, BYOL], id="rotation-byol"),
     pytest.param(VIT, [MAE, SIMMIM, {"name": "mae", "mask_ratio": 0.5}], id="mae-simmim-mae"),
 ]
 
@@ -176,7 +180,7 @@ class Follower(PretextTask):
         super().__init__(config, network)
         self.train_only(network.reached_by_pooled())
         self.teacher = frozen_copy(network)
-        self.seen: list[float] = []
+        self.seen: list[Any] = []
 
     @classmethod
     def views(cls, config: Any, network: Backbone) -> Any:
@@ -185,11 +189,16 @@ class Follower(PretextTask):
     def forward(self, batch: Any) -> StepOutput:
         images = self.backbone.normalize(batch["image"])
         z = self.backbone.pooled(images)
+        self.seen += [batch["index"].tolist()] if "index" in batch else []
         loss = (z - self.teacher.pooled(images) + 1).square().mean()
-        return StepOutput(loss, {"teacher_information": z.new_tensor(0.5)}, z.detach())
+        logs = {"teacher_information": z.new_tensor(0.5), "channel_deviation": z.detach().std(0).mean()}
+        return StepOutput(loss, logs, z.detach())
+
+    def before_step(self, progress: float) -> None:
+        self.seen.append(("before", progress))
 
     def after_step(self, progress: float) -> None:
-        self.seen.append(progress)
+        self.seen.append(("after", progress))
 
 
 @pytest.fixture
@@ -221,15 +230,34 @@ def test_what_a_task_says_of_itself_is_combined(follower):
     assert (task.synced_statistics, task.per_picture, task.masked_statistics) == (True, False, False)
     assert task.collapse_remedy == "raise the temperature"
     assert task.requires == {"token_dropping"}
-    output = task(batch_of(task))
+    output = task({**batch_of(task), "index": torch.arange(4)})
     assert output.features.shape == (4, 16)
     assert output.logs["teacher_information"] == output.logs["follower_2/teacher_information"] == 0.5
+    deviations = [output.logs[f"{label}/channel_deviation"] for label in ("follower", "follower_2")]
+    assert output.logs["channel_deviation"] == min(deviations) != max(deviations)
+    task.before_step(0.25)
     task.after_step(0.5)
-    assert task.tasks["follower"].seen == task.tasks["follower_2"].seen == [0.5]
+    called = [[0, 1, 2, 3], ("before", 0.25), ("after", 0.5)]
+    assert task.tasks["follower"].seen == task.tasks["follower_2"].seen == called
     plain = mixture(VIT, [MAE, ROTATION])
     assert (plain.synced_statistics, plain.per_picture) == (False, True)
     assert plain.collapse_remedy == PretextTask.collapse_remedy
     assert plain(batch_of(plain)).features is None
+
+
+def test_pictures_that_a_curriculum_made_smaller_are_normalised_as_each_task_takes_them():
+    """Rotation takes 0..1 values, SimMIM normalised ones."""
+    task = mixture(RESNET, [ROTATION, {**SIMMIM, "mask_unit": 8}]).eval()
+    assert task.float_pictures == "unit"
+    assert task.size_step() == (8, 8)
+    batch = batch_of(task)
+    draw = task.draw(batch)
+    floats = {name: value / 255 for name, value in batch.items()}
+    exact, found = task(batch, **draw), task(floats, **draw)
+    torch.testing.assert_close(found.loss, exact.loss)
+    task.require_size((16, 16))
+    with pytest.raises(ConfigError, match=r"task.tasks\[1\].mask_ratio: 0.6 leaves 0 of 1x1 cells visible"):
+        task.require_size((8, 8))
 
 
 def test_masked_statistics_are_found_in_the_settings():
@@ -362,6 +390,8 @@ def test_what_does_not_fit_the_backbone_names_the_place_too():
         mixture(backbone(RESNET, size=(32, 64)), [ROTATION, SIMMIM])
     with pytest.raises(CapabilityError, match=r"backbone: vit_tiny_patch16_224 cannot do SparK: it lacks sparse_convs"):
         mixture(VIT, [ROTATION, SPARK])
+    with pytest.raises(CapabilityError, match=r"set task.tasks\[1\].level="):
+        mixture(backbone(RESNET, output_stride=32), [ROTATION, {"name": "pixpro"}])
 
 
 def test_official_files_and_compiling_a_measurement_are_refused():

@@ -19,6 +19,8 @@ from unlabeled.ssl.layers import decay_applies
 
 Batch = Mapping[str, Tensor]
 Views = Callable[[Tensor], dict[str, Tensor]]
+FloatPictures = Literal["unit", "bytes", "normalised"]
+"""Floating pictures of values 0..1, of 0..255, or normalised with the backbone's mean and deviation."""
 
 
 class StepOutput(NamedTuple):
@@ -72,8 +74,11 @@ class PretextTask(nn.Module):
     per_picture: ClassVar[bool] = True
     """Whether the loss is a mean over pictures, each by itself. False: the pictures of a batch are compared with each
     other, so that a step in several micro-steps is not the step of the whole batch."""
-    float_pictures: ClassVar[Literal["unit", "normalised"]] = "unit"
-    """What `forward` takes floating pictures for: 0..1 values, or already normalised ones."""
+    float_pictures: ClassVar[FloatPictures] = "unit"
+    """What `forward` takes floating pictures for. A curriculum (`unlabeled.ssl.curriculum`) gives them as such."""
+    small_settings: ClassVar[Mapping[str, Any]] = {}
+    """Settings that fit small networks of any kind and small pictures, where the defaults do not; for the matrix of
+    tasks and architectures."""
     collapse_remedy: ClassVar[str] = "lower optim.lr, lengthen schedule.warmup_epochs, or raise batch_size"
     """What to change when the features collapse; part of the warning."""
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.utils import make_grid
 
-from unlabeled.pretext.base import Batch, PretextTask, StepOutput, TaskConfig, Views
+from unlabeled.pretext.base import Batch, FloatPictures, PretextTask, StepOutput, TaskConfig, Views
 from unlabeled.pretext.common import patch_cues
 from unlabeled.pretext.common.checkpoint import load_mapped
 from unlabeled.pretext.common.patch_grid import OFFSETS, GridLayout, GridViews, Mark, draw_grid, neighbour_pairs
@@ -124,6 +124,7 @@ class Context(PretextTask):
     Config: ClassVar[type[TaskConfig]] = ContextConfig
     requires: ClassVar[frozenset[str]] = frozenset({"pooled"})
     synced_statistics: ClassVar[bool] = True
+    float_pictures: ClassVar[FloatPictures] = "bytes"
     collapse_remedy: ClassVar[str] = (
         "lower optim.lr, or take a backbone whose batch norms have no learnable scale (backbone=contextnet)"
     )

@@ -26,7 +26,7 @@ from unlabeled.pretext.common.mixture import MultiConfig, told_as
 from unlabeled.pretext.common.patches import widened
 from unlabeled.pretext.registry import task_class
 from unlabeled.ssl.backbone import Backbone
-from unlabeled.ssl.collapse import INFORMATION
+from unlabeled.ssl.collapse import DEVIATION, INFORMATION
 from unlabeled.ssl.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -99,21 +99,16 @@ class Multi(PretextTask):
 
     def draw(self, batch: Batch) -> dict[str, Tensor]:
         """``{label}/{key}`` for what each task draws, for all pictures also where these are split."""
-        drawn = {label: task.draw(_of(label, batch)) for label, task in self._each()}
+        drawn = {label: task.draw(self._seen(label, batch)) for label, task in self._each()}
         return {f"{label}/{key}": value for label, values in drawn.items() for key, value in values.items()}
 
     def forward(self, batch: Batch, *args: Any, **draw: Any) -> StepOutput:
         """The weighted sum of the tasks' losses; each one's loss and logs as ``{label}/{key}``."""
-        rows = self._rows_of(batch)
+        rows, draw = self._rows_of(batch), draw or self.draw(batch)
         outputs: dict[str, StepOutput] = {}
         for place, (label, task) in enumerate(self._each()):
-            seen, drawn = _of(label, batch), _of(label, draw)
-            if rows is not None:
-                seen, drawn = (
-                    {key: value[rows[place].to(value.device)] for key, value in given.items()}
-                    for given in (seen, drawn)
-                )
-            outputs[label] = task(seen, **drawn)
+            own = None if rows is None else rows[place]
+            outputs[label] = task(self._seen(label, batch, own), **_of(label, draw, own))
         losses = [widened(output.loss) for output in outputs.values()]
         if self._measures():
             self._measured = gradient_norms(losses, self._shared_parameters())
@@ -139,17 +134,17 @@ class Multi(PretextTask):
         self.weights.copy_(weights)
 
     def size_step(self) -> tuple[int, int] | None:
-        """The least that suits all tasks; None where one of them or a mixture of their pictures does not shrink."""
+        """The least that suits all tasks; None where one of them needs the full size."""
         steps = [task.size_step() for _, task in self._each()]
-        alike = len({task.float_pictures for _, task in self._each()}) == 1
-        known = [step for step in steps if step is not None]
-        if not alike or len(known) < len(steps):
+        found = [step for step in steps if step is not None]
+        if len(found) < len(steps):
             return None
-        return math.lcm(*(rows for rows, _ in known)), math.lcm(*(columns for _, columns in known))
+        return math.lcm(*(height for height, _ in found)), math.lcm(*(width for _, width in found))
 
     def require_size(self, size: tuple[int, int]) -> None:
-        for _, task in self._each():
-            task.require_size(size)
+        for place, (_, task) in enumerate(self._each()):
+            with told_as(f"task.tasks[{place}]"):
+                task.require_size(size)
 
     def parameter_groups(self) -> Iterator[NamedParameter]:
         """Every trainable parameter under the rule of its task; the backbone's under that of the first one."""
@@ -167,7 +162,8 @@ class Multi(PretextTask):
         found: dict[str, Tensor] = {}
         for label, task in self._each():
             with self._whole(task):
-                found |= {f"{label}/{name}": picture for name, picture in task.visualize(_of(label, batch)).items()}
+                shown = task.visualize(self._seen(label, batch))
+            found |= {f"{label}/{name}": picture for name, picture in shown.items()}
         return found
 
     def load_official(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
@@ -188,6 +184,14 @@ class Multi(PretextTask):
 
     def _each(self) -> Iterator[tuple[str, PretextTask]]:
         return cast(Iterator[tuple[str, PretextTask]], iter(self.tasks.items()))
+
+    def _seen(self, label: str, batch: Batch, rows: Tensor | None = None) -> dict[str, Tensor]:
+        """The batch as one task knows it: its own views, and what belongs to none (``index``)."""
+        common = {key: value for key, value in batch.items() if "/" not in key}
+        seen = {**common, **_of(label, batch)}
+        if cast(PretextTask, self.tasks[label]).float_pictures == "normalised":
+            seen = {key: self.backbone.normalize(one) if _unit(one) else one for key, one in seen.items()}
+        return seen if rows is None else {key: value.index_select(0, rows) for key, value in seen.items()}
 
     @contextmanager
     def _whole(self, task: PretextTask) -> Iterator[None]:
@@ -247,14 +251,21 @@ class Multi(PretextTask):
                 logs[f"{label}/weight"] = self.weights[place].clone()
             if balancing:
                 logs[f"{label}/grad_norm"] = self.norms[place].clone()
-        informed = [output.logs[INFORMATION] for output in outputs.values() if INFORMATION in output.logs]
-        return logs | ({INFORMATION: torch.stack(informed).min()} if informed else {})
+        for figure in (INFORMATION, DEVIATION):  # the lowest one under its plain name, for the alarm
+            found = [output.logs[figure] for output in outputs.values() if figure in output.logs]
+            logs |= {figure: torch.stack(found).min()} if found else {}
+        return logs
 
 
 def _of(label: str, given: Mapping[str, Tensor], rows: Tensor | None = None) -> dict[str, Tensor]:
     """What belongs to one task, under the keys that it knows; of `rows` only."""
     own = {key.removeprefix(f"{label}/"): value for key, value in given.items() if key.startswith(f"{label}/")}
     return own if rows is None else {key: value.index_select(0, rows) for key, value in own.items()}
+
+
+def _unit(tensor: Tensor) -> bool:
+    """Whether it holds pictures of 0..1 values, as a curriculum makes them."""
+    return tensor.is_floating_point() and tensor.ndim > 3 and tensor.shape[-3] == 3
 
 
 def _lend(task: PretextTask, backbone: Backbone) -> None:
@@ -293,7 +304,7 @@ def _build_all(config: MultiConfig, backbone: Backbone) -> tuple[dict[str, Prete
     }
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(name not in fixed and any(name in names for names in trained.values()))
-    shared = [name for name in free if name not in fixed and all(name in names for names in trained.values())]
+    shared = [name for name in free if all(name in names for names in trained.values())]
     return built, shared
 
 
@@ -305,7 +316,6 @@ def _combined(tasks: list[PretextTask]) -> dict[str, Any]:
         "requires": frozenset[str]().union(*(task.requires for task in tasks)),
         "masked_statistics": any(task.masked_statistics for task in tasks),
         "synced_statistics": any(task.synced_statistics for task in tasks),
-        "float_pictures": tasks[0].float_pictures,
         "per_picture": all(task.per_picture for task in tasks),
         "collapse_remedy": "; ".join(one for one in remedies if one != usual) or usual,
     }

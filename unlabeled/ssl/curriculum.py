@@ -17,12 +17,12 @@ the second one they follow the compute that was spent).
 
 from __future__ import annotations
 
-import functools
 import inspect
 import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -60,7 +60,7 @@ class Curriculum:
     stages: tuple[Stage, ...]
     """In order, without gaps; the last has the full size."""
     finish: Callable[[Tensor], Tensor]
-    """0..1 values → what the task takes floating pictures for."""
+    """Values 0..255 → what the task takes floating pictures for."""
 
     @property
     def full(self) -> Size:
@@ -92,7 +92,7 @@ class Curriculum:
 
     @torch.no_grad()
     def _smaller(self, pictures: Tensor, size: Size) -> Tensor:
-        return self.finish(low_frequencies(pictures, size) / 255)
+        return self.finish(low_frequencies(pictures, size))
 
     @property
     def compute(self) -> float:
@@ -127,8 +127,14 @@ def create_curriculum(name: CurriculumName | None, task: PretextTask, total_step
         )
     for size in smaller:
         _require(task, size)
-    finish = {"unit": _unchanged, "normalised": backbone.normalize}[task.float_pictures]
-    return Curriculum(name, stages, finish)
+    return Curriculum(name, stages, partial(as_floats, task))
+
+
+def as_floats(task: PretextTask, pictures: Tensor) -> Tensor:
+    """Floating pictures (..., 3, H, W) of values 0..255 → what `task` takes floating pictures for."""
+    if task.float_pictures == "bytes":
+        return pictures
+    return pictures / 255 if task.float_pictures == "unit" else task.backbone.normalize(pictures / 255)
 
 
 def plan_stages(name: CurriculumName, total_steps: int, full: Size, step: Size) -> list[Stage]:
@@ -163,7 +169,7 @@ def low_frequencies(pictures: Tensor, size: Size) -> Tensor:
         return rows @ (pictures.float() @ columns.T)
 
 
-@functools.cache
+@cache
 def _crop(whole: int, side: int) -> Tensor:
     """The crop of a spectrum along one axis as a matrix, float32 (side, whole).
 
@@ -208,10 +214,6 @@ def _remedy(backbone: Backbone) -> str:
     if "dynamic_img_size" in inspect.signature(type(backbone.model).__init__).parameters:
         return "set backbone.kwargs.dynamic_img_size=true"
     return "take a network for any size, such as a ConvNet, or set engine.curriculum=null"
-
-
-def _unchanged(pictures: Tensor) -> Tensor:
-    return pictures
 
 
 def _shown(size: Size) -> str:

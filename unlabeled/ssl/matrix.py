@@ -11,7 +11,7 @@ import copy
 import gc
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -182,9 +182,10 @@ def _smallest(module: str) -> dict[str, Any]:
 
 def try_task(task: str, backbone: Backbone, seed: int = 0) -> Cell:
     """One forward and backward pass of `task` on a copy of `backbone`."""
+    kind = task_class(task)
     try:
-        backbone.require(task_class(task).requires, task=task_class(task).__name__)
-        return _step(task, copy.deepcopy(backbone), seed)
+        backbone.require(kind.requires, task=kind.__name__)
+        return _step({"name": task, **kind.small_settings}, copy.deepcopy(backbone), seed)
     except CapabilityError as error:
         return Cell("cannot", _short(str(error)))
     except Exception as error:  # whatever it is, it is a result: told in the table and to be mended
@@ -192,10 +193,10 @@ def try_task(task: str, backbone: Backbone, seed: int = 0) -> Cell:
         return Cell("fault", f"{type(error).__name__}: {lines[0][:160]}")
 
 
-def _step(name: str, backbone: Backbone, seed: int) -> Cell:
+def _step(settings: Mapping[str, Any], backbone: Backbone, seed: int) -> Cell:
     torch.manual_seed(seed)
-    task = create_task({"name": name}, backbone).train()
-    views = task_class(name).views(task_config({"name": name}), backbone)
+    task = create_task(settings, backbone).train()
+    views = type(task).views(task_config(settings), backbone)
     height, width = backbone.input_size
     pictures = torch.randint(0, 256, (_PICTURES, 3, height + 8, width + 8), dtype=torch.uint8)
     seen = [views(picture) for picture in pictures]

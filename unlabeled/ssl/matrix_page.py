@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from unlabeled.pretext.registry import task_names
 from unlabeled.ssl.matrix import Cell, Matrix
 
 _HEAD = """\
@@ -16,8 +17,9 @@ _HEAD = """\
 
 Every architecture module of timm {timm}, and our own, under every pretext task. Nothing here is guessed: each ✓ is one
 forward and one backward pass of the task, with its default settings, that gave a finite loss and a gradient for every
-parameter that it trains. Where a task cannot, a number stands for [the reason](#why-not); the command itself also names
-the place in the network.
+parameter that it trains. (PixPro and PixContrast look at the first map, DINO and iBOT do without local crops, OBoW has
+64 words: the pictures are small.) Where a task cannot, a number stands for [the reason](#why-not); the command itself
+also names the place in the network.
 
 One small network stands for each module ([which ones](#the-networks)); others of the same module may differ.
 
@@ -32,8 +34,9 @@ _NEVER = Cell("cannot", "not tried")
 def render_page(matrix: Matrix) -> str:
     """The page, as Markdown."""
     reasons = _numbered(matrix)
+    absent = sorted(set(task_names()) - set(matrix.tasks))
     parts = [
-        _HEAD.format(timm=matrix.timm),
+        _HEAD.format(timm=matrix.timm) + (f"\nNot tried yet: {', '.join(absent)}.\n" if absent else ""),
         _counts(matrix),
         "## The table\n\n" + _table(matrix, reasons),
         "## Why not\n\n" + "\n".join(f"{number}. {reason}" for reason, number in reasons.items()),

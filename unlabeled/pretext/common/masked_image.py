@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field, model_validator
@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.utils import make_grid
 
-from unlabeled.pretext.base import Batch, PretextTask, StepOutput, TaskConfig, Views
+from unlabeled.pretext.base import Batch, FloatPictures, PretextTask, StepOutput, TaskConfig, Views
 from unlabeled.pretext.common.masking import (
     Masking,
     Method,
@@ -73,7 +73,7 @@ class MaskedImageTask(PretextTask):
     """Whose way of counting visible cells is used."""
     interpolation: ClassVar[v2.InterpolationMode] = v2.InterpolationMode.BICUBIC
     """Of the random crop."""
-    float_pictures: ClassVar[Literal["unit", "normalised"]] = "normalised"
+    float_pictures: ClassVar[FloatPictures] = "normalised"
     config: MaskedImageConfig
     cell: tuple[int, int]
     """Pixels (rows, columns) of one cell of the mask; set before `forward` is called."""

@@ -12,7 +12,7 @@ from pydantic import Field, SerializeAsAny, ValidationError, field_validator
 from unlabeled.pretext.base import TaskConfig
 from unlabeled.pretext.common.balance import Weight
 from unlabeled.pretext.registry import task_config
-from unlabeled.ssl.errors import ConfigError
+from unlabeled.ssl.errors import CapabilityError, ConfigError
 from unlabeled.ssl.messages import explain
 
 _ALIKE = ({"name": "rotation"}, {"name": "simmim"})
@@ -97,5 +97,5 @@ def told_as(where: str) -> Iterator[None]:
     """Names the settings of one task by where they stand, in the errors that it raises."""
     try:
         yield
-    except ConfigError as error:
-        raise ConfigError(_OWN.sub(where, str(error))) from error
+    except (ConfigError, CapabilityError) as error:
+        raise type(error)(_OWN.sub(where, str(error))) from error

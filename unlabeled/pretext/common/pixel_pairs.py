@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Annotated, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
@@ -141,6 +141,7 @@ class PixelPairs(PretextTask):
     Config: ClassVar[type[TaskConfig]] = PixelPairsConfig
     requires: ClassVar[frozenset[str]] = frozenset({"dense_map"})
     synced_statistics: ClassVar[bool] = True
+    small_settings: ClassVar[dict[str, Any]] = {"level": 0}
     collapse_remedy: ClassVar[str] = "lower optim.lr, lengthen schedule.warmup_epochs, or raise task.momentum"
     config: PixelPairsConfig
 

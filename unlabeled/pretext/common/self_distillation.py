@@ -61,9 +61,11 @@ class SelfDistillationConfig(MultiCropConfig):
 
     head: HeadConfig = HeadConfig()
     student_temperature: float = Field(0.1, gt=0)
+    """What the student's logits are divided by."""
     teacher_temperature: float = Field(0.07, gt=0)
-    """After its warm-up."""
+    """What the teacher's are divided by after the warm-up; lower is sharper."""
     teacher_temperature_start: float = Field(0.04, gt=0)
+    """The same when the warm-up begins."""
     temperature_warmup: float = Field(0.3, ge=0, le=1)
     """Part of the run over which the teacher's temperature rises linearly (30 epochs)."""
     momentum: float = Field(0.996, ge=0, le=1)
@@ -86,6 +88,7 @@ class SelfDistillation(PretextTask):
 
     Config: ClassVar[type[TaskConfig]] = SelfDistillationConfig
     requires: ClassVar[frozenset[str]] = frozenset({"pooled"})
+    small_settings: ClassVar[dict[str, Any]] = {"locals": 0}
     synced_statistics: ClassVar[bool] = True
     collapse_remedy: ClassVar[str] = (
         "lower optim.lr or task.teacher_temperature, lengthen schedule.warmup_epochs, or raise task.freeze_prototypes"

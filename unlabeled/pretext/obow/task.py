@@ -112,6 +112,7 @@ class OBoW(PretextTask):
 
     Config: ClassVar[type[TaskConfig]] = OBoWConfig
     requires: ClassVar[frozenset[str]] = frozenset({"dense_map", "pooled"})
+    small_settings: ClassVar[dict[str, Any]] = {"words": 64}
     synced_statistics: ClassVar[bool] = True
     per_picture: ClassVar[bool] = False
     collapse_remedy: ClassVar[str] = "lower optim.lr, lengthen schedule.warmup_epochs, or raise task.beta"
