@@ -13,12 +13,12 @@ from unlabeled.testing import Subject
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `tiny_tasks`
 
-from tiny_tasks import SMALL, tiny_backbone
+from tiny_tasks import SMALL
 
 
 @functools.cache
 def tiny_subject(name: str) -> Subject:
-    return Subject.of(name, settings=SMALL.get(name), backbone=tiny_backbone(name))
+    return Subject.of(name, settings=SMALL.get(name))
 
 
 @pytest.fixture(params=task_names())

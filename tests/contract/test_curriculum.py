@@ -6,18 +6,20 @@ import inspect
 
 import pytest
 import torch
-from tiny_tasks import SMALL, tiny_backbone, views_batch
+from tiny_tasks import SMALL
 
 from unlabeled.pretext.base import PretextTask
-from unlabeled.pretext.registry import create_task
+from unlabeled.pretext.registry import create_task, task_class
 from unlabeled.ssl.backbone import create_backbone
 from unlabeled.ssl.curriculum import as_floats, create_curriculum
 from unlabeled.ssl.errors import ConfigError
+from unlabeled.testing import views_batch
+from unlabeled.testing.subject import tiny_backbone
 
 
 def tiny_task_of_any_size(name: str) -> PretextTask:
     """The task of the contract tests, on a network of twice the size that takes others where it can."""
-    plain = tiny_backbone(name)
+    plain = tiny_backbone(task_class(name))
     arguments = {key: value for key, value in plain.kwargs.items() if key not in {"num_classes", "img_size"}}
     if "dynamic_img_size" in inspect.signature(type(plain.model).__init__).parameters:
         arguments["dynamic_img_size"] = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tiny_tasks import SMALL, tiny_backbone
+from tiny_tasks import SMALL
 
 from unlabeled.pretext.registry import task_names
 from unlabeled.testing import RankResult, Subject, compare_with_one, run_two_processes
@@ -13,7 +13,7 @@ from unlabeled.testing import RankResult, Subject, compare_with_one, run_two_pro
 def two_processes() -> dict[str, tuple[RankResult, RankResult]]:
     """All tasks in one pair of processes."""
     names = task_names()
-    subjects = [Subject.of(name, settings=SMALL.get(name), backbone=tiny_backbone(name)) for name in names]
+    subjects = [Subject.of(name, settings=SMALL.get(name)) for name in names]
     return dict(zip(names, run_two_processes(subjects), strict=True))
 
 

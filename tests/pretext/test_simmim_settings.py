@@ -65,8 +65,8 @@ def test_networks_of_all_kinds(module):
 
 
 def test_hiera_has_no_norm_over_its_last_map():
-    assert not tiny_task(create_backbone("hiera_tiny_224", size=64, stages=(1, 1, 1, 1))).normed
-    assert tiny_task(VIT).normed
+    assert not tiny_task(create_backbone("hiera_tiny_224", size=64, stages=(1, 1, 1, 1))).last.normed
+    assert tiny_task(VIT).last.normed
 
 
 def test_published_recipe():

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unlabeled.pretext.base import Batch, StepOutput, TaskConfig
+from unlabeled.pretext.common.level_map import LevelMap
 from unlabeled.pretext.common.masking import Pattern, mask_noise
 from unlabeled.pretext.common.multi_crop import GLOBALS, by_crop, crop_sheet
 from unlabeled.pretext.common.self_distillation import (
@@ -31,7 +32,6 @@ from unlabeled.pretext.common.self_distillation import (
     scores,
 )
 from unlabeled.pretext.common.views import Part
-from unlabeled.pretext.simmim import norms_maps
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.errors import ConfigError
 from unlabeled.ssl.stem import find_stem, substituted
@@ -90,7 +90,7 @@ class IBOT(SelfDistillation):
         """Raises CapabilityError for a backbone without feature maps, ConfigError for sizes that do not fit."""
         super().__init__(config, backbone)
         channels, self.stride = backbone.stages[-1]
-        self.normed = norms_maps(backbone)
+        self.normed = LevelMap(backbone, -1, task="iBOT").normed
         self.stem = find_stem(backbone.model, backbone.input_size)
         self.level: Literal["token", "pixel"] = "pixel" if self.stem is None else "token"
         self.most_hidden(self.grid_of(backbone.input_size))

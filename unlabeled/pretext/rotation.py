@@ -23,6 +23,7 @@ from torchvision.utils import make_grid
 from unlabeled.pretext.base import Batch, NamedParameter, PretextTask, StepOutput, TaskConfig, Views
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.errors import CheckpointError, ConfigError
+from unlabeled.ssl.probe import modes_kept
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Ratio = Annotated[float, Field(gt=0)]
@@ -141,11 +142,8 @@ class Rotation(PretextTask):
         the network takes for the top of the unrotated picture.
         """
         images = batch["image"][:_SHOWN]
-        training = [module for module in self.modules() if module.training]
-        self.eval()
-        predicted = self.logits(images).argmax(1)
-        for module in training:
-            module.training = True
+        with modes_kept(self):
+            predicted = self.eval().logits(images).argmax(1)
         right = predicted == self._labels(len(images), predicted.device)
         enlarge = max(1, 96 // min(images.shape[-2:]))
         pictures = rotations(images, self.config.angles).cpu()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +19,13 @@ from torchvision.transforms import v2
 
 from unlabeled.pretext.base import Batch, NamedParameter, StepOutput, TaskConfig
 from unlabeled.pretext.common.checkpoint import load_mapped
+from unlabeled.pretext.common.level_map import LevelMap
 from unlabeled.pretext.common.masked_image import MaskedImageConfig, MaskedImageTask, Part
 from unlabeled.pretext.common.masking import Masking, Method
 from unlabeled.pretext.common.patches import widened
 from unlabeled.pretext.common.simmim_names import official_names, to_own_layout
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.errors import ConfigError
-from unlabeled.ssl.probe import probed
 from unlabeled.ssl.stem import find_stem, substituted
 
 logger = logging.getLogger(__name__)
@@ -82,15 +82,12 @@ class SimMIM(MaskedImageTask):
         self.cell = (unit, unit)
         self.keep(self.grid_of(backbone.input_size))
         channels, self.stride = backbone.stages[-1]
-        self.normed = norms_maps(backbone)
+        self.last = LevelMap(backbone, -1, task="SimMIM")
         shape = (1, 3, 1, 1) if self.stem is None else (1, 1, self.stem.dim)
         self.mask_token = nn.Parameter(torch.empty(shape))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.decoder = nn.Conv2d(channels, 3 * self.stride**2, kernel_size=1)
-        reached = self._reached()
-        for name, parameter in backbone.model.named_parameters():
-            if name not in reached:
-                parameter.requires_grad_(False)
+        self.train_only(self.last.reached(backbone))
         place = "as one colour in the picture" if self.stem is None else f"as one token after {self.stem.name}"
         logger.info("simmim: hidden cells of %d pixels enter %s %s", unit, backbone.name, place)
 
@@ -124,13 +121,12 @@ class SimMIM(MaskedImageTask):
 
     def encode(self, images: Tensor, masking: Masking) -> Tensor:
         """Normalised (B, 3, H, W) and its mask → the last map (B, C, H', W'), after the network's final norm."""
-        last = len(self.backbone.stages) - 1
         if self.stem is None:
             images = torch.where(self.hidden_pixels(masking), self.mask_token.to(images.dtype), images)
-            return final_map(self.backbone.model, images, last, self.normed)
+            return self.last(self.backbone, images)
         cells = (self.cell[0] // self.stem.patch[0], self.cell[1] // self.stem.patch[1])
         with substituted(self.backbone.model, self.stem, masking.enlarged(cells), self.mask_token):
-            return final_map(self.backbone.model, images, last, self.normed)
+            return self.last(self.backbone, images)
 
     def hidden_pixels(self, masking: Masking) -> Tensor:
         """Bool (B, 1, H, W), True where a pixel is hidden."""
@@ -159,19 +155,6 @@ class SimMIM(MaskedImageTask):
         tensors = cast(Mapping[str, Tensor], state.get("model", state))
         return load_mapped(self, to_own_layout(tensors, self.backbone.model), official_names(self))
 
-    def _reached(self) -> set[str]:
-        """Names of the parameters of the model that the last map depends on."""
-        last, normed = len(self.backbone.stages) - 1, self.normed
-
-        def run(net: nn.Module, x: Tensor) -> set[str]:
-            parameters = {name: parameter.requires_grad_(True) for name, parameter in net.named_parameters()}
-            total = final_map(net, x, last, normed).sum()
-            grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
-            return {name for name, grad in zip(parameters, grads, strict=True) if grad is not None}
-
-        with torch.enable_grad():
-            return probed(self.backbone.model, self.backbone.input_size, run)
-
 
 def masked_l1(predicted: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
     """Mean of |images - predicted| (B, C, H, W) over the pixels that are `hidden` (bool, B, 1, H, W) and channels.
@@ -180,26 +163,6 @@ def masked_l1(predicted: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
     """
     error = (widened(images) - widened(predicted)).abs()
     return (error * hidden).sum() / (hidden.sum(dtype=error.dtype) + _EPS) / images.shape[1]
-
-
-def final_map(model: nn.Module, x: Tensor, last: int, normed: bool) -> Tensor:
-    """Map (B, C, H', W') number `last` of a timm model for (B, 3, H, W), after its final norm if `normed`."""
-    options = {"norm": True} if normed else {}
-    maps: list[Tensor] = cast(Any, model).forward_intermediates(
-        x, indices=[last], output_fmt="NCHW", intermediates_only=True, **options
-    )
-    return maps[0]
-
-
-def norms_maps(backbone: Backbone) -> bool:
-    """Whether the network can apply its final norm to the last map; Hiera, which pools first, cannot."""
-    last = len(backbone.stages) - 1
-    try:
-        with torch.no_grad():
-            probed(backbone.model, backbone.input_size, lambda net, x: final_map(net, x, last, normed=True))
-    except (AssertionError, TypeError, NotImplementedError):
-        return False
-    return True
 
 
 def _mask_unit(asked: int | None, backbone: Backbone, patch: tuple[int, int]) -> int:

@@ -108,16 +108,18 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 def reached_by_pooled(model: nn.Module, size: tuple[int, int]) -> set[str]:
     """Names of the parameters that the pooled features depend on; the others get no gradient from a loss on them."""
-    return _reached_by(model, size, lambda net, x: [net.forward_head(net.forward_features(x), pre_logits=True)])
+    return reached_by(model, size, lambda net, x: [net.forward_head(net.forward_features(x), pre_logits=True)])
 
 
 def reached_by_maps(model: nn.Module, size: tuple[int, int], indices: list[int]) -> set[str]:
     """Names of the parameters that the feature maps `indices` (ascending, from 0) depend on."""
     options = {"indices": indices, "output_fmt": "NCHW", "intermediates_only": True}
-    return _reached_by(model, size, lambda net, x: net.forward_intermediates(x, **options))
+    return reached_by(model, size, lambda net, x: net.forward_intermediates(x, **options))
 
 
-def _reached_by(model: nn.Module, size: tuple[int, int], results: _Results) -> set[str]:
+def reached_by(model: nn.Module, size: tuple[int, int], results: _Results) -> set[str]:
+    """Names of the parameters that ``results(network, pictures)`` depend on."""
+
     @torch.enable_grad()
     def reached(net: nn.Module, x: Tensor) -> set[str]:
         parameters = {name: parameter.requires_grad_(True) for name, parameter in net.named_parameters()}

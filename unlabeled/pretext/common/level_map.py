@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.errors import CapabilityError, ConfigError
-from unlabeled.ssl.probe import probed
+from unlabeled.ssl.probe import probed, reached_by
 
 
 class LevelMap:
@@ -47,15 +47,15 @@ class LevelMap:
 
     def reached(self, backbone: Backbone) -> set[str]:
         """Names of the parameters (relative to `backbone`) that the map depends on."""
+        found = reached_by(
+            backbone.model, backbone.input_size, lambda net, x: [_map(net, x, self.index, self._options)]
+        )
+        return {f"model.{name}" for name in found}
 
-        @torch.enable_grad()
-        def run(net: nn.Module, x: Tensor) -> set[str]:
-            parameters = {name: parameter.requires_grad_(True) for name, parameter in net.named_parameters()}
-            total = _map(net, x, self.index, self._options).sum()
-            grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
-            return {f"model.{name}" for name, grad in zip(parameters, grads, strict=True) if grad is not None}
-
-        return probed(backbone.model, backbone.input_size, run)
+    @property
+    def normed(self) -> bool:
+        """Whether the map comes after the network's final norm."""
+        return "norm" in self._options
 
 
 def _map(model: nn.Module, images: Tensor, index: int, options: dict[str, bool]) -> Tensor:
