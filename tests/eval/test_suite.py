@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -98,6 +99,13 @@ def test_baselines_can_be_left_out_and_pictures_limited() -> None:
     assert list(evidence.encoders) == ["backbone"]
     assert (evidence.train_pictures, evidence.test_pictures) == (12, 12)
     assert train.reads <= 12 + 40, "only the chosen pictures and the gallery are read"
+
+
+@pytest.mark.parametrize("chosen", ["pixels", "random"])
+def test_one_baseline_alone(chosen: Literal["pixels", "random"]) -> None:
+    evidence = evaluate_backbone(tiny_vit(), *sources(), CONFIG.model_copy(update={"baselines": (chosen,)}))
+    assert evidence is not None
+    assert list(evidence.encoders) == ["backbone", chosen]
 
 
 def test_test_classes_in_another_order_are_renumbered() -> None:

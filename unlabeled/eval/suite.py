@@ -106,10 +106,12 @@ def evaluate_backbone(
             sets[name] = _feature_set(train, test, classes, encoder, cache=cache, precision=precision, **loading)
 
     encode("backbone", backbone)
-    if config.baselines:
+    wanted = ("pixels", "random") if config.baselines is True else config.baselines or ()
+    if "pixels" in wanted:
         with _timed(seconds, "pixels"):
             parts = [raw_pixels(s, batch_size=config.batch_size, workers=workers, cache=cache) for s in (train, test)]
             sets["pixels"] = _joined(parts[0], parts[1], train, test, classes)
+    if "random" in wanted:
         try:
             encode("random", random_twin(backbone, seed))
         except ConfigError as error:

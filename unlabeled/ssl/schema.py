@@ -170,8 +170,8 @@ class EvaluateConfig(Section):
     """Evaluate and write the report when the run ends, if there are labels."""
     data: DataConfig | None = None
     """Labelled data; None: the run's own data, with its labels."""
-    baselines: bool = True
-    """Also evaluate raw pixels and the same backbone with random weights."""
+    baselines: bool | tuple[Literal["pixels", "random"], ...] = True
+    """Also evaluate raw pixels and the same backbone with random weights; a list takes one of them alone."""
     batch_size: int = Field(256, ge=1)
     limit: int | None = Field(None, ge=1)
     """Largest number of pictures per split, chosen by a fixed shuffle."""
