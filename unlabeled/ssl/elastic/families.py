@@ -1,0 +1,172 @@
+"""Which of timm's networks are elastic: how their size is read, asked for and numbered.
+
+A family needs residual blocks that keep the shape, norms over the channels of one place or picture, and widths that
+are prefixes in all layers of the residual stream. Networks that join maps (DenseNet), have no residuals (VGG) or
+irregular widths (EfficientNet) have no such sub-networks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from timm.layers import GluMlp
+from timm.models.beit import Beit
+from timm.models.convnext import ConvNeXt
+from timm.models.eva import Eva
+from timm.models.resnet import Bottleneck, ResNet
+from timm.models.swin_transformer import PatchMerging, SwinTransformer
+from timm.models.swin_transformer_v2 import PatchMerging as PatchMergingV2
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from unlabeled.ssl.elastic.sizes import SubSize
+from unlabeled.ssl.errors import CapabilityError
+
+_JOINT = {"qkv": 3, "kv": 2}
+"""Names of linear layers that make queries, keys and values at once → how many of these."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of network. Functions take the model, and its full size where it is needed."""
+
+    kind: type[nn.Module]
+    read: Callable[[Any], SubSize]
+    """The model's own size."""
+    unit: Callable[[Any], int]
+    """What widths must be multiples of."""
+    arguments: Callable[[Any, SubSize], Mapping[str, Any]]
+    """What ``timm.create_model`` is to be told for a sub-network, beside the arguments of the model itself."""
+    blocks: Callable[[int], str]
+    """Path of the list of blocks of a stage."""
+    shifts: bool = False
+    """Whether even and odd blocks differ."""
+    multiplied_by_width: bool = True
+    """Whether small widths are published to be drawn more often."""
+
+
+def family_of(model: nn.Module, name: str) -> Family:
+    """The family of `model`. Raises CapabilityError, with what would do instead, when it has none."""
+    for family in FAMILIES:
+        if type(model) is family.kind:
+            if reason := _obstacle(model):
+                raise CapabilityError(f"backbone: {name} cannot be elastic: {reason}")
+            return family
+    kinds = ", ".join(sorted({family.kind.__name__ for family in FAMILIES}))
+    raise CapabilityError(
+        f"backbone: {name} cannot be elastic: {type(model).__name__} has no known sub-networks; known are {kinds}"
+    )
+
+
+def axis_groups(model: nn.Module, parameter: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Into how many equal parts each axis of the named parameter falls (see `unlabeled.ssl.elastic.slices`)."""
+    owner, _, _ = parameter.rpartition(".")
+    above, _, role = owner.rpartition(".")
+    parent = model.get_submodule(above)
+    groups = [1] * len(shape)
+    if role in _JOINT:
+        groups[0] = _JOINT[role]
+    elif role == "fc1" and isinstance(parent, GluMlp):
+        groups[0] = 2
+    elif isinstance(parent, (PatchMerging, PatchMergingV2)):
+        if role == "reduction":
+            groups[-1] = 4
+        elif role == "norm" and isinstance(parent, PatchMerging):
+            groups[0] = 4
+    return tuple(groups)
+
+
+def _obstacle(model: nn.Module) -> str | None:
+    if isinstance(model, ResNet) and not isinstance(model.layer1[0], Bottleneck):
+        return "its blocks have no inner width; give a ResNet of bottlenecks, such as resnet50"
+    if isinstance(model, ResNet) and model.layer1[0].conv2.groups > 1:
+        return "its 3x3 convolutions fall into groups; give a plain ResNet, such as resnet50"
+    if isinstance(model, ResNet) and getattr(model.layer1[0], "se", None) is not None:
+        return "attention over its channels has widths of its own; give a plain ResNet"
+    return None
+
+
+def _heads(model: Any) -> int:
+    """Channels of an attention head."""
+    return int(model.embed_dim // model.blocks[0].attn.num_heads)
+
+
+def _plain(kind: type[nn.Module]) -> Family:
+    """Transformers without stages."""
+    return Family(
+        kind,
+        read=lambda model: SubSize(model.embed_dim, (len(model.blocks),)),
+        unit=_heads,
+        arguments=lambda model, size: {
+            "embed_dim": size.width, "depth": size.depths[0], "num_heads": size.width // _heads(model)
+        },
+        blocks=lambda stage: "blocks",
+    )  # fmt: skip
+
+
+def _swin_unit(model: Any) -> int:
+    return int(model.embed_dim // model.layers[0].blocks[0].attn.num_heads)
+
+
+def _swin(kind: type[nn.Module]) -> Family:
+    return Family(
+        kind,
+        read=lambda model: SubSize(model.embed_dim, tuple(len(stage.blocks) for stage in model.layers)),
+        unit=_swin_unit,
+        arguments=lambda model, size: {
+            "embed_dim": size.width,
+            "depths": size.depths,
+            "num_heads": tuple(size.width // _swin_unit(model) * 2**stage for stage in range(len(size.depths))),
+        },
+        blocks=lambda stage: f"layers.{stage}.blocks",
+        shifts=True,
+    )
+
+
+def _convnext_size(model: Any) -> SubSize:
+    return SubSize(_channels(model)[0], tuple(len(stage.blocks) for stage in model.stages))
+
+
+def _channels(model: Any) -> list[int]:
+    return [int(info["num_chs"]) for info in model.feature_info]
+
+
+def _scaled(channels: list[int], width: int) -> tuple[int, ...]:
+    return tuple(count * width // channels[0] for count in channels)
+
+
+def _resnet_size(model: Any) -> SubSize:
+    stages = [getattr(model, f"layer{stage + 1}") for stage in range(4)]
+    return SubSize(stages[0][0].conv2.out_channels, tuple(map(len, stages)))
+
+
+def _resnet_unit(model: Any) -> int:
+    """Groups of the group norms, so that each keeps whole channels; 8 for other norms."""
+    norm = model.layer1[0].bn1
+    return int(norm.num_groups) if isinstance(norm, nn.GroupNorm) else 8
+
+
+FAMILIES: tuple[Family, ...] = (
+    *(_plain(kind) for kind in (VisionTransformer, Eva, Beit)),
+    *(_swin(kind) for kind in (SwinTransformer, SwinTransformerV2)),
+    Family(
+        ConvNeXt,
+        read=_convnext_size,
+        unit=lambda model: 8,
+        arguments=lambda model, size: {"dims": _scaled(_channels(model), size.width), "depths": size.depths},
+        blocks=lambda stage: f"stages.{stage}.blocks",
+    ),
+    Family(
+        ResNet,
+        read=_resnet_size,
+        unit=_resnet_unit,
+        arguments=lambda model, size: {
+            "base_width": 64 * size.width // (model.layer1[0].conv3.out_channels // 4), "layers": size.depths
+        },
+        blocks=lambda stage: f"layer{stage + 1}",
+        multiplied_by_width=False,
+    ),
+)  # fmt: skip
