@@ -229,6 +229,14 @@ def test_teacher_follows_backbone_and_head_and_keeps_its_own_statistics():
     assert all(torch.equal(moved[name], p) for name, p in task.teacher.named_parameters())
 
 
+@pytest.mark.parametrize("name", ["dino", "ibot"])
+def test_the_teacher_is_exported_unless_the_student_is_asked_for(name: str):
+    task = tiny(name)
+    assert task.encoder() is task.teacher["backbone"]
+    student = tiny(name, export="student")
+    assert student.encoder() is student.backbone
+
+
 def test_teacher_starts_as_the_student_without_its_stochastic_depth():
     task = tiny(backbone=vit(drop_path_rate=0.5, attn_drop_rate=0.5, proj_drop_rate=0.5)).train()
     x = torch.randn(4, 3, 32, 32)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 from lightly.models.modules.center import Center
@@ -76,6 +76,8 @@ class SelfDistillationConfig(MultiCropConfig):
     """Of the moving average of the teacher's logits, which its assignments are taken without."""
     freeze_prototypes: float = Field(0.01, ge=0, le=1)
     """Part of the run, at its start, in which the prototypes stay (one epoch)."""
+    export: Literal["teacher", "student"] = "teacher"
+    """Whose backbone is evaluated and exported; published numbers are the teacher's."""
 
 
 class SelfDistillation(PretextTask):
@@ -111,6 +113,10 @@ class SelfDistillation(PretextTask):
     @classmethod
     def views(cls, config: SelfDistillationConfig, backbone: Backbone) -> Views:
         return MultiCropViews(config, backbone.input_size, local_size(config, backbone))
+
+    def encoder(self) -> Backbone:
+        """The teacher's backbone, or the student's under ``export: student``."""
+        return cast(Backbone, self.teacher["backbone"]) if self.config.export == "teacher" else self.backbone
 
     def reached(self) -> set[str]:
         """Names of the backbone's parameters that the loss depends on."""
