@@ -9,6 +9,7 @@ import torch
 from lightly.loss import IBOTPatchLoss
 from torch.nn import functional as F
 
+from unlabeled.pretext.common.hidden_places import Hidden, HiddenConfig, HiddenPlaces, at_places
 from unlabeled.pretext.common.self_distillation import directions, scores
 from unlabeled.pretext.ibot import IBOT, IBOTConfig, hidden_loss
 from unlabeled.ssl.backbone import Backbone, create_backbone
@@ -53,8 +54,10 @@ def test_loss_of_hidden_places_is_lightlys_and_that_of_the_formula():
     teacher, student = torch.randn(4, 9, 7).double(), torch.randn(4, 9, 7).double().requires_grad_()
     hidden = torch.rand(4, 9) < torch.tensor([0.3, 0.6, 0.0, 0.9])[:, None]
     assert hidden[2].sum() == 0
-    weights = hidden.double() / hidden.sum(1, keepdim=True).clamp(min=1)
-    loss = hidden_loss((teacher / 0.04).softmax(-1), (student / 0.1).log_softmax(-1), weights)
+    weights = (hidden.double() / hidden.sum(1, keepdim=True).clamp(min=1))[hidden]
+    found = Hidden(~hidden.view(4, 3, 3), hidden.flatten().nonzero().flatten(), weights)
+    targets, guesses = (teacher / 0.04).softmax(-1), (student / 0.1).log_softmax(-1)
+    loss = hidden_loss(at_places(targets, found), at_places(guesses, found), found)
     total = 0.0
     for crop in range(4):
         places = hidden[crop].nonzero().flatten().tolist()
@@ -158,37 +161,67 @@ def test_half_of_the_crops_are_masked_by_a_tenth_to_a_half():
     assert set(per_picture.tolist()) == {0, 1, 2}  # the crops of a picture are masked independently
 
 
+def test_evenly_spread_ratios_come_one_from_each_part_of_the_range():
+    task = tiny(mask_spread="even")
+    drawn = task.draw(batch(5))["ratio"]
+    ratios = drawn[drawn > 0].sort().values
+    edges = torch.linspace(0.1, 0.5, 6)
+    assert len(ratios) == 5
+    assert ((edges[:-1] <= ratios) & (ratios <= edges[1:])).all()
+
+
+def test_finer_places_are_parts_of_one_of_the_map():
+    task = tiny(swin(), fine=2).eval()
+    coarse = HiddenPlaces(HiddenConfig(), task.backbone, task="iBOT")
+    images = torch.randn(2, 3, 32, 32)
+    (rows, columns), (fewer, _) = task.places.grid_of((32, 32)), coarse.grid_of((32, 32))
+    assert (rows, task.places.stride) == (2 * fewer, coarse.stride // 2)
+    places = task.places.encode(task.backbone, images)[1].view(2, rows, columns, -1)
+    expected = coarse.encode(task.backbone, images)[1].view(2, rows // 2, columns // 2, -1)
+    assert all(torch.equal(places[:, i::2, j::2], expected) for i in range(2) for j in range(2))
+    with pytest.raises(ConfigError, match=r"task.fine: 3 does not divide the stride of the last map, 4, .* give 1"):
+        tiny(swin(), fine=3)
+
+
 def test_hidden_places_are_those_with_the_largest_noise_crop_by_crop():
     task = tiny()
     noise = torch.rand(3, 2, 16)
     ratio = torch.tensor([[0.5, 0.0], [0.25, 0.1], [0.02, 0.4]])
-    hidden = task.hide(noise, ratio, (32, 32))
+    hidden = task.places.hide(noise, ratio, (32, 32))
     assert hidden.visible.shape == (6, 4, 4)
-    assert hidden.places.shape == hidden.weights.shape == (6, 8)
+    assert hidden.rows.shape == hidden.weights.shape == (8 + 4 + 2 + 1 + 6,)
     for picture in range(3):
         for view in range(2):
             row, count = view * 3 + picture, [[8, 0], [4, 2], [1, 6]][picture][view]
             largest = noise[picture, view].argsort(descending=True)[:count]
             assert sorted((~hidden.visible[row]).flatten().nonzero().flatten().tolist()) == sorted(largest.tolist())
-            assert hidden.places[row, :count].tolist() == largest.tolist()
-            assert hidden.weights[row].tolist() == pytest.approx([1 / max(count, 1)] * count + [0] * (8 - count))
+            of_crop = hidden.rows // 16 == row
+            assert (hidden.rows[of_crop] % 16).tolist() == sorted(largest.tolist())
+            assert hidden.weights[of_crop].tolist() == pytest.approx([1 / max(count, 1)] * count)
 
 
 @pytest.mark.parametrize(("make", "level", "cell"), [(vit, "token", 8), (swin, "token", 4), (convnet, "pixel", 8)])
 def test_the_student_does_not_see_hidden_pixels(make, level, cell):
     task = tiny(make()).eval()
-    assert (task.level, task.stride) == (level, cell)
+    assert ("pixel" if task.places.stem is None else "token", task.places.stride) == (level, cell)
+    token = task.mask_token
     images, others = torch.randn(2, 2, 3, 32, 32)
     visible = torch.rand(2, 32 // cell, 32 // cell) < 0.6
     shown = visible.repeat_interleave(cell, 1).repeat_interleave(cell, 2)[:, None]
     changed = torch.where(shown, images, others)
     for found, same in zip(
-        task.encode(task.backbone, images, visible), task.encode(task.backbone, changed, visible), strict=True
+        task.places.encode(task.backbone, images, visible, token),
+        task.places.encode(task.backbone, changed, visible, token),
+        strict=True,
     ):
         assert torch.equal(found, same)
-    assert not torch.allclose(task.encode(task.backbone, images)[0], task.encode(task.backbone, changed)[0], atol=1e-4)
     assert not torch.allclose(
-        task.encode(task.backbone, images, visible)[0], task.encode(task.backbone, images)[0], atol=1e-4
+        task.places.encode(task.backbone, images)[0], task.places.encode(task.backbone, changed)[0], atol=1e-4
+    )
+    assert not torch.allclose(
+        task.places.encode(task.backbone, images, visible, token)[0],
+        task.places.encode(task.backbone, images)[0],
+        atol=1e-4,
     )
 
 
@@ -196,7 +229,7 @@ def test_the_student_does_not_see_hidden_pixels(make, level, cell):
 def test_one_pass_gives_pooled_features_and_normed_places(make):
     task = tiny(make()).eval()
     images = torch.randn(2, 3, 32, 32)
-    pooled, places = task.encode(task.backbone, images)
+    pooled, places = task.places.encode(task.backbone, images)
     assert torch.allclose(pooled, task.backbone.pooled(images), atol=1e-6)
     features = task.backbone.model.forward_features(images)
     expected = features[:, 1:] if make is vit else features.flatten(1, 2) if make is swin else features.flatten(2).mT

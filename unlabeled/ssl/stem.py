@@ -51,13 +51,15 @@ class Stem(NamedTuple):
 def substituted(model: nn.Module, stem: Stem, visible: Tensor, token: Tensor) -> Iterator[None]:
     """While it is open, tokens that are not `visible` (bool, B, gh, gw) leave the stem as `token` (1, 1, D).
 
-    The mask lives in this call only, so forwards with other masks may come before the backward pass of this one.
+    Of a token with more channels than `model` has, a sub-network of another, the first are taken. The mask lives in
+    this call only, so forwards with other masks may come before the backward pass of this one.
     """
     shown = stem.arranged(visible)
+    channel = 1 if stem.layout == "NCHW" else -1
     hidden = token.view(1, -1, 1, 1) if stem.layout == "NCHW" else token.view(-1)
 
     def replace(_module: nn.Module, _inputs: Any, tokens: Tensor) -> Tensor:
-        return torch.where(shown, tokens, hidden.to(tokens.dtype))
+        return torch.where(shown, tokens, hidden.narrow(channel, 0, tokens.shape[channel]).to(tokens.dtype))
 
     handle = model.get_submodule(stem.name).register_forward_hook(replace)
     try:

@@ -217,7 +217,7 @@ def create_head(dim: int, config: HeadConfig) -> DINOProjectionHead:
 def directions(head: Any, features: Tensor) -> Tensor:
     """Features (..., D) → their directions in the head's bottleneck, of length one, at least float32."""
     projected: Tensor = head.layers(features.flatten(0, -2))  # rows, as its batch norms need
-    return F.normalize(widened(projected), dim=1).view(*features.shape[:-1], -1)
+    return F.normalize(widened(projected), dim=1).view(*features.shape[:-1], projected.shape[-1])
 
 
 def scores(head: Any, units: Tensor) -> Tensor:

@@ -1,0 +1,179 @@
+"""Crops with hidden places: which, how they enter the network, and what it gives for them (iBOT, arXiv 2111.07832).
+
+Where a backbone turns each patch into a token of its own (see `unlabeled.ssl.stem`), hidden patches are a learned token
+before positions are added; else one learned colour in the picture, which the paper does not have. A place is one of the
+last feature map, so several patches in Swin and its like, or a part of one under `HiddenConfig.fine`.
+
+Shapes: N crops, L = gh * gw places, M of them hidden over all crops, D features, C channels of a place.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unlabeled.pretext.base import TaskConfig
+from unlabeled.pretext.common.level_map import LevelMap
+from unlabeled.pretext.common.masking import Pattern, mask_noise
+from unlabeled.pretext.common.views import Part
+from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.errors import ConfigError
+from unlabeled.ssl.stem import find_stem, substituted
+
+
+class HiddenConfig(TaskConfig):
+    """What is hidden; the defaults are iBOT's."""
+
+    masked_crops: Part = 0.5
+    """Part of the large crops that have hidden places."""
+    mask_ratio: tuple[Part, Part] = (0.1, 0.5)
+    """Part of their places that is hidden, smallest and largest."""
+    mask_spread: Literal["uniform", "even"] = "uniform"
+    """even: the ratios of a batch are drawn one from each of equal parts of that range (DINOv2)."""
+    mask_pattern: Pattern = "block"
+    """See `unlabeled.pretext.common.masking.mask_noise`."""
+    fine: int = Field(1, ge=1)
+    """Places along each side of one of the last map; POA takes 2 for networks of stride 32."""
+
+    @model_validator(mode="after")
+    def _mask_ratio_is_ordered(self) -> HiddenConfig:
+        if self.mask_ratio[0] > self.mask_ratio[1]:
+            raise ValueError(f"mask_ratio {list(self.mask_ratio)} begins above its end; give [smallest, largest]")
+        return self
+
+
+class Hidden(NamedTuple):
+    """The hidden places of N crops."""
+
+    visible: Tensor
+    """Bool (N, gh, gw)."""
+    rows: Tensor
+    """int64 (M,): crop * L + place of each hidden place, crop by crop."""
+    weights: Tensor
+    """(M,): one over the number of hidden places of its crop."""
+
+
+class HiddenPlaces:
+    """Hides places of the crops of one architecture and reads what it gives for them.
+
+    Attributes: `stride` (pixels of a place), `stem` (None where hidden places are a colour), `normed` (whether places
+    come after the network's final norm).
+    """
+
+    def __init__(self, config: HiddenConfig, backbone: Backbone, *, task: str) -> None:
+        """Raises CapabilityError for a backbone without feature maps, ConfigError for sizes that do not fit."""
+        self.config = config
+        stride = backbone.stages[-1].stride
+        self.stem = find_stem(backbone.model, backbone.input_size)
+        finest = 1 if self.stem is None else max(self.stem.patch)
+        if stride % (config.fine * finest):
+            raise ConfigError(
+                f"task.fine: {config.fine} does not divide the stride of the last map, {stride}, into whole patches of "
+                f"{finest}; give 1, or another divisor of {stride // finest}"
+            )
+        self.stride = stride // config.fine
+        self.normed = LevelMap(backbone, -1, task=task).normed
+        self.most_hidden(self.grid_of(backbone.input_size))
+
+    def new_token(self) -> nn.Parameter:
+        """What hidden places are before training, at zero: (1, 1, D) for a token, (1, 3, 1, 1) for a colour."""
+        return nn.Parameter(torch.zeros((1, 3, 1, 1) if self.stem is None else (1, 1, self.stem.dim)))
+
+    @property
+    def entry(self) -> str:
+        """Where hidden places enter, in words."""
+        return "as one colour in the picture" if self.stem is None else f"as one token after {self.stem.name}"
+
+    def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Places (gh, gw) of pictures of `size` pixels. Raises ConfigError when they do not fit."""
+        stride = self.stride * self.config.fine
+        if size[0] % stride or size[1] % stride:
+            below = [max(1, pixels // stride) * stride for pixels in size]
+            raise ConfigError(
+                f"backbone.size: {list(size)} is no multiple of the stride of the last map, {stride}; set it to {below}"
+            )
+        return size[0] // self.stride, size[1] // self.stride
+
+    def most_hidden(self, grid: tuple[int, int]) -> int:
+        """The largest number of hidden places of a crop. Raises ConfigError when no place would stay."""
+        places = grid[0] * grid[1]
+        if places < 2:
+            raise ConfigError(
+                f"backbone.size: the last map has one place only, of {self.stride} pixels, so nothing can be hidden; "
+                "use more pixels or a backbone of smaller stride"
+            )
+        return min(max(round(self.config.mask_ratio[1] * places), 1), places - 1)
+
+    def draw(self, crops: Tensor) -> tuple[Tensor, Tensor]:
+        """For crops (B, V, 3, h, w): noise (B, V, L), of which the largest values are hidden, and the ratio (B, V) of
+        hidden places, 0 for none."""
+        pictures, views = crops.shape[:2]
+        noise = mask_noise(
+            self.config.mask_pattern, pictures * views, self.grid_of((crops.shape[-2], crops.shape[-1])), crops.device
+        )
+        low, high = self.config.mask_ratio
+        order = torch.rand(pictures * views, device=crops.device).argsort().argsort().view(pictures, views)
+        masked = max(1, round(self.config.masked_crops * order.numel()))
+        part = torch.rand(pictures, views, device=crops.device)
+        if self.config.mask_spread == "even":
+            part = (order + part) / masked
+        return noise.view(pictures, views, -1), (low + (high - low) * part) * (order < masked)
+
+    def hide(self, noise: Tensor, ratio: Tensor, size: tuple[int, int]) -> Hidden:
+        """`noise` (B, V, L) and `ratio` (B, V) of crops of `size` pixels → what is hidden, crop by crop."""
+        grid = self.grid_of(size)
+        noise, part = noise.transpose(0, 1).flatten(0, 1), ratio.t().flatten()  # (V B, L), (V B,)
+        most, places = self.most_hidden(grid), noise.shape[1]
+        count = (part * places).round().clamp(1, most) * (part > 0)
+        ranks = noise.argsort(dim=1, descending=True).argsort(dim=1)
+        masked = ranks < count[:, None]
+        rows = masked.flatten().nonzero().flatten()  # waits for the device, which costs less than heads of unused rows
+        weights = (1 / count.clamp(min=1))[rows // places].to(noise.dtype)
+        return Hidden(~masked.view(-1, *grid), rows, weights)
+
+    def encode(
+        self, backbone: Backbone, images: Tensor, visible: Tensor | None = None, token: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Normalised (N, 3, h, w), what is `visible` (bool, N, gh, gw) and what stands for the rest → pooled (N, D)
+        and places (N, L, C), after the network's final norm where it can be had. In one pass.
+
+        `backbone` may be a sub-network, which takes the token's first channels.
+        """
+        model: Any = backbone.model
+        masking: Any = nullcontext()
+        if visible is not None and token is not None and self.stem is None:
+            images = torch.where(enlarged(visible, self.stride)[:, None], images, token.to(images.dtype))
+        elif visible is not None and token is not None and self.stem is not None:
+            cells = enlarged(visible, self.stride // self.stem.patch[0], self.stride // self.stem.patch[1])
+            masking = substituted(model, self.stem, cells, token)
+        options = {"norm": True} if self.normed else {}
+        with masking:
+            features, maps = model.forward_intermediates(
+                images, indices=[len(backbone.stages) - 1], output_fmt="NCHW", **options
+            )
+            pooled: Tensor = model.forward_head(features, pre_logits=True)
+        places, fine = maps[0], self.config.fine
+        grid = tuple(pixels // (self.stride * fine) for pixels in images.shape[-2:])
+        if places.shape[-2:] != grid:  # networks without padding lose places at the edge
+            places = F.interpolate(places, size=grid, mode="bilinear", align_corners=False)
+        places = places.repeat_interleave(fine, 2).repeat_interleave(fine, 3) if fine > 1 else places
+        return pooled.flatten(1), places.flatten(2).transpose(1, 2)
+
+    def shown(self, crops: Tensor, hidden: Hidden) -> Tensor:
+        """uint8 (N, 3, h, w) with hidden places in grey."""
+        return torch.where(enlarged(hidden.visible, self.stride)[:, None], crops, 128)
+
+
+def at_places(places: Tensor, hidden: Hidden) -> Tensor:
+    """(N, L, C) → (M, C), those that are hidden."""
+    return places.flatten(0, 1).index_select(0, hidden.rows)
+
+
+def enlarged(cells: Tensor, rows: int, columns: int | None = None) -> Tensor:
+    """(N, gh, gw) with each cell repeated: (N, gh * rows, gw * columns)."""
+    return cells.repeat_interleave(rows, 1).repeat_interleave(columns or rows, 2)
