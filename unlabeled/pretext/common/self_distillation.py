@@ -56,10 +56,9 @@ class HeadConfig(TaskConfig):
     """Prototypes of length one; False: their lengths are learned, which can be better and less stable."""
 
 
-class SelfDistillationConfig(MultiCropConfig):
-    """Settings of teacher, temperatures and head; the defaults are DINO's, parts of a run are of its 100 epochs."""
+class TeacherStudentConfig(MultiCropConfig):
+    """Settings of teacher and temperatures; the defaults are DINO's, parts of a run are of its 100 epochs."""
 
-    head: HeadConfig = HeadConfig()
     student_temperature: float = Field(0.1, gt=0)
     """What the student's logits are divided by."""
     teacher_temperature: float = Field(0.07, gt=0)
@@ -71,47 +70,43 @@ class SelfDistillationConfig(MultiCropConfig):
     momentum: float = Field(0.996, ge=0, le=1)
     """Of the teacher's moving average, at the start."""
     momentum_end: float = Field(1.0, ge=0, le=1)
-    """Where its half cosine ends with the run."""
-    center_momentum: float = Field(0.9, ge=0, lt=1)
-    """Of the moving average of the teacher's logits, which its assignments are taken without."""
+    """Where its half cosine ends."""
+    momentum_stretch: float = Field(1.0, gt=0, le=1)
+    """Part of that half cosine that the run goes through."""
     freeze_prototypes: float = Field(0.01, ge=0, le=1)
     """Part of the run, at its start, in which the prototypes stay (one epoch)."""
     export: Literal["teacher", "student"] = "teacher"
     """Whose backbone is evaluated and exported; published numbers are the teacher's."""
 
 
-class SelfDistillation(PretextTask):
-    """Base of DINO and its kin. Submodules: `backbone` and `head` (the student), `teacher` and `centers`.
+class TeacherStudent(PretextTask):
+    """Base of tasks whose teacher is the moving average of the student. Submodules: `backbone` and `teacher`.
 
-    `teacher` holds the moving average of each submodule of the student under the same name. A subclass may add parts
-    and centres with `add_head` and `add_center`. Everything that depends on the run's course follows from the
-    progress that the engine hands over, kept in the buffer `progress` for `temperature`.
+    `teacher` holds the average of each submodule of the student under the same name; `follow` adds further ones.
+    Everything that depends on the run's course follows from the progress that the engine hands over, kept in the buffer
+    `progress` for `temperature`.
     """
 
-    Config: ClassVar[type[TaskConfig]] = SelfDistillationConfig
+    Config: ClassVar[type[TaskConfig]] = TeacherStudentConfig
     requires: ClassVar[frozenset[str]] = frozenset({"pooled"})
     small_settings: ClassVar[dict[str, Any]] = {"locals": 0}
     synced_statistics: ClassVar[bool] = True
     collapse_remedy: ClassVar[str] = (
         "lower optim.lr or task.teacher_temperature, lengthen schedule.warmup_epochs, or raise task.freeze_prototypes"
     )
-    config: SelfDistillationConfig
+    config: TeacherStudentConfig
     progress: Tensor
 
-    def __init__(self, config: SelfDistillationConfig, backbone: Backbone) -> None:
+    def __init__(self, config: TeacherStudentConfig, backbone: Backbone) -> None:
         """Raises CapabilityError for a backbone that does not pool, ConfigError for crops that it cannot take."""
         super().__init__(config, backbone)
         require_crops(config, backbone)
         self.train_only(self.reached())
         self.teacher = nn.ModuleDict({"backbone": without_dropping(frozen_copy(backbone))})
-        self.centers = nn.ModuleDict()
         self.register_buffer("progress", torch.zeros(()))
-        self._means: dict[str, list[Tensor]] = {}
-        self.add_head("head", backbone.embed_dim, config.head)
-        self.add_center("head", config.head.prototypes)
 
     @classmethod
-    def views(cls, config: SelfDistillationConfig, backbone: Backbone) -> Views:
+    def views(cls, config: TeacherStudentConfig, backbone: Backbone) -> Views:
         return MultiCropViews(config, backbone.input_size, local_size(config, backbone))
 
     def encoder(self) -> Backbone:
@@ -122,16 +117,10 @@ class SelfDistillation(PretextTask):
         """Names of the backbone's parameters that the loss depends on."""
         return self.backbone.reached_by_pooled()
 
-    def add_head(self, name: str, dim: int, config: HeadConfig) -> None:
-        """A head of the student as submodule `name`, and its copy in `teacher`."""
-        head = create_head(dim, config)
-        self.add_module(name, head)
-        self.teacher[name] = frozen_copy(head)
-
-    def add_center(self, name: str, prototypes: int) -> None:
-        """The centre `name` of the teacher's logits, at zero."""
-        self.centers[name] = Center((1, prototypes), momentum=self.config.center_momentum)
-        self._means[name] = []
+    def follow(self, name: str, part: nn.Module) -> None:
+        """`part` of the student as submodule `name`, and its copy in `teacher`."""
+        self.add_module(name, part)
+        self.teacher[name] = frozen_copy(part)
 
     def crops(self, batch: Batch) -> list[Tensor]:
         """Normalised crops, crop by crop: (2 B, 3, h, w) and, if there are small ones, (n B, 3, h', w')."""
@@ -144,6 +133,71 @@ class SelfDistillation(PretextTask):
         if not config.temperature_warmup:
             return torch.full_like(self.progress, end)
         return start + (end - start) * (self.progress / config.temperature_warmup).clamp(max=1)
+
+    def before_step(self, progress: float) -> None:
+        """Without gradients an optimizer leaves the prototypes alone: no momentum, no decay, no count of steps."""
+        if progress < self.config.freeze_prototypes:
+            for head in self._heads():
+                for parameter in head.last_layer.parameters():
+                    parameter.grad = None
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        """The teacher follows the student, time goes on."""
+        config = self.config
+        momentum = cosine_momentum(config.momentum, config.momentum_end, progress * config.momentum_stretch)
+        for name, part in self.teacher.items():
+            ema_update(part, self.get_submodule(name), momentum)
+        self.progress.fill_(progress)
+
+    def parameter_groups(self) -> Iterator[NamedParameter]:
+        """As in the base class, and no decay of the prototypes' lengths."""
+        for named in super().parameter_groups():
+            yield named._replace(decay=False) if named.name.endswith("weight_g") else named
+
+    def _heads(self) -> Iterator[Any]:
+        for name in self.teacher:
+            yield from (part for part in self.get_submodule(name).modules() if isinstance(part, DINOProjectionHead))
+
+    @torch.no_grad()
+    def visualize(self, batch: Batch) -> dict[str, Tensor]:
+        """``crops``: a row a picture (the first 4), large crops and then small ones in the same scale."""
+        return {"crops": crop_sheet(batch[name] for name in ("globals", "locals") if name in batch)}
+
+
+class SelfDistillationConfig(TeacherStudentConfig):
+    """Settings of DINO's head and centre, the defaults as published."""
+
+    head: HeadConfig = HeadConfig()
+    center_momentum: float = Field(0.9, ge=0, lt=1)
+    """Of the moving average of the teacher's logits, which its assignments are taken without."""
+
+
+class SelfDistillation(TeacherStudent):
+    """Base of DINO and iBOT. Submodules beside those of `TeacherStudent`: `head` and `centers`.
+
+    A subclass may add parts and centres with `add_head` and `add_center`.
+    """
+
+    Config: ClassVar[type[TaskConfig]] = SelfDistillationConfig
+    config: SelfDistillationConfig
+
+    def __init__(self, config: SelfDistillationConfig, backbone: Backbone) -> None:
+        """Raises CapabilityError for a backbone that does not pool, ConfigError for crops that it cannot take."""
+        super().__init__(config, backbone)
+        self.centers = nn.ModuleDict()
+        self._means: dict[str, list[Tensor]] = {}
+        self.add_head("head", backbone.embed_dim, config.head)
+        self.add_center("head", config.head.prototypes)
+
+    def add_head(self, name: str, dim: int, config: HeadConfig) -> None:
+        """A head of the student as submodule `name`, and its copy in `teacher`."""
+        self.follow(name, create_head(dim, config))
+
+    def add_center(self, name: str, prototypes: int) -> None:
+        """The centre `name` of the teacher's logits, at zero."""
+        self.centers[name] = Center((1, prototypes), momentum=self.config.center_momentum)
+        self._means[name] = []
 
     @torch.no_grad()
     def assigned_crops(self, pooled: Tensor) -> Tensor:
@@ -167,37 +221,14 @@ class SelfDistillation(PretextTask):
         if self.training:
             self._means[center].append(mean)
 
-    def before_step(self, progress: float) -> None:
-        """Without gradients an optimizer leaves the prototypes alone: no momentum, no decay, no count of steps."""
-        if progress < self.config.freeze_prototypes:
-            for head in self._heads():
-                for parameter in head.last_layer.parameters():
-                    parameter.grad = None
-
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """Centres follow the logits of all ranks and micro-steps, the teacher follows the student, time goes on."""
+        """Centres follow the logits of all ranks and micro-steps."""
         for name, means in self._means.items():
             if means:
                 cast(Center, self.centers[name]).update(torch.cat(means))  # averages over rows and ranks
                 means.clear()
-        momentum = cosine_momentum(self.config.momentum, self.config.momentum_end, progress)
-        for name, part in self.teacher.items():
-            ema_update(part, self.get_submodule(name), momentum)
-        self.progress.fill_(progress)
-
-    def parameter_groups(self) -> Iterator[NamedParameter]:
-        """As in the base class, and no decay of the prototypes' lengths."""
-        for named in super().parameter_groups():
-            yield named._replace(decay=False) if named.name.endswith("weight_g") else named
-
-    def _heads(self) -> list[Any]:
-        return [self.get_submodule(name) for name in self.teacher if name != "backbone"]
-
-    @torch.no_grad()
-    def visualize(self, batch: Batch) -> dict[str, Tensor]:
-        """``crops``: a row a picture (the first 4), large crops and then small ones in the same scale."""
-        return {"crops": crop_sheet(batch[name] for name in ("globals", "locals") if name in batch)}
+        super().after_step(progress)
 
 
 def create_head(dim: int, config: HeadConfig) -> DINOProjectionHead:
