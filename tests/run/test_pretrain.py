@@ -52,6 +52,11 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "obow": RESNET,
     "pixcontrast": RESNET,
     "pixpro": RESNET,
+    "poa": {
+        "name": "vit_tiny_patch16_224",
+        "size": 32,
+        "kwargs": {"patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2, "dynamic_img_size": True},
+    },
     "spark": RESNET,
 }
 CONVNEXT = {"name": "convnext_atto", "size": 32, "kwargs": {"dims": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}}
@@ -66,6 +71,7 @@ SMALL = {
     "obow": {"name": "obow", "words": 40, "image_crops": {"number": 1}, "patches": {"number": 2}},
     "pixcontrast": {"name": "pixcontrast", "hidden_dim": 16, "feature_dim": 8},
     "pixpro": {"name": "pixpro", "hidden_dim": 16, "feature_dim": 8, "instance_weight": 1.0},
+    "poa": {"name": "poa", "locals": 2, "prototypes": [16, 32], "hidden": 16, "bottleneck": 8, "chunk": 8},
     "simclr": {"name": "simclr", "hidden": 32, "dim": 16},
     "spark": {"name": "spark", "decoder": {"width": 16}},
     "vicreg": {"name": "vicreg", "hidden": 32, "dim": 16},

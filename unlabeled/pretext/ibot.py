@@ -18,7 +18,7 @@ from torch import Tensor
 
 from unlabeled.pretext.base import Batch, StepOutput, TaskConfig
 from unlabeled.pretext.common.hidden_places import Hidden, HiddenConfig, HiddenPlaces, at_places
-from unlabeled.pretext.common.multi_crop import by_crop, crop_major, crop_sheet
+from unlabeled.pretext.common.multi_crop import by_crop
 from unlabeled.pretext.common.self_distillation import (
     HeadConfig,
     SelfDistillation,
@@ -112,11 +112,7 @@ class IBOT(SelfDistillation):
     @torch.no_grad()
     def visualize(self, batch: Batch) -> dict[str, Tensor]:
         """``crops``: a row a picture (the first 4): large crops, the same with hidden places in grey, small crops."""
-        large = batch["globals"]
-        draw, crops = self.draw(batch), crop_major(large)
-        hidden = self.places.hide(draw["noise"], draw["ratio"], (large.shape[-2], large.shape[-1]))
-        masked = by_crop(self.places.shown(crops, hidden), len(large)).transpose(0, 1)
-        return {"crops": crop_sheet([large, masked, *([batch["locals"]] if "locals" in batch else [])])}
+        return {"crops": self.places.sheet(batch, **self.draw(batch))}
 
 
 def hidden_loss(assigned: Tensor, log_predicted: Tensor, hidden: Hidden) -> Tensor:

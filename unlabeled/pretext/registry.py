@@ -26,6 +26,7 @@ TASKS: dict[str, str] = {
     "obow": "unlabeled.pretext.obow.task:OBoW",
     "pixcontrast": "unlabeled.pretext.pixcontrast:PixContrast",
     "pixpro": "unlabeled.pretext.pixpro:PixPro",
+    "poa": "unlabeled.pretext.poa:POA",
     "rotation": "unlabeled.pretext.rotation:Rotation",
     "simclr": "unlabeled.pretext.simclr:SimCLR",
     "simmim": "unlabeled.pretext.simmim:SimMIM",

@@ -27,6 +27,7 @@ CAPABILITIES: dict[str, str] = {
     "token_dropping": "unlabeled.ssl.tokens:lacks_token_dropping",
     "masked_stages": "unlabeled.ssl.stages:lacks_masked_stages",
     "sparse_convs": "unlabeled.ssl.sparse:lacks_sparse_convs",
+    "elastic": "unlabeled.ssl.elastic:lacks_elastic",
 }
 """Capability → ``"module:function"``; the function takes a Backbone and says in a few words why it lacks it."""
 

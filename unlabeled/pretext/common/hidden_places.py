@@ -17,9 +17,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unlabeled.pretext.base import TaskConfig
+from unlabeled.pretext.base import Batch, TaskConfig
 from unlabeled.pretext.common.level_map import LevelMap
 from unlabeled.pretext.common.masking import Pattern, mask_noise
+from unlabeled.pretext.common.multi_crop import by_crop, crop_major, crop_sheet
 from unlabeled.pretext.common.views import Part
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.errors import ConfigError
@@ -164,9 +165,13 @@ class HiddenPlaces:
         places = places.repeat_interleave(fine, 2).repeat_interleave(fine, 3) if fine > 1 else places
         return pooled.flatten(1), places.flatten(2).transpose(1, 2)
 
-    def shown(self, crops: Tensor, hidden: Hidden) -> Tensor:
-        """uint8 (N, 3, h, w) with hidden places in grey."""
-        return torch.where(enlarged(hidden.visible, self.stride)[:, None], crops, 128)
+    def sheet(self, batch: Batch, noise: Tensor, ratio: Tensor) -> Tensor:
+        """A row a picture (the first 4): large crops, the same with hidden places in grey, small crops."""
+        large = batch["globals"]
+        hidden = self.hide(noise, ratio, (large.shape[-2], large.shape[-1]))
+        masked = torch.where(enlarged(hidden.visible, self.stride)[:, None], crop_major(large), 128)
+        kinds = [large, by_crop(masked, len(large)).transpose(0, 1), *([batch["locals"]] if "locals" in batch else [])]
+        return crop_sheet(kinds)
 
 
 def at_places(places: Tensor, hidden: Hidden) -> Tensor:

@@ -22,6 +22,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.elastic.sizes import SubSize
 from unlabeled.ssl.errors import CapabilityError
 
@@ -48,17 +49,22 @@ class Family:
     """Whether small widths are published to be drawn more often."""
 
 
-def family_of(model: nn.Module, name: str) -> Family:
-    """The family of `model`. Raises CapabilityError, with what would do instead, when it has none."""
-    for family in FAMILIES:
-        if type(model) is family.kind:
-            if reason := _obstacle(model):
-                raise CapabilityError(f"backbone: {name} cannot be elastic: {reason}")
-            return family
-    kinds = ", ".join(sorted({family.kind.__name__ for family in FAMILIES}))
-    raise CapabilityError(
-        f"backbone: {name} cannot be elastic: {type(model).__name__} has no known sub-networks; known are {kinds}"
-    )
+def family_of(backbone: Backbone) -> Family:
+    """The family of a network. Raises CapabilityError when it has none."""
+    if reason := lacks_elastic(backbone):
+        raise CapabilityError(f"backbone: {backbone.name} cannot be elastic: {reason}")
+    return next(family for family in FAMILIES if type(backbone.model) is family.kind)
+
+
+def lacks_elastic(backbone: Backbone) -> str | None:
+    """Why the network has no sub-networks, in a few words; None when it has."""
+    model = backbone.model
+    if type(model) not in {family.kind for family in FAMILIES}:
+        kinds = ", ".join(sorted({family.kind.__name__ for family in FAMILIES}))
+        return f"{type(model).__name__} has no known sub-networks; known are those of {kinds}"
+    if backbone.name == "custom":
+        return "a module of your own is not built by name; give the name of a timm model"
+    return _obstacle(model)
 
 
 def axis_groups(model: nn.Module, parameter: str, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -21,7 +21,6 @@ from unlabeled.ssl.elastic.config import ElasticConfig
 from unlabeled.ssl.elastic.families import axis_groups, family_of
 from unlabeled.ssl.elastic.sizes import SubSize, alternating, candidates, evenly
 from unlabeled.ssl.elastic.slices import Slice
-from unlabeled.ssl.errors import CapabilityError
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -39,9 +38,7 @@ class Elastic:
 
     def __init__(self, backbone: Backbone, config: ElasticConfig) -> None:
         """Raises CapabilityError for a network without sub-networks, ConfigError for sizes that it does not have."""
-        self.family = family_of(backbone.model, backbone.name)
-        if backbone.name == "custom":
-            raise CapabilityError("backbone: a module of your own cannot be elastic; give the name of a timm model")
+        self.family = family_of(backbone)
         self.name, self.kwargs, self.input_size = backbone.name, backbone.kwargs, backbone.input_size
         self.full: SubSize = self.family.read(backbone.model)
         self.config = config
@@ -109,9 +106,10 @@ class Elastic:
             _forget_parameters(skeleton)
             self._built[size] = skeleton, slices
         skeleton, slices = self._built[size]
-        buffer = next(skeleton.buffers())
-        if buffer.device != like.device or buffer.dtype != like.dtype:
-            skeleton.to(device=like.device, dtype=like.dtype)
+        for module in skeleton.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(like.device, like.dtype if buffer.is_floating_point() else None)
         return skeleton, slices
 
     def _slice(self, skeleton: Backbone, backbone: Backbone, name: str, shape: tuple[int, ...], size: SubSize) -> Slice:
