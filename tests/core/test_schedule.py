@@ -1,7 +1,9 @@
 import math
 
+import numpy as np
 import pytest
 
+from unlabeled.pretext.common.teacher import cosine_momentum
 from unlabeled.ssl.schedule import Schedule, peak_rate, weight_decay_at
 from unlabeled.ssl.schema import OptimConfig, ScheduleConfig
 
@@ -35,3 +37,36 @@ def test_weight_decay_follows_a_cosine_to_its_end() -> None:
     optim = OptimConfig(weight_decay=0.04, weight_decay_end=0.2)
     assert [weight_decay_at(optim, step, 101) for step in (0, 50, 100)] == pytest.approx([0.04, 0.12, 0.2])
     assert weight_decay_at(OptimConfig(weight_decay=0.3), 7, 10) == 0.3
+
+
+@pytest.mark.parametrize(("stretch", "left"), [(0.78, 0.115), (0.9, 0.024), (1.0, 0.0)])
+def test_a_stretched_run_stops_before_its_cosines_end(stretch: float, left: float) -> None:
+    """The remainders of POA's ViT and Swin, as parts of the cosines' amplitude."""
+    optim = OptimConfig(weight_decay=0.04, weight_decay_end=0.4)
+    config = ScheduleConfig(warmup_epochs=0, min_lr=0.1, stretch=stretch)
+    schedule = Schedule(config, peak=1.1, steps_per_epoch=100, total_steps=100_000)
+    last = schedule.total_steps - 1
+    assert schedule(0) == 1.1
+    assert schedule(last) - 0.1 == pytest.approx(left, abs=5e-4)
+    assert 0.4 - weight_decay_at(optim, last, schedule.cosine_steps) == pytest.approx(0.36 * left, abs=0.36 * 5e-4)
+
+
+@pytest.mark.parametrize(("epochs", "warmup", "steps", "stretch"), [(346, 10, 8, 0.78), (346, 30, 6, 0.9)])
+def test_schedules_of_poa(epochs: int, warmup: int, steps: int, stretch: float) -> None:
+    """Against the rule of alipay/POA (``CosineScheduler``): int(T / s) steps, of which the warm-up is a part."""
+    total = epochs * steps
+    config = ScheduleConfig(warmup_epochs=warmup, min_lr=2e-5, stretch=stretch)
+    schedule = Schedule(config, peak=0.005, steps_per_epoch=steps, total_steps=total)
+    positions = np.arange(int(total / stretch) - warmup * steps)
+    cosine = 2e-5 + 0.5 * (0.005 - 2e-5) * (1 + np.cos(np.pi * positions / len(positions)))
+    rates = np.array([schedule(step) for step in range(warmup * steps, total)])
+    np.testing.assert_allclose(rates, cosine[: total - warmup * steps], rtol=1e-12)
+
+
+def test_a_momentum_is_stretched_through_its_progress() -> None:
+    """What a task does for its teacher: at the end of POA's ViT, 11.5 % of the way from .9999 back to .992 are left."""
+    schedule = Schedule(ScheduleConfig(stretch=0.78), peak=1.0, steps_per_epoch=1, total_steps=7800)
+    optim = OptimConfig(weight_decay=0.992, weight_decay_end=0.9999)
+    for step in (0, 100, 5000, 7799):
+        momentum = cosine_momentum(0.992, 0.9999, 0.78 * step / schedule.total_steps)
+        assert momentum == pytest.approx(weight_decay_at(optim, step, schedule.cosine_steps + 1), abs=1e-12)

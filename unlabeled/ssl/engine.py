@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -30,7 +31,7 @@ from unlabeled.ssl.cpu import cpu_kernels
 from unlabeled.ssl.curriculum import Curriculum
 from unlabeled.ssl.data.bad import BadImage, BadImages
 from unlabeled.ssl.data.loader import LoadedBatch
-from unlabeled.ssl.errors import DivergedError
+from unlabeled.ssl.errors import ConfigError, DivergedError
 from unlabeled.ssl.evidence import OnlineEvaluation
 from unlabeled.ssl.monitor import Meter, Monitor, Stopwatch, memory_gb
 from unlabeled.ssl.optim import set_rates
@@ -80,7 +81,7 @@ def train(run: Training) -> str | None:
     with StopRequest() as stop, cpu_kernels(run.accelerator.device, kernels):
         for step in range(run.start_step, run.plan.total_steps):
             lr = run.schedule(step)
-            set_rates(run.optimizer, lr, weight_decay_at(run.config.optim, step, run.plan.total_steps))
+            set_rates(run.optimizer, lr, weight_decay_at(run.config.optim, step, run.schedule.cosine_steps))
             local, bad, features = accumulate(run, step)
             run.task.before_step(step / run.plan.total_steps)
             norm = gradient_norm(run)
@@ -133,12 +134,38 @@ def next_batch(run: Training) -> LoadedBatch:
 
 
 def gradient_norm(run: Training) -> Tensor:
-    """L2 norm of all gradients before clipping; clips them to ``engine.clip`` if that is set."""
-    limit = run.config.engine.clip
-    norm = run.accelerator.clip_grad_norm_(run.model.parameters(), limit if limit is not None else math.inf)
-    if isinstance(norm, DTensor):  # FSDP
+    """L2 norm of all gradients before clipping; clips them to ``engine.clip`` if that is set, all of them together or
+    with ``engine.clip_parts`` those of each part of the task."""
+    config, accelerator = run.config.engine, run.accelerator
+    limit = config.clip if config.clip is not None else math.inf
+    if not config.clip_parts:
+        return _whole(accelerator.clip_grad_norm_(run.model.parameters(), limit), accelerator.device)
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ConfigError("engine.clip_parts: FSDP 1 clips all gradients together; set fsdp_version: 2")
+    accelerator.unscale_gradients()
+    norms = [nn.utils.clip_grad_norm_(part, limit) for part in parts_of(run.task)]
+    total: Tensor = torch.linalg.vector_norm(torch.stack([_whole(norm, accelerator.device) for norm in norms]))
+    return total
+
+
+def parts_of(task: PretextTask) -> list[list[nn.Parameter]]:
+    """Trainable parameters of each child module of the task; one that several hold belongs to the first of them.
+
+    Parameters of the task itself, such as mask tokens, are a part too.
+    """
+    parts: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in task.named_parameters():
+        if parameter.requires_grad:
+            child, inside, _ = name.partition(".")
+            parts.setdefault(child if inside else "", []).append(parameter)
+    return list(parts.values())
+
+
+def _whole(norm: Tensor, device: torch.device) -> Tensor:
+    """A norm as a float64 scalar; under FSDP each rank has its share of it before."""
+    if isinstance(norm, DTensor):
         norm = norm.full_tensor()
-    return torch.as_tensor(norm).detach().double().to(run.accelerator.device)
+    return torch.as_tensor(norm).detach().double().to(device)
 
 
 def consult_ranks(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from unlabeled.ssl.errors import ConfigError, nearest
 from unlabeled.ssl.layers import layer_scale
 from unlabeled.ssl.schema import OptimConfig
 
+logger = logging.getLogger(__name__)
+
 _CLIPPING = frozenset({"clamb", "clambw", "lamb", "lambc", "lambcd", "lambcw", "lambw"})
 """Optimizers that by default clip the gradient to 1, which is the engine's work (``engine.clip``)."""
 
@@ -20,18 +23,30 @@ _CLIPPING = frozenset({"clamb", "clambw", "lamb", "lambc", "lambcd", "lambcw", "
 def parameter_groups(task: PretextTask, config: OptimConfig) -> list[dict[str, Any]]:
     """One group for each (layer multiplier, decays or not), in the order of first appearance.
 
-    Each holds ``params``, ``names``, ``lr_scale`` (``layer_decay^(depth + 1 - layer)``) and ``decays``.
+    Each holds ``params``, ``names``, ``lr_scale`` (``layer_decay^(depth + 1 - layer)``, of the backbone's patch
+    embedding times ``patch_embed_lr``) and ``decays``.
     """
     depth = task.encoder().depth
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for named in task.parameter_groups():
         scale = layer_scale(named.layer, depth, config.layer_decay or 1.0)
+        if _embeds_patches(named.name):
+            scale *= config.patch_embed_lr
         group = groups.setdefault(
             (scale, named.decay), {"params": [], "names": [], "lr_scale": scale, "decays": named.decay}
         )
         group["params"].append(named.parameter)
         group["names"].append(named.name)
+    if config.patch_embed_lr != 1 and not any(
+        _embeds_patches(name) for one in groups.values() for name in one["names"]
+    ):
+        logger.warning("optim.patch_embed_lr: %s has no patch_embed, so this has no effect", task.backbone.name)
     return list(groups.values())
+
+
+def _embeds_patches(name: str) -> bool:
+    """By name, as in DINOv2: timm's transformers call it patch_embed; stems of ConvNets are not meant."""
+    return name.startswith("backbone.") and ".patch_embed" in name
 
 
 def create_optimizer(task: PretextTask, config: OptimConfig) -> torch.optim.Optimizer:

@@ -9,6 +9,7 @@ SimMIM      start_factor, min_factor, warmup_in_cosine, lag 1 (microsoft/SimMIM)
 SparK       start_factor 0.005, min_factor 0.001, reach_min; weight decay by a cosine (keyu-tian/SparK)
 OBoW        per_epoch (valeoai/obow)
 PixPro      start_factor 0.01, min_lr 1e-6 (zdaxie/PixPro)
+POA         stretch: cosines are cut off before their end (alipay/POA)
 ==========  =====================================================================================
 
 timm's schedulers express the first two only, hence this module.
@@ -37,6 +38,11 @@ class Schedule:
     steps_per_epoch: int
     total_steps: int
 
+    @property
+    def cosine_steps(self) -> int:
+        """Steps that cosines are made for, of which a run that is shorter by ``config.stretch`` sees the first."""
+        return int(self.total_steps / self.config.stretch)
+
     def __call__(self, step: int) -> float:
         """Learning rate that optimizer step `step` uses."""
         config = self.config
@@ -54,16 +60,17 @@ class Schedule:
             return self.peak * config.gamma**passed
         floor = config.min_lr + config.min_factor * self.peak
         begin = 0.0 if config.warmup_in_cosine else warmup
-        end = self.total_steps - 1 if config.reach_min else self.total_steps
+        end = self.cosine_steps - 1 if config.reach_min else self.cosine_steps
         return floor + (self.peak - floor) * _half_cosine(position - begin, end - begin)
 
 
-def weight_decay_at(optim: OptimConfig, step: int, total_steps: int) -> float:
-    """Weight decay of optimizer step `step`: constant, or a half cosine to `weight_decay_end` at the last step."""
+def weight_decay_at(optim: OptimConfig, step: int, cosine_steps: int) -> float:
+    """Weight decay of optimizer step `step`: constant, or a half cosine to `weight_decay_end` at the last of
+    `cosine_steps` (see `Schedule.cosine_steps`)."""
     if optim.weight_decay_end is None:
         return optim.weight_decay
     end = optim.weight_decay_end
-    return end + (optim.weight_decay - end) * _half_cosine(step, total_steps - 1)
+    return end + (optim.weight_decay - end) * _half_cosine(step, cosine_steps - 1)
 
 
 def _half_cosine(position: float, length: float) -> float:

@@ -79,6 +79,8 @@ class OptimConfig(Section):
     """Of SGD-like optimizers."""
     layer_decay: float | None = Field(None, gt=0, le=1)
     """Learning rate of layer i is multiplied by layer_decay^(depth + 1 - i); None: no layer-wise decay."""
+    patch_embed_lr: float = Field(1.0, gt=0)
+    """Learning rate of the backbone's patch embedding is multiplied by this, on top of `layer_decay` (DINOv2: 0.2)."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the optimizer."""
 
@@ -102,6 +104,8 @@ class ScheduleConfig(Section):
     """Whether the last step already has the smallest rate (SparK) or would have it one step later."""
     lag: int = Field(0, ge=0)
     """Step n uses the value of step n - lag (SimMIM's loop: 1)."""
+    stretch: float = Field(1.0, gt=0, le=1)
+    """The run is this part of its cosines, of weight decay too, which end beyond it (POA: 0.78 for ViT)."""
     per_epoch: bool = False
     """Change the rate only at the start of an epoch once the warm-up is over (OBoW)."""
     milestones: tuple[float, ...] = ()
@@ -117,6 +121,8 @@ class EngineConfig(Section):
     """Micro-steps per optimizer step; the batch stays `batch_size`."""
     clip: float | None = Field(None, gt=0)
     """Largest gradient norm; None: no clipping."""
+    clip_parts: bool = False
+    """Clip each child module of the task (backbone, heads) by itself, as DINOv2 and POA do, and not all together."""
     compile: bool = False
     cpu_kernels: bool | None = None
     """CPU: fp32 linear layers through oneDNN and bf16 attention as plain products, instead of what torch chooses; None:
@@ -140,6 +146,12 @@ class EngineConfig(Section):
     """Optimizer steps between checkpoints, instead of `checkpoint_epochs`."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints that are kept."""
+
+    @model_validator(mode="after")
+    def _parts_are_clipped_to_something(self) -> EngineConfig:
+        if self.clip_parts and self.clip is None:
+            raise ValueError("clip_parts has no effect without clip; set engine.clip, such as 1.5")
+        return self
 
 
 class KnnConfig(Section):
