@@ -62,7 +62,7 @@ def reference(task: POA, crops: dict[str, torch.Tensor], draw: dict[str, torch.T
     large = [task.backbone.normalize(crops["globals"][:, view]) for view in range(2)]
     small = [task.backbone.normalize(crops["locals"][:, view]) for view in range(2)]
     size = task.size()
-    alone = task.sizes.extract(task.backbone, size)
+    alone = task.sizes.extract(task.backbone, size).double()
     pictures, places = len(large[0]), 16
     counts = (draw["ratio"] * places).round().long()
     hidden = [
@@ -145,7 +145,7 @@ def test_the_elastic_students_terms_reach_its_part_of_the_network_only() -> None
     selected[:, :16, :16] = True
     assert attention.view(3, 32, 32)[~selected].abs().max() == 0
     assert attention.view(3, 32, 32)[selected].abs().min() > 0
-    assert dropped.weight.grad is None
+    assert dropped.weight.grad.abs().max() == 0
     assert task.heads[0].layers[0].weight.grad[:, 16:].abs().max() == 0
     assert task.mask_token.grad[..., 16:].abs().max() == 0
     assert task.mask_token.grad[..., :16].abs().max() > 0
@@ -205,8 +205,9 @@ def test_each_step_has_a_size_and_a_resumed_run_goes_on_with_the_next() -> None:
 
 
 def _walk(seed: int) -> list[SubSize]:
+    backbone = vit()
     torch.manual_seed(seed)
-    task = POA(POAConfig.model_validate(SMALL), vit())
+    task = POA(POAConfig.model_validate(SMALL), backbone)
     sizes = []
     for _ in range(12):
         sizes.append(task.size())
@@ -272,7 +273,7 @@ def test_lengths_of_prototypes_are_learned_and_frozen_with_them() -> None:
     [
         ("swin_tiny_patch4_window7_224",
          {"patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": (2, 4), "num_heads": (2, 4)}, 2),
-        ("convnext_atto", {"patch_size": 2, "dims": (8, 16, 16, 32), "depths": (1, 1, 3, 1)}, 1),
+        ("convnext_atto", {"patch_size": 2, "dims": (16, 16, 16, 32), "depths": (1, 1, 4, 1)}, 1),
         ("resnet50", {"layers": (1, 1, 4, 1), "channels": (8, 8, 16, 32), "norm_layer": "layernorm2d"}, 2),
         ("eva02_tiny_patch14_224", {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4}, 1),
     ],
