@@ -181,6 +181,14 @@ def test_nothing_is_hidden_before_its_time() -> None:
     assert task.draw(crops)["ratio"].max() > 0.1
 
 
+def test_without_smaller_sizes_there_is_one_student() -> None:
+    task = tiny(elastic={"width": 32, "depth": 4}, intact_weight=0.7, koleo_weight=0)
+    output = task(batch())
+    logs = output.logs
+    assert not {"cross_elastic", "same_elastic", "patch_elastic"} & logs.keys()
+    assert output.loss.item() == pytest.approx(0.7 * (logs["cross_intact"] + logs["patch_intact"]).item(), rel=1e-5)
+
+
 # --- the walk through the sizes --------------------------------------------------------------------------------------
 
 

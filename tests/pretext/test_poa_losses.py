@@ -46,11 +46,11 @@ class Inputs:
         views = 2 + small
         weights = torch.rand(ROWS, generator=generator, dtype=torch.float64)
         weights[-4:] = 0  # rows that hold no place
-        self.crops = Crops(units(2, PICTURES), units(views, PICTURES), units(views, PICTURES), offsets())
-        self.places = Places(units(ROWS), units(ROWS), units(ROWS), weights, offsets())
+        self.crops = Crops(units(2, PICTURES), [units(views, PICTURES), units(views, PICTURES)], offsets())
+        self.places = Places(units(ROWS), [units(ROWS), units(ROWS)], weights, offsets())
         self.teacher = TeacherHead(drawn(PROTOTYPES), SHARP)
         self.prototypes = drawn(PROTOTYPES)
-        students = (self.crops.intact, self.crops.elastic, self.places.intact, self.places.elastic)
+        students = (*self.crops.students, *self.places.students)
         self.trained = [*students, self.prototypes]
         for tensor in self.trained:
             tensor.requires_grad_()
@@ -76,7 +76,7 @@ def dense(inputs: Inputs) -> dict[str, Tensor]:
         return units @ inputs.prototypes.t() / SOFT
 
     targets = [assigned(crops.teacher[view], crops.offsets) for view in (0, 1)]
-    small = range(2, len(crops.intact))
+    small = range(2, len(crops.students[0]))
 
     def crossed(student: Tensor) -> Tensor:
         swapped = torch.cat([targets[1], targets[0]])
@@ -86,7 +86,9 @@ def dense(inputs: Inputs) -> dict[str, Tensor]:
 
     def same() -> Tensor:
         parts = [slice(0, 2)] + [slice(2, None)] * bool(small)
-        pairs = [(logits(crops.intact[part]).softmax(-1).detach(), logits(crops.elastic[part])) for part in parts]
+        pairs = [
+            (logits(crops.students[0][part]).softmax(-1).detach(), logits(crops.students[1][part])) for part in parts
+        ]
         return sum(cross_entropy(target, found) for target, found in pairs)
 
     def hidden(student: Tensor) -> Tensor:
@@ -95,7 +97,13 @@ def dense(inputs: Inputs) -> dict[str, Tensor]:
             total = total + places.weights[row] * cross_entropy(target[row], logits(student[row]))
         return total / (2 * PICTURES)
 
-    found = crossed(crops.intact), crossed(crops.elastic), same(), hidden(places.intact), hidden(places.elastic)
+    found = (
+        crossed(crops.students[0]),
+        crossed(crops.students[1]),
+        same(),
+        hidden(places.students[0]),
+        hidden(places.students[1]),
+    )
     return dict(zip(TermWeights._fields, found, strict=True))
 
 
@@ -165,7 +173,7 @@ def test_large_crops_are_compared_with_the_other_large_crop(chunk):
     teacher = TeacherHead(corners, 0.01)
 
     def cross(students: Tensor) -> float:
-        crops = Crops(units, students, students, torch.zeros(PROTOTYPES, dtype=torch.float64))
+        crops = Crops(units, [students, students], torch.zeros(PROTOTYPES, dtype=torch.float64))
         terms = head_loss(crops, None, teacher, corners, weights=TermWeights(), temperature=0.01, chunk=chunk)[1]
         assert set(terms) == set(TermWeights._fields[:3])
         return terms["cross_intact"].item()

@@ -58,7 +58,7 @@ class POAConfig(HiddenConfig, TeacherStudentConfig):
     """Settings of POA; the defaults are those of its code for ViTs, parts of a run are of its 346 epochs."""
 
     elastic: ElasticConfig = ElasticConfig()
-    """Which sizes the network holds."""
+    """Which sizes the network holds. With its own alone there is no elastic student: what is left is DINOv2's loss."""
     size_scale: float = Field(3.0, ge=1)
     """S: how much more often the smallest width and depth are drawn than the largest (2 for Swin and ResNet)."""
     size_per_rank: bool = False
@@ -140,6 +140,7 @@ class POA(TeacherStudent):
                 f"{backbone.stages[-1].channels} channels and its features {backbone.embed_dim}"
             )
         self.sizes = Elastic(backbone, config.elastic)
+        self.alone = len(self.sizes.sizes) == 1
         self.places = HiddenPlaces(config, backbone, task="POA")
         self.mask_token = self.places.new_token()
         self.follow("heads", nn.ModuleList(create_head(backbone.embed_dim, config.head(k)) for k in config.prototypes))
@@ -174,17 +175,17 @@ class POA(TeacherStudent):
         hidden = self.places.hide(noise, ratio, (crops[0].shape[-2], crops[0].shape[-1]))
         with torch.no_grad():
             taught = self.seen(self.teacher["backbone"], crops[:1], hidden, masked=False)
-        whole = self.seen(self.backbone, crops, hidden)
-        part = self.seen(self.sizes.take(self.backbone, self.size()), crops, hidden)
+        networks = [self.backbone] if self.alone else [self.backbone, self.sizes.take(self.backbone, self.size())]
+        students = [self.seen(network, crops, hidden) for network in networks]
         heads, teacher_heads = cast(Any, self.heads), cast(Any, self.teacher["heads"])
         results = [
-            self.head_terms(head, teacher, taught, whole, part, hidden)
+            self.head_terms(head, teacher, taught, students, hidden)
             for head, teacher in zip(heads, teacher_heads, strict=True)
         ]
-        spread = koleo(whole.crops[:GLOBALS]) + koleo(part.crops[:GLOBALS])
+        spread = torch.stack([koleo(seen.crops[:GLOBALS]) for seen in students]).sum()
         loss = torch.stack([loss for loss, _ in results]).mean() + self.config.koleo_weight * spread
         logs = {name: torch.stack([terms[name] for _, terms in results]).mean() for name in results[0][1]}
-        return StepOutput(loss, logs | {"koleo": spread.detach() / 2}, whole.crops[0].detach())
+        return StepOutput(loss, logs | {"koleo": spread.detach() / len(students)}, students[0].crops[0].detach())
 
     def seen(self, network: Any, crops: list[Tensor], hidden: Hidden, *, masked: bool = True) -> Seen:
         """What `network` gives for the large crops, `masked` or whole, and for the small ones."""
@@ -195,7 +196,7 @@ class POA(TeacherStudent):
         return Seen(by_crop(pooled, len(large) // GLOBALS), at_places(places, hidden))
 
     def head_terms(
-        self, head: Any, teacher: Any, taught: Seen, whole: Seen, part: Seen, hidden: Hidden
+        self, head: Any, teacher: Any, taught: Seen, students: list[Seen], hidden: Hidden
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one head and its terms, with figures of the teacher's assignments."""
         config = self.config
@@ -208,10 +209,10 @@ class POA(TeacherStudent):
             )
             logits = of_teacher.flatten(0, 1)[:_WATCHED] @ widened(last.prototypes).t()
             figures = assignment_figures(assignments(logits, last.temperature, crop_offsets))
-        (intact, intact_places), (elastic, elastic_places) = (_directions(head, seen) for seen in (whole, part))
+        units = [_directions(head, seen) for seen in students]
         loss, terms = head_loss(
-            Crops(of_teacher, intact, elastic, crop_offsets),
-            Places(of_hidden, intact_places, elastic_places, hidden.weights, place_offsets),
+            Crops(of_teacher, [crops for crops, _ in units], crop_offsets),
+            Places(of_hidden, [places for _, places in units], hidden.weights, place_offsets),
             last,
             prototypes_of(head),
             weights=config.terms or TermWeights.balanced(config.intact_weight),

@@ -9,6 +9,7 @@ direction, K prototypes. Crops are crop by crop (see `multi_crop`). Directions a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -56,10 +57,8 @@ class Crops(NamedTuple):
 
     teacher: Tensor
     """(2, B, C), of the large crops."""
-    intact: Tensor
-    """(V, B, C)."""
-    elastic: Tensor
-    """(V, B, C)."""
+    students: Sequence[Tensor]
+    """(V, B, C) of the intact student, and of the elastic one if there is one."""
     offsets: Tensor
     """(K,): of the teacher's assignments (see `sinkhorn`)."""
 
@@ -69,10 +68,8 @@ class Places(NamedTuple):
 
     teacher: Tensor
     """(R, C)."""
-    intact: Tensor
-    """(R, C)."""
-    elastic: Tensor
-    """(R, C)."""
+    students: Sequence[Tensor]
+    """(R, C) of the intact student, and of the elastic one if there is one."""
     weights: Tensor
     """(R,): one over the number of hidden places of the crop; 0 for rows that hold no place."""
     offsets: Tensor
@@ -92,30 +89,36 @@ def head_loss(
     """The weighted sum of a head's terms, and each term as it is, detached, by the names of `TermWeights`.
 
     `prototypes` (K, C): the students'; `temperature`: what their logits are divided by; `chunk`: rows of logits that
-    each network has at a time, None: all. Gradients reach `prototypes` and both students' directions; those of
-    the intact student get none from being the elastic student's target. `places` None: without hidden places.
+    each network has at a time, None: all. Gradients reach `prototypes` and the students' directions; those of the
+    intact student get none from being the elastic student's target. `places` None: without hidden places.
     """
     images, pictures = crops.teacher.shape[:2].numel(), crops.teacher.shape[1]
 
-    def crop_terms(units: Tensor, intact: Tensor, elastic: Tensor, shared: Tensor, offsets: Tensor) -> Tensor:
-        assigned = _assigned(units, teacher, offsets)
-        whole, part = _log_predicted(intact, elastic, shared, temperature)
-        cross = [cross_view_loss(assigned, predicted) for predicted in (whole, part)]
-        return torch.stack([*cross, same_view_loss(whole, part)]) * (units.shape[1] / pictures)
+    def crop_terms(units: Tensor, *others: Tensor) -> Tensor:
+        *students, shared, offsets = others
+        assigned, predicted = _assigned(units, teacher, offsets), _log_predicted(students, shared, temperature)
+        terms = [cross_view_loss(assigned, student) for student in predicted]
+        if len(students) > 1:
+            terms.append(same_view_loss(*predicted))
+        return torch.stack(terms) * (units.shape[1] / pictures)
 
-    def place_terms(
-        units: Tensor, intact: Tensor, elastic: Tensor, counted: Tensor, shared: Tensor, offsets: Tensor
-    ) -> Tensor:
-        assigned = _assigned(units, teacher, offsets)
-        return -(assigned * _log_predicted(intact, elastic, shared, temperature)).sum(-1) @ counted / images
+    def place_terms(units: Tensor, counted: Tensor, *others: Tensor) -> Tensor:
+        *students, shared, offsets = others
+        predicted = _log_predicted(students, shared, temperature)
+        return -(_assigned(units, teacher, offsets) * predicted).sum(-1) @ counted / images
 
-    at_once = None if chunk is None else max(1, chunk // len(crops.intact))
-    students = widened(prototypes)
-    total, found = summed_in_chunks(crop_terms, crops[:3], [students, crops.offsets], at_once, weights[:3], dim=1)
+    elastic, shared = len(crops.students) > 1, widened(prototypes)
+    names = ["cross_intact", *["cross_elastic", "same_elastic"] * elastic]
+    at_once = None if chunk is None else max(1, chunk // len(crops.students[0]))
+    total, found = summed_in_chunks(
+        crop_terms, [crops.teacher, *crops.students], [shared, crops.offsets], at_once, _of(weights, names), dim=1
+    )
     if places is not None:
-        more, terms = summed_in_chunks(place_terms, places[:4], [students, places.offsets], chunk, weights[3:])
-        total, found = total + more, torch.cat([found, terms])
-    return total, dict(zip(TermWeights._fields, found.unbind(), strict=False))
+        more = ["patch_intact", *["patch_elastic"] * elastic]
+        rows = [places.teacher, places.weights, *places.students]
+        added, terms = summed_in_chunks(place_terms, rows, [shared, places.offsets], chunk, _of(weights, more))
+        total, found, names = total + added, torch.cat([found, terms]), names + more
+    return total, dict(zip(names, found.unbind(), strict=True))
 
 
 def same_view_loss(intact: Tensor, elastic: Tensor) -> Tensor:
@@ -154,7 +157,10 @@ def _assigned(units: Tensor, teacher: TeacherHead, offsets: Tensor) -> Tensor:
     return assignments(units @ widened(teacher.prototypes).t(), teacher.temperature, offsets)
 
 
-def _log_predicted(intact: Tensor, elastic: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
-    """Directions (..., C) of both students → their log-probabilities (2, ..., K)."""
-    units = torch.stack([intact, elastic]) / temperature
-    return (units @ prototypes.t()).log_softmax(-1)
+def _log_predicted(students: Sequence[Tensor], prototypes: Tensor, temperature: float) -> Tensor:
+    """Directions (..., C) of S students → their log-probabilities (S, ..., K)."""
+    return (torch.stack(list(students)) / temperature @ prototypes.t()).log_softmax(-1)
+
+
+def _of(weights: TermWeights, names: Sequence[str]) -> list[float]:
+    return [getattr(weights, name) for name in names]
