@@ -133,12 +133,13 @@ def main(words: list[str] | None = None) -> list[str]:
     for chunk in options.chunks:
         head += [f"{chunk} rows, s (to all at once)", "GB"]
     lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
+    log.info("%s", "\n".join(lines))
     every = tuple(options.prototypes)
-    groups = [(one,) for one in every] + [every] * (len(every) > 1)
-    lines += [f"| {' | '.join(measure(heads, options, device))} |" for heads in groups]
+    for heads in [(one,) for one in every] + [every] * (len(every) > 1):
+        lines.append(f"| {' | '.join(measure(heads, options, device))} |")
+        log.info("%s", lines[-1])
     found = machine(device)
-    for line in (*lines, "", f"{found['device']}, {found['threads']} threads, batch {options.batch}, fp32"):
-        log.info("%s", line)
+    log.info("\n%s, %s threads, batch %d, fp32", found["device"], found["threads"], options.batch)
     return lines
 
 
