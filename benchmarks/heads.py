@@ -54,8 +54,8 @@ def step_of(heads: Sequence[int], chunk: int | None, batch: int, device: torch.d
     def loss(teacher: Tensor, student: Tensor) -> Tensor:
         rows = [one.flatten(0, -2) for one in sharp]
         offsets = [sinkhorn_offsets(one, teacher, TEMPERATURE, chunk=chunk) for one in rows]
-        crops = Crops(sharp[0], students[0], students[1], offsets[0])
-        hidden = Places(sharp[1], students[2], students[3], weights, offsets[1])
+        crops = Crops(sharp[0], students[:2], offsets[0])
+        hidden = Places(sharp[1], students[2:], weights, offsets[1])
         head = TeacherHead(teacher, TEMPERATURE)
         return head_loss(crops, hidden, head, student, weights=TermWeights(), chunk=chunk)[0]
 
