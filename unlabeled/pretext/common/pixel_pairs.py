@@ -141,7 +141,7 @@ class PixelPairs(PretextTask):
     Config: ClassVar[type[TaskConfig]] = PixelPairsConfig
     requires: ClassVar[frozenset[str]] = frozenset({"dense_map"})
     synced_statistics: ClassVar[bool] = True
-    small_settings: ClassVar[dict[str, Any]] = {"level": 0}
+    small_settings: ClassVar[dict[str, Any]] = {"level": 1, "hidden_dim": 64, "feature_dim": 32}
     collapse_remedy: ClassVar[str] = "lower optim.lr, lengthen schedule.warmup_epochs, or raise task.momentum"
     config: PixelPairsConfig
 
