@@ -106,7 +106,7 @@ class Elastic:
                     skeleton = self._create(size)
             except ConfigError as error:
                 raise ConfigError(
-                    f"elastic.width: {size.width} is none that timm builds ({error}); give another width or width_step"
+                    f"elastic.width: {size.width} is none that timm builds ({error}); give other elastic.candidates"
                 ) from error
             if self.family.read(skeleton.model) != size:
                 raise CapabilityError(f"backbone: {self.name} cannot be elastic: timm does not build it in other sizes")
