@@ -7,19 +7,24 @@ irregular widths (EfficientNet) have no such sub-networks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from timm.layers import GluMlp
+from timm.layers import AttentionRope, GluMlp
+from timm.layers.diff_attention import DiffAttention
+from timm.layers.pos_embed_sincos import RotaryEmbeddingMixed
 from timm.models.beit import Beit
 from timm.models.convnext import ConvNeXt
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.resnet import Bottleneck, ResNet
 from timm.models.swin_transformer import PatchMerging, SwinTransformer
 from timm.models.swin_transformer_v2 import PatchMerging as PatchMergingV2
 from timm.models.swin_transformer_v2 import SwinTransformerV2
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock, VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
 from unlabeled.ssl.backbone import Backbone
@@ -45,6 +50,8 @@ class Family:
     """Path of the list of blocks of a stage."""
     shifts: bool = False
     """Whether even and odd blocks differ."""
+    remedy: str = ""
+    """What else would do for a width that is no multiple of the unit."""
     multiplied_by_width: bool = True
     """Whether small widths are published to be drawn more often."""
 
@@ -67,68 +74,91 @@ def lacks_elastic(backbone: Backbone) -> str | None:
     return _obstacle(model)
 
 
-def axis_groups(model: nn.Module, parameter: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Into how many equal parts each axis of the named parameter falls (see `unlabeled.ssl.elastic.slices`)."""
-    owner, _, _ = parameter.rpartition(".")
-    above, _, role = owner.rpartition(".")
-    parent = model.get_submodule(above)
-    groups = [1] * len(shape)
+def axis_groups(parent: nn.Module | None, role: str, axes: int) -> tuple[int, ...]:
+    """Into how many equal parts each axis falls (see `unlabeled.ssl.elastic.slices`) of a parameter of the module that
+    `parent` calls `role`."""
+    groups = [1] * axes
     if role in _JOINT:
         groups[0] = _JOINT[role]
     elif role == "fc1" and isinstance(parent, GluMlp):
         groups[0] = 2
-    elif isinstance(parent, (PatchMerging, PatchMergingV2)):
-        if role == "reduction":
-            groups[-1] = 4
-        elif role == "norm" and isinstance(parent, PatchMerging):
-            groups[0] = 4
+    elif isinstance(parent, (PatchMerging, PatchMergingV2)) and role == "reduction":
+        groups[-1] = 4
+    elif isinstance(parent, PatchMerging) and role == "norm":
+        groups[0] = 4
     return tuple(groups)
 
 
+_OBSTACLES: dict[type[nn.Module], str] = {
+    ParallelScalingBlock: "one layer of its blocks joins attention and MLP",
+    DiffParallelScalingBlock: "one layer of its blocks joins attention and MLP",
+    DiffAttention: "its attention depends on the number of the block",
+    RotaryEmbeddingMixed: "rotary frequencies of all blocks are one table",
+}
+
+
 def _obstacle(model: nn.Module) -> str | None:
+    """Why `model` has no sub-networks although its class has, and what would do instead."""
+    for module in model.modules():
+        if reason := _OBSTACLES.get(type(module)):
+            return f"{reason}; give a plain transformer, such as vit_small_patch16_224"
+        if isinstance(module, AttentionRope) and module.num_kv_heads != module.num_heads:
+            return "its heads share keys and values; give a plain transformer, such as vit_small_patch16_224"
     if isinstance(model, ResNet) and not isinstance(model.layer1[0], Bottleneck):
         return "its blocks have no inner width; give a ResNet of bottlenecks, such as resnet50"
     if isinstance(model, ResNet) and model.layer1[0].conv2.groups > 1:
         return "its 3x3 convolutions fall into groups; give a plain ResNet, such as resnet50"
     if isinstance(model, ResNet) and getattr(model.layer1[0], "se", None) is not None:
-        return "attention over its channels has widths of its own; give a plain ResNet"
+        return "attention over its channels has widths of its own; give a plain ResNet, such as resnet50"
     return None
 
 
-def _heads(model: Any) -> int:
-    """Channels of an attention head."""
-    return int(model.embed_dim // model.blocks[0].attn.num_heads)
+def _head_unit(model: Any) -> int:
+    """Width per attention head, or the least multiple that leaves each attention a whole number of heads."""
+    heads = [module.num_heads for module in model.modules() if isinstance(getattr(module, "num_heads", None), int)]
+    return int(model.embed_dim // math.gcd(model.embed_dim, *heads))
+
+
+def _heads(block: Any) -> int:
+    return int(next(module.num_heads for module in block.modules() if hasattr(module, "num_heads")))
+
+
+_MORE_HEADS = ", or more heads in backbone.kwargs.num_heads"
 
 
 def _plain(kind: type[nn.Module]) -> Family:
     """Transformers without stages."""
+
+    def arguments(model: Any, size: SubSize) -> dict[str, Any]:
+        given = {"embed_dim": size.width, "depth": size.depths[0], "num_heads": _heads(model.blocks[0])}
+        if kind is Eva and model.attn_pool is not None:
+            given["attn_pool_num_heads"] = model.attn_pool.num_heads
+        heads = {name: count * size.width // model.embed_dim for name, count in given.items() if "heads" in name}
+        return given | heads
+
     return Family(
         kind,
         read=lambda model: SubSize(model.embed_dim, (len(model.blocks),)),
-        unit=_heads,
-        arguments=lambda model, size: {
-            "embed_dim": size.width, "depth": size.depths[0], "num_heads": size.width // _heads(model)
-        },
+        unit=_head_unit,
+        arguments=arguments,
         blocks=lambda stage: "blocks",
-    )  # fmt: skip
-
-
-def _swin_unit(model: Any) -> int:
-    return int(model.embed_dim // model.layers[0].blocks[0].attn.num_heads)
+        remedy=_MORE_HEADS,
+    )
 
 
 def _swin(kind: type[nn.Module]) -> Family:
     return Family(
         kind,
         read=lambda model: SubSize(model.embed_dim, tuple(len(stage.blocks) for stage in model.layers)),
-        unit=_swin_unit,
+        unit=_head_unit,
         arguments=lambda model, size: {
             "embed_dim": size.width,
             "depths": size.depths,
-            "num_heads": tuple(size.width // _swin_unit(model) * 2**stage for stage in range(len(size.depths))),
+            "num_heads": tuple(_heads(stage) * size.width // model.embed_dim for stage in model.layers),
         },
         blocks=lambda stage: f"layers.{stage}.blocks",
         shifts=True,
+        remedy=_MORE_HEADS,
     )
 
 
@@ -156,7 +186,7 @@ def _resnet_unit(model: Any) -> int:
 
 
 FAMILIES: tuple[Family, ...] = (
-    *(_plain(kind) for kind in (VisionTransformer, Eva, Beit)),
+    *(_plain(kind) for kind in (VisionTransformer, VisionTransformerDistilled, VisionTransformerRelPos, Eva, Beit)),
     *(_swin(kind) for kind in (SwinTransformer, SwinTransformerV2)),
     Family(
         ConvNeXt,

@@ -1,18 +1,21 @@
 """Sub-networks of a network, as timm models whose parameters are slices of its own.
 
-A sub-network is built by timm at its size once, and its parameters are thrown away; whenever it is taken, a copy of
-that module tree (not of tensors) gets slices of the whole network's parameters in their place. So the width and the
-blocks of a forward pass belong to the module that runs it and to nothing else: several sub-networks may be in one
-graph, activation checkpoints find the same slices again, and a sub-network is by construction what timm builds and
-what is exported. Source of the slices: alipay/POA (arXiv 2408.01031, section 3.1 and appendix).
+A sub-network is built by timm at its size once, on the meta device: a tree of modules without values. Whenever it is
+taken, a copy of that tree gets slices of the whole network's parameters. So the width and the blocks of a forward pass
+belong to the modules that run it and to nothing else: several sub-networks may be in one graph, activation checkpoints
+find the same slices again, and a sub-network is by construction what timm builds and what is exported. Source of the
+slices: alipay/POA (arXiv 2408.01031, section 3.1 and appendix).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any, TypeVar, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -21,17 +24,21 @@ from unlabeled.ssl.elastic.config import ElasticConfig
 from unlabeled.ssl.elastic.families import axis_groups, family_of
 from unlabeled.ssl.elastic.sizes import SubSize, alternating, candidates, evenly
 from unlabeled.ssl.elastic.slices import Slice
-
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
+from unlabeled.ssl.errors import CapabilityError, ConfigError
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
           "_forward_hooks_always_called", "_backward_hooks", "_backward_pre_hooks")  # fmt: skip
-_SETTINGS = ("training", "drop_prob", "grad_checkpointing", "p")
+_SETTINGS = ("training", "grad_checkpointing", "p", "shift_size", "mean", "std", "trained")
 """What a module of a sub-network has from the one whose parameters it runs with."""
 
 
 class Elastic:
     """The sub-networks of networks of one architecture; their parameters come from whichever is given.
+
+    Batch norms: a sub-network has statistics of its own batches in train mode and leaves the running ones of the whole
+    network alone, of which it has slices in eval mode. They are those of other inputs, so extracted networks with
+    batch norms need fresh ones: `unlabeled.eval.recalibrate`. Where batch norms are synchronised, all ranks must take
+    the same size.
 
     Attributes: `sizes` (smallest first, the last is `full`), `family`.
     """
@@ -42,9 +49,11 @@ class Elastic:
         self.name, self.kwargs, self.input_size = backbone.name, backbone.kwargs, backbone.input_size
         self.full: SubSize = self.family.read(backbone.model)
         self.config = config
-        self.sizes = candidates(config, self.full, self.family.unit(backbone.model))
+        self.sizes = candidates(config, self.full, self.family.unit(backbone.model), self.family.remedy)
         self._arguments = {size: dict(self.family.arguments(backbone.model, size)) for size in self.sizes}
-        self._built: dict[SubSize, tuple[Backbone, dict[str, Slice]]] = {}
+        self._built: dict[SubSize, _Part] = {}
+        for width in {size.width for size in self.sizes}:  # so that what timm refuses is told before training
+            self._part(backbone, next(size for size in self.sizes if size.width == width))
 
     def blocks(self, size: SubSize) -> tuple[tuple[int, ...], ...]:
         """Numbers of the blocks that a sub-network keeps of each stage."""
@@ -53,121 +62,143 @@ class Elastic:
 
     def arguments(self, size: SubSize) -> dict[str, Any]:
         """What ``timm.create_model`` builds the sub-network from, beside the network's name."""
-        own = {key: value for key, value in self.kwargs.items() if key != "img_size"}
-        return own | self._arguments[size]
+        return self.kwargs | self._arguments[size]
 
     def take(self, backbone: Backbone, size: SubSize) -> Backbone:
         """The sub-network of `backbone` in its graph: gradients reach the parts of its parameters that were used.
 
         The whole network's own for its full size. Modes, rates of dropping and activation checkpointing are those of
-        `backbone` at this moment.
+        `backbone` at this moment, each block's those of the block that it is a slice of.
         """
-        if size == self.full:
-            return backbone
-        skeleton, slices = self._skeleton(backbone, size)
-        parameters = dict(backbone.named_parameters())
-        tensors = {name: part.of(parameters[part.source]) for name, part in slices.items()}
-        modules = dict(backbone.named_modules())
-        sources = {name: modules[self._source(name, size)] for name, _ in skeleton.named_modules()}
-        taken = _bound(skeleton, tensors, sources)
-        taken.set_statistics(backbone.mean, backbone.std)
-        return taken
+        return backbone if size == self.full else cast(Backbone, _bound(self._part(backbone, size), backbone))
 
     @torch.no_grad()
     def extract(self, backbone: Backbone, size: SubSize) -> Backbone:
-        """The sub-network of `backbone` as a network of its own, which any copy of timm builds and loads strictly."""
-        alone = create_backbone(self.name, size=self.input_size, **self.arguments(size))
-        parameters = dict(backbone.named_parameters())
-        _, slices = self._skeleton(backbone, size)
-        for name, parameter in alone.named_parameters():
-            parameter.copy_(slices[name].of(parameters[slices[name].source]))
-        buffers = dict(backbone.named_buffers())
-        for name, buffer in alone.named_buffers():
-            whole = buffers.get(self._source(name, size))
-            if whole is not None and whole.shape == buffer.shape:
-                buffer.copy_(whole)
-        alone.set_statistics(backbone.mean, backbone.std)
-        if self.config.block_order == "published" and self.family.shifts:
-            self._keep_shifts(alone, backbone, size)
-        return alone.to(next(backbone.parameters()).device).train(backbone.training)
+        """The sub-network of `backbone` as a network of its own, which any copy of timm builds and loads strictly.
 
-    def _skeleton(self, backbone: Backbone, size: SubSize) -> tuple[Backbone, dict[str, Slice]]:
-        """The sub-network without parameters, on the device and in the type of `backbone`, and its slices."""
+        Rates of dropping are those that timm gives a network of this depth. Raises ConfigError for a Swin whose kept
+        blocks do not alternate between plain and shifted windows (`block_order=published`), since timm builds none.
+        """
+        alone = self._create(size)
+        taken = self.take(backbone, size)
+        if _shifts(alone) != _shifts(taken):
+            raise ConfigError(
+                f"elastic.block_order: published keeps blocks for {size} whose windows do not alternate, as those of "
+                "every Swin that timm builds do; train with block_order=alternating, or extract another depth"
+            )
         like = next(backbone.parameters())
+        alone.to(device=like.device, dtype=like.dtype)
+        alone.load_state_dict(taken.state_dict())
+        alone.set_statistics(backbone.mean, backbone.std)
+        alone.trained = True
+        return alone.train(backbone.training)
+
+    def _create(self, size: SubSize) -> Backbone:
+        with torch.random.fork_rng(devices=[]):
+            return create_backbone(self.name, size=self.input_size, **self.arguments(size))
+
+    def _part(self, backbone: Backbone, size: SubSize) -> _Part:
         if size not in self._built:
-            with torch.random.fork_rng(devices=[]):
-                skeleton = create_backbone(self.name, size=self.input_size, **self.arguments(size))
-            slices = {
-                name: self._slice(skeleton, backbone, name, tuple(parameter.shape), size)
-                for name, parameter in skeleton.named_parameters()
-            }
-            if self.config.block_order == "published" and self.family.shifts:
-                self._keep_shifts(skeleton, backbone, size)
-            _forget_parameters(skeleton)
-            self._built[size] = skeleton, slices
-        skeleton, slices = self._built[size]
-        for module in skeleton.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = buffer.to(like.device, like.dtype if buffer.is_floating_point() else None)
-        return skeleton, slices
-
-    def _slice(self, skeleton: Backbone, backbone: Backbone, name: str, shape: tuple[int, ...], size: SubSize) -> Slice:
-        source = self._source(name, size)
-        whole = backbone.get_parameter(source)
-        groups = axis_groups(backbone.model, source.removeprefix("model."), shape)
-        owner = backbone.get_submodule(source.rpartition(".")[0])
-        sums = isinstance(owner, nn.Linear) or (isinstance(owner, nn.Conv2d) and owner.groups == 1)
-        scale = whole.shape[1] / shape[1] if sums and name.endswith(".weight") else 1.0
-        return Slice(source, shape, groups, scale)
-
-    def _source(self, name: str, size: SubSize) -> str:
-        """The whole network's name of a module or parameter of a sub-network."""
-        for stage, kept in enumerate(self.blocks(size)):
-            prefix = f"model.{self.family.blocks(stage)}."
-            if name.startswith(prefix):
-                number, dot, rest = name.removeprefix(prefix).partition(".")
-                return f"{prefix}{kept[int(number)]}{dot}{rest}"
-        return name
-
-    def _keep_shifts(self, alone: Backbone, backbone: Backbone, size: SubSize) -> None:
-        """Gives each block the window shift of the one that it comes from."""
-        modules = dict(backbone.named_modules())
-        for name, module in alone.named_modules():
-            if hasattr(module, "shift_size") and hasattr(module, "attn_mask"):
-                source = cast(Any, modules[self._source(name, size)])
-                module.shift_size = source.shift_size
-                module.register_buffer(
-                    "attn_mask", None if source.attn_mask is None else source.attn_mask.clone(), False
-                )
+            try:
+                with torch.device("meta"):
+                    skeleton = self._create(size)
+            except ConfigError as error:
+                raise ConfigError(
+                    f"elastic.width: {size.width} is none that timm builds ({error}); give other elastic.candidates"
+                ) from error
+            if self.family.read(skeleton.model) != size:
+                raise CapabilityError(f"backbone: {self.name} cannot be elastic: timm does not build it in other sizes")
+            paths = (f"model.{self.family.blocks(stage)}" for stage in range(len(size.depths)))
+            self._built[size] = _part(skeleton, backbone, dict(zip(paths, self.blocks(size), strict=True)))
+        return self._built[size]
 
 
-def _forget_parameters(module: nn.Module) -> None:
-    """Leaves shapes alone."""
-    for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                part._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+@dataclass(frozen=True)
+class _Part:
+    """A module of a sub-network: how it follows from one of the whole network."""
+
+    module: nn.Module
+    """As timm builds it, without values."""
+    slices: Mapping[str, Slice]
+    """Of its own parameters and buffers."""
+    children: Mapping[str, tuple[str, _Part | None]]
+    """Name → name within the whole network's module, which differs for blocks."""
 
 
-def _bound(module: ModuleT, tensors: dict[str, Tensor], sources: dict[str, nn.Module], name: str = "") -> ModuleT:
-    """A copy of the tree of modules that runs with `tensors`, by name, and with the settings of `sources`."""
-    source, prefix = sources[name], f"{name}." if name else ""
-    kind: Any = type(source) if isinstance(source, _BatchNorm) else type(module)
-    copy: ModuleT = kind.__new__(kind)
-    copy.__dict__.update(module.__dict__)
-    for setting in _SETTINGS:
-        if setting in source.__dict__ and setting in module.__dict__:
-            copy.__dict__[setting] = source.__dict__[setting]
-    for hooks in _HOOKS:
-        if hooks in module.__dict__:
-            copy.__dict__[hooks] = OrderedDict(module.__dict__[hooks])
-    copy.__dict__["_parameters"] = {
-        leaf: None if parameter is None else tensors[prefix + leaf] for leaf, parameter in module._parameters.items()
+def _part(
+    module: nn.Module,
+    source: nn.Module,
+    kept: Mapping[str, Sequence[int]],
+    path: str = "",
+    parent: nn.Module | None = None,
+) -> _Part:
+    """The tree of parts; `kept` has the numbers of the kept blocks by the path of the module that holds them."""
+    role = path.rpartition(".")[2]
+    slices = {
+        leaf: _slice_of(source, leaf, parameter, axis_groups(parent, role, parameter.ndim))
+        for leaf, parameter in module._parameters.items()
+        if parameter is not None
     }
-    copy.__dict__["_buffers"] = dict(module._buffers)
-    copy.__dict__["_modules"] = {
-        child: None if part is None else _bound(part, tensors, sources, prefix + child)
-        for child, part in module._modules.items()
-    }
+    for leaf, buffer in module._buffers.items():
+        if buffer is not None and source._buffers[leaf] is not None:
+            slices[leaf] = Slice(tuple(buffer.shape), (1,) * buffer.ndim)
+    children: dict[str, tuple[str, _Part | None]] = {}
+    for name, child in module._modules.items():
+        place = str(kept[path][int(name)]) if path in kept else name
+        below, inner = source._modules[place], f"{path}.{name}" if path else name
+        children[name] = place, None if child is None or below is None else _part(child, below, kept, inner, module)
+    return _Part(module, slices, children)
+
+
+def _slice_of(source: nn.Module, leaf: str, parameter: Tensor, groups: tuple[int, ...]) -> Slice:
+    """How `parameter` follows from the one that `source` calls `leaf`."""
+    whole = source.get_parameter(leaf)
+    sums = isinstance(source, nn.Linear) or (isinstance(source, nn.Conv2d) and source.groups == 1)
+    scale = whole.shape[1] / parameter.shape[1] if sums and leaf == "weight" else 1.0
+    part = Slice(tuple(parameter.shape), groups, scale)
+    assert part.fits(whole), f"{type(source).__name__}.{leaf}: {tuple(whole.shape)} has no slice {part}"
+    return part
+
+
+def _bound(part: _Part, source: nn.Module) -> nn.Module:
+    """A copy of the tree of modules that runs with slices of the parameters of `source` and with its settings."""
+    copy = _shell(part.module, source)
+    slices, state = part.slices, copy.__dict__
+    for name in _SETTINGS:
+        if name in state and name in source.__dict__:
+            state[name] = source.__dict__[name]
+    parameters, buffers = source._parameters, source._buffers
+    state["_parameters"] = {leaf: _sliced(slices.get(leaf), parameters[leaf]) for leaf in part.module._parameters}
+    state["_buffers"] = {leaf: _sliced(slices.get(leaf), buffers[leaf]) for leaf in part.module._buffers}
+    for leaf, buffer in state["_buffers"].items():
+        if buffer is not None and leaf not in source._non_persistent_buffers_set:
+            state["_buffers"][leaf] = buffer.clone()  # running statistics of the whole network do not move
+    state["_modules"] = {}
+    for name, (place, child) in part.children.items():
+        below = source._modules[place]
+        dropping = isinstance(below, DropPath) or (child is not None and isinstance(child.module, DropPath))
+        if below is None or child is None or dropping:  # a rate belongs to a block; where it is 0, there is no DropPath
+            state["_modules"][name] = None if below is None else _shell(below, below)
+        else:
+            state["_modules"][name] = _bound(child, below)
     return copy
+
+
+def _sliced(part: Slice | None, whole: Tensor | None) -> Tensor | None:
+    return whole if part is None or whole is None else part.of(whole)
+
+
+def _shell(module: nn.Module, source: nn.Module) -> nn.Module:
+    """A copy of `module` alone, with hooks of its own; of the class of `source` for batch norms, which may be swapped
+    for synchronised ones."""
+    kind: Any = type(source) if isinstance(source, _BatchNorm) else type(module)
+    copy: nn.Module = kind.__new__(kind)
+    copy.__dict__.update(module.__dict__)
+    for hooks in _HOOKS:
+        copy.__dict__[hooks] = OrderedDict(module.__dict__[hooks])
+    return copy
+
+
+def _shifts(module: nn.Module) -> dict[str, Any]:
+    """Window shifts of Swin's blocks."""
+    return {name: part.shift_size for name, part in module.named_modules() if hasattr(part, "shift_size")}

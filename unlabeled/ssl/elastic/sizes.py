@@ -52,24 +52,24 @@ def alternating(kept: int, blocks: int) -> tuple[int, ...]:
     return tuple(chosen)
 
 
-def smallest(config: ElasticConfig, full: SubSize, unit: int) -> SubSize:
+def smallest(config: ElasticConfig, full: SubSize, unit: int, remedy: str = "") -> SubSize:
     """The smallest size that `config` asks for. Raises ConfigError when it is larger than `full` or does not fit."""
     width = config.width or -(-full.width // (2 * unit)) * unit
     if width > full.width or width % unit:
-        raise ConfigError(_bad_width(width, full, unit))
+        raise ConfigError(_bad_width(width, full, unit, remedy))
     depths = _depths(config.depth, full)
     return SubSize(width, depths)
 
 
-def candidates(config: ElasticConfig, full: SubSize, unit: int) -> list[SubSize]:
+def candidates(config: ElasticConfig, full: SubSize, unit: int, remedy: str = "") -> list[SubSize]:
     """All sizes from the smallest to `full`, widths first, within a width by depth; ConfigError for impossible ones."""
     if config.candidates is not None:
         sizes = {SubSize(width, _depths(depth, full)) for width, depth in config.candidates} | {full}
         for size in sizes:
             if size.width > full.width or size.width % unit:
-                raise ConfigError(_bad_width(size.width, full, unit))
+                raise ConfigError(_bad_width(size.width, full, unit, remedy))
         return sorted(sizes, key=lambda size: (size.width, size.depth, size.depths))
-    least = smallest(config, full, unit)
+    least = smallest(config, full, unit, remedy)
     step = config.width_step or unit
     if step % unit or (full.width - least.width) % step:
         raise ConfigError(
@@ -147,8 +147,8 @@ def _depths(asked: int | Sequence[int] | None, full: SubSize) -> tuple[int, ...]
     return depths
 
 
-def _bad_width(width: int, full: SubSize, unit: int) -> str:
+def _bad_width(width: int, full: SubSize, unit: int, remedy: str) -> str:
     return (
         f"elastic.width: {width} is not possible in a network of width {full.width}; "
-        f"give a multiple of {unit} that is no larger"
+        f"give a multiple of {unit} that is no larger{remedy}"
     )

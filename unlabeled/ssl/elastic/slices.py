@@ -14,23 +14,28 @@ from torch import Tensor
 
 
 class Slice(NamedTuple):
-    """How a parameter of a sub-network follows from one of the whole network."""
+    """How a parameter or buffer of a sub-network follows from the whole network's."""
 
-    source: str
-    """Its name there."""
     shape: tuple[int, ...]
     """Of the slice."""
     groups: tuple[int, ...]
     """Equal parts of each axis, of each of which the first part is taken."""
-    scale: float
+    scale: float = 1.0
     """What the values are multiplied by: for weights the number of whole over that of sliced inputs (alpha in the
     paper), so that a sum over fewer inputs keeps its size. The paper scales the input, which is the same."""
 
     def of(self, whole: Tensor) -> Tensor:
         """The slice of `whole`, in its graph; `whole` itself where nothing is left out."""
-        if tuple(whole.shape) == self.shape and self.scale == 1:
+        if whole.shape == self.shape and self.scale == 1:
             return whole
         return cast(Tensor, _Sliced.apply(whole, self))
+
+    def fits(self, whole: Tensor) -> bool:
+        """Whether `whole` has such a slice."""
+        axes = zip(self.shape, self.groups, whole.shape, strict=False)
+        return len(self.shape) == whole.ndim and all(
+            own <= length and own % groups == length % groups == 0 for own, groups, length in axes
+        )
 
 
 class _Sliced(torch.autograd.Function):
@@ -39,7 +44,9 @@ class _Sliced(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, whole: Tensor, part: Slice) -> Tensor:
         ctx.part, ctx.shape = part, whole.shape
-        return (_view(whole, part) * part.scale).reshape(part.shape)
+        view = _view(whole, part)
+        copy = view.clone(memory_format=torch.contiguous_format) if part.scale == 1 else view * part.scale
+        return copy.reshape(part.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
@@ -51,11 +58,13 @@ class _Sliced(torch.autograd.Function):
 
 
 def _view(whole: Tensor, part: Slice) -> Tensor:
-    """`whole` with each axis split into (groups, rest), and the rest narrowed to what is taken."""
-    split = [
-        length for groups, size in zip(part.groups, whole.shape, strict=True) for length in (groups, size // groups)
-    ]
-    view = whole.reshape(split) if not whole.is_contiguous() else whole.view(split)
-    for axis, (groups, size) in enumerate(zip(part.groups, part.shape, strict=True)):
-        view = view.narrow(2 * axis + 1, 0, size // groups)
+    """`whole` with the axes of several groups split into (groups, rest), and all narrowed to what is taken."""
+    view, axis = whole, 0
+    for length, groups, own in zip(whole.shape, part.groups, part.shape, strict=True):
+        if groups > 1:
+            view = view.reshape(*view.shape[:axis], groups, length // groups, *view.shape[axis + 1 :])
+            axis += 1
+        if own < length:
+            view = view.narrow(axis, 0, own // groups)
+        axis += 1
     return view
