@@ -19,10 +19,12 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from unlabeled.eval.document import Row, clean, online_curve
-from unlabeled.eval.verdict import TITLES, Comparison, percent
+from unlabeled.eval.intervals import wilson
+from unlabeled.eval.size_curve import SizeCurve, SizeResult
+from unlabeled.eval.verdict import TITLES, Comparison, label_of, percent
 
 _INK, _SOFT, _LINE, _ACCENT, _CARD = "#010101", "#020202", "#030303", "#040404", "#050505"
 _VARIABLES = {
@@ -59,6 +61,8 @@ _POINTS = 400
 _NUMBERED, _NAMED = 12, 24
 """Classes up to which a confusion matrix shows numbers, and names."""
 _NAME = 14
+_BARRED = 24
+"""Sizes up to which each is drawn with its interval and its random weights; past it the front alone has them."""
 
 _BESIDE = {"step", "epoch", "loss", "lr", "images_per_s", "data_wait", "grad_norm", "memory_gb", "time", "seconds"} | {
     "size"
@@ -138,6 +142,57 @@ def confusion_figure(matrix: npt.NDArray[np.int64], classes: Sequence[str]) -> M
                         ha="center", va="center", fontsize=7.5, color=color,
                     )  # fmt: skip
         return _svg(figure, "Confusion matrix of the linear probe, percent of each true class")
+
+
+def size_figure(curve: SizeCurve, metric: str) -> Markup:
+    """Accuracy of each size against its weights, its Pareto front, random weights, raw pixels, others trained alone."""
+    measured = [result for result in curve.results if metric in result.metrics]
+    extracted = [result for result in measured if result.kind == "extracted"]
+    front = curve.front(metric)
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure(3.1)
+        if metric in curve.pixels:
+            axes.axhline(curve.pixels[metric], color=_SOFT, linestyle=(0, (1, 2)), linewidth=1.2, label="raw pixels")
+        drawn = [result for result in (front if len(extracted) > _BARRED else extracted) if metric in result.random]
+        if drawn:
+            xs, ys = [one.parameters for one in drawn], [one.random[metric] for one in drawn]
+            axes.plot(xs, ys, "--", color=_SOFT, linewidth=1.1, marker="o", markersize=3.5, markerfacecolor=_CARD,
+                      label="random weights")  # fmt: skip
+        rest = [result for result in extracted if result not in front]
+        if rest:
+            _scatter(axes, rest, metric, label="taken out of this network", color=_ACCENT, alpha=0.4)
+        _scatter(axes, front, metric, label="no smaller size is as good", color=_ACCENT, linestyle="-")
+        alone = [result for result in measured if result.kind == "alone"]
+        if alone:
+            _scatter(axes, alone, metric, label="trained alone", color=_INK, marker="D")
+        if len(extracted) <= _BARRED:
+            _bars(axes, measured, metric, curve.test_pictures)
+        axes.set_xscale("log")
+        axes.set_xlabel("million parameters")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e6:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+        axes.margins(x=0.06, y=0.08)
+        figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8, labelcolor=_SOFT)
+        return _svg(figure, f"{label_of(metric)} of each size against its number of parameters")
+
+
+def _scatter(
+    axes: Axes, results: Sequence[SizeResult], metric: str, *, marker: str = "o", linestyle: str = "", **look: Any
+) -> None:
+    xs, ys = [result.parameters for result in results], [result.metrics[metric] for result in results]
+    axes.plot(xs, ys, marker=marker, linestyle=linestyle, markersize=5, **look)
+
+
+def _bars(axes: Axes, results: Sequence[SizeResult], metric: str, pictures: int) -> None:
+    """95 % intervals."""
+    for result in results:
+        color = _INK if result.kind == "alone" else _ACCENT
+        axes.plot(
+            [result.parameters] * 2, wilson(result.metrics[metric], pictures), color=color, linewidth=0.9, alpha=0.6
+        )
 
 
 def _curve(

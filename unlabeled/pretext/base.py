@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.elastic.config import ElasticConfig
 from unlabeled.ssl.errors import CheckpointError
 from unlabeled.ssl.layers import decay_applies
 
@@ -140,6 +141,13 @@ class PretextTask(nn.Module):
     def encoder(self) -> Backbone:
         """The backbone that evaluation and export receive."""
         return self.backbone
+
+    def elastic(self) -> ElasticConfig | None:
+        """Which sizes the network of `encoder` was trained to hold (see `unlabeled.ssl.elastic`); None: its own alone.
+
+        The run's export keeps it, so that ``unlabeled export``, ``sizes`` and ``evaluate`` know the sizes of a run.
+        """
+        return None
 
     def parameter_groups(self) -> Iterator[NamedParameter]:
         """Every trainable parameter with its labels.
