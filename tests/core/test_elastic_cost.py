@@ -18,7 +18,7 @@ NETWORKS = {
     ),
     "resnet": (
         "resnet50",
-        {"layers": (2, 3, 4, 2), "channels": (32, 32, 32, 32), "norm_layer": "groupnorm", "base_width": 128},
+        {"layers": (2, 3, 4, 2), "channels": (32, 32, 32, 32), "base_width": 128},
         {"width": 32, "depth": (2, 2, 2, 2)},
     ),
     "convnext": ("convnext_atto", {"dims": (16, 32, 64, 128), "depths": (1, 1, 4, 1)}, {"depth": (1, 1, 2, 1)}),

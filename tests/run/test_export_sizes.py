@@ -34,7 +34,13 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], dict[str, Any], tuple[int, str]]]
     ),
     "resnet": (
         "resnet50",
-        {"layers": (2, 3, 4, 2), "channels": (32, 32, 32, 32), "norm_layer": "groupnorm", "base_width": 128},
+        {
+            "layers": (2, 3, 4, 2),
+            "channels": (32, 32, 32, 32),
+            "norm_layer": "groupnorm",
+            "base_width": 128,
+            "output_stride": 16,  # a last map of more than one place, which group norms need
+        },
         {"width": 32, "depth": (2, 2, 2, 2)},
         (32, "[2,2,3,2]"),
     ),

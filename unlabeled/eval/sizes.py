@@ -34,6 +34,9 @@ from unlabeled.ssl.subnetworks import ElasticRun, choose_sizes, extract
 Sources = tuple[ImageSource, ImageSource]
 """Training and test split."""
 
+_DIGESTS = ("weights", "data")
+"""Settings of which only a hash is kept."""
+
 log = logging.getLogger(__name__)
 
 
@@ -159,9 +162,10 @@ def _begun(plan: SizePlan, run: EvaluateRun, sources: Sources, evidence: Evidenc
     for key in [*settings, *known.settings]:
         there, here = known.settings.get(key), settings.get(key)
         if there != here:
+            what = f"other {key}" if key in _DIGESTS else f"{_short(there)}, here it is {_short(here)}"
             raise ConfigError(
-                f"{key}: {plan.folder / FILE} holds {len(known.results)} sizes measured with {_short(there)}, here it "
-                f"is {_short(here)}; give the same, or move that file away"
+                f"{key}: {plan.folder / FILE} holds {len(known.results)} sizes measured with {what}; give the same, or "
+                "move that file away"
             )
     return known.model_copy(update={"pixels": pixels or known.pixels})
 
@@ -172,13 +176,13 @@ def _settings(plan: SizePlan, run: EvaluateRun, sources: Sources) -> dict[str, A
     settings = {
         "weights": file_digest(plan.folder / WEIGHTS),
         "elastic": plan.whole.elastic.config.model_dump(mode="json"),
-        "data": cache_key(parts=[data_identity(limited(source, evaluate.limit)) for source in sources]),
         "seed": run.seed,
         "evaluate.limit": evaluate.limit,
         "evaluate.knn": evaluate.knn.model_dump(mode="json"),
         "evaluate.linear": evaluate.linear.model_dump(mode="json"),
         "evaluate.recalibrate": evaluate.recalibrate,
         "evaluate.recalibrate_pictures": evaluate.recalibrate_pictures,
+        "data": cache_key(parts=[data_identity(limited(source, evaluate.limit)) for source in sources]),
     }
     plain: dict[str, Any] = json.loads(json.dumps(settings))
     return plain
