@@ -153,7 +153,7 @@ def test_batch_norms_are_estimated_for_each_size(tmp_path: Path) -> None:
     assert [result.random for result in curve.results] == [{}, {}]
     assert curve.pixels == {}
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "estimated anew for each on 20 training pictures without labels (51 % more pictures" in text
+    assert "estimated anew for each on 20 training pictures without labels, 51 % more pictures" in text
 
 
 def test_only_an_elastic_run_has_sizes(tmp_path: Path) -> None:

@@ -168,7 +168,8 @@ def test_any_run_is_exported_whole(vit: Path, tmp_path: Path, capsys: pytest.Cap
         (["like=test_vit2"], "like: test_vit2 needs reg_token [1, 1, 64], the run has it not at all; give the size by"),
         (["sizes=[[32,6]]"], "is one file, sizes are several; give a folder"),
         (["wdth=64"], "wdth: there is no such setting; did you mean 'width'"),
-        (["sizes=some"], "sizes: 'some' is not possible; choose 'all'"),
+        (["sizes=5"], "sizes: 5 is not possible; give all, or a list of [width, depth] such as [["),
+        (["sizes=some"], "sizes: some is not possible; give all, or a list of [width, depth] such as [["),
     ],
 )  # fmt: skip
 def test_wrong_words_are_one_line(
@@ -241,9 +242,10 @@ def test_batch_norms_get_statistics_of_their_own_size(
 def test_the_sizes_of_a_run_are_listed_with_their_cost(vit: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sizes", str(vit)]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
-    assert rows[0] == ["width", "blocks", "M", "parameters", "GMACs"]
-    assert len(rows) == 1 + 3 * 3
-    assert [row[:2] for row in rows[1:3]] == [["32", "6"], ["32", "7"]]
+    assert rows[0] == ["parameters"]
+    assert rows[1] == ["width", "blocks", "(million)", "GMACs"]
+    assert len(rows) == 2 + 3 * 3
+    assert [row[:2] for row in rows[2:4]] == [["32", "6"], ["32", "7"]]
     count = sum(parameter.numel() for parameter in load_backbone(vit).parameters())
     assert rows[-1][:3] == ["96", "8", f"{count / 1e6:.2f}"]
 

@@ -146,52 +146,67 @@ def confusion_figure(matrix: npt.NDArray[np.int64], classes: Sequence[str]) -> M
 
 def size_figure(curve: SizeCurve, metric: str) -> Markup:
     """Accuracy of each size against its weights, its Pareto front, random weights, raw pixels, others trained alone."""
+    front = curve.front(metric)
     measured = [result for result in curve.results if metric in result.metrics]
     extracted = [result for result in measured if result.kind == "extracted"]
-    front = curve.front(metric)
+    few = len(extracted) <= _BARRED
+    twins = [result for result in (extracted if few else front) if metric in result.random]
     with mpl.rc_context(_STYLE):
-        figure, axes = _figure(3.1)
+        figure = Figure(figsize=(_WIDTH, 3.6), layout="constrained")
+        above, below = _size_axes(figure, measured, twins, curve, metric)
+        _points(above, [one for one in extracted if one not in front], metric, "sizes of this network", alpha=0.45)
+        _points(above, front, metric, "no smaller one is as good", linestyle="-")
+        _points(
+            above, [one for one in measured if one.kind == "alone"], metric, "trained alone", color=_INK, marker="D"
+        )
+        for result in measured if few else ():
+            color, ends = (
+                _INK if result.kind == "alone" else _ACCENT,
+                wilson(result.metrics[metric], curve.test_pictures),
+            )
+            above.plot([result.parameters] * 2, ends, color=color, linewidth=0.9, alpha=0.6)
+        if twins:
+            xs, ys = [one.parameters for one in twins], [one.random[metric] for one in twins]
+            look: Any = {"marker": "o", "markersize": 3.5, "markerfacecolor": _CARD} if few else {}
+            below.plot(xs, ys, "--", color=_SOFT, linewidth=1.1, label="random weights", **look)
         if metric in curve.pixels:
-            axes.axhline(curve.pixels[metric], color=_SOFT, linestyle=(0, (1, 2)), linewidth=1.2, label="raw pixels")
-        drawn = [result for result in (front if len(extracted) > _BARRED else extracted) if metric in result.random]
-        if drawn:
-            xs, ys = [one.parameters for one in drawn], [one.random[metric] for one in drawn]
-            axes.plot(xs, ys, "--", color=_SOFT, linewidth=1.1, marker="o", markersize=3.5, markerfacecolor=_CARD,
-                      label="random weights")  # fmt: skip
-        rest = [result for result in extracted if result not in front]
-        if rest:
-            _scatter(axes, rest, metric, label="taken out of this network", color=_ACCENT, alpha=0.4)
-        _scatter(axes, front, metric, label="no smaller size is as good", color=_ACCENT, linestyle="-")
-        alone = [result for result in measured if result.kind == "alone"]
-        if alone:
-            _scatter(axes, alone, metric, label="trained alone", color=_INK, marker="D")
-        if len(extracted) <= _BARRED:
-            _bars(axes, measured, metric, curve.test_pictures)
-        axes.set_xscale("log")
-        axes.set_xlabel("million parameters")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e6:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
-        axes.margins(x=0.06, y=0.08)
+            below.axhline(curve.pixels[metric], color=_SOFT, linestyle=(0, (1, 2)), linewidth=1.2, label="raw pixels")
         figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8, labelcolor=_SOFT)
         return _svg(figure, f"{label_of(metric)} of each size against its number of parameters")
 
 
-def _scatter(
-    axes: Axes, results: Sequence[SizeResult], metric: str, *, marker: str = "o", linestyle: str = "", **look: Any
-) -> None:
-    xs, ys = [result.parameters for result in results], [result.metrics[metric] for result in results]
-    axes.plot(xs, ys, marker=marker, linestyle=linestyle, markersize=5, **look)
+def _size_axes(
+    figure: Figure, measured: Sequence[SizeResult], twins: Sequence[SizeResult], curve: SizeCurve, metric: str
+) -> tuple[Axes, Axes]:
+    """Where sizes are drawn and where baselines: apart when these lie so far below that sizes would become a line."""
+    values = [result.metrics[metric] for result in measured]
+    baselines = [found[metric] for found in (curve.pixels, *(result.random for result in twins)) if metric in found]
+    far = bool(baselines) and min(values) - max(baselines) > max(values) - min(values)
+    axes: list[Axes] = list(figure.subplots(1 + far, sharex=True, squeeze=False, height_ratios=[3, 1][: 1 + far]).flat)
+    for part, ticks in zip(axes, (5, 2), strict=False):
+        part.yaxis.set_major_locator(MaxNLocator(ticks))
+        part.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+        part.margins(x=0.06, y=0.1 if part is axes[0] else 0.3)
+    if far:
+        axes[0].spines["bottom"].set_visible(False)
+        axes[0].tick_params(axis="x", length=0, which="both")
+        tear: Any = {"marker": [(-1, -0.6), (1, 0.6)], "markersize": 7, "color": _SOFT, "clip_on": False}
+        axes[0].plot([0], [0], transform=axes[0].transAxes, **tear)
+        axes[1].plot([0], [1], transform=axes[1].transAxes, **tear)
+    last = axes[-1]
+    last.set_xscale("log")
+    last.set_xlabel("million parameters")
+    last.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    last.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e6:g}"))
+    last.xaxis.set_minor_formatter(NullFormatter())
+    return axes[0], last
 
 
-def _bars(axes: Axes, results: Sequence[SizeResult], metric: str, pictures: int) -> None:
-    """95 % intervals."""
-    for result in results:
-        color = _INK if result.kind == "alone" else _ACCENT
+def _points(axes: Axes, results: Sequence[SizeResult], metric: str, label: str, **look: Any) -> None:
+    if results:
+        xs, ys = [result.parameters for result in results], [result.metrics[metric] for result in results]
         axes.plot(
-            [result.parameters] * 2, wilson(result.metrics[metric], pictures), color=color, linewidth=0.9, alpha=0.6
+            xs, ys, **{"marker": "o", "linestyle": "", "markersize": 4.5, "color": _ACCENT, "label": label, **look}
         )
 
 

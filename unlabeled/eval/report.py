@@ -17,7 +17,7 @@ from unlabeled.eval.document import Row, clean, report_document, write_json
 from unlabeled.eval.figures import comparison_figure, confusion_figure, size_figure, training_curves
 from unlabeled.eval.gallery import Thumbnail, shrunk
 from unlabeled.eval.size_curve import SizeCurve, read_curve
-from unlabeled.eval.size_table import shown_rows, size_words
+from unlabeled.eval.size_table import gmacs, millions, shown_rows, size_words
 from unlabeled.eval.suite import Evidence
 from unlabeled.eval.summary import RunSummary
 from unlabeled.eval.verdict import compare, label_of, percent, signed
@@ -83,9 +83,7 @@ def _environment(*, html: bool) -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters.update(percent=percent, signed=signed, grouped="{:,}".format, md=_markdown)
-    environment.filters.update(
-        millions=lambda count: f"{count / 1e6:.2f} M", billions=lambda count: f"{count / 1e9:.2f}"
-    )
+    environment.filters.update(millions=millions, gmacs=gmacs)
     return environment
 
 

@@ -67,7 +67,7 @@ class SizeCurve(_Record):
     def adding(self, result: SizeResult) -> SizeCurve:
         """With `result`, in place of an earlier one of the same network; smallest network first."""
         others = [one for one in self.results if (one.kind, one.title) != (result.kind, result.title)]
-        ordered = sorted([*others, result], key=lambda one: (one.parameters, one.kind, one.title))
+        ordered = sorted([*others, result], key=lambda one: (one.parameters, one.kind == "alone", one.title))
         return self.model_copy(update={"results": tuple(ordered)})
 
     def front(self, metric: str) -> list[SizeResult]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Group
@@ -22,31 +22,39 @@ def render_terminal(costs: Mapping[SubSize, Cost], curve: SizeCurve | None) -> G
     """Every size with its cost, and the accuracies that were measured of it."""
     headline = curve.headline if curve is not None else ()
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("width", "blocks", "M parameters", "GMACs"):
+    for name in ("width", "blocks", "parameters\n(million)", "GMACs"):
         table.add_column(name, justify="right")
     for metric in headline:
-        table.add_column(label_of(metric) or metric, justify="right")
-        table.add_column("random", justify="right", style="dim")
+        table.add_column((label_of(metric) or metric).replace(", ", ",\n"), justify="right")
+        table.add_column("random\nweights", justify="right", style="dim")
     for size, cost in costs.items():
+        blocks = "-".join(map(str, size.depths)) + (f" ({size.depth})" if len(size.depths) > 1 else "")
         result = curve.find("extracted", str(size)) if curve is not None else None
-        table.add_row(*_cells(size, cost), *_accuracies(result, headline))
-    alone = [result for result in curve.results if result.kind == "alone"] if curve is not None else []
-    if alone:
-        table.add_section()
-    for result in alone:
-        size, cost = SubSize(result.width, result.depths), Cost(result.parameters, result.macs)
-        table.add_row(*_cells(size, cost), *_accuracies(result, headline), f"alone: {result.title}")
-    pixels = (
-        [f"{label_of(metric)} {percent(curve.pixels[metric])} %" for metric in headline if metric in curve.pixels]
-        if curve
-        else []
-    )
-    return Group(table, *([f"raw pixels: {', '.join(pixels)}"] if pixels else []))
+        measured = (
+            [values.get(metric) for metric in headline for values in (result.metrics, result.random)] if result else []
+        )
+        shown = ["" if value is None else percent(value) for value in measured]
+        table.add_row(str(size.width), blocks, millions(cost.parameters), gmacs(cost.macs), *shown)
+    return Group(table, *(_beside(curve) if curve is not None else ()))
 
 
-def _cells(size: SubSize, cost: Cost) -> tuple[str, ...]:
-    blocks = "-".join(map(str, size.depths)) + (f" ({size.depth})" if len(size.depths) > 1 else "")
-    return str(size.width), blocks, f"{cost.parameters / 1e6:.2f}", f"{cost.macs / 1e9:.2f}"
+def _beside(curve: SizeCurve) -> Iterator[str]:
+    """Raw pixels and runs that were trained alone, a line each."""
+    others = {f"{one.title} (trained alone)": one.metrics for one in curve.results if one.kind == "alone"}
+    for title, values in {"raw pixels": curve.pixels, **others}.items():
+        found = [f"{label_of(metric)} {percent(values[metric])} %" for metric in curve.headline if metric in values]
+        if found:
+            yield f"{title}: {'; '.join(found)}"
+
+
+def millions(count: int) -> str:
+    """1234567 → ``1.23``."""
+    return f"{count / 1e6:.2f}"
+
+
+def gmacs(macs: int) -> str:
+    """Billions of multiply-adds in three digits."""
+    return f"{macs / 1e9:#.3g}".rstrip(".")
 
 
 def _accuracies(result: SizeResult | None, headline: tuple[str, ...]) -> list[str]:
@@ -86,7 +94,8 @@ def size_words(section: Mapping[str, Any]) -> str:
     """What the section shows, in words."""
     measured, held = section["measured"], section["held"]
     words = (
-        f"{measured} of the {held} sizes that this one network holds, each taken out of it and evaluated frozen. "
+        f"{f'All {held}' if measured == held else f'{measured} of the {held}'} sizes that this one network holds, each "
+        "taken out of it and evaluated frozen. "
         "Marked: better than every smaller size that was measured. A size is width x blocks; GMACs are billions of "
         "multiply-adds for one picture of the run's size."
     )
@@ -99,7 +108,7 @@ def size_words(section: Mapping[str, Any]) -> str:
         share = pictures / (section["train_pictures"] + section["test_pictures"])
         words += (
             f" Statistics of batch norms belong to one size, so they were estimated anew for each on {pictures:,} "
-            f"training pictures without labels ({100 * share:.0f} % more pictures to compute features of)."
+            f"training pictures without labels, {100 * share:.0f} % more pictures through the network."
         )
     return words
 

@@ -73,6 +73,7 @@ class _Network(NamedTuple):
 
 def plan_sizes(run: EvaluateRun, folder: Path, whole: ElasticRun, beside: Sequence[Alone]) -> SizePlan:
     """What `run` asks for. Raises ConfigError, before anything is computed, for sizes and networks that do not fit."""
+    assert run.sizes is not None, "sizes were asked for"
     family = whole.elastic.family
     for title, _, backbone in beside:
         if type(backbone.model) is not family.kind:
@@ -80,7 +81,7 @@ def plan_sizes(run: EvaluateRun, folder: Path, whole: ElasticRun, beside: Sequen
                 f"beside: {title} is of the family {type(backbone.model).__name__}, the sizes of "
                 f"{family.kind.__name__}; give runs of that family"
             )
-    return SizePlan(folder, whole, tuple(choose_sizes(whole.elastic, run.sizes or "all")), tuple(beside))
+    return SizePlan(folder, whole, tuple(choose_sizes(whole.elastic, run.sizes)), tuple(beside))
 
 
 def measure_sizes(

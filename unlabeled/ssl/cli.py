@@ -169,8 +169,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (
         ("pretrain", "pretrain a backbone on unlabelled images"),
-        ("evaluate", "kNN, linear probe and report of a run, a timm model or a weights file"),
-        ("export", "write a run's network, or sub-networks of an elastic run, as files that timm loads"),
+        (
+            "evaluate",
+            "kNN, linear probe and report of a run (sizes=... for those it holds), a timm model or a weights file",
+        ),
+        (
+            "export",
+            "write a run's network, or sizes that it holds (width= depth=, like=, sizes=), as files that timm loads",
+        ),
         ("sizes", "list the sizes that an elastic run holds, with their cost and what was measured of them"),
         ("doctor", "scan a data source: count, sizes, formats, bad files, decoding speed"),
         ("tasks", "list the pretext tasks"),

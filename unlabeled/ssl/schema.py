@@ -8,12 +8,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Size = Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
 Depth = Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], ...]
 """Blocks of all stages together, or of each stage."""
-Sizes = Literal["all"] | tuple[tuple[Annotated[int, Field(ge=1)], Depth], ...]
+
+
+def _list_of_sizes(value: Any) -> Any:
+    pairs = isinstance(value, (list, tuple)) and all(isinstance(one, (list, tuple)) and len(one) == 2 for one in value)
+    if value == "all" or (value and pairs):
+        return value
+    raise ValueError(f"{value} is not possible; give all, or a list of [width, depth] such as [[384,12],[768,12]]")
+
+
+Sizes = Annotated[
+    Literal["all"] | tuple[tuple[Annotated[int, Field(ge=1)], Depth], ...], BeforeValidator(_list_of_sizes)
+]
 """Of an elastic network: all of them, or a list of [width, depth]."""
 CurriculumName = Literal["efficienttrain", "efficienttrain++"]
 
