@@ -15,6 +15,8 @@ import yaml
 
 from unlabeled.eval.recalibrate import batch_norms
 from unlabeled.eval.report import render_report
+from unlabeled.eval.size_curve import SizeCurve, read_curve
+from unlabeled.eval.sizes import Alone, SizePlan, measure_sizes, plan_sizes
 from unlabeled.eval.suite import Evidence, evaluate_backbone
 from unlabeled.eval.summary import RunSummary, count_parameters, name_backbone, name_data, summarize_run
 from unlabeled.eval.verdict import judge
@@ -26,6 +28,7 @@ from unlabeled.ssl.errors import CheckpointError, ConfigError, UnlabeledError, n
 from unlabeled.ssl.monitor import read_metrics
 from unlabeled.ssl.run import read_config
 from unlabeled.ssl.schema import BackboneConfig, DataConfig, EvaluateRun, PretrainConfig
+from unlabeled.ssl.subnetworks import with_sizes
 
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 
@@ -45,12 +48,13 @@ class Target:
 
 
 def evaluate_target(run: EvaluateRun) -> Evidence:
-    """Evaluates what `run.target` names, writes the report, and returns the evidence.
+    """Evaluates what `run.target` names, its sizes too if they are asked for, writes the report, returns the evidence.
 
     Raises, each in one line, ConfigError for an unknown target or missing data, CheckpointError for weights that
     cannot be read or do not fit, DataError for data without labels.
     """
     target = resolve_target(run)
+    plan = _size_plan(run, target)
     data = _data(run, target.config)
     device = torch.device("cuda" if run.device == "auto" and torch.cuda.is_available() else "cpu")
     train, test = open_source(data, "train"), open_source(data, "test")
@@ -61,7 +65,8 @@ def evaluate_target(run: EvaluateRun) -> Evidence:
     )  # fmt: skip
     assert evidence is not None, "one process evaluates"
     summary = _summary(run, target, data, str(device))
-    report = render_report(_report_folder(run, target), summary, evidence, _metrics(target), None)
+    sizes = measure_sizes(plan, run, (train, test), evidence, device) if plan is not None else _measured(target)
+    report = render_report(_report_folder(run, target), summary, evidence, _metrics(target), None, sizes=sizes)
     log.info("%s Report: %s", judge(evidence).summary, report)
     return evidence
 
@@ -93,8 +98,10 @@ def _from_folder(folder: Path) -> Target:
 
 
 def _from_file(file: Path, config: BackboneConfig | None) -> Target:
-    from unlabeled.ssl.export import load_weights
+    from unlabeled.ssl.export import load_backbone, load_weights
 
+    if config is None and file.suffix == ".safetensors" and file.with_suffix(".json").is_file():
+        return Target(load_backbone(file), file.name)
     if config is None:
         raise ConfigError(f"backbone.name: not given; weights such as {file.name} need backbone.name=<timm name>")
     backbone = create_backbone(config.name, size=config.size, **config.kwargs)
@@ -134,6 +141,22 @@ def _check_published(name: str) -> None:
         raise CheckpointError(f"target: timm has no published weights for {name}; set pretrained=false or give a file")
 
 
+def _size_plan(run: EvaluateRun, target: Target) -> SizePlan | None:
+    """The sizes that are to be measured; None when none are asked for."""
+    if run.sizes is None:
+        if run.beside:
+            raise ConfigError("beside: has a place beside sizes only; give sizes=all or sizes=[[width,depth]]")
+        return None
+    if target.folder is None:
+        raise ConfigError(f"sizes: {run.target} is no run folder; only an elastic run holds several sizes")
+    beside = [_from_folder(folder) if folder.is_dir() else None for folder in run.beside]
+    for folder, found in zip(run.beside, beside, strict=True):
+        if found is None:
+            raise ConfigError(f"beside: {folder} is no folder; give folders of finished runs")
+    alone = [Alone(one.title, one.folder, one.backbone) for one in beside if one is not None and one.folder is not None]
+    return plan_sizes(run, target.folder, with_sizes(target.folder, target.backbone), alone)
+
+
 def _data(run: EvaluateRun, config: PretrainConfig | None) -> DataConfig:
     """The labelled data: the command's, else what the run names for evaluation, else its own with labels."""
     if run.data is not None:
@@ -164,6 +187,10 @@ def _read_config(file: Path) -> PretrainConfig | None:
 
 def _metrics(target: Target) -> list[dict[str, Any]]:
     return read_metrics(target.folder / "metrics.jsonl") if target.folder is not None else []
+
+
+def _measured(target: Target) -> SizeCurve | None:
+    return read_curve(target.folder) if target.folder is not None else None
 
 
 def _summary(run: EvaluateRun, target: Target, data: DataConfig, device: str) -> RunSummary:

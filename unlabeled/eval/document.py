@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from unlabeled.eval.environment import versions
+from unlabeled.eval.size_curve import SizeCurve
+from unlabeled.eval.size_table import size_section
 from unlabeled.eval.suite import EncoderEvidence, Evidence
 from unlabeled.eval.summary import RunSummary
 from unlabeled.eval.verdict import TITLES, compare, judge
@@ -27,7 +29,11 @@ Row = Mapping[str, Any]
 
 
 def report_document(
-    run: RunSummary, evidence: Evidence | None, metrics: Sequence[Row] | None, pictures: Sequence[str] = ()
+    run: RunSummary,
+    evidence: Evidence | None,
+    metrics: Sequence[Row] | None,
+    pictures: Sequence[str] = (),
+    sizes: SizeCurve | None = None,
 ) -> dict[str, Any]:
     """The report as JSON-like values; fractions are 0..1, times in seconds, non-finite numbers null.
 
@@ -45,6 +51,10 @@ def report_document(
                     past 50 classes).
     ``training``    null or ``rows``, ``first`` and ``last`` (rows of metrics.jsonl) and ``online`` ([epoch or step,
                     kNN accuracy] during the run).
+    ``sizes``       null or what was measured of an elastic run's sizes: ``rows``, smallest first (``kind``: extracted
+                    or trained alone, ``title``, ``width``, ``depths``, ``parameters``, ``macs``, ``recalibrated``,
+                    ``seconds``, ``values`` and ``random`` as in ``comparison``, ``front``: metrics in which no smaller
+                    size is as good), ``headline``, ``pixels``, ``held`` (sizes in the run), ``measured``.
     ``pictures``    names of the task's pictures.
     ``notes``       how the numbers came about.
     """
@@ -57,6 +67,7 @@ def report_document(
             "comparison": [asdict(comparison) for comparison in compare(evidence)] if evidence else [],
             "evidence": _evidence(evidence) if evidence else None,
             "training": training_summary(metrics or ()),
+            "sizes": size_section(sizes) if sizes is not None else None,
             "pictures": list(pictures),
             "notes": _notes(run, evidence),
         }

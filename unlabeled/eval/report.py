@@ -14,11 +14,13 @@ from PIL import Image
 from torch import Tensor
 
 from unlabeled.eval.document import Row, clean, report_document, write_json
-from unlabeled.eval.figures import comparison_figure, confusion_figure, training_curves
+from unlabeled.eval.figures import comparison_figure, confusion_figure, size_figure, training_curves
 from unlabeled.eval.gallery import Thumbnail, shrunk
+from unlabeled.eval.size_curve import SizeCurve, read_curve
+from unlabeled.eval.size_table import gmacs, millions, shown_rows, size_words
 from unlabeled.eval.suite import Evidence
 from unlabeled.eval.summary import RunSummary
-from unlabeled.eval.verdict import compare, percent, signed
+from unlabeled.eval.verdict import compare, label_of, percent, signed
 
 _PIXELATED = 96
 """Pictures up to this height are shown enlarged with sharp pixels."""
@@ -37,10 +39,11 @@ def write_report(
 ) -> Path:
     """Writes ``folder/report/report.{json,md,html}`` and returns the path of the HTML.
 
+    What was measured of the run's sizes (``folder/sizes.json``) becomes a section of it.
     `metrics` are the rows of metrics.jsonl, `pictures` the task's own, name → uint8 (3, H, W). The page needs no other
     file and no network. The schema of the JSON is that of `unlabeled.eval.document.report_document`.
     """
-    return render_report(folder / "report", run, evidence, metrics, pictures)
+    return render_report(folder / "report", run, evidence, metrics, pictures, sizes=read_curve(folder))
 
 
 def render_report(
@@ -49,17 +52,21 @@ def render_report(
     evidence: Evidence | None,
     metrics: Sequence[Row] | None,
     pictures: Mapping[str, Tensor] | None,
+    *,
+    sizes: SizeCurve | None = None,
 ) -> Path:
-    """As `write_report`, into `folder` itself."""
+    """As `write_report`, into `folder` itself and with these `sizes`."""
     folder.mkdir(parents=True, exist_ok=True)
-    document = report_document(run, evidence, metrics, list(pictures or {}))
+    document = report_document(run, evidence, metrics, list(pictures or {}), sizes)
     context = {**document, "lead": _lead(document), "facts": _facts(document), "baselines": _baselines(document)}
+    if document["sizes"] is not None:
+        context |= {"size_words": size_words(document["sizes"]), "size_rows": shown_rows(document["sizes"])}
     write_json(document, folder / "report.json")
     (folder / "report.md").write_text(_environment(html=False).get_template("report.md.j2").render(context), "utf-8")
     page = _environment(html=True).get_template("report.html.j2")
     html = page.render(
         context,
-        figures=_figures(evidence, metrics or ()),
+        figures=_figures(evidence, metrics or (), sizes),
         gallery=_gallery(evidence),
         pictures=[_picture(name, image) for name, image in (pictures or {}).items()],
     )
@@ -76,6 +83,7 @@ def _environment(*, html: bool) -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters.update(percent=percent, signed=signed, grouped="{:,}".format, md=_markdown)
+    environment.filters.update(millions=millions, gmacs=gmacs)
     return environment
 
 
@@ -87,8 +95,10 @@ def _markdown(text: Any) -> str:
     return line
 
 
-def _figures(evidence: Evidence | None, metrics: Sequence[Row]) -> dict[str, Any]:
+def _figures(evidence: Evidence | None, metrics: Sequence[Row], sizes: SizeCurve | None) -> dict[str, Any]:
     figures: dict[str, Any] = {"curves": training_curves(metrics)}
+    if sizes is not None:
+        figures["sizes"] = [(label_of(metric), size_figure(sizes, metric)) for metric in sizes.headline]
     if evidence is not None:
         figures["comparison"] = comparison_figure(compare(evidence))
         confusion = evidence.encoders["backbone"].arrays.get("linear/confusion")

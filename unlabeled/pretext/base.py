@@ -143,7 +143,10 @@ class PretextTask(nn.Module):
         return self.backbone
 
     def elastic(self) -> ElasticConfig | None:
-        """Which smaller networks `encoder` holds (see `unlabeled.ssl.elastic`); None: it is one network."""
+        """Which sizes the network of `encoder` was trained to hold (see `unlabeled.ssl.elastic`); None: its own alone.
+
+        The run's export keeps it, so that ``unlabeled export``, ``sizes`` and ``evaluate`` know the sizes of a run.
+        """
         return None
 
     def parameter_groups(self) -> Iterator[NamedParameter]:

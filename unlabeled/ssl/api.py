@@ -68,7 +68,7 @@ def pretrain_from(config: PretrainConfig) -> PretrainResult:
     task = whole_task(run)
     encoder = task.encoder()
     if run.accelerator.is_main_process:
-        export_backbone(encoder, config.out)
+        export_backbone(encoder, config.out, elastic=task.elastic())
     run.accelerator.wait_for_everyone()
     evidence, report = (None, None) if stopped else conclude(run, task, seconds if run.start_step == 0 else None)
     return PretrainResult(

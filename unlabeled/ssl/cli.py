@@ -1,4 +1,4 @@
-"""The command ``unlabeled``: pretrain, evaluate, doctor, tasks, matrix.
+"""The command ``unlabeled``: pretrain, evaluate, export, sizes, doctor, tasks, matrix.
 
 Exit codes: 0 done · 2 a fault of the input, in one line · 75 stopped by a signal after writing a checkpoint (the same
 command goes on) · 130 interrupted at once.
@@ -23,6 +23,10 @@ settings are key=value words, the same for every way to start a run:
   accelerate launch pretrain.py task=rotation data=digits backbone=resnet18 out=runs/y
   unlabeled pretrain --multirun optim.lr=1e-3,1e-4 engine.seed=range(3) out=runs/sweep
   unlabeled evaluate runs/x            unlabeled evaluate resnet18 data=shapes
+  unlabeled export runs/x out=backbone.safetensors
+  unlabeled sizes runs/poa             unlabeled export runs/poa width=384 depth=12 out=small.safetensors
+  unlabeled export runs/poa like=vit_small_patch16_224 out=vit_small.safetensors
+  unlabeled evaluate runs/poa 'sizes=[[384,12],[768,12]]' beside=[runs/alone]
   unlabeled doctor data=folder data.path=pictures
   unlabeled matrix task=mae module=beit
 """
@@ -75,6 +79,30 @@ def _evaluate(given: argparse.Namespace) -> None:
     evaluate_target(compose_config("evaluate", [f"target='{given.target}'", *given.words], EvaluateRun))
 
 
+def _export(given: argparse.Namespace) -> None:
+    from unlabeled.ssl.compose import compose_config, words_of
+    from unlabeled.ssl.schema import ExportRun
+    from unlabeled.ssl.subnetworks import export_run
+
+    run = compose_config("export", [*words_of({"run": given.run}), *given.words], ExportRun)
+    for exported in export_run(run):
+        sys.stdout.write(f"{exported.line}\n")
+
+
+def _sizes(given: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from unlabeled.eval.size_curve import read_curve
+    from unlabeled.eval.size_table import render_terminal
+    from unlabeled.ssl.elastic.cost import costs_of
+    from unlabeled.ssl.subnetworks import outline_elastic
+
+    folder = Path(given.run)
+    whole = outline_elastic(folder)
+    curve = read_curve(folder)
+    Console().print(render_terminal(costs_of(whole.elastic, whole.backbone), curve))
+
+
 def _doctor(given: argparse.Namespace) -> None:
     from rich.console import Console
 
@@ -122,7 +150,10 @@ def _matrix(given: argparse.Namespace) -> None:
     Console().print(render_terminal(matrix))
 
 
-_COMMANDS = {"pretrain": _pretrain, "evaluate": _evaluate, "doctor": _doctor, "tasks": _tasks, "matrix": _matrix}
+_COMMANDS = {
+    "pretrain": _pretrain, "evaluate": _evaluate, "export": _export, "sizes": _sizes, "doctor": _doctor,
+    "tasks": _tasks, "matrix": _matrix,
+}  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -138,7 +169,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (
         ("pretrain", "pretrain a backbone on unlabelled images"),
-        ("evaluate", "kNN, linear probe and report of a run, a timm model or a weights file"),
+        (
+            "evaluate",
+            "kNN, linear probe and report of a run (sizes=... for those it holds), a timm model or a weights file",
+        ),
+        (
+            "export",
+            "write a run's network, or sizes that it holds (width= depth=, like=, sizes=), as files that timm loads",
+        ),
+        ("sizes", "list the sizes that an elastic run holds, with their cost and what was measured of them"),
         ("doctor", "scan a data source: count, sizes, formats, bad files, decoding speed"),
         ("tasks", "list the pretext tasks"),
         ("matrix", "try every task on every architecture of timm: what runs on what, and why not"),
@@ -149,7 +188,9 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--multirun", action="store_true", help="run every combination of swept values")
         if name == "evaluate":
             command.add_argument("target", help="a run folder, a timm model name, or a weights file")
-        if name != "tasks":
+        if name in ("export", "sizes"):
+            command.add_argument("run", help="a run folder, or another exported backbone")
+        if name not in ("tasks", "sizes"):
             command.add_argument("words", nargs="*", metavar="key=value", help="settings")
     return parser
 

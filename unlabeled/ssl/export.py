@@ -2,7 +2,7 @@
 
 An export is two files: ``backbone.safetensors``, the state dict of the timm model, and ``backbone.json``, what is
 needed to build it, so that ``timm.create_model(name, checkpoint_path=".../backbone.safetensors", **kwargs)`` works
-without this package. Nothing that could run code is ever unpickled.
+without this package; or the same two under another name. Nothing that could run code is ever unpickled.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.elastic.config import ElasticConfig
 from unlabeled.ssl.errors import CheckpointError, ConfigError
 from unlabeled.ssl.probe import modes_kept
 
@@ -51,13 +52,36 @@ class LoadReport(NamedTuple):
     """Names among `loaded` whose tensors were resampled to another shape, such as position tables."""
 
 
-def export_backbone(backbone: Backbone, folder: str | Path) -> Path:
-    """Writes the two files into `folder` (made if need be), each atomically; returns the weights' path.
+class Description(NamedTuple):
+    """What the JSON file of an export says."""
 
-    Raises CheckpointError when an argument of the backbone cannot be written as JSON, or the disk refuses.
+    name: str
+    kwargs: dict[str, Any]
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    elastic: ElasticConfig | None
+    """Which sizes the network holds, if it was trained to hold some."""
+
+    def build(self) -> Backbone:
+        """The network with random weights. Raises ConfigError for arguments that timm does not take."""
+        arguments: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in self.kwargs.items()
+        }
+        backbone = create_backbone(self.name, size=self.size, **arguments)
+        backbone.set_statistics(self.mean, self.std)
+        return backbone
+
+
+def export_backbone(backbone: Backbone, path: str | Path, *, elastic: ElasticConfig | None = None) -> Path:
+    """Writes the two files, each atomically; returns the weights' path.
+
+    `path` is a folder (made if need be), or the name of the weights, ``x.safetensors``, beside which lies ``x.json``.
+    `elastic` says which sizes the network holds. Raises CheckpointError when an argument of the backbone cannot be
+    written as JSON, or the disk refuses.
     """
-    folder = Path(folder)
-    description = {
+    weights, beside = export_files(path)
+    description: dict[str, Any] = {
         "name": backbone.name,
         "kwargs": backbone.kwargs,
         "size": list(backbone.input_size),
@@ -66,6 +90,8 @@ def export_backbone(backbone: Backbone, folder: str | Path) -> Path:
         "embed_dim": backbone.embed_dim,
         "versions": {package: version(package) for package in ("timm", "torch", "safetensors")},
     }
+    if elastic is not None:
+        description["elastic"] = elastic.model_dump(mode="json")
     try:
         text = json.dumps(description, indent=2) + "\n"
     except TypeError as error:
@@ -73,46 +99,58 @@ def export_backbone(backbone: Backbone, folder: str | Path) -> Path:
     # clones, since safetensors refuses tensors that share memory
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in backbone.model.state_dict().items()}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
-        _replace(folder / DESCRIPTION, lambda path: path.write_text(text, encoding="utf-8"))
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        _replace(weights, lambda file: save_file(state, file, metadata={"format": "pt"}))
+        _replace(beside, lambda file: file.write_text(text, encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{folder}: the backbone cannot be written ({error.strerror or error})") from error
-    return folder / WEIGHTS
+        raise CheckpointError(f"{path}: the backbone cannot be written ({error.strerror or error})") from error
+    return weights
 
 
-def load_backbone(folder: str | Path) -> Backbone:
-    """Builds and fills the backbone that lies in `folder`, a run's folder or one that `export_backbone` wrote.
+def export_files(path: str | Path) -> tuple[Path, Path]:
+    """(weights, description) of an export at `path`, a folder or the name of the weights."""
+    path = Path(path)
+    if path.suffix == Path(WEIGHTS).suffix and not path.is_dir():
+        return path, path.with_suffix(".json")
+    return path / WEIGHTS, path / DESCRIPTION
+
+
+def describe(path: str | Path) -> Description:
+    """What the export at `path` says of itself. Raises CheckpointError when there is none or it cannot be read."""
+    _, file = export_files(path)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return Description(
+            name=str(found["name"]),
+            kwargs=dict(found["kwargs"]),
+            size=(int(found["size"][0]), int(found["size"][1])),
+            mean=tuple(found["mean"]),
+            std=tuple(found["std"]),
+            elastic=ElasticConfig.model_validate(found["elastic"]) if found.get("elastic") else None,
+        )
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: there is no {file.name}; give a run folder or an exported backbone") from error
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else ""
+        raise CheckpointError(f"{file}: not a description of a backbone ({type(error).__name__}: {reason})") from error
+
+
+def load_backbone(path: str | Path) -> Backbone:
+    """Builds and fills the backbone at `path`: a run's folder, or what `export_backbone` wrote.
 
     Raises CheckpointError when the files are missing, unreadable, or do not fit each other.
     """
-    path = Path(folder) / DESCRIPTION
+    weights, file = export_files(path)
+    description = describe(path)
+    if description.name == "custom":
+        raise CheckpointError(f"{file}: the backbone is a module of your own; build it and call load_weights on it")
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-        name, kwargs = str(description["name"]), dict(description["kwargs"])
-        size = (int(description["size"][0]), int(description["size"][1]))
-        mean, std = tuple(description["mean"]), tuple(description["std"])
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{folder}: there is no {DESCRIPTION}; give a run folder or an exported backbone"
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise CheckpointError(f"{path}: not a description of a backbone ({type(error).__name__}: {error})") from error
-    if name == "custom":
-        raise CheckpointError(f"{path}: the backbone is a module of your own; build it and call load_weights on it")
-    arguments: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in kwargs.items()
-    }
-    try:
-        backbone = create_backbone(name, size=size, **arguments)
+        backbone = description.build()
     except ConfigError as error:
-        raise CheckpointError(f"{path}: the backbone cannot be built again: {error}") from error
-    backbone.set_statistics(mean, std)
-    report = load_weights(backbone, folder)
+        raise CheckpointError(f"{file}: the backbone cannot be built again: {error}") from error
+    report = load_weights(backbone, weights)
     if faults := report.missing + report.unexpected:
-        raise CheckpointError(
-            f"{Path(folder) / WEIGHTS}: does not fit {DESCRIPTION} in {len(faults)} tensors: {faults[0]}"
-        )
+        raise CheckpointError(f"{weights}: does not fit {file.name} in {len(faults)} tensors: {faults[0]}")
     return backbone
 
 

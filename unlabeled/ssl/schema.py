@@ -8,9 +8,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Size = Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+Depth = Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], ...]
+"""Blocks of all stages together, or of each stage."""
+
+
+def _list_of_sizes(value: Any) -> Any:
+    pairs = isinstance(value, (list, tuple)) and all(isinstance(one, (list, tuple)) and len(one) == 2 for one in value)
+    if value == "all" or (value and pairs):
+        return value
+    raise ValueError(f"{value} is not possible; give all, or a list of [width, depth] such as [[384,12],[768,12]]")
+
+
+Sizes = Annotated[
+    Literal["all"] | tuple[tuple[Annotated[int, Field(ge=1)], Depth], ...], BeforeValidator(_list_of_sizes)
+]
+"""Of an elastic network: all of them, or a list of [width, depth]."""
 CurriculumName = Literal["efficienttrain", "efficienttrain++"]
 
 
@@ -250,6 +265,10 @@ class EvaluateRun(Section):
     data: DataConfig | None = None
     """Labelled data; None: what the run was evaluated on or pretrained on."""
     evaluate: EvaluateConfig = EvaluateConfig()
+    sizes: Sizes | None = None
+    """Of an elastic run: also evaluate these of its sizes, each beside random weights, and draw the curve."""
+    beside: tuple[Path, ...] = ()
+    """With `sizes`: runs of single networks of the same kind, drawn at their size as "trained alone"."""
     out: Path | None = None
     """Where the report goes; None: ``report/`` in the run folder, else ``reports/<target>``."""
     device: Literal["auto", "cpu"] = "auto"
@@ -263,4 +282,32 @@ class DoctorRun(Section):
     data: DataConfig = DataConfig()
     limit: int | None = Field(None, ge=1)
     """Scan only this many pictures; None: all."""
+    workers: int = Field(2, ge=0)
+
+
+class ExportRun(Section):
+    """``unlabeled export RUN``: a run's network, or sub-networks of an elastic one, as files that timm loads.
+
+    Without `width`, `like` and `sizes` it is the whole network.
+    """
+
+    run: Path
+    """The run folder, or another exported backbone."""
+    out: Path
+    """A name that ends in ``.safetensors``, or a folder; with `sizes` a folder."""
+    width: int | None = Field(None, ge=1)
+    """With `depth`: the size that is wanted (``unlabeled sizes RUN`` lists them)."""
+    depth: Depth | None = None
+    sizes: Sizes | None = None
+    """Several sizes, one file each."""
+    like: str | None = None
+    """The size of this timm model, in a file that it loads, such as ``vit_small_patch16_224``."""
+    recalibrate: bool = True
+    """Where a sub-network has batch norms: estimate their running statistics, which belong to one size alone."""
+    recalibrate_pictures: int = Field(1024, ge=2)
+    """Training pictures for that estimate, chosen by a fixed shuffle; labels are not needed."""
+    data: DataConfig | None = None
+    """Pictures for that estimate; None: those of the run."""
+    batch_size: int = Field(256, ge=1)
+    device: Literal["auto", "cpu"] = "auto"
     workers: int = Field(2, ge=0)

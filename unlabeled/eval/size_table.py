@@ -1,0 +1,124 @@
+"""The sizes of an elastic run for people: a table in the terminal, and a section of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+
+from unlabeled.eval.intervals import wilson
+from unlabeled.eval.size_curve import SizeCurve, SizeResult
+from unlabeled.eval.verdict import label_of, percent
+from unlabeled.ssl.elastic import SubSize
+from unlabeled.ssl.elastic.cost import Cost
+
+_MANY = 24
+"""Rows past which the page shows the best at first."""
+
+
+def render_terminal(costs: Mapping[SubSize, Cost], curve: SizeCurve | None) -> Group:
+    """Every size with its cost, and the accuracies that were measured of it."""
+    headline = curve.headline if curve is not None else ()
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("width", "blocks", "parameters\n(million)", "GMACs"):
+        table.add_column(name, justify="right")
+    for metric in headline:
+        table.add_column((label_of(metric) or metric).replace(", ", ",\n"), justify="right")
+        table.add_column("random\nweights", justify="right", style="dim")
+    for size, cost in costs.items():
+        blocks = "-".join(map(str, size.depths)) + (f" ({size.depth})" if len(size.depths) > 1 else "")
+        result = curve.find("extracted", str(size)) if curve is not None else None
+        measured = (
+            [values.get(metric) for metric in headline for values in (result.metrics, result.random)] if result else []
+        )
+        shown = ["" if value is None else percent(value) for value in measured]
+        table.add_row(str(size.width), blocks, millions(cost.parameters), gmacs(cost.macs), *shown)
+    return Group(table, *(_beside(curve) if curve is not None else ()))
+
+
+def _beside(curve: SizeCurve) -> Iterator[str]:
+    """Raw pixels and runs that were trained alone, a line each."""
+    others = {f"{one.title} (trained alone)": one.metrics for one in curve.results if one.kind == "alone"}
+    for title, values in {"raw pixels": curve.pixels, **others}.items():
+        found = [f"{label_of(metric)} {percent(values[metric])} %" for metric in curve.headline if metric in values]
+        if found:
+            yield f"{title}: {'; '.join(found)}"
+
+
+def millions(count: int) -> str:
+    """1234567 → ``1.23``."""
+    return f"{count / 1e6:.2f}"
+
+
+def gmacs(macs: int) -> str:
+    """Billions of multiply-adds in three digits."""
+    return f"{macs / 1e9:#.3g}".rstrip(".")
+
+
+def _accuracies(result: SizeResult | None, headline: tuple[str, ...]) -> list[str]:
+    if result is None:
+        return [""] * (2 * len(headline))
+    values = [values.get(metric) for metric in headline for values in (result.metrics, result.random)]
+    return ["" if value is None else percent(value) for value in values]
+
+
+def size_section(curve: SizeCurve) -> dict[str, Any]:
+    """The section as data: what report.json holds under ``sizes`` (see `report_document`)."""
+    front = {metric: {result.title for result in curve.front(metric)} for metric in curve.headline}
+
+    def row(result: SizeResult) -> dict[str, Any]:
+        extracted = result.kind == "extracted"
+        return {
+            **result.model_dump(
+                include={"kind", "title", "width", "depths", "parameters", "macs", "recalibrated", "seconds"}
+            ),
+            "values": {metric: _estimate(value, curve) for metric, value in result.metrics.items()},
+            "random": {metric: _estimate(value, curve) for metric, value in result.random.items()},
+            "front": [metric for metric in curve.headline if extracted and result.title in front[metric]],
+        }
+
+    return {
+        "held": curve.sizes,
+        "measured": sum(result.kind == "extracted" for result in curve.results),
+        "headline": [{"metric": metric, "label": label_of(metric)} for metric in curve.headline],
+        "pixels": curve.pixels,
+        "train_pictures": curve.train_pictures,
+        "test_pictures": curve.test_pictures,
+        "rows": [row(result) for result in curve.results],
+    }
+
+
+def size_words(section: Mapping[str, Any]) -> str:
+    """What the section shows, in words."""
+    measured, held = section["measured"], section["held"]
+    words = (
+        f"{f'All {held}' if measured == held else f'{measured} of the {held}'} sizes that this one network holds, each "
+        "taken out of it and evaluated frozen. "
+        "Marked: better than every smaller size that was measured. A size is width x blocks; GMACs are billions of "
+        "multiply-adds for one picture of the run's size."
+    )
+    if pixels := section["pixels"]:
+        shown = ", ".join(
+            f"{q['label']} {percent(pixels[q['metric']])} %" for q in section["headline"] if q["metric"] in pixels
+        )
+        words += f" Raw pixels: {shown}."
+    if pictures := max((row["recalibrated"] for row in section["rows"]), default=0):
+        share = pictures / (section["train_pictures"] + section["test_pictures"])
+        words += (
+            f" Statistics of batch norms belong to one size, so they were estimated anew for each on {pictures:,} "
+            f"training pictures without labels, {100 * share:.0f} % more pictures through the network."
+        )
+    return words
+
+
+def shown_rows(section: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """All rows, or, where they are many, those that no smaller size matches and those of other runs."""
+    rows: list[dict[str, Any]] = section["rows"]
+    return rows if len(rows) <= _MANY else [row for row in rows if row["front"] or row["kind"] == "alone"]
+
+
+def _estimate(value: float, curve: SizeCurve) -> dict[str, float]:
+    low, high = wilson(value, curve.test_pictures)
+    return {"value": value, "low": low, "high": high}
