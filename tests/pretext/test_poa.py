@@ -293,7 +293,9 @@ def test_other_families(name: str, arguments: dict[str, Any], fine: int) -> None
     output.loss.backward()
     assert output.loss.isfinite()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in task.parameters() if p.requires_grad)
-    assert task.places.grid_of((64, 64)) == tuple(64 // task.backbone.stages[-1].stride * fine for _ in range(2))
+    assert task.places.grid_of(task.backbone, (64, 64)) == tuple(
+        64 // task.backbone.stages[-1].stride * fine for _ in range(2)
+    )
 
 
 def test_what_cannot_be_is_said_in_one_line() -> None:

@@ -74,7 +74,7 @@ class IBOT(SelfDistillation):
 
     def draw(self, batch: Batch) -> dict[str, Tensor]:
         """``noise`` (B, 2, L): the places with the largest are hidden. ``ratio`` (B, 2): how many, 0 for none."""
-        noise, ratio = self.places.draw(batch["globals"])
+        noise, ratio = self.places.draw(self.backbone, batch["globals"])
         return {"noise": noise, "ratio": ratio}
 
     def forward(self, batch: Batch, *, noise: Tensor | None = None, ratio: Tensor | None = None) -> StepOutput:
@@ -87,7 +87,7 @@ class IBOT(SelfDistillation):
             noise, ratio = self.draw(batch).values()
         large, *small = self.crops(batch)
         pictures = len(batch["globals"])
-        hidden = self.places.hide(noise, ratio, (large.shape[-2], large.shape[-1]))
+        hidden = self.places.hide(noise, ratio, self.places.grid_of(self.backbone, (large.shape[-2], large.shape[-1])))
         assigned, assigned_patches = self.assigned(large, hidden)
         pooled, patches = self.places.encode(self.backbone, large, hidden.visible, self.mask_token)
         pooled = torch.cat([pooled, *(self.backbone.pooled(crops) for crops in small)])
@@ -112,7 +112,7 @@ class IBOT(SelfDistillation):
     @torch.no_grad()
     def visualize(self, batch: Batch) -> dict[str, Tensor]:
         """``crops``: a row a picture (the first 4): large crops, the same with hidden places in grey, small crops."""
-        return {"crops": self.places.sheet(batch, **self.draw(batch))}
+        return {"crops": self.places.sheet(self.backbone, batch, **self.draw(batch))}
 
 
 def hidden_loss(assigned: Tensor, log_predicted: Tensor, hidden: Hidden) -> Tensor:

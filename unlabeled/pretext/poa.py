@@ -160,7 +160,7 @@ class POA(TeacherStudent):
 
     def draw(self, batch: Batch) -> dict[str, Tensor]:
         """``noise`` (B, 2, L): the places with the largest are hidden. ``ratio`` (B, 2): how many, 0 for none."""
-        noise, ratio = self.places.draw(batch["globals"])
+        noise, ratio = self.places.draw(self.backbone, batch["globals"])
         return {"noise": noise, "ratio": ratio * (self.progress >= self.config.patches_from)}
 
     def forward(self, batch: Batch, *, noise: Tensor | None = None, ratio: Tensor | None = None) -> StepOutput:
@@ -172,7 +172,9 @@ class POA(TeacherStudent):
         if noise is None or ratio is None:
             noise, ratio = self.draw(batch).values()
         crops = self.crops(batch)
-        hidden = self.places.hide(noise, ratio, (crops[0].shape[-2], crops[0].shape[-1]))
+        hidden = self.places.hide(
+            noise, ratio, self.places.grid_of(self.backbone, (crops[0].shape[-2], crops[0].shape[-1]))
+        )
         with torch.no_grad():
             taught = self.seen(self.teacher["backbone"], crops[:1], hidden, masked=False)
         networks = [self.backbone] if self.alone else [self.backbone, self.sizes.take(self.backbone, self.size())]
@@ -241,7 +243,7 @@ class POA(TeacherStudent):
     @torch.no_grad()
     def visualize(self, batch: Batch) -> dict[str, Tensor]:
         """``crops``: a row a picture (the first 4): large crops, the same with hidden places in grey, small crops."""
-        return {"crops": self.places.sheet(batch, **self.draw(batch))}
+        return {"crops": self.places.sheet(self.backbone, batch, **self.draw(batch))}
 
 
 def _directions(head: Any, seen: Seen) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from unlabeled.pretext.common.masking import Pattern, mask_noise
 from unlabeled.pretext.common.multi_crop import by_crop, crop_major, crop_sheet
 from unlabeled.pretext.common.views import Part
 from unlabeled.ssl.backbone import Backbone
-from unlabeled.ssl.errors import ConfigError
+from unlabeled.ssl.errors import CapabilityError, ConfigError
 from unlabeled.ssl.stem import find_stem, substituted
 
 
@@ -62,61 +62,64 @@ class Hidden(NamedTuple):
 class HiddenPlaces:
     """Hides places of the crops of one architecture and reads what it gives for them.
 
-    Attributes: `stride` (pixels of a place), `stem` (None where hidden places are a colour), `normed` (whether places
-    come after the network's final norm).
+    Attributes: `stem` (None where hidden places are a colour), `normed` (whether places come after the network's final
+    norm).
     """
 
     def __init__(self, config: HiddenConfig, backbone: Backbone, *, task: str) -> None:
-        """Raises CapabilityError for a backbone without feature maps, ConfigError for sizes that do not fit."""
-        self.config = config
-        stride = backbone.stages[-1].stride
+        """Raises CapabilityError for a backbone without feature maps, or of one place, and ConfigError for places that
+        are smaller than a patch."""
+        self.config, self.task = config, task
         self.stem = find_stem(backbone.model, backbone.input_size)
-        finest = 1 if self.stem is None else max(self.stem.patch)
-        if stride % (config.fine * finest):
+        self.level = LevelMap(backbone, -1, task=task)
+        self.normed = self.level.normed
+        self._grids: dict[tuple[int, int], tuple[int, int]] = {}
+        size, grid = backbone.input_size, self.grid_of(backbone, backbone.input_size)
+        if self.stem is not None and any(places > self._patches(size)[axis] for axis, places in enumerate(grid)):
             raise ConfigError(
-                f"task.fine: {config.fine} does not divide the stride of the last map, {stride}, into whole patches of "
-                f"{finest}; give 1, or another divisor of {stride // finest}"
+                f"task.fine: {config.fine} gives {grid[0]}x{grid[1]} places, more than the "
+                f"{self._patches(size)[0]}x{self._patches(size)[1]} patches of {backbone.name}; give a smaller number"
             )
-        self.stride = stride // config.fine
-        self.normed = LevelMap(backbone, -1, task=task).normed
-        self.most_hidden(self.grid_of(backbone.input_size))
 
     def new_token(self) -> nn.Parameter:
-        """What hidden places are before training, at zero: (1, 1, D) for a token, (1, 3, 1, 1) for a colour."""
-        return nn.Parameter(torch.zeros((1, 3, 1, 1) if self.stem is None else (1, 1, self.stem.dim)))
+        """What hidden places are before training: (1, 1, D) for a token, (1, 3, 1, 1), at zero, for a colour.
+
+        A token is not at zero, as published, but a little off it: norms of places that are zero throughout multiply
+        gradients by 1 / sqrt(eps) each, which overflows in networks that norm what their blocks give (FocalNet).
+        """
+        if self.stem is None:
+            return nn.Parameter(torch.zeros(1, 3, 1, 1))
+        return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, self.stem.dim), std=0.02))
 
     @property
     def entry(self) -> str:
         """Where hidden places enter, in words."""
         return "as one colour in the picture" if self.stem is None else f"as one token after {self.stem.name}"
 
-    def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Places (gh, gw) of pictures of `size` pixels. Raises ConfigError when they do not fit."""
-        stride = self.stride * self.config.fine
-        if size[0] % stride or size[1] % stride:
-            below = [max(1, pixels // stride) * stride for pixels in size]
-            raise ConfigError(
-                f"backbone.size: {list(size)} is no multiple of the stride of the last map, {stride}; set it to {below}"
+    def grid_of(self, backbone: Backbone, size: tuple[int, int]) -> tuple[int, int]:
+        """Places (gh, gw) of pictures of `size` pixels. Raises CapabilityError when there is only one."""
+        if size not in self._grids:
+            rows, columns = self.level.grid_of(backbone, size)
+            self._grids[size] = rows * self.config.fine, columns * self.config.fine
+        grid = self._grids[size]
+        if grid == (1, 1):
+            raise CapabilityError(
+                f"backbone: {backbone.name} cannot do {self.task}: its last map has one place for {size[0]}x{size[1]} "
+                "pixels, so nothing can be hidden; use a larger backbone.size or task.fine=2"
             )
-        return size[0] // self.stride, size[1] // self.stride
+        return grid
 
-    def most_hidden(self, grid: tuple[int, int]) -> int:
-        """The largest number of hidden places of a crop. Raises ConfigError when no place would stay."""
-        places = grid[0] * grid[1]
-        if places < 2:
-            raise ConfigError(
-                f"backbone.size: the last map has one place only, of {self.stride} pixels, so nothing can be hidden; "
-                "use more pixels or a backbone of smaller stride"
-            )
-        return min(max(round(self.config.mask_ratio[1] * places), 1), places - 1)
+    def _patches(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Tokens (rows, columns) of the stem."""
+        assert self.stem is not None
+        return size[0] // self.stem.patch[0], size[1] // self.stem.patch[1]
 
-    def draw(self, crops: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(self, backbone: Backbone, crops: Tensor) -> tuple[Tensor, Tensor]:
         """For crops (B, V, 3, h, w): noise (B, V, L), of which the largest values are hidden, and the ratio (B, V) of
         hidden places, 0 for none."""
         pictures, views = crops.shape[:2]
-        noise = mask_noise(
-            self.config.mask_pattern, pictures * views, self.grid_of((crops.shape[-2], crops.shape[-1])), crops.device
-        )
+        grid = self.grid_of(backbone, (crops.shape[-2], crops.shape[-1]))
+        noise = mask_noise(self.config.mask_pattern, pictures * views, grid, crops.device)
         low, high = self.config.mask_ratio
         order = torch.rand(pictures * views, device=crops.device).argsort().argsort().view(pictures, views)
         masked = max(1, round(self.config.masked_crops * order.numel()))
@@ -125,11 +128,14 @@ class HiddenPlaces:
             part = (order + part) / masked
         return noise.view(pictures, views, -1), (low + (high - low) * part) * (order < masked)
 
-    def hide(self, noise: Tensor, ratio: Tensor, size: tuple[int, int]) -> Hidden:
-        """`noise` (B, V, L) and `ratio` (B, V) of crops of `size` pixels → what is hidden, crop by crop."""
-        grid = self.grid_of(size)
+    def hide(self, noise: Tensor, ratio: Tensor, grid: tuple[int, int]) -> Hidden:
+        """`noise` (B, V, L) and `ratio` (B, V) of crops of `grid` places → what is hidden, crop by crop.
+
+        At least one place of a crop that has hidden ones at all, and never all of them.
+        """
         noise, part = noise.transpose(0, 1).flatten(0, 1), ratio.t().flatten()  # (V B, L), (V B,)
-        most, places = self.most_hidden(grid), noise.shape[1]
+        places = noise.shape[1]
+        most = min(max(round(self.config.mask_ratio[1] * places), 1), places - 1)
         count = (part * places).round().clamp(1, most) * (part > 0)
         ranks = noise.argsort(dim=1, descending=True).argsort(dim=1)
         masked = ranks < count[:, None]
@@ -147,29 +153,28 @@ class HiddenPlaces:
         """
         model: Any = backbone.model
         masking: Any = nullcontext()
+        size = (images.shape[-2], images.shape[-1])
         if visible is not None and token is not None and self.stem is None:
-            images = torch.where(enlarged(visible, self.stride)[:, None], images, token.to(images.dtype))
+            images = torch.where(enlarged(visible, size)[:, None], images, token.to(images.dtype))
         elif visible is not None and token is not None and self.stem is not None:
-            cells = enlarged(visible, self.stride // self.stem.patch[0], self.stride // self.stem.patch[1])
-            masking = substituted(model, self.stem, cells, token)
+            masking = substituted(model, self.stem, enlarged(visible, self._patches(size)), token)
         options = {"norm": True} if self.normed else {}
         with masking:
             features, maps = model.forward_intermediates(
                 images, indices=[len(backbone.stages) - 1], output_fmt="NCHW", **options
             )
             pooled: Tensor = model.forward_head(features, pre_logits=True)
-        places, fine = maps[0], self.config.fine
-        grid = tuple(pixels // (self.stride * fine) for pixels in images.shape[-2:])
-        if places.shape[-2:] != grid:  # networks without padding lose places at the edge
-            places = F.interpolate(places, size=grid, mode="bilinear", align_corners=False)
+        places = maps[0]
+        fine = self.config.fine
         places = places.repeat_interleave(fine, 2).repeat_interleave(fine, 3) if fine > 1 else places
         return pooled.flatten(1), places.flatten(2).transpose(1, 2)
 
-    def sheet(self, batch: Batch, noise: Tensor, ratio: Tensor) -> Tensor:
+    def sheet(self, backbone: Backbone, batch: Batch, noise: Tensor, ratio: Tensor) -> Tensor:
         """A row a picture (the first 4): large crops, the same with hidden places in grey, small crops."""
         large = batch["globals"]
-        hidden = self.hide(noise, ratio, (large.shape[-2], large.shape[-1]))
-        masked = torch.where(enlarged(hidden.visible, self.stride)[:, None], crop_major(large), 128)
+        size = (large.shape[-2], large.shape[-1])
+        hidden = self.hide(noise, ratio, self.grid_of(backbone, size))
+        masked = torch.where(enlarged(hidden.visible, size)[:, None], crop_major(large), 128)
         kinds = [large, by_crop(masked, len(large)).transpose(0, 1), *([batch["locals"]] if "locals" in batch else [])]
         return crop_sheet(kinds)
 
@@ -179,6 +184,6 @@ def at_places(places: Tensor, hidden: Hidden) -> Tensor:
     return places.flatten(0, 1).index_select(0, hidden.rows)
 
 
-def enlarged(cells: Tensor, rows: int, columns: int | None = None) -> Tensor:
-    """(N, gh, gw) with each cell repeated: (N, gh * rows, gw * columns)."""
-    return cells.repeat_interleave(rows, 1).repeat_interleave(columns or rows, 2)
+def enlarged(cells: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bool (N, gh, gw) → bool (N, *size), each cell as large as its share."""
+    return F.interpolate(cells[:, None].float(), size=size, mode="nearest-exact")[:, 0] > 0
