@@ -105,7 +105,8 @@ def head_loss(
     def place_terms(units: Tensor, counted: Tensor, *others: Tensor) -> Tensor:
         *students, shared, offsets = others
         predicted = _log_predicted(students, shared, temperature)
-        return -(_assigned(units, teacher, offsets) * predicted).sum(-1) @ counted / images
+        entropies = -(_assigned(units, teacher, offsets) * predicted).sum(-1)
+        return (entropies * counted).sum(-1) / images
 
     elastic, shared = len(crops.students) > 1, widened(prototypes)
     names = ["cross_intact", *["cross_elastic", "same_elastic"] * elastic]
