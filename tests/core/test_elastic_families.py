@@ -159,7 +159,7 @@ def test_networks_that_cannot_be_elastic(name: str, arguments: dict[str, Any], r
 
 def test_a_module_of_ones_own_cannot_be_elastic() -> None:
     backbone = Backbone(create_backbone("vit_tiny_patch16_224", **PLAIN).model, size=(32, 32))
-    with pytest.raises(CapabilityError, match="a module of your own cannot be elastic; give the name of a timm model"):
+    with pytest.raises(CapabilityError, match="a module of your own is not built by name; give the name of a timm"):
         Elastic(backbone, ElasticConfig())
 
 

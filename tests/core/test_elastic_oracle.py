@@ -56,7 +56,7 @@ def projections(attention: Any, x: Tensor, width: int) -> list[Tensor]:
     if getattr(attention, "q_bias", None) is not None:
         biases = [attention.q_bias, torch.zeros_like(attention.q_bias), attention.v_bias]
     else:
-        biases = list(attention.qkv.bias.chunk(3))
+        biases = [None] * 3 if attention.qkv.bias is None else list(attention.qkv.bias.chunk(3))
     return [scaled_linear(x, attention.qkv.weight.chunk(3)[n], biases[n], width) for n in range(3)]
 
 

@@ -68,7 +68,7 @@ def lacks_elastic(backbone: Backbone) -> str | None:
     model = backbone.model
     if type(model) not in {family.kind for family in FAMILIES}:
         kinds = ", ".join(sorted({family.kind.__name__ for family in FAMILIES}))
-        return f"{type(model).__name__} has no known sub-networks; known are those of {kinds}"
+        return f"{type(model).__name__} has no known sub-networks; known are {kinds}"
     if backbone.name == "custom":
         return "a module of your own is not built by name; give the name of a timm model"
     return _obstacle(model)
