@@ -249,3 +249,12 @@ def test_an_extracted_network_is_exported_and_loaded(tmp_path: Path) -> None:
     loaded = load_backbone(tmp_path).eval()
     assert (loaded.embed_dim, loaded.depth) == (16, 2)
     assert torch.equal(loaded(images(backbone)), alone(images(backbone)))
+
+
+def test_norms_of_every_size_have_biases() -> None:
+    """The published code passes a device where newer torch expects the bias, and has none."""
+    backbone, elastic = build("vit_tiny_patch16_224", VIT)
+    for size in elastic.sizes:
+        norms = [part for part in elastic.take(backbone, size).modules() if isinstance(part, nn.LayerNorm)]
+        assert len(norms) == 2 * size.depth + 1
+        assert all(norm.bias is not None and norm.bias.shape == norm.weight.shape for norm in norms)
