@@ -215,7 +215,7 @@ def _short(message: str) -> str:
     """The reason inside the one-line message of a CapabilityError."""
     if match := re.search(r"it lacks \w+ \((.*)\); it can do", message):
         return match.group(1)
-    return re.sub(r"^backbone: \S+ cannot do \w+: ", "", message).split("; it can do")[0]
+    return re.sub(r"^backbone: \S+ cannot (do \w+|be elastic): ", "", message).split("; it can do")[0]
 
 
 def _shown(network: dict[str, Any]) -> str:

@@ -31,6 +31,7 @@ from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.elastic.sizes import SubSize
 from unlabeled.ssl.errors import CapabilityError
 
+_KNOWN = "ViT, DeiT, BEiT, EVA, Swin, ConvNeXt and ResNets of bottlenecks"
 _JOINT = {"qkv": 3, "kv": 2}
 """Names of linear layers that make queries, keys and values at once → how many of these."""
 
@@ -67,8 +68,7 @@ def lacks_elastic(backbone: Backbone) -> str | None:
     """Why the network has no sub-networks, in a few words; None when it has."""
     model = backbone.model
     if type(model) not in {family.kind for family in FAMILIES}:
-        kinds = ", ".join(sorted({family.kind.__name__ for family in FAMILIES}))
-        return f"{type(model).__name__} has no known sub-networks; known are {kinds}"
+        return f"networks of its kind have no known sub-networks, those of {_KNOWN} have"
     if backbone.name == "custom":
         return "a module of your own is not built by name; give the name of a timm model"
     return _obstacle(model)

@@ -103,8 +103,9 @@ class Elastic:
                 with torch.device("meta"):
                     skeleton = self._create(size)
             except ConfigError as error:
-                raise ConfigError(
-                    f"elastic.width: {size.width} is none that timm builds ({error}); give other elastic.candidates"
+                reason = str(error.__cause__ or error).rstrip(".")
+                raise CapabilityError(
+                    f"backbone: {self.name} cannot be elastic: timm does not build it at width {size.width} ({reason})"
                 ) from error
             if self.family.read(skeleton.model) != size:
                 raise CapabilityError(f"backbone: {self.name} cannot be elastic: timm does not build it in other sizes")
