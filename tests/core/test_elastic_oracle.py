@@ -98,7 +98,15 @@ def test_vit(width: int, depth: int) -> None:
         x = x + block.ls2.gamma[:width] * mlp(block.mlp, norm(x, block.norm2), 4 * width)
     assert whole.norm.bias is not None
     assert whole.blocks[0].norm1.bias is not None
-    close(part.forward_head(part.forward_features(images), pre_logits=True), norm(x, whole.norm)[:, 0])
+    expected = norm(x, whole.norm)[:, 0]
+    features = part.forward_head(part.forward_features(images), pre_logits=True)
+    close(features, expected)
+    parameters = list(whole.parameters())
+    ours, theirs = (
+        torch.autograd.grad(result.square().sum(), parameters, materialize_grads=True)
+        for result in (features, expected)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
 def test_packed_gated_unit() -> None:
@@ -110,13 +118,15 @@ def test_packed_gated_unit() -> None:
     close(part.blocks[1].mlp(x), scaled_linear(F.silu(gate) * value, layers.fc2.weight, layers.fc2.bias, 16))
 
 
-def test_attention_pooling() -> None:
-    whole, part, _ = build("vit_base_patch16_siglip_224", PLAIN, 16, 2)
+@pytest.mark.parametrize(("name", "heads"), [("vit_base_patch16_siglip_224", 2), ("vit_pe_core_tiny_patch16_384", 4)])
+def test_attention_pooling(name: str, heads: int) -> None:
+    whole, part, _ = build(name, PLAIN, 16, 2)
+    assert whole.attn_pool.num_heads == 2 * heads
     x = torch.randn(2, 4, 16, dtype=torch.float64)
     pool = whole.attn_pool
     q = scaled_linear(pool.latent[0, :, :16], pool.q.weight, pool.q.bias, 16).expand(2, -1, -1)
     k, v = (scaled_linear(x, pool.kv.weight.chunk(2)[n], pool.kv.bias.chunk(2)[n], 16) for n in range(2))
-    pooled = scaled_linear(attend(q, k, v, 2), pool.proj.weight, pool.proj.bias, 16)
+    pooled = scaled_linear(attend(q, k, v, heads), pool.proj.weight, pool.proj.bias, 16)
     pooled = pooled + mlp(pool.mlp, norm(pooled, pool.norm), 64)
     close(part.attn_pool(x), pooled[:, 0])
 

@@ -23,4 +23,5 @@ class ElasticConfig(BaseModel):
     """Instead: a list of [width, depth]; fewer candidates serve small networks better."""
     block_order: Literal["alternating", "published"] = "alternating"
     """Of Swin. alternating: kept blocks alternate between plain and shifted windows as in any Swin. published: blocks
-    are spread evenly and each keeps its shift, so that what is exported is no Swin that timm builds."""
+    are spread evenly and each keeps its shift; only sizes whose shifts happen to alternate can be extracted, since timm
+    builds no others."""
