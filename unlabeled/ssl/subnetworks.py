@@ -108,24 +108,12 @@ def timm_line(backbone: Backbone, file: Path) -> str:
 def _export(run: ExportRun, whole: ElasticRun, size: SubSize, out: Path, *, like: str | None = None) -> Exported:
     alone = extract(whole, size)
     if size != whole.elastic.full:
-        _check_order(whole.elastic, alone, size)
         alone = _with_statistics(run, alone)
     if like is not None:
         alone = _as(like, alone, whole)
     file = export_backbone(alone, out, elastic=whole.elastic.config if alone is whole.backbone else None)
     log.info("%s: width %d, blocks %s", file, size.width, "-".join(map(str, size.depths)))
     return Exported(file, timm_line(alone, file))
-
-
-def _check_order(elastic: Elastic, alone: Backbone, size: SubSize) -> None:
-    """Raises ConfigError for a Swin whose blocks keep the whole network's window shifts, which timm does not build."""
-    if not elastic.family.shifts or elastic.config.block_order != "published":
-        return
-    if not _equal(alone, _loaded(alone, create_backbone(alone.name, size=alone.input_size, **alone.kwargs))):
-        raise ConfigError(
-            f"width, depth: {size} keeps the window shifts of the whole network's blocks (block_order published), and "
-            "timm builds no such Swin; use Elastic.extract in Python, or train with block_order alternating"
-        )
 
 
 def _with_statistics(run: ExportRun, alone: Backbone) -> Backbone:
