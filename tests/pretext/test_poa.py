@@ -305,5 +305,8 @@ def test_what_cannot_be_is_said_in_one_line() -> None:
         ConfigError, match=r"elastic.width: 20 is not possible in a network of width 32; give a multiple"
     ):
         tiny(elastic={"width": 20})
+    batch_norms = create_backbone("resnet50", size=64, layers=(1, 1, 4, 1), channels=(8, 8, 16, 32))
+    with pytest.raises(ConfigError, match=r"task.size_per_rank: true is not possible with resnet50, whose batch norms"):
+        tiny(batch_norms, locals=0, size_per_rank=True)
     with pytest.raises(ValueError, match=r"prototypes \[1\] must be one number or more of at least 2"):
         tiny(prototypes=[1])

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from unlabeled.pretext.base import Batch, StepOutput, TaskConfig
 from unlabeled.pretext.common.hidden_places import Hidden, HiddenConfig, HiddenPlaces, at_places
@@ -46,7 +47,7 @@ from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.drop_path import uniform_drop_path
 from unlabeled.ssl.elastic import Elastic, ElasticConfig, SubSize
 from unlabeled.ssl.elastic.sampler import SizeSampler
-from unlabeled.ssl.errors import CapabilityError
+from unlabeled.ssl.errors import CapabilityError, ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +139,11 @@ class POA(TeacherStudent):
             raise CapabilityError(
                 f"backbone: {backbone.name} cannot do POA: crops and places share heads, but its last map has "
                 f"{backbone.stages[-1].channels} channels and its features {backbone.embed_dim}"
+            )
+        if config.size_per_rank and any(isinstance(part, _BatchNorm) for part in backbone.modules()):
+            raise ConfigError(
+                f"task.size_per_rank: true is not possible with {backbone.name}, whose batch norms span all ranks; "
+                "set it to false, or take group norms (backbone.kwargs.norm_layer=groupnorm)"
             )
         self.sizes = Elastic(backbone, config.elastic)
         self.alone = len(self.sizes.sizes) == 1
