@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from unlabeled.pretext import registry
+from unlabeled.pretext.registry import TASKS
 from unlabeled.pretext.rotation import Rotation
 from unlabeled.ssl import subnetworks
 from unlabeled.ssl.backbone import Backbone, create_backbone
@@ -260,7 +260,7 @@ class ElasticRotation(Rotation):
 def test_a_run_of_an_elastic_task_knows_its_sizes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "task_class", lambda name: ElasticRotation)
+    monkeypatch.setitem(TASKS, "rotation", f"{__name__}:ElasticRotation")
     words = [
         "task=rotation", "backbone=vit_tiny_patch16_224", "backbone.size=32",
         "backbone.kwargs={patch_size:8,embed_dim:32,depth:3,num_heads:2}", "data=shapes", "data.count=32", "epochs=1",
