@@ -124,6 +124,16 @@ def test_another_runs_folder_is_left_alone(tmp_path: Path, capsys: pytest.Captur
     assert files_of(tmp_path / "run") == before
 
 
+def test_a_run_from_before_a_setting_existed_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pretrain(tmp_path / "run") == 0
+    record = tmp_path / "run" / "config.yaml"
+    record.write_text("".join(line for line in record.open() if "patch_embed_lr" not in line))
+    capsys.readouterr()
+    assert pretrain(tmp_path / "run", "optim.patch_embed_lr=0.5") == 2
+    assert "holds another run (optim.patch_embed_lr: 1.0 there, 0.5 here)" in said(capsys)
+    assert pretrain(tmp_path / "run") == 0
+
+
 def test_a_full_disk_during_a_checkpoint_keeps_the_one_before(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -101,8 +101,13 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """First setting that differs and may not: (name, value there, value here)."""
-    flat_there, flat_here = _flatten(there), _flatten(here)
+    """First setting that differs and may not: (name, value there, value here).
+
+    A setting that did not exist yet when the run was started had what is its default now.
+    """
+    flat_here = _flatten(here)
+    defaults = _flatten(PretrainConfig().model_dump(mode="json", exclude={"task"}))
+    flat_there = {key: value for key, value in defaults.items() if key in flat_here} | _flatten(there)
     for key in [*flat_here, *(flat_there.keys() - flat_here.keys())]:
         parents = {key.rsplit(".", depth)[0] for depth in range(key.count(".") + 1)}
         if flat_there.get(key) != flat_here.get(key) and not parents & _MAY_CHANGE:
