@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
-import sys
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from benchmarks.timing import machine, paired_times
+from benchmarks.timing import begun, machine, paired_times, table_head
 from unlabeled.pretext.common.multi_crop import local_size
 from unlabeled.pretext.poa import POA
 from unlabeled.pretext.registry import create_task
@@ -83,12 +82,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 def main(words: list[str] | None = None) -> list[str]:
     """Measures and prints the table; returns its lines."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    logging.getLogger("unlabeled").setLevel(logging.WARNING)
     options = parse(words)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
+    device = begun(options.device, options.threads)
     precision = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision]
     whole, alone = (task_of(options, device, elastic=elastic) for elastic in (True, False))
     local = local_size(whole.config, whole.backbone)[0]
@@ -110,7 +105,7 @@ def main(words: list[str] | None = None) -> list[str]:
     head = ["network", "sizes", "part of the network, mean", "elastic step / plain step, mean", "smallest", "largest"]
     row = [str(whole.sizes.full), str(len(whole.sizes.sizes)), f"{statistics.mean(parts):.2f}"]
     row += [f"{value:.2f}" for value in (statistics.mean(ratios), min(ratios), max(ratios))]
-    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1), f"| {' | '.join(row)} |"]
+    lines = [*table_head(head), f"| {' | '.join(row)} |"]
     shown = machine(device)
     for line in (
         *lines,

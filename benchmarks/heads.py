@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.timing import machine, paired_times, peak_gigabytes
+from benchmarks.timing import begun, machine, paired_times, peak_gigabytes, table_head
 from unlabeled.pretext.common.poa_losses import Crops, Places, TeacherHead, TermWeights, head_loss
 from unlabeled.pretext.common.sinkhorn import sinkhorn_offsets
 
@@ -124,15 +124,12 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 def main(words: list[str] | None = None) -> list[str]:
     """Measures what the command line names and prints the table; returns its lines."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     options = parse(words)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
+    device = begun(options.device, options.threads)
     head = ["prototypes", "all at once, s", "GB"]
     for chunk in options.chunks:
         head += [f"{chunk} rows, s (to all at once)", "GB"]
-    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
+    lines = table_head(head)
     log.info("%s", "\n".join(lines))
     every = tuple(options.prototypes)
     for heads in [(one,) for one in every] + [every] * (len(every) > 1):

@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.timing import machine, paired_times
+from benchmarks.timing import begun, machine, paired_times, table_head
 from unlabeled.pretext.base import PretextTask
 from unlabeled.pretext.registry import create_task
 from unlabeled.ssl.backbone import create_backbone
@@ -106,14 +105,10 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 def main(words: list[str] | None = None) -> list[str]:
     """Measures both mixtures and prints the table; returns its lines."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    logging.getLogger("unlabeled").setLevel(logging.WARNING)
     options = parse(words)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
+    device = begun(options.device, options.threads)
     head = ["mixture", "first alone, ms", "second alone, ms", *(f"{kind}, ms (to the sum)" for kind in KINDS)]
-    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
+    lines = table_head(head)
     with cpu_kernels(device, None):
         lines += [f"| {' | '.join(measure(mixture, options, device))} |" for mixture in MIXTURES]
     found = machine(device)

@@ -6,10 +6,12 @@ median over the turns is reported with its quartiles.
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +25,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 Step = Callable[[], Any]
+
+
+def begun(device: str, threads: int | None) -> torch.device:
+    """Prints plain lines from here on, the package's warnings alone among them; returns the device."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("unlabeled").setLevel(logging.WARNING)
+    if threads:
+        torch.set_num_threads(threads)
+    return torch.device(device)
+
+
+def table_head(names: Sequence[str]) -> list[str]:
+    """The first two lines of a Markdown table of numbers, of which the first column is words."""
+    return [f"| {' | '.join(names)} |", "|---|" + "---:|" * (len(names) - 1)]
 
 
 def paired_times(

@@ -187,7 +187,7 @@ def test_hidden_places_are_those_with_the_largest_noise_crop_by_crop():
     task = tiny()
     noise = torch.rand(3, 2, 16)
     ratio = torch.tensor([[0.5, 0.0], [0.25, 0.1], [0.02, 0.4]])
-    hidden = task.places.hide(noise, ratio, (4, 4))
+    hidden = task.places.hide(task.backbone, noise, ratio, torch.zeros(6, 3, 32, 32))
     assert hidden.visible.shape == (6, 4, 4)
     assert hidden.rows.shape == hidden.weights.shape == (8 + 4 + 2 + 1 + 6,)
     for picture in range(3):

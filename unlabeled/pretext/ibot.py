@@ -87,7 +87,7 @@ class IBOT(SelfDistillation):
             noise, ratio = self.draw(batch).values()
         large, *small = self.crops(batch)
         pictures = len(batch["globals"])
-        hidden = self.places.hide(noise, ratio, self.places.grid_of(self.backbone, (large.shape[-2], large.shape[-1])))
+        hidden = self.places.hide(self.backbone, noise, ratio, large)
         assigned, assigned_patches = self.assigned(large, hidden)
         pooled, patches = self.places.encode(self.backbone, large, hidden.visible, self.mask_token)
         pooled = torch.cat([pooled, *(self.backbone.pooled(crops) for crops in small)])

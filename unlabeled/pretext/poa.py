@@ -18,11 +18,10 @@ import torch
 import torch.distributed as dist
 from pydantic import Field, field_validator
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from unlabeled.pretext.base import Batch, StepOutput, TaskConfig
-from unlabeled.pretext.common.hidden_places import Hidden, HiddenConfig, HiddenPlaces, at_places
+from unlabeled.pretext.common.hidden_places import Hidden, HiddenConfig, HiddenPlaces, Spread, at_places
 from unlabeled.pretext.common.multi_crop import GLOBALS, by_crop
 from unlabeled.pretext.common.patches import widened
 from unlabeled.pretext.common.poa_losses import (
@@ -40,6 +39,7 @@ from unlabeled.pretext.common.self_distillation import (
     TeacherStudentConfig,
     assignment_figures,
     create_head,
+    directions,
 )
 from unlabeled.pretext.common.sinkhorn import assignments, sinkhorn_offsets
 from unlabeled.pretext.common.views import Part
@@ -85,7 +85,7 @@ class POAConfig(HiddenConfig, TeacherStudentConfig):
 
     global_scale: tuple[Part, Part] = (0.32, 1.0)
     local_scale: tuple[Part, Part] = (0.05, 0.32)
-    mask_spread: Any = "even"
+    mask_spread: Spread = "even"
     temperature_warmup: float = Field(30 / 346, ge=0, le=1)
     momentum: float = Field(0.992, ge=0, le=1)
     momentum_end: float = Field(0.9999, ge=0, le=1)
@@ -178,9 +178,7 @@ class POA(TeacherStudent):
         if noise is None or ratio is None:
             noise, ratio = self.draw(batch).values()
         crops = self.crops(batch)
-        hidden = self.places.hide(
-            noise, ratio, self.places.grid_of(self.backbone, (crops[0].shape[-2], crops[0].shape[-1]))
-        )
+        hidden = self.places.hide(self.backbone, noise, ratio, crops[0])
         with torch.no_grad():
             taught = self.seen(self.teacher["backbone"], crops[:1], hidden, masked=False)
         networks = [self.backbone] if self.alone else [self.backbone, self.sizes.take(self.backbone, self.size())]
@@ -253,17 +251,7 @@ class POA(TeacherStudent):
 
 
 def _directions(head: Any, seen: Seen) -> tuple[Tensor, Tensor]:
-    """Directions of crops (V, B, C) and places (M, C) in a head, of which a sub-network has the first inputs.
-
-    Its first weight is scaled as in `unlabeled.ssl.elastic.slices`.
-    """
-    crops, places = seen
-    features = torch.cat([crops.flatten(0, 1), places])
-    first = head.layers[0]
-    width, whole = features.shape[1], first.in_features
-    hidden = (
-        F.linear(features, first.weight[:, :width] * (whole / width), first.bias) if width < whole else first(features)
-    )
-    units = F.normalize(widened(head.layers[1:](hidden)), dim=1)
-    rows = crops.shape[:2].numel()
-    return by_crop(units[:rows], crops.shape[1]), units[rows:]
+    """Directions of crops (V, B, C) and places (M, C) in a head, in one pass."""
+    views, pictures = seen.crops.shape[:2]
+    units = directions(head, torch.cat([seen.crops.flatten(0, 1), seen.places]))
+    return by_crop(units[: views * pictures], pictures), units[views * pictures :]

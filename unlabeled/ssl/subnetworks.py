@@ -12,7 +12,7 @@ import torch
 
 from unlabeled.ssl.backbone import Backbone, create_backbone
 from unlabeled.ssl.compose import validate
-from unlabeled.ssl.elastic import Elastic, SubSize
+from unlabeled.ssl.elastic import Elastic, ElasticConfig, SubSize
 from unlabeled.ssl.elastic.sizes import find
 from unlabeled.ssl.errors import CheckpointError, ConfigError, nearest
 from unlabeled.ssl.export import describe, export_backbone, export_files, load_backbone
@@ -42,22 +42,20 @@ def load_elastic(path: str | Path) -> ElasticRun:
 
     Raises CheckpointError when it cannot be read, ConfigError when it was not trained as an elastic network.
     """
-    _require_elastic(path)
+    _sizes_of(path)  # before the weights are read
     return with_sizes(path, load_backbone(path))
 
 
 def outline_elastic(path: str | Path) -> ElasticRun:
     """As `load_elastic` without the weights, which lie on the meta device: for what sizes there are and cost."""
-    _require_elastic(path)
+    _sizes_of(path)  # before anything is built
     with torch.device("meta"):
         return with_sizes(path, describe(path).build())
 
 
 def with_sizes(path: str | Path, backbone: Backbone) -> ElasticRun:
     """`backbone`, which was built from the export at `path`, with the sizes that are named there; raises the same."""
-    _require_elastic(path)
-    config = describe(path).elastic
-    assert config is not None, "it was just required"
+    config = _sizes_of(path)
     try:
         return ElasticRun(backbone, Elastic(backbone, config))
     except ConfigError as error:
@@ -235,9 +233,11 @@ def _check_out(run: ExportRun) -> None:
         raise ConfigError(f"out: {run.out} holds the network of a run; choose another place")
 
 
-def _require_elastic(path: str | Path) -> None:
-    if describe(path).elastic is None:
+def _sizes_of(path: str | Path) -> ElasticConfig:
+    config = describe(path).elastic
+    if config is None:
         raise ConfigError(
             f"{path}: the run is not elastic and holds one size; `unlabeled export {path} out=...` writes it, and a "
             "run of task=poa holds several"
         )
+    return config

@@ -26,6 +26,8 @@ from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.errors import CapabilityError, ConfigError
 from unlabeled.ssl.stem import find_stem, substituted
 
+Spread = Literal["uniform", "even"]
+
 
 class HiddenConfig(TaskConfig):
     """What is hidden; the defaults are iBOT's."""
@@ -34,7 +36,7 @@ class HiddenConfig(TaskConfig):
     """Part of the large crops that have hidden places."""
     mask_ratio: tuple[Part, Part] = (0.1, 0.5)
     """Part of their places that is hidden, smallest and largest."""
-    mask_spread: Literal["uniform", "even"] = "uniform"
+    mask_spread: Spread = "uniform"
     """even: the ratios of a batch are drawn one from each of equal parts of that range (DINOv2)."""
     mask_pattern: Pattern = "block"
     """See `unlabeled.pretext.common.masking.mask_noise`."""
@@ -128,11 +130,12 @@ class HiddenPlaces:
             part = (order + part) / masked
         return noise.view(pictures, views, -1), (low + (high - low) * part) * (order < masked)
 
-    def hide(self, noise: Tensor, ratio: Tensor, grid: tuple[int, int]) -> Hidden:
-        """`noise` (B, V, L) and `ratio` (B, V) of crops of `grid` places → what is hidden, crop by crop.
+    def hide(self, backbone: Backbone, noise: Tensor, ratio: Tensor, crops: Tensor) -> Hidden:
+        """`noise` (B, V, L) and `ratio` (B, V) of `crops` (..., h, w) → what is hidden, crop by crop.
 
         At least one place of a crop that has hidden ones at all, and never all of them.
         """
+        grid = self.grid_of(backbone, (crops.shape[-2], crops.shape[-1]))
         noise, part = noise.transpose(0, 1).flatten(0, 1), ratio.t().flatten()  # (V B, L), (V B,)
         places = noise.shape[1]
         most = min(max(round(self.config.mask_ratio[1] * places), 1), places - 1)
@@ -173,7 +176,7 @@ class HiddenPlaces:
         """A row a picture (the first 4): large crops, the same with hidden places in grey, small crops."""
         large = batch["globals"]
         size = (large.shape[-2], large.shape[-1])
-        hidden = self.hide(noise, ratio, self.grid_of(backbone, size))
+        hidden = self.hide(backbone, noise, ratio, large)
         masked = torch.where(enlarged(hidden.visible, size)[:, None], crop_major(large), 128)
         kinds = [large, by_crop(masked, len(large)).transpose(0, 1), *([batch["locals"]] if "locals" in batch else [])]
         return crop_sheet(kinds)

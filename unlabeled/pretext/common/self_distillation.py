@@ -36,6 +36,7 @@ from unlabeled.pretext.common.multi_crop import (
 from unlabeled.pretext.common.patches import widened
 from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy
 from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.elastic.slices import Slice
 from unlabeled.ssl.ema import ema_update
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -246,8 +247,16 @@ def create_head(dim: int, config: HeadConfig) -> DINOProjectionHead:
 
 
 def directions(head: Any, features: Tensor) -> Tensor:
-    """Features (..., D) → their directions in the head's bottleneck, of length one, at least float32."""
-    projected: Tensor = head.layers(features.flatten(0, -2))  # rows, as its batch norms need
+    """Features (..., D) → their directions in the head's bottleneck, of length one, at least float32.
+
+    Features of a sub-network (see `unlabeled.ssl.elastic`) are narrower than the head's first layer, which is sliced.
+    """
+    rows, (first, *others) = features.flatten(0, -2), head.layers  # rows, as its batch norms need
+    width = rows.shape[1]
+    weight = Slice((first.out_features, width), (1, 1), first.in_features / width).of(first.weight)
+    projected: Tensor = F.linear(rows, weight, first.bias)
+    for layer in others:
+        projected = layer(projected)
     return F.normalize(widened(projected), dim=1).view(*features.shape[:-1], projected.shape[-1])
 
 
