@@ -29,8 +29,9 @@ Step = Callable[[], Any]
 
 def begun(device: str, threads: int | None) -> torch.device:
     """Prints plain lines from here on, the package's warnings alone among them; returns the device."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    logging.getLogger("unlabeled").setLevel(logging.WARNING)
+    lines = logging.StreamHandler(sys.stdout)
+    lines.addFilter(lambda record: record.levelno >= logging.WARNING or not record.name.startswith("unlabeled"))
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[lines])
     if threads:
         torch.set_num_threads(threads)
     return torch.device(device)
