@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from unlabeled.eval.cache import weights_identity
 from unlabeled.eval.command import Target, _masked_statistics
 from unlabeled.eval.recalibrate import batch_norms, recalibrated, recalibration_pictures
-from unlabeled.eval.report import write_report
+from unlabeled.eval.report.page import write_report
+from unlabeled.eval.report.summary import RunSummary
+from unlabeled.eval.settings import KnnConfig, LinearConfig
 from unlabeled.eval.suite import Evidence, evaluate_backbone, online_knn
-from unlabeled.eval.summary import RunSummary
 from unlabeled.pretext.base import PretextTask
 from unlabeled.pretext.rotation import Rotation
 from unlabeled.ssl.backbone import Backbone, create_backbone
 from unlabeled.ssl.errors import ConfigError, DataError
-from unlabeled.ssl.schema import EvaluateConfig, KnnConfig, LinearConfig, PretrainConfig
+from unlabeled.ssl.schema import EvaluateConfig, PretrainConfig
 
 CONFIG = EvaluateConfig(
     knn=KnnConfig(k=(5, 20)), linear=LinearConfig(epochs=2, lr=(0.1,), weight_decay=(0.0,)), recalibrate=True

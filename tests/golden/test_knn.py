@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from unlabeled.eval.base import FeatureSet, FeatureSplit
-from unlabeled.eval.knn import KnnEvaluator, class_scores, nearest_neighbours, normalized
-from unlabeled.ssl.schema import KnnConfig
+from unlabeled.eval.evaluators.knn import KnnEvaluator, class_scores, nearest_neighbours, normalized
+from unlabeled.eval.settings import KnnConfig
 
 
 def test_neighbours_scores_predictions_and_accuracies(golden) -> None:
@@ -30,7 +30,7 @@ def test_neighbours_scores_predictions_and_accuracies(golden) -> None:
         np.testing.assert_array_equal(scores.argmax(1), tensors[f"expect/prediction_k{k}"])
 
     evaluator = KnnEvaluator(KnnConfig(k=tuple(ks), temperature=config["temperature"]))
-    found = dict(evaluator.run(FeatureSet(train, test, tuple(str(label) for label in range(classes)))))
+    found = dict(evaluator.run(Subject(FeatureSet(train, test, tuple(str(label) for label in range(classes))))))
     headline = evaluator.headline_k(len(train))
     np.testing.assert_array_equal(found["predictions"], tensors[f"expect/prediction_k{headline}"])
     np.testing.assert_array_equal(found["neighbours"], indices[:, :headline])

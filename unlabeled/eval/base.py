@@ -1,18 +1,19 @@
-"""The contract of an evaluator: given features of a labelled train and test split, yield named values.
-
-The caller prefixes the names, logs and reports them; an evaluator never prints, logs or writes.
-"""
+"""The contract of an evaluator: given an encoder and its features of a train and a test split, yield named values."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from unlabeled.ssl.errors import DataError
+
+if TYPE_CHECKING:
+    from unlabeled.eval.subject import Subject
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -45,17 +46,53 @@ class FeatureSet:
     """Class names, index = label."""
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """A value, or a difference of two, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What one value of an evaluator is, for tables and figures."""
+
+    label: str
+    """Such as ``kNN, k = 20``."""
+    unit: Literal["accuracy", "percent", "number"] = "accuracy"
+    """accuracy: fraction of the test pictures (its interval follows from their number); percent: another fraction of 1;
+    number: anything else."""
+    better: Literal["higher", "lower"] | None = "higher"
+
+
+Value = float | int | Estimate | str | npt.NDArray[Any] | Tensor
+"""float, int: a metric · Estimate: a metric that brings its own interval · str: a note for the reader, one sentence ·
+array: for figures · uint8 tensor (3, H, W): a picture for the report."""
+
+
 class Evaluator(Protocol):
-    """One way to measure a representation."""
+    """One way to measure a representation. It is built from its section of ``evaluate`` and never prints or writes."""
 
-    name: str
-    """Prefix of its values in tables and logs, such as ``knn``."""
+    name: ClassVar[str]
+    """Prefix of its values, such as ``knn``, and the name of its settings: ``evaluate.knn``."""
+    title: ClassVar[str]
+    """Heading of its table in the report."""
+    needs: ClassVar[Literal["features", "pictures", "network"]]
+    """features: pooled features alone · pictures: also the sources · network: the backbone, so that raw pixels cannot
+    be judged."""
 
-    def run(self, data: FeatureSet) -> Iterator[tuple[str, Any]]:
-        """Yields (name, value): scalars, and arrays such as ``predictions`` (N,) for the report's figures.
+    def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
+        """Yields (key, value); the caller makes ``name/key`` of it.
 
-        Raises DataError, in one line, for features that it cannot judge (NaN, a single class, too few pictures).
+        Raises DataError, in one line, for what it cannot judge (NaN, a single class, no masks, too few pictures).
         """
+        ...
+
+    @classmethod
+    def measure(cls, key: str) -> Measure | None:
+        """What the value under `key` is; None for one that no table shows, such as a chosen learning rate."""
         ...
 
 

@@ -14,12 +14,12 @@ import torch
 import yaml
 
 from unlabeled.eval.recalibrate import batch_norms
-from unlabeled.eval.report import render_report
+from unlabeled.eval.report.page import render_report
+from unlabeled.eval.report.summary import RunSummary, count_parameters, name_backbone, name_data, summarize_run
+from unlabeled.eval.report.verdict import judge
 from unlabeled.eval.size_curve import SizeCurve, read_curve
 from unlabeled.eval.sizes import Alone, SizePlan, measure_sizes, plan_sizes
 from unlabeled.eval.suite import Evidence, evaluate_backbone
-from unlabeled.eval.summary import RunSummary, count_parameters, name_backbone, name_data, summarize_run
-from unlabeled.eval.verdict import judge
 from unlabeled.pretext.registry import task_class, task_config
 from unlabeled.ssl.backbone import Backbone, create_backbone
 from unlabeled.ssl.compose import validate

@@ -27,6 +27,10 @@ from unlabeled.ssl.errors import DataError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Encode = Callable[[Tensor], Tensor]
+Outputs = Callable[[Backbone, Tensor], Tensor]
+"""(backbone, normalised images (B, 3, h, w)) → (B, F)."""
+PictureTransform = Callable[[Tensor], Tensor]
+"""uint8 (3, H, W) → uint8 (3, h, w), the same for the same picture; its `repr` tells it apart."""
 PictureBatch = tuple[Tensor, "Tensor | None", list[int]]
 """Indices (B,), pictures uint8 (B, 3, h, w) or None where none can be decoded, and the indices of those that cannot."""
 
@@ -77,42 +81,50 @@ def extract_features(
     source: ImageSource,
     *,
     size: int | tuple[int, int] | None = None,
+    transform: PictureTransform | None = None,
+    outputs: Outputs | None = None,
+    named: str = "pooled",
     batch_size: int = 256,
     workers: int = 0,
     device: torch.device | str = "cpu",
     cache: Path | None = None,
     precision: Precision = "fp32",
+    together: bool = True,
 ) -> FeatureSplit:
-    """Pooled features of every readable picture, float32 (N, D), in the order of `source`.
+    """Features of every readable picture, float32 (N, F), in the order of `source`; pooled ones without `outputs`.
 
-    Under torch.distributed each process encodes a part and all receive the whole. With a `cache` folder the result is
-    kept there and read back for the same weights, transform, data and precision. Pictures that cannot be decoded are
-    left out and named in `FeatureSplit.skipped`. The modes of all modules and the random state are left as they were.
+    Under torch.distributed each process encodes a part and all receive the whole, unless `together` is off. With a
+    `cache` folder the result is kept there and read back for the same weights, transform (None: `EvalTransform` of
+    `size`), outputs (`named` says what they are), data and precision. Pictures that cannot be decoded are left out and
+    named in `FeatureSplit.skipped`. The modes of all modules and the random state are left as they were.
 
     Raises DataError when not a single picture can be decoded.
     """
     pixels = (size, size) if isinstance(size, int) else size or backbone.input_size
-    device = torch.device(device)
+    device, transform = torch.device(device), transform or EvalTransform(pixels)
+    ranks = _world() if together else (0, 1)
 
     def encode(images: Tensor) -> Tensor:
         images = images.to(device, non_blocking=True)
         with torch.autocast(device.type, _AUTOCAST[precision], enabled=precision != "fp32"):
-            return backbone.pooled(backbone.normalize(images)).float()
+            images = backbone.normalize(images)
+            return (backbone.pooled(images) if outputs is None else outputs(backbone, images)).float()
 
     def compute() -> FeatureSplit:
         backbone.to(device)
         with evaluating(backbone):
-            return _encode_all(encode, source, EvalTransform(pixels), batch_size, workers)
+            return _encode_all(encode, source, transform, batch_size, workers, ranks)
 
     if cache is None:
         return compute()
     key = cache_key(
         weights=weights_identity(backbone),
-        transform=repr(EvalTransform(pixels)),
+        transform=repr(transform),
         data=data_identity(source),
         precision=precision,
+        **({} if outputs is None else {"outputs": named}),
     )
-    return _cached(cache / f"{key}.safetensors", compute)
+    return _cached(cache / f"{key}.safetensors", compute, ranks)
 
 
 def raw_pixels(
@@ -125,12 +137,17 @@ def raw_pixels(
     transform = Resize(_size_of_first(source, size))
 
     def compute() -> FeatureSplit:
-        return _encode_all(lambda images: images.flatten(1).float() / 255, source, transform, batch_size, workers)
+        return _encode_all(_flat, source, transform, batch_size, workers, _world())
 
     if cache is None:
         return compute()
     key = cache_key(weights="pixels", transform=repr(transform), data=data_identity(source))
-    return _cached(cache / f"{key}.safetensors", compute)
+    return _cached(cache / f"{key}.safetensors", compute, _world())
+
+
+def _flat(images: Tensor) -> Tensor:
+    """uint8 (B, 3, h, w) → (B, 3hw) in 0..1."""
+    return images.flatten(1).float() / 255
 
 
 @contextmanager
@@ -194,9 +211,14 @@ def _collate(items: list[tuple[int, Tensor | None]]) -> PictureBatch:
 
 @torch.inference_mode()
 def _encode_all(
-    encode: Encode, source: ImageSource, transform: Callable[[Tensor], Tensor], batch_size: int, workers: int
+    encode: Encode,
+    source: ImageSource,
+    transform: PictureTransform,
+    batch_size: int,
+    workers: int,
+    ranks: tuple[int, int],
 ) -> FeatureSplit:
-    rank, world = _world()
+    rank, world = ranks
     share = range(len(source) * rank // world, len(source) * (rank + 1) // world)
     loader = load_pictures(source, transform, share, batch_size=batch_size, workers=workers)
     features: list[Tensor] = []
@@ -242,9 +264,9 @@ def _gather_tensor(part: Tensor, counts: list[int]) -> Tensor:
     return torch.cat([tensor[:count].cpu() for tensor, count in zip(received, counts, strict=True)])
 
 
-def _cached(file: Path, compute: Callable[[], FeatureSplit]) -> FeatureSplit:
+def _cached(file: Path, compute: Callable[[], FeatureSplit], ranks: tuple[int, int]) -> FeatureSplit:
     found = load_split(file)
-    _, world = _world()
+    rank, world = ranks
     if world > 1:  # all or none: a process that computes alone would wait for the others for ever
         hits: list[bool] = [False] * world
         dist.all_gather_object(hits, found is not None)
@@ -252,7 +274,7 @@ def _cached(file: Path, compute: Callable[[], FeatureSplit]) -> FeatureSplit:
     if found is not None:
         return found
     split = compute()
-    if is_main_process():
+    if rank == 0:
         save_split(file, split)
     if world > 1:
         dist.barrier()

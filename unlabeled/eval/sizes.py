@@ -19,9 +19,9 @@ import torch
 
 from unlabeled.eval.cache import cache_key, data_identity
 from unlabeled.eval.recalibrate import batch_norms
+from unlabeled.eval.report.verdict import label_of, percent
 from unlabeled.eval.size_curve import FILE, SizeCurve, SizeResult, file_digest, load_curve, write_curve
 from unlabeled.eval.suite import EncoderEvidence, Evidence, evaluate_backbone
-from unlabeled.eval.verdict import label_of, percent
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.data.source import ImageSource, limited
 from unlabeled.ssl.elastic import SubSize
@@ -125,7 +125,9 @@ def _measure(
 ) -> SizeResult:
     backbone = network.build()
     cost = cost_of(backbone)
-    config = run.evaluate.model_copy(update={"baselines": ("random",) if wants_random else False})
+    config = run.evaluate.model_copy(
+        update={"baselines": ("random",) if wants_random else False, "evaluators": ("knn", "linear"), "prefixes": ()}
+    )
     evidence = evaluate_backbone(
         backbone, *sources, config, work=network.work, device=device, seed=run.seed, workers=run.workers,
         masked_statistics=bool(batch_norms(backbone)),  # those of the whole network are not its own

@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from unlabeled.eval.base import Evaluator, FeatureSet, FeatureSplit, IntArray
+from unlabeled.eval.base import Estimate, Evaluator, FeatureSet, FeatureSplit, IntArray, Value
 from unlabeled.eval.environment import hardware
+from unlabeled.eval.evaluators.knn import KnnEvaluator
 from unlabeled.eval.features import Precision, extract_features, is_main_process, raw_pixels
-from unlabeled.eval.gallery import GalleryRow, nearest_gallery
-from unlabeled.eval.knn import KnnEvaluator
-from unlabeled.eval.linear import LinearEvaluator
 from unlabeled.eval.recalibrate import recalibrated, recalibration_pictures
+from unlabeled.eval.registry import build_evaluators, measure_of
+from unlabeled.eval.report.gallery import GalleryRow, nearest_gallery
+from unlabeled.eval.subject import Loading, Subject, principal
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.data.source import ImageSource, limited
 from unlabeled.ssl.errors import ConfigError, DataError
@@ -40,6 +42,10 @@ class EncoderEvidence:
     """Wall clock of ``features`` and of each evaluator."""
     dimension: int = 0
     """Number of features."""
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """95 % interval of the metrics that bring their own."""
+    pictures: dict[str, Tensor] = field(default_factory=dict)
+    """``evaluator/name`` → uint8 (3, H, W), for the report."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +94,12 @@ def evaluate_backbone(
     None. Raises DataError for data without labels or with test classes unknown to the training split.
     """
     began = time.perf_counter()
-    knn = KnnEvaluator(config.knn)
-    evaluators: list[Evaluator] = [knn, LinearEvaluator(config.linear, device=device, seed=seed)]
+    evaluators = build_evaluators(config)
     train, test = limited(train, config.limit), limited(test, config.limit)
     classes = _classes(train)
     cache = work / "features" if work is not None else None
-    sets: dict[str, FeatureSet] = {}
+    load = Loading(config.batch_size, workers, torch.device(device), precision, cache)
+    subjects: dict[str, Subject] = {}
     seconds: dict[str, float] = {}
     notes: dict[str, str] = {}
     loading: dict[str, Any] = {"batch_size": config.batch_size, "workers": workers, "device": device}
@@ -103,14 +109,16 @@ def evaluate_backbone(
         with _timed(seconds, name):
             if anew:
                 encoder = recalibrated(encoder, train, pictures=anew, **loading)
-            sets[name] = _feature_set(train, test, classes, encoder, cache=cache, precision=precision, **loading)
+            found = _feature_set(train, test, classes, encoder, cache=cache, precision=precision, **loading)
+            subjects[name] = Subject(found, encoder, (train, test), load, seed)
 
     encode("backbone", backbone)
     wanted = ("pixels", "random") if config.baselines is True else config.baselines or ()
     if "pixels" in wanted:
         with _timed(seconds, "pixels"):
             parts = [raw_pixels(s, batch_size=config.batch_size, workers=workers, cache=cache) for s in (train, test)]
-            sets["pixels"] = _joined(parts[0], parts[1], train, test, classes)
+            found = _joined(parts[0], parts[1], train, test, classes)
+            subjects["pixels"] = Subject(found, None, (train, test), load, seed)
     if "random" in wanted:
         try:
             encode("random", random_twin(backbone, seed))
@@ -118,8 +126,11 @@ def evaluate_backbone(
             notes["backbone"] = f"no baseline with random weights: {error}"
     if not is_main_process():
         return None
-    encoders = {name: _judged(name, data, evaluators, seconds[name], notes.get(name)) for name, data in sets.items()}
-    evidence = _evidence(encoders, sets["backbone"], (train, test), knn, seed=seed, device=device)
+    encoders = {
+        name: _judged(name, subject, evaluators, config.prefixes, seconds[name], notes.get(name))
+        for name, subject in subjects.items()
+    }
+    evidence = _evidence(encoders, subjects["backbone"], config)
     return replace(evidence, seconds=time.perf_counter() - began, recalibrated=anew)
 
 
@@ -143,7 +154,7 @@ def online_knn(
     data = _feature_set(train, test, _classes(train), backbone, cache=None, precision=precision, **loading)
     if not is_main_process():
         return {}
-    return {f"knn/{name}": value for name, value in evaluator.run(data) if isinstance(value, float)}
+    return {f"knn/{name}": value for name, value in evaluator.run(Subject(data)) if isinstance(value, float)}
 
 
 def random_twin(backbone: Backbone, seed: int) -> Backbone:
@@ -188,53 +199,81 @@ def _joined(
 
 
 def _judged(
-    name: str, data: FeatureSet, evaluators: Sequence[Evaluator], feature_seconds: float, note: str | None
+    name: str,
+    subject: Subject,
+    evaluators: Sequence[Evaluator],
+    prefixes: Sequence[int],
+    feature_seconds: float,
+    note: str | None,
 ) -> EncoderEvidence:
     """Runs the evaluators. A baseline that cannot be judged (NaN features) says so in a note, the backbone raises."""
-    metrics: dict[str, float] = {}
-    arrays: dict[str, npt.NDArray[Any]] = {}
-    notes = [note] if note else []
-    seconds = {"features": feature_seconds}
+    found = EncoderEvidence({}, notes=(note,) if note else (), dimension=subject.features.train.features.shape[1])
+    found.seconds["features"] = feature_seconds
+    notes = list(found.notes)
     for evaluator in evaluators:
-        with _timed(seconds, evaluator.name):
+        if subject.backbone is None and evaluator.needs == "network":
+            continue
+        with _timed(found.seconds, evaluator.name):
             try:
-                for key, value in evaluator.run(data):
-                    if isinstance(value, np.ndarray):
-                        arrays[f"{evaluator.name}/{key}"] = value
-                    elif isinstance(value, str):
-                        notes.append(f"{evaluator.name}: {value}")
-                    else:
-                        metrics[f"{evaluator.name}/{key}"] = float(value)
+                for key, value in evaluator.run(subject):
+                    _take(found, notes, evaluator.name, key, value)
+                if evaluator.needs == "features":
+                    _judge_prefixes(found, evaluator, subject, prefixes)
             except DataError as error:
                 if name == "backbone":
                     raise
                 notes.append(str(error))
-    return EncoderEvidence(metrics, arrays, tuple(notes), seconds, data.train.features.shape[1])
+    return replace(found, notes=tuple(notes))
 
 
-def _evidence(
-    encoders: dict[str, EncoderEvidence],
-    data: FeatureSet,
-    sources: tuple[ImageSource, ImageSource],
-    knn: KnnEvaluator,
-    *,
-    seed: int,
-    device: torch.device | str,
-) -> Evidence:
-    arrays = encoders["backbone"].arrays
+def _take(found: EncoderEvidence, notes: list[str], evaluator: str, key: str, value: Value) -> None:
+    """Puts one value of an evaluator where its type belongs."""
+    metric = f"{evaluator}/{key}"
+    if isinstance(value, str):
+        notes.append(f"{evaluator}: {value}")
+    elif isinstance(value, Tensor):
+        found.pictures[metric] = value
+    elif isinstance(value, np.ndarray):
+        found.arrays[metric] = value
+    elif isinstance(value, Estimate):
+        found.metrics[metric] = value.value
+        found.intervals[metric] = (value.low, value.high)
+    else:
+        found.metrics[metric] = float(value)
+
+
+def _judge_prefixes(found: EncoderEvidence, evaluator: Evaluator, subject: Subject, prefixes: Sequence[int]) -> None:
+    """``knn/k20@64`` for the first 64 features, ``knn/k20@pca64`` for as many principal components."""
+    shown = [metric for metric in found.metrics if measure_of(metric) and metric.startswith(f"{evaluator.name}/")]
+    for length in sorted({length for length in prefixes if length < found.dimension}):
+        for cut, part in ((str(length), subject.first(length)), (f"pca{length}", principal(subject, length))):
+            for key, value in evaluator.run(part):
+                metric = f"{evaluator.name}/{key}"
+                if metric in shown and isinstance(value, (int, float)):
+                    found.metrics[f"{metric}@{cut}"] = float(value)
+
+
+def _evidence(encoders: dict[str, EncoderEvidence], subject: Subject, config: EvaluateConfig) -> Evidence:
+    data, sources, arrays = subject.features, subject.pictures(), encoders["backbone"].arrays
     commonest = np.bincount(data.train.labels, minlength=len(data.classes)).argmax()
+    headline = (f"knn/k{KnnEvaluator(config.knn).headline_k(len(data.train))}", "linear/top1")
+    gallery: tuple[GalleryRow, ...] = ()
+    if "knn/neighbours" in arrays:
+        gallery = nearest_gallery(
+            data, arrays["knn/neighbours"], arrays["knn/similarities"], sources, seed=subject.seed
+        )
     return Evidence(
         encoders=encoders,
-        headline=(f"knn/k{knn.headline_k(len(data.train))}", "linear/top1"),
+        headline=tuple(metric for metric in headline if metric in encoders["backbone"].metrics),
         classes=data.classes,
         test_labels=data.test.labels,
         train_pictures=len(data.train),
         test_pictures=len(data.test),
         majority=float((data.test.labels == commonest).mean()),
         skipped={"train": data.train.skipped, "test": data.test.skipped},
-        seeds={"random weights": seed, "linear probe": seed},
-        hardware=hardware(device),
-        gallery=nearest_gallery(data, arrays["knn/neighbours"], arrays["knn/similarities"], sources, seed=seed),
+        seeds={"random weights": subject.seed, "linear probe": subject.seed},
+        hardware=hardware(subject.device),
+        gallery=gallery,
     )
 
 

@@ -92,8 +92,8 @@ def _export(given: argparse.Namespace) -> None:
 def _sizes(given: argparse.Namespace) -> None:
     from rich.console import Console
 
+    from unlabeled.eval.report.size_table import render_terminal
     from unlabeled.eval.size_curve import read_curve
-    from unlabeled.eval.size_table import render_terminal
     from unlabeled.ssl.elastic.cost import costs_of
     from unlabeled.ssl.subnetworks import outline_elastic
 

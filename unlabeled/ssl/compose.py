@@ -25,7 +25,8 @@ from pydantic import ValidationError
 
 from unlabeled.ssl.errors import ConfigError, nearest
 from unlabeled.ssl.messages import explain
-from unlabeled.ssl.schema import PretrainConfig, Section
+from unlabeled.ssl.schema import PretrainConfig
+from unlabeled.ssl.section import Section
 
 GROUPS = ("task", "data", "recipe")
 """Folders of ``configs/`` that a word ``group=option`` chooses from."""

@@ -78,10 +78,10 @@ def conclude(run: Training, task: PretextTask, seconds: float | None) -> tuple[E
 
     `task` is the trained task, unsharded; `seconds` its wall clock, None when it was not all in this process.
     """
-    from unlabeled.eval.report import write_report
+    from unlabeled.eval.report.page import write_report
+    from unlabeled.eval.report.summary import summarize_run
+    from unlabeled.eval.report.verdict import judge
     from unlabeled.eval.suite import evaluate_backbone
-    from unlabeled.eval.summary import summarize_run
-    from unlabeled.eval.verdict import judge
 
     config, encoder, device = run.config, task.encoder(), run.accelerator.device
     if not config.evaluate.final:

@@ -26,7 +26,7 @@ from unlabeled.pretext.registry import create_task, task_class, task_config, tas
 from unlabeled.ssl.backbone import Backbone, create_backbone
 from unlabeled.ssl.compose import parse, validate
 from unlabeled.ssl.errors import CapabilityError, ConfigError, nearest
-from unlabeled.ssl.schema import Section
+from unlabeled.ssl.section import Section
 
 _TABLE = Path(__file__).with_name("architectures.json")
 _SIZES = (64, 96, 128)

@@ -8,7 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+
+from unlabeled.eval.settings import KnnConfig, LinearConfig
+from unlabeled.ssl.section import Section
 
 Size = Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
 Depth = Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], ...]
@@ -27,12 +30,6 @@ Sizes = Annotated[
 ]
 """Of an elastic network: all of them, or a list of [width, depth]."""
 CurriculumName = Literal["efficienttrain", "efficienttrain++"]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are refused, values do not change after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class BackboneConfig(Section):
@@ -169,25 +166,6 @@ class EngineConfig(Section):
         return self
 
 
-class KnnConfig(Section):
-    """Weighted kNN through faiss, the protocol of DINO."""
-
-    k: tuple[int, ...] = (10, 20, 100, 200)
-    temperature: float = Field(0.07, gt=0)
-
-
-class LinearConfig(Section):
-    """Linear probe on cached features: a grid trained in one pass, chosen on a split of the training set."""
-
-    lr: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-    """Learning rates of SGD with momentum, for standardised features and a batch of 256."""
-    weight_decay: tuple[float, ...] = (0.0, 1e-4, 1e-3)
-    epochs: int = Field(50, ge=1)
-    batch_size: int = Field(256, ge=1)
-    holdout: float = Field(0.1, gt=0, lt=1)
-    """Part of the training set that chooses the head."""
-
-
 class EvaluateConfig(Section):
     """Evidence: during the run and at its end."""
 
@@ -207,6 +185,11 @@ class EvaluateConfig(Section):
     baseline with random weights. auto: when the task collected them on masked pictures."""
     recalibrate_pictures: int = Field(1024, ge=2)
     """Training pictures for that estimate, chosen by a fixed shuffle."""
+    evaluators: Literal["all"] | tuple[str, ...] = ("knn", "linear")
+    """Which evaluators judge the features, by the names of the sections below."""
+    prefixes: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Also judge the first so many features, and as many principal components, by every evaluator of pooled features
+    (Matryoshka representations)."""
     knn: KnnConfig = KnnConfig()
     linear: LinearConfig = LinearConfig()
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from unlabeled.eval.environment import versions
+from unlabeled.eval.report.size_table import size_section
+from unlabeled.eval.report.summary import RunSummary
+from unlabeled.eval.report.verdict import TITLES, compare, judge
 from unlabeled.eval.size_curve import SizeCurve
-from unlabeled.eval.size_table import size_section
 from unlabeled.eval.suite import EncoderEvidence, Evidence
-from unlabeled.eval.summary import RunSummary
-from unlabeled.eval.verdict import TITLES, compare, judge
 from unlabeled.ssl.errors import DataError
 
 SCHEMA = 1

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from unlabeled.eval.base import FeatureSet, FloatArray, IntArray, check_features
+from unlabeled.eval.base import FeatureSet, FloatArray, IntArray, Measure, Value, check_features
+from unlabeled.eval.settings import KnnConfig
+from unlabeled.eval.subject import Subject
 from unlabeled.ssl.errors import ConfigError
-from unlabeled.ssl.schema import KnnConfig
 
 _HEADLINE_K = 20
 """Fixed beforehand: choosing k by its test accuracy would flatter the result."""
@@ -34,7 +35,9 @@ class KnnEvaluator:
     int64 (N, k), rows of the training split, most similar first, and ``similarities`` float32 (N, k).
     """
 
-    name = "knn"
+    name: ClassVar = "knn"
+    title: ClassVar = "Nearest neighbours"
+    needs: ClassVar = "features"
 
     def __init__(self, config: KnnConfig) -> None:
         if not config.k or min(config.k) < 1:
@@ -43,7 +46,15 @@ class KnnEvaluator:
             )
         self.config = config
 
-    def run(self, data: FeatureSet) -> Iterator[tuple[str, Any]]:
+    @classmethod
+    def measure(cls, key: str) -> Measure | None:
+        first, _, rest = key.partition("_")
+        if first[:1] != "k" or not first[1:].isdigit() or rest not in ("", "top5"):
+            return None
+        return Measure(f"kNN, k = {first[1:]}" + (", top 5" if rest else ""))
+
+    def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
+        data = subject.features
         check_features(data)
         count = len(data.train)
         wanted = [min(k, count) for k in self.config.k]

@@ -5,21 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from unlabeled.eval.base import Estimate
 from unlabeled.eval.intervals import difference, wilson
+from unlabeled.eval.registry import measure_of
 from unlabeled.eval.suite import Evidence
 
 Level = Literal["better", "even", "worse", "mixed", "alone", "none"]
 
 TITLES = {"backbone": "this backbone", "pixels": "raw pixels", "random": "random weights"}
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A fraction, or a difference of two, with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -52,7 +45,7 @@ class Verdict:
 
 def compare(evidence: Evidence) -> list[Comparison]:
     """Every accuracy of the backbone beside the baselines', those to quote first."""
-    metrics = [name for name in evidence.encoders["backbone"].metrics if label_of(name) is not None]
+    metrics = [name for name in evidence.encoders["backbone"].metrics if label_of(name) and "@" not in name]
     order = {metric: place for place, metric in enumerate(evidence.headline)}
     metrics.sort(key=lambda metric: (order.get(metric, len(order)), metric.endswith("top5")))
     return [_comparison(evidence, metric) for metric in metrics]
@@ -77,11 +70,8 @@ def _comparison(evidence: Evidence, metric: str) -> Comparison:
 
 def label_of(metric: str) -> str | None:
     """``knn/k20_top5`` → ``kNN, k = 20, top 5``; None for values that are not accuracies on the test split."""
-    evaluator, _, name = metric.partition("/")
-    first, _, rest = name.partition("_")
-    if evaluator == "knn" and first[:1] == "k" and first[1:].isdigit():
-        return f"kNN, k = {first[1:]}" + (", top 5" if rest == "top5" else "")
-    return {"linear/top1": "linear probe", "linear/top5": "linear probe, top 5"}.get(metric)
+    measure = measure_of(metric)
+    return measure.label if measure is not None and measure.unit == "accuracy" else None
 
 
 def judge(evidence: Evidence | None) -> Verdict:

@@ -13,14 +13,14 @@ from jinja2 import Environment, PackageLoader
 from PIL import Image
 from torch import Tensor
 
-from unlabeled.eval.document import Row, clean, report_document, write_json
-from unlabeled.eval.figures import comparison_figure, confusion_figure, size_figure, training_curves
-from unlabeled.eval.gallery import Thumbnail, shrunk
+from unlabeled.eval.report.document import Row, clean, report_document, write_json
+from unlabeled.eval.report.figures import comparison_figure, confusion_figure, size_figure, training_curves
+from unlabeled.eval.report.gallery import Thumbnail, shrunk
+from unlabeled.eval.report.size_table import gmacs, millions, shown_rows, size_words
+from unlabeled.eval.report.summary import RunSummary
+from unlabeled.eval.report.verdict import compare, label_of, percent, signed
 from unlabeled.eval.size_curve import SizeCurve, read_curve
-from unlabeled.eval.size_table import gmacs, millions, shown_rows, size_words
 from unlabeled.eval.suite import Evidence
-from unlabeled.eval.summary import RunSummary
-from unlabeled.eval.verdict import compare, label_of, percent, signed
 
 _PIXELATED = 96
 """Pictures up to this height are shown enlarged with sharp pixels."""
@@ -41,7 +41,7 @@ def write_report(
 
     What was measured of the run's sizes (``folder/sizes.json``) becomes a section of it.
     `metrics` are the rows of metrics.jsonl, `pictures` the task's own, name → uint8 (3, H, W). The page needs no other
-    file and no network. The schema of the JSON is that of `unlabeled.eval.document.report_document`.
+    file and no network. The schema of the JSON is that of `unlabeled.eval.report.document.report_document`.
     """
     return render_report(folder / "report", run, evidence, metrics, pictures, sizes=read_curve(folder))
 
@@ -77,7 +77,7 @@ def render_report(
 
 def _environment(*, html: bool) -> Environment:
     environment = Environment(
-        loader=PackageLoader("unlabeled.eval", "templates"),
+        loader=PackageLoader("unlabeled.eval.report", "templates"),
         autoescape=html,
         trim_blocks=html,
         keep_trailing_newline=True,

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from unlabeled.eval.base import FeatureSet, FeatureSplit
-from unlabeled.eval.knn import KnnEvaluator, best_classes, class_scores, nearest_neighbours
+from unlabeled.eval.evaluators.knn import KnnEvaluator, best_classes, class_scores, nearest_neighbours
+from unlabeled.eval.settings import KnnConfig
+from unlabeled.eval.subject import Subject
 from unlabeled.ssl.errors import ConfigError, DataError
-from unlabeled.ssl.schema import KnnConfig
 
 
 def names(count: int) -> tuple[str, ...]:
@@ -43,7 +44,7 @@ def brute_force(train: FeatureSplit, test: FeatureSplit, k: int, temperature: fl
 def test_accuracy_and_scores_are_those_of_brute_force(k: int) -> None:
     train, test = clusters(120, 8, spread=2, seed=1), clusters(100, 8, spread=2, seed=2)
     expected = brute_force(train, test, k, 0.07, 8)
-    found = dict(KnnEvaluator(KnnConfig(k=(k, 30))).run(FeatureSet(train, test, names(8))))
+    found = dict(KnnEvaluator(KnnConfig(k=(k, 30))).run(Subject(FeatureSet(train, test, names(8)))))
     assert found[f"k{k}"] == pytest.approx((expected.argmax(1) == test.labels).mean())
     np.testing.assert_array_equal(found["predictions"], expected.argmax(1))
     indices, similarities = nearest_neighbours(train.features, test.features, k)
@@ -60,8 +61,8 @@ def test_a_near_neighbour_outvotes_two_far_ones_exactly_as_the_temperature_says(
     ((_, scores),) = class_scores(np.array([[0, 1, 1]]), np.array([[0.8, 0.6, 0.6]], np.float32), [3], 0.1, 2)
     np.testing.assert_allclose(scores[0, 0], 1 / (1 + 2 * np.exp(-2)), rtol=1e-6)
     test = FeatureSplit(np.array([[0.8, 0.6]], np.float32), np.array([0]))
-    sharp = dict(KnnEvaluator(KnnConfig(k=(3,), temperature=0.1)).run(FeatureSet(train, test, names(2))))
-    blunt = dict(KnnEvaluator(KnnConfig(k=(3,), temperature=10)).run(FeatureSet(train, test, names(2))))
+    sharp = dict(KnnEvaluator(KnnConfig(k=(3,), temperature=0.1)).run(Subject(FeatureSet(train, test, names(2)))))
+    blunt = dict(KnnEvaluator(KnnConfig(k=(3,), temperature=10)).run(Subject(FeatureSet(train, test, names(2)))))
     assert (sharp["k3"], blunt["k3"]) == (1.0, 0.0)
 
 
@@ -72,15 +73,15 @@ def test_top5_counts_the_five_best_and_never_a_class_without_a_vote() -> None:
 
 def test_top5_only_with_more_than_five_classes_and_headline_is_k20_or_the_first() -> None:
     data = FeatureSet(clusters(60, 5), clusters(20, 5, seed=9), names(5))
-    found = dict(KnnEvaluator(KnnConfig(k=(3, 20))).run(data))
+    found = dict(KnnEvaluator(KnnConfig(k=(3, 20))).run(Subject(data)))
     assert {key for key in found if key.startswith("k")} == {"k3", "k20"}
     assert found["neighbours"].shape == found["similarities"].shape == (20, 20)
-    assert dict(KnnEvaluator(KnnConfig(k=(3, 5))).run(data))["neighbours"].shape == (20, 3)
+    assert dict(KnnEvaluator(KnnConfig(k=(3, 5))).run(Subject(data)))["neighbours"].shape == (20, 3)
 
 
 def test_k_beyond_the_training_set_is_cut_and_said() -> None:
     data = FeatureSet(clusters(15, 3), clusters(6, 3, seed=4), names(3))
-    found = dict(KnnEvaluator(KnnConfig(k=(10, 20, 100))).run(data))
+    found = dict(KnnEvaluator(KnnConfig(k=(10, 20, 100))).run(Subject(data)))
     assert found["note"] == "k was cut to 15, the number of training pictures"
     assert {key for key in found if key.startswith("k")} == {"k10", "k15"}
     assert found["neighbours"].shape == (6, 15)
@@ -91,7 +92,7 @@ def test_zero_and_huge_vectors_are_safe() -> None:
     train.features[0] = 0
     train.features[1] *= 1e30
     test = FeatureSplit(np.stack([np.zeros(16), train.features[1]]).astype(np.float32), np.array([0, 1]))
-    found = dict(KnnEvaluator(KnnConfig(k=(1, 12))).run(FeatureSet(train, test, names(3))))
+    found = dict(KnnEvaluator(KnnConfig(k=(1, 12))).run(Subject(FeatureSet(train, test, names(3)))))
     assert np.isfinite(found["similarities"]).all()
     assert found["predictions"][1] == 1
 
@@ -101,21 +102,21 @@ def test_broken_features_are_refused(value: float) -> None:
     test = clusters(9, 3)
     test.features[2, 1] = value
     with pytest.raises(DataError, match="1 of 9 test features are NaN or infinite"):
-        dict(KnnEvaluator(KnnConfig()).run(FeatureSet(clusters(9, 3), test, names(3))))
+        dict(KnnEvaluator(KnnConfig()).run(Subject(FeatureSet(clusters(9, 3), test, names(3)))))
 
 
 def test_unusable_labels_and_splits_are_refused() -> None:
     evaluator, good = KnnEvaluator(KnnConfig()), clusters(9, 3)
     single = FeatureSplit(good.features, np.full(9, 2))
     with pytest.raises(DataError, match="all training pictures are of class 'class 2'"):
-        dict(evaluator.run(FeatureSet(single, good, names(3))))
+        dict(evaluator.run(Subject(FeatureSet(single, good, names(3)))))
     with pytest.raises(DataError, match="test label 2 is outside the 2 classes"):
-        dict(evaluator.run(FeatureSet(FeatureSplit(good.features, good.labels % 2), good, names(2))))
+        dict(evaluator.run(Subject(FeatureSet(FeatureSplit(good.features, good.labels % 2), good, names(2)))))
     with pytest.raises(DataError, match="training label -1 is outside"):
-        dict(evaluator.run(FeatureSet(FeatureSplit(good.features, good.labels - 1), good, names(3))))
+        dict(evaluator.run(Subject(FeatureSet(FeatureSplit(good.features, good.labels - 1), good, names(3)))))
     empty = FeatureSplit(good.features[:0], good.labels[:0])
     with pytest.raises(DataError, match="test split has no readable picture"):
-        dict(evaluator.run(FeatureSet(good, empty, names(3))))
+        dict(evaluator.run(Subject(FeatureSet(good, empty, names(3)))))
 
 
 @pytest.mark.parametrize("k", [(), (0,), (5, -1)])

@@ -9,8 +9,8 @@ from rich.console import Group
 from rich.table import Table
 
 from unlabeled.eval.intervals import wilson
+from unlabeled.eval.report.verdict import label_of, percent
 from unlabeled.eval.size_curve import SizeCurve, SizeResult
-from unlabeled.eval.verdict import label_of, percent
 from unlabeled.ssl.elastic import SubSize
 from unlabeled.ssl.elastic.cost import Cost
 

@@ -11,17 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from unlabeled.eval.base import FeatureSet, FloatArray, IntArray, check_features
-from unlabeled.eval.knn import best_classes
+from unlabeled.eval.base import FloatArray, IntArray, Measure, Value, check_features
+from unlabeled.eval.evaluators.knn import best_classes
+from unlabeled.eval.settings import LinearConfig
+from unlabeled.eval.subject import Subject
 from unlabeled.ssl.errors import ConfigError, DataError
-from unlabeled.ssl.schema import LinearConfig
 
 _MOMENTUM = 0.9
 _LR_BATCH = 256
@@ -51,27 +52,33 @@ class LinearEvaluator:
     true class by predicted class, and a ``note`` when the chosen lr lies at the edge of the grid.
     """
 
-    name = "linear"
+    name: ClassVar = "linear"
+    title: ClassVar = "Linear probe"
+    needs: ClassVar = "features"
 
-    def __init__(self, config: LinearConfig, *, device: torch.device | str = "cpu", seed: int = 0) -> None:
+    def __init__(self, config: LinearConfig) -> None:
         for field, values, least in (("lr", config.lr, math.ulp(0.0)), ("weight_decay", config.weight_decay, 0.0)):
             if not values or not all(math.isfinite(value) and value >= least for value in values):
                 rule = "positive numbers" if field == "lr" else "numbers from 0"
                 raise ConfigError(f"evaluate.linear.{field}: {list(values)} is not possible; give {rule}")
         self.config = config
-        self.device = torch.device(device)
-        self.seed = seed
 
-    def run(self, data: FeatureSet) -> Iterator[tuple[str, Any]]:
+    @classmethod
+    def measure(cls, key: str) -> Measure | None:
+        labels = {"top1": "linear probe", "top5": "linear probe, top 5"}
+        return Measure(labels[key]) if key in labels else None
+
+    def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
+        data, device, seed = subject.features, subject.device, subject.seed
         check_features(data)
         classes = len(data.classes)
         mean, deviation = statistics(data.train.features)
-        train = self._prepared(data.train.features, mean, deviation)
-        labels = torch.from_numpy(data.train.labels).to(self.device)
+        train = _prepared(data.train.features, mean, deviation, device)
+        labels = torch.from_numpy(data.train.labels).to(device)
         grid = [Setting(lr, decay) for decay in self.config.weight_decay for lr in self.config.lr]
-        chosen, accuracy, diverged = self._choose(train, labels, data.train.labels, grid, classes)
-        final = self._fit(train, labels, [grid[chosen]], classes)
-        test = self._prepared(data.test.features, mean, deviation)
+        chosen, accuracy, diverged = self._choose(train, labels, data.train.labels, grid, classes, seed)
+        final = self._fit(train, labels, [grid[chosen]], classes, seed)
+        test = _prepared(data.test.features, mean, deviation, device)
         guesses = best_classes(_logits(final, test)[0].softmax(dim=1).cpu().numpy(), 5)
         hits = guesses == data.test.labels[:, None]
         yield "top1", float(hits[:, 0].mean())
@@ -89,18 +96,13 @@ class LinearEvaluator:
                 f"the chosen lr {grid[chosen].lr:g} is at the edge of the grid; evaluate.linear.lr may be too narrow",
             )
 
-    def _prepared(self, features: FloatArray, mean: FloatArray, deviation: FloatArray) -> Tensor:
-        """Standardised features with a column of ones, float32 (N, D + 1), on the device."""
-        rows = torch.from_numpy((features - mean) / deviation).to(self.device)
-        return torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
-
     def _choose(
-        self, train: Tensor, labels: Tensor, on_host: IntArray, grid: list[Setting], classes: int
+        self, train: Tensor, labels: Tensor, on_host: IntArray, grid: list[Setting], classes: int, seed: int
     ) -> tuple[int, float, int]:
         """(index of the best setting, its hold-out accuracy, number of heads that diverged)."""
-        kept, held = stratified_split(on_host, self.config.holdout, self.seed)
-        rows, held_rows = (torch.from_numpy(part).to(self.device) for part in (kept, held))
-        weights = self._fit(train[rows], labels[rows], grid, classes)
+        kept, held = stratified_split(on_host, self.config.holdout, seed)
+        rows, held_rows = (torch.from_numpy(part).to(train.device) for part in (kept, held))
+        weights = self._fit(train[rows], labels[rows], grid, classes, seed)
         alive = weights.isfinite().all(dim=2).all(dim=1)
         if not bool(alive.any()):
             raise DataError(
@@ -116,16 +118,16 @@ class LinearEvaluator:
         best = max(range(len(grid)), key=ranking.__getitem__)
         return best, ranking[best][0], int((~alive).sum())
 
-    def _fit(self, features: Tensor, labels: Tensor, grid: list[Setting], classes: int) -> Tensor:
+    def _fit(self, features: Tensor, labels: Tensor, grid: list[Setting], classes: int, seed: int) -> Tensor:
         """Trains one head per setting from zero; returns the weights, float32 (H, D + 1, C), bias last."""
         count = len(features)
         batch = min(self.config.batch_size, count)
-        trainer = GroupedSgd(features.shape[1], classes, grid, device=self.device, lr_scale=batch / _LR_BATCH)
-        generator = torch.Generator().manual_seed(self.seed)
+        trainer = GroupedSgd(features.shape[1], classes, grid, device=features.device, lr_scale=batch / _LR_BATCH)
+        generator = torch.Generator().manual_seed(seed)
         per_epoch = count // batch
         steps = self.config.epochs * per_epoch
         for epoch in range(self.config.epochs):
-            order = torch.randperm(count, generator=generator)[: per_epoch * batch].to(self.device)
+            order = torch.randperm(count, generator=generator)[: per_epoch * batch].to(features.device)
             for position, rows in enumerate(torch.split(order, batch)):
                 progress = (epoch * per_epoch + position) / steps
                 trainer.step(features[rows], labels[rows], rate=(1 + math.cos(math.pi * progress)) / 2)
@@ -166,6 +168,12 @@ class GroupedSgd:
     def heads(self) -> Tensor:
         """Weights of each head, (H, D, C)."""
         return self.weights.view(len(self.weights), -1, self.classes).transpose(0, 1)
+
+
+def _prepared(features: FloatArray, mean: FloatArray, deviation: FloatArray, device: torch.device) -> Tensor:
+    """Standardised features with a column of ones, float32 (N, D + 1)."""
+    rows = torch.from_numpy((features - mean) / deviation).to(device)
+    return torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
 
 
 def _logits(heads: Tensor, features: Tensor) -> Tensor:

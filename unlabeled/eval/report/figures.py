@@ -21,10 +21,10 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from unlabeled.eval.document import Row, clean, online_curve
 from unlabeled.eval.intervals import wilson
+from unlabeled.eval.report.document import Row, clean, online_curve
+from unlabeled.eval.report.verdict import TITLES, Comparison, label_of, percent
 from unlabeled.eval.size_curve import SizeCurve, SizeResult
-from unlabeled.eval.verdict import TITLES, Comparison, label_of, percent
 
 _INK, _SOFT, _LINE, _ACCENT, _CARD = "#010101", "#020202", "#030303", "#040404", "#050505"
 _VARIABLES = {

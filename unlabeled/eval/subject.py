@@ -1,0 +1,110 @@
+"""What an evaluator receives: an encoder, its pooled features, and the pictures behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from unlabeled.eval.base import FeatureSet, FeatureSplit, FloatArray
+from unlabeled.eval.features import Outputs, PictureTransform, Precision, extract_features
+from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.data.source import ImageSource
+from unlabeled.ssl.errors import DataError
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How pictures are read and encoded."""
+
+    batch_size: int = 256
+    workers: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    precision: Precision = "fp32"
+    cache: Path | None = None
+    """Folder of cached features; None: nothing is kept."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One encoder on labelled data.
+
+    Labels are those of `features`: the test source may number its classes differently. ``features.train.indices`` says
+    which picture of ``sources[0]`` a row belongs to.
+    """
+
+    features: FeatureSet
+    backbone: Backbone | None = None
+    """None: raw pixels, or features from elsewhere."""
+    sources: tuple[ImageSource, ImageSource] | None = None
+    """(training, test) pictures; None: features alone."""
+    loading: Loading = field(default_factory=Loading)
+    seed: int = 0
+    """Of everything that an evaluator draws."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.loading.device
+
+    def pictures(self) -> tuple[ImageSource, ImageSource]:
+        """(training, test) sources. Raises DataError when there are features alone."""
+        if self.sources is None:
+            raise DataError("evaluate: this evaluator looks at pictures, and there are features alone; give data=...")
+        return self.sources
+
+    def network(self) -> Backbone:
+        """The backbone. Raises DataError for raw pixels and for bare features."""
+        if self.backbone is None:
+            raise DataError("evaluate: this evaluator needs the network, and there are features alone")
+        return self.backbone
+
+    def encode(
+        self,
+        source: ImageSource,
+        outputs: Outputs | None = None,
+        *,
+        named: str = "pooled",
+        transform: PictureTransform | None = None,
+        cached: bool = True,
+    ) -> FeatureSplit:
+        """What `outputs` (backbone, normalised images (B, 3, h, w)) → (B, F) gives for `source`, float32 (N, F).
+
+        None: pooled features. `named` says in the cache what `outputs` and its settings are. `transform` replaces the
+        evaluation transform: uint8 (3, H, W) → uint8 (3, h, w), the same for the same picture, with a telling `repr`.
+        Done by this process alone, also under torch.distributed.
+        """
+        load = self.loading
+        return extract_features(
+            self.network(), source, outputs=outputs, named=named, transform=transform, batch_size=load.batch_size,
+            workers=load.workers, device=load.device, precision=load.precision, together=False,
+            cache=load.cache if cached else None,
+        )  # fmt: skip
+
+    def first(self, length: int) -> Subject:
+        """The same with the first `length` of its features only, as Matryoshka representations are read."""
+        return replace(self, features=mapped(self.features, lambda rows: rows[:, :length]), backbone=None)
+
+
+def principal(subject: Subject, length: int) -> Subject:
+    """The same with its first `length` principal components, found on the training split."""
+    train = subject.features.train.features.astype(np.float64)
+    mean = train.mean(axis=0)
+    _, vectors = np.linalg.eigh(np.cov(train, rowvar=False))
+    basis = vectors[:, ::-1][:, :length]
+    return replace(
+        subject,
+        features=mapped(subject.features, lambda rows: ((rows - mean) @ basis).astype(np.float32)),
+        backbone=None,
+    )
+
+
+def mapped(data: FeatureSet, function: Callable[[FloatArray], FloatArray]) -> FeatureSet:
+    """`data` with `function` (N, D) → (N, E) applied to the features of both splits."""
+
+    def of(split: FeatureSplit) -> FeatureSplit:
+        return replace(split, features=np.ascontiguousarray(function(split.features)))
+
+    return replace(data, train=of(data.train), test=of(data.test))
