@@ -8,6 +8,7 @@ import pytest
 from unlabeled.eval.base import FeatureSet, FeatureSplit
 from unlabeled.eval.evaluators.knn import KnnEvaluator, class_scores, nearest_neighbours, normalized
 from unlabeled.eval.settings import KnnConfig
+from unlabeled.eval.subject import Subject
 
 
 def test_neighbours_scores_predictions_and_accuracies(golden) -> None:
