@@ -16,20 +16,56 @@ Shapes: Q queries, N rows, D features, C candidates.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from unlabeled.eval.base import FloatArray, IntArray
-from unlabeled.eval.faiss_threads import faiss_threads
-from unlabeled.eval.topk import COLUMNS, EMPTY, QUERIES, Window, collect, decoded, empty_keys, encoded, merged
+from unlabeled.eval.topk import COLUMNS, QUERIES, collect, decoded, empty_keys, keys_of_pairs, merged, worst
 
 _CANDIDATES = 3
 """Candidates for each neighbour wanted."""
-_FIRST = 512
-"""Queries tried before all: where few of them can be proven, the exact search alone is faster."""
+_UNPROVEN = 1 / 8
+"""Where more of the first queries than this cannot be proven, the exact search alone is faster."""
+
+
+def reduced_search(keys: IntArray, queries: FloatArray, rows: FloatArray, offset: int) -> IntArray:
+    """Puts into `keys` (Q, k) of `unlabeled.eval.topk` the cosines of unit `queries` and `rows`, row 0 being `offset`.
+
+    Returns the queries for which that could not be proven to be right, whose keys are as they were.
+    """
+    everything = np.arange(len(queries))
+    if 2 * _CANDIDATES * keys.shape[1] > len(rows):
+        return everything
+    first, rest = everything[:QUERIES], everything[QUERIES:]
+    with torch.inference_mode():
+        bounds = _Bounds(queries, rows)
+        left = _search(bounds, keys, slice(0, len(first)), queries, rows, offset)
+        if len(left) > _UNPROVEN * len(first):
+            return np.concatenate([left, rest])
+        return np.concatenate([left, _search(bounds, keys, slice(QUERIES, None), queries, rows, offset)])
+
+
+class _Bounds:
+    """Upper bounds of the cosines of `queries` and `rows`: ``block`` plus ``of_query``."""
+
+    def __init__(self, queries: FloatArray, rows: FloatArray) -> None:
+        mean = torch.from_numpy(rows.mean(axis=0, dtype=np.float64).astype(np.float32))
+        self.left, self.right = _rounded(torch.from_numpy(queries), mean), _rounded(torch.from_numpy(rows), mean)
+        self.of_row = torch.mv(torch.from_numpy(rows), mean) - mean.dot(mean)
+        longest = (self.right.lengths + self.right.errors).max()
+        self.of_query = torch.mv(torch.from_numpy(queries), mean) + self.left.errors * longest
+        # Sums of D float32 products of unit vectors, and the few operations here, are wrong by less than this.
+        self.of_query += (queries.shape[1] + 64) * 2.0**-23
+
+    def block(self, some: slice, part: slice) -> Tensor:
+        """float32 (q, n), without what is the same for all rows."""
+        left, right = self.left, self.right
+        bounds = torch._int_mm(left.values[some], right.values[part].t()).float()
+        bounds.mul_(right.scales[part])
+        torch.addcmul(self.of_row[part], bounds, left.scales[some, None], out=bounds)
+        return bounds.addcmul_(left.lengths[some, None], right.errors[part])
 
 
 @dataclass(frozen=True)
@@ -46,68 +82,6 @@ class _Rounded:
     """(N,): norms of what rounding took away."""
 
 
-def reduced_search(keys: IntArray, queries: FloatArray, rows: FloatArray, offset: int) -> IntArray:
-    """Puts into `keys` (Q, k) of `unlabeled.eval.topk` the cosines of unit `queries` and `rows`, row 0 being `offset`.
-
-    Returns the queries for which that could not be proven to be right, whose keys are as they were.
-    """
-    count, wanted = len(queries), _CANDIDATES * keys.shape[1]
-    if 2 * wanted > len(rows):
-        return np.arange(count)
-    with torch.inference_mode():
-        bounds = _Bounds(queries, rows)
-        tried = [_search(bounds, slice(0, _FIRST), keys, queries, rows, offset, wanted)]
-        if 2 * len(tried[0]) > min(_FIRST, count):
-            return np.concatenate([tried[0], np.arange(_FIRST, count)]) if count > _FIRST else tried[0]
-        if count > _FIRST:
-            tried.append(_search(bounds, slice(_FIRST, count), keys, queries, rows, offset, wanted) + _FIRST)
-    return np.concatenate(tried)
-
-
-def _search(
-    bounds: _Bounds, part: slice, keys: IntArray, queries: FloatArray, rows: FloatArray, offset: int, wanted: int
-) -> IntArray:
-    candidates = empty_keys(len(queries[part]), wanted)
-    window = Window(keys.shape[1], bounds.widths[part].numpy())
-    collect(candidates, lambda some, cut: bounds.block(_shifted(some, part.start), cut), len(rows), window=window)
-    left = []
-    for start in range(0, len(candidates), QUERIES):
-        some = slice(start, min(start + QUERIES, len(candidates)))
-        mine = _shifted(some, part.start)
-        best, upper = decoded(candidates[some][:, ::-1])
-        upper += bounds.of_query[mine].numpy()[:, None]
-        found = _refined(keys[mine], queries[mine], rows, best, upper, offset)
-        proven = upper[:, -1] < _worst(found)
-        keys[mine][proven] = found[proven]
-        left.append(np.flatnonzero(~proven) + start)
-    return np.concatenate(left)
-
-
-class _Bounds:
-    """Upper bounds of the cosines of `queries` and `rows`: ``block`` plus ``of_query``.
-
-    They exceed the cosines by at most ``widths`` of the query.
-    """
-
-    def __init__(self, queries: FloatArray, rows: FloatArray) -> None:
-        mean = torch.from_numpy(rows.mean(axis=0, dtype=np.float64).astype(np.float32))
-        self.left, self.right = _rounded(torch.from_numpy(queries), mean), _rounded(torch.from_numpy(rows), mean)
-        self.of_row = torch.mv(torch.from_numpy(rows), mean) - mean.dot(mean)
-        largest = (self.right.lengths + self.right.errors).max()
-        # Sums of D float32 products of unit vectors, and the few operations here, are wrong by less than the last term.
-        error = self.left.errors * largest + (queries.shape[1] + 64) * 2.0**-23
-        self.of_query = torch.mv(torch.from_numpy(queries), mean) + error
-        self.widths = 2 * (error + self.left.lengths * self.right.errors.max())
-
-    def block(self, some: slice, part: slice) -> Tensor:
-        """float32 (q, n), without what is the same for all rows."""
-        left, right = self.left, self.right
-        bounds = torch._int_mm(left.values[some], right.values[part].t()).float()
-        bounds.mul_(right.scales[part])
-        torch.addcmul(self.of_row[part], bounds, left.scales[some, None], out=bounds)
-        return bounds.addcmul_(left.lengths[some, None], right.errors[part])
-
-
 def _rounded(rows: Tensor, mean: Tensor) -> _Rounded:
     """`rows` (N, D) less `mean` (D,), a block at a time."""
     parts = []
@@ -120,34 +94,37 @@ def _rounded(rows: Tensor, mean: Tensor) -> _Rounded:
     return _Rounded(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
+def _search(
+    bounds: _Bounds, keys: IntArray, part: slice, queries: FloatArray, rows: FloatArray, offset: int
+) -> IntArray:
+    """`reduced_search` for the queries `part`."""
+    begin, end, _ = part.indices(len(queries))
+    candidates = empty_keys(end - begin, _CANDIDATES * keys.shape[1])
+    collect(
+        candidates,
+        lambda some, columns: bounds.block(slice(begin + some.start, begin + some.stop), columns),
+        len(rows),
+        floors=worst(keys[part]) - bounds.of_query[part].numpy(),
+    )
+    left = []
+    for start in range(begin, end, QUERIES):
+        some = slice(start, min(start + QUERIES, end))
+        best, upper = decoded(candidates[start - begin : start - begin + QUERIES, ::-1])
+        upper += bounds.of_query[some].numpy()[:, None]
+        found = _refined(keys[some], queries[some], rows, best, upper, offset)
+        proven = upper[:, -1] < worst(found)
+        keys[some][proven] = found[proven]
+        left.append(np.flatnonzero(~proven) + start)
+    return np.concatenate(left) if left else np.arange(0)
+
+
 def _refined(
     keys: IntArray, queries: FloatArray, rows: FloatArray, best: IntArray, upper: FloatArray, offset: int
 ) -> IntArray:
     """`keys` (q, k) with the cosines of the candidates `best` (q, C), highest bound first, that their bounds allow."""
     k = keys.shape[1]
-    keys = merged(keys, _keys_of(queries, rows, best[:, :k], offset))
-    open_ones = upper[:, k:] >= _worst(keys)[:, None]
-    width = int(open_ones.sum(axis=1).max(initial=0))
-    if width == 0:
-        return keys
-    rest = np.where(open_ones, best[:, k:], -1)[:, :width]  # bounds fall, so these come first
-    return merged(keys, _keys_of(queries, rows, rest, offset))
-
-
-def _keys_of(queries: FloatArray, rows: FloatArray, indices: IntArray, offset: int) -> IntArray:
-    """Cosines of each query and its rows `indices` (q, n), -1 for none, as int64 (q, n)."""
-    indices = np.ascontiguousarray(indices)
-    cosines = np.empty(indices.shape, dtype=np.float32)
-    with faiss_threads() as faiss:
-        pointers: list[Any] = [faiss.swig_ptr(part) for part in (cosines, queries, rows, indices)]
-        faiss.fvec_inner_products_by_idx(*pointers, rows.shape[1], *indices.shape)
-    return np.where(indices < 0, EMPTY, encoded(np.where(indices < 0, np.float32(0), cosines), indices + offset))
-
-
-def _worst(keys: IntArray) -> FloatArray:
-    """The least score of each row, -inf where there are fewer than k."""
-    return decoded(keys[:, 0])[1]
-
-
-def _shifted(part: slice, by: int) -> slice:
-    return slice(part.start + by, part.stop + by)
+    keys = merged(keys, keys_of_pairs(queries, rows, best[:, :k], offset))
+    possible = upper[:, k:] >= worst(keys)[:, None]
+    width = int(possible.sum(axis=1).max(initial=0))  # bounds fall, so the possible ones come first
+    rest = np.where(possible, best[:, k:], -1)[:, :width]
+    return merged(keys, keys_of_pairs(queries, rows, rest, offset))

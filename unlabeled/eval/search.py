@@ -1,6 +1,6 @@
 """The most similar rows among many, by cosine: all of them looked at, or an index of faiss asked.
 
-- ``exact``: float32 products of blocks. What is kept of a block is found by comparison with the k-th best so far.
+- ``exact``: float32 products of blocks; what is kept of a block is found by comparison with the k-th best so far.
 - ``reduced``: 8-bit products first. Their error has a bound for each pair (`unlabeled.eval.reduced`), so that a row left
   out is proven to be none of the nearest; what remains is computed in float32. Where too many remain, the exact search.
 - ``ivf``, ``hnsw``: approximate; `recall` measures how good.
@@ -24,7 +24,7 @@ from unlabeled.eval.base import FloatArray, IntArray
 from unlabeled.eval.faiss_threads import faiss_threads
 from unlabeled.eval.reduced import reduced_search
 from unlabeled.eval.settings import KnnConfig
-from unlabeled.eval.topk import COLUMNS, collect, decoded, empty_keys
+from unlabeled.eval.topk import COLUMNS, QUERIES, collect, decoded, empty_keys, keys_of_pairs, merged, worst
 from unlabeled.ssl.cpu import cpu_kernels
 from unlabeled.ssl.errors import ConfigError, DataError
 
@@ -33,6 +33,8 @@ _ROWS = 4096
 """Rows normalised at a time."""
 _SAMPLE = 1000
 """Queries on which an approximate search is compared with the exact one."""
+_ROUNDING = 1e-5
+"""Far more than two ways to sum a cosine differ by."""
 _LINKS = 32
 """Neighbours of a node of the HNSW graph; the lowest layer has twice as many."""
 
@@ -75,17 +77,26 @@ def recall(train: FloatArray, test: FloatArray, found: IntArray, settings: KnnCo
 
 
 def exact_search(keys: IntArray, queries: FloatArray, rows: FloatArray, offset: int) -> None:
-    """Puts into `keys` (`unlabeled.eval.topk`) the cosines of unit `queries` and `rows`, of which row 0 is `offset`."""
+    """Puts into `keys` (Q, k) of `unlabeled.eval.topk` the cosines of unit `queries` and `rows`, row 0 being `offset`.
+
+    Matrix products choose a few rows more than k, whose cosines are then computed pair by pair.
+    """
     left, right = torch.from_numpy(queries), torch.from_numpy(rows)
+    k = keys.shape[1]
+    candidates = empty_keys(len(queries), min(k + max(8, k // 8), len(rows)))
 
     def scores(some: slice, part: slice) -> Tensor:
         block = right[part]
-        missing = COLUMNS - len(block) if part.start or offset else 0  # kernels differ between shapes
-        products = F.linear(left[some], F.pad(block, (0, 0, 0, missing)) if missing > 0 else block)
+        missing = COLUMNS - len(block) if part.start else 0  # equal rows have equal scores in products of one size
+        products = F.linear(left[some], F.pad(block, (0, 0, 0, missing)) if missing else block)
         return products[:, : len(block)].contiguous()
 
     with torch.inference_mode(), cpu_kernels(torch.device("cpu")):
-        collect(keys, scores, len(rows), offset)
+        collect(candidates, scores, len(rows), floors=worst(keys) - _ROUNDING)
+    for start in range(0, len(keys), QUERIES):
+        some = slice(start, start + QUERIES)
+        best, _ = decoded(candidates[some])
+        keys[some] = merged(keys[some], keys_of_pairs(queries[some], rows, best, offset))
 
 
 def integers_are_fast() -> bool:

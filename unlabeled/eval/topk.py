@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from unlabeled.eval.base import FloatArray, IntArray
+from unlabeled.eval.faiss_threads import faiss_threads
 
 QUERIES, COLUMNS = 512, 4096
 """Size of a block of scores for each thread: it stays in the processor's cache."""
@@ -56,21 +56,37 @@ def merged(keys: IntArray, others: IntArray) -> IntArray:
     return np.sort(np.concatenate([keys, others], axis=1), axis=1)[:, -keys.shape[1] :]
 
 
-@dataclass(frozen=True)
-class Window:
-    """For scores that are upper bounds: what lies further below the k-th best than this is not worth keeping."""
-
-    k: int
-    widths: FloatArray
-    """(Q,) in units of the scores."""
+def worst(keys: IntArray) -> FloatArray:
+    """The least score of each row of ascending keys, -inf where entries are empty."""
+    return decoded(keys[:, 0])[1]
 
 
-def collect(keys: IntArray, scores: Scores, columns: int, offset: int = 0, window: Window | None = None) -> None:
-    """Puts into `keys` (Q, C) the best of what it holds and `columns` scores of each query, ascending.
+def keys_of_pairs(queries: FloatArray, rows: FloatArray, indices: IntArray, offset: int) -> IntArray:
+    """int64 (q, n): products of each of `queries` (q, D) and its `rows` (N, D) `indices` (q, n), -1 for none.
 
-    Column 0 gets the index `offset`. Blocks have the same shape but for the last queries and columns.
+    The number of a pair depends on the pair alone, unlike that of a matrix product, which also depends on its size.
+    """
+    indices = np.ascontiguousarray(indices)
+    scores = np.zeros(indices.shape, dtype=np.float32)
+    if scores.size:
+        with faiss_threads() as faiss:
+            pointers = [faiss.swig_ptr(part) for part in (scores, queries, rows, indices)]
+            faiss.fvec_inner_products_by_idx(*pointers, rows.shape[1], *indices.shape)
+    missing = indices < 0
+    scores[missing] = 0
+    return np.where(missing, EMPTY, encoded(scores, indices + offset))
+
+
+def collect(
+    keys: IntArray, scores: Scores, columns: int, offset: int = 0, floors: FloatArray | None = None
+) -> None:
+    """Puts into `keys` (Q, k) the best of what it holds and `columns` scores of each query, ascending.
+
+    Column 0 gets the index `offset`; scores below `floors` (Q,) do not count. Blocks have the same shape but for the
+    last queries and columns.
     """
     threads = torch.get_num_threads()
+    floors = np.full(len(keys), -np.inf, dtype=np.float32) if floors is None else floors
     with ThreadPoolExecutor(threads) as pool:
         for first in range(0, columns, COLUMNS):
             part = slice(first, min(first + COLUMNS, columns))
@@ -78,39 +94,22 @@ def collect(keys: IntArray, scores: Scores, columns: int, offset: int = 0, windo
                 rows = slice(start, min(start + QUERIES * threads, len(keys)))
                 block = scores(rows, part).numpy()
                 each = -(-len(block) // threads)
-                shares = [slice(at, min(at + each, len(block))) for at in range(0, len(block), each)]
-                work = [
-                    (keys[rows][share], block[share], offset + first, _part_of(window, rows, share)) for share in shares
-                ]
+                shares = [slice(at, at + each) for at in range(0, len(block), each)]
+                work = [(keys[rows][share], block[share], floors[rows][share], offset + first) for share in shares]
                 list(pool.map(lambda one: _take(*one), work))
 
 
-def _take(keys: IntArray, block: FloatArray, offset: int, window: Window | None) -> None:
-    places = np.flatnonzero(block >= _floor(keys, block, window)[:, None])
+def _take(keys: IntArray, block: FloatArray, floors: FloatArray, offset: int) -> None:
+    k, count = keys.shape[1], block.shape[1]
+    floors = np.maximum(floors, worst(keys))
+    if k < count and np.isneginf(floors).any():  # the best of this block alone are no less than its own k-th
+        floors = np.maximum(floors, np.partition(block, count - k, axis=1)[:, count - k])
+    places = np.flatnonzero(block >= floors[:, None])
     if len(places) == 0:
         return
-    rows = places // block.shape[1]
+    rows = places // count
     counts = np.bincount(rows, minlength=len(block))
     padded = np.full((len(block), int(counts.max())), EMPTY)
-    begins = np.arange(len(block)) * block.shape[1]
     ranks = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-    padded[rows, ranks] = encoded(block.reshape(-1)[places], places - begins[rows] + offset)
+    padded[rows, ranks] = encoded(block.reshape(-1)[places], places - rows * count + offset)
     keys[:] = merged(keys, padded)
-
-
-def _floor(keys: IntArray, block: FloatArray, window: Window | None) -> FloatArray:
-    """What a score must reach to be kept, (q,)."""
-    kept, count = keys.shape[1], block.shape[1]
-    _, floor = decoded(keys[:, 0])
-    if kept < count and np.isneginf(floor).any():  # the best of this block alone are no less than its own kept-th
-        floor = np.maximum(floor, np.partition(block, count - kept, axis=1)[:, count - kept])
-    if window is None:
-        return floor
-    _, nearest = decoded(keys[:, -window.k])
-    if window.k < count and np.isneginf(nearest).any():
-        nearest = np.maximum(nearest, np.partition(block, count - window.k, axis=1)[:, count - window.k])
-    return np.maximum(floor, nearest - window.widths)
-
-
-def _part_of(window: Window | None, rows: slice, share: slice) -> Window | None:
-    return window and replace(window, widths=window.widths[rows][share])
