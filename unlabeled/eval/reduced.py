@@ -85,7 +85,7 @@ class _Rounded:
 def _rounded(rows: Tensor, mean: Tensor) -> _Rounded:
     """`rows` (N, D) less `mean` (D,), a block at a time."""
     parts = []
-    for block in rows.split(COLUMNS):
+    for block in torch.split(rows, COLUMNS):
         centred = block - mean
         scales = (centred.abs().amax(dim=1) / 127).clamp_min(1e-30)
         values = (centred / scales[:, None]).round_()

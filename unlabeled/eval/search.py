@@ -1,8 +1,8 @@
 """The most similar rows among many, by cosine: all of them looked at, or an index of faiss asked.
 
 - ``exact``: float32 products of blocks; what is kept of a block is found by comparison with the k-th best so far.
-- ``reduced``: 8-bit products first. Their error has a bound for each pair (`unlabeled.eval.reduced`), so that a row left
-  out is proven to be none of the nearest; what remains is computed in float32. Where too many remain, the exact search.
+- ``reduced``: 8-bit products first. Their error has a bound for each pair (`unlabeled.eval.reduced`), so that a row
+  left out is proven to be none of the nearest; what remains is computed in float32. Where too much remains, as exact.
 - ``ivf``, ``hnsw``: approximate; `recall` measures how good.
 
 Training features may lie on disk (`mapped_features`): both of the first take a part of them into memory at a time.
@@ -72,8 +72,8 @@ def recall(train: FloatArray, test: FloatArray, found: IntArray, settings: KnnCo
     """Part of the true k nearest that `found` (Q, k) names, on a sample of at most 1000 queries drawn by `seed`."""
     chosen = np.sort(np.random.default_rng(seed).permutation(len(test))[:_SAMPLE])
     true, _ = search(train, test[chosen], found.shape[1], settings.model_copy(update={"search": "exact"}))
-    both = [len(np.intersect1d(*pair)) for pair in zip(true, found[chosen], strict=True)]
-    return float(np.mean(both)) / found.shape[1]
+    both = sum(len(np.intersect1d(*pair)) for pair in zip(true, found[chosen], strict=True))
+    return both / true.size
 
 
 def exact_search(keys: IntArray, queries: FloatArray, rows: FloatArray, offset: int) -> None:
@@ -143,8 +143,8 @@ def _indexed(
     need = len(train) * (4 * train.shape[1] * 2 + 8 * _LINKS) / 1e9  # features twice, links
     if need > settings.memory_gb:
         raise ConfigError(
-            f"evaluate.knn.search: {settings.search} needs about {need:.1f} GB of memory for {len(train)} pictures, and "
-            f"evaluate.knn.memory_gb is {settings.memory_gb:g}; raise it, or use exact"
+            f"evaluate.knn.search: {settings.search} needs about {need:.1f} GB of memory for {len(train)} pictures, "
+            f"and evaluate.knn.memory_gb is {settings.memory_gb:g}; raise it, or use exact"
         )
     rows = normalized(train)
     with faiss_threads() as faiss:
@@ -175,4 +175,3 @@ def _completed(
         indices[short], cosines[short] = search(rows, queries[short], indices.shape[1])
     order = np.lexsort((indices, -cosines), axis=1)
     return np.take_along_axis(indices, order, axis=1), np.take_along_axis(cosines, order, axis=1)
-

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -41,9 +42,9 @@ def decoded(keys: IntArray) -> tuple[IntArray, FloatArray]:
     return np.where(empty, -1, _LOW - (keys & _LOW)), np.where(empty, np.float32(-np.inf), scores)
 
 
-def _ordered(bits: np.ndarray) -> np.ndarray:
+def _ordered(bits: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
     """Bits of float32 ↔ int32 of the same order."""
-    return bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
+    return np.where(bits < 0, bits ^ np.int32(0x7FFFFFFF), bits)
 
 
 def empty_keys(count: int, k: int) -> IntArray:
@@ -77,9 +78,7 @@ def keys_of_pairs(queries: FloatArray, rows: FloatArray, indices: IntArray, offs
     return np.where(missing, EMPTY, encoded(scores, indices + offset))
 
 
-def collect(
-    keys: IntArray, scores: Scores, columns: int, offset: int = 0, floors: FloatArray | None = None
-) -> None:
+def collect(keys: IntArray, scores: Scores, columns: int, offset: int = 0, floors: FloatArray | None = None) -> None:
     """Puts into `keys` (Q, k) the best of what it holds and `columns` scores of each query, ascending.
 
     Column 0 gets the index `offset`; scores below `floors` (Q,) do not count. Blocks have the same shape but for the
