@@ -51,9 +51,9 @@ class DataConfig(Section):
     """Where the pictures come from."""
 
     name: str = "folder"
-    """folder, parquet, hf, torchvision, digits or shapes."""
+    """folder, parquet, hf, tar, torchvision, digits or shapes."""
     path: Path | None = None
-    """Folder of pictures, parquet file or folder of them, saved Hugging Face dataset, torchvision root."""
+    """Folder of pictures, parquet or tar file or folder of them, saved Hugging Face dataset, torchvision root."""
     test_path: Path | None = None
     """Held-out pictures of the same form; None: the source's own test split, or a part held out of `path`."""
     test_fraction: float = Field(0.2, gt=0, lt=1)

@@ -115,6 +115,7 @@ SOURCES: dict[str, str] = {
     "folder": "unlabeled.ssl.data.folder:FolderSource",
     "parquet": "unlabeled.ssl.data.table:ParquetSource",
     "hf": "unlabeled.ssl.data.table:HuggingFaceSource",
+    "tar": "unlabeled.ssl.data.tar:TarSource",
     "torchvision": "unlabeled.ssl.data.vision:TorchvisionSource",
     "digits": "unlabeled.ssl.data.embedded:DigitsSource",
     "shapes": "unlabeled.ssl.data.embedded:ShapesSource",
