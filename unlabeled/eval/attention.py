@@ -53,7 +53,7 @@ def key_map(backbone: Backbone, run: Run) -> Tensor | None:
         return None
     weight, bias = cast("tuple[Tensor, Tensor | None]", _key_projection(attention))
     keys = F.linear(seen[0][:, prefix:], weight, bias)
-    return keys.transpose(1, 2).unflatten(2, grid)
+    return keys.transpose(1, 2).reshape(len(keys), -1, *grid)
 
 
 def class_attention(backbone: Backbone, run: Run) -> Tensor | None:
@@ -72,7 +72,7 @@ def class_attention(backbone: Backbone, run: Run) -> Tensor | None:
     count = prefix + grid[0] * grid[1]
     if len(seen) != 1 or seen[0].ndim != 4 or seen[0].shape[2:] != (count, count):
         return None
-    return seen[0][:, :, 0, prefix:].mean(dim=1).unflatten(1, grid)
+    return seen[0][:, :, 0, prefix:].mean(dim=1).view(-1, *grid)
 
 
 @contextmanager

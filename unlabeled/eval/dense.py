@@ -31,8 +31,9 @@ from unlabeled.ssl.errors import CapabilityError, ConfigError, DataError, Unlabe
 IGNORE = 255
 """Value of a mask's pixels that no measure counts."""
 _CELLS = 14
-"""Places along the shorter side that a map should have for pictures of usual size (224), and at least, for small ones:"""
+"""Places along the shorter side that a map should have, for pictures of usual size (224)."""
 _CELLS_SMALL = 8
+"""The same for small pictures."""
 _STRIDE = 16
 """Pixels per place that are fine enough in any case."""
 _PIXELS = 16
@@ -133,7 +134,7 @@ class Places:
         grid = self.grid_of(size)
         p, q = (min(max(1, round(side / count)), _PIXELS) for side, count in zip(size, grid, strict=True))
         even = F.interpolate(images, (grid[0] * p, grid[1] * q), mode="area")
-        return F.unfold(even, (p, q), stride=(p, q)).unflatten(2, grid)
+        return F.unfold(even, (p, q), stride=(p, q)).view(len(images), -1, *grid)
 
 
 class MaskedBatch(NamedTuple):
@@ -150,7 +151,7 @@ class MaskedBatch(NamedTuple):
 def masked_batches(
     source: ImageSource, size: tuple[int, int], indices: Sequence[int], subject: Subject
 ) -> Iterator[MaskedBatch]:
-    """The pictures `indices` of `source` with masks, resized whole to `size`; those that cannot be decoded are left out.
+    """The pictures `indices` of `source` with masks, resized whole to `size`, but for those that cannot be decoded.
 
     Masks have the classes of ``subject.features``. Raises DataError for a source without masks, for a mask of another
     size than its picture, and for values that are no class.
@@ -170,13 +171,14 @@ def with_masks(source: ImageSource) -> MaskSource:
     """`source` as one with masks. Raises DataError when it has none."""
     if not isinstance(source, MaskSource):
         raise DataError(
-            "evaluate.data: the data has no masks; give data=voc or data=shapes, or leave out the evaluators that need them"
+            "evaluate.data: the data has no masks; give data=voc or data=shapes, or leave out the evaluators "
+            "that look at them"
         )
     return source
 
 
 def mask_values(source: ImageSource, classes: Sequence[str]) -> Tensor:
-    """Table int64 (256,): value in a mask of `source` → 0 for background, c + 1 for class c of `classes`, 255; else -1."""
+    """int64 (256,): value in a mask of `source` → 0 for background, c + 1 for class c of `classes`, 255; else -1."""
     table = torch.full((256,), -1)
     table[0], table[IGNORE] = 0, IGNORE
     for value, name in enumerate((source.classes or ())[: IGNORE - 1], start=1):

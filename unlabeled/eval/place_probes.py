@@ -108,7 +108,7 @@ class LinearPlaces:
         generator = torch.Generator().manual_seed(derive("place probe", seed))
         for _ in range(config.epochs):
             order = torch.randperm(count, generator=generator)[: count // batch * batch].to(features.device)
-            for rows in order.split(batch):
+            for rows in torch.split(order, batch):
                 weights = places.known[rows] / places.known[rows].sum()
                 losses = [
                     F.cross_entropy(features[rows] @ head, places.shares[rows], reduction="none") @ weights
@@ -136,7 +136,7 @@ class NearestPlaces:
     def scores(self, features: Tensor) -> Tensor:
         """Shares of the classes (Q, K), which sum to 1, for features (Q, C)."""
         found = []
-        for rows in F.normalize(features, dim=1).split(_QUERIES):
+        for rows in torch.split(F.normalize(features, dim=1), _QUERIES):
             cosines, nearest = (rows @ self._bank.T).topk(self.k, dim=1)
             votes = (cosines / self.temperature).softmax(dim=1)
             found.append((votes[:, :, None] * self._shares[nearest]).sum(dim=1))
@@ -154,7 +154,7 @@ def soft_miou(places: LabelledPlaces, predicted: Tensor) -> float:
 
 def _held_out(pictures: Tensor, fraction: float, seed: int) -> Tensor:
     """bool (M,): whether a place's picture is held out; at least one is, and one is not."""
-    numbers = pictures.unique()
+    numbers = torch.unique(pictures)
     if len(numbers) < 2:
         raise DataError("evaluate.data: the masks of a single training picture are too few for a linear probe")
     count = min(max(1, round(fraction * len(numbers))), len(numbers) - 1)

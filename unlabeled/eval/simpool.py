@@ -38,7 +38,8 @@ class SimPool(nn.Module):
     @classmethod
     def untrained(cls, dim: int) -> SimPool:
         """Without parameters to speak of: query and key are what they are made of, norms are plain."""
-        pool = cls(dim, gamma=None)
+        with torch.random.fork_rng(devices=[]):  # what the layers draw is replaced
+            pool = cls(dim, gamma=None)
         nn.init.eye_(pool.query.weight)
         nn.init.eye_(pool.key.weight)
         return pool.requires_grad_(False)
@@ -49,22 +50,23 @@ class SimPool(nn.Module):
         values = self.norm(places)
         weights = self._weights(places, values).unsqueeze(1)  # (B, 1, N)
         if self.gamma is None:
-            return (weights @ values).squeeze(1)
+            return torch.squeeze(weights @ values, 1)
         with torch.autocast(x.device.type, enabled=False):  # powers near 1e-6 need float32
             values = values.float()
             least = values.amin() if self.official else values.amin(dim=(1, 2), keepdim=True)
             power = self.gamma if self.beta is None else self.gamma + self.beta
-            return (weights.float() @ (values - least + _EPS).pow(power)).pow(1 / power).squeeze(1)
+            mixed: Tensor = weights.float() @ (values - least + _EPS).pow(power)
+            return mixed.pow(1 / power).squeeze(1)
 
     def attention(self, x: Tensor) -> Tensor:
         """The weight of each place: (B, N), or (B, H, W) for a map; each picture's sum to 1."""
         places = _places(x)
         weights = self._weights(places, self.norm(places))
-        return weights.unflatten(1, x.shape[2:]) if x.ndim == 4 else weights
+        return weights.view(-1, *x.shape[2:]) if x.ndim == 4 else weights
 
     def _weights(self, places: Tensor, values: Tensor) -> Tensor:
         query = self.query(places.mean(dim=1, keepdim=True))  # (B, 1, D)
-        logits = (query @ self.key(values).transpose(1, 2)).squeeze(1) * self.dim**-0.5
+        logits: Tensor = (query @ self.key(values).transpose(1, 2)).squeeze(1) * self.dim**-0.5
         return logits.softmax(dim=1)
 
 

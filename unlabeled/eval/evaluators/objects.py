@@ -37,8 +37,8 @@ class ObjectsEvaluator:
 
     Features are the keys of the last attention block, which the paper found best, or, in a network without one, the
     deepest map that is fine enough. Such a map loses the picture's mean first: what a rectifier made is alike
-    everywhere by the threshold of TokenCut. Pictures are resized whole to the network's size, so that every network and the
-    baseline of raw pixels see the same; with ``native`` they keep theirs, padded with zeros to whole places, as
+    everywhere by the threshold of TokenCut. Pictures are resized whole to the network's size, so that every network and
+    the baseline of raw pixels see the same; with ``native`` they keep theirs, padded with zeros to whole places, as
     published. True boxes are the annotated ones, or around the connected components of masks; pictures with neither
     are left out.
 
@@ -104,8 +104,8 @@ class ObjectsEvaluator:
             padded = (scene.size[0] + pad[0], scene.size[1] + pad[1])
             if padded != places.size and (reason := places.network.refuses(padded)) is not None:
                 raise ConfigError(
-                    f"evaluate.objects.native: {places.network.name} cannot take {padded[0]}x{padded[1]} ({reason}); set "
-                    "false, or backbone.kwargs={dynamic_img_size: true} if it has that"
+                    f"evaluate.objects.native: {places.network.name} cannot take {padded[0]}x{padded[1]} ({reason}); "
+                    "set false, or backbone.kwargs={dynamic_img_size: true} if it has that"
                 )
             yield self._box(places(scene.image[None], pad)[0], padded, scene, centre=places.maps)
 

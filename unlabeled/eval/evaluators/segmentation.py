@@ -23,7 +23,6 @@ from unlabeled.ssl.seeds import derive
 
 _FLOATS = 2**26
 """Scores at full size that are held at a time."""
-_JUDGES = ("probe", "knn")
 
 
 class SegmentationEvaluator:
@@ -33,9 +32,9 @@ class SegmentationEvaluator:
     size (bilinear) and the best class of each pixel counts. Pixels of value 255 count nowhere, a class that neither
     truth nor prediction has is left out of the mean. Intervals are of the choice of test pictures (bootstrap).
 
-    Yields ``probe_miou``, ``knn_miou``, ``probe_accuracy``, ``knn_accuracy`` (of pixels) as fractions, ``probe_iou`` and
-    ``knn_iou`` float64 (K,) with NaN for absent classes, ``lr``, ``holdout_miou``, ``diverged``, ``places`` (number of
-    training places), a picture ``examples`` (picture, truth, probe, kNN in a row), and ``note``.
+    Yields ``probe_miou``, ``knn_miou``, ``probe_accuracy``, ``knn_accuracy`` (of pixels) as fractions, ``probe_iou``
+    and ``knn_iou`` float64 (K,) with NaN for absent classes, ``lr``, ``holdout_miou``, ``diverged``, ``places`` (how
+    many were trained on), a picture ``examples`` (picture, truth, probe, kNN in a row), and ``note``.
     """
 
     name: ClassVar = "segmentation"
@@ -62,14 +61,14 @@ class SegmentationEvaluator:
         bank = self._bank(places, train, subject, classes)
         probe = LinearPlaces(bank, self.config, subject.seed)
         nearest = NearestPlaces(bank, self.config.k, self.config.temperature)
+        judges: dict[str, LinearPlaces | NearestPlaces] = {"probe": probe, "knn": nearest}
         shown = set(drawn(len(test), self.config.examples, derive("segmentation examples", subject.seed)))
-        counts: dict[str, list[Overlap]] = {judge: [] for judge in _JUDGES}
+        counts: dict[str, list[Overlap]] = {judge: [] for judge in judges}
         examples: list[list[Tensor]] = []
         for batch in masked_batches(test, places.size, range(len(test)), subject):
             maps = places(batch.images)
             guesses = {
-                judge: best_classes(model.scores(rows_of(maps)), maps, places.size)
-                for judge, model in zip(_JUDGES, (probe, nearest), strict=True)
+                judge: best_classes(model.scores(rows_of(maps)), maps, places.size) for judge, model in judges.items()
             }
             for judge, guess in guesses.items():
                 counts[judge].append(overlap(batch.masks, guess, classes, IGNORE))
@@ -140,7 +139,7 @@ def best_classes(scores: Tensor, maps: Tensor, size: tuple[int, int]) -> Tensor:
     at_once = max(1, _FLOATS // (planes.shape[1] * size[0] * size[1]))
     parts = [
         F.interpolate(part, size, mode="bilinear", align_corners=False).argmax(dim=1).cpu()
-        for part in planes.split(at_once)
+        for part in torch.split(planes, at_once)
     ]
     return torch.cat(parts)
 
