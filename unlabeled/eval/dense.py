@@ -76,8 +76,8 @@ class Places:
             )
         self.network, self.pixels = network, subject.backbone is None
         self.device, self.precision = subject.device, subject.loading.precision
-        self.keys = keys and level is None and not self.pixels
         self.level = LevelMap(network, fine_level(network) if level is None else level, task=evaluator)
+        self.keys = keys and level is None and not self.pixels and self.level.index == count - 1
         self.size = network.input_size
         self._grids = {self.size: self.level.grid}
 
@@ -121,10 +121,7 @@ class Places:
     def _features(self, images: Tensor) -> Tensor:
         if not self.keys:
             return self.level(self.network, images)
-        last = (
-            LevelMap(self.network, -1, task="keys") if self.level.index < len(self.network.stages) - 1 else self.level
-        )
-        found = key_map(self.network, lambda: last(self.network, images))
+        found = key_map(self.network, lambda: self.level(self.network, images))
         self.keys = found is not None  # a network keeps them or does not, whatever the pictures
         return self._features(images) if found is None else found
 

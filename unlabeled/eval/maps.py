@@ -50,16 +50,16 @@ def map_pictures(
     backbone.to(device)
     with evaluating(backbone):
         normal = backbone.normalize(images.to(device))
-        maps = level(backbone, normal).float()
+        maps = level(backbone, normal).float().cpu()
         looks = class_attention(backbone, lambda: last(backbone, normal))
     name = "pooling" if looks is None else "attention"
     if looks is None:
-        looks = SimPool.untrained(maps.shape[1]).to(device).attention(maps)
+        looks = SimPool.untrained(maps.shape[1]).attention(maps)
     rows, columns = maps.shape[2:]
     down, across = (min(int(at * count), count - 1) for at, count in zip(place, (rows, columns), strict=True))
-    shares = stretched(looks.float(), (1, 2))
+    shares = stretched(looks.float().cpu(), (1, 2))
     alike = similarity(maps, (down, across))
-    colours = (components(maps, foreground) * 255).round().to(torch.uint8).cpu()
+    colours = (components(maps, foreground) * 255).round().to(torch.uint8)
     size = images.shape[2:]
     marked = torch.stack([_marked(image, (down, across), (rows, columns)) for image in images])
     return {
