@@ -35,7 +35,8 @@ PictureBatch = tuple[Tensor, "Tensor | None", list[int]]
 """Indices (B,), pictures uint8 (B, 3, h, w) or None where none can be decoded, and the indices of those that cannot."""
 
 _MARGIN = 256 / 224
-_AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precision → what autocast computes in."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def extract_features(
 
     def encode(images: Tensor) -> Tensor:
         images = images.to(device, non_blocking=True)
-        with torch.autocast(device.type, _AUTOCAST[precision], enabled=precision != "fp32"):
+        with torch.autocast(device.type, AUTOCAST[precision], enabled=precision != "fp32"):
             images = backbone.normalize(images)
             return (backbone.pooled(images) if outputs is None else outputs(backbone, images)).float()
 

@@ -13,6 +13,8 @@ from unlabeled.ssl.schema import EvaluateConfig
 EVALUATORS: dict[str, str] = {
     "knn": "unlabeled.eval.evaluators.knn:KnnEvaluator",
     "linear": "unlabeled.eval.evaluators.linear:LinearEvaluator",
+    "segmentation": "unlabeled.eval.evaluators.segmentation:SegmentationEvaluator",
+    "objects": "unlabeled.eval.evaluators.objects:ObjectsEvaluator",
 }
 """In the order of the report."""
 

@@ -5,6 +5,8 @@ The order is that of `unlabeled.eval.registry.EVALUATORS`.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
 from unlabeled.ssl.section import Section
@@ -27,3 +29,42 @@ class LinearConfig(Section):
     batch_size: int = Field(256, ge=1)
     holdout: float = Field(0.1, gt=0, lt=1)
     """Part of the training set that chooses the head."""
+
+
+class SegmentationConfig(Section):
+    """Segmentation from single places of the frozen feature map: a linear probe, and their nearest training places."""
+
+    level: int | None = None
+    """Number of the feature map; None: the deepest one that is fine enough (14 places a side at 224 pixels)."""
+    bank: int = Field(20_000, ge=2)
+    """Largest number of training places, as many of each picture, for the probe and for the neighbours."""
+    k: int = Field(30, ge=1)
+    """Neighbours of a place."""
+    temperature: float = Field(0.02, gt=0)
+    """Of the softmax over the neighbours' cosines."""
+    lr: tuple[Annotated[float, Field(gt=0)], ...] = Field((0.01, 0.03, 0.1, 0.3, 1.0), min_length=1)
+    """Learning rates of SGD with momentum, for standardised features; training pictures held out choose one."""
+    weight_decay: float = Field(1e-4, ge=0)
+    epochs: int = Field(20, ge=1)
+    batch_size: int = Field(256, ge=1)
+    """Places per step."""
+    holdout: float = Field(0.1, gt=0, lt=1)
+    """Part of the training pictures that chooses the learning rate."""
+    examples: int = Field(6, ge=1)
+    """Test pictures that are shown."""
+
+
+class ObjectsConfig(Section):
+    """Objects found without any training by cutting the graph of places in two (TokenCut)."""
+
+    level: int | None = None
+    """Number of the feature map; None: keys of the last attention block, or the deepest map that is fine enough."""
+    pictures: int = Field(1000, ge=1)
+    """Largest number of test pictures."""
+    tau: float = Field(0.2, ge=-1, lt=1)
+    """Cosine from which two places are joined."""
+    native: bool = False
+    """Pictures at their own size, padded to whole patches, as published; None of them is resized, so the network must
+    take any size (``backbone.kwargs={dynamic_img_size: true}`` for vision transformers)."""
+    examples: int = Field(12, ge=1)
+    """Test pictures that are shown."""

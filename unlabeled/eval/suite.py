@@ -118,7 +118,7 @@ def evaluate_backbone(
         with _timed(seconds, "pixels"):
             parts = [raw_pixels(s, batch_size=config.batch_size, workers=workers, cache=cache) for s in (train, test)]
             found = _joined(parts[0], parts[1], train, test, classes)
-            subjects["pixels"] = Subject(found, None, (train, test), load, seed)
+            subjects["pixels"] = Subject(found, None, (train, test), load, seed, backbone)
     if "random" in wanted:
         try:
             encode("random", random_twin(backbone, seed))

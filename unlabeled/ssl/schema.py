@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from unlabeled.eval.settings import KnnConfig, LinearConfig
+from unlabeled.eval.settings import KnnConfig, LinearConfig, ObjectsConfig, SegmentationConfig
 from unlabeled.ssl.section import Section
 
 Size = Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
@@ -51,9 +51,10 @@ class DataConfig(Section):
     """Where the pictures come from."""
 
     name: str = "folder"
-    """folder, parquet, hf, tar, torchvision, digits or shapes."""
+    """folder, parquet, hf, tar, torchvision, digits, shapes or voc."""
     path: Path | None = None
-    """Folder of pictures, parquet or tar file or folder of them, saved Hugging Face dataset, torchvision root."""
+    """Folder of pictures or of ``JPEGImages``, parquet or tar file or folder of them, saved Hugging Face dataset,
+    torchvision root."""
     test_path: Path | None = None
     """Held-out pictures of the same form; None: the source's own test split, or a part held out of `path`."""
     test_fraction: float = Field(0.2, gt=0, lt=1)
@@ -61,7 +62,8 @@ class DataConfig(Section):
     labels: bool = False
     """folder only: take the name of the first sub-folder as the label."""
     dataset: str | None = None
-    """torchvision: class name, such as ``CIFAR10``. hf: dataset name, when not given by `path`."""
+    """torchvision: class name, such as ``CIFAR10``. hf: dataset name, when not given by `path`. voc: sub-folder of
+    ``ImageSets`` with the lists; None: ``Segmentation`` if there, else ``Main``."""
     image_column: str | None = None
     """Tables: the picture column; None: found by its type."""
     label_column: str | None = None
@@ -192,6 +194,8 @@ class EvaluateConfig(Section):
     (Matryoshka representations)."""
     knn: KnnConfig = KnnConfig()
     linear: LinearConfig = LinearConfig()
+    segmentation: SegmentationConfig = SegmentationConfig()
+    objects: ObjectsConfig = ObjectsConfig()
 
 
 class LogConfig(Section):
