@@ -49,7 +49,9 @@ class Finetune(PretextTask):
             for name, parameter in backbone.named_parameters():
                 parameter.requires_grad_(name in self._head)
         self._mix = _mixup(config)
-        self.ema = None if config.ema is None else ModelEmaV3(backbone, decay=config.ema, use_warmup=True)
+        self.ema: ModelEmaV3 | None = None
+        if config.ema is not None:
+            self.ema = ModelEmaV3(backbone, decay=config.ema, use_warmup=True).requires_grad_(False)
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self._updates: int | None = None
 
