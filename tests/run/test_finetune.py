@@ -24,7 +24,7 @@ from unlabeled.ssl.schema import DataConfig
 from unlabeled.ssl.signals import EXIT_STOPPED
 
 ROOT = Path(__file__).resolve().parents[2]
-RESNET = {"size": 16, "channels": [8, 8, 8, 16], "stem_width": 8, "output_stride": 8}
+RESNET = {"size": 16, "channels": [16, 16, 16, 32], "stem_width": 8, "output_stride": 8}
 FAST = {
     "batch_size": 32,
     "augment": None,
@@ -46,7 +46,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def result(target: Path, tmp_path_factory: pytest.TempPathFactory) -> FinetuneResult:
     out = tmp_path_factory.mktemp("finetune") / "run"
     data = {"name": "digits", "limit": 640}
-    return unlabeled.finetune(target, data, out=out, epochs=5, ema=0.9, evaluate={"every": 2}, **FAST)
+    return unlabeled.finetune(target, data, out=out, epochs=5, ema=0.9, evaluate={"every": 2.5}, **FAST)
 
 
 def test_it_learns_far_above_chance_and_says_how_far_above_random_weights(result: FinetuneResult) -> None:

@@ -1,5 +1,8 @@
-"""Every setting of ``unlabeled finetune``. Defaults are those of MAE's fine-tuning of ViT-B on ImageNet (arXiv
-2111.06377, table 9; github.com/facebookresearch/mae, FINETUNE.md), for a batch of any size."""
+"""Every setting of ``unlabeled finetune``.
+
+Defaults are those with which MAE's authors fine-tune ViT-B on ImageNet (FINETUNE.md of github.com/facebookresearch/mae;
+arXiv 2111.06377 has others for its TensorFlow code), for a batch of any size; stochastic depth is off.
+"""
 
 from __future__ import annotations
 
