@@ -12,7 +12,6 @@ from torch import Tensor
 
 from unlabeled.pretext.base import PretextTask
 from unlabeled.pretext.registry import task_class, task_config
-from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.checkpoint import writing
 from unlabeled.ssl.data.loader import LoadedBatch, ViewDataset, collate, seeded
 from unlabeled.ssl.data.source import ImageSource, Split, open_source
@@ -63,17 +62,19 @@ class OnlineEvaluation:
     def due(self, step: int) -> bool:
         return self.every_steps is not None and step % self.every_steps == 0
 
-    def run(self, backbone: Backbone, device: torch.device) -> dict[str, float]:
+    def run(self, task: PretextTask, device: torch.device) -> dict[str, float]:
         """``eval/knn_k20`` and its like on the main process; other ranks help to extract features."""
         from unlabeled.eval.suite import online_knn
 
         assert self._data is not None, "run() without data"
         train, test = self._data
-        values = online_knn(backbone, train, test, self._config, device, masked_statistics=self._masked)
+        values = online_knn(task.encoder(), train, test, self._config, device, masked_statistics=self._masked)
         return {f"eval/{name}": value for name, value in values.items()}
 
 
-def conclude(run: Training, task: PretextTask, seconds: float | None) -> tuple[Evidence | None, Path | None]:
+def conclude(
+    config: PretrainConfig, run: Training, task: PretextTask, seconds: float | None
+) -> tuple[Evidence | None, Path | None]:
     """Evaluates a finished run against its baselines and writes the report; (None, None) off the main process.
 
     `task` is the trained task, unsharded; `seconds` its wall clock, None when it was not all in this process.
@@ -83,7 +84,7 @@ def conclude(run: Training, task: PretextTask, seconds: float | None) -> tuple[E
     from unlabeled.eval.report.verdict import judge
     from unlabeled.eval.suite import evaluate_backbone
 
-    config, encoder, device = run.config, task.encoder(), run.accelerator.device
+    encoder, device = task.encoder(), run.accelerator.device
     if not config.evaluate.final:
         return None, None
     data = labelled_data(config)

@@ -209,30 +209,37 @@ class LogConfig(Section):
     progress: bool = True
 
 
-class PretrainConfig(Section):
-    """One pretraining run."""
+class RunConfig(Section):
+    """What the engine needs to know of any run."""
 
-    task: dict[str, Any] = Field(default_factory=lambda: {"name": "mae"})
-    """``name`` and the fields of that task's own ``Config``."""
-    backbone: BackboneConfig = BackboneConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     engine: EngineConfig = EngineConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
     log: LogConfig = LogConfig()
-    out: Path = Path("runs/pretrain")
+    out: Path = Path("runs/run")
     """The run folder."""
     epochs: float = Field(100.0, gt=0)
     """Passes over the data."""
     batch_size: int = Field(256, ge=1)
     """Images per optimizer step, over all processes and micro-steps."""
-    official: Path | None = None
-    """Start the whole task (backbone, decoder, heads) from this checkpoint of the method's original authors."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint in `out`; never: refuse a folder that holds one."""
     debug: bool = False
     """Tiny mode: two epochs of two steps, 64 pictures, no workers; proves that a command works."""
+
+
+class PretrainConfig(RunConfig):
+    """One pretraining run."""
+
+    task: dict[str, Any] = Field(default_factory=lambda: {"name": "mae"})
+    """``name`` and the fields of that task's own ``Config``."""
+    backbone: BackboneConfig = BackboneConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    out: Path = Path("runs/pretrain")
+    """The run folder."""
+    official: Path | None = None
+    """Start the whole task (backbone, decoder, heads) from this checkpoint of the method's original authors."""
 
     @model_validator(mode="after")
     def _task_has_a_name(self) -> PretrainConfig:

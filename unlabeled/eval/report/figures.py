@@ -114,7 +114,7 @@ def comparison_figure(comparisons: Sequence[Comparison]) -> Markup:
         return _svg(figure, "Accuracy of each encoder with its 95 % interval")
 
 
-def confusion_figure(matrix: npt.NDArray[np.int64], classes: Sequence[str]) -> Markup:
+def confusion_figure(matrix: npt.NDArray[np.int64], classes: Sequence[str], of: str = "the linear probe") -> Markup:
     """True class (row) by predicted class (column), as part of each true class."""
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     count = len(matrix)
@@ -141,7 +141,7 @@ def confusion_figure(matrix: npt.NDArray[np.int64], classes: Sequence[str]) -> M
                         column + 0.5, row + 0.5, f"{100 * value:.0f}",
                         ha="center", va="center", fontsize=7.5, color=color,
                     )  # fmt: skip
-        return _svg(figure, "Confusion matrix of the linear probe, percent of each true class")
+        return _svg(figure, f"Confusion matrix of {of}, percent of each true class")
 
 
 def size_figure(curve: SizeCurve, metric: str) -> Markup:

@@ -62,8 +62,8 @@ def render_report(
     if document["sizes"] is not None:
         context |= {"size_words": size_words(document["sizes"]), "size_rows": shown_rows(document["sizes"])}
     write_json(document, folder / "report.json")
-    (folder / "report.md").write_text(_environment(html=False).get_template("report.md.j2").render(context), "utf-8")
-    page = _environment(html=True).get_template("report.html.j2")
+    (folder / "report.md").write_text(environment(html=False).get_template("report.md.j2").render(context), "utf-8")
+    page = environment(html=True).get_template("report.html.j2")
     html = page.render(
         context,
         figures=_figures(evidence, metrics or (), sizes),
@@ -75,7 +75,8 @@ def render_report(
     return file
 
 
-def _environment(*, html: bool) -> Environment:
+def environment(*, html: bool) -> Environment:
+    """Of the templates beside this file, with the filters that they use."""
     environment = Environment(
         loader=PackageLoader("unlabeled.eval.report", "templates"),
         autoescape=html,
