@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from unlabeled.eval.base import Estimate, Evaluator, FeatureSet, FeatureSplit, IntArray, Value
+from unlabeled.eval.embedding import Embedding, check_method, embed
 from unlabeled.eval.environment import hardware
 from unlabeled.eval.evaluators.knn import KnnEvaluator
 from unlabeled.eval.features import Precision, extract_features, is_main_process, raw_pixels
 from unlabeled.eval.recalibrate import recalibrated, recalibration_pictures
 from unlabeled.eval.registry import build_evaluators, measure_of
 from unlabeled.eval.report.gallery import GalleryRow, nearest_gallery
+from unlabeled.eval.report.look import backbone_maps
 from unlabeled.eval.subject import Loading, Subject, principal
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.data.source import ImageSource, limited
@@ -68,6 +70,10 @@ class Evidence:
     seeds: dict[str, int]
     hardware: dict[str, str]
     gallery: tuple[GalleryRow, ...] = ()
+    embedding: Embedding | None = None
+    """Some test pictures as points of a plane."""
+    maps: dict[str, Tensor] = field(default_factory=dict)
+    """What the backbone looks at in a few test pictures: name → uint8 (3, H, W)."""
     seconds: float = 0.0
     """Wall clock of the whole evaluation."""
     recalibrated: int = 0
@@ -95,6 +101,7 @@ def evaluate_backbone(
     """
     began = time.perf_counter()
     evaluators = build_evaluators(config)
+    check_method(config.embedding)
     train, test = limited(train, config.limit), limited(test, config.limit)
     classes = _classes(train)
     cache = work / "features" if work is not None else None
@@ -222,7 +229,7 @@ def _judged(
             except DataError as error:
                 if name == "backbone":
                     raise
-                notes.append(str(error))
+                notes.append(f"{evaluator.name}: {error}")
     return replace(found, notes=tuple(notes))
 
 
@@ -274,6 +281,8 @@ def _evidence(encoders: dict[str, EncoderEvidence], subject: Subject, config: Ev
         seeds={"random weights": subject.seed, "linear probe": subject.seed},
         hardware=hardware(subject.device),
         gallery=gallery,
+        embedding=embed(data.test, config.embedding, seed=subject.seed) if config.embedding is not None else None,
+        maps=backbone_maps(subject, config.maps),
     )
 
 

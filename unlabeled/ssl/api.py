@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,20 +58,16 @@ def pretrain_from(config: PretrainConfig) -> PretrainResult:
     """Pretrains under a validated configuration, exports the backbone, evaluates it and writes the report."""
     with told_once():
         run = prepare(config)
-    begin = time.perf_counter()
     try:
         stopped = train(run)
     finally:
         run.monitor.close()
-    seconds = time.perf_counter() - begin
     task = whole_task(run)
     encoder = task.encoder()
     if run.accelerator.is_main_process:
         export_backbone(encoder, config.out, elastic=task.elastic())
     run.accelerator.wait_for_everyone()
-    evidence, report = (
-        (None, None) if stopped else conclude(config, run, task, seconds if run.start_step == 0 else None)
-    )
+    evidence, report = (None, None) if stopped else conclude(config, run, task)
     return PretrainResult(
         backbone=encoder,
         metrics=read_metrics(config.out / "metrics.jsonl"),

@@ -192,6 +192,10 @@ class EvaluateConfig(Section):
     prefixes: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Also judge the first so many features, and as many principal components, by every evaluator of pooled features
     (Matryoshka representations)."""
+    embedding: Literal["tsne", "umap", "pca"] | None = "tsne"
+    """Map of the test features in the report: umap needs ``umap-learn``; None: no map."""
+    maps: int = Field(6, ge=0)
+    """Test pictures, drawn by seed, on which the report shows what the backbone looks at; 0: none."""
     knn: KnnConfig = KnnConfig()
     linear: LinearConfig = LinearConfig()
     segmentation: SegmentationConfig = SegmentationConfig()
