@@ -42,7 +42,7 @@ class SegmentationConfig(Section):
     """Neighbours of a place."""
     temperature: float = Field(0.02, gt=0)
     """Of the softmax over the neighbours' cosines."""
-    lr: tuple[Annotated[float, Field(gt=0)], ...] = Field((0.01, 0.03, 0.1, 0.3, 1.0), min_length=1)
+    lr: tuple[Annotated[float, Field(gt=0)], ...] = Field((0.01, 0.03, 0.1, 0.3, 1.0, 3.0), min_length=1)
     """Learning rates of SGD with momentum, for standardised features; training pictures held out choose one."""
     weight_decay: float = Field(1e-4, ge=0)
     epochs: int = Field(20, ge=1)
