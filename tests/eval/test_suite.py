@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.machinery
 import logging
-import sys
-import types
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +14,7 @@ import torch.multiprocessing as mp
 from eval_helpers import MemorySource, tiny_vit
 
 from unlabeled.eval.base import FeatureSplit
+from unlabeled.eval.maps import CAPTIONS
 from unlabeled.eval.settings import KnnConfig, LinearConfig
 from unlabeled.eval.suite import evaluate_backbone, online_knn, random_twin
 from unlabeled.ssl.backbone import Backbone, create_backbone
@@ -149,21 +147,17 @@ def test_a_diverged_backbone_raises_and_a_broken_baseline_is_noted(monkeypatch: 
 def test_points_and_maps_of_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Tensor] = []
 
-    def map_pictures(backbone: Backbone, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        assert not backbone.training
+    def map_pictures(backbone: Backbone, images: torch.Tensor, *, device: torch.device) -> dict[str, torch.Tensor]:
         seen.append(images)
         return {"attention": images[0]}
 
-    module = types.ModuleType("unlabeled.eval.maps")
-    module.map_pictures = map_pictures  # type: ignore[attr-defined]
-    module.__spec__ = importlib.machinery.ModuleSpec("unlabeled.eval.maps", None)
-    monkeypatch.setitem(sys.modules, "unlabeled.eval.maps", module)
+    monkeypatch.setattr("unlabeled.eval.report.look.map_pictures", map_pictures)
     train, test = sources(corrupt=(0, 1))
     evidence = evaluate_backbone(tiny_vit(), train, test, CONFIG.model_copy(update={"maps": 4}))
     assert evidence is not None
     assert seen[0].shape == (4, 3, 32, 32)
     assert all(any(torch.equal(image, one) for one in test._images[2:]) for image in seen[0])
-    assert torch.equal(evidence.maps["attention"], seen[0][0])
+    assert torch.equal(evidence.maps[CAPTIONS["attention"]], seen[0][0])
     assert evidence.embedding is not None
     assert evidence.embedding.points.shape == (19, 2)
     off = evaluate_backbone(tiny_vit(), *sources(), CONFIG.model_copy(update={"maps": 0, "embedding": None}))
