@@ -10,7 +10,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from unlabeled.eval.settings import KnnConfig, LinearConfig
+from unlabeled.eval.settings import (
+    ClusterConfig,
+    DuplicatesConfig,
+    FewShotConfig,
+    KnnConfig,
+    LinearConfig,
+    LogisticConfig,
+    LowLabelConfig,
+    RetrievalConfig,
+)
 from unlabeled.ssl.section import Section
 
 Size = Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
@@ -192,6 +201,12 @@ class EvaluateConfig(Section):
     (Matryoshka representations)."""
     knn: KnnConfig = KnnConfig()
     linear: LinearConfig = LinearConfig()
+    logistic: LogisticConfig = LogisticConfig()
+    few_shot: FewShotConfig = FewShotConfig()
+    low_label: LowLabelConfig = LowLabelConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    retrieval: RetrievalConfig = RetrievalConfig()
+    duplicates: DuplicatesConfig = DuplicatesConfig()
 
 
 class LogConfig(Section):
