@@ -63,7 +63,7 @@ class LowLabelConfig(Section):
     """Draws of labelled pictures, over which the interval is taken."""
     steps: int = Field(500, ge=1)
     """Least number of optimizer steps; a small part has few in an epoch."""
-    C: float = Field(0.1, gt=0)
+    C: float = Field(0.01, gt=0)
     """Of logistic regression, which replaces the probe below five pictures a class."""
     probe: LinearConfig = LinearConfig()
 

@@ -27,8 +27,8 @@ class ClusterEvaluator:
 
     Yields ``accuracy`` (each cluster stands for one class, matched for the best total), ``nmi`` (mutual information
     over the mean of both entropies, 0..1), ``ari`` (adjusted Rand index, 0 by chance, 1 at best), and ``clusters``
-    int64 (N,), numbered by the class that they are matched to, -1 without one. Where fewer distinct features than
-    classes exist, k is cut, which a ``note`` says. Raises DataError when all test pictures are of one class.
+    int64 (N,), numbered by the class that they are matched to. Where fewer distinct features than classes exist, k is
+    cut, which a ``note`` says. Raises DataError when all test pictures are of one class.
     """
 
     name: ClassVar = "cluster"
@@ -77,7 +77,7 @@ class ClusterEvaluator:
         yield "accuracy", float(counts[matched, columns].sum() / len(truth))
         yield "nmi", float(normalized_mutual_info_score(truth, found))
         yield "ari", float(adjusted_rand_score(truth, found))
-        numbers = np.full(k, -1, dtype=np.int64)
+        numbers = np.zeros(k, dtype=np.int64)
         numbers[np.unique(found)[columns]] = classes[matched]
         yield "clusters", numbers[found]
 

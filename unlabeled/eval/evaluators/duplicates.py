@@ -98,26 +98,28 @@ class DuplicatesEvaluator:
         inside = find_pairs(train, train[drawn], self.config.chance, own=drawn)
         yield "train_share", inside.found.any(axis=1).mean().item()
         yield "train_pairs", len(_unordered(drawn, inside))
-        if sources is None:
-            return
-        marks = [_Marks(source, split) for source, split in zip(sources, (data.train, data.test), strict=True)]
+        if sources is not None:
+            marks = [_Marks(source, split) for source, split in zip(sources, (data.train, data.test), strict=True)]
+            yield from self._seen(marks[0], marks[1], leaks, _unordered(drawn, inside))
+
+    def _seen(
+        self, train: _Marks, test: _Marks, leaks: Pairs, inside: list[tuple[int, int]]
+    ) -> Iterator[tuple[str, Value]]:
+        """What the pictures themselves add."""
         queries, places = np.nonzero(leaks.found)
-        pairs = list(zip(queries.tolist(), leaks.rows[queries, places].tolist(), strict=True))
-        yield "exact", sum(marks[1].of(test_row) == marks[0].of(train_row) for test_row, train_row in pairs)
-        yield "train_exact", sum(marks[0].of(one) == marks[0].of(two) for one, two in _unordered(drawn, inside))
-        if pairs:
-            one, two = marks[1].name(pairs[0][0]), marks[0].name(pairs[0][1])
-            yield (
-                "note",
-                f"{leaks.found.any(axis=1).sum()} test pictures are nearly in training too, such as {one} as {two}",
-            )
-        closest = leaks.closest()[: self.config.shown]
+        pairs = zip(queries.tolist(), leaks.rows[queries, places].tolist(), strict=True)
+        yield "exact", sum(test.of(query) == train.of(row) for query, row in pairs)
+        yield "train_exact", sum(train.of(one) == train.of(two) for one, two in inside)
+        closest = leaks.closest().tolist()
+        partner = leaks.rows[:, 0].tolist()
+        for row in [row for row in closest if leaks.found[row, 0]][:1]:
+            count = int(leaks.found.any(axis=1).sum())
+            names = f"{test.name(row)} and {train.name(partner[row])}"
+            yield "note", f"{count} test pictures have a near duplicate in training; the closest are {names}"
+        shown = closest[: self.config.shown]
         yield (
             "closest",
-            beside(
-                [marks[1].picture(int(row)) for row in closest],
-                [marks[0].picture(int(leaks.rows[row, 0])) for row in closest],
-            ),
+            beside([test.picture(row) for row in shown], [train.picture(partner[row]) for row in shown]),
         )
 
 
