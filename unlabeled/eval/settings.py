@@ -31,6 +31,73 @@ class LinearConfig(Section):
     """Part of the training set that chooses the head."""
 
 
+class LogisticConfig(Section):
+    """Logistic regression on standardised features, solved by L-BFGS: what the linear probe should reach."""
+
+    C: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0, 10.0)
+    """Inverse strengths of the L2 penalty, as scikit-learn counts it; a hold-out of the training set chooses one."""
+    holdout: float = Field(0.1, gt=0, lt=1)
+    """Part of the training set that chooses C."""
+    iterations: int = Field(1000, ge=1)
+    """Largest number of L-BFGS iterations."""
+    limit: int | None = Field(20_000, ge=2)
+    """Largest number of training pictures, drawn class by class; None: all, which is slow."""
+
+
+class FewShotConfig(Section):
+    """Episodes of nearest class means on centred features of unit length (SimpleShot's CL2N)."""
+
+    ways: int = Field(5, ge=2)
+    """Classes of an episode."""
+    shots: tuple[int, ...] = (1, 5)
+    """Labelled pictures of each class."""
+    queries: int = Field(15, ge=1)
+    """Pictures of each class to be classified."""
+    episodes: int = Field(600, ge=2)
+
+
+class LowLabelConfig(Section):
+    """The linear probe with few labels."""
+
+    fractions: tuple[float, ...] = (0.01, 0.1)
+    """Parts of the training labels, drawn class by class."""
+    draws: int = Field(3, ge=1)
+    """Draws of labelled pictures, over which the interval is taken."""
+    steps: int = Field(500, ge=1)
+    """Least number of optimizer steps; a small part has few in an epoch."""
+    C: float = Field(0.01, gt=0)
+    """Of logistic regression, which replaces the probe below five pictures a class."""
+    probe: LinearConfig = LinearConfig()
+
+
+class ClusterConfig(Section):
+    """k-means on the test features through faiss, compared with the classes."""
+
+    restarts: int = Field(5, ge=1)
+    """Runs from other starting points; the one of the best objective counts."""
+    iterations: int = Field(50, ge=1)
+    spherical: bool = True
+    """Features and centroids of unit length, compared by cosine; false: as they are, by Euclidean distance."""
+
+
+class RetrievalConfig(Section):
+    """Test pictures that look for others of their class."""
+
+    k: tuple[int, ...] = (1, 5, 10)
+    """Of recall@k."""
+
+
+class DuplicatesConfig(Section):
+    """Pictures that are in the training split too, or nearly so."""
+
+    chance: float = Field(1e-3, gt=0, lt=1)
+    """Share of ordinary pictures that may be taken for near duplicates; sets the threshold."""
+    queries: int = Field(10_000, ge=1)
+    """Largest number of training pictures, drawn by lot, that are looked up in the training split."""
+    shown: int = Field(8, ge=1)
+    """Closest pairs in the report's picture."""
+
+
 class SegmentationConfig(Section):
     """Segmentation from single places of the frozen feature map: a linear probe, and their nearest training places."""
 

@@ -10,7 +10,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from unlabeled.eval.settings import KnnConfig, LinearConfig, ObjectsConfig, SegmentationConfig
+from unlabeled.eval.settings import (
+    ClusterConfig,
+    DuplicatesConfig,
+    FewShotConfig,
+    KnnConfig,
+    LinearConfig,
+    LogisticConfig,
+    LowLabelConfig,
+    ObjectsConfig,
+    RetrievalConfig,
+    SegmentationConfig,
+)
 from unlabeled.ssl.section import Section
 
 Size = Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
@@ -198,6 +209,12 @@ class EvaluateConfig(Section):
     """Test pictures, drawn by seed, on which the report shows what the backbone looks at; 0: none."""
     knn: KnnConfig = KnnConfig()
     linear: LinearConfig = LinearConfig()
+    logistic: LogisticConfig = LogisticConfig()
+    few_shot: FewShotConfig = FewShotConfig()
+    low_label: LowLabelConfig = LowLabelConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    retrieval: RetrievalConfig = RetrievalConfig()
+    duplicates: DuplicatesConfig = DuplicatesConfig()
     segmentation: SegmentationConfig = SegmentationConfig()
     objects: ObjectsConfig = ObjectsConfig()
 
