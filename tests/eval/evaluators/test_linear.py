@@ -9,7 +9,6 @@ from sklearn.preprocessing import StandardScaler
 
 from unlabeled.eval.base import FeatureSet, FeatureSplit
 from unlabeled.eval.evaluators.linear import (
-    GroupedSgd,
     LinearEvaluator,
     confusion_matrix,
     statistics,
