@@ -106,10 +106,7 @@ def extract_features(
     ranks = _world() if together else (0, 1)
 
     def encode(images: Tensor) -> Tensor:
-        images = images.to(device, non_blocking=True)
-        with torch.autocast(device.type, AUTOCAST[precision], enabled=precision != "fp32"):
-            images = backbone.normalize(images)
-            return (backbone.pooled(images) if outputs is None else outputs(backbone, images)).float()
+        return encode_batch(backbone, images, outputs, device, precision)
 
     def compute() -> FeatureSplit:
         backbone.to(device)
@@ -126,6 +123,16 @@ def extract_features(
         **({} if outputs is None else {"outputs": named}),
     )
     return _cached(cache / f"{key}.safetensors", compute, ranks)
+
+
+def encode_batch(
+    backbone: Backbone, images: Tensor, outputs: Outputs | None, device: torch.device, precision: Precision
+) -> Tensor:
+    """uint8 (B, 3, h, w) → float32 (B, F) on `device`; pooled features without `outputs`."""
+    images = images.to(device, non_blocking=True)
+    with torch.autocast(device.type, AUTOCAST[precision], enabled=precision != "fp32"):
+        images = backbone.normalize(images)
+        return (backbone.pooled(images) if outputs is None else outputs(backbone, images)).float()
 
 
 def raw_pixels(

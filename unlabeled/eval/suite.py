@@ -251,7 +251,8 @@ def _take(found: EncoderEvidence, notes: list[str], evaluator: str, key: str, va
 
 def _judge_prefixes(found: EncoderEvidence, evaluator: Evaluator, subject: Subject, prefixes: Sequence[int]) -> None:
     """``knn/k20@64`` for the first 64 features, ``knn/k20@pca64`` for as many principal components."""
-    shown = [metric for metric in found.metrics if measure_of(metric) and metric.startswith(f"{evaluator.name}/")]
+    own = [metric for metric in found.metrics if metric.startswith(f"{evaluator.name}/") and "@" not in metric]
+    shown = [metric for metric in own if measure_of(metric)]
     for length in sorted({length for length in prefixes if length < found.dimension}):
         for cut, part in ((str(length), subject.first(length)), (f"pca{length}", principal(subject, length))):
             for key, value in evaluator.run(part):
