@@ -13,6 +13,10 @@ from unlabeled.ssl.schema import EvaluateConfig
 EVALUATORS: dict[str, str] = {
     "knn": "unlabeled.eval.evaluators.knn:KnnEvaluator",
     "linear": "unlabeled.eval.evaluators.linear:LinearEvaluator",
+    "spectrum": "unlabeled.eval.evaluators.spectrum:SpectrumEvaluator",
+    "invariance": "unlabeled.eval.evaluators.invariance:InvarianceEvaluator",
+    "layers": "unlabeled.eval.evaluators.layers:LayersEvaluator",
+    "corruption": "unlabeled.eval.evaluators.corruption:CorruptionEvaluator",
 }
 """In the order of the report."""
 

@@ -10,7 +10,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from unlabeled.eval.settings import KnnConfig, LinearConfig
+from unlabeled.eval.settings import (
+    CorruptionConfig,
+    InvarianceConfig,
+    KnnConfig,
+    LayersConfig,
+    LinearConfig,
+    SpectrumConfig,
+)
 from unlabeled.ssl.section import Section
 
 Size = Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
@@ -192,6 +199,10 @@ class EvaluateConfig(Section):
     (Matryoshka representations)."""
     knn: KnnConfig = KnnConfig()
     linear: LinearConfig = LinearConfig()
+    spectrum: SpectrumConfig = SpectrumConfig()
+    invariance: InvarianceConfig = InvarianceConfig()
+    layers: LayersConfig = LayersConfig()
+    corruption: CorruptionConfig = CorruptionConfig()
 
 
 class LogConfig(Section):
