@@ -152,8 +152,8 @@ def clid(learnability: Sequence[float], dimension: Sequence[float]) -> Array:
 
     def standardised(values: Sequence[float]) -> Array:
         array = np.asarray(values, dtype=np.float64)
-        spread = array.std()
-        scores: Array = (array - array.mean()) / spread if spread > 0 else np.zeros_like(array)
+        varies = len(set(values)) > 1
+        scores: Array = (array - array.mean()) / array.std() if varies else np.zeros_like(array)
         return scores
 
     return standardised(learnability) + standardised(dimension)
