@@ -142,7 +142,7 @@ def raw_pixels(
 
     All pictures get the size of the first readable one, cut down to `size` on each side.
     """
-    transform = Resize(_size_of_first(source, size))
+    transform = Resize(pixel_size(source, size))
 
     def compute() -> FeatureSplit:
         return _encode_all(_flat, source, transform, batch_size, workers, _world())
@@ -296,7 +296,8 @@ def _world() -> tuple[int, int]:
     return 0, 1
 
 
-def _size_of_first(source: ImageSource, largest: int) -> tuple[int, int]:
+def pixel_size(source: ImageSource, largest: int = 32) -> tuple[int, int]:
+    """(h, w) of the raw pixels of `source`: of its first readable picture, cut down to `largest` on each side."""
     for index in range(len(source)):
         try:
             height, width = source.read(index).shape[-2:]

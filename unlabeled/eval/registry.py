@@ -21,6 +21,10 @@ EVALUATORS: dict[str, str] = {
     "duplicates": "unlabeled.eval.evaluators.duplicates:DuplicatesEvaluator",
     "segmentation": "unlabeled.eval.evaluators.segmentation:SegmentationEvaluator",
     "objects": "unlabeled.eval.evaluators.objects:ObjectsEvaluator",
+    "spectrum": "unlabeled.eval.evaluators.spectrum:SpectrumEvaluator",
+    "invariance": "unlabeled.eval.evaluators.invariance:InvarianceEvaluator",
+    "layers": "unlabeled.eval.evaluators.layers:LayersEvaluator",
+    "corruption": "unlabeled.eval.evaluators.corruption:CorruptionEvaluator",
 }
 """In the order of the report."""
 

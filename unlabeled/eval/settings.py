@@ -156,3 +156,47 @@ class ObjectsConfig(Section):
     take any size (``backbone.kwargs={dynamic_img_size: true}`` for vision transformers)."""
     examples: int = Field(12, ge=1)
     """Test pictures that are shown."""
+
+
+class SpectrumConfig(Section):
+    """Measures of the training features that need no labels: RankMe, α-ReQ, intrinsic dimension, uniformity."""
+
+    pictures: int = Field(25_600, ge=2)
+    """Training pictures, drawn by the seed; the number of the RankMe paper."""
+    pairwise: int = Field(10_000, ge=2)
+    """Of these, as many for what compares pairs: intrinsic dimension, cluster learnability, uniformity."""
+
+
+class InvarianceConfig(Section):
+    """LiDAR and alignment over crops, flips and colour jitter of training pictures."""
+
+    pictures: int = Field(500, ge=2)
+    """Training pictures, drawn by the seed; the paper of LiDAR takes 1000."""
+    views: int = Field(10, ge=2)
+    """Of each picture; the paper takes 50."""
+    scale: float = Field(0.2, gt=0, le=1)
+    """Smallest part of a picture's area that a crop shows."""
+
+
+class LayersConfig(Section):
+    """Similarity (debiased linear CKA) between the layers of the network, and with those of random weights."""
+
+    pictures: int = Field(1024, ge=4)
+    """Training pictures, drawn by the seed."""
+
+
+CorruptionName = Literal["gaussian_noise", "gaussian_blur", "jpeg", "brightness", "contrast", "pixelate"]
+
+
+class CorruptionConfig(Section):
+    """Accuracy on corrupted test pictures of a classifier fitted to clean features, after ImageNet-C."""
+
+    corruptions: tuple[CorruptionName, ...] = Field(
+        ("gaussian_noise", "gaussian_blur", "jpeg", "brightness"), min_length=1
+    )
+    severities: tuple[Annotated[int, Field(ge=1, le=5)], ...] = Field((1, 3, 5), min_length=1)
+    """From 1 (weak) to 5."""
+    pictures: int = Field(1000, ge=1)
+    """Test pictures, drawn by the seed."""
+    classifier: Literal["knn", "linear"] = "knn"
+    """kNN with k = 20, or a linear probe with the default settings of ``evaluate.linear``."""

@@ -12,15 +12,19 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from unlabeled.eval.settings import (
     ClusterConfig,
+    CorruptionConfig,
     DuplicatesConfig,
     FewShotConfig,
+    InvarianceConfig,
     KnnConfig,
+    LayersConfig,
     LinearConfig,
     LogisticConfig,
     LowLabelConfig,
     ObjectsConfig,
     RetrievalConfig,
     SegmentationConfig,
+    SpectrumConfig,
 )
 from unlabeled.ssl.section import Section
 
@@ -217,6 +221,10 @@ class EvaluateConfig(Section):
     duplicates: DuplicatesConfig = DuplicatesConfig()
     segmentation: SegmentationConfig = SegmentationConfig()
     objects: ObjectsConfig = ObjectsConfig()
+    spectrum: SpectrumConfig = SpectrumConfig()
+    invariance: InvarianceConfig = InvarianceConfig()
+    layers: LayersConfig = LayersConfig()
+    corruption: CorruptionConfig = CorruptionConfig()
 
 
 class LogConfig(Section):
