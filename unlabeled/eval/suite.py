@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from unlabeled.eval.base import Estimate, Evaluator, FeatureSet, FeatureSplit, IntArray, Value
+from unlabeled.eval.base import Estimate, Evaluator, FeatureSet, FeatureSplit, IntArray, Value, check_features
 from unlabeled.eval.embedding import Embedding, check_method, embed
 from unlabeled.eval.environment import hardware
 from unlabeled.eval.evaluators.knn import KnnEvaluator
@@ -26,8 +27,10 @@ from unlabeled.eval.report.look import backbone_maps
 from unlabeled.eval.subject import Loading, Subject, principal
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.data.source import ImageSource, limited
-from unlabeled.ssl.errors import ConfigError, DataError
+from unlabeled.ssl.errors import CapabilityError, ConfigError, DataError
 from unlabeled.ssl.schema import EvaluateConfig
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class EncoderEvidence:
     """``evaluator/name`` → uint8 (3, H, W), for the report."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evidence:
     """Everything that a report says about an encoder's quality."""
 
@@ -78,6 +81,14 @@ class Evidence:
     """Wall clock of the whole evaluation."""
     recalibrated: int = 0
     """Training pictures on which the batch-norm statistics of all networks were estimated anew; 0: they were not."""
+
+    def __repr__(self) -> str:
+        return f"<Evidence of {', '.join(self.encoders)} on {self.test_pictures} test pictures>"
+
+    def _repr_markdown_(self) -> str:
+        from unlabeled.eval.report.tables import evidence_table
+
+        return evidence_table(self)
 
 
 def evaluate_backbone(
@@ -134,7 +145,7 @@ def evaluate_backbone(
     if not is_main_process():
         return None
     encoders = {
-        name: _judged(name, subject, evaluators, config.prefixes, seconds[name], notes.get(name))
+        name: _judged(name, subject, evaluators, config, seconds[name], notes.get(name))
         for name, subject in subjects.items()
     }
     evidence = _evidence(encoders, subjects["backbone"], config)
@@ -209,11 +220,16 @@ def _judged(
     name: str,
     subject: Subject,
     evaluators: Sequence[Evaluator],
-    prefixes: Sequence[int],
+    config: EvaluateConfig,
     feature_seconds: float,
     note: str | None,
 ) -> EncoderEvidence:
-    """Runs the evaluators. A baseline that cannot be judged (NaN features) says so in a note, the backbone raises."""
+    """Runs the evaluators. What a baseline cannot be judged by becomes a note; the backbone raises.
+
+    Where all evaluators are asked for, those that do not fit the data or the network become notes of the backbone too.
+    """
+    if name == "backbone":
+        check_features(subject.features)
     found = EncoderEvidence({}, notes=(note,) if note else (), dimension=subject.features.train.features.shape[1])
     found.seconds["features"] = feature_seconds
     notes = list(found.notes)
@@ -225,11 +241,12 @@ def _judged(
                 for key, value in evaluator.run(subject):
                     _take(found, notes, evaluator.name, key, value)
                 if evaluator.needs == "features":
-                    _judge_prefixes(found, evaluator, subject, prefixes)
-            except DataError as error:
-                if name == "backbone":
+                    _judge_prefixes(found, evaluator, subject, config.prefixes)
+            except (DataError, CapabilityError) as error:
+                if name == "backbone" and config.evaluators != "all":
                     raise
                 notes.append(f"{evaluator.name}: {error}")
+        log.info("%s, %s: %.1f s", name, evaluator.title, found.seconds[evaluator.name])
     return replace(found, notes=tuple(notes))
 
 
@@ -257,14 +274,13 @@ def _judge_prefixes(found: EncoderEvidence, evaluator: Evaluator, subject: Subje
         for cut, part in ((str(length), subject.first(length)), (f"pca{length}", principal(subject, length))):
             for key, value in evaluator.run(part):
                 metric = f"{evaluator.name}/{key}"
-                if metric in shown and isinstance(value, (int, float)):
-                    found.metrics[f"{metric}@{cut}"] = float(value)
+                if metric in shown and isinstance(value, (int, float, Estimate)):
+                    found.metrics[f"{metric}@{cut}"] = float(value.value if isinstance(value, Estimate) else value)
 
 
 def _evidence(encoders: dict[str, EncoderEvidence], subject: Subject, config: EvaluateConfig) -> Evidence:
     data, sources, arrays = subject.features, subject.pictures(), encoders["backbone"].arrays
     commonest = np.bincount(data.train.labels, minlength=len(data.classes)).argmax()
-    headline = (f"knn/k{KnnEvaluator(config.knn).headline_k(len(data.train))}", "linear/top1")
     gallery: tuple[GalleryRow, ...] = ()
     if "knn/neighbours" in arrays:
         gallery = nearest_gallery(
@@ -272,7 +288,7 @@ def _evidence(encoders: dict[str, EncoderEvidence], subject: Subject, config: Ev
         )
     return Evidence(
         encoders=encoders,
-        headline=tuple(metric for metric in headline if metric in encoders["backbone"].metrics),
+        headline=_headline(encoders["backbone"].metrics, KnnEvaluator(config.knn).headline_k(len(data.train))),
         classes=data.classes,
         test_labels=data.test.labels,
         train_pictures=len(data.train),
@@ -285,6 +301,14 @@ def _evidence(encoders: dict[str, EncoderEvidence], subject: Subject, config: Ev
         embedding=embed(data.test, config.embedding, seed=subject.seed) if config.embedding is not None else None,
         maps=backbone_maps(subject, config.maps),
     )
+
+
+def _headline(metrics: Iterable[str], k: int) -> tuple[str, ...]:
+    """kNN and linear probe, as fixed beforehand; without them the first accuracy that was measured."""
+    known = [metric for metric in metrics if "@" not in metric]
+    fixed = tuple(metric for metric in (f"knn/k{k}", "linear/top1") if metric in known)
+    units = {metric: measure.unit for metric in known if (measure := measure_of(metric)) is not None}
+    return fixed or tuple(metric for metric, unit in units.items() if unit == "accuracy")[:1]
 
 
 @contextmanager
