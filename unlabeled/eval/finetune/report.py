@@ -187,7 +187,7 @@ def _notes(config: FinetuneConfig, quoted: Accuracy, *, beside: bool) -> list[st
             f"and all other settings{kept}. It had no pretraining, so it also had less compute in all."
         )
     if config.label_fraction is not None:
-        notes.append(f"Trained on {config.label_fraction:.3g} of the labels of each class, chosen by the seed.")
+        notes.append(f"Trained on {100 * config.label_fraction:.3g} % of the labels of each class, chosen by the seed.")
     if config.frozen:
         notes.append("The classifier alone was trained; all other weights stayed as they were.")
     if quoted.skipped:
@@ -207,7 +207,10 @@ def _facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Input", "{} x {} pixels".format(*run["input_size"])),
         ("Data", run["data"]),
         ("Classes", str(len(document["classes"]))),
-        ("Training pictures", f"{run['train_pictures']:,}" + (f" ({fraction:.3g} of the labels)" if fraction else "")),
+        (
+            "Training pictures",
+            f"{run['train_pictures']:,}" + (f" ({100 * fraction:.3g} % of the labels)" if fraction else ""),
+        ),
         ("Test pictures", f"{run['test_pictures']:,}"),
         ("Epochs", f"{run['epochs']:g}"),
         ("Steps", f"{run['steps']:,} of {run['batch_size']:,} pictures"),
