@@ -182,6 +182,7 @@ def test_the_augmented_probe_learns_and_repeats(subject: Subject) -> None:
     settings = {"augment": True, "augment_epochs": 6, "blocks": (1, 4), "pooling": ("cls+avg",)}
     one, two = run(subject, **settings), run(subject, **settings)
     assert one["top1"] > 0.6
+    assert one["note"] == "trained on random crops and flips of the pictures for 6 epochs"
     np.testing.assert_array_equal(one["predictions"], two["predictions"])
     assert one["holdout_top1"] == two["holdout_top1"]
 

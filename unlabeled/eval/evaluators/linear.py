@@ -209,7 +209,9 @@ class LinearEvaluator:
         if chosen.input.blocks:
             yield "blocks", chosen.input.blocks
             yield "note", f"the chosen head reads the {chosen.input.title} ({len(inputs)} inputs were tried)"
-        if self.config.augment and subject.backbone is None:
+        if self.config.augment and subject.backbone is not None:
+            yield "note", f"trained on random crops and flips of the pictures for {self.config.augment_epochs} epochs"
+        elif self.config.augment:
             yield "note", "trained on cached features, since there is no network to encode augmented pictures"
         lr, rates = chosen.setting.lr, self.config.lr
         if len(set(rates)) > 2 and lr in (min(rates), max(rates)):
