@@ -1,4 +1,4 @@
-"""The command ``unlabeled``: pretrain, evaluate, export, sizes, doctor, tasks, matrix.
+"""The command ``unlabeled``: pretrain, evaluate, export, sizes, doctor, tasks, matrix, gauntlet.
 
 Exit codes: 0 done · 2 a fault of the input, in one line · 75 stopped by a signal after writing a checkpoint (the same
 command goes on) · 130 interrupted at once.
@@ -29,6 +29,7 @@ settings are key=value words, the same for every way to start a run:
   unlabeled evaluate runs/poa 'sizes=[[384,12],[768,12]]' beside=[runs/alone]
   unlabeled doctor data=folder data.path=pictures
   unlabeled matrix task=mae module=beit
+  unlabeled gauntlet backbones=[runs/x,resnet18] data=[digits,shapes] evaluators=[knn,linear] out=runs/gauntlet
 """
 
 
@@ -150,9 +151,21 @@ def _matrix(given: argparse.Namespace) -> None:
     Console().print(render_terminal(matrix))
 
 
+def _gauntlet(given: argparse.Namespace) -> None:
+    from unlabeled.eval.gauntlet.job import run_gauntlet
+    from unlabeled.eval.gauntlet.progress import CellProgress
+    from unlabeled.eval.gauntlet.settings import gauntlet_config
+
+    run = gauntlet_config(given.words)
+    with CellProgress() as progress:
+        cells = run_gauntlet(run, progress.begin)["cells"]
+    log = logging.getLogger(__name__)
+    log.info("%d of %d cells, %d failed: %s", cells["done"], cells["total"], cells["failed"], run.out / "table.html")
+
+
 _COMMANDS = {
     "pretrain": _pretrain, "evaluate": _evaluate, "export": _export, "sizes": _sizes, "doctor": _doctor,
-    "tasks": _tasks, "matrix": _matrix,
+    "tasks": _tasks, "matrix": _matrix, "gauntlet": _gauntlet,
 }  # fmt: skip
 
 
@@ -181,6 +194,7 @@ def _parser() -> argparse.ArgumentParser:
         ("doctor", "scan a data source: count, sizes, formats, bad files, decoding speed"),
         ("tasks", "list the pretext tasks"),
         ("matrix", "try every task on every architecture of timm: what runs on what, and why not"),
+        ("gauntlet", "evaluate many backbones on many data sets in one job that goes on where it was stopped"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--debug", action="store_true", help="show a traceback instead of one line")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader
+from jinja2 import Environment
 from PIL import Image
 from torch import Tensor
 
@@ -18,7 +18,8 @@ from unlabeled.eval.report.figures import comparison_figure, confusion_figure, s
 from unlabeled.eval.report.gallery import Thumbnail, shrunk
 from unlabeled.eval.report.size_table import gmacs, millions, shown_rows, size_words
 from unlabeled.eval.report.summary import RunSummary
-from unlabeled.eval.report.verdict import compare, label_of, percent, signed
+from unlabeled.eval.report.templating import environment
+from unlabeled.eval.report.verdict import compare, label_of
 from unlabeled.eval.size_curve import SizeCurve, read_curve
 from unlabeled.eval.suite import Evidence
 
@@ -76,23 +77,9 @@ def render_report(
 
 
 def _environment(*, html: bool) -> Environment:
-    environment = Environment(
-        loader=PackageLoader("unlabeled.eval.report", "templates"),
-        autoescape=html,
-        trim_blocks=html,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(percent=percent, signed=signed, grouped="{:,}".format, md=_markdown)
-    environment.filters.update(millions=millions, gmacs=gmacs)
-    return environment
-
-
-def _markdown(text: Any) -> str:
-    """`text` as it stands, in one line, inside a table too."""
-    line = " ".join(str(text).split())
-    for mark in "\\`*_|[]<>":
-        line = line.replace(mark, "\\" + mark)
-    return line
+    found = environment(html=html)
+    found.filters.update(millions=millions, gmacs=gmacs)
+    return found
 
 
 def _figures(evidence: Evidence | None, metrics: Sequence[Row], sizes: SizeCurve | None) -> dict[str, Any]:
