@@ -18,7 +18,7 @@ from unlabeled.eval.report.figures import comparison_figure, confusion_figure, s
 from unlabeled.eval.report.gallery import Thumbnail, shrunk
 from unlabeled.eval.report.size_table import gmacs, millions, shown_rows, size_words
 from unlabeled.eval.report.summary import RunSummary
-from unlabeled.eval.report.templating import environment
+from unlabeled.eval.report.templating import duration, environment
 from unlabeled.eval.report.verdict import compare, label_of
 from unlabeled.eval.size_curve import SizeCurve, read_curve
 from unlabeled.eval.suite import Evidence
@@ -185,10 +185,4 @@ def _batch_norms(pictures: int) -> str | None:
 
 
 def _duration(seconds: float | None) -> str | None:
-    if seconds is None:
-        return None
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+    return None if seconds is None else duration(seconds)

@@ -19,7 +19,7 @@ def environment(*, html: bool) -> Environment:
         trim_blocks=html,
         keep_trailing_newline=True,
     )
-    found.filters.update(percent=percent, signed=signed, grouped="{:,}".format, md=markdown, measured=measured)
+    found.filters.update(percent=percent, signed=signed, grouped="{:,}".format, md=markdown, measured=measured, gap=gap)
     return found
 
 
@@ -36,3 +36,17 @@ def measured(value: float | None, unit: str) -> str:
     if value is None:
         return "–"
     return f"{value:.3g}" if unit == "number" else percent(value)
+
+
+def gap(value: float, unit: str) -> str:
+    """A difference: points of percent, or a number, with its sign."""
+    return f"{value:+.3g}".replace("-", "−") if unit == "number" else signed(value)
+
+
+def duration(seconds: float) -> str:
+    """3725 → ``1 h 2 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
