@@ -103,9 +103,14 @@ def over_seeds(values: Sequence[float]) -> Ends | None:
     """
     if len(values) < 2:
         return None
-    half = float(t.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    mean = float(np.mean(values))
+    mean, deviation = _mean(values), 0.0 if min(values) == max(values) else float(np.std(values, ddof=1))
+    half = float(t.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))
     return mean - half, mean + half
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of equal values that value, where a sum would round."""
+    return values[0] if min(values) == max(values) else float(np.mean(values))
 
 
 def ranked(values: Sequence[Value], better: str | None) -> list[Value]:
@@ -168,13 +173,11 @@ def _value(row: str, metric: str, measure: Measure, found: Sequence[CellResult])
     by_seed = over_seeds(values)
     if by_seed is not None and measure.unit != "number":
         by_seed = (max(0.0, by_seed[0]), min(1.0, by_seed[1]))
-    by_picture = (
-        (float(np.mean([a for a, _ in pictures])), float(np.mean([b for _, b in pictures]))) if pictures else None
-    )
+    by_picture = (_mean([low for low, _ in pictures]), _mean([high for _, high in pictures])) if pictures else None
     both = [ends for ends in (by_seed, by_picture) if ends is not None]
     return Value(
         row=row,
-        value=float(np.mean(values)),
+        value=_mean(values),
         low=min((low for low, _ in both), default=None),
         high=max((high for _, high in both), default=None),
         over_seeds=by_seed,
