@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 
+from unlabeled.eval.base import Estimate
+
 _Z95 = 1.959963984540054
 """97.5 % point of the normal distribution."""
 
@@ -28,9 +30,16 @@ def wilson(accuracy: float, count: int) -> tuple[float, float]:
 
 def difference(first: float, second: float, count: int) -> tuple[float, float]:
     """95 % interval of ``first - second``, two fractions measured on `count` pictures each."""
-    (low1, high1), (low2, high2) = wilson(first, count), wilson(second, count)
-    gap = first - second
-    return (
-        gap - math.sqrt((first - low1) ** 2 + (high2 - second) ** 2),
-        gap + math.sqrt((high1 - first) ** 2 + (second - low2) ** 2),
-    )
+    gap = less(Estimate(first, *wilson(first, count)), Estimate(second, *wilson(second, count)))
+    return gap.low, gap.high
+
+
+def less(first: Estimate, second: Estimate) -> Estimate:
+    """``first - second`` with its interval from theirs, whatever these come from, as if the two were independent.
+
+    Newcombe's method 10 with any intervals (MOVER: Zou and Donner 2008). Without an interval (NaN) there is none.
+    """
+    gap = first.value - second.value
+    down = math.hypot(first.value - first.low, second.high - second.value)
+    up = math.hypot(first.high - first.value, second.value - second.low)
+    return Estimate(gap, gap - down, gap + up)

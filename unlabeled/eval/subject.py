@@ -44,6 +44,8 @@ class Subject:
     loading: Loading = field(default_factory=Loading)
     seed: int = 0
     """Of everything that an evaluator draws."""
+    beside: Backbone | None = None
+    """Raw pixels only: the judged network, whose size and grid of places a baseline of pixels takes over."""
 
     @property
     def device(self) -> torch.device:

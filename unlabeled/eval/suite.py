@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from unlabeled.eval.base import Estimate, Evaluator, FeatureSet, FeatureSplit, IntArray, Value
+from unlabeled.eval.embedding import Embedding, check_method, embed
 from unlabeled.eval.environment import hardware
 from unlabeled.eval.evaluators.knn import KnnEvaluator
 from unlabeled.eval.features import Precision, extract_features, is_main_process, raw_pixels
 from unlabeled.eval.recalibrate import recalibrated, recalibration_pictures
 from unlabeled.eval.registry import build_evaluators, measure_of
 from unlabeled.eval.report.gallery import GalleryRow, nearest_gallery
+from unlabeled.eval.report.look import backbone_maps
 from unlabeled.eval.subject import Loading, Subject, principal
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.data.source import ImageSource, limited
@@ -68,6 +70,10 @@ class Evidence:
     seeds: dict[str, int]
     hardware: dict[str, str]
     gallery: tuple[GalleryRow, ...] = ()
+    embedding: Embedding | None = None
+    """Some test pictures as points of a plane."""
+    maps: dict[str, Tensor] = field(default_factory=dict)
+    """What the backbone looks at in a few test pictures: name → uint8 (3, H, W)."""
     seconds: float = 0.0
     """Wall clock of the whole evaluation."""
     recalibrated: int = 0
@@ -95,6 +101,7 @@ def evaluate_backbone(
     """
     began = time.perf_counter()
     evaluators = build_evaluators(config)
+    check_method(config.embedding)
     train, test = limited(train, config.limit), limited(test, config.limit)
     classes = _classes(train)
     cache = work / "features" if work is not None else None
@@ -118,7 +125,7 @@ def evaluate_backbone(
         with _timed(seconds, "pixels"):
             parts = [raw_pixels(s, batch_size=config.batch_size, workers=workers, cache=cache) for s in (train, test)]
             found = _joined(parts[0], parts[1], train, test, classes)
-            subjects["pixels"] = Subject(found, None, (train, test), load, seed)
+            subjects["pixels"] = Subject(found, None, (train, test), load, seed, backbone)
     if "random" in wanted:
         try:
             encode("random", random_twin(backbone, seed))
@@ -248,7 +255,7 @@ def _judged(
             except DataError as error:
                 if name == "backbone":
                     raise
-                notes.append(str(error))
+                notes.append(f"{evaluator.name}: {error}")
     return replace(found, notes=tuple(notes))
 
 
@@ -270,7 +277,8 @@ def _take(found: EncoderEvidence, notes: list[str], evaluator: str, key: str, va
 
 def _judge_prefixes(found: EncoderEvidence, evaluator: Evaluator, subject: Subject, prefixes: Sequence[int]) -> None:
     """``knn/k20@64`` for the first 64 features, ``knn/k20@pca64`` for as many principal components."""
-    shown = [metric for metric in found.metrics if measure_of(metric) and metric.startswith(f"{evaluator.name}/")]
+    own = [metric for metric in found.metrics if metric.startswith(f"{evaluator.name}/") and "@" not in metric]
+    shown = [metric for metric in own if measure_of(metric)]
     for length in sorted({length for length in prefixes if length < found.dimension}):
         for cut, part in ((str(length), subject.first(length)), (f"pca{length}", principal(subject, length))):
             for key, value in evaluator.run(part):
@@ -300,6 +308,8 @@ def _evidence(encoders: dict[str, EncoderEvidence], subject: Subject, config: Ev
         seeds={"random weights": subject.seed, "linear probe": subject.seed},
         hardware=hardware(subject.device),
         gallery=gallery,
+        embedding=embed(data.test, config.embedding, seed=subject.seed) if config.embedding is not None else None,
+        maps=backbone_maps(subject, config.maps),
     )
 
 

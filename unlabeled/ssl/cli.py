@@ -1,4 +1,4 @@
-"""The command ``unlabeled``: pretrain, evaluate, export, sizes, doctor, tasks, matrix, gauntlet, report.
+"""The command ``unlabeled``: pretrain, evaluate, gauntlet, report, finetune, export and what helps with them.
 
 Exit codes: 0 done · 2 a fault of the input, in one line · 75 stopped by a signal after writing a checkpoint (the same
 command goes on) · 130 interrupted at once.
@@ -23,6 +23,7 @@ settings are key=value words, the same for every way to start a run:
   accelerate launch pretrain.py task=rotation data=digits backbone=resnet18 out=runs/y
   unlabeled pretrain --multirun optim.lr=1e-3,1e-4 engine.seed=range(3) out=runs/sweep
   unlabeled evaluate runs/x            unlabeled evaluate resnet18 data=shapes
+  unlabeled finetune runs/x data=folder data.path=labelled out=runs/x_finetuned
   unlabeled export runs/x out=backbone.safetensors
   unlabeled sizes runs/poa             unlabeled export runs/poa width=384 depth=12 out=small.safetensors
   unlabeled export runs/poa like=vit_small_patch16_224 out=vit_small.safetensors
@@ -79,6 +80,16 @@ def _evaluate(given: argparse.Namespace) -> None:
     from unlabeled.ssl.schema import EvaluateRun
 
     evaluate_target(compose_config("evaluate", [f"target='{given.target}'", *given.words], EvaluateRun))
+
+
+def _finetune(given: argparse.Namespace) -> int:
+    from unlabeled.eval.finetune.run import finetune_config, finetune_from
+    from unlabeled.ssl.ranks import leave_ranks
+
+    try:
+        return EXIT_STOPPED if finetune_from(finetune_config(given.target, given.words)).stopped else 0
+    finally:
+        leave_ranks()
 
 
 def _export(given: argparse.Namespace) -> None:
@@ -171,8 +182,8 @@ def _report(given: argparse.Namespace) -> None:
 
 
 _COMMANDS = {
-    "pretrain": _pretrain, "evaluate": _evaluate, "export": _export, "sizes": _sizes, "doctor": _doctor,
-    "tasks": _tasks, "matrix": _matrix, "gauntlet": _gauntlet, "report": _report,
+    "pretrain": _pretrain, "evaluate": _evaluate, "finetune": _finetune, "export": _export, "sizes": _sizes,
+    "doctor": _doctor, "tasks": _tasks, "matrix": _matrix, "gauntlet": _gauntlet, "report": _report,
 }  # fmt: skip
 
 
@@ -194,6 +205,10 @@ def _parser() -> argparse.ArgumentParser:
             "kNN, linear probe and report of a run (sizes=... for those it holds), a timm model or a weights file",
         ),
         (
+            "finetune",
+            "train a run, a timm model or a weights file into a classifier, and the same network from random weights",
+        ),
+        (
             "export",
             "write a run's network, or sizes that it holds (width= depth=, like=, sizes=), as files that timm loads",
         ),
@@ -208,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--debug", action="store_true", help="show a traceback instead of one line")
         if name == "pretrain":
             command.add_argument("--multirun", action="store_true", help="run every combination of swept values")
-        if name == "evaluate":
+        if name in ("evaluate", "finetune"):
             command.add_argument("target", help="a run folder, a timm model name, or a weights file")
         if name in ("export", "sizes"):
             command.add_argument("run", help="a run folder, or another exported backbone")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -13,9 +12,8 @@ from typing import Any
 import pytest
 from report_helpers import RUN, evidence
 
-from unlabeled.eval.base import Estimate
 from unlabeled.eval.intervals import difference, wilson
-from unlabeled.eval.report.compare import less, report_runs
+from unlabeled.eval.report.compare import report_runs
 from unlabeled.eval.report.document import report_document, write_json
 from unlabeled.eval.suite import Evidence
 from unlabeled.ssl.cli import main
@@ -127,13 +125,6 @@ def test_intervals_of_evaluators_are_taken_from_their_sections(three: list[str],
     assert row["metric"] == "knn/k99"
     assert row["values"] == [values["backbone"], None, None]
     assert row["best"] == [False] * 3
-
-
-def test_differences_are_newcombes_where_intervals_are_wilsons() -> None:
-    first, second = Estimate(0.9, *wilson(0.9, 200)), Estimate(0.8, *wilson(0.8, 200))
-    gap = less(first, second)
-    assert (gap.low, gap.high) == pytest.approx(difference(0.9, 0.8, 200))
-    assert math.isnan(less(Estimate(1.0, math.nan, math.nan), second).low)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import numpy as np
@@ -97,15 +98,23 @@ def nearest_neighbours(train: FloatArray, test: FloatArray, k: int) -> tuple[Int
     import faiss  # loads its own OpenMP runtime, which a run without kNN does not need
 
     index = faiss.IndexFlatIP(train.shape[1])
-    before = faiss.omp_get_max_threads()
-    # Beside torch's, a second OpenMP runtime with several threads crashes on macOS.
-    faiss.omp_set_num_threads(1 if sys.platform == "darwin" else torch.get_num_threads())
-    try:
+    with faiss_threads():
         index.add(normalized(train))
         similarities, indices = index.search(normalized(test), k)
+    return indices.astype(np.int64), similarities
+
+
+@contextmanager
+def faiss_threads() -> Iterator[None]:
+    """As many threads for faiss as torch has; one on macOS, where two OpenMP runtimes with several threads crash."""
+    import faiss
+
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1 if sys.platform == "darwin" else torch.get_num_threads())
+    try:
+        yield
     finally:
         faiss.omp_set_num_threads(before)
-    return indices.astype(np.int64), similarities
 
 
 def normalized(features: FloatArray) -> FloatArray:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from unlabeled.eval.report.document import clean
-from unlabeled.eval.report.templating import environment, measured
+from unlabeled.eval.report.page import environment
+from unlabeled.eval.report.verdict import limits, shown
 from unlabeled.ssl.checkpoint import write_atomically, writing
 
 _CSV = (
@@ -70,7 +71,7 @@ def _tables(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = []
     for data in document["data"]:
         columns = [column for column in document["columns"] if column["data"] == data["label"]]
-        shown = [column for column in columns if column["shown"]]
+        quoted = [column for column in columns if column["shown"]]
         failed = {
             (failure["entrant"], failure["evaluator"])
             for failure in document["failures"]
@@ -79,9 +80,9 @@ def _tables(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         found.append(
             {
                 **data,
-                "columns": shown,
-                "rows": _cells(document["rows"], shown, failed),
-                "all_columns": columns if len(columns) > len(shown) else [],
+                "columns": quoted,
+                "rows": _cells(document["rows"], quoted, failed),
+                "all_columns": columns if len(columns) > len(quoted) else [],
                 "all_rows": _cells(document["rows"], columns, failed),
             }
         )
@@ -143,7 +144,7 @@ def _cells(
         {
             **row,
             "cells": [
-                _shown(values.get(row["label"]), column, (row["label"], column["metric"].partition("/")[0]) in failed)
+                _cell(values.get(row["label"]), column, (row["label"], column["metric"].partition("/")[0]) in failed)
                 for column, values in zip(columns, by_row, strict=True)
             ],
         }
@@ -151,18 +152,18 @@ def _cells(
     ]
 
 
-def _shown(value: Mapping[str, Any] | None, column: Mapping[str, Any], failed: bool) -> dict[str, Any]:
+def _cell(value: Mapping[str, Any] | None, column: Mapping[str, Any], failed: bool) -> dict[str, Any]:
     """One cell: text, its two intervals in words, what sorts it, and whether it is marked."""
     if value is None:
         return {"text": "failed" if failed else "–", "intervals": [], "sort": None, "rank": None, "best": False}
     unit = column["unit"]
     intervals = [
-        f"{measured(ends[0], unit)} to {measured(ends[1], unit)}{' (seeds)' if name == 'over_seeds' else ''}"
+        limits({"low": ends[0], "high": ends[1]}, unit) + (" (seeds)" if name == "over_seeds" else "")
         for name in ("over_pictures", "over_seeds")
         if (ends := value[name]) is not None and ends[0] < ends[1]  # of equal seeds there is nothing to show
     ]
     return {
-        "text": measured(value["value"], unit),
+        "text": shown(value["value"], unit),
         "intervals": intervals,
         "sort": value["value"],
         "rank": value["rank"],

@@ -15,11 +15,11 @@ from markupsafe import Markup
 
 from unlabeled.eval.base import Estimate, Measure
 from unlabeled.eval.environment import versions
-from unlabeled.eval.intervals import wilson
+from unlabeled.eval.intervals import less, wilson
 from unlabeled.eval.registry import measure_of
 from unlabeled.eval.report.compare_figures import accuracy_figure, online_figure
 from unlabeled.eval.report.document import clean, read_report
-from unlabeled.eval.report.templating import duration, environment
+from unlabeled.eval.report.page import duration, environment
 from unlabeled.ssl.checkpoint import write_atomically, writing
 from unlabeled.ssl.errors import ConfigError, DataError
 
@@ -131,7 +131,7 @@ def compare_runs(runs: Sequence[Run]) -> dict[str, Any]:
     ``differs``   in words, where the data differ.
     ``measures``  one for each, those to quote first: ``metric``, ``label``, ``unit``, ``better``, ``headline`` and, of
                   each run in their order, ``values``, ``pixels``, ``random``, ``differences`` (``value``, ``low``,
-                  ``high``, or null) and ``best`` (its interval meets no other's).
+                  ``high``, or null; of plain numbers there are none) and ``best`` (its interval meets no other's).
     ``settings``  ``name`` and ``values`` of those that are not the same everywhere.
     ``online``    of each run [epoch, kNN accuracy] while it went on.
     """
@@ -186,7 +186,7 @@ def _measures(runs: Sequence[Run]) -> list[tuple[str, Measure]]:
 def _measured(runs: Sequence[Run], metric: str, measure: Measure, fair: bool) -> dict[str, Any]:
     values = [run.estimate(metric, measure) for run in runs]
     baselines = {name: [_plain(run.estimate(metric, measure, name)) for run in runs] for name in _BASELINES}
-    first = values[0]
+    first = values[0] if fair and measure.unit != "number" else None
     return {
         "metric": metric,
         "label": measure.label,
@@ -196,19 +196,11 @@ def _measured(runs: Sequence[Run], metric: str, measure: Measure, fair: bool) ->
         "values": [_plain(value) for value in values],
         **baselines,
         "differences": [
-            _plain(less(value, first)) if fair and place and value is not None and first is not None else None
+            _plain(less(value, first)) if place and value is not None and first is not None else None
             for place, value in enumerate(values)
         ],
         "best": _clear_best(values, measure.better) if fair else [False] * len(values),
     }
-
-
-def less(first: Estimate, second: Estimate) -> Estimate:
-    """``first - second`` with the interval that theirs give, as if independent (MOVER: Zou and Donner 2008)."""
-    gap = first.value - second.value
-    down = math.hypot(first.value - first.low, second.high - second.value)
-    up = math.hypot(first.high - first.value, second.value - second.low)
-    return Estimate(gap, gap - down, gap + up)
 
 
 def _clear_best(values: Sequence[Estimate | None], better: str | None) -> list[bool]:

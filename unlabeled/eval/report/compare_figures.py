@@ -10,13 +10,18 @@ import matplotlib as mpl
 from markupsafe import Markup
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from unlabeled.eval.report.document import clean
-from unlabeled.eval.report.figures import _ACCENT as ACCENT
-from unlabeled.eval.report.figures import _INK as INK
-from unlabeled.eval.report.figures import _SOFT as SOFT
-from unlabeled.eval.report.figures import _STYLE as STYLE
-from unlabeled.eval.report.figures import _figure as drawing
-from unlabeled.eval.report.figures import _svg as svg
+from unlabeled.eval.report.figures.style import (
+    ACCENT,
+    INK,
+    KINDS,
+    SOFT,
+    STYLE,
+    drawing,
+    legend,
+    percent_axis,
+    short,
+    svg,
+)
 from unlabeled.eval.report.verdict import percent
 
 _LABEL = 28
@@ -48,7 +53,7 @@ def accuracy_figure(labels: Sequence[str], measures: Sequence[Mapping[str, Any]]
                 0, top + 0.7, measure["label"], transform=axes.get_yaxis_transform(), fontsize=8.5, color=SOFT,
                 va="center",
             )  # fmt: skip
-        axes.set_yticks(places, [_short(labels[run]) for _, _, run in rows])
+        axes.set_yticks(places, [short(labels[run], _LABEL) for _, _, run in rows])
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.grid(axis="y", visible=False)
@@ -61,21 +66,15 @@ def accuracy_figure(labels: Sequence[str], measures: Sequence[Mapping[str, Any]]
 
 def online_figure(labels: Sequence[str], curves: Sequence[Sequence[Sequence[float]]]) -> Markup:
     """kNN accuracy of each run while it went on, [epoch, accuracy]."""
-    looks = zip(itertools.cycle(_LINES), itertools.cycle((ACCENT, INK, SOFT)), strict=False)
+    looks = itertools.cycle(itertools.product(_LINES, KINDS))
     with mpl.rc_context(STYLE):
         figure, axes = drawing(2.9)
         for label, curve, (line, color) in zip(labels, curves, looks, strict=False):
             if len(curve) > 1:
                 xs, ys = zip(*curve, strict=True)
-                axes.plot(xs, ys, line, color=color, label=_short(label))
+                axes.plot(xs, ys, line, color=color, label=short(label, _LABEL))
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_major_locator(MaxNLocator(4))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
-        figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8, labelcolor=SOFT)
+        percent_axis(axes)
+        legend(figure, axes, ncols=2)
         return svg(figure, "kNN accuracy of each run while it went on")
-
-
-def _short(name: str) -> str:
-    name = clean(name).replace("\n", " ")
-    return name if len(name) <= _LABEL else name[: _LABEL - 1] + "…"
