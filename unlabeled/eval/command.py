@@ -63,7 +63,7 @@ def evaluate_target(run: EvaluateRun) -> Evidence:
     pictures = read_pictures(target.folder) if target.folder is not None else None
     evidence = evaluate_backbone(
         target.backbone, train, test, run.evaluate, work=work, device=device, seed=run.seed, workers=run.workers,
-        masked_statistics=run.evaluate.recalibrate == "auto" and _masked_statistics(target),
+        masked_statistics=run.evaluate.recalibrate == "auto" and masked_statistics(target),
     )  # fmt: skip
     assert evidence is not None, "one process evaluates"
     summary = _summary(run, target, data, str(device))
@@ -170,7 +170,7 @@ def _data(run: EvaluateRun, config: PretrainConfig | None) -> DataConfig:
     return config.evaluate.data or config.data.model_copy(update={"labels": True})
 
 
-def _masked_statistics(target: Target) -> bool:
+def masked_statistics(target: Target) -> bool:
     """Whether the task that trained the target collected batch-norm statistics on masked pictures only."""
     if target.config is None or not batch_norms(target.backbone):
         return False

@@ -175,6 +175,32 @@ def online_knn(
     return {f"knn/{name}": value for name, value in evaluator.run(Subject(data)) if isinstance(value, float)}
 
 
+def subject_of(
+    encoder: Backbone | None, sources: tuple[ImageSource, ImageSource], load: Loading, *, recalibrate: int = 0
+) -> Subject:
+    """One encoder (None: raw pixels) on the (training, test) pictures of `sources`.
+
+    `recalibrate`: training pictures on which its batch-norm statistics are estimated anew; 0: they stay. Raises
+    DataError for data without labels or with test classes unknown to the training split.
+    """
+    train, test = sources
+    classes = _classes(train)
+    loading: dict[str, Any] = {"batch_size": load.batch_size, "workers": load.workers}
+    if encoder is None:
+        parts = [raw_pixels(source, **loading, cache=load.cache) for source in sources]
+        return Subject(_joined(parts[0], parts[1], train, test, classes), None, sources, load)
+    loading["device"] = load.device
+    if recalibrate:
+        encoder = recalibrated(encoder, train, pictures=min(recalibrate, len(train)), **loading)
+    data = _feature_set(train, test, classes, encoder, cache=load.cache, precision=load.precision, **loading)
+    return Subject(data, encoder, sources, load)
+
+
+def judged(subject: Subject, evaluator: Evaluator, prefixes: Sequence[int] = ()) -> EncoderEvidence:
+    """What one evaluator says of `subject`. Raises what the evaluator raises."""
+    return _judged("backbone", subject, [evaluator], prefixes, 0.0, None)
+
+
 def random_twin(backbone: Backbone, seed: int) -> Backbone:
     """The same architecture with fresh random weights drawn under `seed`; the global random state is left alone.
 

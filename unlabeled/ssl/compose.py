@@ -54,14 +54,18 @@ def compose_config(command: str, words: Sequence[str], model: type[SectionT]) ->
 
     Raises ConfigError, in one line, for a word that cannot be read, an unknown setting, or an impossible value.
     """
+    return validate(composed(command, words), model)
+
+
+def composed(command: str, words: Sequence[str]) -> Any:
+    """As `compose_config`, before validation: mappings, lists and plain values."""
     overrides = [_to_hydra(override) for override in parse(words)]
     try:
         with initialize_config_dir(str(config_folder()), version_base=None):
-            composed = compose(command, overrides=[word for word in overrides if word is not None])
-        values = OmegaConf.to_container(composed, resolve=True)
+            config = compose(command, overrides=[word for word in overrides if word is not None])
+        return OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"config: {_first_line(error)}") from None
-    return validate(values, model)
 
 
 def validate(values: Any, model: type[SectionT]) -> SectionT:

@@ -160,8 +160,8 @@ def _facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Epochs", None if run["epochs"] is None else f"{run['epochs']:g}"),
         ("Steps", None if run["steps"] is None else f"{run['steps']:,}"),
         ("Pictures seen", None if run["images"] is None else f"{run['images']:,}"),
-        ("Pretraining took", _duration(run["seconds"])),
-        ("Evaluation took", _duration(evidence.get("seconds"))),
+        ("Pretraining took", duration(run["seconds"])),
+        ("Evaluation took", duration(evidence.get("seconds"))),
         ("Device", run["device"]),
         ("Evaluated on", ", ".join(f"{k} {v}" for k, v in evidence.get("hardware", {}).items())),
         ("Training pictures", f"{evidence['train_pictures']:,}" if evidence else None),
@@ -179,7 +179,8 @@ def _batch_norms(pictures: int) -> str | None:
     return f"statistics of {pictures:,} whole training pictures" if pictures else None
 
 
-def _duration(seconds: float | None) -> str | None:
+def duration(seconds: float | None) -> str | None:
+    """3725 → ``1 h 2 min``."""
     if seconds is None:
         return None
     if seconds < 60:
