@@ -41,8 +41,8 @@ CELLS = 3 * 2 * 2 * 2
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An exported backbone."""
-    torch.manual_seed(1)
+    """An exported backbone, of other weights than those of the seeds below."""
+    torch.manual_seed(5)
     path = tmp_path_factory.mktemp("backbones") / "exported"
     export_backbone(create_backbone("resnet18", size=32, **NET), path)
     return path
@@ -174,6 +174,24 @@ def test_what_cannot_be_measured_is_noted_and_the_job_goes_on(
     assert table(tmp_path / "g") == document, "a failure stays until it is to be tried again"
     main(["gauntlet", *given, "retry_failed=true"])
     assert table(tmp_path / "g")["cells"] == {"total": 6, "done": 6, "failed": 0}
+
+
+def test_raw_pixels_that_an_evaluator_cannot_judge_are_no_failure(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged = job.judged
+
+    def of_networks(subject: Any, evaluator: Any, prefixes: Sequence[int]) -> Any:
+        if subject.backbone is None:
+            raise DataError("evaluate: knn looks at places")
+        return judged(subject, evaluator, prefixes)
+
+    monkeypatch.setattr(job, "judged", of_networks)
+    main(["gauntlet", *words(folder, tmp_path / "g", "seeds=0", "data=digits", "evaluators=knn")])
+    document = table(tmp_path / "g")
+    assert document["cells"] == {"total": 3, "done": 3, "failed": 0}
+    assert document["failures"] == []
+    assert {"note": "evaluate: knn looks at places", "where": ["raw pixels on digits"]} in document["notes"]
 
 
 def test_diverged_weights_fail_in_one_line(tmp_path: Path) -> None:

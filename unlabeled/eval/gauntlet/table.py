@@ -75,17 +75,19 @@ def gauntlet_document(run: GauntletRun, plan: GauntletPlan, results: Results) ->
         column["shown"] = column["metric"] in shown[column["data"]]
         column["ranked"] = column["shown"] and column["better"] is not None and column["unit"] != "number"
     known = [result for cell in _unique(plan.cells()) if (result := results.get(cell.key)) is not None]
+    failures = _failures(plan, results)
+    failed = {failure.pop("key") for failure in failures}
     return {
         "schema": SCHEMA,
         "cells": {
             "total": len(_unique(plan.cells())),
-            "done": sum(result.status == "done" for result in known),
-            "failed": sum(result.status == "failed" for result in known),
+            "done": len(known) - len(failed),
+            "failed": len(failed),
         },
         "rows": _rows(plan, columns),
         "data": [_data(labelled) for labelled in plan.data],
         "columns": columns,
-        "failures": _failures(plan, results),
+        "failures": failures,
         "notes": _notes(plan, results),
         "seeds": list(run.seeds),
         "limit": run.limit,
@@ -249,18 +251,24 @@ def _unique(cells: Iterable[Cell]) -> list[Cell]:
 
 
 def _failures(plan: GauntletPlan, results: Results) -> list[dict[str, Any]]:
+    """Cells of networks that could not be measured; that raw pixels cannot be judged by some evaluators is no fault."""
     return [
-        {name: getattr(cell, name) for name in ("entrant", "data", "evaluator", "seed")} | {"reason": result.reason}
-        for cell in plan.cells()
-        if (result := results.get(cell.key)) is not None and result.status == "failed"
+        {name: getattr(cell, name) for name in ("key", "entrant", "data", "evaluator", "seed")}
+        | {"reason": results[cell.key].reason}
+        for group in plan.groups
+        if group.entrant.kind != "pixels"
+        for cell in group.cells
+        if cell.key in results and results[cell.key].status == "failed"
     ]
 
 
 def _notes(plan: GauntletPlan, results: Results) -> list[dict[str, Any]]:
-    """What evaluators said, and of which rows and data sets."""
+    """What evaluators said, and of which rows and data sets; also why they cannot judge raw pixels."""
     where: dict[str, dict[str, None]] = {}
-    for cell in plan.cells():
-        if (result := results.get(cell.key)) is not None:
-            for note in result.notes:
-                where.setdefault(note, {})[f"{cell.entrant} on {cell.data}"] = None
+    for group in plan.groups:
+        for cell in group.cells:
+            if (result := results.get(cell.key)) is not None:
+                refused = (result.reason,) if result.reason and group.entrant.kind == "pixels" else ()
+                for note in result.notes + refused:
+                    where.setdefault(note, {})[f"{cell.entrant} on {cell.data}"] = None
     return [{"note": note, "where": list(places)} for note, places in where.items()]
