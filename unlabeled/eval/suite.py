@@ -113,30 +113,23 @@ def evaluate_backbone(
     began = time.perf_counter()
     evaluators = build_evaluators(config)
     check_method(config.embedding)
-    train, test = limited(train, config.limit), limited(test, config.limit)
-    classes = _classes(train)
+    train, test = sources = limited(train, config.limit), limited(test, config.limit)
     cache = work / "features" if work is not None else None
     load = Loading(config.batch_size, workers, torch.device(device), precision, cache)
     subjects: dict[str, Subject] = {}
     seconds: dict[str, float] = {}
     notes: dict[str, str] = {}
-    loading: dict[str, Any] = {"batch_size": config.batch_size, "workers": workers, "device": device}
     anew = min(recalibration_pictures(config, backbone, masked_statistics), len(train))
 
-    def encode(name: str, encoder: Backbone) -> None:
+    def encode(name: str, encoder: Backbone | None) -> None:
         with _timed(seconds, name):
-            if anew:
-                encoder = recalibrated(encoder, train, pictures=anew, **loading)
-            found = _feature_set(train, test, classes, encoder, cache=cache, precision=precision, **loading)
-            subjects[name] = Subject(found, encoder, (train, test), load, seed)
+            subjects[name] = replace(subject_of(encoder, sources, load, recalibrate=anew), seed=seed)
 
     encode("backbone", backbone)
     wanted = ("pixels", "random") if config.baselines is True else config.baselines or ()
     if "pixels" in wanted:
-        with _timed(seconds, "pixels"):
-            parts = [raw_pixels(s, batch_size=config.batch_size, workers=workers, cache=cache) for s in (train, test)]
-            found = _joined(parts[0], parts[1], train, test, classes)
-            subjects["pixels"] = Subject(found, None, (train, test), load, seed, backbone)
+        encode("pixels", None)
+        subjects["pixels"] = replace(subjects["pixels"], beside=backbone)
     if "random" in wanted:
         try:
             encode("random", random_twin(backbone, seed))
@@ -144,10 +137,12 @@ def evaluate_backbone(
             notes["backbone"] = f"no baseline with random weights: {error}"
     if not is_main_process():
         return None
-    encoders = {
-        name: _judged(name, subject, evaluators, config, seconds[name], notes.get(name))
-        for name, subject in subjects.items()
-    }
+    check_features(subjects["backbone"].features)
+    encoders: dict[str, EncoderEvidence] = {}
+    for name, subject in subjects.items():
+        strict = name == "backbone" and config.evaluators != "all"
+        found = _judged(subject, evaluators, config.prefixes, strict=strict, called=name, note=notes.get(name))
+        encoders[name] = replace(found, seconds={"features": seconds[name], **found.seconds})
     evidence = _evidence(encoders, subjects["backbone"], config)
     return replace(evidence, seconds=time.perf_counter() - began, recalibrated=anew)
 
@@ -198,7 +193,7 @@ def subject_of(
 
 def judged(subject: Subject, evaluator: Evaluator, prefixes: Sequence[int] = ()) -> EncoderEvidence:
     """What one evaluator says of `subject`. Raises what the evaluator raises."""
-    return _judged("backbone", subject, [evaluator], prefixes, 0.0, None)
+    return _judged(subject, [evaluator], prefixes, strict=True)
 
 
 def random_twin(backbone: Backbone, seed: int) -> Backbone:
@@ -243,22 +238,20 @@ def _joined(
 
 
 def _judged(
-    name: str,
     subject: Subject,
     evaluators: Sequence[Evaluator],
-    config: EvaluateConfig,
-    feature_seconds: float,
-    note: str | None,
+    prefixes: Sequence[int],
+    *,
+    strict: bool,
+    called: str | None = None,
+    note: str | None = None,
 ) -> EncoderEvidence:
-    """Runs the evaluators. What a baseline cannot be judged by becomes a note; the backbone raises.
+    """Runs the evaluators. What `subject` cannot be judged by is raised when `strict`, and else becomes a note.
 
-    Where all evaluators are asked for, those that do not fit the data or the network become notes of the backbone too.
+    `called`: what the log calls the encoder, to tell of each evaluator that is done.
     """
-    if name == "backbone":
-        check_features(subject.features)
-    found = EncoderEvidence({}, notes=(note,) if note else (), dimension=subject.features.train.features.shape[1])
-    found.seconds["features"] = feature_seconds
-    notes = list(found.notes)
+    found = EncoderEvidence({}, dimension=subject.features.train.features.shape[1])
+    notes = [note] if note else []
     for evaluator in evaluators:
         if subject.backbone is None and evaluator.needs == "network":
             continue
@@ -267,12 +260,13 @@ def _judged(
                 for key, value in evaluator.run(subject):
                     _take(found, notes, evaluator.name, key, value)
                 if evaluator.needs == "features":
-                    _judge_prefixes(found, evaluator, subject, config.prefixes)
+                    _judge_prefixes(found, evaluator, subject, prefixes)
             except (DataError, CapabilityError) as error:
-                if name == "backbone" and config.evaluators != "all":
+                if strict:
                     raise
                 notes.append(f"{evaluator.name}: {error}")
-        log.info("%s, %s: %.1f s", name, evaluator.title, found.seconds[evaluator.name])
+        if called:
+            log.info("%s, %s: %.1f s", called, evaluator.title, found.seconds[evaluator.name])
     return replace(found, notes=tuple(notes))
 
 
