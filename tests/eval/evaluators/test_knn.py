@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
+from sklearn.neighbors import KNeighborsClassifier
 
-from unlabeled.eval.base import FeatureSet, FeatureSplit
+from unlabeled.eval.base import Estimate, FeatureSet, FeatureSplit
 from unlabeled.eval.evaluators.knn import KnnEvaluator, best_classes, class_scores, nearest_neighbours
+from unlabeled.eval.intervals import over_draws
 from unlabeled.eval.settings import KnnConfig
 from unlabeled.eval.subject import Subject
 from unlabeled.ssl.errors import ConfigError, DataError
@@ -123,3 +128,93 @@ def test_unusable_labels_and_splits_are_refused() -> None:
 def test_impossible_k_is_refused(k: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError, match=r"evaluate\.knn\.k: \["):
         KnnEvaluator(KnnConfig(k=k))
+
+
+def test_scikit_learn_with_the_same_weights_agrees() -> None:
+    train, test = clusters(200, 8, spread=2, seed=11), clusters(80, 8, spread=2, seed=12)
+    model = KNeighborsClassifier(
+        n_neighbors=20, metric="cosine", algorithm="brute", weights=lambda distances: np.exp((1 - distances) / 0.07)
+    ).fit(train.features, train.labels)
+    found = dict(KnnEvaluator(KnnConfig(k=(20,))).run(Subject(FeatureSet(train, test, names(8)))))
+    np.testing.assert_array_equal(found["predictions"], model.predict(test.features))
+
+
+def test_several_temperatures_have_keys_of_their_own_and_the_headline_stays() -> None:
+    data = FeatureSet(clusters(90, 6, spread=3, seed=1), clusters(60, 6, spread=3, seed=2), names(6))
+    found = dict(KnnEvaluator(KnnConfig(k=(20, 50), temperature=[1, 0.07, 0.2])).run(Subject(data)))
+    keys = [key for key in found if key.startswith("k")]
+    assert keys[:4] == ["k20", "k20_top5", "k50", "k50_top5"]
+    assert set(keys[4:]) == {f"k{k}_t{t}{rest}" for k in (20, 50) for t in ("0.2", "1") for rest in ("", "_top5")}
+    for temperature, named in ((0.07, ""), (0.2, "_t0.2"), (1.0, "_t1")):
+        alone = dict(KnnEvaluator(KnnConfig(k=(20, 50), temperature=temperature)).run(Subject(data)))
+        assert [alone["k50"], alone["k50_top5"]] == [found[f"k50{named}"], found[f"k50{named}_top5"]]
+        if not named:
+            np.testing.assert_array_equal(alone["predictions"], found["predictions"])
+    assert found["k50"] != found["k50_t1"]
+
+
+def test_labels_of_what_is_yielded() -> None:
+    labels = {key: getattr(KnnEvaluator.measure(key), "label", None) for key in (
+        "k20", "k20_top5", "k20_t0.1", "k200_t1e-05_top5", "shot5", "recall", "predictions", "k_", "k20_t", "kNN",
+    )}  # fmt: skip
+    assert list(labels.values()) == [
+        "kNN, k = 20", "kNN, k = 20, top 5", "kNN, k = 20, T = 0.1", "kNN, k = 200, T = 1e-05, top 5",
+        "kNN, 5 pictures a class", "kNN, recall of the approximate search", None, None, None, None,
+    ]  # fmt: skip
+
+
+def test_few_shots_are_the_mean_over_draws_of_pictures() -> None:
+    data = FeatureSet(clusters(300, 6, spread=3, seed=3), clusters(200, 6, spread=3, seed=4), names(6))
+    config = KnnConfig(k=(20,), shots=(2, 10), shot_draws=4)
+    found = dict(KnnEvaluator(config).run(Subject(data, seed=5)))
+    again = dict(KnnEvaluator(config).run(Subject(data, seed=5)))
+    other = dict(KnnEvaluator(config).run(Subject(data, seed=6)))
+    assert (found["shot2"], found["shot10"]) == (again["shot2"], again["shot10"])
+    assert found["shot2"] != other["shot2"]
+    assert found["shot2"].low < found["shot2"].value < found["shot2"].high
+    assert found["shot2"].value < found["shot10"].value < found["k20"]
+    every = dict(KnnEvaluator(KnnConfig(k=(20,), shots=(50,))).run(Subject(data)))
+    assert every["shot50"] == Estimate(every["k20"], every["k20"], every["k20"])  # each draw takes all 50 of a class
+    assert "note" not in every
+
+
+def test_a_class_with_too_few_pictures_is_taken_whole_and_said() -> None:
+    train = clusters(30, 3)
+    rare = FeatureSplit(train.features, np.where(np.arange(30) < 2, 0, 1 + np.arange(30) % 2))
+    found = dict(KnnEvaluator(KnnConfig(k=(5,), shots=(4,))).run(Subject(FeatureSet(rare, clusters(9, 3), names(3)))))
+    assert found["note"] == "a class has 2 training pictures, fewer than 4: all that it has were taken"
+    assert 0 <= found["shot4"].low <= found["shot4"].high <= 1
+
+
+def test_the_interval_over_draws_is_that_of_student() -> None:
+    found = over_draws([0.5, 0.6, 0.7])
+    assert found.value == pytest.approx(0.6)
+    assert found.high - found.value == pytest.approx(4.302653 * 0.1 / 3**0.5)  # t with two degrees of freedom
+    assert over_draws([0.99, 1.0]).high == 1.0
+
+
+def test_an_approximate_search_says_so() -> None:
+    data = FeatureSet(clusters(3000, 6, spread=3, seed=7), clusters(50, 6, spread=3, seed=8), names(6))
+    found = dict(KnnEvaluator(KnnConfig(k=(20,), search="ivf", effort=1)).run(Subject(data)))
+    exact = dict(KnnEvaluator(KnnConfig(k=(20,))).run(Subject(data)))
+    hits = [len(set(a) & set(b)) for a, b in zip(found["neighbours"], exact["neighbours"], strict=True)]
+    assert found["recall"] == pytest.approx(np.mean(hits) / 20)
+    assert found["note"].startswith("ivf is approximate: it found ")
+    assert "recall" not in exact
+
+
+def test_features_on_disk_are_judged_as_those_in_memory(tmp_path: Path) -> None:
+    data = FeatureSet(clusters(300, 6, spread=3, seed=3), clusters(50, 6, spread=3, seed=4), names(6))
+    np.save(tmp_path / "train.npy", data.train.features)
+    stored = replace(data.train, features=np.load(tmp_path / "train.npy", mmap_mode="r"))
+    config = KnnConfig(shots=(3,), memory_gb=1e-6)
+    found = dict(KnnEvaluator(config).run(Subject(replace(data, train=stored))))
+    expected = dict(KnnEvaluator(config).run(Subject(data)))
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[key], expected[key]) for key in found if key != "shot3")
+    assert found["shot3"] == expected["shot3"]
+
+
+def test_no_temperature_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"evaluate\.knn\.temperature: \[\] is not possible"):
+        KnnEvaluator(KnnConfig(temperature=()))

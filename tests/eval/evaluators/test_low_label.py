@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from feature_helpers import broken, clouds, labelled, subject
@@ -11,7 +13,8 @@ from sklearn.preprocessing import StandardScaler
 from unlabeled.eval.base import Estimate, FeatureSplit
 from unlabeled.eval.evaluators.linear import LinearEvaluator
 from unlabeled.eval.evaluators.logistic import stratified
-from unlabeled.eval.evaluators.low_label import LowLabelEvaluator, over_draws
+from unlabeled.eval.evaluators.low_label import LowLabelEvaluator
+from unlabeled.eval.intervals import over_draws
 from unlabeled.eval.settings import LinearConfig, LowLabelConfig
 from unlabeled.ssl.errors import ConfigError, DataError
 from unlabeled.ssl.seeds import derive
@@ -67,7 +70,8 @@ def test_the_interval_is_students() -> None:
     assert isinstance(found, Estimate)
     assert (found.value, found.low, found.high) == pytest.approx((0.6, 0.6 - 0.248414, 0.6 + 0.248414), abs=1e-5)
     assert over_draws([0.9, 1.0]) == Estimate(pytest.approx(0.95), pytest.approx(0.95 - 12.7062 * 0.05, abs=1e-4), 1.0)
-    assert over_draws([0.3]) == 0.3
+    lone = over_draws([0.3])
+    assert (lone.value, math.isnan(lone.low), math.isnan(lone.high)) == (0.3, True, True)
 
 
 def test_what_cannot_be_judged_is_refused() -> None:

@@ -8,32 +8,49 @@ neighbour votes for never counts as one of the five guesses of a top-5 accuracy.
 
 from __future__ import annotations
 
-import sys
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from unlabeled.eval.base import FeatureSet, FloatArray, IntArray, Measure, Value, check_features
+from unlabeled.eval.base import (
+    FeatureSet,
+    FeatureSplit,
+    FloatArray,
+    IntArray,
+    Measure,
+    Value,
+    check_features,
+)
+from unlabeled.eval.intervals import over_draws
+from unlabeled.eval.search import APPROXIMATE, recall, search
 from unlabeled.eval.settings import KnnConfig
 from unlabeled.eval.subject import Subject
 from unlabeled.ssl.errors import ConfigError
 
 _HEADLINE_K = 20
-"""Fixed beforehand: choosing k by its test accuracy would flatter the result."""
+_HEADLINE_TEMPERATURE = 0.07
+"""Both fixed beforehand: choosing them by test accuracy would flatter the result."""
 _QUERIES = 2048
 """Test pictures that vote at a time; bounds the memory of the (queries, classes) scores."""
 
 
 class KnnEvaluator:
-    """kNN accuracy for each k of the settings.
+    """kNN accuracy for each k and temperature of the settings.
 
     Yields, for each k (cut to the number of training pictures, which a ``note`` then says), ``k20`` and with more than
-    five classes ``k20_top5`` as fractions; then for the k of the headline ``predictions`` int64 (N,), ``neighbours``
-    int64 (N, k), rows of the training split, most similar first, and ``similarities`` float32 (N, k).
+    five classes ``k20_top5`` as fractions; ``k20_t0.1`` and ``k20_t0.1_top5`` for temperatures beside that of the
+    headline; then for k and temperature of the headline ``predictions`` int64 (N,), ``neighbours`` int64 (N, k), rows
+    of the training split, most similar first, and ``similarities`` float32 (N, k). An approximate search adds
+    ``recall``, measured against the exact one, and a ``note``.
+
+    ``shot5`` is the mean accuracy with five training pictures of each class drawn at random, with the 95 % interval of
+    Student's t over the draws: it says what the choice of the pictures does, not what the number of test pictures does.
+
+    A test picture that is also a training picture finds itself: nothing is left out, keep the splits apart.
     """
 
     name: ClassVar = "knn"
@@ -45,14 +62,23 @@ class KnnEvaluator:
             raise ConfigError(
                 f"evaluate.knn.k: {list(config.k)} is not possible; give whole numbers from 1, such as [20]"
             )
+        if not config.temperature:
+            raise ConfigError("evaluate.knn.temperature: [] is not possible; give positive numbers, such as [0.07]")
         self.config = config
+        given = config.temperature
+        self.temperature = _HEADLINE_TEMPERATURE if _HEADLINE_TEMPERATURE in given else given[0]
 
     @classmethod
     def measure(cls, key: str) -> Measure | None:
-        first, _, rest = key.partition("_")
-        if first[:1] != "k" or not first[1:].isdigit() or rest not in ("", "top5"):
+        if key == "recall":
+            return Measure("kNN, recall of the approximate search", "percent")
+        if key.startswith("shot") and key[4:].isdigit():
+            return Measure(f"kNN, {key[4:]} pictures a class", "percent")
+        parts = re.fullmatch(r"k(\d+)(?:_t([\d.e+-]+))?(_top5)?", key)
+        if parts is None:
             return None
-        return Measure(f"kNN, k = {first[1:]}" + (", top 5" if rest else ""))
+        k, temperature, top5 = parts.groups()
+        return Measure(f"kNN, k = {k}" + (f", T = {temperature}" if temperature else "") + (", top 5" if top5 else ""))
 
     def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         data = subject.features
@@ -62,66 +88,78 @@ class KnnEvaluator:
         headline = self.headline_k(count)
         if max(self.config.k) > count:
             yield "note", f"k was cut to {count}, the number of training pictures"
-        neighbours, similarities = nearest_neighbours(data.train.features, data.test.features, max(wanted))
-        guesses = self._guesses(data, neighbours, similarities, sorted(set(wanted)))
-        for k in dict.fromkeys(wanted):
-            hits = guesses[k] == data.test.labels[:, None]
-            yield f"k{k}", float(hits[:, 0].mean())
-            if len(data.classes) > 5:
-                yield f"k{k}_top5", float(hits.any(axis=1).mean())
-        yield "predictions", guesses[headline][:, 0]
+        neighbours, similarities = nearest_neighbours(
+            data.train.features, data.test.features, max(wanted), self.config, seed=subject.seed
+        )
+        for temperature in sorted(set(self.config.temperature), key=lambda one: (one != self.temperature, one)):
+            guesses = _guesses(data, neighbours, similarities, sorted(set(wanted)), temperature)
+            named = "" if temperature == self.temperature else f"_t{temperature:g}"
+            for k in dict.fromkeys(wanted):
+                hits = guesses[k] == data.test.labels[:, None]
+                yield f"k{k}{named}", float(hits[:, 0].mean())
+                if len(data.classes) > 5:
+                    yield f"k{k}{named}_top5", float(hits.any(axis=1).mean())
+            if not named:
+                yield "predictions", guesses[headline][:, 0]
         yield "neighbours", neighbours[:, :headline]
         yield "similarities", similarities[:, :headline]
+        if self.config.search in APPROXIMATE:
+            yield from self._approximation(data, neighbours, subject.seed)
+        for shots in dict.fromkeys(self.config.shots):
+            yield from self._few(data, shots, subject.seed)
 
     def headline_k(self, count: int) -> int:
         """The k to quote with `count` training pictures: 20 when the settings have it, else the first."""
         return min(_HEADLINE_K if _HEADLINE_K in self.config.k else self.config.k[0], count)
 
-    def _guesses(
-        self, data: FeatureSet, neighbours: IntArray, similarities: FloatArray, ks: list[int]
-    ) -> dict[int, IntArray]:
-        """k → the (up to) five best classes of each test picture, best first, int64 (N, 5)."""
-        found: dict[int, list[IntArray]] = {k: [] for k in ks}
-        for start in range(0, len(neighbours), _QUERIES):
-            part = slice(start, start + _QUERIES)
-            votes = data.train.labels[neighbours[part]]
-            for k, scores in class_scores(votes, similarities[part], ks, self.config.temperature, len(data.classes)):
-                found[k].append(best_classes(scores, 5))
-        return {k: np.concatenate(parts) for k, parts in found.items()}
+    def _approximation(self, data: FeatureSet, neighbours: IntArray, seed: int) -> Iterator[tuple[str, Value]]:
+        found = recall(data.train.features, data.test.features, neighbours, self.config, seed=seed)
+        yield "recall", found
+        yield "note", f"{self.config.search} is approximate: it found {found:.1%} of the {neighbours.shape[1]} nearest"
+
+    def _few(self, data: FeatureSet, shots: int, seed: int) -> Iterator[tuple[str, Value]]:
+        least = int(np.bincount(data.train.labels, minlength=len(data.classes)).min())
+        if least < shots:
+            yield "note", f"a class has {least} training pictures, fewer than {shots}: all that it has were taken"
+        accuracies = []
+        for draw in range(self.config.shot_draws):
+            rows = _drawn(data.train.labels, shots, np.random.default_rng([seed, shots, draw]))
+            few = replace(data, train=FeatureSplit(data.train.features[rows], data.train.labels[rows]))
+            k = self.headline_k(len(rows))
+            exact = self.config.model_copy(update={"search": "exact"})
+            found = nearest_neighbours(few.train.features, data.test.features, k, exact)
+            guesses = _guesses(few, *found, [k], self.temperature)[k]
+            accuracies.append(float((guesses[:, 0] == data.test.labels).mean()))
+        yield f"shot{shots}", over_draws(accuracies)
 
 
-def nearest_neighbours(train: FloatArray, test: FloatArray, k: int) -> tuple[IntArray, FloatArray]:
-    """The `k` rows of `train` most similar to each row of `test`: indices int64 (N, k) and cosines float32 (N, k).
+def nearest_neighbours(
+    train: FloatArray, test: FloatArray, k: int, settings: KnnConfig | None = None, *, seed: int = 0
+) -> tuple[IntArray, FloatArray]:
+    """The `k` rows of `train` most similar to each row of `test`: indices int64 and cosines float32 (Q, k).
 
-    Zero vectors have similarity 0 to everything.
+    As `unlabeled.eval.search.search`, which says more; exact unless `settings` say otherwise.
     """
-    import faiss  # loads its own OpenMP runtime, which a run without kNN does not need
-
-    index = faiss.IndexFlatIP(train.shape[1])
-    with faiss_threads():
-        index.add(normalized(train))
-        similarities, indices = index.search(normalized(test), k)
-    return indices.astype(np.int64), similarities
+    return search(train, test, k, settings, seed=seed)
 
 
-@contextmanager
-def faiss_threads() -> Iterator[None]:
-    """As many threads for faiss as torch has; one on macOS, where two OpenMP runtimes with several threads crash."""
-    import faiss
-
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1 if sys.platform == "darwin" else torch.get_num_threads())
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
+def _drawn(labels: IntArray, shots: int, generator: np.random.Generator) -> IntArray:
+    """Ascending rows: `shots` of each class, or all that it has."""
+    rows = [generator.permutation(np.flatnonzero(labels == label))[:shots] for label in np.unique(labels)]
+    return np.sort(np.concatenate(rows))
 
 
-def normalized(features: FloatArray) -> FloatArray:
-    """Rows of unit L2 norm, float32 (N, D); zero rows stay zero."""
-    wide = features.astype(np.float64)  # squares of large float32 values overflow
-    lengths = np.linalg.norm(wide, axis=1, keepdims=True)
-    return np.ascontiguousarray(wide / np.where(lengths > 0, lengths, 1), dtype=np.float32)
+def _guesses(
+    data: FeatureSet, neighbours: IntArray, similarities: FloatArray, ks: list[int], temperature: float
+) -> dict[int, IntArray]:
+    """k → the (up to) five best classes of each test picture, best first, int64 (N, 5)."""
+    found: dict[int, list[IntArray]] = {k: [] for k in ks}
+    for start in range(0, len(neighbours), _QUERIES):
+        part = slice(start, start + _QUERIES)
+        votes = data.train.labels[neighbours[part]]
+        for k, scores in class_scores(votes, similarities[part], ks, temperature, len(data.classes)):
+            found[k].append(best_classes(scores, 5))
+    return {k: np.concatenate(parts) for k, parts in found.items()}
 
 
 def class_scores(

@@ -14,11 +14,11 @@ from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
-from scipy.stats import t as student
 
-from unlabeled.eval.base import Estimate, FeatureSplit, IntArray, Measure, Value, check_features
+from unlabeled.eval.base import FeatureSplit, IntArray, Measure, Value, check_features
 from unlabeled.eval.evaluators.linear import LinearEvaluator
 from unlabeled.eval.evaluators.logistic import fit_logistic, stratified
+from unlabeled.eval.intervals import over_draws
 from unlabeled.eval.settings import LowLabelConfig
 from unlabeled.eval.subject import Subject
 from unlabeled.ssl.errors import ConfigError
@@ -93,15 +93,6 @@ class LowLabelEvaluator:
         epochs = max(probe.epochs, math.ceil(self.config.steps / per_epoch))
         values = LinearEvaluator(probe.model_copy(update={"epochs": epochs})).run(replace(subject, features=part))
         return next(value for key, value in values if key == "top1" and isinstance(value, float))
-
-
-def over_draws(values: list[float]) -> Estimate | float:
-    """Mean with Student's 95 % interval, cut to 0..1; the value itself when there is one."""
-    if len(values) == 1:
-        return values[0]
-    mean = float(np.mean(values))
-    half = float(student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
-    return Estimate(mean, max(0.0, mean - half), min(1.0, mean + half))
 
 
 def _rows(split: FeatureSplit, rows: IntArray) -> FeatureSplit:

@@ -1,0 +1,46 @@
+"""What the evaluators cost, against the usual ways to compute the same.
+
+    python -m benchmarks.eval knn --threads 1        # nearest neighbours, against torch and scikit-learn
+    python -m benchmarks.eval probe --threads 1      # the linear probe
+    python -m benchmarks.eval memory --threads 1     # nearest neighbours in a million rows on disk
+
+Both sides of a row are timed in turns in one process. Prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+
+from benchmarks.timing import begun, machine
+
+log = logging.getLogger(__name__)
+
+PARTS = {
+    "knn": ("benchmarks.search", "add_arguments", "run"),
+    "probe": ("benchmarks.probes", "add_arguments", "run"),
+    "memory": ("benchmarks.search", "add_memory_arguments", "memory"),
+}
+"""Module, what adds its arguments, what runs it."""
+
+
+def main(words: list[str] | None = None) -> list[str]:
+    """Measures what the command line names and prints the table; returns its lines."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.eval", description=__doc__.splitlines()[0])
+    parts = parser.add_subparsers(dest="part", required=True)
+    for name, (module, arguments, _) in PARTS.items():
+        one = parts.add_parser(name)
+        one.add_argument("--threads", type=int, help="CPU threads")
+        getattr(importlib.import_module(module), arguments)(one)
+    options = parser.parse_args(words)
+    device = begun("cpu", options.threads)
+    module, _, function = PARTS[options.part]
+    lines: list[str] = getattr(importlib.import_module(module), function)(options)
+    found = machine(device)
+    log.info("\n%s, %s threads, torch %s, fp32", found["device"], found["threads"], found["torch"])
+    return lines
+
+
+if __name__ == "__main__":
+    main()
