@@ -1,7 +1,7 @@
 """How far an accuracy measured on n pictures, or a mean over a few draws, can be trusted.
 
-Wilson 1927 for one proportion; for a difference Newcombe 1998 (method 10), which combines two of these as if measured on
-separate pictures: on the same pictures that is a little too wide. Student 1908 for a mean over draws.
+Wilson 1927 for one proportion; for a difference Newcombe 1998 (method 10), which combines two of these as if measured
+on separate pictures: on the same pictures that is a little too wide. Student 1908 for a mean over draws.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -281,7 +282,8 @@ def _take(found: EncoderEvidence, notes: list[str], evaluator: str, key: str, va
         found.arrays[metric] = value
     elif isinstance(value, Estimate):
         found.metrics[metric] = value.value
-        found.intervals[metric] = (value.low, value.high)
+        if not math.isnan(value.low):
+            found.intervals[metric] = (value.low, value.high)
     else:
         found.metrics[metric] = float(value)
 

@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from unlabeled.eval.base import FeatureSplit, FloatArray, IntArray, Measure, Value, check_features
-from unlabeled.eval.evaluators.knn import nearest_neighbours, normalized
+from unlabeled.eval.evaluators.knn import nearest_neighbours
 from unlabeled.eval.report.gallery import shrunk
+from unlabeled.eval.search import normalized
 from unlabeled.eval.settings import DuplicatesConfig
 from unlabeled.eval.subject import Subject
 from unlabeled.ssl.data.source import ImageSource
