@@ -183,7 +183,7 @@ def test_figures_of_arrays_by_class_and_by_severity(found: Evidence) -> None:
     assert ">owl<" in classes
     assert ">gaussian blur<" in severities
     assert ">5<" in severities
-    assert not [title for title in figures if "knn IoU" in title], "seven scores of three classes have no names"
+    assert not [title for title in figures if "kNN IoU" in title], "seven scores of three classes have no names"
 
 
 def test_curves_by_number_of_features(found: Evidence) -> None:
@@ -197,6 +197,9 @@ def test_curves_by_number_of_features(found: Evidence) -> None:
     for part in ("this backbone, PCA", "random weights", "raw pixels", ">8<", ">16<", ">32<"):
         assert part in svg, part
     assert "raw pixels, PCA" not in svg
+    for encoder in found.encoders.values():
+        encoder.metrics.update({"made_up/rank@8": 3.0, "made_up/rank@16": 4.0})
+    assert not [title for title, _ in evaluator_figures(found)["made_up"] if "number of features" in title]
 
 
 def test_accuracy_of_each_class_from_a_confusion_matrix() -> None:

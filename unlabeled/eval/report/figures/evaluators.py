@@ -49,7 +49,8 @@ def _curves(name: str, rows: Sequence[Comparison]) -> Iterator[Figure]:
 
 
 def _prefixes(name: str, rows: Sequence[Comparison], evidence: Evidence) -> Iterator[Figure]:
-    """Of the measures to quote; of an evaluator without one, of its first."""
+    """Of the measures to quote; of an evaluator without one, of its first that is a fraction."""
+    rows = [row for row in rows if row.unit != "number"]
     cut = dict.fromkeys(row.metric.partition("@")[0] for row in rows if cut_of(row.metric) is not None)
     quoted = [metric for metric in cut if metric in evidence.headline] or list(cut)[:1]
     dimensions = {encoder: found.dimension for encoder, found in evidence.encoders.items()}
@@ -97,7 +98,10 @@ def _confusions(title: str, arrays: Mapping[str, npt.NDArray[Any]], classes: Seq
 
 
 def _classes(title: str, key: str, arrays: Mapping[str, npt.NDArray[Any]], classes: Sequence[str]) -> Iterator[Figure]:
-    score = key.removeprefix("per_class").strip("_").replace("_", " ").replace("iou", "IoU") or "score"
+    score = (
+        key.removeprefix("per_class").strip("_").replace("_", " ").replace("iou", "IoU").replace("knn", "kNN")
+        or "score"
+    )
     lengths = {len(array) for array in arrays.values()}
     for named in (classes, ("background", *classes)):
         if lengths == {len(named)}:
