@@ -83,7 +83,7 @@ def conclude(config: PretrainConfig, run: Training, task: PretextTask) -> tuple[
     `task` is the trained task, unsharded. Its pictures stay in ``pictures/`` of the run's folder, for later reports.
     """
     from unlabeled.eval.report.page import write_report
-    from unlabeled.eval.report.pictures import save_pictures
+    from unlabeled.eval.report.pictures import read_pictures, save_pictures
     from unlabeled.eval.report.summary import summarize_run
     from unlabeled.eval.report.verdict import judge
     from unlabeled.eval.suite import evaluate_backbone
@@ -103,10 +103,10 @@ def conclude(config: PretrainConfig, run: Training, task: PretextTask) -> tuple[
         return None, None
     rows = read_metrics(config.out / "metrics.jsonl")
     summary = summarize_run(config, encoder, device=str(device), rows=rows, date=date.today().isoformat())
-    pictures = task_pictures(run, task)
+    drawn = task_pictures(run, task)
     with writing("report"):
-        save_pictures(config.out, pictures)
-        report = write_report(config.out, summary, evidence, rows, pictures)
+        save_pictures(config.out, drawn)
+        report = write_report(config.out, summary, evidence, rows, read_pictures(config.out))
     if evidence is not None:
         logger.info("%s", judge(evidence).summary)
     logger.info("report: %s", report)

@@ -168,6 +168,24 @@ def test_figures_of_an_evaluator_that_nobody_knows(found: Evidence) -> None:
     assert ">90<" in cka, "percent"
 
 
+def test_figures_of_arrays_by_class_and_by_severity(found: Evidence) -> None:
+    for name, encoder in found.encoders.items():
+        encoder.arrays["made_up/probe_iou"] = np.array([0.9, 0.1, np.nan, 0.2])
+        encoder.arrays["made_up/knn_iou"] = np.zeros(7)
+        encoder.arrays["made_up/accuracies"] = np.array([[0.9, 0.5, 0.2], [0.8, 0.7, 0.6]])
+        encoder.arrays["made_up/names"] = np.array(["gaussian_blur", "jpeg"])
+        encoder.arrays["made_up/severities"] = np.array([1, 3, 5])
+        if name == "pixels":
+            del encoder.arrays["made_up/cka"]
+    figures = {title.rpartition(">")[2]: svg for title, svg in evaluator_figures(found)["made_up"]}
+    classes, severities = figures[": probe IoU of each class"], figures[" by severity"]
+    assert ">background<" in classes
+    assert ">owl<" in classes
+    assert ">gaussian blur<" in severities
+    assert ">5<" in severities
+    assert not [title for title in figures if "kNN IoU" in title], "seven scores of three classes have no names"
+
+
 def test_curves_by_number_of_features(found: Evidence) -> None:
     for name, encoder in found.encoders.items():
         encoder.metrics.update({"knn/k20@8": 0.3, "knn/k20@pca8": 0.4, "knn/k20@16": 0.5, "knn/k20@pca16": 0.5})
@@ -179,6 +197,9 @@ def test_curves_by_number_of_features(found: Evidence) -> None:
     for part in ("this backbone, PCA", "random weights", "raw pixels", ">8<", ">16<", ">32<"):
         assert part in svg, part
     assert "raw pixels, PCA" not in svg
+    for encoder in found.encoders.values():
+        encoder.metrics.update({"made_up/rank@8": 3.0, "made_up/rank@16": 4.0})
+    assert not [title for title, _ in evaluator_figures(found)["made_up"] if "number of features" in title]
 
 
 def test_accuracy_of_each_class_from_a_confusion_matrix() -> None:

@@ -65,7 +65,17 @@ def cut_of(metric: str) -> str | None:
 
 def drawn(key: str) -> bool:
     """Whether a figure shows the array ``evaluator/key``: others, such as predictions, are for programs."""
-    return key.partition("/")[2].startswith(("confusion", "singular_values", "cka", "names", "per_class"))
+    name = key.partition("/")[2]
+    return (
+        name in ("confusion", "singular_values", "accuracies", "names", "severities")
+        or is_per_class(name)
+        or (name.startswith("cka"))
+    )
+
+
+def is_per_class(name: str) -> bool:
+    """Whether an array holds a score of each class."""
+    return name.startswith("per_class") or name.endswith("iou")
 
 
 def general_notes(evidence: Evidence) -> Iterator[str]:

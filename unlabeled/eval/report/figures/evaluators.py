@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy.typing as npt
 from markupsafe import Markup
 
+from unlabeled.eval.base import Estimate
 from unlabeled.eval.registry import EVALUATORS
 from unlabeled.eval.report.figures.accuracy import class_figure, prefix_figure, series_figure
 from unlabeled.eval.report.figures.matrices import confusion_figure, heat_figure, spectrum_figure
-from unlabeled.eval.report.sections import Series, cut_of, find_series, per_class, title_of
+from unlabeled.eval.report.sections import Series, cut_of, find_series, is_per_class, per_class, title_of
 from unlabeled.eval.report.verdict import Comparison, measures
 from unlabeled.eval.suite import Evidence
 
 Figure = tuple[str, Markup]
 """Title and SVG."""
+Arrays = dict[str, dict[str, npt.NDArray[Any]]]
+"""Key → encoder → array."""
 
 _LAYERS = {
     "cka": "Likeness of the layers (CKA), percent",
@@ -45,7 +49,8 @@ def _curves(name: str, rows: Sequence[Comparison]) -> Iterator[Figure]:
 
 
 def _prefixes(name: str, rows: Sequence[Comparison], evidence: Evidence) -> Iterator[Figure]:
-    """Of the measures to quote; of an evaluator without one, of its first."""
+    """Of the measures to quote; of an evaluator without one, of its first that is a fraction."""
+    rows = [row for row in rows if row.unit != "number"]
     cut = dict.fromkeys(row.metric.partition("@")[0] for row in rows if cut_of(row.metric) is not None)
     quoted = [metric for metric in cut if metric in evidence.headline] or list(cut)[:1]
     dimensions = {encoder: found.dimension for encoder, found in evidence.encoders.items()}
@@ -57,10 +62,9 @@ def _prefixes(name: str, rows: Sequence[Comparison], evidence: Evidence) -> Iter
 
 
 def _arrays(name: str, evidence: Evidence) -> Iterator[Figure]:
-    """``confusion`` (C, C) · ``per_class*`` (C,) or with the background (C + 1,) · ``singular_values`` (d,) · ``cka*``
-    (L, L), with ``names`` (L,) of the layers."""
-    title, classes = title_of(name), evidence.classes
-    found: dict[str, dict[str, npt.NDArray[Any]]] = {}
+    """``confusion`` (C, C) · ``per_class*``, ``*iou`` (C,) or with the background (C + 1,) · ``singular_values`` (d,) ·
+    ``cka*`` (L, L) with ``names`` (L,) of the layers · ``accuracies`` (K, S) with ``names`` (K,) and ``severities``."""
+    title, found = title_of(name), Arrays()
     for encoder, one in evidence.encoders.items():
         for key, array in one.arrays.items():
             if key.startswith(f"{name}/"):
@@ -68,22 +72,55 @@ def _arrays(name: str, evidence: Evidence) -> Iterator[Figure]:
     for key, arrays in found.items():
         own = arrays.get("backbone")
         if key == "confusion":
-            if own is not None:
-                yield f"{title}: confusion, percent of each true class", confusion_figure(own, classes, title)
-            shares = {encoder: per_class(array) for encoder, array in arrays.items()}
-            yield f"{title}: accuracy of each class", class_figure(shares, classes, f"{title}: accuracy of each class")
-        elif key.startswith("per_class"):
-            score = key.removeprefix("per_class").strip("_").replace("_", " ").replace("iou", "IoU") or "score"
-            words = f"{title}: {score} of each class"
-            length = len(next(iter(arrays.values())))
-            named = classes if length == len(classes) else ("background", *classes)
-            if length == len(named):
-                yield words, class_figure(arrays, named, words)
+            yield from _confusions(title, arrays, evidence.classes)
+        elif is_per_class(key):
+            yield from _classes(title, key, arrays, evidence.classes)
+        elif key == "accuracies":
+            yield from _severities(title, found)
         elif key == "singular_values":
             words = "Spectrum of the features"
             if figure := spectrum_figure(arrays, f"{words}: singular values by rank"):
                 yield words, figure
         elif key.startswith("cka") and own is not None and own.ndim == 2:
-            layers = [str(one) for one in found.get("names", {}).get("backbone", range(1, max(own.shape) + 1))]
+            names = [str(one) for one in found.get("names", {}).get("backbone", ())]
+            rows, columns = (names if len(names) == n else [str(i + 1) for i in range(n)] for n in own.shape)
             words = _LAYERS.get(key, key)
-            yield words, heat_figure(own, layers[: len(own)], layers[: own.shape[1]], ("layer", "layer"), words)
+            yield words, heat_figure(own, rows, columns, ("layer", "layer"), words)
+
+
+def _confusions(title: str, arrays: Mapping[str, npt.NDArray[Any]], classes: Sequence[str]) -> Iterator[Figure]:
+    if "backbone" in arrays:
+        own = confusion_figure(arrays["backbone"], classes, title)
+        yield f"{title}: confusion, percent of each true class", own
+    shares = {encoder: per_class(array) for encoder, array in arrays.items()}
+    words = f"{title}: accuracy of each class"
+    yield words, class_figure(shares, classes, words)
+
+
+def _classes(title: str, key: str, arrays: Mapping[str, npt.NDArray[Any]], classes: Sequence[str]) -> Iterator[Figure]:
+    score = (
+        key.removeprefix("per_class").strip("_").replace("_", " ").replace("iou", "IoU").replace("knn", "kNN")
+        or "score"
+    )
+    lengths = {len(array) for array in arrays.values()}
+    for named in (classes, ("background", *classes)):
+        if lengths == {len(named)}:
+            words = f"{title}: {score} of each class"
+            yield words, class_figure(arrays, named, words)
+
+
+def _severities(title: str, found: Arrays) -> Iterator[Figure]:
+    """A chart for each row of ``accuracies``, which all encoders were given alike."""
+    series = []
+    levels = [float(level) for level in found.get("severities", {}).get("backbone", ())]
+    for row, kind in enumerate(str(one) for one in found.get("names", {}).get("backbone", ())):
+        points = []
+        for column, level in enumerate(levels):
+            values = {
+                encoder: Estimate(float(array[row, column]), math.nan, math.nan)
+                for encoder, array in found["accuracies"].items()
+            }
+            points.append((level, Comparison(kind, kind, False, values, {}, "percent")))
+        series.append(Series(kind.replace("_", " "), "severity", tuple(points)))
+    if series and levels:
+        yield f"{title} by severity", series_figure(series, f"{title} by severity")
