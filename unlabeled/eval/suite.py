@@ -292,8 +292,10 @@ def _judge_prefixes(found: EncoderEvidence, evaluator: Evaluator, subject: Subje
     """``knn/k20@64`` for the first 64 features, ``knn/k20@pca64`` for as many principal components."""
     own = [metric for metric in found.metrics if metric.startswith(f"{evaluator.name}/") and "@" not in metric]
     shown = [metric for metric in own if measure_of(metric)]
-    for length in sorted({length for length in prefixes if length < found.dimension}):
-        for cut, part in ((str(length), subject.first(length)), (f"pca{length}", principal(subject, length))):
+    lengths = sorted({length for length in prefixes if length < found.dimension})
+    components = principal(subject, lengths[-1]) if lengths else subject
+    for length in lengths:
+        for cut, part in ((str(length), subject.first(length)), (f"pca{length}", components.first(length))):
             for key, value in evaluator.run(part):
                 metric = f"{evaluator.name}/{key}"
                 if metric in shown and isinstance(value, (int, float, Estimate)):

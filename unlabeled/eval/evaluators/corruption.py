@@ -47,6 +47,7 @@ class CorruptionEvaluator:
     name: ClassVar = "corruption"
     title: ClassVar = "Corrupted pictures"
     needs: ClassVar = "pictures"
+    captions: ClassVar = {"examples": "a row for each corruption: clean, then each severity"}
 
     def __init__(self, config: CorruptionConfig) -> None:
         self.config = config

@@ -63,6 +63,9 @@ class DuplicatesEvaluator:
     name: ClassVar = "duplicates"
     title: ClassVar = "Near duplicates"
     needs: ClassVar = "pictures"
+    captions: ClassVar = {
+        "closest": "above: test pictures; below: the nearest training picture of each, closest pair first"
+    }
 
     def __init__(self, config: DuplicatesConfig) -> None:
         self.config = config
@@ -72,10 +75,10 @@ class DuplicatesEvaluator:
         return {
             "share": Measure("test pictures with a near duplicate in training", "percent", None),
             "pairs": Measure("near duplicates between test and training", "number", None),
-            "exact": Measure("of these, equal pixel by pixel", "number", None),
+            "exact": Measure("of these between test and training, equal pixel by pixel", "number", None),
             "train_share": Measure("training pictures with a near duplicate in training", "percent", None),
             "train_pairs": Measure("near duplicates within training", "number", None),
-            "train_exact": Measure("of these, equal pixel by pixel", "number", None),
+            "train_exact": Measure("of these within training, equal pixel by pixel", "number", None),
         }.get(key)
 
     def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:

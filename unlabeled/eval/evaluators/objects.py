@@ -50,6 +50,7 @@ class ObjectsEvaluator:
     name: ClassVar = "objects"
     title: ClassVar = "Object discovery"
     needs: ClassVar = "pictures"
+    captions: ClassVar = {"examples": "true boxes thin and white, the found one thick and orange"}
 
     def __init__(self, config: ObjectsConfig) -> None:
         self.config = config

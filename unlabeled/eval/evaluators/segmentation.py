@@ -40,6 +40,7 @@ class SegmentationEvaluator:
     name: ClassVar = "segmentation"
     title: ClassVar = "Segmentation"
     needs: ClassVar = "pictures"
+    captions: ClassVar = {"examples": "picture, mask, linear probe, nearest places"}
 
     def __init__(self, config: SegmentationConfig) -> None:
         self.config = config

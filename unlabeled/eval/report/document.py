@@ -185,7 +185,9 @@ def _notes(run: RunSummary, evidence: Evidence | None) -> list[str]:
     if evidence is None:
         return notes
     probe = evidence.encoders["backbone"].metrics
-    notes.append("The backbone is frozen; features are its pooled output, and pictures are not augmented.")
+    notes.append(
+        "The backbone is frozen. Unless a note says otherwise, features are its pooled output and pictures are not augmented."
+    )
     if quoted := [metric.removeprefix("knn/k") for metric in evidence.headline if metric.startswith("knn/k")]:
         notes.append(f"k = {quoted[0]} was fixed beforehand; the other k are listed, not chosen from.")
     if "linear/top1" in probe:

@@ -19,6 +19,7 @@ from unlabeled.eval.report.figures import (
 )
 from unlabeled.eval.report.gallery import Thumbnail
 from unlabeled.eval.report.pictures import css_class, data_uri, shown_pictures
+from unlabeled.eval.report.sections import caption_of
 from unlabeled.eval.report.size_table import gmacs, millions, shown_rows, size_words
 from unlabeled.eval.report.summary import RunSummary
 from unlabeled.eval.report.verdict import compare, label_of, limits, percent, shown, signed
@@ -110,8 +111,8 @@ def _pictures(evidence: Evidence | None, pictures: Mapping[str, Tensor]) -> dict
     groups: dict[str, dict[str, Tensor]] = {"task": dict(pictures), "maps": evidence.maps if evidence else {}}
     for encoder, found in evidence.encoders.items() if evidence else ():
         for key, image in found.pictures.items():
-            evaluator, _, name = key.partition("/")
-            groups.setdefault(f"{evaluator}/{encoder}", {})[name] = image
+            evaluator = key.partition("/")[0]
+            groups.setdefault(f"{evaluator}/{encoder}", {})[caption_of(key)] = image
     return shown_pictures(groups)
 
 

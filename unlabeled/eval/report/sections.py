@@ -58,6 +58,13 @@ def title_of(name: str) -> str:
     return str(evaluator_class(name).title) if name in EVALUATORS else name
 
 
+def caption_of(key: str) -> str:
+    """What the picture ``evaluator/key`` shows, by the evaluator's ``captions``; else its key."""
+    name, _, key = key.partition("/")
+    captions: dict[str, str] = getattr(evaluator_class(name), "captions", {}) if name in EVALUATORS else {}
+    return captions.get(key, key)
+
+
 def cut_of(metric: str) -> str | None:
     """``64`` or ``pca64`` of what was measured on a part of the features; None: on all of them."""
     return metric.partition("@")[2] or None
