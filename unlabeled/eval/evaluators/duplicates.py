@@ -64,7 +64,7 @@ class DuplicatesEvaluator:
     title: ClassVar = "Near duplicates"
     needs: ClassVar = "pictures"
     captions: ClassVar = {
-        "closest": "above: test pictures; below: the nearest training picture of each, closest pair first"
+        "closest": "above: test pictures; below: the nearest training picture of each"
     }
 
     def __init__(self, config: DuplicatesConfig) -> None:

@@ -186,7 +186,8 @@ def _notes(run: RunSummary, evidence: Evidence | None) -> list[str]:
         return notes
     probe = evidence.encoders["backbone"].metrics
     notes.append(
-        "The backbone is frozen. Unless a note says otherwise, features are its pooled output and pictures are not augmented."
+        "The backbone is frozen. Unless a note says otherwise, features are its pooled output and pictures are not "
+        "augmented."
     )
     if quoted := [metric.removeprefix("knn/k") for metric in evidence.headline if metric.startswith("knn/k")]:
         notes.append(f"k = {quoted[0]} was fixed beforehand; the other k are listed, not chosen from.")
