@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "pretrain": "unlabeled.ssl.api",
     "evaluate": "unlabeled.ssl.api",
+    "finetune": "unlabeled.eval.finetune.run",
+    "FinetuneResult": "unlabeled.eval.finetune.run",
     "PretrainResult": "unlabeled.ssl.api",
     "create_backbone": "unlabeled.ssl.backbone",
     "Backbone": "unlabeled.ssl.backbone",
@@ -28,6 +30,8 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
+    from unlabeled.eval.finetune.run import FinetuneResult as FinetuneResult
+    from unlabeled.eval.finetune.run import finetune as finetune
     from unlabeled.pretext.base import PretextTask as PretextTask
     from unlabeled.pretext.base import StepOutput as StepOutput
     from unlabeled.pretext.base import TaskConfig as TaskConfig

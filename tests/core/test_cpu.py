@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unlabeled.ssl import cpu
-from unlabeled.ssl.cpu import cpu_kernels
+from unlabeled.ssl.cpu import cpu_kernels, matrix_product
 
 CPU = torch.device("cpu")
 
@@ -135,3 +135,15 @@ def test_it_is_used_where_mkl_is_slow(
     context = cpu_kernels(torch.device(device))
     assert isinstance(context, cpu._Kernels) == used
     assert isinstance(cpu_kernels(torch.device(device), False), nullcontext)
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_products_of_matrices_and_of_transposes(
+    faster: bool, products: mock.Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "_faster_on", lambda device: faster)
+    product = matrix_product(CPU)
+    x, y = torch.randn(5, 8), torch.randn(3, 8)
+    torch.testing.assert_close(product(x, y), x @ y.T)
+    torch.testing.assert_close(product(x.T.contiguous().T, y.T.contiguous().T), x @ y.T)
+    assert products.call_count == (2 if faster else 0)

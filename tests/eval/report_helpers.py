@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+from typing import ClassVar
+
 import numpy as np
 import torch
 
+from unlabeled.eval.base import Measure
+from unlabeled.eval.embedding import Embedding
 from unlabeled.eval.report.gallery import GalleryRow, Thumbnail
 from unlabeled.eval.report.summary import RunSummary
 from unlabeled.eval.suite import EncoderEvidence, Evidence
@@ -45,3 +51,48 @@ def evidence(
         skipped={"train": (), "test": ("bad.png",)}, seeds={"random weights": 7}, hardware={"device": "cpu"},
         gallery=(row,), seconds=12.5,
     )  # fmt: skip
+
+
+class MadeUp:
+    """An evaluator of measures of every kind, with a title that tries to leave the page."""
+
+    name: ClassVar = "made_up"
+    title: ClassVar = "</h2><script>title()</script>"
+    needs: ClassVar = "features"
+
+    @classmethod
+    def measure(cls, key: str) -> Measure | None:
+        if found := re.fullmatch(r"(noise|blur)_(\d)", key):
+            return Measure(f"{found[1]}, severity {found[2]}")
+        known = {
+            "shots5": Measure("5-way 5-shot", "percent"),
+            "leak": Measure("<i>leak</i> | share", "percent", "lower"),
+            "rank": Measure("rank", "number"),
+            "slope": Measure("slope", "number", None),
+        }
+        return known.get(key)
+
+
+def with_made_up(found: Evidence, encoders: tuple[str, ...] = ("backbone", "pixels", "random")) -> Evidence:
+    """`found` with values of `MadeUp`, notes, arrays, pictures, maps and points for the plane."""
+    values = {"backbone": 0.9, "pixels": 0.5, "random": 0.4}
+    for name in encoders:
+        encoder, value = found.encoders[name], values[name]
+        for kind in ("noise", "blur"):
+            encoder.metrics.update({f"made_up/{kind}_{severity}": value - severity / 20 for severity in (1, 3, 5)})
+        encoder.metrics.update({"made_up/leak": 1 - value, "made_up/rank": 1234.5 * value, "made_up/slope": -value})
+        encoder.metrics.update({"made_up/shots5": value, "made_up/hidden": 1.0})
+        encoder.intervals["made_up/shots5"] = (value - 0.01, value + 0.02)
+        encoder.arrays.update(
+            {
+                "made_up/singular_values": np.linspace(1, 0, 32) * value,
+                "made_up/cka": np.full((3, 3), value),
+                "made_up/names": np.array(["<svg onload=x()>", "two", "three"]),
+                "made_up/predictions": np.zeros(5),
+            }
+        )
+        encoder.pictures["made_up/pairs"] = torch.zeros(3, 8, 16, dtype=torch.uint8)
+        said = ("made_up: said of all <script>note()</script>", *(["made_up: of one"] if name == "pixels" else []))
+        found.encoders[name] = replace(encoder, notes=said)
+    points = Embedding(np.arange(8, dtype=np.float32).reshape(4, 2), np.array([0, 1, 1, 2]), "PCA of 4", "Mind.")
+    return replace(found, embedding=points, maps={"attention": torch.zeros(3, 8, 16, dtype=torch.uint8)})

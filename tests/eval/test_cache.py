@@ -12,6 +12,7 @@ from eval_helpers import MemorySource, tiny_vit
 from unlabeled.eval.cache import data_identity, load_split, weights_identity
 from unlabeled.eval.features import extract_features, raw_pixels
 from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.export import export_backbone, load_backbone
 
 
 def test_a_second_call_does_not_touch_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,3 +86,12 @@ def test_identity_of_weights_sees_one_changed_value_and_the_pooling() -> None:
     with torch.no_grad():
         next(network.parameters()).view(-1)[0] += 1e-6
     assert weights_identity(network) != base
+
+
+def test_identity_of_weights_is_that_of_the_exported_backbone(tmp_path: Path) -> None:
+    """A run's settings have a list where what is read back from its export has a tuple."""
+    network = create_backbone("resnet10t", size=32, channels=[16, 16, 32, 32])
+    export_backbone(network, tmp_path)
+    loaded = load_backbone(tmp_path)
+    assert loaded.kwargs["channels"] == (16, 16, 32, 32)
+    assert weights_identity(loaded) == weights_identity(network)

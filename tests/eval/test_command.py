@@ -17,6 +17,7 @@ from eval_helpers import MemorySource, tiny_vit
 
 from unlabeled.eval import command
 from unlabeled.eval.command import evaluate_target, resolve_target
+from unlabeled.eval.report.pictures import save_pictures
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.data.source import Split
 from unlabeled.ssl.errors import CheckpointError, ConfigError, DataError
@@ -73,7 +74,11 @@ def run_folder(folder: Path, **settings) -> Path:
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     for name in ("backbone.safetensors", "backbone.json"):
         (folder / name).touch()
-    rows = [{"step": step, "epoch": step / 10, "loss": 1 / (step + 1), "lr": 0.1} for step in range(0, 40, 10)]
+    rows = [
+        {"step": step, "epoch": step / 10, "loss": 1 / (step + 1), "lr": 0.1, "images_per_s": 3.5}
+        for step in range(0, 40, 10)
+    ]
+    save_pictures(folder, {"views": torch.full((3, 8, 8), 9, dtype=torch.uint8)})
     (folder / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + '\n{"step": 4')
     return folder
 
@@ -91,6 +96,9 @@ def test_a_run_folder_is_evaluated_on_its_own_data_with_labels(
     assert document["run"]["title"] == "run"
     assert document["run"]["steps"] == 30
     assert document["run"]["images"] == 210
+    assert document["run"]["seconds"] == 60
+    assert document["pictures"] == ["views"]
+    assert "What the task sees" in (folder / "report" / "report.html").read_text()
     assert document["training"]["rows"] == 4
     assert (folder / "report" / "report.html").is_file()
     assert f"Report: {folder / 'report' / 'report.html'}" in caplog.text

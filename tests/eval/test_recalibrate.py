@@ -14,7 +14,7 @@ from eval_helpers import MemorySource, tiny_vit
 from torch import Tensor, nn
 
 from unlabeled.eval.cache import weights_identity
-from unlabeled.eval.command import Target, _masked_statistics
+from unlabeled.eval.command import Target, masked_statistics
 from unlabeled.eval.recalibrate import batch_norms, recalibrated, recalibration_pictures
 from unlabeled.eval.report.page import write_report
 from unlabeled.eval.report.summary import RunSummary
@@ -206,12 +206,12 @@ def test_the_command_asks_the_runs_task(monkeypatch: pytest.MonkeyPatch) -> None
     assert PretextTask.masked_statistics is False
     config = PretrainConfig.model_validate({"task": {"name": "rotation"}})
     monkeypatch.setattr(Rotation, "masked_statistics", True)
-    assert _masked_statistics(Target(resnet(), "run", config))
-    assert not _masked_statistics(Target(resnet(), "a file of weights"))
+    assert masked_statistics(Target(resnet(), "run", config))
+    assert not masked_statistics(Target(resnet(), "a file of weights"))
     unknown = PretrainConfig.model_validate({"task": {"name": "rotatoin"}})
     with pytest.raises(ConfigError, match=r"recalibrate: auto has to know.*'rotatoin'.*set it to true or false"):
-        _masked_statistics(Target(resnet(), "run", unknown))
-    assert not _masked_statistics(Target(tiny_vit(), "run", unknown))
+        masked_statistics(Target(resnet(), "run", unknown))
+    assert not masked_statistics(Target(tiny_vit(), "run", unknown))
 
 
 def _in_process(rank: int, folder: str) -> None:

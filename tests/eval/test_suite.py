@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from eval_helpers import MemorySource, tiny_vit
 
 from unlabeled.eval.base import FeatureSplit
+from unlabeled.eval.maps import CAPTIONS
 from unlabeled.eval.settings import KnnConfig, LinearConfig
 from unlabeled.eval.suite import evaluate_backbone, online_knn, random_twin
 from unlabeled.ssl.backbone import Backbone, create_backbone
@@ -141,6 +142,27 @@ def test_a_diverged_backbone_raises_and_a_broken_baseline_is_noted(monkeypatch: 
     assert evidence is not None
     assert evidence.encoders["pixels"].metrics == {}
     assert "NaN or infinite" in evidence.encoders["pixels"].notes[0]
+
+
+def test_points_and_maps_of_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+
+    def map_pictures(backbone: Backbone, images: torch.Tensor, *, device: torch.device) -> dict[str, torch.Tensor]:
+        seen.append(images)
+        return {"attention": images[0]}
+
+    monkeypatch.setattr("unlabeled.eval.report.look.map_pictures", map_pictures)
+    train, test = sources(corrupt=(0, 1))
+    evidence = evaluate_backbone(tiny_vit(), train, test, CONFIG.model_copy(update={"maps": 4}))
+    assert evidence is not None
+    assert seen[0].shape == (4, 3, 32, 32)
+    assert all(any(torch.equal(image, one) for one in test._images[2:]) for image in seen[0])
+    assert torch.equal(evidence.maps[CAPTIONS["attention"]], seen[0][0])
+    assert evidence.embedding is not None
+    assert evidence.embedding.points.shape == (19, 2)
+    off = evaluate_backbone(tiny_vit(), *sources(), CONFIG.model_copy(update={"maps": 0, "embedding": None}))
+    assert off is not None
+    assert (off.embedding, off.maps, len(seen)) == (None, {}, 1)
 
 
 def test_online_knn_gives_the_suites_number_and_leaves_the_network_training() -> None:

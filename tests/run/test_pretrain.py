@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import unlabeled
+from unlabeled.eval.report.document import read_report
 from unlabeled.pretext.registry import task_names
 from unlabeled.ssl.cli import main
 from unlabeled.ssl.monitor import read_metrics
@@ -103,7 +104,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, unlabeled.Pre
 def test_a_run_leaves_exactly_this(results: dict[str, unlabeled.PretrainResult], task: str) -> None:
     out = results[task].out
     found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-    assert {name for name in found if not name.startswith(("tensorboard/", "features/"))} == {
+    assert [name for name in found if name.startswith("pictures/")] != []
+    assert {name for name in found if not name.startswith(("tensorboard/", "features/", "pictures/"))} == {
         "config.yaml", "metrics.jsonl", "backbone.safetensors", "backbone.json", "checkpoints/last",
         *(f"checkpoints/step_0000000{step}/{name}" for step in (4, 8)
           for name in ("model.safetensors", "optimizer.pt", "state.json")),
@@ -177,6 +179,7 @@ def test_a_finished_run_started_again_trains_no_step(results: dict[str, unlabele
     rows = len(results["rotation"].metrics)
     again = unlabeled.pretrain(**settings("rotation"), out=results["rotation"].out)
     assert len(again.metrics) == rows
+    assert read_report(again.out / "report" / "report.json")["run"]["seconds"] > 0, "that of the first time"
     assert all(torch.equal(value, before[name]) for name, value in load_file(again.weights).items())
 
 

@@ -73,7 +73,10 @@ array: for figures · uint8 tensor (3, H, W): a picture for the report."""
 
 
 class Evaluator(Protocol):
-    """One way to measure a representation. It is built from its section of ``evaluate`` and never prints or writes."""
+    """One way to measure a representation. It is built from its section of ``evaluate`` and never prints or writes.
+
+    An evaluator that draws pictures has ``captions``: key of the picture → what it shows.
+    """
 
     name: ClassVar[str]
     """Prefix of its values, such as ``knn``, and the name of its settings: ``evaluate.knn``."""

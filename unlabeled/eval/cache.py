@@ -33,7 +33,9 @@ def cache_key(**parts: Any) -> str:
 def weights_identity(backbone: Backbone) -> str:
     """Hash of every tensor of the network and of how it was built, for instance its pooling."""
     digest = hashlib.sha256()
-    built = (backbone.name, sorted(backbone.kwargs.items()), backbone.mean, backbone.std)
+    # settings read from YAML have lists where those of an exported backbone have tuples
+    kwargs = sorted((key, tuple(value) if isinstance(value, list) else value) for key, value in backbone.kwargs.items())
+    built = (backbone.name, kwargs, backbone.mean, backbone.std)
     digest.update(repr((*built, type(backbone.model).__qualname__)).encode())
     for name, value in backbone.state_dict().items():
         array = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -15,6 +15,7 @@ import yaml
 
 from unlabeled.eval.recalibrate import batch_norms
 from unlabeled.eval.report.page import render_report
+from unlabeled.eval.report.pictures import read_pictures
 from unlabeled.eval.report.summary import RunSummary, count_parameters, name_backbone, name_data, summarize_run
 from unlabeled.eval.report.verdict import judge
 from unlabeled.eval.size_curve import SizeCurve, read_curve
@@ -59,14 +60,15 @@ def evaluate_target(run: EvaluateRun) -> Evidence:
     device = torch.device("cuda" if run.device == "auto" and torch.cuda.is_available() else "cpu")
     train, test = open_source(data, "train"), open_source(data, "test")
     work = target.folder or run.out or _report_folder(run, target)
+    pictures = read_pictures(target.folder) if target.folder is not None else None
     evidence = evaluate_backbone(
         target.backbone, train, test, run.evaluate, work=work, device=device, seed=run.seed, workers=run.workers,
-        masked_statistics=run.evaluate.recalibrate == "auto" and _masked_statistics(target),
+        masked_statistics=run.evaluate.recalibrate == "auto" and masked_statistics(target),
     )  # fmt: skip
     assert evidence is not None, "one process evaluates"
     summary = _summary(run, target, data, str(device))
     sizes = measure_sizes(plan, run, (train, test), evidence, device) if plan is not None else _measured(target)
-    report = render_report(_report_folder(run, target), summary, evidence, _metrics(target), None, sizes=sizes)
+    report = render_report(_report_folder(run, target), summary, evidence, _metrics(target), pictures, sizes=sizes)
     log.info("%s Report: %s", judge(evidence).summary, report)
     return evidence
 
@@ -168,7 +170,7 @@ def _data(run: EvaluateRun, config: PretrainConfig | None) -> DataConfig:
     return config.evaluate.data or config.data.model_copy(update={"labels": True})
 
 
-def _masked_statistics(target: Target) -> bool:
+def masked_statistics(target: Target) -> bool:
     """Whether the task that trained the target collected batch-norm statistics on masked pictures only."""
     if target.config is None or not batch_norms(target.backbone):
         return False
@@ -196,8 +198,7 @@ def _measured(target: Target) -> SizeCurve | None:
 def _summary(run: EvaluateRun, target: Target, data: DataConfig, device: str) -> RunSummary:
     backbone, today = target.backbone, date.today().isoformat()
     if target.config is not None:
-        steps = max((int(row["step"]) for row in _metrics(target) if "step" in row), default=None)
-        summary = summarize_run(target.config, backbone, device=device, steps=steps, date=today)
+        summary = summarize_run(target.config, backbone, device=device, rows=_metrics(target), date=today)
         return replace(summary, title=target.title)
     return RunSummary(
         title=target.title,

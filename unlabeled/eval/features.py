@@ -35,7 +35,8 @@ PictureBatch = tuple[Tensor, "Tensor | None", list[int]]
 """Indices (B,), pictures uint8 (B, 3, h, w) or None where none can be decoded, and the indices of those that cannot."""
 
 _MARGIN = 256 / 224
-_AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precision → what autocast computes in."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,7 @@ def extract_features(
     ranks = _world() if together else (0, 1)
 
     def encode(images: Tensor) -> Tensor:
-        images = images.to(device, non_blocking=True)
-        with torch.autocast(device.type, _AUTOCAST[precision], enabled=precision != "fp32"):
-            images = backbone.normalize(images)
-            return (backbone.pooled(images) if outputs is None else outputs(backbone, images)).float()
+        return encode_batch(backbone, images, outputs, device, precision)
 
     def compute() -> FeatureSplit:
         backbone.to(device)
@@ -127,6 +125,16 @@ def extract_features(
     return _cached(cache / f"{key}.safetensors", compute, ranks)
 
 
+def encode_batch(
+    backbone: Backbone, images: Tensor, outputs: Outputs | None, device: torch.device, precision: Precision
+) -> Tensor:
+    """uint8 (B, 3, h, w) → float32 (B, F) on `device`; pooled features without `outputs`."""
+    images = images.to(device, non_blocking=True)
+    with torch.autocast(device.type, AUTOCAST[precision], enabled=precision != "fp32"):
+        images = backbone.normalize(images)
+        return (backbone.pooled(images) if outputs is None else outputs(backbone, images)).float()
+
+
 def raw_pixels(
     source: ImageSource, *, size: int = 32, batch_size: int = 256, workers: int = 0, cache: Path | None = None
 ) -> FeatureSplit:
@@ -134,7 +142,7 @@ def raw_pixels(
 
     All pictures get the size of the first readable one, cut down to `size` on each side.
     """
-    transform = Resize(_size_of_first(source, size))
+    transform = Resize(pixel_size(source, size))
 
     def compute() -> FeatureSplit:
         return _encode_all(_flat, source, transform, batch_size, workers, _world())
@@ -288,7 +296,8 @@ def _world() -> tuple[int, int]:
     return 0, 1
 
 
-def _size_of_first(source: ImageSource, largest: int) -> tuple[int, int]:
+def pixel_size(source: ImageSource, largest: int = 32) -> tuple[int, int]:
+    """(h, w) of the raw pixels of `source`: of its first readable picture, cut down to `largest` on each side."""
     for index in range(len(source)):
         try:
             height, width = source.read(index).shape[-2:]

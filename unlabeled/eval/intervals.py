@@ -1,12 +1,18 @@
-"""How far an accuracy measured on n pictures can be trusted.
+"""How far an accuracy measured on n pictures, or a mean over a few draws, can be trusted.
 
-Both are Wilson score intervals: Wilson 1927 for one proportion; for a difference, Newcombe 1998 (method 10), which
-combines two of them as if measured on separate pictures. On the same pictures that is a little too wide.
+Wilson 1927 for one proportion; for a difference Newcombe 1998 (method 10), which combines two of these as if measured
+on separate pictures: on the same pictures that is a little too wide. Student 1908 for a mean over draws.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.stats import t as student
+
+from unlabeled.eval.base import Estimate
 
 _Z95 = 1.959963984540054
 """97.5 % point of the normal distribution."""
@@ -28,9 +34,29 @@ def wilson(accuracy: float, count: int) -> tuple[float, float]:
 
 def difference(first: float, second: float, count: int) -> tuple[float, float]:
     """95 % interval of ``first - second``, two fractions measured on `count` pictures each."""
-    (low1, high1), (low2, high2) = wilson(first, count), wilson(second, count)
-    gap = first - second
-    return (
-        gap - math.sqrt((first - low1) ** 2 + (high2 - second) ** 2),
-        gap + math.sqrt((high1 - first) ** 2 + (second - low2) ** 2),
-    )
+    gap = less(Estimate(first, *wilson(first, count)), Estimate(second, *wilson(second, count)))
+    return gap.low, gap.high
+
+
+def less(first: Estimate, second: Estimate) -> Estimate:
+    """``first - second`` with its interval from theirs, whatever these come from, as if the two were independent.
+
+    Newcombe's method 10 with any intervals (MOVER: Zou and Donner 2008). Without an interval (NaN) there is none.
+    """
+    gap = first.value - second.value
+    down = math.hypot(first.value - first.low, second.high - second.value)
+    up = math.hypot(first.high - first.value, second.value - second.low)
+    return Estimate(gap, gap - down, gap + up)
+
+
+def over_draws(values: Sequence[float]) -> Estimate:
+    """Mean of fractions with Student's 95 % interval, cut to 0..1; of a single one there is no interval (NaN).
+
+    >>> over_draws([0.5, 0.6, 0.7]).high > 0.8
+    True
+    """
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return Estimate(mean, math.nan, math.nan)
+    half = float(student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+    return Estimate(mean, max(0.0, mean - half), min(1.0, mean + half))

@@ -13,6 +13,18 @@ from unlabeled.ssl.schema import EvaluateConfig
 EVALUATORS: dict[str, str] = {
     "knn": "unlabeled.eval.evaluators.knn:KnnEvaluator",
     "linear": "unlabeled.eval.evaluators.linear:LinearEvaluator",
+    "logistic": "unlabeled.eval.evaluators.logistic:LogisticEvaluator",
+    "few_shot": "unlabeled.eval.evaluators.few_shot:FewShotEvaluator",
+    "low_label": "unlabeled.eval.evaluators.low_label:LowLabelEvaluator",
+    "cluster": "unlabeled.eval.evaluators.cluster:ClusterEvaluator",
+    "retrieval": "unlabeled.eval.evaluators.retrieval:RetrievalEvaluator",
+    "duplicates": "unlabeled.eval.evaluators.duplicates:DuplicatesEvaluator",
+    "segmentation": "unlabeled.eval.evaluators.segmentation:SegmentationEvaluator",
+    "objects": "unlabeled.eval.evaluators.objects:ObjectsEvaluator",
+    "spectrum": "unlabeled.eval.evaluators.spectrum:SpectrumEvaluator",
+    "invariance": "unlabeled.eval.evaluators.invariance:InvarianceEvaluator",
+    "layers": "unlabeled.eval.evaluators.layers:LayersEvaluator",
+    "corruption": "unlabeled.eval.evaluators.corruption:CorruptionEvaluator",
 }
 """In the order of the report."""
 

@@ -127,6 +127,7 @@ def _measure(
     cost = cost_of(backbone)
     config = run.evaluate.model_copy(
         update={"baselines": ("random",) if wants_random else False, "evaluators": ("knn", "linear"), "prefixes": ()}
+        | {"embedding": None, "maps": 0}
     )
     evidence = evaluate_backbone(
         backbone, *sources, config, work=network.work, device=device, seed=run.seed, workers=run.workers,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.linalg import eigh
 
 from unlabeled.eval.base import FeatureSet, FeatureSplit, FloatArray
 from unlabeled.eval.features import Outputs, PictureTransform, Precision, extract_features
@@ -44,6 +45,8 @@ class Subject:
     loading: Loading = field(default_factory=Loading)
     seed: int = 0
     """Of everything that an evaluator draws."""
+    beside: Backbone | None = None
+    """Raw pixels only: the judged network, whose size and grid of places a baseline of pixels takes over."""
 
     @property
     def device(self) -> torch.device:
@@ -89,11 +92,15 @@ class Subject:
 
 
 def principal(subject: Subject, length: int) -> Subject:
-    """The same with its first `length` principal components, found on the training split."""
+    """The same as its first `length` principal components, found on the training split; fewer where D is smaller.
+
+    The first m of them are the first m components, so that `first` of the result needs no new basis.
+    """
     train = subject.features.train.features.astype(np.float64)
-    mean = train.mean(axis=0)
-    _, vectors = np.linalg.eigh(np.cov(train, rowvar=False))
-    basis = vectors[:, ::-1][:, :length]
+    mean, width = train.mean(axis=0), train.shape[1]
+    covariance = np.atleast_2d(np.cov(train, rowvar=False))
+    _, vectors = eigh(covariance, subset_by_index=[max(0, width - length), width - 1])
+    basis = vectors[:, ::-1]
     return replace(
         subject,
         features=mapped(subject.features, lambda rows: ((rows - mean) @ basis).astype(np.float32)),

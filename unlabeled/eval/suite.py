@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,18 +16,22 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from unlabeled.eval.base import Estimate, Evaluator, FeatureSet, FeatureSplit, IntArray, Value
+from unlabeled.eval.base import Estimate, Evaluator, FeatureSet, FeatureSplit, IntArray, Value, check_features
+from unlabeled.eval.embedding import Embedding, check_method, embed
 from unlabeled.eval.environment import hardware
 from unlabeled.eval.evaluators.knn import KnnEvaluator
 from unlabeled.eval.features import Precision, extract_features, is_main_process, raw_pixels
 from unlabeled.eval.recalibrate import recalibrated, recalibration_pictures
 from unlabeled.eval.registry import build_evaluators, measure_of
 from unlabeled.eval.report.gallery import GalleryRow, nearest_gallery
+from unlabeled.eval.report.look import backbone_maps
 from unlabeled.eval.subject import Loading, Subject, principal
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.data.source import ImageSource, limited
-from unlabeled.ssl.errors import ConfigError, DataError
+from unlabeled.ssl.errors import CapabilityError, ConfigError, DataError
 from unlabeled.ssl.schema import EvaluateConfig
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class EncoderEvidence:
     """``evaluator/name`` → uint8 (3, H, W), for the report."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evidence:
     """Everything that a report says about an encoder's quality."""
 
@@ -68,10 +74,22 @@ class Evidence:
     seeds: dict[str, int]
     hardware: dict[str, str]
     gallery: tuple[GalleryRow, ...] = ()
+    embedding: Embedding | None = None
+    """Some test pictures as points of a plane."""
+    maps: dict[str, Tensor] = field(default_factory=dict)
+    """What the backbone looks at in a few test pictures: name → uint8 (3, H, W)."""
     seconds: float = 0.0
     """Wall clock of the whole evaluation."""
     recalibrated: int = 0
     """Training pictures on which the batch-norm statistics of all networks were estimated anew; 0: they were not."""
+
+    def __repr__(self) -> str:
+        return f"<Evidence of {', '.join(self.encoders)} on {self.test_pictures} test pictures>"
+
+    def _repr_markdown_(self) -> str:
+        from unlabeled.eval.report.tables import evidence_table
+
+        return evidence_table(self)
 
 
 def evaluate_backbone(
@@ -95,30 +113,24 @@ def evaluate_backbone(
     """
     began = time.perf_counter()
     evaluators = build_evaluators(config)
-    train, test = limited(train, config.limit), limited(test, config.limit)
-    classes = _classes(train)
+    check_method(config.embedding)
+    train, test = sources = limited(train, config.limit), limited(test, config.limit)
     cache = work / "features" if work is not None else None
     load = Loading(config.batch_size, workers, torch.device(device), precision, cache)
     subjects: dict[str, Subject] = {}
     seconds: dict[str, float] = {}
     notes: dict[str, str] = {}
-    loading: dict[str, Any] = {"batch_size": config.batch_size, "workers": workers, "device": device}
     anew = min(recalibration_pictures(config, backbone, masked_statistics), len(train))
 
-    def encode(name: str, encoder: Backbone) -> None:
+    def encode(name: str, encoder: Backbone | None) -> None:
         with _timed(seconds, name):
-            if anew:
-                encoder = recalibrated(encoder, train, pictures=anew, **loading)
-            found = _feature_set(train, test, classes, encoder, cache=cache, precision=precision, **loading)
-            subjects[name] = Subject(found, encoder, (train, test), load, seed)
+            subjects[name] = replace(subject_of(encoder, sources, load, recalibrate=anew), seed=seed)
 
     encode("backbone", backbone)
     wanted = ("pixels", "random") if config.baselines is True else config.baselines or ()
     if "pixels" in wanted:
-        with _timed(seconds, "pixels"):
-            parts = [raw_pixels(s, batch_size=config.batch_size, workers=workers, cache=cache) for s in (train, test)]
-            found = _joined(parts[0], parts[1], train, test, classes)
-            subjects["pixels"] = Subject(found, None, (train, test), load, seed)
+        encode("pixels", None)
+        subjects["pixels"] = replace(subjects["pixels"], beside=backbone)
     if "random" in wanted:
         try:
             encode("random", random_twin(backbone, seed))
@@ -126,10 +138,12 @@ def evaluate_backbone(
             notes["backbone"] = f"no baseline with random weights: {error}"
     if not is_main_process():
         return None
-    encoders = {
-        name: _judged(name, subject, evaluators, config.prefixes, seconds[name], notes.get(name))
-        for name, subject in subjects.items()
-    }
+    check_features(subjects["backbone"].features)
+    encoders: dict[str, EncoderEvidence] = {}
+    for name, subject in subjects.items():
+        strict = name == "backbone" and config.evaluators != "all"
+        found = _judged(subject, evaluators, config.prefixes, strict=strict, called=name, note=notes.get(name))
+        encoders[name] = replace(found, seconds={"features": seconds[name], **found.seconds})
     evidence = _evidence(encoders, subjects["backbone"], config)
     return replace(evidence, seconds=time.perf_counter() - began, recalibrated=anew)
 
@@ -155,6 +169,32 @@ def online_knn(
     if not is_main_process():
         return {}
     return {f"knn/{name}": value for name, value in evaluator.run(Subject(data)) if isinstance(value, float)}
+
+
+def subject_of(
+    encoder: Backbone | None, sources: tuple[ImageSource, ImageSource], load: Loading, *, recalibrate: int = 0
+) -> Subject:
+    """One encoder (None: raw pixels) on the (training, test) pictures of `sources`.
+
+    `recalibrate`: training pictures on which its batch-norm statistics are estimated anew; 0: they stay. Raises
+    DataError for data without labels or with test classes unknown to the training split.
+    """
+    train, test = sources
+    classes = _classes(train)
+    loading: dict[str, Any] = {"batch_size": load.batch_size, "workers": load.workers}
+    if encoder is None:
+        parts = [raw_pixels(source, **loading, cache=load.cache) for source in sources]
+        return Subject(_joined(parts[0], parts[1], train, test, classes), None, sources, load)
+    loading["device"] = load.device
+    if recalibrate:
+        encoder = recalibrated(encoder, train, pictures=min(recalibrate, len(train)), **loading)
+    data = _feature_set(train, test, classes, encoder, cache=load.cache, precision=load.precision, **loading)
+    return Subject(data, encoder, sources, load)
+
+
+def judged(subject: Subject, evaluator: Evaluator, prefixes: Sequence[int] = ()) -> EncoderEvidence:
+    """What one evaluator says of `subject`. Raises what the evaluator raises."""
+    return _judged(subject, [evaluator], prefixes, strict=True)
 
 
 def random_twin(backbone: Backbone, seed: int) -> Backbone:
@@ -199,17 +239,20 @@ def _joined(
 
 
 def _judged(
-    name: str,
     subject: Subject,
     evaluators: Sequence[Evaluator],
     prefixes: Sequence[int],
-    feature_seconds: float,
-    note: str | None,
+    *,
+    strict: bool,
+    called: str | None = None,
+    note: str | None = None,
 ) -> EncoderEvidence:
-    """Runs the evaluators. A baseline that cannot be judged (NaN features) says so in a note, the backbone raises."""
-    found = EncoderEvidence({}, notes=(note,) if note else (), dimension=subject.features.train.features.shape[1])
-    found.seconds["features"] = feature_seconds
-    notes = list(found.notes)
+    """Runs the evaluators. What `subject` cannot be judged by is raised when `strict`, and else becomes a note.
+
+    `called`: what the log calls the encoder, to tell of each evaluator that is done.
+    """
+    found = EncoderEvidence({}, dimension=subject.features.train.features.shape[1])
+    notes = [note] if note else []
     for evaluator in evaluators:
         if subject.backbone is None and evaluator.needs == "network":
             continue
@@ -219,10 +262,12 @@ def _judged(
                     _take(found, notes, evaluator.name, key, value)
                 if evaluator.needs == "features":
                     _judge_prefixes(found, evaluator, subject, prefixes)
-            except DataError as error:
-                if name == "backbone":
+            except (DataError, CapabilityError) as error:
+                if strict:
                     raise
-                notes.append(str(error))
+                notes.append(f"{evaluator.name}: {error}")
+        if called:
+            log.info("%s, %s: %.1f s", called, evaluator.title, found.seconds[evaluator.name])
     return replace(found, notes=tuple(notes))
 
 
@@ -237,26 +282,29 @@ def _take(found: EncoderEvidence, notes: list[str], evaluator: str, key: str, va
         found.arrays[metric] = value
     elif isinstance(value, Estimate):
         found.metrics[metric] = value.value
-        found.intervals[metric] = (value.low, value.high)
+        if not math.isnan(value.low):
+            found.intervals[metric] = (value.low, value.high)
     else:
         found.metrics[metric] = float(value)
 
 
 def _judge_prefixes(found: EncoderEvidence, evaluator: Evaluator, subject: Subject, prefixes: Sequence[int]) -> None:
     """``knn/k20@64`` for the first 64 features, ``knn/k20@pca64`` for as many principal components."""
-    shown = [metric for metric in found.metrics if measure_of(metric) and metric.startswith(f"{evaluator.name}/")]
-    for length in sorted({length for length in prefixes if length < found.dimension}):
-        for cut, part in ((str(length), subject.first(length)), (f"pca{length}", principal(subject, length))):
+    own = [metric for metric in found.metrics if metric.startswith(f"{evaluator.name}/") and "@" not in metric]
+    shown = [metric for metric in own if measure_of(metric)]
+    lengths = sorted({length for length in prefixes if length < found.dimension})
+    components = principal(subject, lengths[-1]) if lengths else subject
+    for length in lengths:
+        for cut, part in ((str(length), subject.first(length)), (f"pca{length}", components.first(length))):
             for key, value in evaluator.run(part):
                 metric = f"{evaluator.name}/{key}"
-                if metric in shown and isinstance(value, (int, float)):
-                    found.metrics[f"{metric}@{cut}"] = float(value)
+                if metric in shown and isinstance(value, (int, float, Estimate)):
+                    found.metrics[f"{metric}@{cut}"] = float(value.value if isinstance(value, Estimate) else value)
 
 
 def _evidence(encoders: dict[str, EncoderEvidence], subject: Subject, config: EvaluateConfig) -> Evidence:
     data, sources, arrays = subject.features, subject.pictures(), encoders["backbone"].arrays
     commonest = np.bincount(data.train.labels, minlength=len(data.classes)).argmax()
-    headline = (f"knn/k{KnnEvaluator(config.knn).headline_k(len(data.train))}", "linear/top1")
     gallery: tuple[GalleryRow, ...] = ()
     if "knn/neighbours" in arrays:
         gallery = nearest_gallery(
@@ -264,7 +312,7 @@ def _evidence(encoders: dict[str, EncoderEvidence], subject: Subject, config: Ev
         )
     return Evidence(
         encoders=encoders,
-        headline=tuple(metric for metric in headline if metric in encoders["backbone"].metrics),
+        headline=_headline(encoders["backbone"].metrics, KnnEvaluator(config.knn).headline_k(len(data.train))),
         classes=data.classes,
         test_labels=data.test.labels,
         train_pictures=len(data.train),
@@ -274,7 +322,17 @@ def _evidence(encoders: dict[str, EncoderEvidence], subject: Subject, config: Ev
         seeds={"random weights": subject.seed, "linear probe": subject.seed},
         hardware=hardware(subject.device),
         gallery=gallery,
+        embedding=embed(data.test, config.embedding, seed=subject.seed) if config.embedding is not None else None,
+        maps=backbone_maps(subject, config.maps),
     )
+
+
+def _headline(metrics: Iterable[str], k: int) -> tuple[str, ...]:
+    """kNN and linear probe, as fixed beforehand; without them the first accuracy that was measured."""
+    known = [metric for metric in metrics if "@" not in metric]
+    fixed = tuple(metric for metric in (f"knn/k{k}", "linear/top1") if metric in known)
+    units = {metric: measure.unit for metric in known if (measure := measure_of(metric)) is not None}
+    return fixed or tuple(metric for metric, unit in units.items() if unit == "accuracy")[:1]
 
 
 @contextmanager

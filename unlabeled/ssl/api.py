@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.compose import compose_config, pretrain_config, words_of
-from unlabeled.ssl.engine import Training, train, whole_task
-from unlabeled.ssl.errors import UnlabeledError
+from unlabeled.ssl.engine import train, whole_task
 from unlabeled.ssl.evidence import conclude
 from unlabeled.ssl.export import export_backbone
 from unlabeled.ssl.monitor import read_metrics
+from unlabeled.ssl.ranks import told_once
 from unlabeled.ssl.schema import EvaluateRun, PretrainConfig
 from unlabeled.ssl.setup import prepare
 
@@ -58,19 +56,18 @@ def pretrain(
 
 def pretrain_from(config: PretrainConfig) -> PretrainResult:
     """Pretrains under a validated configuration, exports the backbone, evaluates it and writes the report."""
-    run = _prepare_everywhere(config)
-    begin = time.perf_counter()
+    with told_once():
+        run = prepare(config)
     try:
         stopped = train(run)
     finally:
         run.monitor.close()
-    seconds = time.perf_counter() - begin
     task = whole_task(run)
     encoder = task.encoder()
     if run.accelerator.is_main_process:
         export_backbone(encoder, config.out, elastic=task.elastic())
     run.accelerator.wait_for_everyone()
-    evidence, report = (None, None) if stopped else conclude(run, task, seconds if run.start_step == 0 else None)
+    evidence, report = (None, None) if stopped else conclude(config, run, task)
     return PretrainResult(
         backbone=encoder,
         metrics=read_metrics(config.out / "metrics.jsonl"),
@@ -87,13 +84,3 @@ def evaluate(target: str | Path, **settings: Any) -> Evidence:
     from unlabeled.eval.command import evaluate_target
 
     return evaluate_target(compose_config("evaluate", words_of({"target": str(target), **settings}), EvaluateRun))
-
-
-def _prepare_everywhere(config: PretrainConfig) -> Training:
-    """`prepare`, with faults that all ranks meet said by the first one only."""
-    try:
-        return prepare(config)
-    except UnlabeledError:
-        if int(os.environ.get("RANK", "0")) > 0:
-            raise SystemExit(2) from None
-        raise

@@ -99,7 +99,7 @@ def complete(folder: Path) -> list[Path]:
 def write_atomically(path: Path, text: str) -> None:
     """Replaces the file `path` in one move."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     _flush(partial)
     os.replace(partial, path)
 

@@ -1,4 +1,4 @@
-"""The command ``unlabeled``: pretrain, evaluate, export, sizes, doctor, tasks, matrix.
+"""The command ``unlabeled``: pretrain, evaluate, gauntlet, report, finetune, export and what helps with them.
 
 Exit codes: 0 done · 2 a fault of the input, in one line · 75 stopped by a signal after writing a checkpoint (the same
 command goes on) · 130 interrupted at once.
@@ -23,12 +23,15 @@ settings are key=value words, the same for every way to start a run:
   accelerate launch pretrain.py task=rotation data=digits backbone=resnet18 out=runs/y
   unlabeled pretrain --multirun optim.lr=1e-3,1e-4 engine.seed=range(3) out=runs/sweep
   unlabeled evaluate runs/x            unlabeled evaluate resnet18 data=shapes
+  unlabeled finetune runs/x data=folder data.path=labelled out=runs/x_finetuned
   unlabeled export runs/x out=backbone.safetensors
   unlabeled sizes runs/poa             unlabeled export runs/poa width=384 depth=12 out=small.safetensors
   unlabeled export runs/poa like=vit_small_patch16_224 out=vit_small.safetensors
   unlabeled evaluate runs/poa 'sizes=[[384,12],[768,12]]' beside=[runs/alone]
   unlabeled doctor data=folder data.path=pictures
   unlabeled matrix task=mae module=beit
+  unlabeled gauntlet backbones=[runs/x,resnet18] data=[digits,shapes] evaluators=[knn,linear] out=runs/gauntlet
+  unlabeled report runs/x runs/y out=reports/xy
 """
 
 
@@ -77,6 +80,16 @@ def _evaluate(given: argparse.Namespace) -> None:
     from unlabeled.ssl.schema import EvaluateRun
 
     evaluate_target(compose_config("evaluate", [f"target='{given.target}'", *given.words], EvaluateRun))
+
+
+def _finetune(given: argparse.Namespace) -> int:
+    from unlabeled.eval.finetune.run import finetune_config, finetune_from
+    from unlabeled.ssl.ranks import leave_ranks
+
+    try:
+        return EXIT_STOPPED if finetune_from(finetune_config(given.target, given.words)).stopped else 0
+    finally:
+        leave_ranks()
 
 
 def _export(given: argparse.Namespace) -> None:
@@ -150,9 +163,27 @@ def _matrix(given: argparse.Namespace) -> None:
     Console().print(render_terminal(matrix))
 
 
+def _gauntlet(given: argparse.Namespace) -> None:
+    from unlabeled.eval.gauntlet.job import run_gauntlet
+    from unlabeled.eval.gauntlet.progress import CellProgress
+    from unlabeled.eval.gauntlet.settings import gauntlet_config
+
+    run = gauntlet_config(given.words)
+    with CellProgress() as progress:
+        cells = run_gauntlet(run, progress.begin)["cells"]
+    log = logging.getLogger(__name__)
+    log.info("%d of %d cells, %d failed: %s", cells["done"], cells["total"], cells["failed"], run.out / "table.html")
+
+
+def _report(given: argparse.Namespace) -> None:
+    from unlabeled.eval.report.compare import report_runs
+
+    logging.getLogger(__name__).info("Comparison: %s", report_runs(given.words))
+
+
 _COMMANDS = {
-    "pretrain": _pretrain, "evaluate": _evaluate, "export": _export, "sizes": _sizes, "doctor": _doctor,
-    "tasks": _tasks, "matrix": _matrix,
+    "pretrain": _pretrain, "evaluate": _evaluate, "finetune": _finetune, "export": _export, "sizes": _sizes,
+    "doctor": _doctor, "tasks": _tasks, "matrix": _matrix, "gauntlet": _gauntlet, "report": _report,
 }  # fmt: skip
 
 
@@ -174,6 +205,10 @@ def _parser() -> argparse.ArgumentParser:
             "kNN, linear probe and report of a run (sizes=... for those it holds), a timm model or a weights file",
         ),
         (
+            "finetune",
+            "train a run, a timm model or a weights file into a classifier, and the same network from random weights",
+        ),
+        (
             "export",
             "write a run's network, or sizes that it holds (width= depth=, like=, sizes=), as files that timm loads",
         ),
@@ -181,16 +216,20 @@ def _parser() -> argparse.ArgumentParser:
         ("doctor", "scan a data source: count, sizes, formats, bad files, decoding speed"),
         ("tasks", "list the pretext tasks"),
         ("matrix", "try every task on every architecture of timm: what runs on what, and why not"),
+        ("gauntlet", "evaluate many backbones on many data sets in one job that goes on where it was stopped"),
+        ("report", "compare runs side by side, from their reports"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--debug", action="store_true", help="show a traceback instead of one line")
         if name == "pretrain":
             command.add_argument("--multirun", action="store_true", help="run every combination of swept values")
-        if name == "evaluate":
+        if name in ("evaluate", "finetune"):
             command.add_argument("target", help="a run folder, a timm model name, or a weights file")
         if name in ("export", "sizes"):
             command.add_argument("run", help="a run folder, or another exported backbone")
-        if name not in ("tasks", "sizes"):
+        if name == "report":
+            command.add_argument("words", nargs="+", metavar="RUN", help="run folders, and out=FOLDER")
+        elif name not in ("tasks", "sizes"):
             command.add_argument("words", nargs="*", metavar="key=value", help="settings")
     return parser
 

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 
 from unlabeled.ssl.errors import ConfigError, nearest
 from unlabeled.ssl.messages import explain
-from unlabeled.ssl.schema import PretrainConfig
+from unlabeled.ssl.schema import PretrainConfig, RunConfig
 from unlabeled.ssl.section import Section
 
 GROUPS = ("task", "data", "recipe")
@@ -54,14 +54,18 @@ def compose_config(command: str, words: Sequence[str], model: type[SectionT]) ->
 
     Raises ConfigError, in one line, for a word that cannot be read, an unknown setting, or an impossible value.
     """
+    return validate(composed(command, words), model)
+
+
+def composed(command: str, words: Sequence[str]) -> Any:
+    """As `compose_config`, before validation: mappings, lists and plain values."""
     overrides = [_to_hydra(override) for override in parse(words)]
     try:
         with initialize_config_dir(str(config_folder()), version_base=None):
-            composed = compose(command, overrides=[word for word in overrides if word is not None])
-        values = OmegaConf.to_container(composed, resolve=True)
+            config = compose(command, overrides=[word for word in overrides if word is not None])
+        return OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"config: {_first_line(error)}") from None
-    return validate(values, model)
 
 
 def validate(values: Any, model: type[SectionT]) -> SectionT:
@@ -191,17 +195,19 @@ def pretrain_config(words: Sequence[str]) -> PretrainConfig:
 
 def shrink(config: PretrainConfig) -> PretrainConfig:
     """Tiny mode: two epochs of two steps on 64 pictures, no workers; everything else as it was asked for."""
+    linear = config.evaluate.linear.model_copy(update={"epochs": 2})
+    evaluate = config.evaluate.model_copy(update={"limit": 128, "linear": linear})
+    return config.model_copy(update={**tiny(config), "evaluate": evaluate})
+
+
+def tiny(config: RunConfig) -> dict[str, Any]:
+    """What tiny mode changes of any run."""
     batch = min(config.batch_size, 32)
-    return config.model_copy(
-        update={
-            "epochs": 2.0,
-            "batch_size": batch,
-            "data": config.data.model_copy(update={"limit": batch * 2, "count": 256}),
-            "engine": config.engine.model_copy(update={"workers": 0, "compile": False}),
-            "schedule": config.schedule.model_copy(update={"warmup_epochs": min(config.schedule.warmup_epochs, 0.5)}),
-            "log": config.log.model_copy(update={"every": 1}),
-            "evaluate": config.evaluate.model_copy(
-                update={"limit": 128, "linear": config.evaluate.linear.model_copy(update={"epochs": 2})}
-            ),
-        }
-    )
+    return {
+        "epochs": 2.0,
+        "batch_size": batch,
+        "data": config.data.model_copy(update={"limit": batch * 2, "count": 256}),
+        "engine": config.engine.model_copy(update={"workers": 0, "compile": False}),
+        "schedule": config.schedule.model_copy(update={"warmup_epochs": min(config.schedule.warmup_epochs, 0.5)}),
+        "log": config.log.model_copy(update={"every": 1}),
+    }

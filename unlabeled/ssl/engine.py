@@ -1,4 +1,4 @@
-"""The pretraining loop. It knows no task: it draws batches, calls the task, and owns everything around that call.
+"""The training loop. It knows no task: it draws batches, calls the task, and owns everything around that call.
 
     for each optimizer step: rates · micro-steps (forward, backward) · before_step · verdict of all ranks · clip · step
                              · after_step · metrics · online evaluation · checkpoint
@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -25,32 +25,40 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from unlabeled.pretext.base import Batch, PretextTask, StepOutput
-from unlabeled.pretext.registry import create_task
 from unlabeled.ssl.collapse import WATCH_EVERY, CollapseAlarm, feature_figures
 from unlabeled.ssl.cpu import cpu_kernels
 from unlabeled.ssl.curriculum import Curriculum
 from unlabeled.ssl.data.bad import BadImage, BadImages
 from unlabeled.ssl.data.loader import LoadedBatch
 from unlabeled.ssl.errors import ConfigError, DivergedError
-from unlabeled.ssl.evidence import OnlineEvaluation
 from unlabeled.ssl.monitor import Meter, Monitor, Stopwatch, memory_gb
 from unlabeled.ssl.optim import set_rates
 from unlabeled.ssl.ranks import gather_lists, sum_over_ranks
 from unlabeled.ssl.run import Plan
 from unlabeled.ssl.saving import Saver
 from unlabeled.ssl.schedule import Schedule, weight_decay_at
-from unlabeled.ssl.schema import PretrainConfig
+from unlabeled.ssl.schema import RunConfig
 from unlabeled.ssl.seeds import derive
 from unlabeled.ssl.signals import StopRequest
 
 logger = logging.getLogger(__name__)
 
 
+class Online(Protocol):
+    """What is measured of the task while the run goes."""
+
+    def due(self, step: int) -> bool: ...
+
+    def run(self, task: PretextTask, device: torch.device) -> dict[str, float]:
+        """Values for a row of ``metrics.jsonl``, on the main process; all ranks call it. `task` is unsharded."""
+        ...
+
+
 @dataclass
 class Training:
     """What the loop works on; made by `unlabeled.ssl.setup.prepare`."""
 
-    config: PretrainConfig
+    config: RunConfig
     accelerator: Accelerator
     task: PretextTask
     model: nn.Module
@@ -64,7 +72,7 @@ class Training:
     meter: Meter
     monitor: Monitor
     saver: Saver
-    online: OnlineEvaluation
+    online: Online
     alarm: CollapseAlarm
     start_step: int
     watch: Stopwatch
@@ -218,7 +226,7 @@ def whole_task(run: Training) -> PretextTask:
     """The task for use outside of training: itself, or under FSDP an unsharded copy. All ranks must call it."""
     if not run.saver.sharded:
         return run.task
-    copy = create_task(run.config.task, run.task.backbone.twin()).to(run.accelerator.device)
+    copy = type(run.task)(run.task.config, run.task.backbone.twin()).to(run.accelerator.device)
     state = [run.saver.whole_model()]  # complete on the main process only
     dist.broadcast_object_list(state, src=0)
     copy.load_state_dict(state[0])
@@ -227,7 +235,7 @@ def whole_task(run: Training) -> PretextTask:
 
 def evaluate_online(run: Training, step: int) -> None:
     if run.online.due(step):
-        values = run.online.run(whole_task(run).encoder(), run.accelerator.device)
+        values = run.online.run(whole_task(run), run.accelerator.device)
         run.model.train()
         if values:
             run.monitor.row(step, run.plan.epoch(step), values)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from unlabeled.pretext.base import PretextTask
 from unlabeled.pretext.registry import task_class, task_config
-from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.checkpoint import writing
 from unlabeled.ssl.data.loader import LoadedBatch, ViewDataset, collate, seeded
 from unlabeled.ssl.data.source import ImageSource, Split, open_source
@@ -56,34 +55,40 @@ class OnlineEvaluation:
         self, config: PretrainConfig, data: tuple[ImageSource, ImageSource] | None, steps_per_epoch: int
     ) -> None:
         self._config, self._data = config.evaluate, data
-        self._masked = task_class(config.task["name"]).masks_statistics(task_config(config.task))
+        self._masked = masked_statistics(config)
         wanted = config.evaluate.every > 0 and data is not None
         self.every_steps = max(round(config.evaluate.every * steps_per_epoch), 1) if wanted else None
 
     def due(self, step: int) -> bool:
         return self.every_steps is not None and step % self.every_steps == 0
 
-    def run(self, backbone: Backbone, device: torch.device) -> dict[str, float]:
+    def run(self, task: PretextTask, device: torch.device) -> dict[str, float]:
         """``eval/knn_k20`` and its like on the main process; other ranks help to extract features."""
         from unlabeled.eval.suite import online_knn
 
         assert self._data is not None, "run() without data"
         train, test = self._data
-        values = online_knn(backbone, train, test, self._config, device, masked_statistics=self._masked)
+        values = online_knn(task.encoder(), train, test, self._config, device, masked_statistics=self._masked)
         return {f"eval/{name}": value for name, value in values.items()}
 
 
-def conclude(run: Training, task: PretextTask, seconds: float | None) -> tuple[Evidence | None, Path | None]:
+def masked_statistics(config: PretrainConfig) -> bool:
+    """Whether the run's task, or one of a mixture, collects batch-norm statistics on masked pictures only."""
+    return task_class(config.task["name"]).masks_statistics(task_config(config.task))
+
+
+def conclude(config: PretrainConfig, run: Training, task: PretextTask) -> tuple[Evidence | None, Path | None]:
     """Evaluates a finished run against its baselines and writes the report; (None, None) off the main process.
 
-    `task` is the trained task, unsharded; `seconds` its wall clock, None when it was not all in this process.
+    `task` is the trained task, unsharded. Its pictures stay in ``pictures/`` of the run's folder, for later reports.
     """
     from unlabeled.eval.report.page import write_report
+    from unlabeled.eval.report.pictures import read_pictures, save_pictures
     from unlabeled.eval.report.summary import summarize_run
     from unlabeled.eval.report.verdict import judge
     from unlabeled.eval.suite import evaluate_backbone
 
-    config, encoder, device = run.config, task.encoder(), run.accelerator.device
+    encoder, device = task.encoder(), run.accelerator.device
     if not config.evaluate.final:
         return None, None
     data = labelled_data(config)
@@ -92,16 +97,16 @@ def conclude(run: Training, task: PretextTask, seconds: float | None) -> tuple[E
         logger.info("evaluating: %d labelled training pictures, %d for testing", len(data[0]), len(data[1]))
         evidence = evaluate_backbone(
             encoder, *data, config.evaluate, work=config.out, device=device, seed=config.engine.seed,
-            workers=config.engine.workers, masked_statistics=task.masked_statistics,
+            workers=config.engine.workers, masked_statistics=masked_statistics(config),
         )  # fmt: skip
     if not run.accelerator.is_main_process:
         return None, None
-    summary = summarize_run(
-        config, encoder, device=str(device), steps=run.plan.total_steps, seconds=seconds, date=date.today().isoformat()
-    )
+    rows = read_metrics(config.out / "metrics.jsonl")
+    summary = summarize_run(config, encoder, device=str(device), rows=rows, date=date.today().isoformat())
+    drawn = task_pictures(run, task)
     with writing("report"):
-        rows = read_metrics(config.out / "metrics.jsonl")
-        report = write_report(config.out, summary, evidence, rows, task_pictures(run, task))
+        save_pictures(config.out, drawn)
+        report = write_report(config.out, summary, evidence, rows, read_pictures(config.out))
     if evidence is not None:
         logger.info("%s", judge(evidence).summary)
     logger.info("report: %s", report)

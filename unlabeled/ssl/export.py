@@ -13,7 +13,7 @@ import os
 import pickle
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,12 +73,14 @@ class Description(NamedTuple):
         return backbone
 
 
-def export_backbone(backbone: Backbone, path: str | Path, *, elastic: ElasticConfig | None = None) -> Path:
+def export_backbone(
+    backbone: Backbone, path: str | Path, *, elastic: ElasticConfig | None = None, classes: Sequence[str] | None = None
+) -> Path:
     """Writes the two files, each atomically; returns the weights' path.
 
     `path` is a folder (made if need be), or the name of the weights, ``x.safetensors``, beside which lies ``x.json``.
-    `elastic` says which sizes the network holds. Raises CheckpointError when an argument of the backbone cannot be
-    written as JSON, or the disk refuses.
+    `elastic` says which sizes the network holds, `classes` what the outputs of a classifier are. Raises CheckpointError
+    when an argument of the backbone cannot be written as JSON, or the disk refuses.
     """
     weights, beside = export_files(path)
     description: dict[str, Any] = {
@@ -92,6 +94,8 @@ def export_backbone(backbone: Backbone, path: str | Path, *, elastic: ElasticCon
     }
     if elastic is not None:
         description["elastic"] = elastic.model_dump(mode="json")
+    if classes is not None:
+        description["classes"] = list(classes)
     try:
         text = json.dumps(description, indent=2) + "\n"
     except TypeError as error:
@@ -165,8 +169,12 @@ def load_weights(backbone: Backbone, path: str | Path) -> LoadReport:
     """
     path = Path(path)
     file = path / WEIGHTS if path.is_dir() else path
+    return fill_backbone(backbone, read_tensors(file), str(file))
+
+
+def fill_backbone(backbone: Backbone, content: State, file: str) -> LoadReport:
+    """`load_weights` for tensors that are in memory already; messages name them `file`."""
     target = backbone.model.state_dict()
-    content = read_tensors(file)
     prefix = _prefix(content, target)
     found = {name.removeprefix(prefix): tensor for name, tensor in content.items() if name.startswith(prefix)}
     converted = _convert(found, backbone)

@@ -54,6 +54,8 @@ def _is_union_tag(part: str | int) -> bool:
 
 def _model_at(model: type[BaseModel], path: list[str | int]) -> type[BaseModel] | None:
     for part in path:
+        if isinstance(part, int):  # a place in a list, whose entries are of one model
+            continue
         field = model.model_fields.get(str(part))
         if field is None:
             return None
@@ -67,7 +69,7 @@ def _model_at(model: type[BaseModel], path: list[str | int]) -> type[BaseModel] 
 def _inner_model(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if typing.get_origin(annotation) is typing.Annotated:
+    if typing.get_origin(annotation) in (typing.Annotated, tuple):
         return _inner_model(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         for member in typing.get_args(annotation):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 from torch.autograd import Function
 
-from unlabeled.ssl.errors import ConfigError
+from unlabeled.ssl.errors import ConfigError, UnlabeledError
 from unlabeled.ssl.schema import EngineConfig
 
 logger = logging.getLogger(__name__)
@@ -68,6 +70,17 @@ def processes_asked_for() -> int | None:
         return None
     match = re.search(r"\blaunch\b.*--num[_-]processes[= ](\d+)", words)
     return int(match.group(1)) if match else None
+
+
+@contextlib.contextmanager
+def told_once() -> Iterator[None]:
+    """A fault that all ranks meet is told by the first one; the others leave without a word."""
+    try:
+        yield
+    except UnlabeledError:
+        if int(os.environ.get("RANK", "0")) > 0:
+            raise SystemExit(2) from None
+        raise
 
 
 def leave_ranks() -> None:

@@ -1,7 +1,7 @@
 """The run folder: whose it is, what lies in it, and how long the run will be.
 
 ``config.yaml`` (resolved) · ``metrics.jsonl`` · ``bad_images.jsonl`` · ``tensorboard/`` · ``checkpoints/step_*`` ·
-``backbone.safetensors`` + ``backbone.json`` · ``report/``
+``backbone.safetensors`` + ``backbone.json`` · ``pictures/`` (what the task sees) · ``report/``
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import yaml
 
 from unlabeled.ssl.checkpoint import last_checkpoint, write_atomically, writing
 from unlabeled.ssl.errors import CheckpointError, ConfigError
-from unlabeled.ssl.schema import PretrainConfig
+from unlabeled.ssl.schema import RunConfig
 
 _MAY_CHANGE = frozenset(
     {"out", "resume", "log", "evaluate", "engine.workers", "engine.keep", "engine.checkpoint_epochs"}
     | {"engine.checkpoint_steps", "engine.device", "data.max_bad_fraction"}
 )
 """Settings that a resumed run may have otherwise than the run it goes on with."""
+_KINDS = frozenset({"task", "target"})
+"""A setting of pretraining, and one of fine-tuning: without either it is no run's configuration."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Plan:
     total_steps: int
 
     @classmethod
-    def of(cls, config: PretrainConfig, images: int, world: int) -> Plan:
+    def of(cls, config: RunConfig, images: int, world: int) -> Plan:
         """Raises ConfigError when a batch is larger than the data or cannot be split over processes."""
         batch, parts = config.batch_size, world * config.engine.accumulation
         if batch > images:
@@ -54,7 +56,7 @@ class Plan:
         return step / self.steps_per_epoch
 
 
-def claim_folder(config: PretrainConfig) -> Path | None:
+def claim_folder(config: RunConfig) -> Path | None:
     """Checks that ``config.out`` is free or holds this very run; returns the checkpoint to resume from, if any.
 
     Raises CheckpointError for another run's folder, a folder of other things, or a checkpoint under resume=never.
@@ -66,7 +68,7 @@ def claim_folder(config: PretrainConfig) -> Path | None:
         if out.is_dir() and any(out.iterdir()):
             raise CheckpointError(f"out: {out} is not empty and holds no run; choose another folder")
         return None
-    difference = _difference(read_config(record), config.model_dump(mode="json"))
+    difference = _difference(read_config(record), config)
     if difference is not None:
         key, there, here = difference
         raise CheckpointError(
@@ -81,7 +83,7 @@ def claim_folder(config: PretrainConfig) -> Path | None:
     return checkpoint
 
 
-def write_config(config: PretrainConfig) -> None:
+def write_config(config: RunConfig) -> None:
     """Makes the run folder and writes its ``config.yaml``."""
     with writing(f"out: {config.out}"):
         config.out.mkdir(parents=True, exist_ok=True)
@@ -95,18 +97,18 @@ def read_config(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         values = None
-    if not isinstance(values, dict) or "task" not in values:
+    if not isinstance(values, dict) or not _KINDS & values.keys():
         raise CheckpointError(f"{path} is not a run's configuration; restore it or choose another folder")
     return values
 
 
-def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+def _difference(there: Mapping[str, Any], config: RunConfig) -> tuple[str, Any, Any] | None:
     """First setting that differs and may not: (name, value there, value here).
 
     A setting that did not exist yet when the run was started had what is its default now.
     """
-    flat_here = _flatten(here)
-    defaults = _flatten(PretrainConfig().model_dump(mode="json", exclude={"task"}))
+    flat_here = _flatten(config.model_dump(mode="json"))
+    defaults = _flatten(type(config).model_construct().model_dump(mode="json", exclude={"task"}))
     flat_there = {key: value for key, value in defaults.items() if key in flat_here} | _flatten(there)
     for key in [*flat_here, *(flat_there.keys() - flat_here.keys())]:
         parents = {key.rsplit(".", depth)[0] for depth in range(key.count(".") + 1)}

@@ -10,7 +10,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from unlabeled.eval.settings import KnnConfig, LinearConfig
+from unlabeled.eval.settings import (
+    ClusterConfig,
+    CorruptionConfig,
+    DuplicatesConfig,
+    FewShotConfig,
+    InvarianceConfig,
+    KnnConfig,
+    LayersConfig,
+    LinearConfig,
+    LogisticConfig,
+    LowLabelConfig,
+    ObjectsConfig,
+    RetrievalConfig,
+    SegmentationConfig,
+    SpectrumConfig,
+)
 from unlabeled.ssl.section import Section
 
 Size = Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
@@ -51,9 +66,10 @@ class DataConfig(Section):
     """Where the pictures come from."""
 
     name: str = "folder"
-    """folder, parquet, hf, torchvision, digits or shapes."""
+    """folder, parquet, hf, tar, torchvision, digits, shapes or voc."""
     path: Path | None = None
-    """Folder of pictures, parquet file or folder of them, saved Hugging Face dataset, torchvision root."""
+    """Folder of pictures or of ``JPEGImages``, parquet or tar file or folder of them, saved Hugging Face dataset,
+    torchvision root."""
     test_path: Path | None = None
     """Held-out pictures of the same form; None: the source's own test split, or a part held out of `path`."""
     test_fraction: float = Field(0.2, gt=0, lt=1)
@@ -61,7 +77,8 @@ class DataConfig(Section):
     labels: bool = False
     """folder only: take the name of the first sub-folder as the label."""
     dataset: str | None = None
-    """torchvision: class name, such as ``CIFAR10``. hf: dataset name, when not given by `path`."""
+    """torchvision: class name, such as ``CIFAR10``. hf: dataset name, when not given by `path`. voc: sub-folder of
+    ``ImageSets`` with the lists; None: ``Segmentation`` if there, else ``Main``."""
     image_column: str | None = None
     """Tables: the picture column; None: found by its type."""
     label_column: str | None = None
@@ -190,8 +207,24 @@ class EvaluateConfig(Section):
     prefixes: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Also judge the first so many features, and as many principal components, by every evaluator of pooled features
     (Matryoshka representations)."""
+    embedding: Literal["tsne", "umap", "pca"] | None = "tsne"
+    """Map of the test features in the report: umap needs ``umap-learn``; None: no map."""
+    maps: int = Field(6, ge=0)
+    """Test pictures, drawn by seed, on which the report shows what the backbone looks at; 0: none."""
     knn: KnnConfig = KnnConfig()
     linear: LinearConfig = LinearConfig()
+    logistic: LogisticConfig = LogisticConfig()
+    few_shot: FewShotConfig = FewShotConfig()
+    low_label: LowLabelConfig = LowLabelConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    retrieval: RetrievalConfig = RetrievalConfig()
+    duplicates: DuplicatesConfig = DuplicatesConfig()
+    segmentation: SegmentationConfig = SegmentationConfig()
+    objects: ObjectsConfig = ObjectsConfig()
+    spectrum: SpectrumConfig = SpectrumConfig()
+    invariance: InvarianceConfig = InvarianceConfig()
+    layers: LayersConfig = LayersConfig()
+    corruption: CorruptionConfig = CorruptionConfig()
 
 
 class LogConfig(Section):
@@ -205,30 +238,37 @@ class LogConfig(Section):
     progress: bool = True
 
 
-class PretrainConfig(Section):
-    """One pretraining run."""
+class RunConfig(Section):
+    """What the engine needs to know of any run."""
 
-    task: dict[str, Any] = Field(default_factory=lambda: {"name": "mae"})
-    """``name`` and the fields of that task's own ``Config``."""
-    backbone: BackboneConfig = BackboneConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     engine: EngineConfig = EngineConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
     log: LogConfig = LogConfig()
-    out: Path = Path("runs/pretrain")
+    out: Path = Path("runs/run")
     """The run folder."""
     epochs: float = Field(100.0, gt=0)
     """Passes over the data."""
     batch_size: int = Field(256, ge=1)
     """Images per optimizer step, over all processes and micro-steps."""
-    official: Path | None = None
-    """Start the whole task (backbone, decoder, heads) from this checkpoint of the method's original authors."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint in `out`; never: refuse a folder that holds one."""
     debug: bool = False
     """Tiny mode: two epochs of two steps, 64 pictures, no workers; proves that a command works."""
+
+
+class PretrainConfig(RunConfig):
+    """One pretraining run."""
+
+    task: dict[str, Any] = Field(default_factory=lambda: {"name": "mae"})
+    """``name`` and the fields of that task's own ``Config``."""
+    backbone: BackboneConfig = BackboneConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    out: Path = Path("runs/pretrain")
+    """The run folder."""
+    official: Path | None = None
+    """Start the whole task (backbone, decoder, heads) from this checkpoint of the method's original authors."""
 
     @model_validator(mode="after")
     def _task_has_a_name(self) -> PretrainConfig:

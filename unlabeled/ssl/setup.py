@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from unlabeled.ssl.curriculum import create_curriculum
 from unlabeled.ssl.data.bad import BadImages
 from unlabeled.ssl.data.loader import RunSampler, ViewDataset, make_loader
 from unlabeled.ssl.data.source import DecodeError, ImageSource, open_source
-from unlabeled.ssl.engine import Training
+from unlabeled.ssl.engine import Online, Training
 from unlabeled.ssl.evidence import OnlineEvaluation, labelled_data
 from unlabeled.ssl.export import load_weights, read_tensors
 from unlabeled.ssl.monitor import Meter, Monitor, Stopwatch
@@ -26,7 +27,7 @@ from unlabeled.ssl.ranks import create_accelerator
 from unlabeled.ssl.run import Plan, claim_folder, write_config
 from unlabeled.ssl.saving import Saver
 from unlabeled.ssl.schedule import Schedule, peak_rate
-from unlabeled.ssl.schema import BackboneConfig, PretrainConfig
+from unlabeled.ssl.schema import BackboneConfig, PretrainConfig, RunConfig
 from unlabeled.ssl.seeds import derive
 
 logger = logging.getLogger(__name__)
@@ -42,12 +43,28 @@ def prepare(config: PretrainConfig) -> Training:
     source = open_source(config.data, "train")
     plan = Plan.of(config, len(source), accelerator.num_processes)
     task = build_task(config)
+    views = task_class(config.task["name"]).views(task_config(config.task), task.backbone)
+    online = OnlineEvaluation(config, labelled_data(config) if config.evaluate.every else None, plan.steps_per_epoch)
+    dataset = ViewDataset(source, views, config.engine.seed)
+    return assemble(config, accelerator, checkpoint, plan, task=task, dataset=dataset, online=online)
+
+
+def assemble(
+    config: RunConfig,
+    accelerator: Accelerator,
+    checkpoint: Path | None,
+    plan: Plan,
+    *,
+    task: PretextTask,
+    dataset: ViewDataset,
+    online: Online,
+) -> Training:
+    """A run of `task` on `dataset`, restored from `checkpoint` if there is one; its settings are in its folder then."""
     curriculum = create_curriculum(config.engine.curriculum, task, plan.total_steps)
-    warn_of_small_images(source, task.backbone)
+    warn_of_small_images(dataset.source, task.backbone)
     set_layout(task, config, accelerator)
     optimizer = create_optimizer(task, config.optim)
     model, optimizer = accelerator.prepare(task, optimizer)
-    online = OnlineEvaluation(config, labelled_data(config) if config.evaluate.every else None, plan.steps_per_epoch)
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
     if accelerator.is_main_process:
         write_config(config)
@@ -79,10 +96,10 @@ def prepare(config: PretrainConfig) -> Training:
         schedule=schedule,
         plan=plan,
         curriculum=curriculum,
-        batches=iter(open_loader(config, source, task, plan, accelerator, start)),
+        batches=iter(open_loader(config, dataset, plan, accelerator, start)),
         bad=BadImages(
             config.out / "bad_images.jsonl",
-            len(source),
+            len(dataset),
             config.data.max_bad_fraction,
             write=accelerator.is_main_process,
         ),
@@ -127,7 +144,7 @@ def build_task(config: PretrainConfig) -> PretextTask:
     return task
 
 
-def set_layout(task: PretextTask, config: PretrainConfig, accelerator: Accelerator) -> None:
+def set_layout(task: PretextTask, config: RunConfig, accelerator: Accelerator) -> None:
     """Memory format, synchronised batch norm, compilation."""
     wanted = config.engine.channels_last
     convolutional = len({stage.stride for stage in task.backbone.stages}) > 1
@@ -139,7 +156,7 @@ def set_layout(task: PretextTask, config: PretrainConfig, accelerator: Accelerat
     if not task.per_picture and config.engine.accumulation > 1:
         logger.warning(
             "engine.accumulation: %s compares the pictures of a batch; each of %d micro-steps has only a part of it",
-            config.task["name"], config.engine.accumulation,
+            type(task).__name__, config.engine.accumulation,
         )  # fmt: skip
     if config.engine.compile:
         task.compile()
@@ -161,11 +178,8 @@ def warn_of_small_images(source: ImageSource, backbone: Backbone) -> None:
         return
 
 
-def open_loader(
-    config: PretrainConfig, source: ImageSource, task: PretextTask, plan: Plan, accelerator: Accelerator, start: int
-) -> Any:
+def open_loader(config: RunConfig, dataset: ViewDataset, plan: Plan, accelerator: Accelerator, start: int) -> Any:
     """Batches of views of this rank, from step `start` to the end of the run."""
-    views = task_class(config.task["name"]).views(task_config(config.task), task.backbone)
     sampler = RunSampler(
         length=plan.images,
         batch_size=plan.batch_size,
@@ -176,12 +190,11 @@ def open_loader(
         start_step=start,
         total_steps=plan.total_steps,
     )
-    dataset = ViewDataset(source, views, config.engine.seed)
     return make_loader(dataset, sampler, config.engine.workers, accelerator.device.type == "cuda")
 
 
 def announce(
-    config: PretrainConfig, plan: Plan, schedule: Schedule, task: PretextTask, accelerator: Accelerator, start: int
+    config: RunConfig, plan: Plan, schedule: Schedule, task: PretextTask, accelerator: Accelerator, start: int
 ) -> None:
     """Says what is about to happen, the learning-rate rule included."""
     if not accelerator.is_main_process:
@@ -191,7 +204,7 @@ def announce(
     rule = {"linear": f"{optim.lr:g} x {plan.batch_size}/{optim.lr_batch}", "none": f"{optim.lr:g}, not scaled"}.get(
         optim.lr_scaling, f"{optim.lr:g} x sqrt({plan.batch_size}/{optim.lr_batch})"
     )
-    logger.info("%s on %s: %.2f M trainable parameters", config.task["name"], config.backbone.name, parameters / 1e6)
+    logger.info("%s on %s: %.2f M trainable parameters", type(task).__name__, task.backbone.name, parameters / 1e6)
     logger.info(
         "%d images, %g epochs of %d steps = %d steps; batch %d = %d processes x %d micro-steps x %d",
         plan.images, config.epochs, plan.steps_per_epoch, plan.total_steps, plan.batch_size, accelerator.num_processes,

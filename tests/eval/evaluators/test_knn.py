@@ -10,7 +10,8 @@ import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
 from unlabeled.eval.base import Estimate, FeatureSet, FeatureSplit
-from unlabeled.eval.evaluators.knn import KnnEvaluator, best_classes, class_scores, nearest_neighbours, over_draws
+from unlabeled.eval.evaluators.knn import KnnEvaluator, best_classes, class_scores, nearest_neighbours
+from unlabeled.eval.intervals import over_draws
 from unlabeled.eval.settings import KnnConfig
 from unlabeled.eval.subject import Subject
 from unlabeled.ssl.errors import ConfigError, DataError

@@ -1,18 +1,15 @@
-"""The linear probe: its grouped optimizer against torch's, its accuracy against scikit-learn's, its edge cases."""
+"""The linear probe: its accuracy against scikit-learn's, what it chooses by, its edge cases."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from unlabeled.eval.base import FeatureSet, FeatureSplit
 from unlabeled.eval.evaluators.linear import (
-    GroupedSgd,
     LinearEvaluator,
-    Setting,
     confusion_matrix,
     statistics,
     stratified_split,
@@ -35,49 +32,6 @@ def clouds(count: int, *, spread: float, seed: int, classes: int = 4) -> Feature
 
 def dataset(spread: float, *, train: int = 400, test: int = 300) -> FeatureSet:
     return FeatureSet(clouds(train, spread=spread, seed=1), clouds(test, spread=spread, seed=2), tuple("abcd"))
-
-
-def test_grouped_steps_are_those_of_separate_optimizers() -> None:
-    grid = [Setting(0.1, 0.0), Setting(0.5, 0.01), Setting(0.02, 0.3)]
-    generator = torch.Generator().manual_seed(0)
-    features = torch.cat([torch.randn(40, 6, generator=generator), torch.ones(40, 1)], dim=1)
-    labels = torch.randint(0, 5, (40,), generator=generator)
-    grouped = GroupedSgd(7, 5, grid, device=torch.device("cpu"), lr_scale=0.5)
-    weights = [torch.zeros(6, 5, requires_grad=True) for _ in grid]
-    biases = [torch.zeros(5, requires_grad=True) for _ in grid]
-    optimizers = [
-        torch.optim.SGD(
-            [{"params": [w], "weight_decay": s.weight_decay}, {"params": [b], "weight_decay": 0.0}],
-            lr=s.lr, momentum=0.9,
-        )
-        for w, b, s in zip(weights, biases, grid, strict=True)
-    ]  # fmt: skip
-    for step in range(12):
-        rate = 1 - step / 12
-        rows = torch.randperm(40, generator=generator)[:16]
-        grouped.step(features[rows], labels[rows], rate=rate)
-        for w, b, optimizer, setting in zip(weights, biases, optimizers, grid, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = setting.lr * 0.5 * rate
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(features[rows, :-1] @ w + b, labels[rows]).backward()
-            optimizer.step()
-    for head, w, b in zip(grouped.heads(), weights, biases, strict=True):
-        torch.testing.assert_close(head[:-1], w.detach(), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(head[-1], b.detach(), atol=1e-5, rtol=1e-5)
-
-
-def test_a_diverging_head_leaves_the_others_bit_equal() -> None:
-    generator = torch.Generator().manual_seed(0)
-    features, labels = torch.randn(32, 6, generator=generator), torch.arange(32) % 3
-    calm, wild = Setting(0.1, 0.01), Setting(1e38, 0.01)
-    alone = GroupedSgd(6, 3, [calm, calm], device=torch.device("cpu"))
-    beside = GroupedSgd(6, 3, [wild, calm], device=torch.device("cpu"))
-    for _ in range(8):
-        alone.step(features, labels, rate=1.0)
-        beside.step(features, labels, rate=1.0)
-    assert not beside.heads()[0].isfinite().all()
-    assert torch.equal(beside.heads()[1], alone.heads()[1])
 
 
 def test_the_evaluator_survives_a_diverging_setting_and_refuses_when_all_diverge() -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from report_helpers import RUN, evidence
+from report_helpers import RUN, evidence, with_made_up
 
+from unlabeled.eval.registry import EVALUATORS
 from unlabeled.eval.report.document import clean, read_report, report_document
 from unlabeled.eval.report.figures import confusion_figure, training_curves
 from unlabeled.eval.report.page import write_report
@@ -35,6 +36,12 @@ def rows(count: int = 60) -> list[dict[str, float]]:
         for step in range(count)
     ]
     return trained + [{"step": step, "epoch": step / 10, "eval/knn/k10": 0.1, "eval/knn/k20": 0.5} for step in (20, 40)]
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registers an evaluator of measures of every kind."""
+    monkeypatch.setitem(EVALUATORS, "made_up", "report_helpers:MadeUp")
 
 
 class Page(HTMLParser):
@@ -62,9 +69,11 @@ def test_report_json_round_trips_and_is_strict(tmp_path: Path) -> None:
     assert page == tmp_path / "report" / "report.html"
     document = read_report(tmp_path / "report" / "report.json")
     assert document == report_document(RUN, broken, rows(), ["reconstructions"])
-    assert document["schema"] == 1
+    assert document["schema"] == 2
     assert document["evidence"]["encoders"]["backbone"]["metrics"]["linear/loss"] is None
-    assert document["evidence"]["confusion"][0] == [90, 10, 10]
+    knn, linear = document["evaluators"]
+    assert (knn["title"], linear["title"]) == ("Nearest neighbours", "Linear probe")
+    assert linear["arrays"]["confusion"]["random"][0] == [90, 10, 10]
     assert document["run"]["parameters"] == 1_234_567
     assert document["training"]["online"] == [[2.0, 0.5], [4.0, 0.5]]
     assert document["pictures"] == ["reconstructions"]
@@ -76,8 +85,32 @@ def test_another_schema_or_no_report_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         read_report(file)
     file.write_text(json.dumps({"schema": 99}))
-    with pytest.raises(DataError, match="has schema 99, this version reads 1"):
+    with pytest.raises(DataError, match="has schema 99, this version reads 1 and 2"):
         read_report(file)
+    file.write_text(json.dumps({"schema": 1}))
+    with pytest.raises(DataError, match="is not a report of schema 1; write it again"):
+        read_report(file)
+
+
+def test_a_report_of_schema_1_is_read_in_the_form_of_today(tmp_path: Path) -> None:
+    """Made of today's by what the schemas differ in, which is what version 0.1 wrote."""
+    now = report_document(RUN, evidence(), rows())
+    old = {key: value for key, value in now.items() if key not in ("evaluators", "embedding", "maps")} | {"schema": 1}
+    old["comparison"] = [
+        {key: value for key, value in row.items() if key not in ("unit", "better")} for row in now["comparison"]
+    ]
+    old["evidence"] = {**now["evidence"], "confusion": now["evaluators"][1]["arrays"]["confusion"]["backbone"]}
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps(old))
+    found = read_report(file)
+    assert found.keys() == now.keys()
+    assert {key for key in now if found[key] != now[key]} == {"evaluators"}, "it held no baseline's confusion"
+    for before, after in zip(found["evaluators"], now["evaluators"], strict=True):
+        assert {row["metric"]: row for row in before["rows"]} == {row["metric"]: row for row in after["rows"]}
+        assert before.keys() == after.keys()
+    assert found["evaluators"][1]["arrays"] == {"confusion": {"backbone": old["evidence"]["confusion"]}}
+    file.write_text(json.dumps({**old, "evidence": None, "comparison": []}))
+    assert read_report(file)["evaluators"] == []
 
 
 def test_the_comparison_puts_quoted_metrics_first_and_knows_the_stronger_baseline() -> None:
@@ -180,6 +213,45 @@ def test_a_report_without_evidence_metrics_or_pictures_is_still_one(tmp_path: Pa
     assert "No evidence" in text
     assert "Nearest training pictures" not in text
     assert read_report(file.with_name("report.json"))["evidence"] is None
+
+
+@pytest.mark.usefixtures("made_up")
+def test_hostile_evaluators_do_not_leave_the_text(tmp_path: Path) -> None:
+    file = write_report(tmp_path, RUN, with_made_up(evidence(classes=HOSTILE)), rows(), None)
+    page = Page(file.read_text(encoding="utf-8"))
+    assert "script" not in page.tags
+    assert "i" not in page.tags
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    text = "".join(page.words)
+    for part in ("<script>note()</script>", "</h2><script>title()</script>", "<i>leak</i> | share", "<svg onload"):
+        assert part in text, part
+    markdown = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert "\\<script\\>note()" in markdown
+    header, *_, leak = [line for line in markdown.splitlines() if line.startswith(("| Measure", "| \\<i"))]
+    assert leak.replace("\\|", "").count("|") == header.count("|")
+
+
+def test_every_link_of_the_contents_leads_somewhere(tmp_path: Path) -> None:
+    page = Page(write_report(tmp_path, RUN, evidence(), rows(), None).read_text(encoding="utf-8"))
+    links = [value[1:] for name, value in page.attributes if name == "href" and value.startswith("#")]
+    places = [value for name, value in page.attributes if name == "id"]
+    assert {"baselines", "eval-knn", "eval-linear", "neighbours", "training", "run", "notes"} <= set(links)
+    assert set(links) <= set(places)
+    headings = [value for value in places if value in links]
+    assert len(headings) == len(set(headings))
+
+
+@pytest.mark.parametrize("evaluators", [(), ("linear/",)])
+def test_a_report_without_the_usual_evaluators(tmp_path: Path, evaluators: tuple[str, ...]) -> None:
+    found = evidence()
+    for encoder in found.encoders.values():
+        for metric in [metric for metric in encoder.metrics if not metric.startswith(evaluators)]:
+            del encoder.metrics[metric]
+    found = replace(found, headline=tuple(one for one in found.headline if one.startswith(evaluators)), gallery=())
+    text = write_report(tmp_path, RUN, found, None, None).read_text(encoding="utf-8")
+    assert "was fixed beforehand" not in text
+    assert ("met the test split once" in text) == bool(evaluators)
+    assert ("Against the baselines" in text) == bool(evaluators)
 
 
 def test_markdown_has_the_table(tmp_path: Path) -> None:

@@ -15,10 +15,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
 from unlabeled.eval.base import (
-    Estimate,
     FeatureSet,
     FeatureSplit,
     FloatArray,
@@ -27,6 +25,7 @@ from unlabeled.eval.base import (
     Value,
     check_features,
 )
+from unlabeled.eval.intervals import over_draws
 from unlabeled.eval.search import APPROXIMATE, recall, search
 from unlabeled.eval.settings import KnnConfig
 from unlabeled.eval.subject import Subject
@@ -142,13 +141,6 @@ def nearest_neighbours(
     As `unlabeled.eval.search.search`, which says more; exact unless `settings` say otherwise.
     """
     return search(train, test, k, settings, seed=seed)
-
-
-def over_draws(values: list[float]) -> Estimate:
-    """Mean of two or more fractions with the 95 % interval of Student's t, within 0 and 1."""
-    mean, error = float(np.mean(values)), float(stats.sem(values))
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * error
-    return Estimate(mean, max(0.0, mean - half), min(1.0, mean + half))
 
 
 def _drawn(labels: IntArray, shots: int, generator: np.random.Generator) -> IntArray:

@@ -1,16 +1,16 @@
-"""Linear probe: one linear classifier on frozen, cached features, its settings chosen without the test split.
+"""Linear probe: linear classifiers on a frozen network, their settings chosen without the test split.
 
-All settings of a grid are trained in one pass (as DINOv2's probe does, Oquab et al. 2023, 2304.07193): the heads see
-the same batches, their weights lie side by side in one matrix, and a step is two matrix products whatever their number.
+All heads of a grid are trained in one pass, as in DINOv2's evaluation (Oquab et al. 2023, 2304.07193): they see the
+same batches, and those that read the same features share their matrix products.
 
-Shapes: N pictures, B of a batch, D features plus one column of ones (the bias), H heads, C classes.
+Shapes: N pictures, F features of all inputs together, H heads, C classes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -18,38 +18,92 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from unlabeled.eval.base import FloatArray, IntArray, Measure, Value, check_features
+from unlabeled.eval.base import FeatureSet, FeatureSplit, FloatArray, IntArray, Measure, Value, check_features
 from unlabeled.eval.evaluators.knn import best_classes
+from unlabeled.eval.probe.batches import Batches, Course, augmented_batches, cached_batches
+from unlabeled.eval.probe.heads import GroupedSgd, Setting, hold_out
+from unlabeled.eval.probe.inputs import BlockFeatures, Input, block_inputs, pooled_inputs
 from unlabeled.eval.settings import LinearConfig
 from unlabeled.eval.subject import Subject
 from unlabeled.ssl.errors import ConfigError, DataError
+from unlabeled.ssl.seeds import derive
 
-_MOMENTUM = 0.9
 _LR_BATCH = 256
 """The batch for which the learning rates of the settings are meant."""
-_ROWS = 8192
-"""Pictures classified at a time."""
+_ROWS = 256
+"""Rows whose float64 copies fit a CPU's caches."""
+_DINOV2 = {
+    "lr": (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1),
+    "weight_decay": (0.0,),
+    "blocks": (1, 4),
+    "pooling": ("cls", "cls+avg"),
+    "init": 0.01,
+}
+"""The grid of the authors' ``eval/linear.py``; features are standardised here, and the test split does not choose."""
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What one head is trained with."""
+class Head:
+    """One point of the grid."""
 
-    lr: float
-    """Peak learning rate for a batch of 256."""
-    weight_decay: float
+    input: Input
+    setting: Setting
+
+    @property
+    def question(self) -> Input | None:
+        """What it is compared within: each prefix is judged apart, all other inputs together."""
+        return self.input if self.input.prefix else None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The best head for a question, as the hold-out sees it."""
+
+    head: Head
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class _Probed:
+    """What a probe works on: standardised features of all inputs (N, F) and what it takes to compute more of them."""
+
+    subject: Subject
+    config: LinearConfig
+    data: FeatureSet
+    """With the features of all inputs."""
+    outputs: BlockFeatures | None
+    mean: FloatArray
+    deviation: FloatArray
+    features: Tensor
+    labels: Tensor
+
+    @property
+    def augmented(self) -> bool:
+        return self.config.augment and self.subject.backbone is not None
+
+    def course(self, rows: Tensor) -> Course:
+        epochs = self.config.augment_epochs if self.augmented else self.config.epochs
+        return Course(rows, min(self.config.batch_size, len(rows)), epochs, self.subject.seed)
+
+    def batches(self, course: Course) -> Batches:
+        if not self.augmented:
+            return cached_batches(self.features, self.labels, course)
+        mean, deviation = (torch.from_numpy(one).to(self.features.device) for one in (self.mean, self.deviation))
+        return augmented_batches(self.subject, self.outputs, mean, deviation, self.labels, course)
 
 
 class LinearEvaluator:
     """Accuracy of a linear classifier on standardised features.
 
-    Every (lr, weight decay) of the grid is trained on the training split less a stratified hold-out; the hold-out
-    chooses one setting (ties: lower loss), which is then trained anew on the whole training split and meets the test
-    split once. Features are standardised with the training split's mean and deviation.
+    Every (input, lr, weight decay) of the grid is trained on the training split less a stratified hold-out; the
+    hold-out chooses one of them (ties: lower loss), which is then trained anew on the whole training split and meets
+    the test split once. Features are standardised with the training split's mean and deviation.
 
     Yields ``top1``, ``top5`` (more than five classes) and ``holdout_top1`` as fractions, ``lr``, ``weight_decay``,
-    ``diverged`` (number of heads with a non-finite weight), ``predictions`` int64 (N,), ``confusion`` int64 (C, C) of
-    true class by predicted class, and a ``note`` when the chosen lr lies at the edge of the grid.
+    ``diverged`` (number of heads with a non-finite weight), ``predictions`` int64 (N,) and ``confusion`` int64 (C, C)
+    of true class by predicted class; ``top1@m`` and ``top5@m`` for each of the settings' prefixes, which choose for
+    themselves; ``blocks``, the number that the chosen head reads, with a ``note`` that names its input; and a ``note``
+    when the chosen lr lies at the edge of the grid.
     """
 
     name: ClassVar = "linear"
@@ -57,11 +111,8 @@ class LinearEvaluator:
     needs: ClassVar = "features"
 
     def __init__(self, config: LinearConfig) -> None:
-        for field, values, least in (("lr", config.lr, math.ulp(0.0)), ("weight_decay", config.weight_decay, 0.0)):
-            if not values or not all(math.isfinite(value) and value >= least for value in values):
-                rule = "positive numbers" if field == "lr" else "numbers from 0"
-                raise ConfigError(f"evaluate.linear.{field}: {list(values)} is not possible; give {rule}")
-        self.config = config
+        self.config = _whole(config)
+        self.grid = [Setting(lr, decay) for decay in self.config.weight_decay for lr in self.config.lr]
 
     @classmethod
     def measure(cls, key: str) -> Measure | None:
@@ -69,122 +120,162 @@ class LinearEvaluator:
         return Measure(labels[key]) if key in labels else None
 
     def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
-        data, device, seed = subject.features, subject.device, subject.seed
-        check_features(data)
-        classes = len(data.classes)
-        mean, deviation = statistics(data.train.features)
-        train = _prepared(data.train.features, mean, deviation, device)
-        labels = torch.from_numpy(data.train.labels).to(device)
-        grid = [Setting(lr, decay) for decay in self.config.weight_decay for lr in self.config.lr]
-        chosen, accuracy, diverged = self._choose(train, labels, data.train.labels, grid, classes, seed)
-        final = self._fit(train, labels, [grid[chosen]], classes, seed)
-        test = _prepared(data.test.features, mean, deviation, device)
-        guesses = best_classes(_logits(final, test)[0].softmax(dim=1).cpu().numpy(), 5)
-        hits = guesses == data.test.labels[:, None]
-        yield "top1", float(hits[:, 0].mean())
-        if classes > 5:
-            yield "top5", float(hits.any(axis=1).mean())
-        yield "holdout_top1", accuracy
-        yield "lr", grid[chosen].lr
-        yield "weight_decay", grid[chosen].weight_decay
+        check_features(subject.features)
+        probed, inputs = self._probed(subject)
+        heads = [Head(one, setting) for one in inputs for setting in self.grid]
+        best, diverged = self._choose(probed, heads)
+        finals = self._fit(probed, [one.head for one in best], torch.arange(len(probed.labels)))
+        chosen, test = best[0], probed.data.test
+        for choice, final in zip(best, finals, strict=True):
+            of = choice.head.input
+            scores = final.scores(_standardised(of, test.features, probed)).softmax(dim=1)[0].T
+            guesses = best_classes(scores.cpu().numpy(), 5)
+            yield from _accuracies(guesses, test.labels, len(probed.data.classes), f"@{of.stop}" if of.prefix else "")
+            if choice is chosen:
+                predictions = guesses[:, 0]
+        yield "holdout_top1", chosen.accuracy
+        yield "lr", chosen.head.setting.lr
+        yield "weight_decay", chosen.head.setting.weight_decay
         yield "diverged", diverged
-        yield "predictions", guesses[:, 0]
-        yield "confusion", confusion_matrix(data.test.labels, guesses[:, 0], classes)
-        if len(set(self.config.lr)) > 2 and grid[chosen].lr in (min(self.config.lr), max(self.config.lr)):
-            yield (
-                "note",
-                f"the chosen lr {grid[chosen].lr:g} is at the edge of the grid; evaluate.linear.lr may be too narrow",
+        yield "predictions", predictions
+        yield "confusion", confusion_matrix(test.labels, predictions, len(probed.data.classes))
+        yield from self._notes(chosen.head, inputs, subject)
+
+    def _probed(self, subject: Subject) -> tuple[_Probed, list[Input]]:
+        """The features of all inputs, and where each lies among them."""
+        data, outputs = subject.features, None
+        inputs = pooled_inputs(data.train.features.shape[1], self.config.prefixes)
+        if self.config.blocks and subject.backbone is not None:
+            outputs, inputs = block_inputs(subject.backbone, self.config)
+            named = f"class tokens of {outputs.classes} blocks, averages of {outputs.averages}"
+            train, test = (
+                _aligned(split, subject.encode(source, outputs, named=named))
+                for split, source in zip((data.train, data.test), subject.pictures(), strict=True)
             )
+            data = replace(data, train=train, test=test)
+            check_features(data)
+        mean, deviation = statistics(data.train.features)
+        rows = np.subtract(data.train.features, mean)
+        rows /= deviation
+        features, labels = (torch.from_numpy(one).to(subject.device) for one in (rows, data.train.labels))
+        return _Probed(subject, self.config, data, outputs, mean, deviation, features, labels), inputs
 
-    def _choose(
-        self, train: Tensor, labels: Tensor, on_host: IntArray, grid: list[Setting], classes: int, seed: int
-    ) -> tuple[int, float, int]:
-        """(index of the best setting, its hold-out accuracy, number of heads that diverged)."""
-        kept, held = stratified_split(on_host, self.config.holdout, seed)
-        rows, held_rows = (torch.from_numpy(part).to(train.device) for part in (kept, held))
-        weights = self._fit(train[rows], labels[rows], grid, classes, seed)
-        alive = weights.isfinite().all(dim=2).all(dim=1)
-        if not bool(alive.any()):
-            raise DataError(
-                f"evaluate.linear.lr: all {len(grid)} heads diverged; add smaller values than {min(self.config.lr):g}"
+    def _choose(self, probed: _Probed, heads: list[Head]) -> tuple[list[Choice], int]:
+        """The best head among whole inputs, then the best for each prefix; and the number of heads that diverged."""
+        kept, held = stratified_split(probed.data.train.labels, self.config.holdout, probed.subject.seed)
+        groups = self._fit(probed, heads, torch.from_numpy(kept))
+        rows = torch.from_numpy(held).to(probed.features.device)
+        features, labels = probed.features[rows], probed.labels[rows]
+        alive: list[Choice] = []
+        losses: dict[Head, float] = {}
+        for one, group in zip(_by_input(heads), groups, strict=True):
+            of_input = [head for head in heads if head.input == one]
+            accuracies, loss = hold_out(group, one.of(features), labels)
+            losses |= zip(of_input, loss.nan_to_num(nan=math.inf).tolist(), strict=True)
+            found = zip(of_input, accuracies.tolist(), group.finite().tolist(), strict=True)
+            alive += [Choice(head, accuracy) for head, accuracy, finite in found if finite]
+        best = []
+        for question in dict.fromkeys(head.question for head in heads):
+            living = [choice for choice in alive if choice.head.question == question]
+            if not living:
+                count = sum(head.question == question for head in heads)
+                remedy = f"add smaller values than {min(self.config.lr):g}"
+                raise DataError(f"evaluate.linear.lr: all {count} heads diverged; {remedy}")
+            best.append(max(living, key=lambda choice: (choice.accuracy, -losses[choice.head])))
+        return best, len(heads) - len(alive)
+
+    def _fit(self, probed: _Probed, heads: list[Head], rows: Tensor) -> list[GroupedSgd]:
+        """Trains `heads` on `rows` of the training split; one group for each input, in the order of the heads."""
+        course = probed.course(rows)
+        classes, seed = len(probed.data.classes), probed.subject.seed
+        groups = {
+            one: GroupedSgd(
+                one.stop - one.start,
+                classes,
+                [head.setting for head in heads if head.input == one],
+                device=probed.features.device,
+                lr_scale=course.batch / _LR_BATCH,
+                start=_start(one, classes, self.config.init, seed),
             )
-        logits = _logits(weights, train[held_rows])
-        target = labels[held_rows]
-        accuracy = (logits.argmax(dim=2) == target).double().mean(dim=1).where(alive, -1.0)
-        loss = torch.stack([torch.nn.functional.cross_entropy(head, target) for head in logits])
-        ranking = [
-            (float(a), -float(v) if math.isfinite(v) else -math.inf) for a, v in zip(accuracy, loss, strict=True)
-        ]
-        best = max(range(len(grid)), key=ranking.__getitem__)
-        return best, ranking[best][0], int((~alive).sum())
+            for one in _by_input(heads)
+        }
+        for step, (features, labels) in enumerate(probed.batches(course)):
+            rate = (1 + math.cos(math.pi * step / course.steps)) / 2
+            for one, group in groups.items():
+                group.step(one.of(features), labels, rate=rate)
+        return list(groups.values())
 
-    def _fit(self, features: Tensor, labels: Tensor, grid: list[Setting], classes: int, seed: int) -> Tensor:
-        """Trains one head per setting from zero; returns the weights, float32 (H, D + 1, C), bias last."""
-        count = len(features)
-        batch = min(self.config.batch_size, count)
-        trainer = GroupedSgd(features.shape[1], classes, grid, device=features.device, lr_scale=batch / _LR_BATCH)
-        generator = torch.Generator().manual_seed(seed)
-        per_epoch = count // batch
-        steps = self.config.epochs * per_epoch
-        for epoch in range(self.config.epochs):
-            order = torch.randperm(count, generator=generator)[: per_epoch * batch].to(features.device)
-            for position, rows in enumerate(torch.split(order, batch)):
-                progress = (epoch * per_epoch + position) / steps
-                trainer.step(features[rows], labels[rows], rate=(1 + math.cos(math.pi * progress)) / 2)
-        return trainer.heads()
+    def _notes(self, chosen: Head, inputs: list[Input], subject: Subject) -> Iterator[tuple[str, Value]]:
+        if chosen.input.blocks:
+            yield "blocks", chosen.input.blocks
+            yield "note", f"the chosen head reads the {chosen.input.title} ({len(inputs)} inputs were tried)"
+        if self.config.augment and subject.backbone is not None:
+            yield "note", f"trained on random crops and flips of the pictures for {self.config.augment_epochs} epochs"
+        elif self.config.augment:
+            yield "note", "trained on cached features, since there is no network to encode augmented pictures"
+        lr, rates = chosen.setting.lr, self.config.lr
+        if len(set(rates)) > 2 and lr in (min(rates), max(rates)):
+            yield "note", f"the chosen lr {lr:g} is at the edge of the grid; evaluate.linear.lr may be too narrow"
 
 
-class GroupedSgd:
-    """H linear softmax classifiers trained side by side by SGD with momentum 0.9, each with its own rate and decay.
-
-    The heads are blocks of columns in one float32 matrix (D, H C), so none reads a number of another: one that
-    diverges to inf or NaN leaves the others as they are. Weight decay spares the last row, the bias.
-    """
-
-    def __init__(
-        self, width: int, classes: int, grid: list[Setting], *, device: torch.device, lr_scale: float = 1.0
-    ) -> None:
-        self.classes = classes
-        self.weights = torch.zeros(width, len(grid) * classes, device=device)
-        self.momentum = torch.zeros_like(self.weights)
-        rates = torch.tensor([setting.lr for setting in grid], dtype=torch.float32, device=device) * lr_scale
-        decays = torch.tensor([setting.weight_decay for setting in grid], dtype=torch.float32, device=device)
-        self.rates = rates.repeat_interleave(classes)  # (H C,)
-        self.decays = decays.repeat_interleave(classes).repeat(width, 1)  # (D, H C)
-        self.decays[-1] = 0
-
-    @torch.no_grad()
-    def step(self, features: Tensor, labels: Tensor, *, rate: float) -> None:
-        """One step on features (B, D) and labels (B,), with all learning rates multiplied by `rate`."""
-        count = len(features)
-        logits = (features @ self.weights).view(count, -1, self.classes)
-        residual = logits.softmax(dim=2)  # gradient of the cross-entropy: softmax minus one-hot
-        residual[torch.arange(count, device=labels.device), :, labels] -= 1
-        gradient = features.T @ residual.view(count, -1) / count
-        gradient.addcmul_(self.decays, self.weights)
-        self.momentum.mul_(_MOMENTUM).add_(gradient)
-        self.weights.sub_(self.momentum * (self.rates * rate))
-
-    def heads(self) -> Tensor:
-        """Weights of each head, (H, D, C)."""
-        return self.weights.view(len(self.weights), -1, self.classes).transpose(0, 1)
+def _whole(config: LinearConfig) -> LinearConfig:
+    """With the grid of its name. Raises ConfigError for grids that are not possible."""
+    for field, values, least in (("lr", config.lr, math.ulp(0.0)), ("weight_decay", config.weight_decay, 0.0)):
+        if not values or not all(math.isfinite(value) and value >= least for value in values):
+            rule = "positive numbers" if field == "lr" else "numbers from 0"
+            raise ConfigError(f"evaluate.linear.{field}: {list(values)} is not possible; give {rule}")
+    if config.grid is not None:
+        usual = LinearConfig()
+        for field in _DINOV2:
+            if getattr(config, field) != getattr(usual, field):
+                raise ConfigError(f"evaluate.linear.{field}: grid={config.grid} has its own; leave one of both away")
+        config = config.model_copy(update=_DINOV2)
+    elif config.pooling and not config.blocks:
+        raise ConfigError("evaluate.linear.pooling: says what is read of blocks; give evaluate.linear.blocks too")
+    if config.prefixes and config.blocks:
+        raise ConfigError("evaluate.linear.prefixes: are those of the pooled features; leave blocks and grid away")
+    return config
 
 
-def _prepared(features: FloatArray, mean: FloatArray, deviation: FloatArray, device: torch.device) -> Tensor:
-    """Standardised features with a column of ones, float32 (N, D + 1)."""
-    rows = torch.from_numpy((features - mean) / deviation).to(device)
-    return torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+def _by_input(heads: Sequence[Head]) -> list[Input]:
+    return list(dict.fromkeys(head.input for head in heads))
 
 
-def _logits(heads: Tensor, features: Tensor) -> Tensor:
-    """(H, D, C), (N, D) → (H, N, C)."""
-    return torch.cat([torch.einsum("nd,hdc->hnc", rows, heads) for rows in torch.split(features, _ROWS)], dim=1)
+def _start(of: Input, classes: int, deviation: float, seed: int) -> Tensor | None:
+    """First weights (C, D) of all heads on an input, so that they differ in what the grid says alone."""
+    if not deviation:
+        return None
+    generator = torch.Generator().manual_seed(derive("linear probe", seed, of.title))
+    return torch.randn(classes, of.stop - of.start, generator=generator) * deviation
+
+
+def _standardised(of: Input, features: FloatArray, probed: _Probed) -> Tensor:
+    columns = slice(of.start, of.stop)
+    rows = (features[:, columns] - probed.mean[columns]) / probed.deviation[columns]
+    return torch.from_numpy(rows).to(probed.features.device)
+
+
+def _aligned(split: FeatureSplit, encoded: FeatureSplit) -> FeatureSplit:
+    """`split` with the features that `encoded` has of the same pictures."""
+    numbers = np.arange(len(split)) if split.indices is None else split.indices
+    have = np.arange(len(encoded)) if encoded.indices is None else encoded.indices
+    return replace(split, features=encoded.features[np.searchsorted(have, numbers)])
+
+
+def _accuracies(guesses: IntArray, labels: IntArray, classes: int, cut: str) -> Iterator[tuple[str, Value]]:
+    hits = guesses == labels[:, None]
+    yield f"top1{cut}", float(hits[:, 0].mean())
+    if classes > 5:
+        yield f"top5{cut}", float(hits.any(axis=1).mean())
 
 
 def statistics(features: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Mean and standard deviation of each feature, float32 (D,); 1 for a feature that never changes."""
     mean = features.mean(axis=0, dtype=np.float64)
-    deviation = features.std(axis=0, dtype=np.float64)
+    squares = np.zeros_like(mean)
+    for start in range(0, len(features), _ROWS):
+        squares += np.square(features[start : start + _ROWS] - mean).sum(axis=0)
+    deviation = np.sqrt(squares / len(features))
     constant = deviation <= 1e-6 * np.maximum(np.abs(mean), 1e-6)  # what rounding leaves of zero variance
     return mean.astype(np.float32), np.where(constant, 1, deviation).astype(np.float32)
 

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from unlabeled.eval.embedding import Embedding
 from unlabeled.eval.environment import versions
+from unlabeled.eval.report.sections import evaluator_sections, general_notes, title_of
 from unlabeled.eval.report.size_table import size_section
 from unlabeled.eval.report.summary import RunSummary
 from unlabeled.eval.report.verdict import TITLES, compare, judge
@@ -20,10 +22,7 @@ from unlabeled.eval.size_curve import SizeCurve
 from unlabeled.eval.suite import EncoderEvidence, Evidence
 from unlabeled.ssl.errors import DataError
 
-SCHEMA = 1
-
-_LARGEST_CONFUSION = 50
-"""Classes up to which report.json holds the confusion matrix."""
+SCHEMA = 2
 
 Row = Mapping[str, Any]
 
@@ -37,18 +36,24 @@ def report_document(
 ) -> dict[str, Any]:
     """The report as JSON-like values; fractions are 0..1, times in seconds, non-finite numbers null.
 
-    ``schema``      1; grows when a key changes its meaning or goes.
+    ``schema``      2; grows when a key changes its meaning or goes.
     ``run``         the fields of `RunSummary`.
     ``verdict``     ``level`` (better, even, worse, mixed, alone: no baselines, none: no evidence), ``summary``,
                     ``details``.
     ``comparison``  one entry for each accuracy, those to quote (``headline``) first: ``metric``, ``label``, ``values``
-                    (encoder → ``value``, ``low``, ``high``: 95 % Wilson interval) and ``differences`` (baseline → this
-                    backbone less the baseline, the same three, Newcombe's interval).
+                    (encoder → ``value``, ``low``, ``high``: 95 % interval, the evaluator's own or Wilson's) and
+                    ``differences`` (baseline → this backbone less the baseline, the same three, Newcombe's interval).
+    ``evaluators``  one entry for each evaluator: ``name``, ``title``, ``rows`` (as in ``comparison``, with ``unit``:
+                    accuracy, percent, number, ``better``: higher, lower, null, and ``cut``: null or 64 of the first 64
+                    features, pca64 of as many components; limits are null where there is no interval, ``differences``
+                    empty for numbers), ``notes``, ``arrays`` (those that figures show: key → encoder → nested lists, up
+                    to 2,500 numbers), ``pictures`` (encoder → keys).
     ``evidence``    null or ``encoders`` (name → ``title``, ``metrics``, ``notes``, ``seconds``, ``dimension``),
-                    ``classes``, ``train_pictures``, ``test_pictures``, ``majority``, ``skipped``, ``seeds``,
-                    ``hardware``, ``seconds``, ``recalibrated`` (training pictures on which batch-norm statistics were
-                    estimated anew; 0: none), ``confusion`` (of the linear probe, true class by predicted class; null
-                    past 50 classes).
+                    ``headline``, ``classes``, ``train_pictures``, ``test_pictures``, ``majority``, ``skipped``,
+                    ``seeds``, ``hardware``, ``seconds``, ``recalibrated`` (training pictures on which batch-norm
+                    statistics were estimated anew; 0: none).
+    ``embedding``   null or ``points`` (n, 2) of test pictures in a plane, their ``labels``, ``method``, ``caution``.
+    ``maps``        names of the pictures of what the backbone looks at.
     ``training``    null or ``rows``, ``first`` and ``last`` (rows of metrics.jsonl) and ``online`` ([epoch or step,
                     kNN accuracy] during the run).
     ``sizes``       null or what was measured of an elastic run's sizes: ``rows``, smallest first (``kind``: extracted
@@ -65,7 +70,10 @@ def report_document(
             "run": asdict(run),
             "verdict": asdict(judge(evidence)),
             "comparison": [asdict(comparison) for comparison in compare(evidence)] if evidence else [],
+            "evaluators": evaluator_sections(evidence) if evidence else [],
             "evidence": _evidence(evidence) if evidence else None,
+            "embedding": _embedding(evidence.embedding) if evidence and evidence.embedding else None,
+            "maps": list(evidence.maps) if evidence else [],
             "training": training_summary(metrics or ()),
             "sizes": size_section(sizes) if sizes is not None else None,
             "pictures": list(pictures),
@@ -81,15 +89,38 @@ def write_json(document: Mapping[str, Any], file: Path) -> None:
 
 
 def read_report(file: Path) -> dict[str, Any]:
-    """The document in a report.json. Raises DataError when it is not one, or of another schema."""
+    """The document in a report.json, of an older schema in the form of this one. Raises DataError for other files."""
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"report: {file} cannot be read ({error}); write it again with `unlabeled evaluate`") from None
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        found = document.get("schema") if isinstance(document, dict) else None
-        raise DataError(f"report: {file} has schema {found}, this version reads {SCHEMA}; write it again")
-    return document
+    found = document.get("schema") if isinstance(document, dict) else None
+    if found == 1:
+        try:
+            return _upgraded(document)
+        except (KeyError, TypeError, AttributeError):
+            raise DataError(f"report: {file} is not a report of schema 1; write it again") from None
+    if found != SCHEMA:
+        raise DataError(f"report: {file} has schema {found}, this version reads 1 and {SCHEMA}; write it again")
+    return dict(document)
+
+
+def _upgraded(document: dict[str, Any]) -> dict[str, Any]:
+    """A document of schema 1, where accuracies were all there was and the linear probe's confusion lay in ``evidence``.
+
+    Its intervals and words stay as they were written.
+    """
+    confusion = document["evidence"].pop("confusion") if document["evidence"] else None
+    sections: dict[str, dict[str, Any]] = {}
+    for row in document["comparison"]:
+        name, row = row["metric"].partition("/")[0], {**row, "unit": "accuracy", "better": "higher"}
+        empty = {"name": name, "title": title_of(name), "rows": [], "notes": [], "arrays": {}, "pictures": {}}
+        sections.setdefault(name, empty)["rows"].append({**row, "cut": None})
+    if confusion is not None and "linear" in sections:
+        sections["linear"]["arrays"] = {"confusion": {"backbone": confusion}}
+    comparison = [{**row, "unit": "accuracy", "better": "higher"} for row in document["comparison"]]
+    new = {"comparison": comparison, "evaluators": list(sections.values()), "embedding": None, "maps": []}
+    return {**document, **new, "schema": SCHEMA}
 
 
 def training_summary(rows: Sequence[Row]) -> dict[str, Any] | None:
@@ -117,8 +148,6 @@ def clean(text: str) -> str:
 
 
 def _evidence(evidence: Evidence) -> dict[str, Any]:
-    confusion = evidence.encoders["backbone"].arrays.get("linear/confusion")
-    small = confusion is not None and len(evidence.classes) <= _LARGEST_CONFUSION
     return {
         "encoders": {name: _encoder(name, encoder) for name, encoder in evidence.encoders.items()},
         "headline": evidence.headline,
@@ -131,7 +160,6 @@ def _evidence(evidence: Evidence) -> dict[str, Any]:
         "hardware": evidence.hardware,
         "seconds": evidence.seconds,
         "recalibrated": evidence.recalibrated,
-        "confusion": confusion if small else None,
     }
 
 
@@ -145,21 +173,35 @@ def _encoder(name: str, encoder: EncoderEvidence) -> dict[str, Any]:
     }
 
 
+def _embedding(embedding: Embedding) -> dict[str, Any]:
+    points = [[round(float(value), 3) for value in point] for point in embedding.points]
+    return {
+        "points": points, "labels": embedding.labels, "method": embedding.method, "caution": embedding.caution
+    }  # fmt: skip
+
+
 def _notes(run: RunSummary, evidence: Evidence | None) -> list[str]:
     notes = ["The weights are those of the last step; no epoch was chosen by its accuracy."] if run.epochs else []
     if evidence is None:
         return notes
     probe = evidence.encoders["backbone"].metrics
-    quoted = evidence.headline[0].removeprefix("knn/k")
+    notes.append(
+        "The backbone is frozen. Unless a note says otherwise, features are its pooled output and pictures are not "
+        "augmented."
+    )
+    if quoted := [metric.removeprefix("knn/k") for metric in evidence.headline if metric.startswith("knn/k")]:
+        notes.append(f"k = {quoted[0]} was fixed beforehand; the other k are listed, not chosen from.")
+    if "linear/top1" in probe:
+        notes.append(
+            "The linear probe chose its learning rate and weight decay on a hold-out of the training split, was "
+            "trained again on the whole of it, and met the test split once."
+        )
     notes += [
-        "The backbone is frozen; features are its pooled output, and pictures are not augmented.",
-        f"k = {quoted} was fixed beforehand; the other k are listed, not chosen from.",
-        "The linear probe chose its learning rate and weight decay on a hold-out of the training split, was trained "
-        "again on the whole of it, and met the test split once.",
         "Baselines go through the same evaluators and grid: raw pixels (at most 32 x 32), and the same architecture "
         f"with random weights (seed {evidence.seeds.get('random weights', 0)}).",
         "Intervals are 95 % and cover the choice of test pictures only, not another pretraining seed: Wilson for "
-        "accuracies, Newcombe for differences (a little wide, as all encoders see the same pictures).",
+        "accuracies unless the evaluator gives its own, Newcombe for differences (a little wide, as all encoders see "
+        "the same pictures).",
     ]
     if evidence.recalibrated:
         notes.append(
@@ -172,7 +214,7 @@ def _notes(run: RunSummary, evidence: Evidence | None) -> list[str]:
         if names:
             shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
             notes.append(f"{len(names)} {split} pictures could not be decoded and were left out: {shown}")
-    return notes + [f"{TITLES.get(n, n)}: {note}" for n, encoder in evidence.encoders.items() for note in encoder.notes]
+    return [*notes, *general_notes(evidence)]
 
 
 def _plain(value: Any) -> Any:

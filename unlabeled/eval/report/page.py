@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, PackageLoader
-from PIL import Image
 from torch import Tensor
 
 from unlabeled.eval.report.document import Row, clean, report_document, write_json
-from unlabeled.eval.report.figures import comparison_figure, confusion_figure, size_figure, training_curves
-from unlabeled.eval.report.gallery import Thumbnail, shrunk
+from unlabeled.eval.report.figures import (
+    comparison_figure,
+    embedding_figure,
+    evaluator_figures,
+    size_figure,
+    training_curves,
+)
+from unlabeled.eval.report.gallery import Thumbnail
+from unlabeled.eval.report.pictures import css_class, data_uri, shown_pictures
+from unlabeled.eval.report.sections import caption_of
 from unlabeled.eval.report.size_table import gmacs, millions, shown_rows, size_words
 from unlabeled.eval.report.summary import RunSummary
-from unlabeled.eval.report.verdict import compare, label_of, percent, signed
+from unlabeled.eval.report.verdict import compare, label_of, limits, percent, shown, signed
 from unlabeled.eval.size_curve import SizeCurve, read_curve
 from unlabeled.eval.suite import Evidence
-
-_PIXELATED = 96
-"""Pictures up to this height are shown enlarged with sharp pixels."""
-_LOSSLESS = 64 * 1024
-"""Pictures of more pixels are stored as JPEG."""
-_LONGEST = 1600
-"""Longer side of a task's picture in the page."""
 
 
 def write_report(
@@ -62,20 +59,21 @@ def render_report(
     if document["sizes"] is not None:
         context |= {"size_words": size_words(document["sizes"]), "size_rows": shown_rows(document["sizes"])}
     write_json(document, folder / "report.json")
-    (folder / "report.md").write_text(_environment(html=False).get_template("report.md.j2").render(context), "utf-8")
-    page = _environment(html=True).get_template("report.html.j2")
+    (folder / "report.md").write_text(environment(html=False).get_template("report.md.j2").render(context), "utf-8")
+    page = environment(html=True).get_template("report.html.j2")
     html = page.render(
         context,
         figures=_figures(evidence, metrics or (), sizes),
         gallery=_gallery(evidence),
-        pictures=[_picture(name, image) for name, image in (pictures or {}).items()],
+        shown_pictures=_pictures(evidence, pictures or {}),
     )
     file = folder / "report.html"
     file.write_text(html, encoding="utf-8")
     return file
 
 
-def _environment(*, html: bool) -> Environment:
+def environment(*, html: bool) -> Environment:
+    """Of the templates beside this file, with the filters that they use."""
     environment = Environment(
         loader=PackageLoader("unlabeled.eval.report", "templates"),
         autoescape=html,
@@ -83,7 +81,7 @@ def _environment(*, html: bool) -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters.update(percent=percent, signed=signed, grouped="{:,}".format, md=_markdown)
-    environment.filters.update(millions=millions, gmacs=gmacs)
+    environment.filters.update(millions=millions, gmacs=gmacs, shown=shown, limits=limits)
     return environment
 
 
@@ -96,15 +94,26 @@ def _markdown(text: Any) -> str:
 
 
 def _figures(evidence: Evidence | None, metrics: Sequence[Row], sizes: SizeCurve | None) -> dict[str, Any]:
-    figures: dict[str, Any] = {"curves": training_curves(metrics)}
+    figures: dict[str, Any] = {"curves": training_curves(metrics), "evaluators": {}}
     if sizes is not None:
         figures["sizes"] = [(label_of(metric), size_figure(sizes, metric)) for metric in sizes.headline]
     if evidence is not None:
-        figures["comparison"] = comparison_figure(compare(evidence))
-        confusion = evidence.encoders["backbone"].arrays.get("linear/confusion")
-        if confusion is not None:
-            figures["confusion"] = confusion_figure(confusion, evidence.classes)
+        figures["evaluators"] = evaluator_figures(evidence)
+        if evidence.headline:
+            figures["comparison"] = comparison_figure(compare(evidence))
+        if evidence.embedding is not None:
+            figures["embedding"] = embedding_figure(evidence.embedding, evidence.classes)
     return figures
+
+
+def _pictures(evidence: Evidence | None, pictures: Mapping[str, Tensor]) -> dict[str, list[dict[str, Any]]]:
+    """``task``, ``maps``, and ``evaluator/encoder`` of what an evaluator drew of an encoder → pictures for the page."""
+    groups: dict[str, dict[str, Tensor]] = {"task": dict(pictures), "maps": evidence.maps if evidence else {}}
+    for encoder, found in evidence.encoders.items() if evidence else ():
+        for key, image in found.pictures.items():
+            evaluator = key.partition("/")[0]
+            groups.setdefault(f"{evaluator}/{encoder}", {})[caption_of(key)] = image
+    return shown_pictures(groups)
 
 
 def _gallery(evidence: Evidence | None) -> list[dict[str, Any]]:
@@ -113,8 +122,8 @@ def _gallery(evidence: Evidence | None) -> list[dict[str, Any]]:
 
     def shown(thumbnail: Thumbnail, truth: int) -> dict[str, Any]:
         return {
-            "uri": _data_uri(thumbnail.image),
-            "css": _css(thumbnail.image),
+            "uri": data_uri(thumbnail.image),
+            "css": css_class(thumbnail.image),
             "label": clean(evidence.classes[thumbnail.label]),
             "name": clean(thumbnail.name),
             "right": thumbnail.label == truth,
@@ -128,32 +137,6 @@ def _gallery(evidence: Evidence | None) -> list[dict[str, Any]]:
         }
         for row in evidence.gallery
     ]
-
-
-def _picture(name: str, image: Tensor) -> dict[str, Any]:
-    image = shrunk(image, _LONGEST)
-    height, width = image.shape[-2:]
-    enlarged = width * max(1, round(2 * _PIXELATED / height)) if height <= _PIXELATED else width
-    return {
-        "name": clean(name).replace("_", " "),
-        "uri": _data_uri(image),
-        "css": _css(image),
-        "width": enlarged,
-        "wide": enlarged > 480,
-    }
-
-
-def _css(image: Tensor) -> str:
-    return "small" if image.shape[-2] <= _PIXELATED else ""
-
-
-def _data_uri(image: Tensor) -> str:
-    """uint8 (3, H, W) → ``data:image/...;base64,...``."""
-    buffer = io.BytesIO()
-    picture = Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy()))
-    kind = "JPEG" if picture.width * picture.height > _LOSSLESS else "PNG"
-    picture.save(buffer, kind, **({"quality": 90} if kind == "JPEG" else {"optimize": True}))
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _baselines(document: Mapping[str, Any]) -> list[str]:
@@ -178,8 +161,8 @@ def _facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Epochs", None if run["epochs"] is None else f"{run['epochs']:g}"),
         ("Steps", None if run["steps"] is None else f"{run['steps']:,}"),
         ("Pictures seen", None if run["images"] is None else f"{run['images']:,}"),
-        ("Pretraining took", _duration(run["seconds"])),
-        ("Evaluation took", _duration(evidence.get("seconds"))),
+        ("Pretraining took", duration(run["seconds"])),
+        ("Evaluation took", duration(evidence.get("seconds"))),
         ("Device", run["device"]),
         ("Evaluated on", ", ".join(f"{k} {v}" for k, v in evidence.get("hardware", {}).items())),
         ("Training pictures", f"{evidence['train_pictures']:,}" if evidence else None),
@@ -197,7 +180,8 @@ def _batch_norms(pictures: int) -> str | None:
     return f"statistics of {pictures:,} whole training pictures" if pictures else None
 
 
-def _duration(seconds: float | None) -> str | None:
+def duration(seconds: float | None) -> str | None:
+    """3725 → ``1 h 2 min``."""
     if seconds is None:
         return None
     if seconds < 60:

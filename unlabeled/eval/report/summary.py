@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import yaml
 
@@ -34,7 +36,7 @@ class RunSummary:
     images: int | None = None
     """Pictures seen, repeats counted."""
     seconds: float | None = None
-    """Wall clock of the pretraining."""
+    """Wall clock of the pretraining, resumed or not."""
     date: str | None = None
     """When it ended, as people write it."""
     commit: str | None = None
@@ -46,13 +48,13 @@ def summarize_run(
     backbone: Backbone,
     *,
     device: str,
-    steps: int | None = None,
-    seconds: float | None = None,
+    rows: Sequence[Mapping[str, Any]] = (),
     date: str | None = None,
     commit: str | None = None,
 ) -> RunSummary:
-    """The summary of a pretraining run from its settings and what is known of how it went."""
+    """The summary of a pretraining run from its settings and the rows of its ``metrics.jsonl``."""
     task = str(config.task["name"])
+    steps = max((int(row["step"]) for row in rows if "step" in row), default=None)
     return RunSummary(
         title=f"{task} on {config.data.name}: {backbone.name}",
         task=task,
@@ -64,12 +66,25 @@ def summarize_run(
         epochs=config.epochs,
         steps=steps,
         images=None if steps is None else steps * config.batch_size,
-        seconds=seconds,
+        seconds=training_seconds(rows, config.batch_size),
         device=device,
         seed=config.engine.seed,
         date=date,
         commit=commit,
     )
+
+
+def training_seconds(rows: Sequence[Mapping[str, Any]], batch_size: int) -> float | None:
+    """Wall clock of the steps behind `rows` of ``metrics.jsonl``, from their pictures per second; None without these.
+
+    A run that was killed and resumed has the time of the steps that it consists of, not of those that were lost.
+    """
+    before, total = 0, 0.0
+    for row in rows:
+        if row.get("images_per_s"):
+            total += (int(row["step"]) - before) * batch_size / float(row["images_per_s"])
+            before = int(row["step"])
+    return total or None
 
 
 def name_backbone(backbone: Backbone) -> str:

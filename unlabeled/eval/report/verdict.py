@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from unlabeled.eval.base import Estimate
-from unlabeled.eval.intervals import difference, wilson
+from unlabeled.eval.base import Estimate, Measure
+from unlabeled.eval.intervals import less, wilson
 from unlabeled.eval.registry import measure_of
 from unlabeled.eval.suite import Evidence
 
@@ -17,17 +19,19 @@ TITLES = {"backbone": "this backbone", "pixels": "raw pixels", "random": "random
 
 @dataclass(frozen=True)
 class Comparison:
-    """One accuracy, of each encoder."""
+    """One measure, of each encoder. Limits are NaN where there is no interval."""
 
     metric: str
-    """Such as ``knn/k20``."""
+    """Such as ``knn/k20``; of the first 64 features ``knn/k20@64``, of as many principal components ``@pca64``."""
     label: str
     """Such as ``kNN, k = 20``."""
     headline: bool
     values: dict[str, Estimate]
-    """Encoder → accuracy."""
+    """Encoder → value."""
     differences: dict[str, Estimate]
-    """Baseline → this backbone less that baseline."""
+    """Baseline → this backbone less that baseline; none for plain numbers."""
+    unit: Literal["accuracy", "percent", "number"] = "accuracy"
+    better: Literal["higher", "lower"] | None = "higher"
 
     def stronger(self) -> str | None:
         """The baseline with the higher accuracy; None without baselines."""
@@ -44,28 +48,44 @@ class Verdict:
 
 
 def compare(evidence: Evidence) -> list[Comparison]:
-    """Every accuracy of the backbone beside the baselines', those to quote first."""
-    metrics = [name for name in evidence.encoders["backbone"].metrics if label_of(name) and "@" not in name]
+    """Every accuracy of the backbone beside the baselines', those to quote first; of all features only."""
+    found = [one for one in measures(evidence) if one.unit == "accuracy" and "@" not in one.metric]
     order = {metric: place for place, metric in enumerate(evidence.headline)}
-    metrics.sort(key=lambda metric: (order.get(metric, len(order)), metric.endswith("top5")))
-    return [_comparison(evidence, metric) for metric in metrics]
+    return sorted(found, key=lambda one: (order.get(one.metric, len(order)), one.metric.endswith("top5")))
 
 
-def _comparison(evidence: Evidence, metric: str) -> Comparison:
-    count = evidence.test_pictures
-    found = {name: encoder.metrics[metric] for name, encoder in evidence.encoders.items() if metric in encoder.metrics}
-    own = found["backbone"]
+def measures(evidence: Evidence) -> list[Comparison]:
+    """Everything that a table shows of the backbone beside the baselines, in the order it was measured in."""
+    found = [(metric, measure_of(metric)) for metric in evidence.encoders["backbone"].metrics]
+    return [_comparison(evidence, metric, measure) for metric, measure in found if measure is not None]
+
+
+def _comparison(evidence: Evidence, metric: str, measure: Measure) -> Comparison:
+    values = {
+        name: _estimate(evidence, name, metric, measure)
+        for name, encoder in evidence.encoders.items()
+        if metric in encoder.metrics
+    }
+    baselines = [name for name in values if name != "backbone" and measure.unit != "number"]
     return Comparison(
         metric,
-        label_of(metric) or metric,
+        measure.label,
         metric in evidence.headline,
-        {name: Estimate(value, *wilson(value, count)) for name, value in found.items()},
-        {
-            name: Estimate(own - value, *difference(own, value, count))
-            for name, value in found.items()
-            if name != "backbone"
-        },
+        values,
+        {name: less(values["backbone"], values[name]) for name in baselines},
+        measure.unit,
+        measure.better,
     )
+
+
+def _estimate(evidence: Evidence, encoder: str, metric: str, measure: Measure) -> Estimate:
+    """With the interval that the evaluator gave; an accuracy that has none gets Wilson's."""
+    found = evidence.encoders[encoder]
+    value = found.metrics[metric]
+    if metric in found.intervals:
+        return Estimate(value, *found.intervals[metric])
+    wilsons = measure.unit == "accuracy" and 0 <= value <= 1
+    return Estimate(value, *(wilson(value, evidence.test_pictures) if wilsons else (math.nan, math.nan)))
 
 
 def label_of(metric: str) -> str | None:
@@ -143,6 +163,21 @@ def _detail(comparison: Comparison, count: int) -> str:
 def percent(fraction: float) -> str:
     """0.7123 → ``71.2``."""
     return f"{100 * fraction:.1f}"
+
+
+def shown(value: float | None, unit: str) -> str:
+    """A value for a table: ``71.2 %`` of fractions, three or more digits of a number, – where there is none."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if unit != "number":
+        return f"{percent(value)} %".replace("-", "−")
+    text = f"{value:,.0f}" if value == round(value) or abs(value) >= 1000 else f"{value:.3g}"
+    return text.replace("-", "−")
+
+
+def limits(cell: Mapping[str, Any], unit: str) -> str:
+    """The interval of a value: ``69.0 to 73.1``."""
+    return " to ".join(shown(cell[limit], unit).removesuffix(" %") for limit in ("low", "high"))
 
 
 def signed(fraction: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from unlabeled.ssl.data.source import Split
 from unlabeled.ssl.errors import ConfigError, DataError
+from unlabeled.ssl.schema import DataConfig
 
 TEST_NAMES = ("test", "val", "validation", "valid")
 """Names of a held-out part, the preferred first."""
@@ -52,6 +54,49 @@ def test_name(names: Iterable[str]) -> str | None:
     """The one of `names` that is the test split: test before validation."""
     found = set(names)
     return next((name for name in TEST_NAMES if name in found), None)
+
+
+def split_files(config: DataConfig, ending: str) -> tuple[list[Path], list[Path] | None]:
+    """Files that end in `ending` at ``data.path`` (one, a pattern or a folder): (training, test or None).
+
+    Files that are named for a split (``train-0000.parquet``, ``test/0000.parquet``) belong to it; ``data.test_path``
+    names the test files. Raises ConfigError or DataError where there are none.
+    """
+    root, files = _files_at(given(config.path, "data.path", "FILES"), "data.path", ending)
+    parts: dict[str | None, list[Path]] = {}
+    for file in files:
+        parts.setdefault(_split_of(file, root), []).append(file)
+    named_train, named_test = parts.get("train"), parts.get("test") or parts.get("val")
+    if config.test_path is not None:
+        _, test = _files_at(config.test_path.expanduser(), "data.test_path", ending)
+        return named_train or [file for file in files if file not in test] or files, test
+    if named_train and named_test:
+        return named_train, named_test
+    return files, None
+
+
+def _files_at(path: Path, field: str, ending: str) -> tuple[Path, list[Path]]:
+    """The folder that names are relative to, and the files in the order of their names."""
+    kind = ending.removeprefix(".")
+    if path.is_dir():
+        files = sorted(file for file in path.rglob(f"*{ending}") if file.is_file() and not file.name.startswith("."))
+        root = path
+    elif path.exists():
+        return path.parent, [path]
+    else:
+        files = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+        root = path.parent
+        if not files and not glob.has_magic(str(path)):
+            raise DataError(f"{field}: {path} does not exist; give a {kind} file, a pattern or a folder")
+    if not files:
+        raise DataError(f"{field}: no {kind} files at {path}; give a file, a pattern or a folder of them")
+    return root, files
+
+
+def _split_of(file: Path, root: Path) -> str | None:
+    """The split that a file is named for, by its own name or by the nearest folder's below `root`."""
+    inner = file.relative_to(root).parts if file.is_relative_to(root) else (file.name,)
+    return next((part for name in reversed(inner) if (part := split_named(name)) is not None), None)
 
 
 def holdout(

@@ -109,22 +109,27 @@ class ViewDataset(Dataset[Sample]):
     DataError when `max_attempts` pictures in a row are broken.
     """
 
-    def __init__(self, source: ImageSource, views: Views, seed: int, max_attempts: int = 16) -> None:
+    def __init__(
+        self, source: ImageSource, views: Views, seed: int, max_attempts: int = 16, labels: Tensor | None = None
+    ) -> None:
+        """`labels`, int64 (N,), go with the views; None: the task has none."""
         self.source = source
         self.views = views
         self.seed = seed
+        self.labels = labels
         self.max_attempts = max_attempts
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, key: Key) -> Sample:
-        """Views of picture `key`, and ``"index"``, int64 (): the picture really used."""
+        """Views of picture `key`, and int64 () ``"index"``: the picture really used, and its ``"label"`` if known."""
         epoch, index = key
         picture, used, bad = self._read(index)
         with seeded(derive("picture", self.seed, epoch, index)):
             views = self.views(picture)
-        return Sample({**views, "index": torch.tensor(used)}, bad)
+        known = {} if self.labels is None else {"label": self.labels[used]}
+        return Sample({**views, "index": torch.tensor(used), **known}, bad)
 
     def __getitems__(self, keys: Sequence[Key]) -> list[Sample] | UnlabeledError:
         """One batch. In a worker an error that a user can cause is returned, for `RunLoader` to raise: see there."""

@@ -53,7 +53,10 @@ class MaskSource(ImageSource, Protocol):
     """A source that also knows which pixels show what."""
 
     def mask(self, index: int) -> torch.Tensor:
-        """Segmentation of picture `index`, uint8 (H, W): 0 is background, class c is c + 1."""
+        """Segmentation of picture `index`, uint8 (H, W): 0 is background, class c is c + 1.
+
+        255 says that nobody knows, or that it does not matter: such pixels are left out of every measure.
+        """
         ...
 
 
@@ -80,6 +83,9 @@ class Subset:
 
     def encoded(self, index: int) -> bytes | Path | None:
         return encoded(self.source, int(self.indices[index]))
+
+    def boxes(self, index: int) -> torch.Tensor | None:
+        return annotated_boxes(self.source, int(self.indices[index]))
 
 
 class MaskSubset(Subset):
@@ -111,13 +117,25 @@ def encoded(source: ImageSource, index: int) -> bytes | Path | None:
     return content
 
 
+def annotated_boxes(source: ImageSource, index: int) -> torch.Tensor | None:
+    """Boxes around the objects of picture `index`, float32 (N, 4): left, top, right, bottom in pixels from the corner.
+
+    None where nobody drew any. A source offers this by a method ``boxes``.
+    """
+    method = getattr(source, "boxes", None)
+    found: torch.Tensor | None = method(index) if method is not None else None
+    return found
+
+
 SOURCES: dict[str, str] = {
     "folder": "unlabeled.ssl.data.folder:FolderSource",
     "parquet": "unlabeled.ssl.data.table:ParquetSource",
     "hf": "unlabeled.ssl.data.table:HuggingFaceSource",
+    "tar": "unlabeled.ssl.data.tar:TarSource",
     "torchvision": "unlabeled.ssl.data.vision:TorchvisionSource",
     "digits": "unlabeled.ssl.data.embedded:DigitsSource",
     "shapes": "unlabeled.ssl.data.embedded:ShapesSource",
+    "voc": "unlabeled.ssl.data.voc:VocSource",
 }
 
 

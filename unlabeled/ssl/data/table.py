@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from unlabeled.ssl.data.decode import decode_rgb
-from unlabeled.ssl.data.layout import given, holdout, split_named, test_name
+from unlabeled.ssl.data.layout import holdout, split_files, test_name
 from unlabeled.ssl.data.source import DecodeError, Split
 from unlabeled.ssl.errors import ConfigError, DataError, nearest
 from unlabeled.ssl.schema import DataConfig
@@ -97,19 +97,8 @@ class ParquetSource(TableSource):
 
     def _tables(self, config: DataConfig) -> tuple[Dataset, Dataset | None]:
         datasets = _datasets(config)
-        root, files = _parquet_files(given(config.path, "data.path", "FILES"), "data.path")
-        parts: dict[str | None, list[Path]] = {}
-        for file in files:
-            parts.setdefault(_part(file, root), []).append(file)
-        named_train, named_test = parts.get("train"), parts.get("test") or parts.get("val")
-        if config.test_path is not None:
-            _, test = _parquet_files(config.test_path.expanduser(), "data.test_path")
-            train = named_train or [file for file in files if file not in test] or files
-        elif named_train and named_test:
-            train, test = named_train, named_test
-        else:
-            return _parquet(datasets, files), None
-        return _parquet(datasets, train), _parquet(datasets, test)
+        train, test = split_files(config, ".parquet")
+        return _parquet(datasets, train), _parquet(datasets, test) if test is not None else None
 
 
 class HuggingFaceSource(TableSource):
@@ -204,29 +193,6 @@ def _labels(
 
 def _values(table: Dataset, column: str) -> list[Any]:
     return list(table[:][column]) if table.num_columns == 1 else list(table.select_columns([column])[:][column])
-
-
-def _parquet_files(path: Path, field: str) -> tuple[Path, list[Path]]:
-    """The folder that names are relative to, and the files in the order of their names."""
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*.parquet") if file.is_file() and not file.name.startswith("."))
-        root = path
-    elif path.exists():
-        return path.parent, [path]
-    else:
-        files = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
-        root = path.parent
-        if not files and not glob.has_magic(str(path)):
-            raise DataError(f"{field}: {path} does not exist; give a parquet file, a pattern or a folder")
-    if not files:
-        raise DataError(f"{field}: no parquet files at {path}; give a file, a pattern or a folder of them")
-    return root, files
-
-
-def _part(file: Path, root: Path) -> str | None:
-    """The split that a file is named for, by its own name or by the nearest folder's below `root`."""
-    inner = file.relative_to(root).parts if file.is_relative_to(root) else (file.name,)
-    return next((part for name in reversed(inner) if (part := split_named(name)) is not None), None)
 
 
 def _datasets(config: DataConfig) -> Any:

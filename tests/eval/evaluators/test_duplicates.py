@@ -1,0 +1,172 @@
+"""Near duplicates: planted copies are found and ordinary neighbours are not, whatever the features look like."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from feature_helpers import broken, clouds, same, subject
+from PIL import Image
+from torch import Tensor
+
+from unlabeled.eval.base import FeatureSet, FeatureSplit
+from unlabeled.eval.evaluators.duplicates import DuplicatesEvaluator, beside, find_pairs, threshold
+from unlabeled.eval.settings import DuplicatesConfig
+from unlabeled.eval.subject import Subject
+from unlabeled.ssl.errors import DataError
+
+CAREFUL = DuplicatesConfig(chance=1e-4)
+
+
+class Pictures:
+    """Given pictures as a source of two classes in turn."""
+
+    classes = ("even", "odd")
+
+    def __init__(self, pictures: list[Tensor], split: str) -> None:
+        self.pictures, self.split = pictures, split
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def read(self, index: int) -> Tensor:
+        return self.pictures[index]
+
+    def labels(self) -> Tensor:
+        return torch.arange(len(self)) % 2
+
+    def describe(self, index: int) -> str:
+        return f"{self.split}-{index}.png"
+
+
+def smooth(count: int, seed: int) -> list[Tensor]:
+    """Pictures of soft coloured blots, uint8 (3, 32, 32)."""
+    coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) * 255
+    fine = torch.nn.functional.interpolate(coarse, size=32, mode="bicubic").clamp(0, 255)
+    return list(fine.to(torch.uint8))
+
+
+def jpeg(picture: Tensor, quality: int = 50) -> Tensor:
+    buffer = io.BytesIO()
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=quality)
+    return torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1)
+
+
+def encoded(source: Pictures, offset: float, indices: np.ndarray | None = None) -> FeatureSplit:
+    """Fixed random projections of the pixels, moved by `offset`."""
+    basis = torch.randn(3 * 32 * 32, 24, generator=torch.Generator().manual_seed(9)) / 32
+    indices = np.arange(len(source)) if indices is None else indices
+    rows = torch.stack([source.read(int(index)) for index in indices]).flatten(1).float() / 255
+    return FeatureSplit((rows @ basis + offset).numpy(), indices % 2, indices)
+
+
+def judged(train: Pictures, test: Pictures, offset: float = 0.0, config: DuplicatesConfig = CAREFUL) -> dict:
+    data = FeatureSet(encoded(train, offset), encoded(test, offset), Pictures.classes)
+    return dict(DuplicatesEvaluator(config).run(Subject(data, None, (train, test))))
+
+
+@pytest.mark.parametrize("offset", [0.0, 60.0])
+def test_planted_copies_are_found_and_neighbours_are_not(offset: float) -> None:
+    pictures = smooth(300, seed=1)
+    train = Pictures([*pictures, jpeg(pictures[7]), pictures[8]], "train")
+    test = Pictures([*smooth(50, seed=2), *(jpeg(pictures[n], 30 + 5 * n) for n in range(10)), pictures[20]], "test")
+    if offset:
+        rows = encoded(train, offset).features.astype(np.float64)
+        lengths = np.linalg.norm(rows, axis=1)
+        assert (rows @ rows.T / lengths[:, None] / lengths).min() > 0.99, "no fixed cosine would do"
+    found = judged(train, test, offset)
+    # pictures 7 and 8 are in training twice, so the copies of both make two pairs each
+    assert (found["share"], found["pairs"], found["exact"]) == (pytest.approx(11 / 61), 13, 1)
+    assert (found["train_pairs"], found["train_exact"]) == (2, 1)
+    assert found["train_share"] == pytest.approx(4 / 302)
+    assert found["note"] == (
+        "11 test pictures have a near duplicate in training; the closest are test-60.png and train-20.png"
+    )
+    clean = judged(Pictures(pictures, "train"), Pictures(smooth(50, seed=2), "test"), offset)
+    assert [clean[key] for key in ("share", "pairs", "exact", "train_share", "train_pairs", "train_exact")] == [0] * 6
+    assert "note" not in clean
+
+
+def test_the_picture_shows_the_closest_pairs_past_pictures_that_were_left_out() -> None:
+    pictures = smooth(60, seed=1)
+    train, test = Pictures(pictures, "train"), Pictures([*smooth(20, seed=2), pictures[30]], "test")
+    left_out = FeatureSet(encoded(train, 0, np.arange(5, 60)), encoded(test, 0, np.arange(3, 21)), Pictures.classes)
+    found = dict(DuplicatesEvaluator(DuplicatesConfig(shown=3)).run(Subject(left_out, None, (train, test))))
+    picture = found["closest"]
+    assert picture.shape == (3, 2 * 32 + 2, 3 * 34 - 2)
+    assert torch.equal(picture[:, :32, :32], pictures[30])
+    assert torch.equal(picture[:, 34:, :32], pictures[30])
+    assert (picture[:, 32:34] == 255).all()
+    assert any(torch.equal(picture[:, :32, 34:66], other) for other in test.pictures[3:20])
+    assert found["note"].endswith("test-20.png and train-30.png")
+
+
+@pytest.mark.parametrize("dimension", [3, 8, 16])
+def test_ordinary_pictures_are_taken_for_copies_by_the_chance_that_is_asked_for(dimension: int) -> None:
+    """Two clouds of unlike density, turned into 40 features; in many dimensions it errs on the careful side."""
+    generator = np.random.default_rng(dimension)
+    basis = np.linalg.qr(generator.normal(size=(40, dimension + 1)))[0]
+
+    def drawn(count: int) -> np.ndarray:
+        rows = generator.normal(size=(count, dimension + 1)) * np.where(np.arange(count) % 2, 1, 0.3)[:, None]
+        return ((rows + 3 * (np.arange(count)[:, None] % 2)) @ basis.T).astype(np.float32)
+
+    found = find_pairs(drawn(3000), drawn(2000), 0.03)  # unit length takes one dimension away
+    assert 0.01 < found.found.any(axis=1).mean() < 0.045
+
+
+def test_the_threshold_is_its_formula() -> None:
+    """Distances that grow as evenly spread points in m dimensions do on average: (r5 / r10)^m = 1/2."""
+    for dimension in (2.0, 6.0):
+        distances = np.tile(np.r_[0.1, 0.1, 0.1, 0.1, 0.5 ** (1 / dimension), 0.99, 0.99, 0.99, 0.99, 1], (30, 1))
+        ratio = threshold(distances, 1e-3)
+        assert 1 - (1 - ratio**dimension) ** 9 == pytest.approx(1e-3)
+    even = np.ones((30, 10))
+    assert threshold(even, 1e-3) == 0.7
+    assert not find_pairs(np.eye(30, dtype=np.float32), np.eye(30, dtype=np.float32)[:, ::-1] - 2, 1e-3).found.any()
+
+
+def test_equal_features_count_in_groups_of_any_size_and_a_picture_is_not_its_own_copy() -> None:
+    rows = clouds(60, 3).features
+    rows[:25], rows[30], rows[40] = rows[0], rows[31], rows[31]
+    found = find_pairs(rows, rows, 1e-4, own=np.arange(60))
+    assert not (found.rows == np.arange(60)[:, None]).any()
+    doubled = set(range(25)) | {30, 31, 40}
+    assert set(np.flatnonzero(found.found.any(axis=1))) == doubled
+    for row in (30, 31, 40):
+        assert set(found.rows[row][found.found[row]]) == {30, 31, 40} - {row}
+    values = dict(
+        DuplicatesEvaluator(CAREFUL).run(subject(FeatureSplit(rows[25:], np.arange(35) % 2), clouds(9, 2, seed=3)))
+    )
+    assert (values["train_pairs"], values["train_share"]) == (3, pytest.approx(3 / 35))
+
+
+def test_a_part_of_the_training_pictures_can_stand_for_all() -> None:
+    pictures = smooth(100, seed=1)
+    train = Pictures([*pictures, *pictures], "train")
+    found = judged(train, Pictures(smooth(9, seed=2), "test"), config=DuplicatesConfig(queries=30))
+    assert found["train_share"] == 1
+    assert 15 <= found["train_pairs"] == found["train_exact"] <= 30
+
+
+def test_features_alone_few_pictures_and_features_without_variance() -> None:
+    values = dict(DuplicatesEvaluator(CAREFUL).run(subject(clouds(40, 3), clouds(9, 3, seed=1))))
+    assert set(values) == {"share", "pairs", "ratio", "train_share", "train_pairs"}
+    few = clouds(6, 3)
+    values = dict(DuplicatesEvaluator(CAREFUL).run(subject(few, few)))
+    assert values["note"] == "6 training pictures are too few to judge nearness; only equal features count"
+    assert (values["share"], values["pairs"], values["train_pairs"]) == (1, 6, 0)
+    for value in (0.0, 1e6):
+        nothing = dict(DuplicatesEvaluator(CAREFUL).run(subject(same(clouds(40, 3), value), clouds(9, 3))))
+        assert nothing == {"note": "the features of nearly all pictures are the same, so duplicates cannot be told"}
+    with pytest.raises(DataError, match="1 of 9 test features are NaN"):
+        dict(DuplicatesEvaluator(CAREFUL).run(subject(clouds(40, 3), broken(clouds(9, 3)))))
+
+
+def test_pictures_of_any_size_stand_side_by_side() -> None:
+    pictures = [torch.zeros(3, 20, 40, dtype=torch.uint8), torch.zeros(3, 448, 224, dtype=torch.uint8)]
+    canvas = beside(pictures, pictures[::-1])
+    assert canvas.shape == (3, 2 * 112 + 2, 2 * 56 + 2)
+    assert int((canvas[0] == 0).sum()) == 2 * (20 * 40 + 112 * 56)

@@ -1,0 +1,210 @@
+"""The grid over inputs and the augmented protocol: equal to probing one by one, repeatable, blind to the test split."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from eval_helpers import MemorySource
+
+from unlabeled.eval.base import FeatureSet, FeatureSplit
+from unlabeled.eval.evaluators import linear
+from unlabeled.eval.evaluators.linear import LinearEvaluator
+from unlabeled.eval.probe.batches import AugmentedPictures, Course, augmented_batches
+from unlabeled.eval.settings import LinearConfig
+from unlabeled.eval.subject import Loading, Subject
+from unlabeled.eval.suite import evaluate_backbone
+from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.errors import ConfigError, DataError
+from unlabeled.ssl.schema import EvaluateConfig
+
+FAST: dict[str, Any] = {"epochs": 8, "batch_size": 16, "lr": (0.01, 0.1), "weight_decay": (0.0, 1e-3)}
+
+
+def vit() -> Backbone:
+    torch.manual_seed(0)
+    return create_backbone("vit_tiny_patch16_224", size=32, embed_dim=16, depth=4, num_heads=2, patch_size=8)
+
+
+def subject_of(backbone: Backbone | None, *, corrupt: tuple[int, ...] = (), seed: int = 0) -> Subject:
+    train, test = MemorySource(60, corrupt=corrupt), MemorySource(24, seed=1, split="test")
+    subject = Subject(FeatureSet(*_empty(), ("red", "green", "blue")), vit(), (train, test), Loading(batch_size=32))
+    features = FeatureSet(subject.encode(train), subject.encode(test), ("red", "green", "blue"))
+    return replace(subject, features=features, backbone=backbone, seed=seed)
+
+
+def _empty() -> tuple[FeatureSplit, FeatureSplit]:
+    split = FeatureSplit(np.zeros((0, 1), np.float32), np.zeros(0, np.int64))
+    return split, split
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    return subject_of(vit())
+
+
+def run(subject: Subject, **settings: Any) -> dict[str, Any]:
+    return dict(LinearEvaluator(LinearConfig(**FAST | settings)).run(subject))
+
+
+def test_a_grid_over_inputs_finds_the_best_of_probing_each_alone(subject: Subject) -> None:
+    axes = [(blocks, pooling) for pooling in ("cls", "avg", "cls+avg") for blocks in (1, 3)]
+    for init in (0.0, 0.1):
+        together = run(subject, blocks=(1, 3), pooling=("cls", "avg", "cls+avg"), init=init)
+        alone = [run(subject, blocks=(blocks,), pooling=(pooling,), init=init) for blocks, pooling in axes]
+        best = max(alone, key=lambda found: found["holdout_top1"])
+        assert together["holdout_top1"] == best["holdout_top1"]
+        same = [one for one in alone if one["note"].split(" (")[0] == together["note"].split(" (")[0]]
+        assert len(same) == 1
+        for key in ("top1", "holdout_top1", "lr", "weight_decay", "blocks"):
+            assert same[0][key] == together[key], key
+        np.testing.assert_array_equal(same[0]["predictions"], together["predictions"])
+    assert "(6 inputs were tried)" in together["note"]
+
+
+def test_one_block_of_a_class_token_is_the_pooled_features(subject: Subject) -> None:
+    pooled, block = run(subject), run(subject, blocks=(1,))
+    np.testing.assert_array_equal(pooled["predictions"], block["predictions"])
+    assert block["note"] == "the chosen head reads the class token of the last block (1 inputs were tried)"
+    assert "blocks" not in pooled
+
+
+def test_the_grid_of_dinov2_trains_its_52_heads(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[int] = []
+
+    class Counted(linear.GroupedSgd):
+        def __init__(self, width: int, classes: int, grid: list[linear.Setting], **options: Any) -> None:
+            built.append(len(grid))
+            super().__init__(width, classes, grid, **options)
+            assert 0.005 < float(self.weights.std()) < 0.015
+            assert options["lr_scale"] == 16 / 256
+
+    monkeypatch.setattr(linear, "GroupedSgd", Counted)
+    evaluator = LinearEvaluator(LinearConfig(grid="dinov2", epochs=2, batch_size=16))
+    assert (min(evaluator.config.lr), max(evaluator.config.lr)) == (1e-5, 0.1)
+    found = dict(evaluator.run(subject))
+    assert built == [13, 13, 13, 13, 1]
+    assert found["weight_decay"] == 0
+    assert found["blocks"] in (1, 4)
+
+
+def test_prefixes_are_those_of_probing_each_alone_and_never_the_headline(subject: Subject) -> None:
+    plain, found = run(subject), run(subject, prefixes=(4, 9, 16))
+    for key, value in plain.items():
+        np.testing.assert_array_equal(found[key], value)
+    for length in (4, 9):
+        alone = run(subject.first(length))
+        assert found[f"top1@{length}"] == alone["top1"]
+    assert set(found) - set(plain) == {"top1@4", "top1@9"}
+
+
+def test_the_suite_keeps_prefixes_of_both_kinds_apart() -> None:
+    config = EvaluateConfig.model_validate(
+        {"evaluators": ["linear"], "prefixes": [8], "linear": FAST | {"prefixes": [4]}, "baselines": False}
+    )
+    evidence = evaluate_backbone(vit(), MemorySource(60), MemorySource(24, seed=1, split="test"), config)
+    assert evidence is not None
+    metrics = [name for name in evidence.encoders["backbone"].metrics if name.startswith("linear/top1")]
+    assert metrics == ["linear/top1", "linear/top1@4", "linear/top1@8", "linear/top1@pca8"]
+
+
+def test_raw_pixels_are_probed_as_they_are(subject: Subject) -> None:
+    bare = replace(subject, backbone=None)
+    found, plain = run(bare, blocks=(1, 4), augment=True), run(bare)
+    np.testing.assert_array_equal(found["predictions"], plain["predictions"])
+    assert found["note"].startswith("trained on cached features, since there is no network")
+
+
+def test_rows_are_those_of_the_pictures_that_were_read() -> None:
+    """A picture that cannot be decoded, and a subject that keeps a part of the pictures in another order."""
+    whole = subject_of(vit(), corrupt=(0, 7))
+    split = whole.features.train
+    assert split.indices is not None
+    order = np.random.default_rng(0).permutation(len(split))[:40]
+    part = FeatureSplit(split.features[order], split.labels[order], split.indices[order])
+    subject = replace(whole, features=replace(whole.features, train=part))
+    pooled, block = run(subject), run(subject, blocks=(1,))
+    np.testing.assert_array_equal(pooled["predictions"], block["predictions"])
+
+
+@pytest.mark.parametrize("settings", [{"blocks": (1, 3)}, {"augment": True, "augment_epochs": 2}])
+def test_the_test_split_never_chooses(subject: Subject, settings: dict[str, Any]) -> None:
+    test = subject.features.test
+    rolled = replace(subject.features, test=FeatureSplit(test.features, np.roll(test.labels, 1), test.indices))
+    one, two = run(subject, **settings), run(replace(subject, features=rolled), **settings)
+    assert one["top1"] != two["top1"]
+    for key in ("holdout_top1", "lr", "weight_decay", "diverged"):
+        assert one[key] == two[key]
+    np.testing.assert_array_equal(one["predictions"], two["predictions"])
+
+
+def test_augmented_pictures_belong_to_seed_epoch_and_picture() -> None:
+    source = MemorySource(5, shape=(40, 48))
+    state = torch.get_rng_state()
+    pictures = AugmentedPictures(source, (32, 24), seed=3)
+    assert pictures.read(2).shape == (3, 32, 24)
+    assert pictures.read(2).dtype == torch.uint8
+    assert torch.equal(pictures.read(7), AugmentedPictures(source, (32, 24), seed=3).read(7))
+    assert not torch.equal(pictures.read(2), pictures.read(7)), "the same picture in the next epoch"
+    assert not torch.equal(pictures.read(2), AugmentedPictures(source, (32, 24), seed=4).read(2))
+    assert pictures.describe(7) == source.describe(2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_augmented_batches_have_the_labels_of_their_pictures_and_leave_the_network_alone() -> None:
+    backbone = create_backbone("resnet10t", size=32).train()
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    subject = replace(subject_of(None, corrupt=(3,)), backbone=backbone)
+    numbers = subject.features.train.indices
+    assert numbers is not None
+    labels = torch.from_numpy(subject.features.train.labels)
+    course = Course(torch.arange(40), batch=16, epochs=2, seed=0)
+    source = AugmentedPictures(subject.pictures()[0], (32, 32), seed=0)
+    zero, one = torch.zeros(backbone.embed_dim), torch.ones(backbone.embed_dim)
+    batches = list(augmented_batches(subject, None, zero, one, labels, course))
+    assert len(batches) == course.steps == 4
+    for step, (features, found) in enumerate(batches):
+        rows = list(course.orders())[step // 2][step % 2 * 16 :][:16]
+        assert torch.equal(found, labels[rows])
+        pictures = torch.stack([source.read(step // 2 * len(source) + int(numbers[row])) for row in rows])
+        with torch.inference_mode():
+            expected = backbone.eval()(backbone.normalize(pictures))
+            backbone.train()
+        torch.testing.assert_close(features, expected)
+    assert all(part.training for part in backbone.modules())
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+
+
+def test_the_augmented_probe_learns_and_repeats(subject: Subject) -> None:
+    settings = {"augment": True, "augment_epochs": 6, "blocks": (1, 4), "pooling": ("cls+avg",)}
+    one, two = run(subject, **settings), run(subject, **settings)
+    assert one["top1"] > 0.6
+    assert one["note"] == "trained on random crops and flips of the pictures for 6 epochs"
+    np.testing.assert_array_equal(one["predictions"], two["predictions"])
+    assert one["holdout_top1"] == two["holdout_top1"]
+
+
+def test_broken_intermediate_features_are_refused(subject: Subject) -> None:
+    backbone = vit()
+    network: Any = backbone.model
+    network.blocks[1].register_forward_hook(lambda module, inputs, output: output * float("nan"))
+    with pytest.raises(DataError, match="60 of 60 training features are NaN or infinite"):
+        run(replace(subject, backbone=backbone), blocks=(4,))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pooling": ("avg",)}, "pooling: says what is read of blocks; give evaluate.linear.blocks too"),
+        ({"blocks": (1,), "prefixes": (4,)}, "prefixes: are those of the pooled features; leave blocks and grid away"),
+        ({"grid": "dinov2", "prefixes": (4,)}, "prefixes: are those of the pooled features"),
+        ({"grid": "dinov2", "lr": (0.1,)}, "lr: grid=dinov2 has its own; leave one of both away"),
+        ({"grid": "dinov2", "blocks": (2,)}, "blocks: grid=dinov2 has its own"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^evaluate.linear.{message}"):
+        LinearEvaluator(LinearConfig(**settings))

@@ -1,0 +1,346 @@
+"""A gauntlet goes on where it was killed, notes what cannot be measured, and ranks by what the numbers carry."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import ttest_1samp
+
+from unlabeled.eval.gauntlet import job
+from unlabeled.eval.gauntlet.job import run_gauntlet
+from unlabeled.eval.gauntlet.settings import GauntletRun, gauntlet_config
+from unlabeled.eval.gauntlet.table import Value, over_seeds, ranked
+from unlabeled.eval.intervals import wilson
+from unlabeled.ssl.backbone import create_backbone
+from unlabeled.ssl.cli import main
+from unlabeled.ssl.errors import CheckpointError, ConfigError, DataError
+from unlabeled.ssl.export import export_backbone
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = Path(__file__).with_name("launch_gauntlet.py")
+NET = {"channels": [8, 8, 8, 8], "stem_width": 8}
+FRESH = "{target: resnet18, pretrained: false, size: 32, kwargs: {channels: [8,8,8,8], stem_width: 8}}"
+FAST = [
+    "evaluate.knn.k=[5,20]", "evaluate.linear.epochs=2", "evaluate.linear.lr=[0.1]",
+    "evaluate.linear.weight_decay=[0.0]", "device=cpu",
+]  # fmt: skip
+CELLS = 3 * 2 * 2 * 2
+"""(A folder, random weights, raw pixels) x data sets x evaluators x seeds."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported backbone, of other weights than those of the seeds below."""
+    torch.manual_seed(5)
+    path = tmp_path_factory.mktemp("backbones") / "exported"
+    export_backbone(create_backbone("resnet18", size=32, **NET), path)
+    return path
+
+
+def words(folder: Path, out: Path, *more: str) -> list[str]:
+    return [
+        f"backbones=[{folder},{FRESH}]", "data=[digits,{name: shapes, count: 80}]", "evaluators=[knn,linear]",
+        "seeds=[0,1]", "limit=60", *FAST, f"out={out}", *more,
+    ]  # fmt: skip
+
+
+def table(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "table.json").read_text())
+    return {**found, "seconds": 0}
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names of the evaluators that were started in this process."""
+    names: list[str] = []
+    judged = job.judged
+
+    def noted(subject: Any, evaluator: Any, prefixes: Sequence[int]) -> Any:
+        names.append(evaluator.name)
+        return judged(subject, evaluator, prefixes)
+
+    monkeypatch.setattr(job, "judged", noted)
+    return names
+
+
+def test_a_killed_job_repeats_no_finished_cell_and_ends_like_an_unbroken_one(
+    folder: Path, tmp_path: Path, begun: list[str]
+) -> None:
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    command = [sys.executable, str(LAUNCH), "6", *words(folder, broken)]
+    killed = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    finished = {file.name: file.stat().st_mtime_ns for file in (broken / "cells").glob("*.json")}
+    assert len(finished) == 5, "the sixth was killed"
+    assert main(["gauntlet", *words(folder, broken)]) == 0
+    assert len(begun) == CELLS - 5
+    after = {file.name: file.stat().st_mtime_ns for file in (broken / "cells").glob("*.json")}
+    assert len(after) == CELLS
+    assert {name: after[name] for name in finished} == finished
+    assert main(["gauntlet", *words(folder, broken)]) == 0
+    assert len(begun) == CELLS - 5, "nothing was left to do"
+
+    assert main(["gauntlet", *words(folder, whole)]) == 0
+    assert len(begun) == 2 * CELLS - 5
+    assert table(broken) == table(whole)
+    assert sorted(after) == sorted(file.name for file in (whole / "cells").glob("*.json"))
+
+
+def test_features_are_computed_once_for_each_network_and_data_set(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[str] = []
+    backbone = type(create_backbone("resnet18", size=32, **NET))
+    pooled = backbone.pooled
+
+    def counted(self: Any, x: Any) -> Any:
+        passes.append(self.name)
+        return pooled(self, x)
+
+    monkeypatch.setattr(backbone, "pooled", counted)
+    given = words(folder, tmp_path / "g", "data=digits", "evaluators=[knn]")
+    main(["gauntlet", *given])
+    networks, splits = 1 + 2, 2  # a folder, and random weights of two seeds; one batch holds a split
+    assert len(passes) == networks * splits
+    main(["gauntlet", *given, "evaluate.knn.k=[3]"])
+    assert len(passes) == networks * splits, "other settings read them back"
+
+
+def test_rows_are_the_backbones_random_weights_of_each_architecture_and_raw_pixels(
+    folder: Path, tmp_path: Path
+) -> None:
+    main(["gauntlet", *words(folder, tmp_path / "g")])
+    document = table(tmp_path / "g")
+    assert {(row["label"], row["kind"]) for row in document["rows"]} == {
+        ("exported", "given"), ("random weights, resnet18", "random"), ("raw pixels", "pixels"),
+    }  # fmt: skip
+    assert document["cells"] == {"total": CELLS, "done": CELLS, "failed": 0}
+    shown = [(column["data"], column["metric"]) for column in document["columns"] if column["shown"]]
+    assert shown == [(data, metric) for data in ("digits", "shapes") for metric in ("knn/k20", "linear/top1")]
+    knn = next(column for column in document["columns"] if column["metric"] == "knn/k20")
+    fixed = next(value for value in knn["values"] if value["row"] == "exported")
+    assert fixed["over_seeds"] == [fixed["value"], fixed["value"]], "kNN draws nothing"
+    assert fixed["over_pictures"] == pytest.approx(wilson(fixed["value"], 60))
+    drawn = next(value for value in knn["values"] if value["row"].startswith("random"))
+    assert drawn["seeds"] == 2
+    assert drawn["over_seeds"][0] < drawn["value"] < drawn["over_seeds"][1], "each seed draws other weights"
+    lines = list(csv.DictReader((tmp_path / "g" / "table.csv").open()))
+    assert len(lines) == sum(len(column["values"]) for column in document["columns"])
+    assert {line["row"] for line in lines} == {row["label"] for row in document["rows"]}
+
+
+def test_what_cannot_be_measured_is_noted_and_the_job_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: list[str]
+) -> None:
+    judged, broken = job.judged, ["knn"]
+
+    def failing(subject: Any, evaluator: Any, prefixes: Sequence[int]) -> Any:
+        if evaluator.name in broken and subject.backbone is not None:
+            begun.append("failed")
+            raise DataError("evaluate.data: no <b>masks</b>")
+        return judged(subject, evaluator, prefixes)
+
+    monkeypatch.setattr(job, "judged", failing)
+    given = words(folder, tmp_path / "g", "seeds=0", "data=digits")
+    assert main(["gauntlet", *given]) == 0
+    document = table(tmp_path / "g")
+    assert document["cells"] == {"total": 6, "done": 4, "failed": 2}
+    assert document["failures"][0] == {
+        "entrant": "exported", "data": "digits", "evaluator": "knn", "seed": 0,
+        "reason": "evaluate.data: no <b>masks</b>",
+    }  # fmt: skip
+    ranks = {row["label"]: row["mean_rank"] for row in document["rows"]}
+    assert ranks["exported"] is None
+    assert ranks["raw pixels"] is not None
+    assert "no &lt;b&gt;masks" in (tmp_path / "g" / "table.html").read_text()
+    assert "no \\<b\\>masks" in (tmp_path / "g" / "table.md").read_text()
+
+    broken.clear()
+    main(["gauntlet", *given])
+    assert begun.count("failed") == 2
+    assert table(tmp_path / "g") == document, "a failure stays until it is to be tried again"
+    main(["gauntlet", *given, "retry_failed=true"])
+    assert table(tmp_path / "g")["cells"] == {"total": 6, "done": 6, "failed": 0}
+
+
+def test_raw_pixels_that_an_evaluator_cannot_judge_are_no_failure(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged = job.judged
+
+    def of_networks(subject: Any, evaluator: Any, prefixes: Sequence[int]) -> Any:
+        if subject.backbone is None:
+            raise DataError("evaluate: knn looks at places")
+        return judged(subject, evaluator, prefixes)
+
+    monkeypatch.setattr(job, "judged", of_networks)
+    main(["gauntlet", *words(folder, tmp_path / "g", "seeds=0", "data=digits", "evaluators=knn")])
+    document = table(tmp_path / "g")
+    assert document["cells"] == {"total": 3, "done": 3, "failed": 0}
+    assert document["failures"] == []
+    assert {"note": "evaluate: knn looks at places", "where": ["raw pixels on digits"]} in document["notes"]
+
+
+def test_diverged_weights_fail_in_one_line(tmp_path: Path) -> None:
+    backbone = create_backbone("resnet18", size=32, **NET)
+    with torch.no_grad():
+        next(backbone.parameters()).fill_(float("nan"))
+    export_backbone(backbone, tmp_path / "nan")
+    run_gauntlet(gauntlet_config(words(tmp_path / "nan", tmp_path / "g", "data=digits", "seeds=0")))
+    reasons = [failure["reason"] for failure in table(tmp_path / "g")["failures"]]
+    assert len(reasons) == 2
+    assert all("training features are NaN or infinite" in reason and "\n" not in reason for reason in reasons)
+
+
+def test_other_settings_weights_or_data_are_other_cells(folder: Path, tmp_path: Path, begun: list[str]) -> None:
+    out = tmp_path / "g"
+    base = [f"backbones={folder}", "data=digits", "evaluators=knn", "limit=60", *FAST, f"out={out}"]
+    main(["gauntlet", *base])
+    assert len(begun) == 3
+    for change in ("evaluate.knn.temperature=0.1", "limit=50", "seeds=[7]"):
+        begun.clear()
+        main(["gauntlet", *base, change])
+        assert len(begun) == 3, change
+    torch.manual_seed(2)
+    other = tmp_path / "other"
+    export_backbone(create_backbone("resnet18", size=32, **NET), other)
+    begun.clear()
+    main(["gauntlet", *base, f"backbones=[{folder},{other}]"])
+    assert begun == ["knn"], "one architecture: its random weights and the pixels are there"
+    begun.clear()
+    main(["gauntlet", *base, f"backbones=[{{target: {folder}, label: renamed}}]", "evaluate.linear.epochs=3"])
+    assert begun == [], "neither a label nor another evaluator's settings matter"
+    assert {row["label"] for row in table(out)["rows"] if row["kind"] == "given"} == {"renamed"}
+
+
+def test_a_damaged_cell_is_measured_again(folder: Path, tmp_path: Path, begun: list[str]) -> None:
+    given = [f"backbones={folder}", "data=digits", "evaluators=knn", "limit=60", *FAST, f"out={tmp_path / 'g'}"]
+    main(["gauntlet", *given])
+    before = table(tmp_path / "g")
+    file = sorted((tmp_path / "g" / "cells").glob("*.json"))[0]
+    file.write_text(file.read_text()[:40])
+    begun.clear()
+    main(["gauntlet", *given])
+    assert begun == ["knn"]
+    assert table(tmp_path / "g") == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("backbones=[resnet81]", "target: 'resnet81' is no run folder"),
+        ("backbones=[{target: EXPORTED, size: 64}]", "brings its own network; remove name, size and kwargs"),
+        ("backbones=[EXPORTED,EXPORTED]", "'exported' stands for 2 entries; give each a label"),
+        ("backbones=[{targte: x, target: x}]", r"backbones.0.targte: there is no such setting in backbones.0; did you"),
+        ("data.limit=3", "data.limit=3: data is a list; write it inside of one of its mappings"),
+        ("data=[digits,digits]", "data: 'digits' stands for 2 entries"),
+        ("data=[digist]", "'digist' is not a data source; did you mean 'digits'"),
+        ("data=[{name: digits, limits: 3}]", "limits: there is no such setting"),
+        ("evaluators=[knn,liner]", "evaluate.evaluators: 'liner' does not exist; did you mean 'linear'"),
+        ("evaluate.limit=3", "evaluate.limit has no effect in a gauntlet; set limit=... instead"),
+        ("measures=[knn/k20,linear/lr]", "measures: 'linear/lr' is not measured"),
+        ("seeds=[1,1]", r"seeds: \[1, 1\] names one twice"),
+        ("seeds=[]", "seeds: "),
+    ],
+)
+def test_faults_of_the_input_are_one_line_before_anything_is_computed(
+    folder: Path, tmp_path: Path, change: str, message: str
+) -> None:
+    given = words(folder, tmp_path / "g", change.replace("EXPORTED", str(folder)))
+    with pytest.raises(ConfigError, match=message) as caught:
+        run_gauntlet(gauntlet_config(given))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "g").exists()
+
+
+def test_data_without_labels_and_folders_of_other_things_are_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "flat").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "flat" / split).mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").touch()
+    with pytest.raises(CheckpointError, match="is not empty and holds no gauntlet"):
+        run_gauntlet(gauntlet_config(words(folder, tmp_path / "other")))
+    with pytest.raises(DataError, match="flat"):
+        run_gauntlet(
+            gauntlet_config(words(folder, tmp_path / "g", f"data=[{{name: folder, path: {tmp_path / 'flat'}}}]"))
+        )
+
+
+def test_words_and_mappings_mean_the_same() -> None:
+    short = GauntletRun.model_validate({"backbones": "resnet18", "data": "digits", "evaluators": "knn"})
+    full = GauntletRun.model_validate(
+        {"backbones": [{"target": "resnet18"}], "data": [{"name": "digits"}], "evaluators": ["knn"]}
+    )
+    assert short == full
+    assert gauntlet_config(["backbones=resnet18", "data=digits", "evaluators=knn"]) == short
+    assert gauntlet_config(["backbones=[resnet18]", "data=[digits]", "evaluators=[knn]"]) == short
+
+
+def test_the_interval_over_seeds_is_students() -> None:
+    values = [0.61, 0.58, 0.66, 0.6]
+    expected = ttest_1samp(values, 0).confidence_interval(0.95)
+    assert over_seeds(values) == pytest.approx((expected.low, expected.high))
+    assert over_seeds([0.5]) is None
+    assert over_seeds([0.1, 0.1, 0.1]) == (0.1, 0.1), "and not beside it by rounding"
+
+
+def value(row: str, mean: float, half: float | None = None) -> Value:
+    low, high = (None, None) if half is None else (mean - half, mean + half)
+    return Value(row, mean, low, high, None, None, 1)
+
+
+def test_ranks_follow_the_direction_and_marks_follow_the_intervals() -> None:
+    values = [value("a", 0.5, 0.05), value("b", 0.7, 0.06), value("c", 0.6, 0.05), value("d", 0.6, 0.01)]
+    up = ranked(values, "higher")
+    assert [(one.row, one.rank, one.best) for one in up] == [
+        ("b", 1, True), ("c", 2.5, True), ("d", 2.5, False), ("a", 4, False),
+    ]  # fmt: skip
+    down = ranked(values, "lower")
+    assert [(one.row, one.best) for one in down] == [("a", True), ("c", True), ("d", False), ("b", False)]
+    assert [one.rank for one in ranked(values, None)] == [None] * 4
+    bare = ranked([value("a", 3.0), value("b", 3.0), value("c", 2.9)], "higher")
+    assert [(one.rank, one.best) for one in bare] == [(1.5, True), (1.5, True), (3, False)]
+    assert ranked([], "higher") == []
+
+
+class Tags(HTMLParser):
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+def test_hostile_names_stay_text_and_the_page_needs_no_other_file(folder: Path, tmp_path: Path) -> None:
+    hostile = '</style><script>steal()</script>" onload=x | a\nb'
+    run = GauntletRun.model_validate(
+        {
+            "backbones": [{"target": str(folder), "label": hostile}],
+            "data": [{"name": "digits", "label": "<img src=x onerror=steal()>"}],
+            "evaluators": ["knn"], "limit": 40, "out": str(tmp_path / "g"), "device": "cpu",
+        }
+    )  # fmt: skip
+    run_gauntlet(run)
+    tags = Tags((tmp_path / "g" / "table.html").read_text()).found
+    assert [tag for tag, _ in tags].count("script") == 1, "its own, that sorts"
+    assert not any("src" in given or "href" in given or "onload" in given for _, given in tags)
+    text = (tmp_path / "g" / "table.md").read_text()
+    row = next(line for line in text.splitlines() if "steal()" in line and line.startswith("|") and "style" in line)
+    assert "\\<script\\>" in row
+    assert "\\| a b" in row

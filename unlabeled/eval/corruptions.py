@@ -1,0 +1,131 @@
+"""Common corruptions of pictures in five severities, after ImageNet-C (Hendrycks & Dietterich 2019, 1903.12261).
+
+Strengths are the authors' own for pictures of 224 pixels (ImageNet-C) and of 32 (CIFAR-10-C; hendrycks/robustness), and
+between the two in proportion to a power of the smaller side. Outside 32..224 those of the nearer end hold, but blur
+grows with larger pictures. Departures: no second JPEG compression of what comes out, values are rounded
+and not cut, blur reflects at the border.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torchvision.io import decode_jpeg, encode_jpeg
+from torchvision.transforms.v2 import functional as tv
+
+from unlabeled.eval.features import PictureTransform
+from unlabeled.eval.settings import CorruptionName
+from unlabeled.ssl.data.source import ImageSource
+from unlabeled.ssl.seeds import derive
+
+_SMALL, _LARGE = 32, 224
+
+
+class _Kind(NamedTuple):
+    apply: Callable[[Tensor, float, torch.Generator], Tensor]
+    """Picture (3, H, W) of 0..1, strength → picture."""
+    small: tuple[float, ...]
+    """Strength of severities 1 to 5 for pictures of 32 pixels."""
+    large: tuple[float, ...]
+    """The same for 224 pixels."""
+
+
+def corrupt(image: Tensor, name: CorruptionName, severity: int, seed: int) -> Tensor:
+    """uint8 (3, H, W) → uint8 (3, H, W) under corruption `name` of `severity` 1 to 5; `seed` fixes what is drawn."""
+    generator = torch.Generator().manual_seed(seed)
+    changed = _KINDS[name].apply(image.float() / 255, strength(name, severity, min(image.shape[-2:])), generator)
+    return (changed.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def strength(name: CorruptionName, severity: int, side: int) -> float:
+    """What `severity` means for a picture whose smaller side has `side` pixels.
+
+    gaussian_noise: deviation of values 0..1 · gaussian_blur: deviation in pixels · jpeg: quality · brightness: added to
+    the value of HSV · contrast: factor of the distance from the mean · pixelate: factor of the number of pixels a side.
+    """
+    kind = _KINDS[name]
+    within = min(max(side, _SMALL), _LARGE)
+    share = math.log(within / _SMALL) / math.log(_LARGE / _SMALL)
+    found: float = kind.small[severity - 1] ** (1 - share) * kind.large[severity - 1] ** share
+    return found * max(1.0, side / _LARGE) if name == "gaussian_blur" else found
+
+
+@dataclass
+class CorruptedSource:
+    """The pictures `indices` of another source, prepared (resized) and then corrupted; without labels.
+
+    A picture is the same whenever it is read: what is drawn follows from `seed`, the corruption and its index.
+    """
+
+    source: ImageSource
+    indices: Sequence[int]
+    prepare: PictureTransform
+    name: CorruptionName
+    severity: int
+    seed: int
+    classes: Sequence[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> Tensor:
+        place = int(self.indices[index])
+        drawn = derive("corruption", self.seed, self.name, place)  # the same noise, only stronger, in each severity
+        return corrupt(self.prepare(self.source.read(place)), self.name, self.severity, drawn)
+
+    def labels(self) -> Tensor | None:
+        return None
+
+    def describe(self, index: int) -> str:
+        place = int(self.indices[index])
+        return f"{self.source.describe(place)}, {self.name} {self.severity}, {self.prepare!r}, seed {self.seed}"
+
+
+def _gaussian_noise(image: Tensor, deviation: float, generator: torch.Generator) -> Tensor:
+    return image + deviation * torch.randn(image.shape, generator=generator)
+
+
+def _gaussian_blur(image: Tensor, deviation: float, generator: torch.Generator) -> Tensor:
+    radius = min(math.ceil(4 * deviation), min(image.shape[-2:]) - 1)  # reflection needs a picture larger than that
+    blurred: Tensor = tv.gaussian_blur(image, kernel_size=[2 * radius + 1] * 2, sigma=[deviation] * 2)
+    return blurred
+
+
+def _jpeg(image: Tensor, quality: float, generator: torch.Generator) -> Tensor:
+    coded = encode_jpeg((image * 255).round().to(torch.uint8), quality=round(quality))
+    decoded: Tensor = decode_jpeg(coded)
+    return decoded.float() / 255
+
+
+def _brightness(image: Tensor, added: float, generator: torch.Generator) -> Tensor:
+    value = image.amax(dim=0, keepdim=True)  # of HSV; hue and saturation stay when all channels are scaled alike
+    brighter = (value + added).clamp(max=1)
+    return torch.where(value > 0, image / value.clamp(min=1e-6) * brighter, brighter)
+
+
+def _contrast(image: Tensor, factor: float, generator: torch.Generator) -> Tensor:
+    mean = image.mean(dim=(1, 2), keepdim=True)
+    return (image - mean) * factor + mean
+
+
+def _pixelate(image: Tensor, factor: float, generator: torch.Generator) -> Tensor:
+    height, width = image.shape[-2:]
+    coarse = [max(1, int(height * factor)), max(1, int(width * factor))]
+    small = functional.interpolate(image[None], size=coarse, mode="area")
+    return functional.interpolate(small, size=[height, width], mode="nearest-exact")[0]
+
+
+_KINDS: dict[CorruptionName, _Kind] = {
+    "gaussian_noise": _Kind(_gaussian_noise, (0.04, 0.06, 0.08, 0.09, 0.10), (0.08, 0.12, 0.18, 0.26, 0.38)),
+    "gaussian_blur": _Kind(_gaussian_blur, (0.4, 0.6, 0.7, 0.8, 1.0), (1.0, 2.0, 3.0, 4.0, 6.0)),
+    "jpeg": _Kind(_jpeg, (80, 65, 58, 50, 40), (25, 18, 15, 10, 7)),
+    "brightness": _Kind(_brightness, (0.05, 0.1, 0.15, 0.2, 0.3), (0.1, 0.2, 0.3, 0.4, 0.5)),
+    "contrast": _Kind(_contrast, (0.75, 0.5, 0.4, 0.3, 0.15), (0.4, 0.3, 0.2, 0.1, 0.05)),
+    "pixelate": _Kind(_pixelate, (0.95, 0.9, 0.85, 0.75, 0.65), (0.6, 0.5, 0.4, 0.3, 0.25)),
+}

@@ -1,0 +1,107 @@
+"""Clusters without labels: k-means on the test features, compared with the classes.
+
+The protocol of deep clustering (Xie et al. 2016, 1511.06335, for the Hungarian accuracy; Hubert and Arabie 1985 for the
+adjusted Rand index): as many clusters as classes, scored by how well they match. Labels are used for the score alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from sklearn.metrics.cluster import contingency_matrix
+
+from unlabeled.eval.base import FloatArray, IntArray, Measure, Value, check_features
+from unlabeled.eval.faiss_threads import faiss_threads
+from unlabeled.eval.search import normalized
+from unlabeled.eval.settings import ClusterConfig
+from unlabeled.eval.subject import Subject
+from unlabeled.ssl.errors import DataError
+from unlabeled.ssl.seeds import derive
+
+
+class ClusterEvaluator:
+    """Agreement of k-means clusters of the test pictures with their classes, k being the number of these classes.
+
+    Yields ``accuracy`` (each cluster stands for one class, matched for the best total), ``nmi`` (mutual information
+    over the mean of both entropies, 0..1), ``ari`` (adjusted Rand index, 0 by chance, 1 at best), and ``clusters``
+    int64 (N,), numbered by the class that they are matched to. Where fewer distinct features than classes exist, k is
+    cut, which a ``note`` says. Raises DataError when all test pictures are of one class.
+    """
+
+    name: ClassVar = "cluster"
+    title: ClassVar = "Clusters"
+    needs: ClassVar = "features"
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self.config = config
+
+    @classmethod
+    def measure(cls, key: str) -> Measure | None:
+        return {
+            "accuracy": Measure("k-means, Hungarian accuracy"),
+            "nmi": Measure("k-means, NMI", "number"),
+            "ari": Measure("k-means, ARI", "number"),
+        }.get(key)
+
+    def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
+        data = subject.features
+        check_features(data)
+        truth = data.test.labels
+        classes = np.unique(truth)
+        if len(classes) < 2:
+            raise DataError(
+                f"evaluate.cluster: all test pictures are of class {data.classes[int(classes[0])]!r}, so clusters "
+                "cannot be compared with classes; give test data of at least two"
+            )
+        rows = normalized(data.test.features) if self.config.spherical else np.ascontiguousarray(data.test.features)
+        distinct = len({row.tobytes() for row in rows})
+        k = min(len(classes), distinct)
+        if k < len(classes):
+            yield (
+                "note",
+                f"the test features are only {distinct} distinct vectors, fewer than the {len(classes)} classes",
+            )
+        found = kmeans(
+            rows,
+            k,
+            restarts=self.config.restarts,
+            iterations=self.config.iterations,
+            spherical=self.config.spherical,
+            seed=derive(subject.seed, "cluster"),
+        )
+        counts = contingency_matrix(truth, found)  # (classes, clusters that hold a picture)
+        matched, columns = linear_sum_assignment(counts, maximize=True)
+        yield "accuracy", float(counts[matched, columns].sum() / len(truth))
+        yield "nmi", float(normalized_mutual_info_score(truth, found))
+        yield "ari", float(adjusted_rand_score(truth, found))
+        numbers = np.zeros(k, dtype=np.int64)
+        numbers[np.unique(found)[columns]] = classes[matched]
+        yield "clusters", numbers[found]
+
+
+def kmeans(rows: FloatArray, k: int, *, restarts: int, iterations: int, spherical: bool, seed: int) -> IntArray:
+    """Cluster of each row, int64 (N,), of the best of `restarts` runs of k-means on float32 (N, D), N >= k.
+
+    `spherical`: centroids are scaled to unit length and compared by cosine; `rows` have unit length then.
+    """
+    import faiss  # loads its own OpenMP runtime
+
+    search = faiss.Kmeans(
+        rows.shape[1],
+        k,
+        niter=iterations,
+        nredo=restarts,
+        spherical=spherical,
+        seed=seed % 2**31,
+        min_points_per_centroid=1,  # faiss writes a warning to the terminal below 39
+        max_points_per_centroid=len(rows),  # and trains on a sample above 256
+    )
+    with faiss_threads():
+        search.train(rows)
+        _, found = search.index.search(rows, 1)
+    clusters: IntArray = found[:, 0].astype(np.int64)
+    return clusters

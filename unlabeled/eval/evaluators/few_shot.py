@@ -1,0 +1,109 @@
+"""Few-shot classification: episodes of a few classes with a few labelled pictures each.
+
+The CL2N protocol of SimpleShot (Wang et al. 2019, 1911.04623): features less the training split's mean, scaled to unit
+length; a query belongs to the nearest class mean of its episode. The classes are those of the test split. Their labels
+in the training split are not used, but unlike the field's benchmarks the network may have seen pictures of them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from unlabeled.eval.base import Estimate, FloatArray, IntArray, Measure, Value, check_features
+from unlabeled.eval.search import normalized
+from unlabeled.eval.settings import FewShotConfig
+from unlabeled.eval.subject import Subject
+from unlabeled.ssl.errors import ConfigError, DataError
+from unlabeled.ssl.seeds import derive
+
+
+class FewShotEvaluator:
+    """Mean accuracy of n-way k-shot episodes, for each k of the settings.
+
+    Yields ``5way_1shot`` and so on as `Estimate`: mean over the episodes +- 1.96 deviations / sqrt(episodes), as the
+    field does. The interval is about the draw of episodes from these test pictures, not about other test pictures
+    (Lafargue et al. 2024, 2409.02850). Where pictures or classes are too few, queries and then ways are cut, which a
+    ``note`` says; DataError when no two classes can be told apart.
+    """
+
+    name: ClassVar = "few_shot"
+    title: ClassVar = "Few-shot classification"
+    needs: ClassVar = "features"
+
+    def __init__(self, config: FewShotConfig) -> None:
+        if not config.shots or min(config.shots) < 1:
+            raise ConfigError(
+                f"evaluate.few_shot.shots: {list(config.shots)} is not possible; give whole numbers from 1, as [1, 5]"
+            )
+        self.config = config
+
+    @classmethod
+    def measure(cls, key: str) -> Measure | None:
+        found = re.fullmatch(r"(\d+)way_(\d+)shot", key)
+        return Measure(f"{found[1]}-way {found[2]}-shot", "percent") if found else None
+
+    def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
+        data, config = subject.features, self.config
+        check_features(data)
+        centre = data.train.features.mean(axis=0, dtype=np.float64)
+        features = normalized((data.test.features - centre).astype(np.float32))
+        members = [np.flatnonzero(data.test.labels == label) for label in np.unique(data.test.labels)]
+        refused = []
+        for shots in dict.fromkeys(config.shots):
+            ways, queries = possible(members, config.ways, shots, config.queries)
+            if ways < 2:
+                refused.append(shots)
+                continue
+            if (ways, queries) != (config.ways, config.queries):
+                yield (
+                    "note",
+                    f"{shots}-shot: the test split allows {ways} ways and {queries} queries a class, "
+                    f"not {config.ways} and {config.queries}",
+                )
+            seed = derive(subject.seed, "few_shot", shots)
+            found = episodes(features, members, ways, shots, queries, config.episodes, seed)
+            half = 1.96 * float(found.std(ddof=1)) / math.sqrt(len(found))
+            mean = float(found.mean())
+            yield f"{ways}way_{shots}shot", Estimate(mean, max(0.0, mean - half), min(1.0, mean + half))
+        if len(refused) == len(set(config.shots)):
+            raise DataError(
+                f"evaluate.few_shot: no two test classes have {min(refused) + 1} pictures, one more than the shots; "
+                "give more labelled test pictures"
+            )
+        if refused:
+            yield "note", f"no two test classes have pictures enough for {', '.join(map(str, refused))} shots"
+
+
+def possible(members: list[IntArray], ways: int, shots: int, queries: int) -> tuple[int, int]:
+    """(ways, queries) that classes of these pictures allow: the wish, else fewer queries, else fewer ways (0: none)."""
+    spare = sorted((len(rows) - shots for rows in members if len(rows) > shots), reverse=True)[:ways]
+    return len(spare), min([queries, *spare])
+
+
+def episodes(
+    features: FloatArray, members: list[IntArray], ways: int, shots: int, queries: int, count: int, seed: int
+) -> npt.NDArray[np.float64]:
+    """Accuracy of each of `count` episodes, float64 (count,).
+
+    `members` are the rows of each class in `features` (N, D); classes and pictures are drawn without replacement.
+    """
+    eligible = [rows for rows in members if len(rows) >= shots + queries]
+    generator = np.random.default_rng(seed)
+    truth = np.arange(ways)[:, None]
+    accuracy = np.empty(count)
+    for episode in range(count):
+        drawn = [
+            generator.choice(eligible[one], shots + queries, replace=False)
+            for one in generator.permutation(len(eligible))[:ways]
+        ]
+        pictures = features[np.stack(drawn)].astype(np.float64)  # (ways, shots + queries, D)
+        means = pictures[:, :shots].mean(axis=1)
+        distances = (means**2).sum(axis=1) - 2 * pictures[:, shots:] @ means.T  # less |query|^2; (ways, queries, ways)
+        accuracy[episode] = (distances.argmin(axis=2) == truth).mean()
+    return accuracy

@@ -1,0 +1,107 @@
+"""What a network keeps of a picture under augmentation: LiDAR and alignment of several views."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor
+from torchvision.transforms import v2
+
+from unlabeled.eval.base import Estimate, Measure, Value
+from unlabeled.eval.evaluators.spectrum import chosen
+from unlabeled.eval.metrics import lidar, pair_distances
+from unlabeled.eval.settings import InvarianceConfig
+from unlabeled.eval.subject import Subject
+from unlabeled.ssl.data.loader import seeded
+from unlabeled.ssl.data.source import ImageSource
+from unlabeled.ssl.errors import DataError
+from unlabeled.ssl.seeds import derive
+
+_Z95 = 1.96
+
+
+class InvarianceEvaluator:
+    """LiDAR and alignment over crops, flips and colour jitter, the views that most joint-embedding tasks train on.
+
+    For a task with other views (patches, rotations) they are a common yardstick and not its own LiDAR.
+
+    Yields ``lidar`` (at most ``pictures`` - 1) and ``alignment`` with the 95 % interval of its mean over pictures;
+    ``pictures`` and ``views``, the numbers used; ``distances`` float64 (N,), alignment of each picture.
+    """
+
+    name: ClassVar = "invariance"
+    title: ClassVar = "Views of the same picture"
+    needs: ClassVar = "network"
+
+    def __init__(self, config: InvarianceConfig) -> None:
+        self.config = config
+
+    @classmethod
+    def measure(cls, key: str) -> Measure | None:
+        known = {
+            "lidar": Measure("LiDAR", "number"),
+            "alignment": Measure("alignment of two views (0: equal)", "number", "lower"),
+        }
+        return known.get(key)
+
+    def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
+        train, views = subject.features.train, self.config.views
+        readable = np.arange(len(train)) if train.indices is None else train.indices
+        picked = readable[chosen(len(readable), self.config.pictures, "invariance", subject.seed)]
+        if len(picked) < 2:
+            raise DataError(f"evaluate.invariance: {len(picked)} pictures are too few; give at least two")
+        augment = augmentation(subject.network().input_size, self.config.scale)
+        source = ViewSource(subject.pictures()[0], picked.tolist(), views, augment, subject.seed)
+        features = subject.encode(source).features.reshape(len(picked), views, -1)
+        distances = pair_distances(features)
+        mean, half = float(distances.mean()), _Z95 * float(distances.std(ddof=1)) / len(picked) ** 0.5
+        yield "lidar", lidar(features)
+        yield "alignment", Estimate(mean, mean - half, mean + half)
+        yield "pictures", len(picked)
+        yield "views", views
+        yield "distances", distances
+
+
+class ViewSource:
+    """`views` augmented versions of each of the pictures `indices` of another source, all of a picture in a row.
+
+    What is drawn for a version follows from the seed, the picture's index and the version's number.
+    """
+
+    classes: Sequence[str] | None = None
+
+    def __init__(
+        self, source: ImageSource, indices: Sequence[int], views: int, augment: Callable[[Tensor], Tensor], seed: int
+    ) -> None:
+        self.source, self.indices, self.views, self.augment, self.seed = source, indices, views, augment, seed
+
+    def __len__(self) -> int:
+        return len(self.indices) * self.views
+
+    def read(self, index: int) -> Tensor:
+        picture, view = divmod(index, self.views)
+        image = self.source.read(self.indices[picture])
+        with seeded(derive("view", self.seed, self.indices[picture], view)):
+            return self.augment(image)
+
+    def labels(self) -> Tensor | None:
+        return None
+
+    def describe(self, index: int) -> str:
+        picture, view = divmod(index, self.views)
+        return f"{self.source.describe(self.indices[picture])}, view {view} of seed {self.seed}, {self.augment!r}"
+
+
+def augmentation(size: tuple[int, int], scale: float) -> Callable[[Tensor], Tensor]:
+    """uint8 (3, H, W) → uint8 (3, h, w) of `size`: crops of `scale` to 1 of the area, flips, colour jitter (p = 0.8).
+
+    The jitter is that of SimCLR (Chen et al. 2020, 2002.05709) at half strength, as for CIFAR-10 there.
+    """
+    jitter = v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+    steps: list[Any] = [v2.RandomResizedCrop(list(size), scale=(scale, 1.0), antialias=True)]
+    composed: Callable[[Tensor], Tensor] = v2.Compose(
+        [*steps, v2.RandomHorizontalFlip(), v2.RandomApply([jitter], 0.8)]
+    )
+    return composed

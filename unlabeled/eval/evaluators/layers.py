@@ -1,0 +1,129 @@
+"""How alike the layers of networks are: linear CKA between them, and with random weights (Kornblith et al. 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unlabeled.eval.base import FloatArray, IntArray, Measure, Value
+from unlabeled.eval.evaluators.spectrum import chosen
+from unlabeled.eval.features import extract_features
+from unlabeled.eval.metrics import Array, cka_map
+from unlabeled.eval.settings import LayersConfig
+from unlabeled.eval.subject import Loading, Subject
+from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.data.source import ImageSource, Subset
+from unlabeled.ssl.errors import ConfigError, DataError
+from unlabeled.ssl.seeds import derive
+
+
+@dataclass(frozen=True)
+class LayerSimilarity:
+    """Linear CKA of each layer of one network with each of another."""
+
+    values: Array
+    """float64 (L1, L2)."""
+    first: tuple[str, ...]
+    """Names of the L1 layers."""
+    second: tuple[str, ...]
+
+
+class LayersEvaluator:
+    """Debiased linear CKA between the feature maps of all stages or blocks, mean over places, and the pooled features.
+
+    The network with random weights is drawn anew (not the baseline's), so that for the baseline the second map says
+    how alike two random networks are. Its batch norms keep their initial statistics.
+
+    Yields ``cka`` float64 (L, L), ``cka_random`` float64 (L, L), rows the network and columns random weights,
+    ``names`` str (L,), and ``random``, the CKA of the pooled features with those of random weights.
+    """
+
+    name: ClassVar = "layers"
+    title: ClassVar = "Layers"
+    needs: ClassVar = "network"
+
+    def __init__(self, config: LayersConfig) -> None:
+        self.config = config
+
+    @classmethod
+    def measure(cls, key: str) -> Measure | None:
+        return Measure("CKA of the features with those of random weights", "number", None) if key == "random" else None
+
+    def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
+        from unlabeled.eval.suite import random_twin  # which runs the evaluators
+
+        backbone, train = subject.network(), subject.features.train
+        if not backbone.stages:
+            yield "note", f"{backbone.name} gives no feature maps, so its layers cannot be compared"
+            return
+        readable = np.arange(len(train)) if train.indices is None else train.indices
+        rows = readable[chosen(len(readable), self.config.pictures, "layers", subject.seed)]
+        source, loading = subject.pictures()[0], subject.loading
+        here = layer_features(backbone, source, rows, loading)
+        yield "cka", cka_map(list(here.values()), list(here.values()))
+        yield "names", np.array(list(here))
+        try:
+            twin = random_twin(backbone, derive("layers", subject.seed))
+        except ConfigError as error:
+            yield "note", f"not compared with random weights: {error}"
+            return
+        there = layer_features(twin, source, rows, loading)
+        values = cka_map(list(here.values()), list(there.values()))
+        yield "cka_random", values
+        yield "random", float(values[-1, -1])
+
+
+def cka_between(
+    first: Backbone,
+    second: Backbone,
+    source: ImageSource,
+    *,
+    pictures: int = 1024,
+    seed: int = 0,
+    loading: Loading | None = None,
+) -> LayerSimilarity:
+    """Debiased linear CKA of all layers of two networks (of any two architectures or runs) on the same pictures.
+
+    Each network sees the pictures at its own size. `pictures` of `source` are drawn by `seed`. Raises DataError when a
+    network gives no feature maps or fewer than four pictures can be decoded.
+    """
+    rows = chosen(len(source), pictures, "layers", seed)
+    loading = loading or Loading()
+    found = [layer_features(backbone, source, rows, loading) for backbone in (first, second)]
+    return LayerSimilarity(cka_map(*(list(one.values()) for one in found)), tuple(found[0]), tuple(found[1]))
+
+
+def layer_features(backbone: Backbone, source: ImageSource, rows: IntArray, loading: Loading) -> dict[str, FloatArray]:
+    """Layer → features float32 (N, C): each map of the pictures `rows` of `source`, mean over places, then ``pooled``.
+
+    Raises DataError when the network gives no feature maps.
+    """
+    if not backbone.stages:
+        raise DataError(f"evaluate: {backbone.name} gives no feature maps, so its layers cannot be compared")
+    subset = Subset(source, torch.from_numpy(rows))
+    found = extract_features(
+        backbone, subset, outputs=_all_layers, named="layers", batch_size=loading.batch_size, workers=loading.workers,
+        device=loading.device, precision=loading.precision, cache=loading.cache, together=False,
+    )  # fmt: skip
+    edges = np.cumsum([stage.channels for stage in backbone.stages])
+    return dict(zip(layer_names(backbone), np.split(found.features, edges, axis=1), strict=True))
+
+
+def layer_names(backbone: Backbone) -> tuple[str, ...]:
+    """Names of the feature maps, as timm has them (``layer1``, ``blocks.0``), and ``pooled``."""
+    info = getattr(backbone.model, "feature_info", [])
+    listed = cast(list[dict[str, Any]], info if isinstance(info, list) else info.info)
+    names = [str(one.get("module") or "") for one in listed]
+    if len(set(names)) != len(backbone.stages) or not all(names):
+        names = [f"map {number}" for number in range(1, len(backbone.stages) + 1)]
+    return (*names, "pooled")
+
+
+def _all_layers(backbone: Backbone, images: Tensor) -> Tensor:
+    maps = backbone.maps(images, range(len(backbone.stages)))
+    return torch.cat([*(one.mean(dim=(2, 3)) for one in maps), backbone.pooled(images)], dim=1)

@@ -1,0 +1,140 @@
+"""Logistic regression: the linear probe's convex counterpart, solved to the end by L-BFGS (scikit-learn).
+
+The protocol of CLIP's linear evaluation (Radford et al. 2021, 2103.00020): one L2 penalty, chosen on held-out training
+pictures, then fitted anew on all of them. It has no learning rate and no schedule, so it says what the probe should
+reach.
+
+Shapes: N pictures, D features, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from unlabeled.eval.base import FloatArray, IntArray, Measure, Value, check_features
+from unlabeled.eval.evaluators.knn import best_classes
+from unlabeled.eval.settings import LogisticConfig
+from unlabeled.eval.subject import Subject
+from unlabeled.ssl.errors import ConfigError
+from unlabeled.ssl.seeds import derive
+
+DoubleArray = npt.NDArray[np.float64]
+
+
+class LogisticEvaluator:
+    """Accuracy of L2-regularised logistic regression on standardised features.
+
+    Every C (inverse strength of the penalty) is fitted on a stratified part of the training split; the rest chooses one
+    (ties: lower log loss, then smaller C), with which the whole training split is fitted. At most `limit` training
+    pictures take part, drawn class by class, which a ``note`` then says.
+
+    Yields ``top1``, ``top5`` (more than five classes) as fractions, ``C``, ``predictions`` int64 (N,), and a ``note``
+    when C lies at the edge of the list or L-BFGS stopped short.
+    """
+
+    name: ClassVar = "logistic"
+    title: ClassVar = "Logistic regression"
+    needs: ClassVar = "features"
+
+    def __init__(self, config: LogisticConfig) -> None:
+        if not config.C or not all(math.isfinite(value) and value > 0 for value in config.C):
+            raise ConfigError(f"evaluate.logistic.C: {list(config.C)} is not possible; give positive numbers")
+        self.config = config
+
+    @classmethod
+    def measure(cls, key: str) -> Measure | None:
+        labels = {"top1": "logistic regression", "top5": "logistic regression, top 5"}
+        return Measure(labels[key]) if key in labels else None
+
+    def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
+        data, config = subject.features, self.config
+        check_features(data)
+        classes, features, labels = len(data.classes), data.train.features, data.train.labels
+        if config.limit is not None and config.limit < len(labels):
+            rows = stratified(labels, config.limit / len(labels), derive(subject.seed, "logistic limit"))
+            yield "note", f"fitted on {len(rows):,} of {len(labels):,} training pictures (evaluate.logistic.limit)"
+            features, labels = features[rows], labels[rows]
+        wanted = sorted(set(config.C))
+        chosen = wanted[0] if len(wanted) == 1 else self._choose(features, labels, wanted, subject.seed)
+        if chosen is None:
+            chosen = wanted[len(wanted) // 2]
+            yield "note", f"one training picture a class leaves none to choose C on; it is the middle one, {chosen:g}"
+        fit = fit_logistic(features, labels, [chosen], config.iterations)
+        guesses = best_classes(fit.probabilities(data.test.features, classes), 5)
+        hits = guesses == data.test.labels[:, None]
+        yield "top1", float(hits[:, 0].mean())
+        if classes > 5:
+            yield "top5", float(hits.any(axis=1).mean())
+        yield "C", chosen
+        yield "predictions", guesses[:, 0]
+        if len(wanted) > 2 and chosen in (wanted[0], wanted[-1]):
+            yield "note", f"the chosen C {chosen:g} is at the edge of the list; evaluate.logistic.C may be too narrow"
+        if not fit.converged:
+            yield "note", f"L-BFGS stopped after {config.iterations} iterations; raise evaluate.logistic.iterations"
+
+    def _choose(self, features: FloatArray, labels: IntArray, wanted: list[float], seed: int) -> float | None:
+        """The C that is best on pictures held out; None when every class has one picture alone."""
+        kept = stratified(labels, 1 - self.config.holdout, derive(seed, "logistic holdout"), spare=1)
+        held = np.setdiff1d(np.arange(len(labels)), kept)
+        if len(held) == 0:
+            return None
+        classes, truth = int(labels.max()) + 1, labels[held]
+        fit = fit_logistic(features[kept], labels[kept], wanted, self.config.iterations)
+        scores = {}
+        for inverse in wanted:
+            found = fit.probabilities(features[held], classes, inverse)
+            loss = -np.log(np.maximum(found[np.arange(len(held)), truth], np.finfo(np.float64).tiny)).mean()
+            scores[inverse] = (float((found.argmax(axis=1) == truth).mean()), -float(loss), -inverse)
+        return max(wanted, key=scores.__getitem__)
+
+
+@dataclass(frozen=True)
+class LogisticFit:
+    """Classifiers of one training set, one for each C."""
+
+    scaler: Any
+    models: dict[float, Any]
+    """C → fitted classifier."""
+    converged: bool
+    """Whether L-BFGS reached its tolerance for every C."""
+
+    def probabilities(self, features: FloatArray, classes: int, inverse: float | None = None) -> DoubleArray:
+        """Features (N, D) → float64 (N, `classes`) for C = `inverse` (None: the only one); 0 for untrained classes."""
+        model = next(iter(self.models.values())) if inverse is None else self.models[inverse]
+        found = np.zeros((len(features), classes))
+        found[:, model.classes_] = model.predict_proba(self.scaler.transform(features.astype(np.float64)))
+        return found
+
+
+def fit_logistic(features: FloatArray, labels: IntArray, inverses: Sequence[float], iterations: int) -> LogisticFit:
+    """Standardises features (N, D) and fits a multinomial classifier for each C of `inverses`; at least two classes."""
+    wide = features.astype(np.float64)
+    scaler = StandardScaler().fit(wide)
+    rows = scaler.transform(wide)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        models = {value: LogisticRegression(C=value, max_iter=iterations).fit(rows, labels) for value in inverses}
+    return LogisticFit(scaler, models, not any(issubclass(w.category, ConvergenceWarning) for w in caught))
+
+
+def stratified(labels: IntArray, fraction: float, seed: int, *, spare: int = 0) -> IntArray:
+    """Ascending rows of about `fraction` of each class, and of at least one picture of each.
+
+    `spare` pictures of each class are left out wherever there is still one to take.
+    """
+    generator = np.random.default_rng(seed)
+    drawn: list[IntArray] = []
+    for label in np.unique(labels):
+        members = generator.permutation(np.flatnonzero(labels == label))
+        drawn.append(members[: max(1, min(round(fraction * len(members)), len(members) - spare))])
+    return np.sort(np.concatenate(drawn))

@@ -1,0 +1,100 @@
+"""Few labels: the linear probe on a small part of the labelled training pictures.
+
+The 1 % and 10 % of labels at which self-supervised methods are compared (Chen et al. 2020, 2002.05709), on frozen
+features. With less than a handful of pictures a class nothing can be held out to choose settings on; there it is
+logistic regression with a fixed penalty, as DINO-like methods are judged with so few labels (Assran et al. 2022,
+2204.07141).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import ClassVar
+
+import numpy as np
+
+from unlabeled.eval.base import FeatureSplit, IntArray, Measure, Value, check_features
+from unlabeled.eval.evaluators.linear import LinearEvaluator
+from unlabeled.eval.evaluators.logistic import fit_logistic, stratified
+from unlabeled.eval.intervals import over_draws
+from unlabeled.eval.settings import LowLabelConfig
+from unlabeled.eval.subject import Subject
+from unlabeled.ssl.errors import ConfigError
+from unlabeled.ssl.seeds import derive
+
+_FEWEST = 5
+"""Pictures a class, on average, from which the linear probe can choose its settings."""
+_ITERATIONS = 1000
+
+
+class LowLabelEvaluator:
+    """Test accuracy with each fraction of the training labels, over several draws of them.
+
+    The labelled pictures are drawn class by class, at least one of each. Yields ``1pct`` and so on: `Estimate` of the
+    mean with Student's 95 % interval over the draws (which does not cover the choice of test pictures), or a plain
+    number for a single draw; and a ``note`` where a fraction is less than one picture a class, or is too small for a
+    hold-out. Raises DataError where the linear probe does.
+    """
+
+    name: ClassVar = "low_label"
+    title: ClassVar = "Few labels"
+    needs: ClassVar = "features"
+
+    def __init__(self, config: LowLabelConfig) -> None:
+        if not config.fractions or not all(0 < fraction <= 1 for fraction in config.fractions):
+            raise ConfigError(
+                f"evaluate.low_label.fractions: {list(config.fractions)} is not possible; give numbers above 0 and up "
+                "to 1, as [0.01, 0.1]"
+            )
+        try:  # impossible settings are refused before anything is measured
+            LinearEvaluator(config.probe)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("evaluate.linear", "evaluate.low_label.probe")) from None
+        self.config = config
+
+    @classmethod
+    def measure(cls, key: str) -> Measure | None:
+        number = key.removesuffix("pct")
+        if number == key or not number.replace(".", "", 1).isdigit():
+            return None
+        return Measure(f"{number} % of labels")
+
+    def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
+        labels = subject.features.train.labels
+        check_features(subject.features)
+        for fraction in dict.fromkeys(self.config.fractions):
+            key = f"{100 * fraction:g}"
+            draws = [
+                stratified(labels, fraction, derive(subject.seed, "low_label", key, draw))
+                for draw in range(self.config.draws)
+            ]
+            count, classes = len(draws[0]), len(np.unique(labels))
+            if fraction * len(labels) < classes:
+                yield "note", f"{key} % is less than one picture a class; {count} of {len(labels):,} pictures were used"
+            if count < _FEWEST * classes:
+                yield (
+                    "note",
+                    f"{key} %: {count / classes:.1f} pictures a class are too few to choose settings on, so this is "
+                    f"logistic regression with C = {self.config.C:g}",
+                )
+            yield f"{key}pct", over_draws([self._accuracy(subject, rows, classes) for rows in draws])
+
+    def _accuracy(self, subject: Subject, rows: IntArray, classes: int) -> float:
+        """Test accuracy with the labels of the training pictures `rows`."""
+        part = replace(subject.features, train=_rows(subject.features.train, rows))
+        if len(rows) < _FEWEST * classes:
+            fit = fit_logistic(part.train.features, part.train.labels, [self.config.C], _ITERATIONS)
+            found = fit.probabilities(part.test.features, len(part.classes)).argmax(axis=1)
+            return float((found == part.test.labels).mean())
+        probe = self.config.probe
+        per_epoch = max(1, len(rows) // probe.batch_size)
+        epochs = max(probe.epochs, math.ceil(self.config.steps / per_epoch))
+        values = LinearEvaluator(probe.model_copy(update={"epochs": epochs})).run(replace(subject, features=part))
+        return next(value for key, value in values if key == "top1" and isinstance(value, float))
+
+
+def _rows(split: FeatureSplit, rows: IntArray) -> FeatureSplit:
+    indices = rows if split.indices is None else split.indices[rows]
+    return replace(split, features=split.features[rows], labels=split.labels[rows], indices=indices)

@@ -1,0 +1,204 @@
+"""Object discovery: whether features alone, without any training, show where an object is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.utils import draw_bounding_boxes
+
+from unlabeled.eval.base import Estimate, Measure, Value
+from unlabeled.eval.dense import Places, drawn
+from unlabeled.eval.features import Resize
+from unlabeled.eval.intervals import wilson
+from unlabeled.eval.settings import ObjectsConfig
+from unlabeled.eval.subject import Subject
+from unlabeled.eval.tiles import tiled
+from unlabeled.eval.tokencut import component_boxes, cut, intersection_over_union
+from unlabeled.ssl.data.source import DecodeError, ImageSource, MaskSource, annotated_boxes
+from unlabeled.ssl.errors import ConfigError, DataError, UnlabeledError
+from unlabeled.ssl.seeds import derive
+
+Boxes = npt.NDArray[np.float32]
+_HIT = 0.5
+"""IoU from which a box counts as found."""
+_TILE = 224
+"""Pixels a side of the pictures that are shown."""
+_TRUE, _FOUND = (255, 255, 255), (255, 140, 0)
+
+
+class ObjectsEvaluator:
+    """CorLoc of TokenCut: part of the test pictures whose one predicted box meets a true one at IoU 0.5 or more.
+
+    Features are the keys of the last attention block, which the paper found best, or, in a network without one, the
+    deepest map that is fine enough. Such a map loses the picture's mean first: what a rectifier made is alike
+    everywhere by the threshold of TokenCut. Pictures are resized whole to the network's size, so that every network and
+    the baseline of raw pixels see the same; with ``native`` they keep theirs, padded with zeros to whole places, as
+    published. True boxes are the annotated ones, or around the connected components of masks; pictures with neither
+    are left out.
+
+    Yields ``corloc`` and ``iou`` (mean over pictures of the best IoU with a true box) with intervals, ``whole``
+    (CorLoc of a box around the whole picture), ``pictures`` (how many were judged), a picture ``examples`` (true boxes
+    thin and white, the predicted one thick and orange), and ``note``.
+    """
+
+    name: ClassVar = "objects"
+    title: ClassVar = "Object discovery"
+    needs: ClassVar = "pictures"
+    captions: ClassVar = {"examples": "true boxes thin and white, the found one thick and orange"}
+
+    def __init__(self, config: ObjectsConfig) -> None:
+        self.config = config
+
+    @classmethod
+    def measure(cls, key: str) -> Measure | None:
+        labels = {"corloc": "CorLoc, TokenCut", "iou": "best IoU, TokenCut", "whole": "CorLoc of the whole picture"}
+        return Measure(labels[key], "percent") if key in labels else None
+
+    def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
+        test = subject.pictures()[1]
+        places = Places(subject, self.name, self.config.level, keys=True)
+        indices = drawn(len(test), self.config.pictures, derive("objects", subject.seed))
+        overlaps: list[float] = []
+        whole: list[bool] = []
+        examples: list[Tensor] = []
+        for scenes in _scenes(test, indices, None if self.config.native else places.size, subject):
+            judged = [scene for scene in scenes if len(scene.boxes)]
+            for scene, box in zip(judged, self._found(places, judged), strict=True):
+                overlaps.append(float(intersection_over_union(box, scene.boxes).max()))
+                height, width = scene.size
+                frame = np.array([0, 0, width, height], dtype=np.float32)
+                whole.append(bool(intersection_over_union(frame, scene.boxes).max() >= _HIT))
+                if len(examples) < self.config.examples:
+                    examples.append(drawn_boxes(scene.image, scene.size, scene.boxes, box))
+        if not overlaps:
+            raise DataError("evaluate.data: no test picture has a box or a mask with an object; give data with either")
+        hits = float(np.mean([overlap >= _HIT for overlap in overlaps]))
+        yield "corloc", Estimate(hits, *wilson(hits, len(overlaps)))
+        yield "iou", _mean(overlaps)
+        yield "whole", float(np.mean(whole))
+        yield "pictures", len(overlaps)
+        yield "examples", tiled([examples[start : start + 4] for start in range(0, len(examples), 4)])
+        if len(overlaps) < len(indices):
+            left = len(indices) - len(overlaps)
+            yield "note", f"{left} of {len(indices)} test pictures have no true box, or cannot be decoded"
+        if subject.backbone is not None:
+            taken = "keys of the last attention block" if places.keys else "a feature map"
+            yield "note", f"features are {taken}" + (f"; {places.note}" if places.note and not places.keys else "")
+
+    def _found(self, places: Places, scenes: Sequence[Scene]) -> Iterator[Boxes]:
+        """The predicted box of each of `scenes`, in pixels of the picture."""
+        if not scenes:
+            return
+        if not self.config.native:
+            for scene, features in zip(scenes, places(torch.stack([one.image for one in scenes])), strict=True):
+                yield self._box(features, scene.size, scene, centre=places.maps)
+            return
+        step = places.network.size_step()
+        for scene in scenes:
+            pad = (-scene.size[0] % step[0], -scene.size[1] % step[1])
+            padded = (scene.size[0] + pad[0], scene.size[1] + pad[1])
+            if padded != places.size and (reason := places.network.refuses(padded)) is not None:
+                raise ConfigError(
+                    f"evaluate.objects.native: {places.network.name} cannot take {padded[0]}x{padded[1]} ({reason}); "
+                    "set false, or backbone.kwargs={dynamic_img_size: true} if it has that"
+                )
+            yield self._box(places(scene.image[None], pad)[0], padded, scene, centre=places.maps)
+
+    def _box(self, features: Tensor, covered: tuple[int, int], scene: Scene, centre: bool) -> Boxes:
+        """The predicted box of places (C, gh, gw) that cover (h, w) pixels of the picture, cut to it."""
+        if centre:
+            features = features - features.mean(dim=(1, 2), keepdim=True)
+        (rows, columns), (height, width) = features.shape[1:], scene.size
+        box = np.array(cut(features.cpu().numpy(), self.config.tau).box, dtype=np.float32)
+        box *= np.tile([covered[1] / columns, covered[0] / rows], 2).astype(np.float32)
+        return np.minimum(box, np.array([width, height, width, height], dtype=np.float32))
+
+
+class Scene(NamedTuple):
+    """A test picture and where its objects are."""
+
+    image: Tensor
+    """uint8 (3, h, w), as the network sees it."""
+    size: tuple[int, int]
+    """(H, W) of the picture itself, in whose pixels boxes are."""
+    boxes: Boxes
+    """(N, 4)."""
+
+
+def _scenes(
+    source: ImageSource, indices: Sequence[int], size: tuple[int, int] | None, subject: Subject
+) -> Iterator[list[Scene]]:
+    """The pictures `indices`, resized to `size` or (None) as they are; those that cannot be decoded are left out."""
+    load = subject.loading
+    loader: DataLoader[Scene | UnlabeledError | None] = DataLoader(
+        _Scenes(source, indices, Resize(size) if size is not None else None),
+        batch_size=min(load.batch_size, 64),
+        num_workers=load.workers,
+        collate_fn=list,
+        generator=torch.Generator(),
+    )
+    for items in loader:
+        if error := next((item for item in items if isinstance(item, UnlabeledError)), None):
+            raise error
+        yield [item for item in items if item is not None]
+
+
+class _Scenes(Dataset["Scene | UnlabeledError | None"]):
+    """None stands for what cannot be decoded, an error for the main process to raise."""
+
+    def __init__(
+        self, source: ImageSource, indices: Sequence[int], transform: Callable[[Tensor], Tensor] | None
+    ) -> None:
+        self.source, self.indices, self.transform = source, indices, transform
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> Scene | UnlabeledError | None:
+        index = self.indices[position]
+        try:
+            image = self.source.read(index)
+            boxes = true_boxes(self.source, index)
+        except DecodeError:
+            return None
+        except UnlabeledError as error:
+            return error
+        size = (image.shape[1], image.shape[2])
+        return Scene(image if self.transform is None else self.transform(image), size, boxes)
+
+
+def true_boxes(source: ImageSource, index: int) -> Boxes:
+    """Annotated boxes of picture `index`, else those around the components of its mask; (0, 4) with neither."""
+    boxes = annotated_boxes(source, index)
+    if boxes is not None:
+        return boxes.numpy().astype(np.float32)
+    if isinstance(source, MaskSource):
+        return component_boxes(source.mask(index).numpy())
+    return np.zeros((0, 4), dtype=np.float32)
+
+
+def drawn_boxes(image: Tensor, size: tuple[int, int], true: Boxes, found: Boxes) -> Tensor:
+    """The picture as a square uint8 (3, 224, 224) with the true boxes thin and white, the found one thick and orange.
+
+    Boxes are in pixels of a picture of `size` (H, W).
+    """
+    scale = np.array([size[1], size[0], size[1], size[0]], dtype=np.float32) / _TILE
+    tile = Resize((_TILE, _TILE))(image)
+    for boxes, colour, width in ((true, _TRUE, 1), (found[None], _FOUND, 3)):
+        tile = draw_bounding_boxes(
+            tile, torch.from_numpy(boxes / scale).clamp(0, _TILE - 1), colors=colour, width=width
+        )
+    return tile
+
+
+def _mean(values: Sequence[float]) -> Estimate:
+    """Mean with its normal 95 % interval, within 0..1."""
+    mean = float(np.mean(values))
+    half = 1.96 * float(np.std(values)) / len(values) ** 0.5
+    return Estimate(mean, max(0.0, mean - half), min(1.0, mean + half))

@@ -1,0 +1,112 @@
+"""Retrieval: each test picture asks for the others of its class, by cosine similarity.
+
+Average precision over the whole ranking, as in image retrieval; recall@k as in metric learning (Song et al. 2016,
+1511.06452); R-precision and MAP@R as Musgrave et al. 2020 (2003.08505) propose them, where R is the number of pictures
+to be found. Queries are ranked a few at a time, so memory grows with N and not with N^2.
+
+Shapes: N test pictures, Q queries of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unlabeled.eval.base import Estimate, Measure, Value, check_features
+from unlabeled.eval.intervals import wilson
+from unlabeled.eval.search import normalized
+from unlabeled.eval.settings import RetrievalConfig
+from unlabeled.eval.subject import Subject
+from unlabeled.ssl.errors import ConfigError, DataError
+from unlabeled.ssl.seeds import derive
+
+_CELLS = 2**22
+"""(query, picture) pairs ranked at a time: about 100 MB."""
+
+
+class RetrievalEvaluator:
+    """How well the other test pictures of a class are ranked before those of other classes.
+
+    Pictures that are the only one of their class ask nothing (a ``note`` says how many) but may be found. Pictures of
+    equal similarity are ranked at random, so features that say nothing score as chance.
+
+    Yields ``map`` (mean average precision over all ranks), ``map_at_r``, ``r_precision`` and, for each k of the
+    settings, ``recall1``: the share of queries with one of their class among the first k, as `Estimate` with Wilson's
+    interval for the number of queries. Raises DataError when no class has two pictures, or when there is one class.
+    """
+
+    name: ClassVar = "retrieval"
+    title: ClassVar = "Retrieval"
+    needs: ClassVar = "features"
+
+    def __init__(self, config: RetrievalConfig) -> None:
+        if not config.k or min(config.k) < 1:
+            raise ConfigError(
+                f"evaluate.retrieval.k: {list(config.k)} is not possible; give whole numbers from 1, such as [1, 5]"
+            )
+        self.config = config
+
+    @classmethod
+    def measure(cls, key: str) -> Measure | None:
+        labels = {"map": "mAP", "map_at_r": "MAP@R", "r_precision": "R-precision"}
+        if key in labels:
+            return Measure(labels[key], "percent")
+        k = key.removeprefix("recall")
+        return Measure(f"recall@{k}") if k != key and k.isdigit() else None
+
+    def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
+        data = subject.features
+        check_features(data)
+        counts = np.bincount(data.test.labels)
+        alone, total = int((counts == 1).sum()), len(data.test)
+        if alone == total or counts.max() == total:
+            why = "no test class has two pictures" if alone == total else "all test pictures are of one class"
+            raise DataError(f"evaluate.retrieval: {why}; give test data of several classes with several pictures each")
+        if alone:
+            yield "note", f"{alone} test pictures are the only one of their class and were not used as queries"
+        wanted = list(dict.fromkeys(min(k, total - 1) for k in self.config.k))
+        if max(self.config.k) > total - 1:
+            yield "note", f"k was cut to {total - 1}, the number of other test pictures"
+        # a stable sort ranks equal similarities by row; shuffled rows make that a draw by lot
+        order = np.random.default_rng(derive(subject.seed, "retrieval")).permutation(total)
+        features = torch.from_numpy(normalized(data.test.features[order])).to(subject.device)
+        labels = torch.from_numpy(data.test.labels[order]).to(subject.device)
+        found = retrieval_scores(features, labels, wanted)
+        yield "map", float(found["map"].mean())
+        yield "map_at_r", float(found["map_at_r"].mean())
+        yield "r_precision", float(found["r_precision"].mean())
+        for k in wanted:
+            recall = float(found[f"recall{k}"].mean())
+            yield f"recall{k}", Estimate(recall, *wilson(recall, total - alone))
+
+
+def retrieval_scores(features: Tensor, labels: Tensor, ks: list[int], *, cells: int = _CELLS) -> dict[str, Tensor]:
+    """Scores of each picture of a class with others, as a query against all but itself; float64 (Q,) each, on the CPU.
+
+    `features` float32 (N, D) of unit length, `labels` int64 (N,), every k below N. Keys: ``map``, ``map_at_r``,
+    ``r_precision``, and ``recall{k}`` (1 where one of the first k is of the class, else 0).
+    """
+    total = len(labels)
+    queries = torch.nonzero(torch.bincount(labels)[labels] > 1).flatten()
+    parts: dict[str, list[Tensor]] = {}
+    ranks = torch.arange(1, total, device=labels.device)
+    for rows in torch.split(queries, max(1, cells // total)):
+        similarities = features[rows] @ features.T  # (Q, N)
+        similarities.scatter_(1, rows[:, None], -torch.inf)
+        order = similarities.argsort(dim=1, descending=True, stable=True)[:, :-1]  # the query itself is last
+        right = labels[order] == labels[rows, None]
+        found = right.cumsum(dim=1)  # (Q, N - 1): how many of the class up to each rank
+        relevant = found[:, -1:]
+        gain = torch.where(right, found / ranks, 0.0)  # precision at the rank of each one
+        first = ranks <= relevant
+        scores = {"map": gain.sum(dim=1, keepdim=True), "map_at_r": (gain * first).sum(dim=1, keepdim=True)}
+        scores["r_precision"] = (right & first).sum(dim=1, keepdim=True)
+        values = {name: (score / relevant)[:, 0] for name, score in scores.items()}
+        values |= {f"recall{k}": found[:, k - 1] > 0 for k in ks}
+        for name, value in values.items():
+            parts.setdefault(name, []).append(value.cpu().double())
+    return {name: torch.cat(part) for name, part in parts.items()}

@@ -1,0 +1,154 @@
+"""Semantic segmentation from single places of the frozen feature map: what dense tasks can read off it directly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unlabeled.eval.base import Measure, Value
+from unlabeled.eval.dense import IGNORE, MaskedBatch, Places, drawn, masked_batches, place_labels, with_masks
+from unlabeled.eval.miou import Overlap, class_iou, estimates, joined, overlap
+from unlabeled.eval.place_probes import LabelledPlaces, LinearPlaces, NearestPlaces
+from unlabeled.eval.settings import SegmentationConfig
+from unlabeled.eval.subject import Subject
+from unlabeled.eval.tiles import class_colours, tiled
+from unlabeled.ssl.data.source import ImageSource
+from unlabeled.ssl.errors import DataError
+from unlabeled.ssl.seeds import derive
+
+_FLOATS = 2**26
+"""Scores at full size that are held at a time."""
+
+
+class SegmentationEvaluator:
+    """Mean IoU over the background and all classes, of a linear probe and of nearest places.
+
+    Pictures are resized whole to the network's size and their masks with them; scores of places are enlarged to that
+    size (bilinear) and the best class of each pixel counts. Pixels of value 255 count nowhere, a class that neither
+    truth nor prediction has is left out of the mean. Intervals are of the choice of test pictures (bootstrap).
+
+    Yields ``probe_miou``, ``knn_miou``, ``probe_accuracy``, ``knn_accuracy`` (of pixels) as fractions, ``probe_iou``
+    and ``knn_iou`` float64 (K,) with NaN for absent classes, ``lr``, ``holdout_miou``, ``diverged``, ``places`` (how
+    many were trained on), a picture ``examples`` (picture, truth, probe, kNN in a row), and ``note``.
+    """
+
+    name: ClassVar = "segmentation"
+    title: ClassVar = "Segmentation"
+    needs: ClassVar = "pictures"
+    captions: ClassVar = {"examples": "picture, mask, linear probe, nearest places"}
+
+    def __init__(self, config: SegmentationConfig) -> None:
+        self.config = config
+
+    @classmethod
+    def measure(cls, key: str) -> Measure | None:
+        labels = {
+            "probe_miou": "mIoU, linear probe of places",
+            "knn_miou": "mIoU, nearest places",
+            "probe_accuracy": "pixel accuracy, linear probe of places",
+            "knn_accuracy": "pixel accuracy, nearest places",
+        }
+        return Measure(labels[key], "percent") if key in labels else None
+
+    def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
+        train, test = (with_masks(source) for source in subject.pictures())
+        places = Places(subject, self.name, self.config.level)
+        classes = len(subject.features.classes) + 1
+        bank = self._bank(places, train, subject, classes)
+        probe = LinearPlaces(bank, self.config, subject.seed)
+        nearest = NearestPlaces(bank, self.config.k, self.config.temperature)
+        judges: dict[str, LinearPlaces | NearestPlaces] = {"probe": probe, "knn": nearest}
+        shown = set(drawn(len(test), self.config.examples, derive("segmentation examples", subject.seed)))
+        counts: dict[str, list[Overlap]] = {judge: [] for judge in judges}
+        examples: list[list[Tensor]] = []
+        for batch in masked_batches(test, places.size, range(len(test)), subject):
+            maps = places(batch.images)
+            guesses = {
+                judge: best_classes(model.scores(rows_of(maps)), maps, places.size) for judge, model in judges.items()
+            }
+            for judge, guess in guesses.items():
+                counts[judge].append(overlap(batch.masks, guess, classes, IGNORE))
+            examples.extend(_examples(batch, list(guesses.values()), shown))
+        if not sum(int(part.truth.sum()) for part in counts["probe"]):
+            raise DataError("evaluate.data: no test picture has a mask that says anything; give data with masks")
+        for judge, parts in counts.items():
+            whole = joined(parts)
+            miou, accuracy = estimates(whole, derive("bootstrap", subject.seed))
+            yield f"{judge}_miou", miou
+            yield f"{judge}_accuracy", accuracy
+            yield f"{judge}_iou", class_iou(Overlap(*(one.sum(axis=0) for one in whole)))
+        yield "lr", probe.lr
+        yield "holdout_miou", probe.holdout_miou
+        yield "diverged", probe.diverged
+        yield "places", len(bank.shares)
+        yield "examples", tiled(examples)
+        if nearest.k < self.config.k:
+            yield "note", f"k was cut to {nearest.k}, the number of training places"
+        if len(set(self.config.lr)) > 2 and probe.lr in (min(self.config.lr), max(self.config.lr)):
+            yield (
+                "note",
+                f"the chosen lr {probe.lr:g} is at the edge of the grid; evaluate.segmentation.lr may be too narrow",
+            )
+        if places.note is not None:
+            yield "note", places.note
+
+    def _bank(self, places: Places, train: ImageSource, subject: Subject, classes: int) -> LabelledPlaces:
+        """At most ``bank`` labelled places, as many of each picture, drawn by the seed."""
+        seed = subject.seed
+        pictures = drawn(len(train), self.config.bank, derive("segmentation pictures", seed))
+        each = -(-self.config.bank // len(pictures))
+        found: list[LabelledPlaces] = []
+        for batch in masked_batches(train, places.size, pictures, subject):
+            maps = places(batch.images)
+            shares, known = place_labels(batch.masks, (maps.shape[2], maps.shape[3]), classes)
+            for number, index in enumerate(batch.indices):
+                labelled = known[number].flatten().nonzero()[:, 0].numpy()
+                random = np.random.default_rng(derive("segmentation places", seed, index))
+                rows = torch.from_numpy(np.sort(random.permutation(labelled)[:each]))
+                found.append(
+                    LabelledPlaces(
+                        rows_of(maps[number : number + 1])[rows.to(maps.device)],
+                        shares[number].flatten(0, 1)[rows].to(maps.device),
+                        known[number].flatten()[rows].to(maps.device),
+                        torch.full((len(rows),), index, device=maps.device),
+                    )
+                )
+        fields = ("features", "shares", "known", "pictures")
+        bank = LabelledPlaces(*(torch.cat([getattr(one, name) for one in found]) for name in fields))
+        if int((bank.shares.sum(dim=0) > 0).sum()) < 2:
+            raise DataError(
+                "evaluate.data: the training masks show a single class; give masks with two, or background and one"
+            )
+        kept = drawn(len(bank.shares), self.config.bank, derive("segmentation bank", seed))
+        return bank.part(torch.tensor(kept, device=bank.shares.device))
+
+
+def rows_of(maps: Tensor) -> Tensor:
+    """Maps (B, C, gh, gw) → one row for each place, (B gh gw, C)."""
+    return maps.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def best_classes(scores: Tensor, maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """The best class of each pixel, int64 (B, h, w) on the host, from scores (B gh gw, K) of the places of `maps`."""
+    batch, _, rows, columns = maps.shape
+    planes = scores.view(batch, rows, columns, -1).permute(0, 3, 1, 2)
+    at_once = max(1, _FLOATS // (planes.shape[1] * size[0] * size[1]))
+    parts = [
+        F.interpolate(part, size, mode="bilinear", align_corners=False).argmax(dim=1).cpu()
+        for part in torch.split(planes, at_once)
+    ]
+    return torch.cat(parts)
+
+
+def _examples(batch: MaskedBatch, guesses: list[Tensor], shown: set[int]) -> list[list[Tensor]]:
+    """For each picture of the batch that is shown: itself, the truth and the guesses, as uint8 (3, h, w)."""
+    return [
+        [batch.images[number], *(class_colours(one[number], batch.images[number]) for one in (batch.masks, *guesses))]
+        for number, index in enumerate(batch.indices)
+        if index in shown
+    ]

@@ -1,0 +1,102 @@
+"""Measures of the training features that need no labels: ranks, power law, intrinsic dimension, uniformity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import ClassVar
+
+import numpy as np
+
+from unlabeled.eval.base import FloatArray, IntArray, Measure, Value
+from unlabeled.eval.metrics import (
+    Spectrum,
+    alpha_req,
+    cluster_learnability,
+    effective_rank,
+    rankme,
+    two_nn,
+    uniformity,
+)
+from unlabeled.eval.settings import SpectrumConfig
+from unlabeled.eval.subject import Subject
+from unlabeled.ssl.errors import DataError
+from unlabeled.ssl.seeds import derive
+
+_DEAD = 1e-6
+"""A feature that varies by less than this part of the largest value of any feature is dead."""
+_MEASURES = {
+    "rankme": Measure("RankMe", "number"),
+    "effective_rank": Measure("effective rank of the centred features", "number"),
+    "alpha": Measure("α-ReQ (best near 1)", "number", None),
+    "dimension": Measure("intrinsic dimension (TwoNN)", "number", None),
+    "learnability": Measure("cluster learnability (of CLID)", "percent", None),
+    "uniformity": Measure("uniformity (-4 at best)", "number", "lower"),
+    "dead": Measure("dead features", "percent", "lower"),
+}
+
+
+class SpectrumEvaluator:
+    """Label-free measures (`unlabeled.eval.metrics`) of the training features.
+
+    Ranks and α are those of at most ``pictures`` pictures, the rest of at most ``pairwise`` of them, both drawn by the
+    seed: most of these values grow with the number of pictures, so compare those of equal numbers. Dimension and
+    learnability are the two parts of CLID, which has a value only among several encoders (`metrics.clid`).
+
+    Yields ``rankme``, ``effective_rank``, ``alpha``, ``dimension``, ``learnability``, ``uniformity`` and ``dead`` (part
+    of the features that do not vary); ``pictures`` and ``pairwise``, the numbers used; ``singular_values`` float64
+    (min(N, D),) of the centred features over √N, deviations along the principal directions, largest first; and a
+    ``note`` for each value that degenerate features do not have.
+    """
+
+    name: ClassVar = "spectrum"
+    title: ClassVar = "Label-free measures"
+    needs: ClassVar = "features"
+
+    def __init__(self, config: SpectrumConfig) -> None:
+        self.config = config
+
+    @classmethod
+    def measure(cls, key: str) -> Measure | None:
+        return _MEASURES.get(key)
+
+    def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
+        every, seed = subject.features.train.features, subject.seed
+        features = every[chosen(len(every), self.config.pictures, "spectrum", seed)]
+        spectrum = Spectrum.of(features)
+        few = features[chosen(len(features), self.config.pairwise, "pairs", seed)]
+        yield "rankme", rankme(spectrum)
+        yield "effective_rank", effective_rank(spectrum)
+        yield from _if_possible("alpha", lambda: alpha_req(spectrum))
+        yield from _if_possible("dimension", lambda: two_nn(few))
+        yield from _if_possible("learnability", lambda: cluster_learnability(few, seed=seed))
+        yield "uniformity", uniformity(few)
+        yield "dead", dead_features(features)
+        yield "pictures", len(features)
+        yield "pairwise", len(few)
+        yield "singular_values", spectrum.centred / np.sqrt(spectrum.count)
+        if len(features) <= features.shape[1]:
+            yield (
+                "note",
+                f"{len(features)} pictures of {features.shape[1]} features: ranks cannot be more than the pictures",
+            )
+
+
+def dead_features(features: FloatArray) -> float:
+    """Part of the features (N, D) that are the same for every picture, but for rounding."""
+    spread = features.max(axis=0) - features.min(axis=0)
+    return float((spread <= _DEAD * np.abs(features).max()).mean())
+
+
+def chosen(count: int, limit: int, *purpose: int | str) -> IntArray:
+    """At most `limit` of `count` rows, ascending, int64; which ones follows from `purpose` alone."""
+    if limit >= count:
+        return np.arange(count)
+    drawn = np.random.default_rng(derive(*purpose)).choice(count, size=limit, replace=False)
+    return np.sort(drawn).astype(np.int64)
+
+
+def _if_possible(key: str, value: Callable[[], float]) -> Iterator[tuple[str, Value]]:
+    try:
+        yield key, value()
+    except DataError as error:
+        yield "note", str(error).removeprefix("evaluate: ")

@@ -1,0 +1,120 @@
+"""Settings of ``unlabeled gauntlet``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BeforeValidator, Field, model_validator
+
+from unlabeled.eval.registry import EVALUATORS
+from unlabeled.ssl.compose import composed, parse, validate
+from unlabeled.ssl.errors import ConfigError
+from unlabeled.ssl.schema import DataConfig, EvaluateConfig, Size
+from unlabeled.ssl.section import Section
+
+_SHARED = {"batch_size", "prefixes", "recalibrate", "recalibrate_pictures"}
+"""Settings of ``evaluate`` that have an effect here, beside the sections of the evaluators."""
+
+
+def _as_list(value: Any) -> Any:
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+def _entries(field: str) -> BeforeValidator:
+    """One entry or a list, where a word alone is short for a mapping with `field`."""
+    return BeforeValidator(lambda value: [{field: one} if isinstance(one, str) else one for one in _as_list(value)])
+
+
+class GauntletBackbone(Section):
+    """One backbone; a word alone is its `target`."""
+
+    target: str
+    """A run folder, a timm model name, or a file of weights (which also needs `name`)."""
+    label: str | None = None
+    """What the table calls it; None: after the target."""
+    pretrained: bool = True
+    """For a timm name: its published weights. Without them it is a row of random weights."""
+    name: str | None = None
+    """For a file of weights: the timm model that they belong to."""
+    size: Size | None = None
+    """Pixels of the pictures that the network sees, as ``backbone.size``; a run folder knows its own."""
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments for ``timm.create_model``."""
+
+
+class GauntletData(DataConfig):
+    """One labelled data set; a word alone is its `name`."""
+
+    label: str | None = None
+    """What the table calls it; None: after the data set, its path or its name."""
+    labels: bool = True
+    """folder only: take the name of the first sub-folder as the label."""
+
+
+class GauntletRun(Section):
+    """``unlabeled gauntlet backbones=[...] data=[...] evaluators=[...]``: every backbone on every data set."""
+
+    backbones: Annotated[tuple[GauntletBackbone, ...], _entries("target"), Field(min_length=1)]
+    """Run folders, timm names or files of weights, each a word or ``{target: ..., label: ...}``."""
+    data: Annotated[tuple[GauntletData, ...], _entries("name"), Field(min_length=1)]
+    """Labelled data, each the name of a source or a mapping such as ``{name: parquet, path: ...}``."""
+    evaluators: Literal["all"] | Annotated[tuple[str, ...], Field(min_length=1)] = ("knn", "linear")
+    """Which evaluators judge the features, by name."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Their settings, such as ``evaluate.knn.k``; also batch_size, prefixes and recalibrate."""
+    measures: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
+    """Columns of the table, such as ``knn/k20``; empty: one for each evaluator. The files hold all of them."""
+    seeds: Annotated[tuple[int, ...], BeforeValidator(_as_list), Field(min_length=1)] = (0,)
+    """Of everything that an evaluator draws and, for random weights, of the weights."""
+    limit: int | None = Field(None, ge=1)
+    """Largest number of pictures per split, chosen by a fixed shuffle."""
+    out: Path = Path("runs/gauntlet")
+    """Folder of the cells, the features and the table."""
+    retry_failed: bool = False
+    """Try cells again that an earlier job noted as failed."""
+    device: Literal["auto", "cpu"] = "auto"
+    workers: int = Field(0, ge=0)
+
+    @property
+    def compute(self) -> torch.device:
+        """Where networks run."""
+        return torch.device("cuda" if self.device == "auto" and torch.cuda.is_available() else "cpu")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_evaluator_is_a_list(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("evaluators"), str) and values["evaluators"] != "all":
+            return values | {"evaluators": [values["evaluators"]]}
+        return values
+
+    @model_validator(mode="after")
+    def _each_setting_has_one_place(self) -> GauntletRun:
+        for name in sorted(self.evaluate.model_fields_set - _SHARED - EVALUATORS.keys()):
+            remedy = f"set {name}=... instead" if name in type(self).model_fields else "remove it"
+            raise ValueError(f"evaluate.{name} has no effect in a gauntlet; {remedy}")
+        for name in ("seeds", "measures"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name}: {list(getattr(self, name))} names one twice; name each once")
+        return self
+
+
+def gauntlet_config(words: Sequence[str]) -> GauntletRun:
+    """The validated settings of a gauntlet. Raises ConfigError, in one line, for words that do not make one."""
+    named = [word for word in words if word.startswith("data=")]
+    listed = _list_in(named[-1]) if named else None
+    others = [word for word in words if word not in named or (listed is None and _list_in(word) is None)]
+    composition = composed("gauntlet", others)
+    if listed is not None:
+        if inside := next((word for word in others if word.startswith("data.")), None):
+            raise ConfigError(f"{inside}: data is a list; write it inside of one of its mappings")
+        composition["data"] = listed
+    return validate(composition, GauntletRun)
+
+
+def _list_in(word: str) -> list[Any] | None:
+    """The list in ``data=[...]``, which Hydra would take for choices of a group; None for another value."""
+    value = parse([word])[0].value()
+    return value if isinstance(value, list) else None

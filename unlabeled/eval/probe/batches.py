@@ -1,0 +1,116 @@
+"""Batches for linear heads: of cached features, or of augmented pictures that are encoded on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from unlabeled.eval.features import Outputs, encode_batch, evaluating, load_pictures
+from unlabeled.eval.subject import Subject
+from unlabeled.ssl.data.loader import seeded
+from unlabeled.ssl.data.source import ImageSource
+from unlabeled.ssl.seeds import derive
+
+Batches = Iterator[tuple[Tensor, Tensor]]
+"""Standardised features float32 (B, F) and labels int64 (B,); the features' memory is used again for the next batch."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """Which rows are seen in which order: whole batches of the shuffled rows, in each epoch anew."""
+
+    rows: Tensor
+    """int64 (N,) of the training split."""
+    batch: int
+    epochs: int
+    seed: int
+
+    @property
+    def per_epoch(self) -> int:
+        return len(self.rows) // self.batch
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * self.per_epoch
+
+    def orders(self) -> Iterator[Tensor]:
+        """The rows of each epoch, int64 (batches of the epoch times their size,)."""
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(self.epochs):
+            yield self.rows[torch.randperm(len(self.rows), generator=generator)[: self.per_epoch * self.batch]]
+
+
+def cached_batches(features: Tensor, labels: Tensor, course: Course) -> Batches:
+    """Rows of standardised features (N, F) and labels (N,)."""
+    buffer = features.new_empty(course.batch, features.shape[1])  # a new one each time costs more than the copy
+    for order in course.orders():
+        order = order.to(features.device)
+        truth = labels[order]
+        for place, rows in enumerate(torch.split(order, course.batch)):
+            torch.index_select(features, 0, rows, out=buffer)
+            yield buffer, truth[place * course.batch : (place + 1) * course.batch]
+
+
+class AugmentedPictures:
+    """A source in which picture ``epoch * N + i`` is a random crop of picture i, mirrored at times.
+
+    The crop is RandomResizedCrop's (8 to 100 % of the area, bicubic) as in the linear evaluation of DINOv2 and of the
+    supervised recipes before it; its draws are a function of (seed, epoch, i).
+    """
+
+    def __init__(self, source: ImageSource, size: tuple[int, int], seed: int) -> None:
+        self.source = source
+        self.seed = seed
+        self.classes = source.classes
+        crop = v2.RandomResizedCrop(list(size), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+        self._transform = v2.Compose([crop, v2.RandomHorizontalFlip()])
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, index: int) -> Tensor:
+        """uint8 (3, h, w)."""
+        epoch, picture = divmod(index, len(self.source))
+        pixels = self.source.read(picture)
+        with seeded(derive("linear probe", self.seed, epoch, picture)):
+            image: Tensor = self._transform(pixels)
+        return image
+
+    def labels(self) -> Tensor | None:
+        return self.source.labels()
+
+    def describe(self, index: int) -> str:
+        return self.source.describe(index % len(self.source))
+
+
+def augmented_batches(
+    subject: Subject, outputs: Outputs | None, mean: Tensor, deviation: Tensor, labels: Tensor, course: Course
+) -> Batches:
+    """Features of augmented training pictures, with `mean` and `deviation` (F,); `labels` (N,) are those of all rows.
+
+    The network stays frozen and in evaluation mode.
+    """
+    backbone, load = subject.network(), subject.loading
+    source = AugmentedPictures(subject.pictures()[0], backbone.input_size, subject.seed)
+    numbers = subject.features.train.indices
+    pictures = torch.arange(len(labels)) if numbers is None else torch.from_numpy(numbers)
+    keys = torch.cat([pictures[order] + epoch * len(source) for epoch, order in enumerate(course.orders())])
+    row_of = torch.zeros(len(source), dtype=torch.int64)
+    row_of[pictures] = torch.arange(len(pictures))
+    backbone.to(load.device)
+    batches = load_pictures(source, _unchanged, keys.tolist(), batch_size=course.batch, workers=load.workers)
+    for indices, images, _ in batches:
+        if images is None:
+            continue
+        with evaluating(backbone), torch.inference_mode():
+            features = encode_batch(backbone, images, outputs, load.device, load.precision)
+            features.sub_(mean).div_(deviation)
+        yield features, labels[row_of[indices % len(source)].to(labels.device)]
+
+
+def _unchanged(image: Tensor) -> Tensor:
+    return image

@@ -1,0 +1,321 @@
+"""Runs side by side, from their report.json alone: ``unlabeled report A B C``."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from markupsafe import Markup
+
+from unlabeled.eval.base import Estimate, Measure
+from unlabeled.eval.environment import versions
+from unlabeled.eval.intervals import less, wilson
+from unlabeled.eval.registry import measure_of
+from unlabeled.eval.report.compare_figures import accuracy_figure, online_figure
+from unlabeled.eval.report.document import clean, read_report
+from unlabeled.eval.report.page import duration, environment
+from unlabeled.ssl.checkpoint import write_atomically, writing
+from unlabeled.ssl.errors import ConfigError, DataError
+
+SCHEMA = 1
+
+_WHERE = ("report/report.json", "report.json")
+_BASELINES = ("pixels", "random")
+_SAME = {"train_pictures": "training pictures", "test_pictures": "test pictures", "classes": "classes"}
+"""What of the evidence must be equal for a fair table."""
+_NAMES = 80
+"""Letters of the folder's default name."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One report."""
+
+    label: str
+    document: Mapping[str, Any]
+
+    @property
+    def evidence(self) -> Mapping[str, Any]:
+        return self.document.get("evidence") or {}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Dotted name → value, of the resolved settings; without the folder of the run."""
+        try:
+            values = yaml.safe_load(self.document["run"].get("config") or "") or {}
+        except yaml.YAMLError:
+            values = {}
+        flat = _flat(values) if isinstance(values, Mapping) else {}
+        return {name: value for name, value in flat.items() if name not in ("out", "target")}
+
+    def metrics(self, encoder: str = "backbone") -> Mapping[str, float | None]:
+        found: Mapping[str, float | None] = self.evidence.get("encoders", {}).get(encoder, {}).get("metrics", {})
+        return found
+
+    def estimate(self, metric: str, measure: Measure, encoder: str = "backbone") -> Estimate | None:
+        """The value with its interval as the report has it (NaN: none); None where it was not measured."""
+        rows = [*self.document["comparison"], *_section_rows(self.document)]
+        for row in rows:
+            if row["metric"] == metric and encoder in row["values"]:
+                found = row["values"][encoder]
+                return None if found["value"] is None else Estimate(*(_number(found[end]) for end in _ENDS))
+        value = self.metrics(encoder).get(metric)
+        if value is None:
+            return None
+        known = measure.unit == "accuracy" and 0 <= value <= 1
+        return Estimate(value, *(wilson(value, self.evidence["test_pictures"]) if known else (math.nan, math.nan)))
+
+
+_ENDS = ("value", "low", "high")
+
+
+def report_runs(words: Sequence[str]) -> Path:
+    """Compares the runs that `words` name (and with ``out=FOLDER`` writes there); returns the page.
+
+    Raises, each in one line, ConfigError without a run and DataError for a run without a report that can be read.
+    """
+    names = [word for word in words if not word.startswith("out=")]
+    if not names:
+        raise ConfigError("report: no run is given; write unlabeled report runs/a runs/b")
+    runs = read_runs([Path(name).expanduser() for name in names])
+    given = [word.removeprefix("out=") for word in words if word.startswith("out=")]
+    joined = "_".join(run.label.replace("/", "-") for run in runs)[:_NAMES]
+    return write_comparison(runs, Path(given[-1]).expanduser() if given else Path("reports") / joined)
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """The reports in run folders, report folders or report.json files, each under a label of its own."""
+    found = []
+    for path in paths:
+        file = next((path / name for name in _WHERE if (path / name).is_file()), path)
+        if not file.is_file():
+            raise DataError(f"report: {path} holds no report.json; write it with `unlabeled evaluate {path}`")
+        found.append((_folder_of(file).name or "run", read_report(file), file))
+    counts = Counter(label for label, _, _ in found)
+    runs = []
+    for place, (label, document, file) in enumerate(found, start=1):
+        _check(document, file)
+        runs.append(Run(clean(label if counts[label] == 1 else f"{place}: {label}"), document))
+    return runs
+
+
+def _folder_of(file: Path) -> Path:
+    """The run that a report.json belongs to."""
+    folder = file.resolve().parent
+    return folder.parent if folder.name == "report" else folder
+
+
+def _check(document: Mapping[str, Any], file: Path) -> None:
+    evidence = document.get("evidence")
+    parts = [document.get("run"), {} if evidence is None else evidence]
+    if all(isinstance(part, dict) for part in parts) and isinstance(document.get("comparison"), list):
+        encoders = {"backbone": {"metrics": {}}} if evidence is None else evidence.get("encoders")
+        if isinstance(encoders, dict) and isinstance(encoders.get("backbone", {}).get("metrics"), dict):
+            return
+    raise DataError(f"report: {file} is no report of a run; write it again with `unlabeled evaluate`")
+
+
+def compare_runs(runs: Sequence[Run]) -> dict[str, Any]:
+    """What ``compare.json`` holds; fractions are 0..1, times in seconds, differences are to the first run.
+
+    ``schema``    1; grows when a key changes its meaning or goes.
+    ``runs``      ``label``, and of the report ``task``, ``backbone``, ``data``, ``parameters``, ``epochs``, ``images``,
+                  ``seconds``, ``evaluation_seconds``, ``train_pictures``, ``test_pictures``, ``summary`` (verdict).
+    ``fair``      whether all were judged on the same data; only then are there differences and best ones.
+    ``differs``   in words, where the data differ.
+    ``measures``  one for each, those to quote first: ``metric``, ``label``, ``unit``, ``better``, ``headline`` and, of
+                  each run in their order, ``values``, ``pixels``, ``random``, ``differences`` (``value``, ``low``,
+                  ``high``, or null; of plain numbers there are none) and ``best`` (its interval meets no other's).
+    ``settings``  ``name`` and ``values`` of those that are not the same everywhere.
+    ``online``    of each run [epoch, kNN accuracy] while it went on.
+    """
+    differs = _differs(runs)
+    return {
+        "schema": SCHEMA,
+        "versions": versions(),
+        "runs": [_facts(run) for run in runs],
+        "fair": not differs,
+        "differs": differs,
+        "measures": [_measured(runs, metric, measure, not differs) for metric, measure in _measures(runs)],
+        "settings": _settings(runs),
+        "online": [(run.document.get("training") or {}).get("online", []) for run in runs],
+    }
+
+
+def write_comparison(runs: Sequence[Run], folder: Path) -> Path:
+    """Writes ``compare.{json,md,html}`` into `folder`; returns the path of the HTML.
+
+    Raises DataError for reports whose numbers cannot be read and CheckpointError when the disk refuses.
+    """
+    try:
+        document = compare_runs(runs)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"report: a report.json is damaged ({error!r}); write it with `unlabeled evaluate`") from None
+    context = {**document, "facts": _fact_rows(document), "figures": _figures(document)}
+    texts = {
+        "json": json.dumps(document, indent=1) + "\n",
+        "md": environment(html=False).get_template("compare.md.j2").render(context),
+        "html": environment(html=True).get_template("compare.html.j2").render(context),
+    }
+    with writing(f"out: {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for kind, text in texts.items():
+            write_atomically(folder / f"compare.{kind}", text)
+    return folder / "compare.html"
+
+
+def _section_rows(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Rows of the evaluators' own sections, where a report has them."""
+    return [row for section in document.get("evaluators") or [] for row in section.get("rows", [])]
+
+
+def _measures(runs: Sequence[Run]) -> list[tuple[str, Measure]]:
+    """Everything of the backbones that a table can show, those to quote first."""
+    found = {metric: measure_of(metric) for run in runs for metric in run.metrics()}
+    quoted = {metric for run in runs for metric in run.evidence.get("headline", [])}
+    shown = [(metric, measure) for metric, measure in found.items() if measure is not None]
+    return sorted(shown, key=lambda pair: pair[0] not in quoted)
+
+
+def _measured(runs: Sequence[Run], metric: str, measure: Measure, fair: bool) -> dict[str, Any]:
+    values = [run.estimate(metric, measure) for run in runs]
+    baselines = {name: [_plain(run.estimate(metric, measure, name)) for run in runs] for name in _BASELINES}
+    first = values[0] if fair and measure.unit != "number" else None
+    return {
+        "metric": metric,
+        "label": measure.label,
+        "unit": measure.unit,
+        "better": measure.better,
+        "headline": any(metric in run.evidence.get("headline", []) for run in runs),
+        "values": [_plain(value) for value in values],
+        **baselines,
+        "differences": [
+            _plain(less(value, first)) if place and value is not None and first is not None else None
+            for place, value in enumerate(values)
+        ],
+        "best": _clear_best(values, measure.better) if fair else [False] * len(values),
+    }
+
+
+def _clear_best(values: Sequence[Estimate | None], better: str | None) -> list[bool]:
+    """True for the one whose interval lies beyond all others'; of a single run, or without intervals, none."""
+    known = [value for value in values if value is not None]
+    if better is None or len(known) < 2 or any(math.isnan(value.low) for value in known):
+        return [False] * len(values)
+    sign = 1 if better == "higher" else -1
+    ends = [sorted((sign * value.low, sign * value.high)) for value in known]
+    top = max(range(len(ends)), key=lambda place: ends[place][0])
+    clear = all(ends[place][1] < ends[top][0] for place in range(len(ends)) if place != top)
+    return [clear and value is known[top] for value in values]
+
+
+def _differs(runs: Sequence[Run]) -> list[str]:
+    """Where the data of the evaluations differ, one line each."""
+    lines = []
+    for key, words in _SAME.items():
+        values = [run.evidence.get(key) for run in runs]
+        if any(value != values[0] for value in values[1:]):
+            shown = [len(value) if isinstance(value, list) else value for value in values]
+            lines.append(_line(words, [f"{one:,}" if one is not None else "none" for one in shown], runs))
+    data = [_evaluated_on(run) for run in runs]
+    if len({name for name in data if name is not None}) > 1:
+        lines.append(_line("evaluation data", [name or "not known" for name in data], runs))
+    return lines
+
+
+def _line(what: str, values: Sequence[str], runs: Sequence[Run]) -> str:
+    kinds = dict.fromkeys(values)
+    if len(kinds) == 1:
+        return f"{what}: equally many, and not the same"
+    return f"{what}: " + "; ".join(
+        f"{kind} ({', '.join(run.label for run, value in zip(runs, values, strict=True) if value == kind)})"
+        for kind in kinds
+    )
+
+
+def _evaluated_on(run: Run) -> str | None:
+    """The data named for evaluation, else the run's own; None where the settings do not say."""
+    settings = run.settings
+    section = "evaluate.data" if "evaluate.data.name" in settings else "data"
+    parts = [settings.get(f"{section}.{name}") for name in ("name", "dataset", "path", "test_path", "limit")]
+    return " ".join(str(part) for part in parts if part is not None) or None
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    known = {
+        name: run.document["run"].get(name)
+        for name in ("task", "backbone", "data", "parameters", "epochs", "images", "seconds")
+    }
+    return {
+        "label": run.label,
+        **known,
+        "evaluation_seconds": run.evidence.get("seconds"),
+        "train_pictures": run.evidence.get("train_pictures"),
+        "test_pictures": run.evidence.get("test_pictures"),
+        "summary": (run.document.get("verdict") or {}).get("summary", ""),
+    }
+
+
+def _settings(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Those that are not the same in all runs; of one run there are none."""
+    found = [run.settings for run in runs]
+    every = list(dict.fromkeys(name for settings in found for name in settings))
+    sections = [name.partition(".")[0] for name in every]
+    names = sorted(every, key=lambda name: sections.index(name.partition(".")[0]))
+    rows = [{"name": name, "values": [settings.get(name) for settings in found]} for name in names]
+    return [row for row in rows if any(value != row["values"][0] for value in row["values"][1:])]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {}
+        flat |= inner or {f"{prefix}{name}": json.loads(json.dumps(value, default=str))}
+    return flat
+
+
+def _fact_rows(document: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """What the page says of each run; lines that are empty everywhere are left out."""
+
+    def million(value: Any) -> str:
+        return f"{value / 1e6:.2f} million"
+
+    shapes: dict[str, tuple[str, Any]] = {
+        "Task": ("task", str), "Backbone": ("backbone", str), "Parameters": ("parameters", million),
+        "Data": ("data", str), "Epochs": ("epochs", "{:g}".format), "Pictures seen": ("images", "{:,}".format),
+        "Pretraining took": ("seconds", duration), "Evaluation took": ("evaluation_seconds", duration),
+        "Training pictures": ("train_pictures", "{:,}".format), "Test pictures": ("test_pictures", "{:,}".format),
+    }  # fmt: skip
+    rows = [
+        (title, ["–" if run[name] is None else shape(run[name]) for run in document["runs"]])
+        for title, (name, shape) in shapes.items()
+    ]
+    return [(title, values) for title, values in rows if set(values) != {"–"}]
+
+
+def _figures(document: Mapping[str, Any]) -> dict[str, Markup]:
+    labels = [run["label"] for run in document["runs"]]
+    figures = {}
+    quoted = [row for row in document["measures"] if row["headline"] and row["unit"] == "accuracy"]
+    if quoted:
+        figures["accuracy"] = accuracy_figure(labels, quoted)
+    if any(len(curve) > 1 for curve in document["online"]):
+        figures["online"] = online_figure(labels, document["online"])
+    return figures
+
+
+def _plain(value: Estimate | None) -> dict[str, float | None] | None:
+    if value is None:
+        return None
+    ends = {"value": value.value, "low": value.low, "high": value.high}
+    return {name: end if math.isfinite(end) else None for name, end in ends.items()}
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)

@@ -1,0 +1,163 @@
+"""Accuracies of the encoders beside each other: points, curves, and by class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
+
+from unlabeled.eval.base import Estimate
+from unlabeled.eval.report.figures.style import (
+    ACCENT,
+    CARD,
+    INK,
+    LOOKS,
+    SOFT,
+    STYLE,
+    WIDTH,
+    drawing,
+    legend,
+    percent_axis,
+    short,
+    svg,
+)
+from unlabeled.eval.report.sections import Series, cut_of
+from unlabeled.eval.report.verdict import TITLES, Comparison, percent
+
+_ROWS = 24
+"""Classes up to which each has a row."""
+
+
+def comparison_figure(comparisons: Sequence[Comparison]) -> Markup:
+    """The headline accuracies of all encoders as points with their intervals."""
+    quoted = [comparison for comparison in comparisons if comparison.headline]
+    rows = [(c, name) for c in quoted for name in c.values]
+    with mpl.rc_context(STYLE):
+        figure, axes = drawing(0.5 + 0.3 * len(rows))
+        places = [-row - 0.6 * quoted.index(comparison) for row, (comparison, _) in enumerate(rows)]
+        for place, (comparison, name) in zip(places, rows, strict=True):
+            estimate, color = comparison.values[name], ACCENT if name == "backbone" else SOFT
+            axes.plot([estimate.low, estimate.high], [place, place], color=color)
+            axes.plot([estimate.value], [place], "o", color=color, markersize=6)
+            axes.annotate(
+                f"{percent(estimate.value)} %", (estimate.high, place), (6, 0), textcoords="offset points",
+                va="center", fontsize=8.5, color=INK if name == "backbone" else SOFT,
+            )  # fmt: skip
+        axes.set_yticks(places, [f"{c.label}: {TITLES.get(name, name)}" for c, name in rows])
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.grid(axis="y", visible=False)
+        axes.set_ylim(min(places) - 0.6, 0.6)
+        axes.margins(x=0.16)
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        return svg(figure, "Accuracy of each encoder with its 95 % interval")
+
+
+def series_figure(series: Sequence[Series], title: str) -> Markup:
+    """Series of one evaluator as small charts side by side, on one scale if they have one unit; baselines dashed."""
+    columns = min(2, len(series))
+    rows = -(-len(series) // columns)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 2.4 if rows == 1 else 0.5 + 1.55 * rows), layout="constrained")
+        one_unit = len({one.points[0][1].unit for one in series}) == 1
+        charts: list[Axes] = list(figure.subplots(rows, columns, squeeze=False, sharey=one_unit).flat)
+        for axes, one in zip(charts, series, strict=False):
+            names = dict.fromkeys(name for _, row in one.points for name in row.values)
+            for name in names:
+                _line(axes, [(x, row.values[name]) for x, row in one.points if name in row.values], name)
+            if len(series) > 1:
+                axes.set_title(short(one.title, 28), fontsize=8.5, loc="left", color=INK)
+            _numbered(axes, [x for x, _ in one.points])
+            axes.set_xlabel(short(one.axis, 28))
+            if one.points[0][1].unit != "number":
+                percent_axis(axes, 4)
+        for axes in charts[len(series) :]:
+            axes.set_axis_off()
+        legend(figure, charts[0])
+        return svg(figure, title)
+
+
+def prefix_figure(rows: Sequence[Comparison], metric: str, dimensions: Mapping[str, int], title: str) -> Markup | None:
+    """One measure of the first so many features and, hollow, of as many principal components; raw pixels as a whole are
+    a line across. None when it has no cuts."""
+    lines: dict[tuple[str, bool], list[tuple[float, Estimate]]] = {}
+    pixels: Estimate | None = None
+    for row in rows:
+        if row.metric.partition("@")[0] == metric:
+            cut = cut_of(row.metric)
+            pixels = row.values.get("pixels") if cut is None else pixels
+            for name in [name for name in row.values if name != "pixels"]:
+                length = dimensions[name] if cut is None else int(cut.removeprefix("pca"))
+                for principal in (False, True):
+                    if cut is None or principal == cut.startswith("pca"):
+                        lines.setdefault((name, principal), []).append((length, row.values[name]))
+    lines = {line: sorted(points, key=lambda point: point[0]) for line, points in lines.items() if len(points) > 1}
+    if not lines:
+        return None
+    with mpl.rc_context(STYLE):
+        figure, axes = drawing(3)
+        for (name, principal), points in lines.items():
+            label = TITLES.get(name, name) + (", PCA" if principal else "")
+            _line(axes, points, name, label=label, **({"markerfacecolor": CARD, "alpha": 0.75} if principal else {}))
+        if pixels is not None:
+            axes.axhline(pixels.value, label=TITLES["pixels"], **{**LOOKS["pixels"], "marker": None})
+        _numbered(axes, sorted({x for points in lines.values() for x, _ in points}))
+        axes.set_xlabel("number of features")
+        percent_axis(axes)
+        legend(figure, axes)
+        return svg(figure, title)
+
+
+def class_figure(shares: Mapping[str, npt.NDArray[np.float64]], classes: Sequence[str], label: str) -> Markup:
+    """A fraction of each class (C,) for each encoder: a row for each class, past 24 a curve from best to worst."""
+    with mpl.rc_context(STYLE):
+        if len(classes) > _ROWS:
+            figure, axes = drawing(2.6)
+            for name, share in shares.items():
+                values = np.sort(share[np.isfinite(share)])[::-1]
+                look = {**LOOKS.get(name, {"color": SOFT}), "marker": None}
+                axes.plot(np.arange(1, len(values) + 1), values, label=TITLES.get(name, name), **look)
+            axes.set_xlabel("classes, best first")
+            percent_axis(axes)
+        else:
+            figure, axes = drawing(0.7 + 0.22 * len(classes))
+            for name, share in shares.items():
+                look = {**LOOKS.get(name, {"color": SOFT}), "linestyle": ""}
+                axes.plot(share, np.arange(len(share)), label=TITLES.get(name, name), **look)
+            axes.set_yticks(np.arange(len(classes)), [short(name) for name in classes])
+            axes.set_ylim(len(classes) - 0.5, -0.5)
+            axes.tick_params(axis="y", length=0)
+            axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+        legend(figure, axes)
+        return svg(figure, label)
+
+
+def _line(axes: Axes, points: Sequence[tuple[float, Estimate]], name: str, **look: Any) -> None:
+    """One encoder's values with their intervals."""
+    xs, ys = [x for x, _ in points], [one.value for _, one in points]
+    look = {"label": TITLES.get(name, name), **LOOKS.get(name, {"color": SOFT}), **look}
+    axes.plot(xs, ys, **look)
+    for x, one in points:
+        axes.plot([x, x], [one.low, one.high], color=look["color"], linewidth=0.9, alpha=0.5)
+
+
+def _numbered(axes: Axes, places: Sequence[float]) -> None:
+    """Ticks at the places that were measured, on a log scale where they spread over more than a factor of eight."""
+    if min(places) > 0 and max(places) > 8 * min(places):
+        axes.set_xscale("log")
+    elif max(places) > min(places):
+        edge = 0.06 * (max(places) - min(places))
+        axes.set_xlim(min(places) - edge, max(places) + edge)
+    axes.xaxis.set_major_locator(FixedLocator(list(places)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())

@@ -1,0 +1,39 @@
+"""The map of test features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib as mpl
+import numpy as np
+from markupsafe import Markup
+
+from unlabeled.eval.embedding import Embedding
+from unlabeled.eval.report.figures.style import KINDS, SOFT, STYLE, WIDTH, drawing, legend, short, svg
+
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">")
+"""Shapes beside the colours, for eyes and printers that do not tell colours apart."""
+
+
+def embedding_figure(embedding: Embedding, classes: Sequence[str]) -> Markup:
+    """Points of test pictures; the ten commonest classes have colours and shapes, others are small and grey."""
+    points, labels = embedding.points, embedding.labels
+    counts = np.bincount(labels, minlength=len(classes))
+    shown = [int(one) for one in np.argsort(-counts, kind="stable")[: len(KINDS)] if counts[one]]
+    with mpl.rc_context(STYLE):
+        figure, axes = drawing(WIDTH)
+        others = ~np.isin(labels, shown)
+        if others.any():
+            axes.plot(*points[others].T, "o", color=SOFT, markersize=2, alpha=0.5, label="other classes")
+        size = 5 if len(points) <= 300 else 3.6
+        for number, one in enumerate(sorted(shown)):
+            axes.plot(
+                *points[labels == one].T, _MARKERS[number], color=KINDS[number], markersize=size, alpha=0.8,
+                markeredgewidth=0, label=short(classes[one], 18), rasterized=False,
+            )  # fmt: skip
+        axes.grid(visible=False)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.set_aspect("equal", "datalim")
+        legend(figure, axes, loc="outside lower center", ncols=4, columnspacing=1.2, handletextpad=0.2)
+        return svg(figure, f"Map of {len(points)} test pictures by their features, coloured by class")

@@ -1,0 +1,126 @@
+"""Which figures the section of an evaluator has: told from its measures and arrays, so that a new one gets them too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy.typing as npt
+from markupsafe import Markup
+
+from unlabeled.eval.base import Estimate
+from unlabeled.eval.registry import EVALUATORS
+from unlabeled.eval.report.figures.accuracy import class_figure, prefix_figure, series_figure
+from unlabeled.eval.report.figures.matrices import confusion_figure, heat_figure, spectrum_figure
+from unlabeled.eval.report.sections import Series, cut_of, find_series, is_per_class, per_class, title_of
+from unlabeled.eval.report.verdict import Comparison, measures
+from unlabeled.eval.suite import Evidence
+
+Figure = tuple[str, Markup]
+"""Title and SVG."""
+Arrays = dict[str, dict[str, npt.NDArray[Any]]]
+"""Key → encoder → array."""
+
+_LAYERS = {
+    "cka": "Likeness of the layers (CKA), percent",
+    "cka_random": "Layers beside those of random weights (CKA), percent",
+}
+
+
+def evaluator_figures(evidence: Evidence) -> dict[str, list[Figure]]:
+    """Evaluator → its figures: curves over a number, over the number of features, and of the arrays in `_arrays`."""
+    rows = measures(evidence)
+    found = {}
+    for name in EVALUATORS:
+        own = [row for row in rows if row.metric.startswith(f"{name}/")]
+        found[name] = [*_curves(name, own), *_prefixes(name, own, evidence), *_arrays(name, evidence)]
+    return found
+
+
+def _curves(name: str, rows: Sequence[Comparison]) -> Iterator[Figure]:
+    """A figure for each number that measures differ in."""
+    axes: dict[str, list[Series]] = {}
+    for series in find_series(rows):
+        axes.setdefault(series.axis, []).append(series)
+    for axis, together in axes.items():
+        title = f"{title_of(name)} by {axis}"
+        yield title, series_figure(together, title)
+
+
+def _prefixes(name: str, rows: Sequence[Comparison], evidence: Evidence) -> Iterator[Figure]:
+    """Of the measures to quote; of an evaluator without one, of its first that is a fraction."""
+    rows = [row for row in rows if row.unit != "number"]
+    cut = dict.fromkeys(row.metric.partition("@")[0] for row in rows if cut_of(row.metric) is not None)
+    quoted = [metric for metric in cut if metric in evidence.headline] or list(cut)[:1]
+    dimensions = {encoder: found.dimension for encoder, found in evidence.encoders.items()}
+    labels = {row.metric: row.label for row in rows}
+    for metric in quoted:
+        title = f"{labels.get(metric, metric)}, by number of features"
+        if figure := prefix_figure(rows, metric, dimensions, title):
+            yield title, figure
+
+
+def _arrays(name: str, evidence: Evidence) -> Iterator[Figure]:
+    """``confusion`` (C, C) · ``per_class*``, ``*iou`` (C,) or with the background (C + 1,) · ``singular_values`` (d,) ·
+    ``cka*`` (L, L) with ``names`` (L,) of the layers · ``accuracies`` (K, S) with ``names`` (K,) and ``severities``."""
+    title, found = title_of(name), Arrays()
+    for encoder, one in evidence.encoders.items():
+        for key, array in one.arrays.items():
+            if key.startswith(f"{name}/"):
+                found.setdefault(key.removeprefix(f"{name}/"), {})[encoder] = array
+    for key, arrays in found.items():
+        own = arrays.get("backbone")
+        if key == "confusion":
+            yield from _confusions(title, arrays, evidence.classes)
+        elif is_per_class(key):
+            yield from _classes(title, key, arrays, evidence.classes)
+        elif key == "accuracies":
+            yield from _severities(title, found)
+        elif key == "singular_values":
+            words = "Spectrum of the features"
+            if figure := spectrum_figure(arrays, f"{words}: singular values by rank"):
+                yield words, figure
+        elif key.startswith("cka") and own is not None and own.ndim == 2:
+            names = [str(one) for one in found.get("names", {}).get("backbone", ())]
+            rows, columns = (names if len(names) == n else [str(i + 1) for i in range(n)] for n in own.shape)
+            words = _LAYERS.get(key, key)
+            yield words, heat_figure(own, rows, columns, ("layer", "layer"), words)
+
+
+def _confusions(title: str, arrays: Mapping[str, npt.NDArray[Any]], classes: Sequence[str]) -> Iterator[Figure]:
+    if "backbone" in arrays:
+        own = confusion_figure(arrays["backbone"], classes, title)
+        yield f"{title}: confusion, percent of each true class", own
+    shares = {encoder: per_class(array) for encoder, array in arrays.items()}
+    words = f"{title}: accuracy of each class"
+    yield words, class_figure(shares, classes, words)
+
+
+def _classes(title: str, key: str, arrays: Mapping[str, npt.NDArray[Any]], classes: Sequence[str]) -> Iterator[Figure]:
+    score = (
+        key.removeprefix("per_class").strip("_").replace("_", " ").replace("iou", "IoU").replace("knn", "kNN")
+        or "score"
+    )
+    lengths = {len(array) for array in arrays.values()}
+    for named in (classes, ("background", *classes)):
+        if lengths == {len(named)}:
+            words = f"{title}: {score} of each class"
+            yield words, class_figure(arrays, named, words)
+
+
+def _severities(title: str, found: Arrays) -> Iterator[Figure]:
+    """A chart for each row of ``accuracies``, which all encoders were given alike."""
+    series = []
+    levels = [float(level) for level in found.get("severities", {}).get("backbone", ())]
+    for row, kind in enumerate(str(one) for one in found.get("names", {}).get("backbone", ())):
+        points = []
+        for column, level in enumerate(levels):
+            values = {
+                encoder: Estimate(float(array[row, column]), math.nan, math.nan)
+                for encoder, array in found["accuracies"].items()
+            }
+            points.append((level, Comparison(kind, kind, False, values, {}, "percent")))
+        series.append(Series(kind.replace("_", " "), "severity", tuple(points)))
+    if series and levels:
+        yield f"{title} by severity", series_figure(series, f"{title} by severity")

@@ -1,0 +1,83 @@
+"""Accuracy of the sizes that one network holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from unlabeled.eval.intervals import wilson
+from unlabeled.eval.report.figures.style import ACCENT, CARD, INK, SOFT, STYLE, WIDTH, percent_axis, svg
+from unlabeled.eval.report.verdict import label_of
+from unlabeled.eval.size_curve import SizeCurve, SizeResult
+
+_BARRED = 24
+"""Sizes up to which each is drawn with its interval and its random weights; past it the front alone has them."""
+
+
+def size_figure(curve: SizeCurve, metric: str) -> Markup:
+    """Accuracy of each size against its weights, its Pareto front, random weights, raw pixels, others trained alone."""
+    front = curve.front(metric)
+    measured = [result for result in curve.results if metric in result.metrics]
+    extracted = [result for result in measured if result.kind == "extracted"]
+    few = len(extracted) <= _BARRED
+    twins = [result for result in (extracted if few else front) if metric in result.random]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+        above, below = _size_axes(figure, measured, twins, curve, metric)
+        _points(above, [one for one in extracted if one not in front], metric, "sizes of this network", alpha=0.45)
+        _points(above, front, metric, "no smaller one is as good", linestyle="-")
+        _points(above, [one for one in measured if one.kind == "alone"], metric, "trained alone", color=INK, marker="D")
+        for result in measured if few else ():
+            color, ends = (
+                INK if result.kind == "alone" else ACCENT,
+                wilson(result.metrics[metric], curve.test_pictures),
+            )
+            above.plot([result.parameters] * 2, ends, color=color, linewidth=0.9, alpha=0.6)
+        if twins:
+            xs, ys = [one.parameters for one in twins], [one.random[metric] for one in twins]
+            look: Any = {"marker": "o", "markersize": 3.5, "markerfacecolor": CARD} if few else {}
+            below.plot(xs, ys, "--", color=SOFT, linewidth=1.1, label="random weights", **look)
+        if metric in curve.pixels:
+            below.axhline(curve.pixels[metric], color=SOFT, linestyle=(0, (1, 2)), linewidth=1.2, label="raw pixels")
+        figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8, labelcolor=SOFT)
+        return svg(figure, f"{label_of(metric)} of each size against its number of parameters")
+
+
+def _size_axes(
+    figure: Figure, measured: Sequence[SizeResult], twins: Sequence[SizeResult], curve: SizeCurve, metric: str
+) -> tuple[Axes, Axes]:
+    """Where sizes are drawn and where baselines: apart when these lie so far below that sizes would become a line."""
+    values = [result.metrics[metric] for result in measured]
+    baselines = [found[metric] for found in (curve.pixels, *(result.random for result in twins)) if metric in found]
+    far = bool(baselines) and min(values) - max(baselines) > max(values) - min(values)
+    axes: list[Axes] = list(figure.subplots(1 + far, sharex=True, squeeze=False, height_ratios=[3, 1][: 1 + far]).flat)
+    for part, ticks in zip(axes, (5, 2), strict=False):
+        percent_axis(part, ticks)
+        part.margins(x=0.06, y=0.1 if part is axes[0] else 0.3)
+    if far:
+        axes[0].spines["bottom"].set_visible(False)
+        axes[0].tick_params(axis="x", length=0, which="both")
+        tear: Any = {"marker": [(-1, -0.6), (1, 0.6)], "markersize": 7, "color": SOFT, "clip_on": False}
+        axes[0].plot([0], [0], transform=axes[0].transAxes, **tear)
+        axes[1].plot([0], [1], transform=axes[1].transAxes, **tear)
+    last = axes[-1]
+    last.set_xscale("log")
+    last.set_xlabel("million parameters")
+    last.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    last.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e6:g}"))
+    last.xaxis.set_minor_formatter(NullFormatter())
+    return axes[0], last
+
+
+def _points(axes: Axes, results: Sequence[SizeResult], metric: str, label: str, **look: Any) -> None:
+    if results:
+        xs, ys = [result.parameters for result in results], [result.metrics[metric] for result in results]
+        axes.plot(
+            xs, ys, **{"marker": "o", "linestyle": "", "markersize": 4.5, "color": ACCENT, "label": label, **look}
+        )

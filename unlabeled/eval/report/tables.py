@@ -1,0 +1,37 @@
+"""The evidence as a Markdown table, for notebooks and terminals."""
+
+from __future__ import annotations
+
+import math
+
+from unlabeled.eval.base import Estimate
+from unlabeled.eval.report.sections import cut_of
+from unlabeled.eval.report.verdict import TITLES, Comparison, judge, measures, percent
+from unlabeled.eval.suite import Evidence
+
+
+def evidence_table(evidence: Evidence) -> str:
+    """The verdict and a row for each measure on all features, those to quote in bold; intervals are 95 %."""
+    names = list(evidence.encoders)
+    rows = sorted((row for row in measures(evidence) if cut_of(row.metric) is None), key=lambda row: not row.headline)
+    lines = [
+        judge(evidence).summary,
+        "",
+        "| " + " | ".join(["", *(TITLES.get(name, name) for name in names)]) + " |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for row in rows:
+        mark = "**" if row.headline else ""
+        cells = [_cell(row, row.values.get(name)) for name in names]
+        lines.append("| " + " | ".join([f"{mark}{row.label}{mark}", *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _cell(row: Comparison, found: Estimate | None) -> str:
+    if found is None:
+        return "–"
+    shown = f"{found.value:.4g}" if row.unit == "number" else f"{percent(found.value)} %"
+    if math.isnan(found.low):
+        return shown
+    low, high = (f"{end:.4g}" if row.unit == "number" else percent(end) for end in (found.low, found.high))
+    return f"{shown} ({low} to {high})"

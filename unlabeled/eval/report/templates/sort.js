@@ -1,0 +1,17 @@
+for (const table of document.querySelectorAll("table.sortable")) {
+  const heads = [...table.tHead.rows[table.tHead.rows.length - 1].cells];
+  heads.forEach((head, place) => head.querySelector("button")?.addEventListener("click", () => {
+    const before = head.getAttribute("aria-sort");
+    const down = before ? before === "ascending" : head.dataset.first === "descending";
+    heads.forEach(other => other.removeAttribute("aria-sort"));
+    head.setAttribute("aria-sort", down ? "descending" : "ascending");
+    const key = row => row.cells[place].dataset.sort ?? row.cells[place].textContent;
+    const rows = [...table.tBodies[0].rows].sort((a, b) => {
+      const [x, y] = [key(a), key(b)];
+      if (x === "" || y === "") return (x === "") - (y === "");  // what is missing stays last
+      const order = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
+      return down ? -order : order;
+    });
+    table.tBodies[0].append(...rows);
+  }));
+}

@@ -1,0 +1,184 @@
+"""Tar shards as WebDataset writes them, read in any order.
+
+Members of a shard that share their path up to the first dot of the name are one sample: ``0001.jpg`` with ``0001.cls``
+(the class as text) or ``0001.json`` (with a field ``label``). The headers are read once when the source is opened; a
+picture is then read by its place in the shard, so that shuffling and resuming are as exact as for single files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from unlabeled.ssl.data.decode import EXTENSIONS, decode_rgb
+from unlabeled.ssl.data.layout import holdout, split_files
+from unlabeled.ssl.data.source import DecodeError, Split
+from unlabeled.ssl.errors import DataError
+from unlabeled.ssl.schema import DataConfig
+
+
+class TarSource:
+    """All pictures of the shards at `config.path`, in the order of the shards' names and of their members.
+
+    Shards named for a split belong to it, `config.test_path` names test shards; otherwise `config.test_fraction` of
+    each class is held out. There are labels when every picture has one.
+    """
+
+    def __init__(self, config: DataConfig, split: Split = "train") -> None:
+        train_files, test_files = split_files(config, ".tar")
+        held_out = test_files is None
+        train = _read_index(train_files) if split == "train" or held_out else None
+        shards = train if train is not None else _read_index(test_files or [])
+        self.classes: list[str] | None = None
+        self._labels: torch.Tensor | None = None
+        self._index = shards
+        if shards.labels is not None:
+            known = shards.labels if train is not None else _read_index(train_files).labels
+            if known is not None:
+                self.classes, self._labels = _numbered(known, shards.labels)
+        if not held_out:
+            return
+        if self._labels is not None:
+            kept = holdout(self._labels, config.test_fraction, split)
+            self._index, self._labels = shards.take(kept.numpy()), self._labels[kept]
+        elif split == "test":
+            raise DataError(
+                f"data.path: {config.path} has no test shards and no labels to hold a part out by; set data.test_path"
+            )
+
+    def __len__(self) -> int:
+        return len(self._index.starts)
+
+    def read(self, index: int) -> torch.Tensor:
+        """Picture `index`, uint8 (3, H, W). Raises DecodeError."""
+        return decode_rgb(self.encoded(index), name=self.describe(index))
+
+    def labels(self) -> torch.Tensor | None:
+        """All labels, int64 (N,); None when not every picture has one."""
+        return self._labels
+
+    def describe(self, index: int) -> str:
+        """Member and shard, such as ``0001.jpg in train-0000.tar``."""
+        return f"{self._index.name(index)} in {self._index.file(index)}"
+
+    def encoded(self, index: int) -> bytes:
+        """The bytes of picture `index`. Raises DecodeError when the shard has become shorter or cannot be read."""
+        size = int(self._index.sizes[index])
+        try:
+            with self._index.file(index).open("rb") as shard:
+                shard.seek(int(self._index.starts[index]))
+                content = shard.read(size)
+        except OSError as error:
+            raise DecodeError(f"{self.describe(index)}: cannot be read ({error.strerror})") from error
+        if len(content) < size:
+            raise DecodeError(f"{self.describe(index)}: the shard ends within it")
+        return content
+
+
+class _Index(NamedTuple):
+    """Where N pictures lie. Arrays and not lists: forked workers would copy a list by counting its references."""
+
+    files: tuple[Path, ...]
+    shards: npt.NDArray[np.int32]
+    """Which of `files`, (N,)."""
+    starts: npt.NDArray[np.int64]
+    """First byte within the shard, (N,)."""
+    sizes: npt.NDArray[np.int64]
+    """Bytes, (N,)."""
+    names: npt.NDArray[np.bytes_]
+    """Members' names, (N,)."""
+    labels: npt.NDArray[np.str_] | None
+    """Class of each, as text, (N,); None unless each has one."""
+
+    def file(self, index: int) -> Path:
+        return self.files[int(self.shards[index])]
+
+    def name(self, index: int) -> str:
+        return bytes(self.names[index]).decode("utf-8", "replace")
+
+    def take(self, rows: npt.NDArray[np.int64]) -> _Index:
+        labels = None if self.labels is None else self.labels[rows]
+        return _Index(
+            self.files, self.shards[rows], self.starts[rows], self.sizes[rows], self.names[rows], labels
+        )  # fmt: skip
+
+
+class _Member(NamedTuple):
+    shard: int
+    start: int
+    size: int
+    name: str
+    label: str | None
+
+
+def _read_index(files: list[Path]) -> _Index:
+    members = [member for number, file in enumerate(files) for member in _members(number, file)]
+    if not members:
+        raise DataError(f"data.path: no pictures in {len(files)} shards, the first of them {files[0]}")
+    labels = [member.label for member in members]
+    return _Index(
+        tuple(files),
+        np.array([member.shard for member in members], dtype=np.int32),
+        np.array([member.start for member in members], dtype=np.int64),
+        np.array([member.size for member in members], dtype=np.int64),
+        np.array([os.fsencode(member.name) for member in members]),
+        None if None in labels else np.array(labels, dtype=np.str_),
+    )
+
+
+def _members(number: int, file: Path) -> Iterator[_Member]:
+    """The pictures of one shard with their labels."""
+    pictures: dict[str, tarfile.TarInfo] = {}
+    labels: dict[str, str] = {}
+    try:
+        with tarfile.open(file, "r:") as shard:
+            for member in shard:
+                if not member.isreg():
+                    continue
+                folder, name = os.path.split(member.name)
+                key = f"{folder}/{name.partition('.')[0]}"
+                ending = os.path.splitext(name)[1].lower()
+                if ending in EXTENSIONS:
+                    pictures[f"{key}\0{name}"] = member
+                elif ending in (".cls", ".json"):
+                    content = shard.extractfile(member)
+                    label = _label(ending, content.read() if content is not None else b"")
+                    if label is not None:
+                        labels[key] = label
+    except (tarfile.TarError, EOFError) as error:
+        raise DataError(f"data.path: {file} is no plain tar file ({error}); unpack what is compressed") from error
+    except OSError as error:
+        raise DataError(f"data.path: {file} cannot be read ({error.strerror or error})") from error
+    for key, member in pictures.items():
+        yield _Member(number, member.offset_data, member.size, member.name, labels.get(key.partition("\0")[0]))
+
+
+def _label(ending: str, content: bytes) -> str | None:
+    text = content.decode("utf-8", "replace").strip()
+    if ending == ".cls":
+        return text or None
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    label = found.get("label") if isinstance(found, dict) else None
+    return str(label) if isinstance(label, (str, int)) else None
+
+
+def _numbered(known: npt.NDArray[np.str_], labels: npt.NDArray[np.str_]) -> tuple[list[str], torch.Tensor]:
+    """Class names, numbers in numeric order, and the label of each picture."""
+    found = {str(name) for name in known}
+    names = sorted(found, key=int) if all(name.isdecimal() for name in found) else sorted(found)
+    numbers = {name: number for number, name in enumerate(names)}
+    unknown = next((str(name) for name in labels if str(name) not in numbers), None)
+    if unknown is not None:
+        raise DataError(f"data.test_path: test class {unknown!r} is not among the {len(names)} training classes")
+    return names, torch.tensor([numbers[str(name)] for name in labels], dtype=torch.int64)
