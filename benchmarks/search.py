@@ -173,7 +173,7 @@ def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, default=768, help="features of a picture")
     parser.add_argument("--queries", type=int, default=1000, help="test pictures")
     parser.add_argument("--k", type=int, default=200, help="neighbours")
-    parser.add_argument("--memory-gb", nargs="+", type=float, default=[1.0, 4.0], help="evaluate.knn.memory_gb")
+    parser.add_argument("--memory-gb", nargs="+", type=float, default=[1.0, 2.0], help="evaluate.knn.memory_gb")
     parser.add_argument("--searches", nargs="+", default=["exact", "reduced"])
     parser.add_argument("--folder", type=Path, help="where the file lies meanwhile")
 

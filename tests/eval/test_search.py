@@ -125,7 +125,7 @@ def test_parts_on_disk_give_what_the_whole_gives(tmp_path: Path, kind: str) -> N
     stored = mapped_features(tmp_path / "split.safetensors")
     np.testing.assert_array_equal(stored, train)
     expected = search(train, test, 20, KnnConfig(search=kind))
-    for gigabytes in (1e-9, 256 * 24 * 9 / 1e9):  # one and two blocks of rows at a time
+    for gigabytes in (1e-9, 256 * 24 * 5 / 1e9):  # one and two blocks of rows at a time
         found = search(stored, test, 20, KnnConfig(search=kind, memory_gb=gigabytes))
         np.testing.assert_array_equal(found[0], expected[0])
         np.testing.assert_array_equal(found[1], expected[1])

@@ -84,14 +84,15 @@ class _Rounded:
 
 def _rounded(rows: Tensor, mean: Tensor) -> _Rounded:
     """`rows` (N, D) less `mean` (D,), a block at a time."""
-    parts = []
-    for block in torch.split(rows, COLUMNS):
-        centred = block - mean
+    found = _Rounded(torch.empty(rows.shape, dtype=torch.int8), *(torch.empty(len(rows)) for _ in range(3)))
+    for start in range(0, len(rows), COLUMNS):
+        part = slice(start, start + COLUMNS)
+        centred = rows[part] - mean
         scales = (centred.abs().amax(dim=1) / 127).clamp_min(1e-30)
         values = (centred / scales[:, None]).round_()
-        errors = (centred - values * scales[:, None]).norm(dim=1)
-        parts.append((values.to(torch.int8), scales, centred.norm(dim=1), errors))
-    return _Rounded(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        found.values[part], found.scales[part] = values.to(torch.int8), scales
+        found.lengths[part], found.errors[part] = centred.norm(dim=1), (centred - values * scales[:, None]).norm(dim=1)
+    return found
 
 
 def _search(

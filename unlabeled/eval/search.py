@@ -57,15 +57,18 @@ def search(
     keys = empty_keys(len(queries), k)
     rows_at_a_time = _part(train.shape[1], settings)
     for start in range(0, len(train), rows_at_a_time):
-        rows = normalized(train[start : start + rows_at_a_time])
-        if settings.search == "reduced" and integers_are_fast():
-            left = reduced_search(keys, queries, rows, start)
-            found = keys[left]
-            exact_search(found, queries[left], rows, start)
-            keys[left] = found
-        else:
-            exact_search(keys, queries, rows, start)
+        _search_part(keys, queries, normalized(train[start : start + rows_at_a_time]), start, settings)
     return decoded(keys[:, ::-1])
+
+
+def _search_part(keys: IntArray, queries: FloatArray, rows: FloatArray, offset: int, settings: KnnConfig) -> None:
+    if settings.search == "exact" or not integers_are_fast():
+        exact_search(keys, queries, rows, offset)
+        return
+    left = reduced_search(keys, queries, rows, offset)
+    found = keys[left]
+    exact_search(found, queries[left], rows, offset)
+    keys[left] = found
 
 
 def recall(train: FloatArray, test: FloatArray, found: IntArray, settings: KnnConfig, *, seed: int = 0) -> float:
@@ -132,9 +135,8 @@ def mapped_features(file: Path, name: str = "features") -> FloatArray:
 
 
 def _part(width: int, settings: KnnConfig) -> int:
-    """Training rows in memory at a time: a multiple of a block's columns. Each takes 4 bytes a feature, 1 for its
-    8-bit copy, and 4 while that is made."""
-    return max(1, int(settings.memory_gb * 1e9 / (9 * width * COLUMNS))) * COLUMNS
+    """Training rows in memory at a time, a multiple of a block's columns: 4 bytes a feature, 1 for its 8-bit copy."""
+    return max(1, int(settings.memory_gb * 1e9 / (5 * width * COLUMNS))) * COLUMNS
 
 
 def _indexed(

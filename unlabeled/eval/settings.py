@@ -28,8 +28,8 @@ class KnnConfig(Section):
     instructions · ivf, hnsw: approximate, with their recall measured."""
     effort: int = Field(64, ge=1)
     """Of an approximate search: lists that ivf visits, breadth of the search through hnsw (at least k)."""
-    memory_gb: float = Field(4.0, gt=0)
-    """Of training features and what is made of them in memory at a time, in 1e9 bytes."""
+    memory_gb: float = Field(2.0, gt=0)
+    """Of training features made ready in memory at a time, in 1e9 bytes; an approximate search needs them all."""
     shots: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Also with so many training pictures of each class alone."""
     shot_draws: int = Field(5, ge=2)
