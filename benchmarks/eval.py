@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import sys
 
 from benchmarks.timing import begun, machine
 
@@ -27,14 +28,16 @@ PARTS = {
 
 def main(words: list[str] | None = None) -> list[str]:
     """Measures what the command line names and prints the table; returns its lines."""
+    words = sys.argv[1:] if words is None else words
     parser = argparse.ArgumentParser(prog="python -m benchmarks.eval", description=__doc__.splitlines()[0])
-    parts = parser.add_subparsers(dest="part", required=True)
-    for name, (module, arguments, _) in PARTS.items():
-        one = parts.add_parser(name)
-        one.add_argument("--threads", type=int, help="CPU threads")
-        getattr(importlib.import_module(module), arguments)(one)
+    parser.add_argument("part", choices=list(PARTS), help="its name and --help say what can be chosen")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    if words and words[0] in PARTS:  # the others are not even imported
+        module, arguments, _ = PARTS[words[0]]
+        getattr(importlib.import_module(module), arguments)(parser)
     options = parser.parse_args(words)
     device = begun("cpu", options.threads)
+    logging.getLogger("faiss").setLevel(logging.WARNING)
     module, _, function = PARTS[options.part]
     lines: list[str] = getattr(importlib.import_module(module), function)(options)
     found = machine(device)

@@ -43,11 +43,19 @@ def table_head(names: Sequence[str]) -> list[str]:
 
 
 def paired_times(
-    ours: Step, original: Step, *, pairs: int, warmup: int, repeat: int, device: torch.device
+    ours: Step,
+    original: Step,
+    *,
+    pairs: int,
+    warmup: int,
+    repeat: int,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[list[float], list[float]]:
     """Seconds of one call of each side, `pairs` times each, in turns; every second turn begins with the other side.
 
-    Each time is the mean of `repeat` calls in a row, after `warmup` untimed calls of both sides.
+    Each time is the mean of `repeat` calls in a row, after `warmup` untimed calls of both sides. `clock` may count this
+    process's time on the processors instead, which other work disturbs less.
     """
     for _ in range(warmup):
         ours()
@@ -56,17 +64,17 @@ def paired_times(
     for turn in range(pairs):
         sides = [(ours, times[0]), (original, times[1])]
         for step, found in sides if turn % 2 == 0 else reversed(sides):
-            found.append(_seconds(step, repeat, device))
+            found.append(_seconds(step, repeat, device, clock))
     return times
 
 
-def _seconds(step: Step, repeat: int, device: torch.device) -> float:
+def _seconds(step: Step, repeat: int, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
     _synchronize(device)
-    began = time.perf_counter()
+    began = clock()
     for _ in range(repeat):
         step()
     _synchronize(device)
-    return (time.perf_counter() - began) / repeat
+    return (clock() - began) / repeat
 
 
 def _synchronize(device: torch.device) -> None:

@@ -9,13 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from benchmarks import search
-from benchmarks.eval import PARTS, main
-
-
-@pytest.fixture(autouse=True)
-def this_part_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in set(PARTS) - {"knn", "memory"}:
-        monkeypatch.delitem(PARTS, name)
+from benchmarks.eval import main
 
 
 def test_all_sides_predict_the_same() -> None:
