@@ -43,7 +43,7 @@ class LinearConfig(Section):
     """dinov2: the 52 heads of DINOv2 (arXiv 2304.07193): 13 learning rates, class tokens of the last 1 and 4 blocks,
     without and with the average of the patches, no decay, weights from N(0, 0.01). It stands for lr, weight_decay,
     blocks, pooling and init."""
-    lr: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    lr: tuple[float, ...] = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
     """Learning rates of SGD with momentum, for standardised features and a batch of 256."""
     weight_decay: tuple[float, ...] = (0.0, 1e-4, 1e-3)
     blocks: tuple[Annotated[int, Field(ge=1)], ...] = ()

@@ -73,7 +73,7 @@ def test_raw_pixels_meet_the_linear_probe_fitted_to_clean_ones() -> None:
     judged.features.train.labels[:] = np.arange(60) // 3 % 3  # not to be told from the colours: accuracies near chance
     found = dict(CorruptionEvaluator(CONFIG.model_copy(update={"classifier": "linear"})).run(judged))
     assert found["examples"].dtype == torch.uint8
-    assert found["examples"].shape == (3, 64, 96)
+    assert found["examples"].shape == (3, 3 * 64, 3 * 96)
     source = judged.pictures()[1]
     for row, name in enumerate(CONFIG.corruptions):
         for column, severity in enumerate(CONFIG.severities):

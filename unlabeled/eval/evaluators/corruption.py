@@ -26,6 +26,8 @@ from unlabeled.eval.settings import CorruptionConfig, CorruptionName, KnnConfig,
 from unlabeled.eval.subject import Subject
 
 _K = 20
+_SHOWN = 96
+"""Pixels to which pictures in the report are enlarged at least."""
 _Z95 = 1.96
 
 Hits = npt.NDArray[np.bool_]
@@ -132,9 +134,10 @@ def _mean(parts: FloatArray) -> Estimate:
 
 
 def _examples(sources: list[CorruptedSource], kinds: int) -> Tensor:
-    """The first picture: a row a corruption; clean, then each severity. uint8 (3, H, W)."""
+    """The first picture: a row a corruption; clean, then each severity. uint8 (3, H, W), small ones in blocks."""
     clean = sources[0].prepare(sources[0].source.read(int(sources[0].indices[0])))
     pictures = [source.read(0) for source in sources]
     each = len(pictures) // kinds
     lines = [torch.cat([clean, *pictures[row * each : (row + 1) * each]], dim=2) for row in range(kinds)]
-    return torch.cat(lines, dim=1)
+    factor = max(1, _SHOWN // min(clean.shape[1:]))
+    return torch.cat(lines, dim=1).repeat_interleave(factor, 1).repeat_interleave(factor, 2)

@@ -63,9 +63,7 @@ class DuplicatesEvaluator:
     name: ClassVar = "duplicates"
     title: ClassVar = "Near duplicates"
     needs: ClassVar = "pictures"
-    captions: ClassVar = {
-        "closest": "above: test pictures; below: the nearest training picture of each"
-    }
+    captions: ClassVar = {"closest": "above: test pictures; below: the nearest training picture of each"}
 
     def __init__(self, config: DuplicatesConfig) -> None:
         self.config = config

@@ -14,6 +14,9 @@ from unlabeled.eval.report.figures.style import KINDS, SOFT, STYLE, WIDTH, drawi
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">")
 """Shapes beside the colours, for eyes and printers that do not tell colours apart."""
 
+_LEGEND = 0.5
+"""Inches below the points."""
+
 
 def embedding_figure(embedding: Embedding, classes: Sequence[str]) -> Markup:
     """Points of test pictures; the ten commonest classes have colours and shapes, others are small and grey."""
@@ -21,7 +24,8 @@ def embedding_figure(embedding: Embedding, classes: Sequence[str]) -> Markup:
     counts = np.bincount(labels, minlength=len(classes))
     shown = [int(one) for one in np.argsort(-counts, kind="stable")[: len(KINDS)] if counts[one]]
     with mpl.rc_context(STYLE):
-        figure, axes = drawing(WIDTH)
+        spread = np.ptp(points, axis=0)
+        figure, axes = drawing(WIDTH * float(np.clip(spread[1] / max(spread[0], 1e-12), 0.5, 1)) + _LEGEND)
         others = ~np.isin(labels, shown)
         if others.any():
             axes.plot(*points[others].T, "o", color=SOFT, markersize=2, alpha=0.5, label="other classes")
