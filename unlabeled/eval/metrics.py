@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from unlabeled.eval.evaluators.knn import nearest_neighbours
-from unlabeled.eval.faiss_threads import faiss_threads
+from unlabeled.eval.neighbours.faiss_threads import faiss_threads
 from unlabeled.ssl.errors import DataError
 from unlabeled.ssl.seeds import derive
 

@@ -9,10 +9,10 @@ import torch
 from dense_helpers import BlockSource, small_vit, subject
 from torchvision.ops import box_iou, masks_to_boxes
 
-from unlabeled.eval.attention import class_attention, key_map
 from unlabeled.eval.evaluators.objects import ObjectsEvaluator, true_boxes
+from unlabeled.eval.places.attention import class_attention, key_map
+from unlabeled.eval.places.tokencut import component_boxes, cut, intersection_over_union, second_eigenvector
 from unlabeled.eval.settings import ObjectsConfig
-from unlabeled.eval.tokencut import component_boxes, cut, intersection_over_union, second_eigenvector
 from unlabeled.ssl.backbone import create_backbone
 from unlabeled.ssl.data.source import limited
 from unlabeled.ssl.errors import ConfigError, DataError

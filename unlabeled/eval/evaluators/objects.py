@@ -13,13 +13,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import draw_bounding_boxes
 
 from unlabeled.eval.base import Estimate, Measure, Value
-from unlabeled.eval.dense import Places, drawn
 from unlabeled.eval.features import Resize
 from unlabeled.eval.intervals import wilson
+from unlabeled.eval.places.dense import Places, drawn
+from unlabeled.eval.places.tiles import tiled
+from unlabeled.eval.places.tokencut import component_boxes, cut, intersection_over_union
 from unlabeled.eval.settings import ObjectsConfig
 from unlabeled.eval.subject import Subject
-from unlabeled.eval.tiles import tiled
-from unlabeled.eval.tokencut import component_boxes, cut, intersection_over_union
 from unlabeled.ssl.data.source import DecodeError, ImageSource, MaskSource, annotated_boxes
 from unlabeled.ssl.errors import ConfigError, DataError, UnlabeledError
 from unlabeled.ssl.seeds import derive

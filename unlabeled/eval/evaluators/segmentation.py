@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unlabeled.eval.base import Measure, Value
-from unlabeled.eval.dense import IGNORE, MaskedBatch, Places, drawn, masked_batches, place_labels, with_masks
-from unlabeled.eval.miou import Overlap, class_iou, estimates, joined, overlap
-from unlabeled.eval.place_probes import LabelledPlaces, LinearPlaces, NearestPlaces
+from unlabeled.eval.places.dense import IGNORE, MaskedBatch, Places, drawn, masked_batches, place_labels, with_masks
+from unlabeled.eval.places.miou import Overlap, class_iou, estimates, joined, overlap
+from unlabeled.eval.places.probes import LabelledPlaces, LinearPlaces, NearestPlaces
+from unlabeled.eval.places.tiles import class_colours, tiled
 from unlabeled.eval.settings import SegmentationConfig
 from unlabeled.eval.subject import Subject
-from unlabeled.eval.tiles import class_colours, tiled
 from unlabeled.ssl.data.source import ImageSource
 from unlabeled.ssl.errors import DataError
 from unlabeled.ssl.seeds import derive

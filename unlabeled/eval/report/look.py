@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from unlabeled.eval.features import EvalTransform
-from unlabeled.eval.maps import CAPTIONS, map_pictures
+from unlabeled.eval.places.maps import CAPTIONS, map_pictures
 from unlabeled.eval.subject import Subject
 from unlabeled.ssl.errors import CapabilityError
 from unlabeled.ssl.seeds import derive

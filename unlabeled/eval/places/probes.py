@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unlabeled.eval.miou import Overlap, mean_iou
+from unlabeled.eval.places.miou import Overlap, mean_iou
 from unlabeled.eval.settings import SegmentationConfig
 from unlabeled.ssl.errors import DataError
 from unlabeled.ssl.seeds import derive

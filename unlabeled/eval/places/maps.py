@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unlabeled.eval.attention import class_attention
-from unlabeled.eval.dense import fine_level
 from unlabeled.eval.features import Resize, evaluating
-from unlabeled.eval.simpool import SimPool
-from unlabeled.eval.tiles import enlarged, heat, stretched, tiled
+from unlabeled.eval.places.attention import class_attention
+from unlabeled.eval.places.dense import fine_level
+from unlabeled.eval.places.simpool import SimPool
+from unlabeled.eval.places.tiles import enlarged, heat, stretched, tiled
 from unlabeled.pretext.common.level_map import LevelMap
 from unlabeled.ssl.backbone import Backbone
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from unlabeled.eval.base import FloatArray, IntArray
-from unlabeled.eval.topk import COLUMNS, QUERIES, collect, decoded, empty_keys, keys_of_pairs, merged, worst
+from unlabeled.eval.neighbours.topk import COLUMNS, QUERIES, collect, decoded, empty_keys, keys_of_pairs, merged, worst
 
 _CANDIDATES = 3
 """Candidates for each neighbour wanted."""
@@ -31,7 +31,7 @@ _UNPROVEN = 1 / 8
 
 
 def reduced_search(keys: IntArray, queries: FloatArray, rows: FloatArray, offset: int) -> IntArray:
-    """Puts into `keys` (Q, k) of `unlabeled.eval.topk` the cosines of unit `queries` and `rows`, row 0 being `offset`.
+    """Puts into `keys` (Q, k) of module `topk` the cosines of unit `queries` and `rows`, row 0 being `offset`.
 
     Returns the queries for which that could not be proven to be right, whose keys are as they were.
     """

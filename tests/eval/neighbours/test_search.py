@@ -11,9 +11,9 @@ import torch
 from safetensors.numpy import save_file
 from sklearn.neighbors import NearestNeighbors
 
-from unlabeled.eval import reduced, topk
-from unlabeled.eval import search as module
-from unlabeled.eval.search import mapped_features, normalized, recall, search
+from unlabeled.eval.neighbours import reduced, topk
+from unlabeled.eval.neighbours import search as module
+from unlabeled.eval.neighbours.search import mapped_features, normalized, recall, search
 from unlabeled.eval.settings import KnnConfig
 from unlabeled.ssl.errors import ConfigError, DataError
 

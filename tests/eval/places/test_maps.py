@@ -7,8 +7,8 @@ import pytest
 import torch
 from dense_helpers import small_vit
 
-from unlabeled.eval.maps import CAPTIONS, components, map_pictures, similarity
-from unlabeled.eval.tiles import class_colours, heat, tiled
+from unlabeled.eval.places.maps import CAPTIONS, components, map_pictures, similarity
+from unlabeled.eval.places.tiles import class_colours, heat, tiled
 from unlabeled.ssl.backbone import create_backbone
 from unlabeled.ssl.errors import CapabilityError
 

@@ -1,7 +1,7 @@
 """The most similar rows among many, by cosine: all of them looked at, or an index of faiss asked.
 
 - ``exact``: float32 products of blocks; what is kept of a block is found by comparison with the k-th best so far.
-- ``reduced``: 8-bit products first. Their error has a bound for each pair (`unlabeled.eval.reduced`), so that a row
+- ``reduced``: 8-bit products first. Their error has a bound for each pair (module `reduced`), so that a row
   left out is proven to be none of the nearest; what remains is computed in float32. Where too much remains, as exact.
 - ``ivf``, ``hnsw``: approximate; `recall` measures how good.
 
@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unlabeled.eval.base import FloatArray, IntArray
-from unlabeled.eval.faiss_threads import faiss_threads
-from unlabeled.eval.reduced import reduced_search
+from unlabeled.eval.neighbours.faiss_threads import faiss_threads
+from unlabeled.eval.neighbours.reduced import reduced_search
+from unlabeled.eval.neighbours.topk import COLUMNS, QUERIES, collect, decoded, empty_keys, keys_of_pairs, merged, worst
 from unlabeled.eval.settings import KnnConfig
-from unlabeled.eval.topk import COLUMNS, QUERIES, collect, decoded, empty_keys, keys_of_pairs, merged, worst
 from unlabeled.ssl.cpu import cpu_kernels
 from unlabeled.ssl.errors import ConfigError, DataError
 
@@ -80,7 +80,7 @@ def recall(train: FloatArray, test: FloatArray, found: IntArray, settings: KnnCo
 
 
 def exact_search(keys: IntArray, queries: FloatArray, rows: FloatArray, offset: int) -> None:
-    """Puts into `keys` (Q, k) of `unlabeled.eval.topk` the cosines of unit `queries` and `rows`, row 0 being `offset`.
+    """Puts into `keys` (Q, k) of module `topk` the cosines of unit `queries` and `rows`, row 0 being `offset`.
 
     Matrix products choose a few rows more than k, whose cosines are then computed pair by pair.
     """
