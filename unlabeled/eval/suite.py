@@ -161,14 +161,13 @@ def online_knn(
 ) -> dict[str, float]:
     """kNN accuracies (``knn/k20`` → fraction) of a network in training, which is left as it was; {} off rank 0."""
     evaluator = KnnEvaluator(config.knn)
-    train, test = limited(train, config.limit), limited(test, config.limit)
-    loading: dict[str, Any] = {"batch_size": config.batch_size, "workers": workers, "device": device}
-    if pictures := recalibration_pictures(config, backbone, masked_statistics):
-        backbone = recalibrated(backbone, train, pictures=pictures, **loading)
-    data = _feature_set(train, test, _classes(train), backbone, cache=None, precision=precision, **loading)
+    sources = limited(train, config.limit), limited(test, config.limit)
+    load = Loading(config.batch_size, workers, torch.device(device), precision)
+    anew = recalibration_pictures(config, backbone, masked_statistics)
+    subject = subject_of(backbone, sources, load, recalibrate=anew)
     if not is_main_process():
         return {}
-    return {f"knn/{name}": value for name, value in evaluator.run(Subject(data)) if isinstance(value, float)}
+    return {f"knn/{name}": value for name, value in evaluator.run(subject) if isinstance(value, float)}
 
 
 def subject_of(
