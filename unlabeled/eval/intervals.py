@@ -49,14 +49,25 @@ def less(first: Estimate, second: Estimate) -> Estimate:
     return Estimate(gap, gap - down, gap + up)
 
 
-def over_draws(values: Sequence[float]) -> Estimate:
-    """Mean of fractions with Student's 95 % interval, cut to 0..1; of a single one there is no interval (NaN).
+def of_mean(values: Sequence[float]) -> Estimate:
+    """Mean with Student's 95 % interval; of a single value there is no interval (NaN).
 
-    >>> over_draws([0.5, 0.6, 0.7]).high > 0.8
-    True
+    >>> found = of_mean([0.1, 0.2, 0.3])
+    >>> [round(limit, 3) for limit in (found.low, found.high)]
+    [-0.048, 0.448]
     """
-    mean = float(np.mean(values))
     if len(values) < 2:
-        return Estimate(mean, math.nan, math.nan)
+        return Estimate(values[0], math.nan, math.nan)
+    if min(values) == max(values):  # where a sum would round
+        return Estimate(values[0], values[0], values[0])
+    mean = float(np.mean(values))
     half = float(student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
-    return Estimate(mean, max(0.0, mean - half), min(1.0, mean + half))
+    return Estimate(mean, mean - half, mean + half)
+
+
+def over_draws(values: Sequence[float]) -> Estimate:
+    """As `of_mean`, of fractions: the interval is cut to 0..1."""
+    found = of_mean(values)
+    if math.isnan(found.low):
+        return found
+    return Estimate(found.value, max(0.0, found.low), min(1.0, found.high))

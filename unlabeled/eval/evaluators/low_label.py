@@ -33,8 +33,8 @@ class LowLabelEvaluator:
     """Test accuracy with each fraction of the training labels, over several draws of them.
 
     The labelled pictures are drawn class by class, at least one of each. Yields ``1pct`` and so on: `Estimate` of the
-    mean with Student's 95 % interval over the draws (which does not cover the choice of test pictures), or a plain
-    number for a single draw; and a ``note`` where a fraction is less than one picture a class, or is too small for a
+    mean with Student's 95 % interval over the draws (which does not cover the choice of test pictures; none of a
+    single draw); and a ``note`` where a fraction is less than one picture a class, or is too small for a
     hold-out. Raises DataError where the linear probe does.
     """
 

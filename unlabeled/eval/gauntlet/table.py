@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata, t
+from scipy.stats import rankdata
 
 from unlabeled.eval.base import Measure
 from unlabeled.eval.environment import hardware, versions
@@ -22,7 +22,7 @@ from unlabeled.eval.evaluators.knn import KnnEvaluator
 from unlabeled.eval.gauntlet.cells import CellResult
 from unlabeled.eval.gauntlet.plan import Cell, GauntletPlan, LabelledData
 from unlabeled.eval.gauntlet.settings import GauntletRun
-from unlabeled.eval.intervals import wilson
+from unlabeled.eval.intervals import of_mean, wilson
 from unlabeled.eval.registry import measure_of
 
 SCHEMA = 1
@@ -98,21 +98,13 @@ def gauntlet_document(run: GauntletRun, plan: GauntletPlan, results: Results) ->
 
 
 def over_seeds(values: Sequence[float]) -> Ends | None:
-    """95 % t interval of the mean of `values`; None of fewer than two.
-
-    >>> [round(limit, 3) for limit in over_seeds([0.1, 0.2, 0.3])]
-    [-0.048, 0.448]
-    """
-    if len(values) < 2:
-        return None
-    mean, deviation = _mean(values), 0.0 if min(values) == max(values) else float(np.std(values, ddof=1))
-    half = float(t.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))
-    return mean - half, mean + half
+    """95 % t interval of the mean of `values`; None of fewer than two."""
+    found = of_mean(values)
+    return None if math.isnan(found.low) else (found.low, found.high)
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Of equal values that value, where a sum would round."""
-    return values[0] if min(values) == max(values) else float(np.mean(values))
+    return of_mean(values).value
 
 
 def ranked(values: Sequence[Value], better: str | None) -> list[Value]:
