@@ -18,7 +18,29 @@ from unlabeled.ssl.errors import DataError
 from unlabeled.ssl.schema import DataConfig
 
 
-class FolderSource:
+class FileSource:
+    """Pictures that are files of their own; subclasses give ``encoded``, the file of picture `index`, and `_labels`."""
+
+    _labels: torch.Tensor | None
+
+    def encoded(self, index: int) -> Path:
+        """The file of picture `index`."""
+        raise NotImplementedError
+
+    def read(self, index: int) -> torch.Tensor:
+        """Picture `index`, uint8 (3, H, W). Raises DecodeError."""
+        return decode_rgb(self.encoded(index), name=self.describe(index))
+
+    def labels(self) -> torch.Tensor | None:
+        """Index of each picture's class, int64 (N,); None where there are no labels."""
+        return self._labels
+
+    def describe(self, index: int) -> str:
+        """The path, with what is not UTF-8 replaced."""
+        return os.fsencode(self.encoded(index)).decode("utf-8", "replace")
+
+
+class FolderSource(FileSource):
     """All pictures below `config.path`, in the order of their names.
 
     The splits, by the first rule that fits: `config.test_path` is the test split; sub-folders ``train`` and ``test``
@@ -54,18 +76,6 @@ class FolderSource:
 
     def __len__(self) -> int:
         return len(self._ends) - 1
-
-    def read(self, index: int) -> torch.Tensor:
-        """Picture `index`, uint8 (3, H, W). Raises DecodeError."""
-        return decode_rgb(self.encoded(index), name=self.describe(index))
-
-    def labels(self) -> torch.Tensor | None:
-        """Index of each picture's class, int64 (N,); None unless asked for by `config.labels`."""
-        return self._labels
-
-    def describe(self, index: int) -> str:
-        """The path, with what is not UTF-8 replaced."""
-        return os.fsencode(self.encoded(index)).decode("utf-8", "replace")
 
     def encoded(self, index: int) -> Path:
         """The file of picture `index`."""

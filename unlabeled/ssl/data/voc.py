@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from unlabeled.ssl.data.decode import EXTENSIONS, decode_rgb
+from unlabeled.ssl.data.decode import EXTENSIONS
+from unlabeled.ssl.data.folder import FileSource
 from unlabeled.ssl.data.layout import existing_folder, holdout
 from unlabeled.ssl.data.source import DecodeError, Split
 from unlabeled.ssl.errors import ConfigError, DataError
@@ -43,7 +44,7 @@ class VocObject(NamedTuple):
         return max(right - left, 0.0) * max(bottom - top, 0.0)
 
 
-class VocSource:
+class VocSource(FileSource):
     """A folder with ``JPEGImages``, and as far as they are there ``SegmentationClass``, ``Annotations``, ``ImageSets``.
 
     The splits are the lists ``train.txt`` and ``val.txt`` (else ``test.txt``) of ``ImageSets/Segmentation``, of
@@ -81,18 +82,6 @@ class VocSource:
 
     def __len__(self) -> int:
         return len(self._stems)
-
-    def read(self, index: int) -> torch.Tensor:
-        """Picture `index`, uint8 (3, H, W). Raises DecodeError."""
-        return decode_rgb(self.encoded(index), name=self.describe(index))
-
-    def labels(self) -> torch.Tensor | None:
-        """Index of each picture's class, int64 (N,); None with neither annotations nor masks."""
-        return self._labels
-
-    def describe(self, index: int) -> str:
-        """The path."""
-        return os.fsencode(self.encoded(index)).decode("utf-8", "replace")
 
     def encoded(self, index: int) -> Path:
         """The file of picture `index`."""
