@@ -22,7 +22,7 @@ from benchmarks.timing import begun, machine, paired_times, table_head
 from unlabeled.pretext.base import PretextTask
 from unlabeled.pretext.registry import create_task
 from unlabeled.ssl.backbone import create_backbone
-from unlabeled.ssl.cpu import cpu_kernels
+from unlabeled.ssl.core.cpu import cpu_kernels
 
 log = logging.getLogger(__name__)
 

@@ -31,8 +31,8 @@ from unlabeled.pretext.registry import task_class, task_config
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.checkpoint import complete
 from unlabeled.ssl.compose import compose_config, validate
+from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 from unlabeled.ssl.data.source import ImageSource, open_source
-from unlabeled.ssl.errors import CheckpointError, ConfigError
 from unlabeled.ssl.export import load_backbone
 from unlabeled.ssl.run import read_config
 from unlabeled.ssl.schema import BackboneConfig, EvaluateRun, PretrainConfig

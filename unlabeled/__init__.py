@@ -24,7 +24,7 @@ _PUBLIC = {
     "TaskConfig": "unlabeled.pretext.base",
     "create_task": "unlabeled.pretext.registry",
     "task_names": "unlabeled.pretext.registry",
-    "UnlabeledError": "unlabeled.ssl.errors",
+    "UnlabeledError": "unlabeled.ssl.core.errors",
 }
 
 __all__ = ["__version__", *_PUBLIC]
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from unlabeled.ssl.api import pretrain as pretrain
     from unlabeled.ssl.backbone import Backbone as Backbone
     from unlabeled.ssl.backbone import create_backbone as create_backbone
-    from unlabeled.ssl.errors import UnlabeledError as UnlabeledError
+    from unlabeled.ssl.core.errors import UnlabeledError as UnlabeledError
 
 
 def __getattr__(name: str) -> Any:

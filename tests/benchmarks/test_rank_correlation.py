@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.rank_correlation import MEASURES, main, rank_correlation, tables
 from unlabeled.ssl.api import pretrain
-from unlabeled.ssl.errors import ConfigError
+from unlabeled.ssl.core.errors import ConfigError
 
 
 def test_correlations_are_those_of_the_definitions() -> None:

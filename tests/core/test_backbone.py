@@ -13,7 +13,7 @@ from torch import nn
 from unlabeled.pretext import registry
 from unlabeled.pretext.base import PretextTask
 from unlabeled.ssl.backbone import CAPABILITIES, Backbone, Stage, create_backbone
-from unlabeled.ssl.errors import CapabilityError, CheckpointError, ConfigError
+from unlabeled.ssl.core.errors import CapabilityError, CheckpointError, ConfigError
 
 
 class Tiny(nn.Module):

@@ -12,7 +12,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from unlabeled.ssl.batch_norm import synchronize
-from unlabeled.ssl.ranks import gather_rows
+from unlabeled.ssl.core.distributed import gather_rows
 
 
 def network() -> nn.Module:

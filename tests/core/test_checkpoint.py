@@ -7,7 +7,7 @@ import torch
 
 from unlabeled.ssl import checkpoint as module
 from unlabeled.ssl.checkpoint import complete, last_checkpoint, load_checkpoint, save_checkpoint
-from unlabeled.ssl.errors import CheckpointError
+from unlabeled.ssl.core.errors import CheckpointError
 
 
 def save(folder: Path, step: int, keep: int = 2) -> Path:

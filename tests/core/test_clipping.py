@@ -17,10 +17,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.engine import gradient_norm, parts_of
-from unlabeled.ssl.errors import ConfigError
-from unlabeled.ssl.ranks import create_accelerator
 from unlabeled.ssl.schema import EngineConfig
+from unlabeled.ssl.train.accelerator import create_accelerator
 
 LIMIT = 1.5
 

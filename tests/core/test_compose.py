@@ -1,7 +1,7 @@
 import pytest
 
 from unlabeled.ssl.compose import GROUPS, compose_config, config_folder, options, parse, sweep, words_of
-from unlabeled.ssl.errors import ConfigError
+from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.schema import DoctorRun, EvaluateRun, PretrainConfig
 
 

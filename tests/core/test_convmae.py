@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from unlabeled.pretext.common.masking import Masking, random_masking
 from unlabeled.ssl.backbone import Backbone, create_backbone
-from unlabeled.ssl.errors import CapabilityError, ConfigError
+from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 from unlabeled.ssl.export import export_backbone, load_backbone, load_weights
 from unlabeled.ssl.networks.convmae import ConvBlock, ConvViT, PatchConv, PatchEmbed
 from unlabeled.ssl.stages import StageEncoder

@@ -14,8 +14,8 @@ from unlabeled.pretext.base import PretextTask
 from unlabeled.pretext.registry import create_task
 from unlabeled.ssl.backbone import create_backbone
 from unlabeled.ssl.compose import compose_config
+from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.curriculum import Curriculum, Stage, create_curriculum, low_frequencies, plan_stages
-from unlabeled.ssl.errors import ConfigError
 from unlabeled.ssl.schema import CurriculumName, PretrainConfig
 
 VIT = {"size": 64, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}

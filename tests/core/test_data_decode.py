@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.data.decode import decode_rgb, read_header, rgb_tensor
 from unlabeled.ssl.data.source import DecodeError
-from unlabeled.ssl.errors import DataError
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 

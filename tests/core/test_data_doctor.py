@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.data.doctor import DoctorReport, examine, render
-from unlabeled.ssl.errors import DataError
 from unlabeled.ssl.schema import DataConfig, DoctorRun
 
 

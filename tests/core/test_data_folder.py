@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.data.layout import holdout, split_named
 from unlabeled.ssl.data.source import ImageSource, Subset, limited, open_source
-from unlabeled.ssl.errors import ConfigError, DataError
 from unlabeled.ssl.schema import DataConfig
 
 

@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.data.bad import BadImage, BadImages
 from unlabeled.ssl.data.loader import Key, LoadedBatch, RunSampler, ViewDataset, make_loader, seeded
 from unlabeled.ssl.data.source import DecodeError, open_source
-from unlabeled.ssl.errors import ConfigError, DataError
 from unlabeled.ssl.schema import DataConfig
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 3), (4, 1), (3, 4)]

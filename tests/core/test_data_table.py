@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.data.source import DecodeError, ImageSource, open_source
-from unlabeled.ssl.errors import ConfigError, DataError
 from unlabeled.ssl.schema import DataConfig
 
 datasets = pytest.importorskip("datasets")

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.data.source import DecodeError, ImageSource, open_source
-from unlabeled.ssl.errors import DataError
 from unlabeled.ssl.schema import DataConfig
 
 

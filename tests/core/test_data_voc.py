@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.data.source import DecodeError, MaskSource, annotated_boxes, limited, open_source
 from unlabeled.ssl.data.voc import VOC_CLASSES
-from unlabeled.ssl.errors import ConfigError, DataError
 from unlabeled.ssl.schema import DataConfig
 
 

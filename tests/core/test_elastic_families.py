@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 from unlabeled.ssl.elastic import Elastic, ElasticConfig, SubSize
-from unlabeled.ssl.errors import CapabilityError, ConfigError
 
 PLAIN: dict[str, Any] = {"size": 32, "patch_size": 16, "embed_dim": 32, "depth": 4, "num_heads": 4}
 SWIN: dict[str, Any] = {

@@ -6,10 +6,10 @@ from collections import Counter
 
 import pytest
 
+from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.elastic import ElasticConfig, SubSize
 from unlabeled.ssl.elastic.sampler import SizeSampler
 from unlabeled.ssl.elastic.sizes import candidates, multiplicities
-from unlabeled.ssl.errors import ConfigError
 
 VIT = candidates(ElasticConfig(width=384, depth=12), SubSize(1024, (24,)), 64)
 SWIN = candidates(ElasticConfig(width=96, width_step=16, depth=(2, 2, 6, 2)), SubSize(128, (2, 2, 18, 2)), 16)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from unlabeled.ssl.backbone import create_backbone
+from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.elastic import Elastic, ElasticConfig, SubSize
 from unlabeled.ssl.elastic.sizes import alternating, evenly, find, multiplicities
-from unlabeled.ssl.errors import ConfigError
 
 
 @pytest.mark.parametrize(("kept", "blocks", "numbers"), [

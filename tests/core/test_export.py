@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from unlabeled.ssl.backbone import Backbone, create_backbone
-from unlabeled.ssl.errors import CheckpointError
+from unlabeled.ssl.core.errors import CheckpointError
 from unlabeled.ssl.export import export_backbone, load_backbone, load_weights
 
 MODELS = {

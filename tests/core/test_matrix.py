@@ -16,7 +16,7 @@ from unlabeled.pretext.base import Batch, PretextTask, StepOutput, TaskConfig, V
 from unlabeled.pretext.registry import TASKS
 from unlabeled.ssl.backbone import Backbone, create_backbone
 from unlabeled.ssl.cli import main
-from unlabeled.ssl.errors import CapabilityError, ConfigError
+from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 from unlabeled.ssl.matrix import Cell, Matrix, MatrixRun, architecture, matrix_config, measure, try_task
 from unlabeled.ssl.matrix_page import render_page, render_terminal, write_page
 

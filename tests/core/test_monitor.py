@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from unlabeled.ssl.errors import CheckpointError, ConfigError
+from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 from unlabeled.ssl.monitor import Meter, Monitor, read_metrics
 from unlabeled.ssl.schema import LogConfig
 

@@ -3,8 +3,8 @@ import torch
 
 from unlabeled.pretext.registry import create_task
 from unlabeled.ssl.backbone import create_backbone
+from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.elastic import Elastic, ElasticConfig
-from unlabeled.ssl.errors import ConfigError
 from unlabeled.ssl.optim import create_optimizer, parameter_groups, set_rates
 from unlabeled.ssl.schema import OptimConfig
 

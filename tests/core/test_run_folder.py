@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from unlabeled.ssl.checkpoint import save_checkpoint
-from unlabeled.ssl.errors import CheckpointError, ConfigError
+from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 from unlabeled.ssl.run import Plan, claim_folder, read_config, write_config
 from unlabeled.ssl.schema import PretrainConfig
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from unlabeled.pretext.common.masking import Masking, random_masking
 from unlabeled.ssl.backbone import Backbone, create_backbone
-from unlabeled.ssl.errors import CapabilityError
+from unlabeled.ssl.core.errors import CapabilityError
 from unlabeled.ssl.sparse import SparseEncoder, convert
 from unlabeled.ssl.sparse.masked_map import MaskedMap
 from unlabeled.ssl.sparse.rows import Cells

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from unlabeled.ssl.backbone import create_backbone
-from unlabeled.ssl.errors import ConfigError
+from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.testing import (
     CHECKS,
     TINY_BACKBONES,

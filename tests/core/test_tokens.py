@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from unlabeled.ssl.backbone import Backbone, create_backbone
-from unlabeled.ssl.errors import CapabilityError, ConfigError
+from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 from unlabeled.ssl.tokens import TokenEncoder, gather_patches, lacks_token_dropping
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -11,7 +11,7 @@ from eval_helpers import MemorySource, tiny_vit
 from unlabeled.eval.base import FeatureSplit
 from unlabeled.eval.embedding import Method, embed
 from unlabeled.eval.suite import evaluate_backbone
-from unlabeled.ssl.errors import ConfigError, DataError
+from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.schema import EvaluateConfig
 
 

@@ -14,7 +14,7 @@ from eval_helpers import MemorySource, tiny_vit
 
 from unlabeled.eval.features import EvalTransform, extract_features, raw_pixels
 from unlabeled.ssl.backbone import create_backbone
-from unlabeled.ssl.errors import DataError
+from unlabeled.ssl.core.errors import DataError
 
 
 def stripes(height: int, width: int) -> torch.Tensor:

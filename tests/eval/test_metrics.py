@@ -24,7 +24,7 @@ from unlabeled.eval.metrics import (
     two_nn,
     uniformity,
 )
-from unlabeled.ssl.errors import DataError
+from unlabeled.ssl.core.errors import DataError
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:

@@ -23,7 +23,7 @@ from unlabeled.eval.suite import Evidence, evaluate_backbone, online_knn
 from unlabeled.pretext.base import PretextTask
 from unlabeled.pretext.rotation import Rotation
 from unlabeled.ssl.backbone import Backbone, create_backbone
-from unlabeled.ssl.errors import ConfigError, DataError
+from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.schema import EvaluateConfig, PretrainConfig
 
 CONFIG = EvaluateConfig(

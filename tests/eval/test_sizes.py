@@ -17,8 +17,8 @@ from unlabeled.eval.report.document import read_report
 from unlabeled.eval.size_curve import SizeCurve, SizeResult, load_curve, read_curve
 from unlabeled.ssl.backbone import create_backbone
 from unlabeled.ssl.cli import main
+from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.elastic import Elastic, ElasticConfig
-from unlabeled.ssl.errors import ConfigError, DataError
 from unlabeled.ssl.export import export_backbone, load_backbone
 from unlabeled.ssl.schema import EvaluateRun
 

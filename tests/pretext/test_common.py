@@ -13,7 +13,7 @@ from unlabeled.pretext.common.decoder import DecoderBlock, TransformerDecoder
 from unlabeled.pretext.common.masking import random_masking
 from unlabeled.pretext.common.patches import normalize_patches, patch_statistics, patchify, unpatchify
 from unlabeled.pretext.common.positions import sincos_2d
-from unlabeled.ssl.errors import CheckpointError
+from unlabeled.ssl.core.errors import CheckpointError
 
 
 def test_patch_order_is_row_column_channel():

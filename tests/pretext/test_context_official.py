@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from unlabeled.pretext.context import Context, ContextConfig
 from unlabeled.ssl.backbone import create_backbone
-from unlabeled.ssl.errors import CheckpointError
+from unlabeled.ssl.core.errors import CheckpointError
 
 NET = {"widths": (8, 12, 16, 16, 12), "embed_dim": 20}
 

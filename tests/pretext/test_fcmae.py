@@ -18,7 +18,7 @@ from unlabeled.pretext.common.patches import normalize_patches, patchify, unpatc
 from unlabeled.pretext.fcmae import FCMAE, ConvDecoder, FCMAEConfig, dense_layout
 from unlabeled.pretext.registry import create_task, task_config
 from unlabeled.ssl.backbone import Backbone, create_backbone
-from unlabeled.ssl.errors import CapabilityError, CheckpointError, ConfigError
+from unlabeled.ssl.core.errors import CapabilityError, CheckpointError, ConfigError
 from unlabeled.ssl.sparse import MaskedMap
 
 TINY = {"patch_size": 1, "dims": (8, 12, 16, 24), "depths": (1, 1, 2, 1)}

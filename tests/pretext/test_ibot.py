@@ -13,7 +13,7 @@ from unlabeled.pretext.common.hidden_places import Hidden, HiddenConfig, HiddenP
 from unlabeled.pretext.common.self_distillation import directions, scores
 from unlabeled.pretext.ibot import IBOT, IBOTConfig, hidden_loss
 from unlabeled.ssl.backbone import Backbone, create_backbone
-from unlabeled.ssl.errors import CapabilityError, ConfigError
+from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 
 HEAD = {"prototypes": 24, "hidden": 16, "bottleneck": 8}
 

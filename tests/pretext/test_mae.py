@@ -17,7 +17,7 @@ from unlabeled.pretext.common.positions import sincos_2d
 from unlabeled.pretext.mae import MAE, MAEConfig
 from unlabeled.pretext.registry import create_task, task_config
 from unlabeled.ssl.backbone import Backbone, create_backbone
-from unlabeled.ssl.errors import CapabilityError, ConfigError
+from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 from unlabeled.ssl.tokens import TokenEncoder
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}

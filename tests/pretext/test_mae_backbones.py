@@ -13,7 +13,7 @@ from unlabeled.pretext.common.positions import sincos_2d
 from unlabeled.pretext.mae import MAE
 from unlabeled.pretext.registry import create_task
 from unlabeled.ssl.backbone import create_backbone
-from unlabeled.ssl.errors import CapabilityError, ConfigError
+from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 from unlabeled.ssl.tokens import TokenEncoder
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}

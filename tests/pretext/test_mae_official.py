@@ -9,7 +9,7 @@ from torch import Tensor
 from unlabeled.pretext.common.positions import sincos_2d
 from unlabeled.pretext.mae import MAE, MAEConfig
 from unlabeled.ssl.backbone import create_backbone
-from unlabeled.ssl.errors import CheckpointError
+from unlabeled.ssl.core.errors import CheckpointError
 
 
 def tiny_task(**kwargs: object) -> MAE:

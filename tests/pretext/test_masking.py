@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from unlabeled.pretext.common.masking import count_keep, mask_noise, masking_of, random_masking
-from unlabeled.ssl.errors import ConfigError
+from unlabeled.ssl.core.errors import ConfigError
 
 PATTERNS = ["random", "grid", "block"]
 

@@ -9,7 +9,7 @@ import torch
 
 from unlabeled.pretext.obow import OBoW, OBoWConfig
 from unlabeled.ssl.backbone import Backbone, create_backbone
-from unlabeled.ssl.errors import ConfigError
+from unlabeled.ssl.core.errors import ConfigError
 
 VIT = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 

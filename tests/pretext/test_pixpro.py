@@ -14,7 +14,7 @@ from unlabeled.pretext.pixcontrast import PixContrast, PixContrastConfig, contra
 from unlabeled.pretext.pixpro import PixelPropagation, PixPro, PixProConfig, agreement, consistency, official_names
 from unlabeled.pretext.registry import create_task
 from unlabeled.ssl.backbone import Backbone, create_backbone
-from unlabeled.ssl.errors import CheckpointError, ConfigError
+from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 SMALL = {"hidden_dim": 12, "feature_dim": 8}

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from unlabeled.pretext.poa import POA, POAConfig
 from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 from unlabeled.ssl.elastic import SubSize
-from unlabeled.ssl.errors import CapabilityError, ConfigError
 from unlabeled.ssl.optim import parameter_groups
 from unlabeled.ssl.schema import OptimConfig
 

@@ -9,7 +9,7 @@ import pytest
 from unlabeled.pretext import registry
 from unlabeled.ssl.backbone import _tasks_for, create_backbone
 from unlabeled.ssl.cli import main
-from unlabeled.ssl.errors import ConfigError
+from unlabeled.ssl.core.errors import ConfigError
 
 
 class Plugin(Distribution):

@@ -11,7 +11,7 @@ from torch import Tensor
 from unlabeled.pretext.registry import create_task
 from unlabeled.pretext.simclr import SimCLR, SimCLRConfig
 from unlabeled.ssl.backbone import create_backbone
-from unlabeled.ssl.errors import ConfigError
+from unlabeled.ssl.core.errors import ConfigError
 
 
 def make(**settings) -> SimCLR:

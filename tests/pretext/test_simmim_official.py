@@ -9,7 +9,7 @@ from torch import Tensor
 from unlabeled.pretext.common.simmim_names import official_names
 from unlabeled.pretext.simmim import SimMIM, SimMIMConfig
 from unlabeled.ssl.backbone import create_backbone
-from unlabeled.ssl.errors import CheckpointError
+from unlabeled.ssl.core.errors import CheckpointError
 
 TABLE = "relative_position_bias_table"
 SHARED = f"encoder.rel_pos_bias.{TABLE}"

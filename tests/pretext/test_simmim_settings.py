@@ -13,7 +13,7 @@ from unlabeled.pretext.registry import create_task, task_config
 from unlabeled.pretext.simmim import SimMIM, SimMIMConfig
 from unlabeled.ssl.backbone import Backbone, create_backbone
 from unlabeled.ssl.compose import compose_config
-from unlabeled.ssl.errors import CapabilityError, ConfigError
+from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 from unlabeled.ssl.schedule import peak_rate
 from unlabeled.ssl.schema import PretrainConfig
 

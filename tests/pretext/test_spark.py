@@ -18,7 +18,7 @@ from unlabeled.pretext.registry import create_task, task_config
 from unlabeled.pretext.spark import Densify, LightDecoder, SparK, SparKConfig
 from unlabeled.ssl.backbone import Backbone, create_backbone
 from unlabeled.ssl.compose import compose_config
-from unlabeled.ssl.errors import CapabilityError, ConfigError
+from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 from unlabeled.ssl.optim import create_optimizer, set_rates
 from unlabeled.ssl.schema import PretrainConfig
 

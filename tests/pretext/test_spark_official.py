@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unlabeled.pretext.spark import SparK, SparKConfig
 from unlabeled.ssl.backbone import create_backbone
-from unlabeled.ssl.errors import CheckpointError
+from unlabeled.ssl.core.errors import CheckpointError
 from unlabeled.ssl.export import read_tensors
 
 RESNET = {"channels": (8, 8, 16, 24), "output_stride": 8}

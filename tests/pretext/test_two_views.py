@@ -13,7 +13,7 @@ from unlabeled.pretext.common.two_views import TwoViewTask
 from unlabeled.pretext.common.views import Colors
 from unlabeled.pretext.registry import create_task, task_config
 from unlabeled.ssl.backbone import create_backbone
-from unlabeled.ssl.errors import CapabilityError, ConfigError
+from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 
 TASKS = ["byol", "simclr", "vicreg"]
 PLAIN = {"jitter": 0.0, "gray": 0.0, "solarize": 0.0}

@@ -15,7 +15,7 @@ from torch import Tensor
 import unlabeled
 from unlabeled.ssl import engine
 from unlabeled.ssl.backbone import Backbone
-from unlabeled.ssl.errors import ConfigError
+from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.monitor import read_metrics
 
 TIMED = {"images_per_s", "data_wait", "memory_gb"}

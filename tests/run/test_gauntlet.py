@@ -24,7 +24,7 @@ from unlabeled.eval.gauntlet.table import Value, over_seeds, ranked
 from unlabeled.eval.intervals import wilson
 from unlabeled.ssl.backbone import create_backbone
 from unlabeled.ssl.cli import main
-from unlabeled.ssl.errors import CheckpointError, ConfigError, DataError
+from unlabeled.ssl.core.errors import CheckpointError, ConfigError, DataError
 from unlabeled.ssl.export import export_backbone
 
 ROOT = Path(__file__).resolve().parents[2]

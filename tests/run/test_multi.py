@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import unlabeled
 from unlabeled.ssl.compose import pretrain_config
-from unlabeled.ssl.errors import ConfigError
+from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.monitor import read_metrics
 
 VIT = {

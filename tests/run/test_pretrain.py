@@ -24,8 +24,8 @@ import unlabeled
 from unlabeled.eval.report.document import read_report
 from unlabeled.pretext.registry import task_names
 from unlabeled.ssl.cli import main
+from unlabeled.ssl.core.signals import EXIT_STOPPED
 from unlabeled.ssl.monitor import read_metrics
-from unlabeled.ssl.signals import EXIT_STOPPED
 
 ROOT = Path(__file__).resolve().parents[2]
 RESNET = {"name": "resnet18", "size": 32, "kwargs": {"channels": [8, 8, 16, 16], "output_stride": 8}}
@@ -292,7 +292,8 @@ def test_two_processes_of_accelerate_launch_do_what_one_does(tmp_path: Path) -> 
 
 
 def test_fewer_processes_than_asked_for_are_said(tmp_path: Path) -> None:
-    code = "from unlabeled.ssl.ranks import create_accelerator\nfrom unlabeled.ssl.schema import EngineConfig\n"
+    code = "from unlabeled.ssl.train.accelerator import create_accelerator\n"
+    code += "from unlabeled.ssl.schema import EngineConfig\n"
     script = tmp_path / "start.py"
     script.write_text(code + "import logging; logging.basicConfig(); create_accelerator(EngineConfig())\n")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(script)]

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from unlabeled.ssl.errors import DataError
+from unlabeled.ssl.core.errors import DataError
 
 if TYPE_CHECKING:
     from unlabeled.eval.subject import Subject

@@ -24,8 +24,8 @@ from unlabeled.eval.suite import Evidence, evaluate_backbone
 from unlabeled.pretext.registry import task_class, task_config
 from unlabeled.ssl.backbone import Backbone, create_backbone
 from unlabeled.ssl.compose import validate
+from unlabeled.ssl.core.errors import CheckpointError, ConfigError, UnlabeledError, first_line, nearest
 from unlabeled.ssl.data.source import open_source
-from unlabeled.ssl.errors import CheckpointError, ConfigError, UnlabeledError, nearest
 from unlabeled.ssl.monitor import read_metrics
 from unlabeled.ssl.run import read_config
 from unlabeled.ssl.schema import BackboneConfig, DataConfig, EvaluateRun, PretrainConfig
@@ -129,10 +129,10 @@ def _from_timm(run: EvaluateRun) -> Target:
     except Exception as error:  # timm, its hub and the network raise kinds that share no base
         if not run.pretrained:
             raise ConfigError(
-                f"backbone: timm cannot build {run.target} ({_first_line(error)}); check backbone.kwargs"
+                f"backbone: timm cannot build {run.target} ({first_line(error)}); check backbone.kwargs"
             ) from error
         raise CheckpointError(
-            f"target: the published weights of {run.target} cannot be loaded ({_first_line(error)}); go online, give a "
+            f"target: the published weights of {run.target} cannot be loaded ({first_line(error)}); go online, give a "
             "file with backbone.name, or set pretrained=false"
         ) from error
     return Target(backbone, run.target if run.pretrained else f"{run.target}, random weights")
@@ -178,7 +178,7 @@ def masked_statistics(target: Target) -> bool:
         return task_class(target.config.task["name"]).masks_statistics(task_config(target.config.task))
     except (ConfigError, ImportError) as error:  # a plugin that is not installed here
         raise ConfigError(
-            f"evaluate.recalibrate: auto has to know the run's task ({_first_line(error)}); set it to true or false"
+            f"evaluate.recalibrate: auto has to know the run's task ({first_line(error)}); set it to true or false"
         ) from error
 
 
@@ -219,8 +219,3 @@ def _report_folder(run: EvaluateRun, target: Target) -> Path:
     if target.folder is not None:
         return target.folder / "report"
     return Path("reports") / re.sub(r"[^\w.-]+", "_", Path(run.target).name)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

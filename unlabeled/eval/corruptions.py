@@ -21,8 +21,8 @@ from torchvision.transforms.v2 import functional as tv
 
 from unlabeled.eval.features import PictureTransform
 from unlabeled.eval.settings import CorruptionName
+from unlabeled.ssl.core.seeds import derive
 from unlabeled.ssl.data.source import ImageSource
-from unlabeled.ssl.seeds import derive
 
 _SMALL, _LARGE = 32, 224
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from unlabeled.eval.base import FeatureSplit, FloatArray, IntArray
 from unlabeled.eval.neighbours.search import normalized
-from unlabeled.ssl.errors import ConfigError, DataError
-from unlabeled.ssl.seeds import derive
+from unlabeled.ssl.core.errors import ConfigError, DataError
+from unlabeled.ssl.core.seeds import derive
 
 Method = Literal["tsne", "umap", "pca"]
 

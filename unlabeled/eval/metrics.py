@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from unlabeled.eval.evaluators.knn import nearest_neighbours
 from unlabeled.eval.neighbours.faiss_threads import faiss_threads
-from unlabeled.ssl.errors import DataError
-from unlabeled.ssl.seeds import derive
+from unlabeled.ssl.core.errors import DataError
+from unlabeled.ssl.core.seeds import derive
 
 Features = npt.NDArray[np.floating[Any]]
 Array = npt.NDArray[np.float64]

@@ -20,8 +20,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from unlabeled.eval.features import EvalTransform, load_pictures
 from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.data.source import ImageSource
-from unlabeled.ssl.errors import DataError
 from unlabeled.ssl.probe import modes_kept
 from unlabeled.ssl.schema import EvaluateConfig
 

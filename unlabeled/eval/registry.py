@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from unlabeled.eval.base import Evaluator, Measure
-from unlabeled.ssl.errors import ConfigError, nearest
+from unlabeled.ssl.core.errors import ConfigError, nearest
 from unlabeled.ssl.schema import EvaluateConfig
 
 EVALUATORS: dict[str, str] = {

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from unlabeled.ssl.checkpoint import write_atomically, writing
-from unlabeled.ssl.errors import CheckpointError, DataError
+from unlabeled.ssl.core.errors import CheckpointError, DataError, first_line
+from unlabeled.ssl.core.files import write_atomically, writing
 from unlabeled.ssl.export import WEIGHTS
 
 FILE = "sizes.json"
@@ -100,7 +100,7 @@ def load_curve(folder: Path) -> SizeCurve | None:
     try:
         return SizeCurve.model_validate_json(file.read_bytes())
     except (OSError, ValidationError) as error:
-        raise DataError(f"{file}: cannot be read ({str(error).splitlines()[0]}); remove it to measure anew") from None
+        raise DataError(f"{file}: cannot be read ({first_line(error)}); remove it to measure anew") from None
 
 
 def write_curve(folder: Path, curve: SizeCurve) -> None:

@@ -13,8 +13,8 @@ from scipy.linalg import eigh
 from unlabeled.eval.base import FeatureSet, FeatureSplit, FloatArray
 from unlabeled.eval.features import Outputs, PictureTransform, Precision, extract_features
 from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.data.source import ImageSource
-from unlabeled.ssl.errors import DataError
 
 
 @dataclass(frozen=True)

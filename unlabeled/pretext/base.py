@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.core.errors import CheckpointError
 from unlabeled.ssl.elastic.config import ElasticConfig
-from unlabeled.ssl.errors import CheckpointError
 from unlabeled.ssl.layers import decay_applies
 
 Batch = Mapping[str, Tensor]

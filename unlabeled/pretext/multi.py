@@ -27,7 +27,7 @@ from unlabeled.pretext.common.patches import widened
 from unlabeled.pretext.registry import task_class
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.collapse import DEVIATION, INFORMATION
-from unlabeled.ssl.errors import CheckpointError, ConfigError
+from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from unlabeled.pretext.base import PretextTask, TaskConfig
 from unlabeled.ssl.backbone import Backbone
-from unlabeled.ssl.errors import ConfigError, nearest
+from unlabeled.ssl.core.errors import ConfigError, nearest
 from unlabeled.ssl.messages import explain
 
 TASKS: dict[str, str] = {

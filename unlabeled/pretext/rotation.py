@@ -22,7 +22,7 @@ from torchvision.utils import make_grid
 
 from unlabeled.pretext.base import Batch, NamedParameter, PretextTask, StepOutput, TaskConfig, Views
 from unlabeled.ssl.backbone import Backbone
-from unlabeled.ssl.errors import CheckpointError, ConfigError
+from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 from unlabeled.ssl.probe import modes_kept
 
 Fraction = Annotated[float, Field(gt=0, le=1)]

@@ -25,7 +25,7 @@ from unlabeled.pretext.common.masking import Masking, Method
 from unlabeled.pretext.common.patches import widened
 from unlabeled.pretext.common.simmim_names import official_names, to_own_layout
 from unlabeled.ssl.backbone import Backbone
-from unlabeled.ssl.errors import ConfigError
+from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.stem import find_stem, substituted
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 import unlabeled.ssl.networks  # noqa: F401  registers our own networks with timm
-from unlabeled.ssl.errors import CapabilityError, CheckpointError, ConfigError, nearest
+from unlabeled.ssl.core.errors import CapabilityError, CheckpointError, ConfigError, first_line, nearest
 from unlabeled.ssl.layers import block_layers, count_blocks
 from unlabeled.ssl.probe import Shapes, probe_shapes, reached_by_maps, reached_by_pooled
 
@@ -155,7 +155,7 @@ class Backbone(nn.Module):
         try:
             shapes = probe_shapes(self.model, size)
         except Exception as error:  # whatever its forward raises
-            return _reason(error)
+            return first_line(error)
         return None if shapes.pooled == self._shapes.pooled else "its features then have another width"
 
     def parameter_layers(self) -> dict[str, int]:
@@ -233,8 +233,10 @@ def _build(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
             raise _UnknownArgumentError(name, match.group(1)) from error
         if pretrained and not isinstance(error, (AssertionError, TypeError)):
             remedy = "give a file of weights instead (backbone.checkpoint=FILE), or set pretrained=false"
-            raise CheckpointError(f"backbone.pretrained: no weights for {name} ({_reason(error)}); {remedy}") from error
-        raise ConfigError(f"backbone: {name} cannot be built with {arguments} ({_reason(error)})") from error
+            raise CheckpointError(
+                f"backbone.pretrained: no weights for {name} ({first_line(error)}); {remedy}"
+            ) from error
+        raise ConfigError(f"backbone: {name} cannot be built with {arguments} ({first_line(error)})") from error
     return model
 
 
@@ -252,7 +254,7 @@ def _measure(model: nn.Module, name: str, size: tuple[int, int]) -> Shapes:
         return probe_shapes(model, size)
     except Exception as error:  # whatever a network's forward raises: it is told in one line, with its cause
         raise ConfigError(
-            f"backbone.size: {name} cannot take pictures of {shown} ({_reason(error)}); give another backbone.size"
+            f"backbone.size: {name} cannot take pictures of {shown} ({first_line(error)}); give another backbone.size"
         ) from error
 
 
@@ -277,11 +279,6 @@ def _pixels(size: Any) -> tuple[int, int] | None:
         return None if size is None else (size, size)
     height, width = size
     return int(height), int(width)
-
-
-def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__
 
 
 def _lacks_pooled(backbone: Backbone) -> str | None:

@@ -7,11 +7,9 @@ then names it. A crash at any moment leaves the one before it intact.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from unlabeled.ssl.errors import CheckpointError
+from unlabeled.ssl.core.errors import CheckpointError, first_line
+from unlabeled.ssl.core.files import flush, write_atomically
 
 _PREFIX = "step_"
 
@@ -46,16 +45,16 @@ def save_checkpoint(
         torch.save(dict(optimizer), partial / "optimizer.pt")
         (partial / "state.json").write_text(json.dumps(dict(state)))
         for path in partial.iterdir():
-            _flush(path)
+            flush(path)
         if target.exists():  # the same step, written again after a resume from an earlier one
             shutil.rmtree(target)
         partial.rename(target)
         write_atomically(folder / "last", target.name)
-        _flush(folder)
+        flush(folder)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"checkpoint: step {step} could not be written to {folder} ({_reason(error)}); "
+            f"checkpoint: step {step} could not be written to {folder} ({first_line(error)}); "
             "make room or choose another out=, then run the same command again: it resumes from the checkpoint before"
         ) from None
     _prune(folder, keep)
@@ -75,7 +74,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict
             if others
             else "start anew in another out="
         )
-        raise CheckpointError(f"checkpoint: {path} cannot be read ({_reason(error)}); {remedy}") from None
+        raise CheckpointError(f"checkpoint: {path} cannot be read ({first_line(error)}); {remedy}") from None
     return model, optimizer, state
 
 
@@ -96,36 +95,9 @@ def complete(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"{_PREFIX}*")) if folder.is_dir() else []
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces the file `path` in one move."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    _flush(partial)
-    os.replace(partial, path)
-
-
-@contextlib.contextmanager
-def writing(what: str) -> Iterator[None]:
-    """Turns a failing disk into one line that names what was being written."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            f"{what} could not be written ({_reason(error)}); make room or choose another out="
-        ) from None
-
-
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous copies on the CPU; safetensors refuses tensors that share memory."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _prune(folder: Path, keep: int) -> None:
@@ -133,9 +105,3 @@ def _prune(folder: Path, keep: int) -> None:
         shutil.rmtree(old, ignore_errors=True)
     for partial in folder.glob(".partial_*"):
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

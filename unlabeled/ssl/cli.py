@@ -14,8 +14,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from unlabeled.ssl.errors import ConfigError, UnlabeledError
-from unlabeled.ssl.signals import EXIT_STOPPED
+from unlabeled.ssl.core.errors import ConfigError, UnlabeledError
+from unlabeled.ssl.core.signals import EXIT_STOPPED
 
 _EPILOG = """\
 settings are key=value words, the same for every way to start a run:
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _pretrain(given: argparse.Namespace) -> int:
-    from unlabeled.ssl.ranks import leave_ranks
+    from unlabeled.ssl.core.distributed import leave_ranks
 
     try:
         return _run(given)
@@ -84,7 +84,7 @@ def _evaluate(given: argparse.Namespace) -> None:
 
 def _finetune(given: argparse.Namespace) -> int:
     from unlabeled.eval.finetune.run import finetune_config, finetune_from
-    from unlabeled.ssl.ranks import leave_ranks
+    from unlabeled.ssl.core.distributed import leave_ranks
 
     try:
         return EXIT_STOPPED if finetune_from(finetune_config(given.target, given.words)).stopped else 0

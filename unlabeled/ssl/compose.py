@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from unlabeled.ssl.errors import ConfigError, nearest
+from unlabeled.ssl.core.errors import ConfigError, first_line, nearest
 from unlabeled.ssl.messages import explain
 from unlabeled.ssl.schema import PretrainConfig, RunConfig
 from unlabeled.ssl.section import Section
@@ -65,7 +65,7 @@ def composed(command: str, words: Sequence[str]) -> Any:
             config = compose(command, overrides=[word for word in overrides if word is not None])
         return OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"config: {_first_line(error)}") from None
+        raise ConfigError(f"config: {first_line(error)}") from None
 
 
 def validate(values: Any, model: type[SectionT]) -> SectionT:
@@ -86,7 +86,7 @@ def parse(words: Sequence[str]) -> list[Override]:
             parsed += OverridesParser.create().parse_overrides([_dotted(word)])
         except HydraException as error:
             raise ConfigError(
-                f"{word!r} cannot be read ({_first_line(error)}); quote special characters: 'key=\"value\"'"
+                f"{word!r} cannot be read ({first_line(error)}); quote special characters: 'key=\"value\"'"
             ) from None
     return parsed
 
@@ -178,10 +178,6 @@ def _group_word(group: str, option: str) -> str | None:
     if group == "data" and ("/" in option or Path(option).exists()):
         raise ConfigError(f"data: {option!r} is a path; write data=folder data.path={option}")
     raise ConfigError(f"{group}: {option!r} does not exist; {nearest(option, known)}")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
 
 
 def pretrain_config(words: Sequence[str]) -> PretrainConfig:

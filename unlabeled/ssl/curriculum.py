@@ -30,7 +30,7 @@ from torch import Tensor
 
 from unlabeled.pretext.base import Batch, PretextTask
 from unlabeled.ssl.backbone import Backbone
-from unlabeled.ssl.errors import ConfigError
+from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.schema import CurriculumName
 
 Size = tuple[int, int]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from timm.layers import DropPath
 from torch import nn
 
-from unlabeled.ssl.errors import CapabilityError, ConfigError
+from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 
 _NAMES = ("drop_path", "drop_path1", "drop_path2")
 """What the blocks of timm's networks call their stochastic depth."""

@@ -26,20 +26,20 @@ from torch.distributed.tensor import DTensor
 
 from unlabeled.pretext.base import Batch, PretextTask, StepOutput
 from unlabeled.ssl.collapse import WATCH_EVERY, CollapseAlarm, feature_figures
-from unlabeled.ssl.cpu import cpu_kernels
+from unlabeled.ssl.core.cpu import cpu_kernels
+from unlabeled.ssl.core.distributed import gather_lists, sum_over_ranks
+from unlabeled.ssl.core.errors import ConfigError, DivergedError
+from unlabeled.ssl.core.seeds import derive
+from unlabeled.ssl.core.signals import StopRequest
 from unlabeled.ssl.curriculum import Curriculum
 from unlabeled.ssl.data.bad import BadImage, BadImages
 from unlabeled.ssl.data.loader import LoadedBatch
-from unlabeled.ssl.errors import ConfigError, DivergedError
 from unlabeled.ssl.monitor import Meter, Monitor, Stopwatch, memory_gb
 from unlabeled.ssl.optim import set_rates
-from unlabeled.ssl.ranks import gather_lists, sum_over_ranks
 from unlabeled.ssl.run import Plan
 from unlabeled.ssl.saving import Saver
 from unlabeled.ssl.schedule import Schedule, weight_decay_at
 from unlabeled.ssl.schema import RunConfig
-from unlabeled.ssl.seeds import derive
-from unlabeled.ssl.signals import StopRequest
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pickle
 import sys
 from collections import Counter
@@ -24,8 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.core.errors import CheckpointError, ConfigError, first_line
+from unlabeled.ssl.core.files import replace_atomically
 from unlabeled.ssl.elastic.config import ElasticConfig
-from unlabeled.ssl.errors import CheckpointError, ConfigError
 from unlabeled.ssl.probe import modes_kept
 
 WEIGHTS = "backbone.safetensors"
@@ -104,10 +104,10 @@ def export_backbone(
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in backbone.model.state_dict().items()}
     try:
         weights.parent.mkdir(parents=True, exist_ok=True)
-        _replace(weights, lambda file: save_file(state, file, metadata={"format": "pt"}))
-        _replace(beside, lambda file: file.write_text(text, encoding="utf-8"))
+        replace_atomically(weights, lambda file: save_file(state, file, metadata={"format": "pt"}))
+        replace_atomically(beside, lambda file: file.write_text(text, encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{path}: the backbone cannot be written ({error.strerror or error})") from error
+        raise CheckpointError(f"{path}: the backbone cannot be written ({first_line(error)})") from error
     return weights
 
 
@@ -135,8 +135,9 @@ def describe(path: str | Path) -> Description:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: there is no {file.name}; give a run folder or an exported backbone") from error
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else ""
-        raise CheckpointError(f"{file}: not a description of a backbone ({type(error).__name__}: {reason})") from error
+        raise CheckpointError(
+            f"{file}: not a description of a backbone ({type(error).__name__}: {first_line(error)})"
+        ) from error
 
 
 def load_backbone(path: str | Path) -> Backbone:
@@ -213,9 +214,9 @@ def read_tensors(file: Path) -> State:
             with torch.serialization.safe_globals([argparse.Namespace]):  # settings that many scripts store; inert
                 content = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise CheckpointError(
-            f"{file}: not a file of tensors, or damaged ({reason}); save the bare state dict, best as safetensors"
+            f"{file}: not a file of tensors, or damaged ({first_line(error, 120)}); save the bare state dict, best as "
+            "safetensors"
         ) from error
     while isinstance(content, Mapping):
         inner = next((content[key] for key in _CONTAINERS if isinstance(content.get(key), Mapping)), None)
@@ -288,15 +289,3 @@ def _used(name: str, prefix: str, state: State, converted: State, target: Mappin
     """Whether the file's tensor `name` went into the backbone, under its own name or the one a converter gave it."""
     short = name.removeprefix(prefix)
     return name.startswith(prefix) and (short not in converted or (short in state and short in target))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes `path` by way of a file beside it, so that a reader sees the old content or the new, never a part."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

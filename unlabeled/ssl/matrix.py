@@ -25,7 +25,7 @@ from torch import Tensor
 from unlabeled.pretext.registry import create_task, task_class, task_config, task_names
 from unlabeled.ssl.backbone import Backbone, create_backbone
 from unlabeled.ssl.compose import parse, validate
-from unlabeled.ssl.errors import CapabilityError, ConfigError, nearest
+from unlabeled.ssl.core.errors import CapabilityError, ConfigError, first_line, nearest
 from unlabeled.ssl.section import Section
 
 _TABLE = Path(__file__).with_name("architectures.json")
@@ -189,8 +189,7 @@ def try_task(task: str, backbone: Backbone, seed: int = 0) -> Cell:
     except CapabilityError as error:
         return Cell("cannot", _short(str(error)))
     except Exception as error:  # whatever it is, it is a result: told in the table and to be mended
-        lines = str(error).strip().splitlines() or [""]
-        return Cell("fault", f"{type(error).__name__}: {lines[0][:160]}")
+        return Cell("fault", f"{type(error).__name__}: {first_line(error)}")
 
 
 def _step(settings: Mapping[str, Any], backbone: Backbone, seed: int) -> Cell:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from unlabeled.ssl.errors import nearest
+from unlabeled.ssl.core.errors import nearest
 
 _SHOWN = 80
 

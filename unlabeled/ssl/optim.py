@@ -10,7 +10,7 @@ from timm.optim import create_optimizer_v2, list_optimizers
 
 import unlabeled.ssl.lars  # noqa: F401  registers PixPro's LARS with timm
 from unlabeled.pretext.base import PretextTask
-from unlabeled.ssl.errors import ConfigError, nearest
+from unlabeled.ssl.core.errors import ConfigError, nearest
 from unlabeled.ssl.layers import layer_scale
 from unlabeled.ssl.schema import OptimConfig
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import yaml
 
-from unlabeled.ssl.checkpoint import last_checkpoint, write_atomically, writing
-from unlabeled.ssl.errors import CheckpointError, ConfigError
+from unlabeled.ssl.checkpoint import last_checkpoint
+from unlabeled.ssl.core.errors import CheckpointError, ConfigError
+from unlabeled.ssl.core.files import write_atomically, writing
 from unlabeled.ssl.schema import RunConfig
 
 _MAY_CHANGE = frozenset(

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from unlabeled.ssl.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
-from unlabeled.ssl.errors import CheckpointError
+from unlabeled.ssl.core.errors import CheckpointError, first_line
 from unlabeled.ssl.monitor import Meter
 
 logger = logging.getLogger(__name__)
@@ -85,8 +85,9 @@ class Saver:
                 self._accelerator.unwrap_model(self._model).load_state_dict(model)
                 self._optimizer.load_state_dict(optimizer)
         except (RuntimeError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise CheckpointError(f"checkpoint: {path} does not fit this run ({reason}); choose another out=") from None
+            raise CheckpointError(
+                f"checkpoint: {path} does not fit this run ({first_line(error)}); choose another out="
+            ) from None
         if self._accelerator.scaler is not None and state["scaler"] is not None:
             self._accelerator.scaler.load_state_dict(state["scaler"])
         meter.load_state_dict(state["meter"])

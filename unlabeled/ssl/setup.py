@@ -14,6 +14,7 @@ from unlabeled.pretext.registry import create_task, task_class, task_config
 from unlabeled.ssl.backbone import Backbone, create_backbone
 from unlabeled.ssl.batch_norm import synchronize
 from unlabeled.ssl.collapse import CollapseAlarm
+from unlabeled.ssl.core.seeds import derive
 from unlabeled.ssl.curriculum import create_curriculum
 from unlabeled.ssl.data.bad import BadImages
 from unlabeled.ssl.data.loader import RunSampler, ViewDataset, make_loader
@@ -23,12 +24,11 @@ from unlabeled.ssl.evidence import OnlineEvaluation, labelled_data
 from unlabeled.ssl.export import load_weights, read_tensors
 from unlabeled.ssl.monitor import Meter, Monitor, Stopwatch
 from unlabeled.ssl.optim import create_optimizer
-from unlabeled.ssl.ranks import create_accelerator
 from unlabeled.ssl.run import Plan, claim_folder, write_config
 from unlabeled.ssl.saving import Saver
 from unlabeled.ssl.schedule import Schedule, peak_rate
 from unlabeled.ssl.schema import BackboneConfig, PretrainConfig, RunConfig
-from unlabeled.ssl.seeds import derive
+from unlabeled.ssl.train.accelerator import create_accelerator
 
 logger = logging.getLogger(__name__)
 

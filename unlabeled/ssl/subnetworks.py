@@ -12,9 +12,9 @@ import torch
 
 from unlabeled.ssl.backbone import Backbone, create_backbone
 from unlabeled.ssl.compose import validate
+from unlabeled.ssl.core.errors import CheckpointError, ConfigError, nearest
 from unlabeled.ssl.elastic import Elastic, ElasticConfig, SubSize
 from unlabeled.ssl.elastic.sizes import find
-from unlabeled.ssl.errors import CheckpointError, ConfigError, nearest
 from unlabeled.ssl.export import describe, export_backbone, export_files, load_backbone
 from unlabeled.ssl.run import read_config
 from unlabeled.ssl.schema import DataConfig, ExportRun, PretrainConfig, Sizes

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from unlabeled.pretext.base import TaskConfig
 from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.core.errors import CheckpointError
 from unlabeled.ssl.data.loader import seeded
-from unlabeled.ssl.errors import CheckpointError
 from unlabeled.ssl.export import export_backbone
 from unlabeled.testing.state import changed
 from unlabeled.testing.subject import Subject, listed, pictures, require

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from unlabeled.ssl.errors import ConfigError
+from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.testing import Subject, check_task
 from unlabeled_jigsaw.orders import distant_orders, shuffled
 from unlabeled_jigsaw.task import Jigsaw, JigsawConfig, JigsawViews

@@ -13,7 +13,7 @@ from sklearn.cluster import KMeans
 from unlabeled.eval.base import FeatureSplit
 from unlabeled.eval.evaluators.cluster import ClusterEvaluator, kmeans
 from unlabeled.eval.settings import ClusterConfig
-from unlabeled.ssl.errors import DataError
+from unlabeled.ssl.core.errors import DataError
 
 TRAIN = clouds(20, 2)
 

@@ -15,7 +15,7 @@ from unlabeled.eval.base import FeatureSet, FeatureSplit
 from unlabeled.eval.evaluators.duplicates import DuplicatesEvaluator, beside, find_pairs, threshold
 from unlabeled.eval.settings import DuplicatesConfig
 from unlabeled.eval.subject import Subject
-from unlabeled.ssl.errors import DataError
+from unlabeled.ssl.core.errors import DataError
 
 CAREFUL = DuplicatesConfig(chance=1e-4)
 

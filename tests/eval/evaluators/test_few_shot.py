@@ -12,8 +12,8 @@ from sklearn.neighbors import NearestCentroid
 from unlabeled.eval.base import Estimate, FeatureSplit
 from unlabeled.eval.evaluators.few_shot import FewShotEvaluator, episodes, possible
 from unlabeled.eval.settings import FewShotConfig
-from unlabeled.ssl.errors import ConfigError, DataError
-from unlabeled.ssl.seeds import derive
+from unlabeled.ssl.core.errors import ConfigError, DataError
+from unlabeled.ssl.core.seeds import derive
 
 SHORT = FewShotConfig(episodes=40)
 

@@ -13,7 +13,7 @@ from unlabeled.eval.metrics import alignment, lidar
 from unlabeled.eval.settings import InvarianceConfig
 from unlabeled.eval.subject import Loading, Subject
 from unlabeled.ssl.backbone import Backbone
-from unlabeled.ssl.errors import DataError
+from unlabeled.ssl.core.errors import DataError
 
 CONFIG = InvarianceConfig(pictures=12, views=3)
 

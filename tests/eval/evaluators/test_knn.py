@@ -14,7 +14,7 @@ from unlabeled.eval.evaluators.knn import KnnEvaluator, best_classes, class_scor
 from unlabeled.eval.intervals import over_draws
 from unlabeled.eval.settings import KnnConfig
 from unlabeled.eval.subject import Subject
-from unlabeled.ssl.errors import ConfigError, DataError
+from unlabeled.ssl.core.errors import ConfigError, DataError
 
 
 def names(count: int) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from unlabeled.eval.metrics import linear_cka
 from unlabeled.eval.settings import LayersConfig
 from unlabeled.eval.subject import Loading, Subject
 from unlabeled.ssl.backbone import Backbone, create_backbone
-from unlabeled.ssl.errors import DataError
+from unlabeled.ssl.core.errors import DataError
 
 CONFIG = LayersConfig(pictures=24)
 

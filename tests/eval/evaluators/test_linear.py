@@ -16,7 +16,7 @@ from unlabeled.eval.evaluators.linear import (
 )
 from unlabeled.eval.settings import LinearConfig
 from unlabeled.eval.subject import Subject
-from unlabeled.ssl.errors import ConfigError, DataError
+from unlabeled.ssl.core.errors import ConfigError, DataError
 
 FAST = LinearConfig(epochs=20, batch_size=64)
 

@@ -13,8 +13,8 @@ from sklearn.preprocessing import StandardScaler
 from unlabeled.eval.base import FeatureSplit
 from unlabeled.eval.evaluators.logistic import LogisticEvaluator, fit_logistic, stratified
 from unlabeled.eval.settings import LogisticConfig
-from unlabeled.ssl.errors import ConfigError, DataError
-from unlabeled.ssl.seeds import derive
+from unlabeled.ssl.core.errors import ConfigError, DataError
+from unlabeled.ssl.core.seeds import derive
 
 
 def test_predictions_are_those_of_scikit_learn_with_the_best_c_on_the_holdout() -> None:

@@ -16,8 +16,8 @@ from unlabeled.eval.evaluators.logistic import stratified
 from unlabeled.eval.evaluators.low_label import LowLabelEvaluator
 from unlabeled.eval.intervals import over_draws
 from unlabeled.eval.settings import LinearConfig, LowLabelConfig
-from unlabeled.ssl.errors import ConfigError, DataError
-from unlabeled.ssl.seeds import derive
+from unlabeled.ssl.core.errors import ConfigError, DataError
+from unlabeled.ssl.core.seeds import derive
 
 PROBE = LinearConfig(lr=(0.03, 0.3), weight_decay=(0.0,), epochs=4, batch_size=32)
 TRAIN, TEST = clouds(200, 4, spread=2, seed=1), clouds(120, 4, spread=2, seed=2)

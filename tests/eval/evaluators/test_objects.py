@@ -14,8 +14,8 @@ from unlabeled.eval.places.attention import class_attention, key_map
 from unlabeled.eval.places.tokencut import component_boxes, cut, intersection_over_union, second_eigenvector
 from unlabeled.eval.settings import ObjectsConfig
 from unlabeled.ssl.backbone import create_backbone
+from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.data.source import limited
-from unlabeled.ssl.errors import ConfigError, DataError
 
 
 def two_clusters(inside, *, noise=0.05, seed=0):

@@ -12,7 +12,7 @@ from unlabeled.eval.base import Estimate, FeatureSplit
 from unlabeled.eval.evaluators.retrieval import RetrievalEvaluator, retrieval_scores
 from unlabeled.eval.intervals import wilson
 from unlabeled.eval.settings import RetrievalConfig
-from unlabeled.ssl.errors import ConfigError, DataError
+from unlabeled.ssl.core.errors import ConfigError, DataError
 
 TRAIN = clouds(20, 2)
 

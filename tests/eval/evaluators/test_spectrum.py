@@ -10,7 +10,7 @@ from unlabeled.eval.evaluators.spectrum import SpectrumEvaluator, chosen, dead_f
 from unlabeled.eval.metrics import Spectrum, rankme, two_nn, uniformity
 from unlabeled.eval.settings import SpectrumConfig
 from unlabeled.eval.subject import Subject
-from unlabeled.ssl.errors import DataError
+from unlabeled.ssl.core.errors import DataError
 
 VALUES = {"rankme", "effective_rank", "alpha", "dimension", "learnability", "uniformity", "dead"}
 

@@ -8,7 +8,7 @@ from sklearn.metrics import accuracy_score
 
 from unlabeled.eval.finetune.accuracy import accuracy_of
 from unlabeled.eval.intervals import wilson
-from unlabeled.ssl.errors import DataError
+from unlabeled.ssl.core.errors import DataError
 
 
 def test_against_counting() -> None:

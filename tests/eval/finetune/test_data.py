@@ -10,8 +10,8 @@ from PIL import Image
 from unlabeled.eval.finetune import data
 from unlabeled.eval.finetune.config import AugmentConfig, FinetuneConfig
 from unlabeled.eval.finetune.data import TrainTransform, open_labelled, stratified
+from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.data.loader import seeded
-from unlabeled.ssl.errors import ConfigError, DataError
 
 NAMES = ("a", "b", "c")
 

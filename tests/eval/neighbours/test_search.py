@@ -15,7 +15,7 @@ from unlabeled.eval.neighbours import reduced, topk
 from unlabeled.eval.neighbours import search as module
 from unlabeled.eval.neighbours.search import mapped_features, normalized, recall, search
 from unlabeled.eval.settings import KnnConfig
-from unlabeled.ssl.errors import ConfigError, DataError
+from unlabeled.ssl.core.errors import ConfigError, DataError
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from unlabeled.eval.report.compare import report_runs
 from unlabeled.eval.report.document import report_document, write_json
 from unlabeled.eval.suite import Evidence
 from unlabeled.ssl.cli import main
-from unlabeled.ssl.errors import ConfigError, DataError
+from unlabeled.ssl.core.errors import ConfigError, DataError
 
 CONFIG = "task:\n  name: {task}\ndata:\n  name: digits\nevaluate:\n  data: null\noptim:\n  lr: {lr}\nout: {task}\n"
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from unlabeled.eval.report import pictures
 from unlabeled.eval.report.pictures import data_uri, read_pictures, save_pictures, shown_pictures
-from unlabeled.ssl.errors import DataError
+from unlabeled.ssl.core.errors import DataError
 
 
 def noise(height: int, width: int, seed: int = 0) -> torch.Tensor:

@@ -18,7 +18,7 @@ from unlabeled.eval.report.document import clean, read_report, report_document
 from unlabeled.eval.report.figures import confusion_figure, training_curves
 from unlabeled.eval.report.page import write_report
 from unlabeled.eval.report.verdict import compare, judge, label_of
-from unlabeled.ssl.errors import DataError
+from unlabeled.ssl.core.errors import DataError
 
 HOSTILE = (
     "<script>steal()</script>",

@@ -19,8 +19,8 @@ from unlabeled.eval.neighbours.faiss_threads import faiss_threads
 from unlabeled.eval.neighbours.search import normalized
 from unlabeled.eval.settings import ClusterConfig
 from unlabeled.eval.subject import Subject
-from unlabeled.ssl.errors import DataError
-from unlabeled.ssl.seeds import derive
+from unlabeled.ssl.core.errors import DataError
+from unlabeled.ssl.core.seeds import derive
 
 
 class ClusterEvaluator:

@@ -33,8 +33,8 @@ from unlabeled.eval.neighbours.search import normalized
 from unlabeled.eval.report.gallery import shrunk
 from unlabeled.eval.settings import DuplicatesConfig
 from unlabeled.eval.subject import Subject
+from unlabeled.ssl.core.seeds import derive
 from unlabeled.ssl.data.source import ImageSource
-from unlabeled.ssl.seeds import derive
 
 _NEIGHBOURS = 10
 _LOOSEST = 0.7

@@ -19,8 +19,8 @@ from unlabeled.eval.base import Estimate, FloatArray, IntArray, Measure, Value, 
 from unlabeled.eval.neighbours.search import normalized
 from unlabeled.eval.settings import FewShotConfig
 from unlabeled.eval.subject import Subject
-from unlabeled.ssl.errors import ConfigError, DataError
-from unlabeled.ssl.seeds import derive
+from unlabeled.ssl.core.errors import ConfigError, DataError
+from unlabeled.ssl.core.seeds import derive
 
 
 class FewShotEvaluator:

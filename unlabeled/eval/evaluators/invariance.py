@@ -14,10 +14,10 @@ from unlabeled.eval.evaluators.spectrum import chosen
 from unlabeled.eval.metrics import lidar, pair_distances
 from unlabeled.eval.settings import InvarianceConfig
 from unlabeled.eval.subject import Subject
+from unlabeled.ssl.core.errors import DataError
+from unlabeled.ssl.core.seeds import derive
 from unlabeled.ssl.data.loader import seeded
 from unlabeled.ssl.data.source import ImageSource
-from unlabeled.ssl.errors import DataError
-from unlabeled.ssl.seeds import derive
 
 _Z95 = 1.96
 

@@ -29,7 +29,7 @@ from unlabeled.eval.intervals import over_draws
 from unlabeled.eval.neighbours.search import APPROXIMATE, recall, search
 from unlabeled.eval.settings import KnnConfig
 from unlabeled.eval.subject import Subject
-from unlabeled.ssl.errors import ConfigError
+from unlabeled.ssl.core.errors import ConfigError
 
 _HEADLINE_K = 20
 _HEADLINE_TEMPERATURE = 0.07

@@ -17,9 +17,9 @@ from unlabeled.eval.metrics import Array, cka_map
 from unlabeled.eval.settings import LayersConfig
 from unlabeled.eval.subject import Loading, Subject
 from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.core.errors import ConfigError, DataError
+from unlabeled.ssl.core.seeds import derive
 from unlabeled.ssl.data.source import ImageSource, Subset
-from unlabeled.ssl.errors import ConfigError, DataError
-from unlabeled.ssl.seeds import derive
 
 
 @dataclass(frozen=True)

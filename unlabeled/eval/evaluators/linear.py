@@ -25,8 +25,8 @@ from unlabeled.eval.probe.heads import GroupedSgd, Setting, hold_out
 from unlabeled.eval.probe.inputs import BlockFeatures, Input, block_inputs, pooled_inputs
 from unlabeled.eval.settings import LinearConfig
 from unlabeled.eval.subject import Subject
-from unlabeled.ssl.errors import ConfigError, DataError
-from unlabeled.ssl.seeds import derive
+from unlabeled.ssl.core.errors import ConfigError, DataError
+from unlabeled.ssl.core.seeds import derive
 
 _LR_BATCH = 256
 """The batch for which the learning rates of the settings are meant."""

@@ -25,8 +25,8 @@ from unlabeled.eval.base import FloatArray, IntArray, Measure, Value, check_feat
 from unlabeled.eval.evaluators.knn import best_classes
 from unlabeled.eval.settings import LogisticConfig
 from unlabeled.eval.subject import Subject
-from unlabeled.ssl.errors import ConfigError
-from unlabeled.ssl.seeds import derive
+from unlabeled.ssl.core.errors import ConfigError
+from unlabeled.ssl.core.seeds import derive
 
 DoubleArray = npt.NDArray[np.float64]
 

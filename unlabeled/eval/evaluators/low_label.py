@@ -21,8 +21,8 @@ from unlabeled.eval.evaluators.logistic import fit_logistic, stratified
 from unlabeled.eval.intervals import over_draws
 from unlabeled.eval.settings import LowLabelConfig
 from unlabeled.eval.subject import Subject
-from unlabeled.ssl.errors import ConfigError
-from unlabeled.ssl.seeds import derive
+from unlabeled.ssl.core.errors import ConfigError
+from unlabeled.ssl.core.seeds import derive
 
 _FEWEST = 5
 """Pictures a class, on average, from which the linear probe can choose its settings."""

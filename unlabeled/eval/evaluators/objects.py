@@ -20,9 +20,9 @@ from unlabeled.eval.places.tiles import tiled
 from unlabeled.eval.places.tokencut import component_boxes, cut, intersection_over_union
 from unlabeled.eval.settings import ObjectsConfig
 from unlabeled.eval.subject import Subject
+from unlabeled.ssl.core.errors import ConfigError, DataError, UnlabeledError
+from unlabeled.ssl.core.seeds import derive
 from unlabeled.ssl.data.source import DecodeError, ImageSource, MaskSource, annotated_boxes
-from unlabeled.ssl.errors import ConfigError, DataError, UnlabeledError
-from unlabeled.ssl.seeds import derive
 
 Boxes = npt.NDArray[np.float32]
 _HIT = 0.5

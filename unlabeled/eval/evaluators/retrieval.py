@@ -21,8 +21,8 @@ from unlabeled.eval.intervals import wilson
 from unlabeled.eval.neighbours.search import normalized
 from unlabeled.eval.settings import RetrievalConfig
 from unlabeled.eval.subject import Subject
-from unlabeled.ssl.errors import ConfigError, DataError
-from unlabeled.ssl.seeds import derive
+from unlabeled.ssl.core.errors import ConfigError, DataError
+from unlabeled.ssl.core.seeds import derive
 
 _CELLS = 2**22
 """(query, picture) pairs ranked at a time: about 100 MB."""

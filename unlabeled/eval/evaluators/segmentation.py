@@ -17,9 +17,9 @@ from unlabeled.eval.places.probes import LabelledPlaces, LinearPlaces, NearestPl
 from unlabeled.eval.places.tiles import class_colours, tiled
 from unlabeled.eval.settings import SegmentationConfig
 from unlabeled.eval.subject import Subject
+from unlabeled.ssl.core.errors import DataError
+from unlabeled.ssl.core.seeds import derive
 from unlabeled.ssl.data.source import ImageSource
-from unlabeled.ssl.errors import DataError
-from unlabeled.ssl.seeds import derive
 
 _FLOATS = 2**26
 """Scores at full size that are held at a time."""

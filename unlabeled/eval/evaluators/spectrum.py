@@ -19,8 +19,8 @@ from unlabeled.eval.metrics import (
 )
 from unlabeled.eval.settings import SpectrumConfig
 from unlabeled.eval.subject import Subject
-from unlabeled.ssl.errors import DataError
-from unlabeled.ssl.seeds import derive
+from unlabeled.ssl.core.errors import DataError
+from unlabeled.ssl.core.seeds import derive
 
 _DEAD = 1e-6
 """A feature that varies by less than this part of the largest value of any feature is dead."""

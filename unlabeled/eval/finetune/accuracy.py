@@ -19,7 +19,7 @@ from unlabeled.eval.finetune.task import Finetune
 from unlabeled.eval.intervals import wilson
 from unlabeled.pretext.base import PretextTask
 from unlabeled.ssl.backbone import Backbone
-from unlabeled.ssl.errors import DataError
+from unlabeled.ssl.core.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from unlabeled.eval.finetune.config import NetworkConfig
 from unlabeled.ssl.backbone import Backbone, create_backbone
-from unlabeled.ssl.errors import CapabilityError, ConfigError
+from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 from unlabeled.ssl.export import fill_backbone
 from unlabeled.ssl.probe import probed, reached_by
 

@@ -19,19 +19,20 @@ from unlabeled.eval.finetune.network import classifier_network
 from unlabeled.eval.finetune.report import Facts, write_report
 from unlabeled.eval.finetune.task import Finetune, FinetuneTask
 from unlabeled.ssl.backbone import Backbone
-from unlabeled.ssl.checkpoint import writing
 from unlabeled.ssl.compose import compose_config, tiny, validate, words_of
+from unlabeled.ssl.core.distributed import told_once
+from unlabeled.ssl.core.errors import ConfigError
+from unlabeled.ssl.core.files import writing
+from unlabeled.ssl.core.seeds import derive
 from unlabeled.ssl.data.loader import ViewDataset
 from unlabeled.ssl.data.source import SOURCES
 from unlabeled.ssl.engine import Training, train, whole_task
-from unlabeled.ssl.errors import ConfigError
 from unlabeled.ssl.export import export_backbone
 from unlabeled.ssl.monitor import read_metrics
-from unlabeled.ssl.ranks import create_accelerator, told_once
 from unlabeled.ssl.run import Plan, claim_folder, read_config
 from unlabeled.ssl.schema import DataConfig, EvaluateRun, PretrainConfig
-from unlabeled.ssl.seeds import derive
 from unlabeled.ssl.setup import assemble
+from unlabeled.ssl.train.accelerator import create_accelerator
 
 logger = logging.getLogger(__name__)
 

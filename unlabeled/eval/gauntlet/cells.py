@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from unlabeled.eval.gauntlet.plan import Cell
 from unlabeled.eval.suite import EncoderEvidence
-from unlabeled.ssl.checkpoint import write_atomically, writing
+from unlabeled.ssl.core.errors import first_line
+from unlabeled.ssl.core.files import write_atomically, writing
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class CellStore:
         try:
             return CellResult.model_validate_json(file.read_bytes())
         except (OSError, ValidationError) as error:
-            log.warning("%s is damaged (%s) and is measured again", file, str(error).splitlines()[0])
+            log.warning("%s is damaged (%s) and is measured again", file, first_line(error))
             return None
 
     def write(self, cell: Cell, result: CellResult) -> None:

@@ -22,8 +22,8 @@ from unlabeled.eval.gauntlet.table import gauntlet_document
 from unlabeled.eval.subject import Loading, Subject
 from unlabeled.eval.suite import judged, subject_of
 from unlabeled.ssl.backbone import Backbone
-from unlabeled.ssl.checkpoint import write_atomically, writing
-from unlabeled.ssl.errors import CheckpointError, UnlabeledError
+from unlabeled.ssl.core.errors import CheckpointError, UnlabeledError, first_line
+from unlabeled.ssl.core.files import write_atomically, writing
 
 SETTINGS = "gauntlet.yaml"
 
@@ -143,4 +143,4 @@ def _reason(error: Exception, cell: Cell) -> str:
     if isinstance(error, UnlabeledError):
         return str(error)
     log.warning("%s on %s, %s: a bug, told below", cell.entrant, cell.data, cell.evaluator, exc_info=error)
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+    return f"{type(error).__name__}: {first_line(error, 200)}"

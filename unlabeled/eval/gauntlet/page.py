@@ -12,7 +12,7 @@ from typing import Any
 from unlabeled.eval.report.document import clean
 from unlabeled.eval.report.page import environment
 from unlabeled.eval.report.verdict import limits, shown
-from unlabeled.ssl.checkpoint import write_atomically, writing
+from unlabeled.ssl.core.files import write_atomically, writing
 
 _CSV = (
     "data", "metric", "label", "unit", "better", "row", "kind", "network", "value", "seeds", "seeds_low", "seeds_high",

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from unlabeled.eval.registry import EVALUATORS
 from unlabeled.ssl.compose import composed, parse, validate
-from unlabeled.ssl.errors import ConfigError
+from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.schema import DataConfig, EvaluateConfig, Size
 from unlabeled.ssl.section import Section
 

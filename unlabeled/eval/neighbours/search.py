@@ -25,8 +25,8 @@ from unlabeled.eval.neighbours.faiss_threads import faiss_threads
 from unlabeled.eval.neighbours.reduced import reduced_search
 from unlabeled.eval.neighbours.topk import COLUMNS, QUERIES, collect, decoded, empty_keys, keys_of_pairs, merged, worst
 from unlabeled.eval.settings import KnnConfig
-from unlabeled.ssl.cpu import cpu_kernels
-from unlabeled.ssl.errors import ConfigError, DataError
+from unlabeled.ssl.core.cpu import cpu_kernels
+from unlabeled.ssl.core.errors import ConfigError, DataError
 
 APPROXIMATE = ("ivf", "hnsw")
 _ROWS = 4096

@@ -25,8 +25,8 @@ from unlabeled.eval.places.attention import key_map
 from unlabeled.eval.subject import Subject
 from unlabeled.pretext.common.level_map import LevelMap
 from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.core.errors import CapabilityError, ConfigError, DataError, UnlabeledError
 from unlabeled.ssl.data.source import DecodeError, ImageSource, MaskSource
-from unlabeled.ssl.errors import CapabilityError, ConfigError, DataError, UnlabeledError
 
 IGNORE = 255
 """Value of a mask's pixels that no measure counts."""

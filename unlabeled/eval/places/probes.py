@@ -15,8 +15,8 @@ from torch import Tensor
 
 from unlabeled.eval.places.miou import Overlap, mean_iou
 from unlabeled.eval.settings import SegmentationConfig
-from unlabeled.ssl.errors import DataError
-from unlabeled.ssl.seeds import derive
+from unlabeled.ssl.core.errors import DataError
+from unlabeled.ssl.core.seeds import derive
 
 _MOMENTUM = 0.9
 _LR_BATCH = 256

@@ -11,9 +11,9 @@ from torchvision.transforms import v2
 
 from unlabeled.eval.features import Outputs, encode_batch, evaluating, load_pictures
 from unlabeled.eval.subject import Subject
+from unlabeled.ssl.core.seeds import derive
 from unlabeled.ssl.data.loader import seeded
 from unlabeled.ssl.data.source import ImageSource
-from unlabeled.ssl.seeds import derive
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 """Standardised features float32 (B, F) and labels int64 (B,); the features' memory is used again for the next batch."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unlabeled.ssl.cpu import matrix_product
+from unlabeled.ssl.core.cpu import matrix_product
 
 _MOMENTUM = 0.9
 _LOGITS = 2**24

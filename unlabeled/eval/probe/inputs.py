@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from unlabeled.eval.settings import LinearConfig
 from unlabeled.ssl.backbone import Backbone
-from unlabeled.ssl.errors import ConfigError
+from unlabeled.ssl.core.errors import ConfigError
 
 Pooling = Literal["cls", "avg", "cls+avg"]
 

@@ -20,8 +20,8 @@ from unlabeled.eval.registry import measure_of
 from unlabeled.eval.report.compare_figures import accuracy_figure, online_figure
 from unlabeled.eval.report.document import clean, read_report
 from unlabeled.eval.report.page import duration, environment
-from unlabeled.ssl.checkpoint import write_atomically, writing
-from unlabeled.ssl.errors import ConfigError, DataError
+from unlabeled.ssl.core.errors import ConfigError, DataError
+from unlabeled.ssl.core.files import write_atomically, writing
 
 SCHEMA = 1
 

@@ -20,7 +20,7 @@ from unlabeled.eval.report.summary import RunSummary
 from unlabeled.eval.report.verdict import TITLES, compare, judge
 from unlabeled.eval.size_curve import SizeCurve
 from unlabeled.eval.suite import EncoderEvidence, Evidence
-from unlabeled.ssl.errors import DataError
+from unlabeled.ssl.core.errors import DataError
 
 SCHEMA = 2
 

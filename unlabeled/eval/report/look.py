@@ -9,8 +9,8 @@ from torch import Tensor
 from unlabeled.eval.features import EvalTransform
 from unlabeled.eval.places.maps import CAPTIONS, map_pictures
 from unlabeled.eval.subject import Subject
-from unlabeled.ssl.errors import CapabilityError
-from unlabeled.ssl.seeds import derive
+from unlabeled.ssl.core.errors import CapabilityError
+from unlabeled.ssl.core.seeds import derive
 
 
 def backbone_maps(subject: Subject, count: int) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from unlabeled.eval.report.gallery import shrunk
-from unlabeled.ssl.errors import DataError
+from unlabeled.ssl.core.errors import DataError
 
 FOLDER = "pictures"
 """Of the run's folder: the task's pictures as PNG files."""

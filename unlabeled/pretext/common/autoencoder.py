@@ -19,7 +19,7 @@ from unlabeled.pretext.common.decoder import TransformerDecoder
 from unlabeled.pretext.common.masked_image import CellRegression, MaskedImageConfig
 from unlabeled.pretext.common.masking import Masking
 from unlabeled.pretext.common.positions import sincos_2d
-from unlabeled.ssl.errors import ConfigError
+from unlabeled.ssl.core.errors import ConfigError
 
 
 class DecoderConfig(TaskConfig):

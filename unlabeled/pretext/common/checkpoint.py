@@ -10,7 +10,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from unlabeled.pretext.common.positions import sincos_2d
-from unlabeled.ssl.errors import CheckpointError
+from unlabeled.ssl.core.errors import CheckpointError
 
 _SAME_TABLE = 1e-4
 """Largest difference between a stored fixed table and the one computed here."""

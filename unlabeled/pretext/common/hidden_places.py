@@ -23,7 +23,7 @@ from unlabeled.pretext.common.masking import Pattern, mask_noise
 from unlabeled.pretext.common.multi_crop import by_crop, crop_major, crop_sheet
 from unlabeled.pretext.common.views import Part
 from unlabeled.ssl.backbone import Backbone
-from unlabeled.ssl.errors import CapabilityError, ConfigError
+from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 from unlabeled.ssl.stem import find_stem, substituted
 
 Spread = Literal["uniform", "even"]

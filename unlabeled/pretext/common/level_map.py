@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from unlabeled.ssl.backbone import Backbone
-from unlabeled.ssl.errors import CapabilityError, ConfigError
+from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 from unlabeled.ssl.probe import probed, reached_by
 
 

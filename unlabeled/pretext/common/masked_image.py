@@ -24,7 +24,7 @@ from unlabeled.pretext.common.masking import (
 )
 from unlabeled.pretext.common.patches import normalize_patches, patch_statistics, patchify, unpatchify, widened
 from unlabeled.ssl.backbone import Backbone
-from unlabeled.ssl.errors import ConfigError
+from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.probe import modes_kept
 
 _PICTURES = 8

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from unlabeled.ssl.errors import ConfigError
+from unlabeled.ssl.core.errors import ConfigError
 
 Method = Literal["mae", "convmae", "fcmae", "simmim", "spark"]
 """Methods that count their visible cells in different ways; see `count_keep`."""

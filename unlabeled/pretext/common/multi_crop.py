@@ -20,7 +20,7 @@ from torchvision.utils import make_grid
 from unlabeled.pretext.base import TaskConfig
 from unlabeled.pretext.common.views import ColorConfig, Colors, Part, RandomCrop
 from unlabeled.ssl.backbone import Backbone
-from unlabeled.ssl.errors import ConfigError
+from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.probe import probe_shapes
 from unlabeled.ssl.schema import Size
 

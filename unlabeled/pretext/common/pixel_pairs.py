@@ -20,8 +20,8 @@ from unlabeled.pretext.common.patches import widened
 from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy
 from unlabeled.pretext.common.views import Chance, ColorConfig, Colors, Part, RandomCrop, cell_centres
 from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.ema import ema_update
-from unlabeled.ssl.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from timm.layers import resize_rel_pos_bias_table
 from torch import Tensor, nn
 
 from unlabeled.pretext.common.checkpoint import resampled_positions
-from unlabeled.ssl.errors import CheckpointError
+from unlabeled.ssl.core.errors import CheckpointError, first_line
 
 _DROPPED = ("relative_position_index", "attn_mask")
 """Buffers that follow from the sizes."""
@@ -75,6 +75,6 @@ def _resampled_table(name: str, stored: Tensor, model: nn.Module) -> Tensor:
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"checkpoint: {name} of {stored.shape[0]} positions cannot be resampled to windows of {list(window)} "
-            f"({str(error).splitlines()[0]}); set backbone.kwargs.window_size to the file's own"
+            f"({first_line(error)}); set backbone.kwargs.window_size to the file's own"
         ) from error
     return table

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from unlabeled.pretext.common.patches import widened
-from unlabeled.ssl.ranks import sum_over_ranks
+from unlabeled.ssl.core.distributed import sum_over_ranks
 
 
 @torch.no_grad()

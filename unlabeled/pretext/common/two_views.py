@@ -19,7 +19,7 @@ from unlabeled.pretext.base import Batch, PretextTask, StepOutput, TaskConfig, V
 from unlabeled.pretext.common.patches import widened
 from unlabeled.pretext.common.views import Chance, ColorConfig, Colors, Part, RandomCrop
 from unlabeled.ssl.backbone import Backbone
-from unlabeled.ssl.errors import ConfigError
+from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.probe import modes_kept
 
 _SMALL = 64

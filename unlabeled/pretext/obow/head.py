@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from unlabeled.pretext.common.patches import widened
 from unlabeled.ssl.batch_norm import SyncedBatchNorm1d, synced
-from unlabeled.ssl.ranks import gather_rows
+from unlabeled.ssl.core.distributed import gather_rows
 
 
 class WordHead(nn.Module):

@@ -35,8 +35,8 @@ from unlabeled.pretext.obow.vocabulary import (
     window_of,
 )
 from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 from unlabeled.ssl.ema import ema_update
-from unlabeled.ssl.errors import CheckpointError, ConfigError
 from unlabeled.ssl.probe import modes_kept
 
 logger = logging.getLogger(__name__)

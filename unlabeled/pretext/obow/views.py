@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 from unlabeled.pretext.base import TaskConfig
 from unlabeled.pretext.common.views import ColorConfig, Colors, Part, RandomCrop
 from unlabeled.ssl.backbone import Backbone
-from unlabeled.ssl.errors import ConfigError
+from unlabeled.ssl.core.errors import ConfigError, first_line
 from unlabeled.ssl.probe import probed
 from unlabeled.ssl.schema import Size
 
@@ -125,7 +125,7 @@ def _refusal(backbone: Backbone, size: tuple[int, int]) -> str | None:
     try:
         probed(backbone.model, size, run)
     except Exception as error:  # whatever a network's forward raises: it becomes part of a message
-        return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        return first_line(error, 120)
     return None
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unlabeled.pretext.common.patches import widened
-from unlabeled.ssl.ranks import gather_rows, sum_over_ranks
+from unlabeled.ssl.core.distributed import gather_rows, sum_over_ranks
 
 Pool = Literal["max", "mean"]
 Source = Literal["local", "cell", "map"]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from unlabeled.ssl.errors import DataError
+from unlabeled.ssl.core.errors import DataError
 
 
 @dataclass(frozen=True)

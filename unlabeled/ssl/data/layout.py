@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.data.source import Split
-from unlabeled.ssl.errors import ConfigError, DataError
 from unlabeled.ssl.schema import DataConfig
 
 TEST_NAMES = ("test", "val", "validation", "valid")

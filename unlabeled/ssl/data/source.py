@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
 
-from unlabeled.ssl.errors import ConfigError, DataError, nearest
+from unlabeled.ssl.core.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
     from unlabeled.ssl.schema import DataConfig

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from unlabeled.ssl.core.errors import ConfigError, DataError, nearest
 from unlabeled.ssl.data.decode import decode_rgb
 from unlabeled.ssl.data.layout import holdout, split_files, test_name
 from unlabeled.ssl.data.source import DecodeError, Split
-from unlabeled.ssl.errors import ConfigError, DataError, nearest
 from unlabeled.ssl.schema import DataConfig
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.data.decode import EXTENSIONS
 from unlabeled.ssl.data.folder import FileSource
 from unlabeled.ssl.data.layout import existing_folder, holdout
 from unlabeled.ssl.data.source import DecodeError, Split
-from unlabeled.ssl.errors import ConfigError, DataError
 from unlabeled.ssl.schema import DataConfig
 
 VOC_CLASSES = (

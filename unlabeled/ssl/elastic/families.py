@@ -28,8 +28,8 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
 from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.core.errors import CapabilityError
 from unlabeled.ssl.elastic.sizes import SubSize
-from unlabeled.ssl.errors import CapabilityError
 
 _KNOWN = "ViT, DeiT, BEiT, EVA, Swin, ConvNeXt and ResNets of bottlenecks"
 _JOINT = {"qkv": 3, "kv": 2}

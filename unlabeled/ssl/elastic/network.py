@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 from unlabeled.ssl.elastic.config import ElasticConfig
 from unlabeled.ssl.elastic.families import axis_groups, family_of
 from unlabeled.ssl.elastic.sizes import SubSize, alternating, candidates, evenly
 from unlabeled.ssl.elastic.slices import Slice
-from unlabeled.ssl.errors import CapabilityError, ConfigError
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
           "_forward_hooks_always_called", "_backward_hooks", "_backward_pre_hooks")  # fmt: skip

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import torch
 
+from unlabeled.ssl.core.errors import ConfigError
+from unlabeled.ssl.core.seeds import derive
 from unlabeled.ssl.elastic.sizes import SubSize, multiplicities
-from unlabeled.ssl.errors import ConfigError
-from unlabeled.ssl.seeds import derive
 
 
 class SizeSampler:

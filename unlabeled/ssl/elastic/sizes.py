@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.elastic.config import ElasticConfig
-from unlabeled.ssl.errors import ConfigError
 
 
 class SubSize(NamedTuple):

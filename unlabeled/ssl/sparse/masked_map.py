@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unlabeled.ssl.errors import CapabilityError
+from unlabeled.ssl.core.errors import CapabilityError
 from unlabeled.ssl.sparse.rows import Cells, Factor, gather_rows, scatter_rows
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from unlabeled.ssl.backbone import Backbone
-from unlabeled.ssl.errors import ConfigError
+from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.tokens.biased import Beit, ConViT, RelativePositions
 from unlabeled.ssl.tokens.family import Family
 from unlabeled.ssl.tokens.flexible import Gemma, NaFlex, VisionLanguage

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unlabeled.ssl import cpu
-from unlabeled.ssl.cpu import cpu_kernels, matrix_product
+from unlabeled.ssl.core.cpu import cpu_kernels, matrix_product
 
 CPU = torch.device("cpu")
 

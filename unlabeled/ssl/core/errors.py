@@ -30,6 +30,17 @@ class CheckpointError(UnlabeledError):
     """A checkpoint or run folder cannot be written, read, or belongs to something else."""
 
 
+def first_line(error: BaseException, limit: int = 160) -> str:
+    """The first line of an error's message, cut to `limit` characters; its kind where it has no message.
+
+    Of an error of the operating system it is the bare reason, since the message around it names the file.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = str(error).strip().splitlines()
+    return lines[0][:limit] if lines else type(error).__name__
+
+
 def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
     """Phrase for an error message: the known names nearest to `name`, or all of them when none is near.
 

@@ -1,4 +1,4 @@
-from unlabeled.ssl.seeds import derive
+from unlabeled.ssl.core.seeds import derive
 
 
 def test_every_part_counts_and_nothing_collides() -> None:
