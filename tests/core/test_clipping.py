@@ -17,9 +17,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from unlabeled.ssl.config.schema import EngineConfig
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.engine import gradient_norm, parts_of
-from unlabeled.ssl.schema import EngineConfig
 from unlabeled.ssl.train.accelerator import create_accelerator
 
 LIMIT = 1.5

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from unlabeled.ssl.config.schema import DataConfig, DoctorRun
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.data.doctor import DoctorReport, examine, render
-from unlabeled.ssl.schema import DataConfig, DoctorRun
 
 
 def save(path: Path, size: tuple[int, int], mode: str = "RGB", seed: int = 0) -> Path:

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.data.source import SOURCES, ImageSource, MaskSource, open_source
-from unlabeled.ssl.schema import DataConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.data.layout import holdout, split_named
 from unlabeled.ssl.data.source import ImageSource, Subset, limited, open_source
-from unlabeled.ssl.schema import DataConfig
 
 
 def picture(path: Path, shade: int = 0) -> None:

@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.data.source import DecodeError, ImageSource, open_source
-from unlabeled.ssl.schema import DataConfig
 
 datasets = pytest.importorskip("datasets")
 

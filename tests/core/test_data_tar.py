@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.data.source import DecodeError, ImageSource, open_source
-from unlabeled.ssl.schema import DataConfig
 
 
 def png(shade: int) -> bytes:

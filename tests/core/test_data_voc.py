@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.data.source import DecodeError, MaskSource, annotated_boxes, limited, open_source
 from unlabeled.ssl.data.voc import VOC_CLASSES
-from unlabeled.ssl.schema import DataConfig
 
 
 def opened(root: Path, split="train", **settings):

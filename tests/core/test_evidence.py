@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from unlabeled.ssl.config.schema import PretrainConfig
 from unlabeled.ssl.evidence import masked_statistics
-from unlabeled.ssl.schema import PretrainConfig
 
 
 @pytest.mark.parametrize(

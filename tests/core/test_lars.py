@@ -9,10 +9,10 @@ from torch import nn
 
 from unlabeled.pretext.registry import create_task
 from unlabeled.ssl.backbone import create_backbone
+from unlabeled.ssl.config.schema import OptimConfig
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.lars import LARS
 from unlabeled.ssl.optim import create_optimizer
-from unlabeled.ssl.schema import OptimConfig
 
 
 def parameter(*values: float, matrix: bool = True) -> nn.Parameter:

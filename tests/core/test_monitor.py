@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from unlabeled.ssl.config.schema import LogConfig
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 from unlabeled.ssl.monitor import Meter, Monitor, read_metrics
-from unlabeled.ssl.schema import LogConfig
 
 
 def monitor(folder: Path, start: int = 0, **settings: Any) -> Monitor:

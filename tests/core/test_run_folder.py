@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from unlabeled.ssl.checkpoint import save_checkpoint
+from unlabeled.ssl.config.schema import PretrainConfig
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 from unlabeled.ssl.run import Plan, claim_folder, read_config, write_config
-from unlabeled.ssl.schema import PretrainConfig
 
 
 def config(out: Path, **changes: object) -> PretrainConfig:

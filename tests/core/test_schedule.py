@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from unlabeled.pretext.common.teacher import cosine_momentum
+from unlabeled.ssl.config.schema import OptimConfig, ScheduleConfig
 from unlabeled.ssl.schedule import Schedule, peak_rate, weight_decay_at
-from unlabeled.ssl.schema import OptimConfig, ScheduleConfig
 
 
 def test_warm_up_starts_at_zero_reaches_the_peak_and_the_cosine_ends_near_zero() -> None:

@@ -19,9 +19,9 @@ from unlabeled.eval import command
 from unlabeled.eval.command import evaluate_target, resolve_target
 from unlabeled.eval.report.pictures import save_pictures
 from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.config.schema import DataConfig, EvaluateRun, PretrainConfig
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError, DataError
 from unlabeled.ssl.data.source import Split
-from unlabeled.ssl.schema import DataConfig, EvaluateRun, PretrainConfig
 
 FAST = {"knn": {"k": [5]}, "linear": {"epochs": 2, "lr": [0.1], "weight_decay": [0.0]}}
 TINY = {

@@ -11,8 +11,8 @@ from eval_helpers import MemorySource, tiny_vit
 from unlabeled.eval.base import FeatureSplit
 from unlabeled.eval.embedding import Method, embed
 from unlabeled.eval.suite import evaluate_backbone
+from unlabeled.ssl.config.schema import EvaluateConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError
-from unlabeled.ssl.schema import EvaluateConfig
 
 
 def groups(count: int, kinds: int = 3, width: int = 16) -> FeatureSplit:

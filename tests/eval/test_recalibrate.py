@@ -23,8 +23,8 @@ from unlabeled.eval.suite import Evidence, evaluate_backbone, online_knn
 from unlabeled.pretext.base import PretextTask
 from unlabeled.pretext.rotation import Rotation
 from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.config.schema import EvaluateConfig, PretrainConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError
-from unlabeled.ssl.schema import EvaluateConfig, PretrainConfig
 
 CONFIG = EvaluateConfig(
     knn=KnnConfig(k=(5, 20)), linear=LinearConfig(epochs=2, lr=(0.1,), weight_decay=(0.0,)), recalibrate=True

@@ -18,8 +18,8 @@ from unlabeled.eval.places.maps import CAPTIONS
 from unlabeled.eval.settings import KnnConfig, LinearConfig
 from unlabeled.eval.suite import evaluate_backbone, online_knn, random_twin
 from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.config.schema import EvaluateConfig
 from unlabeled.ssl.core.errors import DataError
-from unlabeled.ssl.schema import EvaluateConfig
 
 CONFIG = EvaluateConfig(knn=KnnConfig(k=(5, 20)), linear=LinearConfig(epochs=5, lr=(0.01, 0.1), weight_decay=(0.0,)))
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from unlabeled.ssl.config.schema import OptimConfig, ScheduleConfig
 from unlabeled.ssl.schedule import Schedule, peak_rate, weight_decay_at
-from unlabeled.ssl.schema import OptimConfig, ScheduleConfig
 
 
 def published(method: str, settings: dict) -> tuple[Schedule, OptimConfig]:

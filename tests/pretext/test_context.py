@@ -14,9 +14,9 @@ from unlabeled.pretext.common.patch_grid import neighbour_pairs
 from unlabeled.pretext.context import Context, ContextConfig, PairHead
 from unlabeled.pretext.registry import create_task
 from unlabeled.ssl.backbone import create_backbone
+from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 from unlabeled.ssl.data.embedded import ShapesSource
-from unlabeled.ssl.schema import DataConfig
 
 NET = {"widths": (8, 12, 16, 16, 12), "embed_dim": 20}
 

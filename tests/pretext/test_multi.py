@@ -272,7 +272,7 @@ def test_the_defaults_need_what_the_class_says_and_are_those_of_the_configuratio
     parts = MultiConfig().tasks
     assert [(part.name, part.weight) for part in parts] == [("rotation", 1), ("simmim", 1)]
     assert Multi.requires == frozenset().union(*(task_class(part.name).requires for part in parts))
-    from unlabeled.ssl.compose import pretrain_config
+    from unlabeled.ssl.config.composition import pretrain_config
 
     assert task_config(pretrain_config(["task=multi"]).task) == MultiConfig()
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from unlabeled.pretext.registry import create_task, task_config
 from unlabeled.pretext.simmim import SimMIM, SimMIMConfig
 from unlabeled.ssl.backbone import Backbone, create_backbone
-from unlabeled.ssl.compose import compose_config
+from unlabeled.ssl.config.composition import compose_config
+from unlabeled.ssl.config.schema import PretrainConfig
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 from unlabeled.ssl.schedule import peak_rate
-from unlabeled.ssl.schema import PretrainConfig
 
 ARCHITECTURES = json.loads(resources.files("unlabeled.ssl").joinpath("architectures.json").read_text())
 """One small model of each of timm's architecture modules; all of them pass, the quick ones are tested here."""

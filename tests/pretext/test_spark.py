@@ -17,10 +17,10 @@ from unlabeled.pretext.common.patches import normalize_patches, patchify, unpatc
 from unlabeled.pretext.registry import create_task, task_config
 from unlabeled.pretext.spark import Densify, LightDecoder, SparK, SparKConfig
 from unlabeled.ssl.backbone import Backbone, create_backbone
-from unlabeled.ssl.compose import compose_config
+from unlabeled.ssl.config.composition import compose_config
+from unlabeled.ssl.config.schema import PretrainConfig
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 from unlabeled.ssl.optim import create_optimizer, set_rates
-from unlabeled.ssl.schema import PretrainConfig
 
 RESNET = {"channels": (8, 8, 16, 24), "output_stride": 8}
 CONVNEXT = {"patch_size": 1, "dims": (8, 12, 16, 32), "depths": (1, 1, 2, 1)}

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import unlabeled
-from unlabeled.ssl.compose import pretrain_config
+from unlabeled.ssl.config.composition import pretrain_config
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.monitor import read_metrics
 

@@ -293,7 +293,7 @@ def test_two_processes_of_accelerate_launch_do_what_one_does(tmp_path: Path) -> 
 
 def test_fewer_processes_than_asked_for_are_said(tmp_path: Path) -> None:
     code = "from unlabeled.ssl.train.accelerator import create_accelerator\n"
-    code += "from unlabeled.ssl.schema import EngineConfig\n"
+    code += "from unlabeled.ssl.config.schema import EngineConfig\n"
     script = tmp_path / "start.py"
     script.write_text(code + "import logging; logging.basicConfig(); create_accelerator(EngineConfig())\n")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(script)]

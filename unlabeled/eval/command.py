@@ -23,12 +23,12 @@ from unlabeled.eval.sizes import Alone, SizePlan, measure_sizes, plan_sizes
 from unlabeled.eval.suite import Evidence, evaluate_backbone
 from unlabeled.pretext.registry import task_class, task_config
 from unlabeled.ssl.backbone import Backbone, create_backbone
-from unlabeled.ssl.compose import validate
+from unlabeled.ssl.config.composition import validate
+from unlabeled.ssl.config.schema import BackboneConfig, DataConfig, EvaluateRun, PretrainConfig
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError, UnlabeledError, first_line, nearest
 from unlabeled.ssl.data.source import open_source
 from unlabeled.ssl.monitor import read_metrics
 from unlabeled.ssl.run import read_config
-from unlabeled.ssl.schema import BackboneConfig, DataConfig, EvaluateRun, PretrainConfig
 from unlabeled.ssl.subnetworks import with_sizes
 
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from unlabeled.eval.base import Evaluator, Measure
+from unlabeled.ssl.config.schema import EvaluateConfig
 from unlabeled.ssl.core.errors import ConfigError, nearest
-from unlabeled.ssl.schema import EvaluateConfig
 
 EVALUATORS: dict[str, str] = {
     "knn": "unlabeled.eval.evaluators.knn:KnnEvaluator",

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from unlabeled.ssl.section import Section
+from unlabeled.ssl.config.base import Section
 
 
 def _listed(value: Any) -> Any:

@@ -27,9 +27,9 @@ from unlabeled.eval.report.gallery import GalleryRow, nearest_gallery
 from unlabeled.eval.report.look import backbone_maps
 from unlabeled.eval.subject import Loading, Subject, principal
 from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.config.schema import EvaluateConfig
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError, DataError
 from unlabeled.ssl.data.source import ImageSource, limited
-from unlabeled.ssl.schema import EvaluateConfig
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from unlabeled.pretext.base import PretextTask, TaskConfig
 from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.config.messages import explain
 from unlabeled.ssl.core.errors import ConfigError, nearest
-from unlabeled.ssl.messages import explain
 
 TASKS: dict[str, str] = {
     "byol": "unlabeled.pretext.byol:BYOL",

@@ -62,7 +62,7 @@ def _pretrain(given: argparse.Namespace) -> int:
 
 def _run(given: argparse.Namespace) -> int:
     from unlabeled.ssl.api import pretrain_from
-    from unlabeled.ssl.compose import pretrain_config, sweep
+    from unlabeled.ssl.config.composition import pretrain_config, sweep
 
     if not given.multirun:
         return EXIT_STOPPED if pretrain_from(pretrain_config(given.words)).stopped else 0
@@ -76,8 +76,8 @@ def _run(given: argparse.Namespace) -> int:
 
 def _evaluate(given: argparse.Namespace) -> None:
     from unlabeled.eval.command import evaluate_target
-    from unlabeled.ssl.compose import compose_config
-    from unlabeled.ssl.schema import EvaluateRun
+    from unlabeled.ssl.config.composition import compose_config
+    from unlabeled.ssl.config.schema import EvaluateRun
 
     evaluate_target(compose_config("evaluate", [f"target='{given.target}'", *given.words], EvaluateRun))
 
@@ -93,8 +93,8 @@ def _finetune(given: argparse.Namespace) -> int:
 
 
 def _export(given: argparse.Namespace) -> None:
-    from unlabeled.ssl.compose import compose_config, words_of
-    from unlabeled.ssl.schema import ExportRun
+    from unlabeled.ssl.config.composition import compose_config, words_of
+    from unlabeled.ssl.config.schema import ExportRun
     from unlabeled.ssl.subnetworks import export_run
 
     run = compose_config("export", [*words_of({"run": given.run}), *given.words], ExportRun)
@@ -119,9 +119,9 @@ def _sizes(given: argparse.Namespace) -> None:
 def _doctor(given: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from unlabeled.ssl.compose import compose_config
+    from unlabeled.ssl.config.composition import compose_config
+    from unlabeled.ssl.config.schema import DoctorRun
     from unlabeled.ssl.data.doctor import examine, render
-    from unlabeled.ssl.schema import DoctorRun
 
     Console().print(render(examine(compose_config("doctor", given.words, DoctorRun))))
 

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from unlabeled.pretext.base import Batch, PretextTask
 from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.config.schema import CurriculumName
 from unlabeled.ssl.core.errors import ConfigError
-from unlabeled.ssl.schema import CurriculumName
 
 Size = tuple[int, int]
 """Pixels, (height, width)."""

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from unlabeled.pretext.base import Batch, PretextTask, StepOutput
 from unlabeled.ssl.collapse import WATCH_EVERY, CollapseAlarm, feature_figures
+from unlabeled.ssl.config.schema import RunConfig
 from unlabeled.ssl.core.cpu import cpu_kernels
 from unlabeled.ssl.core.distributed import gather_lists, sum_over_ranks
 from unlabeled.ssl.core.errors import ConfigError, DivergedError
@@ -39,7 +40,6 @@ from unlabeled.ssl.optim import set_rates
 from unlabeled.ssl.run import Plan
 from unlabeled.ssl.saving import Saver
 from unlabeled.ssl.schedule import Schedule, weight_decay_at
-from unlabeled.ssl.schema import RunConfig
 
 logger = logging.getLogger(__name__)
 

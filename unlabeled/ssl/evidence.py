@@ -12,12 +12,12 @@ from torch import Tensor
 
 from unlabeled.pretext.base import PretextTask
 from unlabeled.pretext.registry import task_class, task_config
+from unlabeled.ssl.config.schema import DataConfig, EvaluateConfig, PretrainConfig
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.core.files import writing
 from unlabeled.ssl.data.loader import LoadedBatch, ViewDataset, collate, seeded
 from unlabeled.ssl.data.source import ImageSource, Split, open_source
 from unlabeled.ssl.monitor import read_metrics
-from unlabeled.ssl.schema import DataConfig, EvaluateConfig, PretrainConfig
 
 if TYPE_CHECKING:
     from unlabeled.eval.suite import Evidence

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from unlabeled.pretext.registry import create_task, task_class, task_config, task_names
 from unlabeled.ssl.backbone import Backbone, create_backbone
-from unlabeled.ssl.compose import parse, validate
+from unlabeled.ssl.config.base import Section
+from unlabeled.ssl.config.composition import parse, validate
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError, first_line, nearest
-from unlabeled.ssl.section import Section
 
 _TABLE = Path(__file__).with_name("architectures.json")
 _SIZES = (64, 96, 128)

@@ -15,9 +15,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from unlabeled.ssl.config.schema import LogConfig
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.core.files import write_atomically, writing
-from unlabeled.ssl.schema import LogConfig
 
 logger = logging.getLogger(__name__)
 

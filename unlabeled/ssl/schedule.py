@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from unlabeled.ssl.schema import OptimConfig, ScheduleConfig
+from unlabeled.ssl.config.schema import OptimConfig, ScheduleConfig
 
 
 def peak_rate(optim: OptimConfig, batch_size: int) -> float:

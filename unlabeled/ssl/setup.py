@@ -14,6 +14,7 @@ from unlabeled.pretext.registry import create_task, task_class, task_config
 from unlabeled.ssl.backbone import Backbone, create_backbone
 from unlabeled.ssl.batch_norm import synchronize
 from unlabeled.ssl.collapse import CollapseAlarm
+from unlabeled.ssl.config.schema import BackboneConfig, PretrainConfig, RunConfig
 from unlabeled.ssl.core.seeds import derive
 from unlabeled.ssl.curriculum import create_curriculum
 from unlabeled.ssl.data.bad import BadImages
@@ -27,7 +28,6 @@ from unlabeled.ssl.optim import create_optimizer
 from unlabeled.ssl.run import Plan, claim_folder, write_config
 from unlabeled.ssl.saving import Saver
 from unlabeled.ssl.schedule import Schedule, peak_rate
-from unlabeled.ssl.schema import BackboneConfig, PretrainConfig, RunConfig
 from unlabeled.ssl.train.accelerator import create_accelerator
 
 logger = logging.getLogger(__name__)

@@ -11,13 +11,13 @@ import timm
 import torch
 
 from unlabeled.ssl.backbone import Backbone, create_backbone
-from unlabeled.ssl.compose import validate
+from unlabeled.ssl.config.composition import validate
+from unlabeled.ssl.config.schema import DataConfig, ExportRun, PretrainConfig, Sizes
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError, nearest
 from unlabeled.ssl.elastic import Elastic, ElasticConfig, SubSize
 from unlabeled.ssl.elastic.sizes import find
 from unlabeled.ssl.export import describe, export_backbone, export_files, load_backbone
 from unlabeled.ssl.run import read_config
-from unlabeled.ssl.schema import DataConfig, ExportRun, PretrainConfig, Sizes
 
 log = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from unlabeled.eval.settings import CorruptionConfig, KnnConfig, LinearConfig
 from unlabeled.eval.subject import Loading, Subject
 from unlabeled.eval.suite import evaluate_backbone
 from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.config.schema import EvaluateConfig
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.core.seeds import derive
-from unlabeled.ssl.schema import EvaluateConfig
 
 CONFIG = CorruptionConfig(corruptions=("gaussian_noise", "contrast"), severities=(1, 5))
 

@@ -18,8 +18,8 @@ from unlabeled.eval.settings import LinearConfig
 from unlabeled.eval.subject import Loading, Subject
 from unlabeled.eval.suite import evaluate_backbone
 from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.config.schema import EvaluateConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError
-from unlabeled.ssl.schema import EvaluateConfig
 
 FAST: dict[str, Any] = {"epochs": 8, "batch_size": 16, "lr": (0.01, 0.1), "weight_decay": (0.0, 1e-3)}
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from unlabeled.ssl.schema import BackboneConfig, OptimConfig, RunConfig, ScheduleConfig, Size
-from unlabeled.ssl.section import Section
+from unlabeled.ssl.config.base import Section
+from unlabeled.ssl.config.schema import BackboneConfig, OptimConfig, RunConfig, ScheduleConfig, Size
 
 Part = Annotated[float, Field(gt=0, le=1)]
 Chance = Annotated[float, Field(ge=0, le=1)]

@@ -19,7 +19,8 @@ from unlabeled.eval.finetune.network import classifier_network
 from unlabeled.eval.finetune.report import Facts, write_report
 from unlabeled.eval.finetune.task import Finetune, FinetuneTask
 from unlabeled.ssl.backbone import Backbone
-from unlabeled.ssl.compose import compose_config, tiny, validate, words_of
+from unlabeled.ssl.config.composition import compose_config, tiny, validate, words_of
+from unlabeled.ssl.config.schema import DataConfig, EvaluateRun, PretrainConfig
 from unlabeled.ssl.core.distributed import told_once
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.core.files import writing
@@ -30,7 +31,6 @@ from unlabeled.ssl.engine import Training, train, whole_task
 from unlabeled.ssl.export import export_backbone
 from unlabeled.ssl.monitor import read_metrics
 from unlabeled.ssl.run import Plan, claim_folder, read_config
-from unlabeled.ssl.schema import DataConfig, EvaluateRun, PretrainConfig
 from unlabeled.ssl.setup import assemble
 from unlabeled.ssl.train.accelerator import create_accelerator
 

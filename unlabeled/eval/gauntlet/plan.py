@@ -22,9 +22,9 @@ from unlabeled.eval.registry import build_evaluators, measure_of
 from unlabeled.eval.report.summary import count_parameters, name_backbone
 from unlabeled.eval.suite import random_twin
 from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.config.schema import BackboneConfig, EvaluateRun
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.data.source import ImageSource, limited, open_source
-from unlabeled.ssl.schema import BackboneConfig, EvaluateRun
 
 Kind = Literal["given", "random", "pixels"]
 Sources = tuple[ImageSource, ImageSource]

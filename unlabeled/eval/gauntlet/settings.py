@@ -10,10 +10,10 @@ import torch
 from pydantic import BeforeValidator, Field, model_validator
 
 from unlabeled.eval.registry import EVALUATORS
-from unlabeled.ssl.compose import composed, parse, validate
+from unlabeled.ssl.config.base import Section
+from unlabeled.ssl.config.composition import composed, parse, validate
+from unlabeled.ssl.config.schema import DataConfig, EvaluateConfig, Size
 from unlabeled.ssl.core.errors import ConfigError
-from unlabeled.ssl.schema import DataConfig, EvaluateConfig, Size
-from unlabeled.ssl.section import Section
 
 _SHARED = {"batch_size", "prefixes", "recalibrate", "recalibrate_pictures"}
 """Settings of ``evaluate`` that have an effect here, beside the sections of the evaluators."""

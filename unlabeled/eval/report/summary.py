@@ -10,7 +10,7 @@ import yaml
 
 from unlabeled.eval.environment import versions
 from unlabeled.ssl.backbone import Backbone
-from unlabeled.ssl.schema import DataConfig, PretrainConfig
+from unlabeled.ssl.config.schema import DataConfig, PretrainConfig
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from rich.table import Table
 from rich.text import Text
 from torch.utils.data import Dataset
 
+from unlabeled.ssl.config.schema import DoctorRun
 from unlabeled.ssl.data.bad import BadImage
 from unlabeled.ssl.data.decode import decode_rgb, read_bytes, read_header
 from unlabeled.ssl.data.loader import RunLoader, start_worker
 from unlabeled.ssl.data.source import DecodeError, ImageSource, encoded, limited, open_source
-from unlabeled.ssl.schema import DoctorRun
 
 SMALL = 32
 """Pixels of a side under which a picture is reported as small."""

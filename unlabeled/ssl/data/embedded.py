@@ -12,9 +12,9 @@ import numpy.typing as npt
 import torch
 from sklearn.datasets import load_digits
 
+from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.data.layout import holdout
 from unlabeled.ssl.data.source import Split
-from unlabeled.ssl.schema import DataConfig
 
 Array = npt.NDArray[np.float32]
 _Draw = Callable[[Array, Array], Any]

@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.data.decode import EXTENSIONS, decode_rgb
 from unlabeled.ssl.data.layout import existing_folder, holdout, test_name
 from unlabeled.ssl.data.source import Split
-from unlabeled.ssl.schema import DataConfig
 
 
 class FileSource:

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.data.source import Split
-from unlabeled.ssl.schema import DataConfig
 
 TEST_NAMES = ("test", "val", "validation", "valid")
 """Names of a held-out part, the preferred first."""

@@ -17,7 +17,7 @@ import torch
 from unlabeled.ssl.core.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
-    from unlabeled.ssl.schema import DataConfig
+    from unlabeled.ssl.config.schema import DataConfig
 
 Split = Literal["train", "test"]
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError, nearest
 from unlabeled.ssl.data.decode import decode_rgb
 from unlabeled.ssl.data.layout import holdout, split_files, test_name
 from unlabeled.ssl.data.source import DecodeError, Split
-from unlabeled.ssl.schema import DataConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset

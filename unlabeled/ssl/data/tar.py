@@ -18,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.data.decode import EXTENSIONS, decode_rgb
 from unlabeled.ssl.data.layout import holdout, split_files
 from unlabeled.ssl.data.source import DecodeError, Split
-from unlabeled.ssl.schema import DataConfig
 
 
 class TarSource:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torchvision
 
+from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError, nearest
 from unlabeled.ssl.data.decode import rgb_tensor
 from unlabeled.ssl.data.layout import existing_folder, holdout
 from unlabeled.ssl.data.source import DecodeError, Split
-from unlabeled.ssl.schema import DataConfig
 
 _SPLITS: dict[Split, tuple[str, ...]] = {
     "train": ("train", "trainval", "train-standard"),

@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
+from unlabeled.ssl.config.schema import EngineConfig
 from unlabeled.ssl.core.errors import ConfigError
-from unlabeled.ssl.schema import EngineConfig
 
 logger = logging.getLogger(__name__)
 

@@ -23,10 +23,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
+from unlabeled.ssl.config.base import Section
+from unlabeled.ssl.config.messages import explain
+from unlabeled.ssl.config.schema import PretrainConfig, RunConfig
 from unlabeled.ssl.core.errors import ConfigError, first_line, nearest
-from unlabeled.ssl.messages import explain
-from unlabeled.ssl.schema import PretrainConfig, RunConfig
-from unlabeled.ssl.section import Section
 
 GROUPS = ("task", "data", "recipe")
 """Folders of ``configs/`` that a word ``group=option`` chooses from."""
@@ -36,7 +36,7 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 def config_folder() -> Path:
     """``configs/``: inside the installed package, else beside it in a clone."""
-    package = Path(__file__).resolve().parents[1]
+    package = Path(__file__).resolve().parents[2]
     for folder in (package / "configs", package.parent / "configs"):
         if (folder / "pretrain.yaml").is_file():
             return folder

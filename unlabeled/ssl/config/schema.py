@@ -1,6 +1,7 @@
 """Every setting of a run: its name, type, default, unit and meaning.
 
-`unlabeled.ssl.compose` fills these models from the YAML files in ``configs/`` and the words of the command line.
+`unlabeled.ssl.config.composition` fills these models from the YAML files in ``configs/`` and the words of the command
+line.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from unlabeled.eval.settings import (
     SegmentationConfig,
     SpectrumConfig,
 )
-from unlabeled.ssl.section import Section
+from unlabeled.ssl.config.base import Section
 
 Size = Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
 Depth = Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], ...]

@@ -1,8 +1,8 @@
 import pytest
 
-from unlabeled.ssl.compose import GROUPS, compose_config, config_folder, options, parse, sweep, words_of
+from unlabeled.ssl.config.composition import GROUPS, compose_config, config_folder, options, parse, sweep, words_of
+from unlabeled.ssl.config.schema import DoctorRun, EvaluateRun, PretrainConfig
 from unlabeled.ssl.core.errors import ConfigError
-from unlabeled.ssl.schema import DoctorRun, EvaluateRun, PretrainConfig
 
 
 def compose(*words: str) -> PretrainConfig:
