@@ -16,7 +16,7 @@ from unlabeled.pretext.registry import create_task
 from unlabeled.ssl.backbone import create_backbone
 from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
-from unlabeled.ssl.data.embedded import ShapesSource
+from unlabeled.ssl.data.sources.embedded import ShapesSource
 
 NET = {"widths": (8, 12, 16, 16, 12), "embed_dim": 20}
 

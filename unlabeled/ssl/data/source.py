@@ -128,14 +128,14 @@ def annotated_boxes(source: ImageSource, index: int) -> torch.Tensor | None:
 
 
 SOURCES: dict[str, str] = {
-    "folder": "unlabeled.ssl.data.folder:FolderSource",
-    "parquet": "unlabeled.ssl.data.table:ParquetSource",
-    "hf": "unlabeled.ssl.data.table:HuggingFaceSource",
-    "tar": "unlabeled.ssl.data.tar:TarSource",
-    "torchvision": "unlabeled.ssl.data.vision:TorchvisionSource",
-    "digits": "unlabeled.ssl.data.embedded:DigitsSource",
-    "shapes": "unlabeled.ssl.data.embedded:ShapesSource",
-    "voc": "unlabeled.ssl.data.voc:VocSource",
+    "folder": "unlabeled.ssl.data.sources.folder:FolderSource",
+    "parquet": "unlabeled.ssl.data.sources.table:ParquetSource",
+    "hf": "unlabeled.ssl.data.sources.table:HuggingFaceSource",
+    "tar": "unlabeled.ssl.data.sources.tar:TarSource",
+    "torchvision": "unlabeled.ssl.data.sources.vision:TorchvisionSource",
+    "digits": "unlabeled.ssl.data.sources.embedded:DigitsSource",
+    "shapes": "unlabeled.ssl.data.sources.embedded:ShapesSource",
+    "voc": "unlabeled.ssl.data.sources.voc:VocSource",
 }
 
 

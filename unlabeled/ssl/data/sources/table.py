@@ -15,8 +15,8 @@ import torch
 from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError, nearest
 from unlabeled.ssl.data.decode import decode_rgb
-from unlabeled.ssl.data.layout import holdout, split_files, test_name
 from unlabeled.ssl.data.source import DecodeError, Split
+from unlabeled.ssl.data.sources.layout import holdout, split_files, test_name
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -14,8 +14,8 @@ from PIL import Image
 
 from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError
-from unlabeled.ssl.data.layout import holdout, split_named
 from unlabeled.ssl.data.source import ImageSource, Subset, limited, open_source
+from unlabeled.ssl.data.sources.layout import holdout, split_named
 
 
 def picture(path: Path, shade: int = 0) -> None:

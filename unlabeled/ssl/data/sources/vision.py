@@ -12,8 +12,8 @@ import torchvision
 from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError, nearest
 from unlabeled.ssl.data.decode import rgb_tensor
-from unlabeled.ssl.data.layout import existing_folder, holdout
 from unlabeled.ssl.data.source import DecodeError, Split
+from unlabeled.ssl.data.sources.layout import existing_folder, holdout
 
 _SPLITS: dict[Split, tuple[str, ...]] = {
     "train": ("train", "trainval", "train-standard"),

@@ -13,8 +13,8 @@ import torch
 from sklearn.datasets import load_digits
 
 from unlabeled.ssl.config.schema import DataConfig
-from unlabeled.ssl.data.layout import holdout
 from unlabeled.ssl.data.source import Split
+from unlabeled.ssl.data.sources.layout import holdout
 
 Array = npt.NDArray[np.float32]
 _Draw = Callable[[Array, Array], Any]

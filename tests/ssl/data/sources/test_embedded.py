@@ -17,7 +17,7 @@ from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.data.source import SOURCES, ImageSource, MaskSource, open_source
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "data"
+CONFIGS = Path(__file__).parents[4] / "configs" / "data"
 
 
 def shapes(split: str = "train", **settings: object) -> MaskSource:

@@ -13,7 +13,7 @@ from PIL import Image
 from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.data.source import DecodeError, MaskSource, annotated_boxes, limited, open_source
-from unlabeled.ssl.data.voc import VOC_CLASSES
+from unlabeled.ssl.data.sources.voc import VOC_CLASSES
 
 
 def opened(root: Path, split="train", **settings):

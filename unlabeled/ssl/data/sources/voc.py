@@ -17,9 +17,9 @@ from PIL import Image
 from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.data.decode import EXTENSIONS
-from unlabeled.ssl.data.folder import FileSource
-from unlabeled.ssl.data.layout import existing_folder, holdout
 from unlabeled.ssl.data.source import DecodeError, Split
+from unlabeled.ssl.data.sources.folder import FileSource
+from unlabeled.ssl.data.sources.layout import existing_folder, holdout
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",

@@ -14,8 +14,8 @@ import torch
 from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.data.decode import EXTENSIONS, decode_rgb
-from unlabeled.ssl.data.layout import existing_folder, holdout, test_name
 from unlabeled.ssl.data.source import Split
+from unlabeled.ssl.data.sources.layout import existing_folder, holdout, test_name
 
 
 class FileSource:

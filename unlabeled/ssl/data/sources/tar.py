@@ -21,8 +21,8 @@ import torch
 from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.data.decode import EXTENSIONS, decode_rgb
-from unlabeled.ssl.data.layout import holdout, split_files
 from unlabeled.ssl.data.source import DecodeError, Split
+from unlabeled.ssl.data.sources.layout import holdout, split_files
 
 
 class TarSource:
