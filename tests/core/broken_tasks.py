@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as F
 
 from unlabeled.pretext.base import PretextTask, StepOutput, TaskConfig
 from unlabeled.pretext.common.teacher import frozen_copy
-from unlabeled.ssl.ema import ema_update
+from unlabeled.ssl.nn.ema import ema_update
 
 
 class ResizedViews:

@@ -14,10 +14,10 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from unlabeled.ssl.backbone import Backbone, create_backbone
-from unlabeled.ssl.batch_norm import SyncedBatchNorm2d, synchronize
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.elastic import Elastic, ElasticConfig, SubSize
 from unlabeled.ssl.export import export_backbone, load_backbone
+from unlabeled.ssl.nn.batch_norm import SyncedBatchNorm2d, synchronize
 
 VIT: dict[str, Any] = {"size": 32, "patch_size": 16, "embed_dim": 32, "depth": 4, "num_heads": 4}
 SWIN: dict[str, Any] = {

@@ -29,8 +29,8 @@ from unlabeled.pretext.common.self_distillation import (
 from unlabeled.pretext.dino import DINO, DINOConfig
 from unlabeled.pretext.registry import create_task
 from unlabeled.ssl.backbone import Backbone, create_backbone
-from unlabeled.ssl.batch_norm import synchronize
 from unlabeled.ssl.core.errors import ConfigError
+from unlabeled.ssl.nn.batch_norm import synchronize
 
 HEAD = {"prototypes": 24, "hidden": 16, "bottleneck": 8}
 PLAIN = {"jitter": 0.0, "gray": 0.0}

@@ -23,8 +23,8 @@ from unlabeled.pretext.common.teacher import frozen_copy
 from unlabeled.pretext.multi import Multi
 from unlabeled.pretext.registry import create_task, task_class, task_config
 from unlabeled.ssl.backbone import Backbone, create_backbone
-from unlabeled.ssl.batch_norm import SyncedBatchNorm2d
 from unlabeled.ssl.core.errors import CapabilityError, CheckpointError, ConfigError
+from unlabeled.ssl.nn.batch_norm import SyncedBatchNorm2d
 
 VIT = {"name": "vit_tiny_patch16_224", "size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 RESNET = {"name": "resnet18", "size": 32, "channels": [8, 8, 16, 16], "output_stride": 8}

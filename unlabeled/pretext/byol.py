@@ -20,7 +20,7 @@ from unlabeled.pretext.base import Batch, StepOutput, TaskConfig
 from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy
 from unlabeled.pretext.common.two_views import FirstColors, SecondColors, TwoViewsConfig, TwoViewTask, exactly
 from unlabeled.ssl.backbone import Backbone
-from unlabeled.ssl.ema import ema_update
+from unlabeled.ssl.nn.ema import ema_update
 
 
 class BYOLConfig(TwoViewsConfig):

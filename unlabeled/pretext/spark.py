@@ -26,8 +26,8 @@ from unlabeled.pretext.common.masked_image import CellRegression, MaskedImageCon
 from unlabeled.pretext.common.masking import Masking, Method
 from unlabeled.pretext.common.patches import patchify
 from unlabeled.ssl.backbone import Backbone
-from unlabeled.ssl.batch_norm import SyncedBatchNorm2d
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
+from unlabeled.ssl.nn.batch_norm import SyncedBatchNorm2d
 from unlabeled.ssl.sparse import MaskedMap, SparseEncoder, convert
 
 _UNDECAYED = re.compile(r"cls_token|pos_embed|mask_token|gamma")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
 
-import unlabeled.ssl.lars  # noqa: F401  registers PixPro's LARS with timm
+import unlabeled.ssl.nn.lars  # noqa: F401  registers PixPro's LARS with timm
 from unlabeled.pretext.base import PretextTask
 from unlabeled.ssl.config.schema import OptimConfig
 from unlabeled.ssl.core.errors import ConfigError, nearest

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from unlabeled.pretext.base import PretextTask
-from unlabeled.ssl.batch_norm import synchronize
+from unlabeled.ssl.nn.batch_norm import synchronize
 from unlabeled.testing.loss import cut, loss_and_gradients, without_dropout
 from unlabeled.testing.subject import PICTURES, Subject, require
 

@@ -21,7 +21,7 @@ from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy
 from unlabeled.pretext.common.views import Chance, ColorConfig, Colors, Part, RandomCrop, cell_centres
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.core.errors import ConfigError
-from unlabeled.ssl.ema import ema_update
+from unlabeled.ssl.nn.ema import ema_update
 
 logger = logging.getLogger(__name__)
 

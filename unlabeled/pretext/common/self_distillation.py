@@ -37,7 +37,7 @@ from unlabeled.pretext.common.patches import widened
 from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.elastic.slices import Slice
-from unlabeled.ssl.ema import ema_update
+from unlabeled.ssl.nn.ema import ema_update
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 

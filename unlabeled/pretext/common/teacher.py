@@ -12,7 +12,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def frozen_copy(student: ModuleT) -> ModuleT:
-    """An exact copy of `student`, buffers included, that no optimizer moves; `unlabeled.ssl.ema.ema_update` does."""
+    """An exact copy of `student`, buffers included, that no optimizer moves; `unlabeled.ssl.nn.ema.ema_update` does."""
     return copy.deepcopy(student).requires_grad_(False)
 
 

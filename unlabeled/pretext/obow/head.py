@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unlabeled.pretext.common.patches import widened
-from unlabeled.ssl.batch_norm import SyncedBatchNorm1d, synced
 from unlabeled.ssl.core.distributed import gather_rows
+from unlabeled.ssl.nn.batch_norm import SyncedBatchNorm1d, synced
 
 
 class WordHead(nn.Module):

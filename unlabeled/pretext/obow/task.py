@@ -36,7 +36,7 @@ from unlabeled.pretext.obow.vocabulary import (
 )
 from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
-from unlabeled.ssl.ema import ema_update
+from unlabeled.ssl.nn.ema import ema_update
 from unlabeled.ssl.probe import modes_kept
 
 logger = logging.getLogger(__name__)

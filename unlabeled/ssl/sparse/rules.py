@@ -27,7 +27,7 @@ from timm.models import _efficientnet_blocks as efficientnet
 from timm.models import fastvit, hgnet, metaformer, swiftformer
 from torch import Tensor, nn
 
-from unlabeled.ssl.batch_norm import SyncedBatchNorm2d, batch_norm_rows, synced
+from unlabeled.ssl.nn.batch_norm import SyncedBatchNorm2d, batch_norm_rows, synced
 from unlabeled.ssl.sparse.attention import selective_kernel, split_attention
 from unlabeled.ssl.sparse.convolution import on_dense
 from unlabeled.ssl.sparse.masked_map import MaskedMap, NoRuleError

@@ -11,7 +11,7 @@ from unlabeled.pretext.registry import create_task
 from unlabeled.ssl.backbone import create_backbone
 from unlabeled.ssl.config.schema import OptimConfig
 from unlabeled.ssl.core.errors import ConfigError
-from unlabeled.ssl.lars import LARS
+from unlabeled.ssl.nn.lars import LARS
 from unlabeled.ssl.optim import create_optimizer
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from unlabeled.ssl.ema import ema_update
+from unlabeled.ssl.nn.ema import ema_update
 
 
 def _network(dtype: torch.dtype) -> nn.Module:

@@ -11,8 +11,8 @@ import torch.multiprocessing as mp
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from unlabeled.ssl.batch_norm import synchronize
 from unlabeled.ssl.core.distributed import gather_rows
+from unlabeled.ssl.nn.batch_norm import synchronize
 
 
 def network() -> nn.Module:

@@ -8,8 +8,8 @@ from timm.layers import DropPath
 
 from unlabeled.ssl.backbone import create_backbone
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
-from unlabeled.ssl.drop_path import uniform_drop_path
 from unlabeled.ssl.elastic import Elastic, ElasticConfig
+from unlabeled.ssl.nn.drop_path import uniform_drop_path
 
 NETWORKS = [  # with the number of residual branches
     ("vit_tiny_patch16_224", {"embed_dim": 16, "depth": 3, "num_heads": 2, "patch_size": 8}, 6),

@@ -1,0 +1,1 @@
+"""Building blocks of networks, and optimizers of our own."""
