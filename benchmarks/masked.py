@@ -38,7 +38,7 @@ from benchmarks.timing import (
 )
 from unlabeled.pretext.base import PretextTask
 from unlabeled.pretext.registry import create_task
-from unlabeled.ssl.backbone import create_backbone
+from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.cpu import cpu_kernels
 
 DTYPES = {"fp32": ("fp32", "fp32"), "bf16": ("bf16", "bf16"), "mixed": ("bf16", "fp32")}

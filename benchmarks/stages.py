@@ -15,10 +15,10 @@ import statistics
 import torch
 
 from benchmarks.timing import paired_times
-from unlabeled.pretext.common.masking import random_masking
-from unlabeled.ssl.backbone import Backbone, create_backbone
-from unlabeled.ssl.sparse import SparseEncoder
-from unlabeled.ssl.sparse.rows import Factor
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.masked.masking import random_masking
+from unlabeled.ssl.backbones.masked.sparse import SparseEncoder
+from unlabeled.ssl.backbones.masked.sparse.rows import Factor
 
 MODELS = ("convnext_tiny", "convnextv2_tiny", "resnet50", "resnet18", "efficientnet_b0", "regnety_008")
 FACTORS: dict[str, list[Factor]] = {"all": []} | {f"1/{32 // f}": [(f, f)] for f in (1, 2, 4, 8, 16)}

@@ -17,8 +17,8 @@ _PUBLIC = {
     "finetune": "unlabeled.eval.finetune.run",
     "FinetuneResult": "unlabeled.eval.finetune.run",
     "PretrainResult": "unlabeled.ssl.api",
-    "create_backbone": "unlabeled.ssl.backbone",
-    "Backbone": "unlabeled.ssl.backbone",
+    "create_backbone": "unlabeled.ssl.backbones.backbone",
+    "Backbone": "unlabeled.ssl.backbones.backbone",
     "PretextTask": "unlabeled.pretext.base",
     "StepOutput": "unlabeled.pretext.base",
     "TaskConfig": "unlabeled.pretext.base",
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from unlabeled.ssl.api import PretrainResult as PretrainResult
     from unlabeled.ssl.api import evaluate as evaluate
     from unlabeled.ssl.api import pretrain as pretrain
-    from unlabeled.ssl.backbone import Backbone as Backbone
-    from unlabeled.ssl.backbone import create_backbone as create_backbone
+    from unlabeled.ssl.backbones.backbone import Backbone as Backbone
+    from unlabeled.ssl.backbones.backbone import create_backbone as create_backbone
     from unlabeled.ssl.core.errors import UnlabeledError as UnlabeledError
 
 

@@ -11,7 +11,7 @@ from benchmarks.originals.transformer import decode, reconstruction_loss, run_bl
 
 
 def original_loss(task: Any, images: Tensor, noise: Tensor) -> Tensor:
-    """See the package. For the hybrid of `unlabeled.ssl.networks.convmae`."""
+    """See the package. For the hybrid of `unlabeled.ssl.backbones.networks.convmae`."""
     model, cell = task.backbone.model, task.cell
     grid = task.grid_of(tuple(images.shape[-2:]))
     masks = shuffle(noise, task.keep(grid))

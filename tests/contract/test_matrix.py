@@ -9,7 +9,7 @@ import pytest
 import timm
 
 from unlabeled.pretext.registry import create_task, task_class, task_names
-from unlabeled.ssl.backbone import create_backbone
+from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.errors import CapabilityError
 from unlabeled.ssl.matrix import Cell, Matrix, architecture, try_task
 from unlabeled.ssl.matrix_page import render_page

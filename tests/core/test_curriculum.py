@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unlabeled.pretext.base import PretextTask
 from unlabeled.pretext.registry import create_task
-from unlabeled.ssl.backbone import create_backbone
+from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.config.composition import compose_config
 from unlabeled.ssl.config.schema import CurriculumName, PretrainConfig
 from unlabeled.ssl.core.errors import ConfigError

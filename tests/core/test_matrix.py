@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import unlabeled.ssl.matrix as matrix_module
 from unlabeled.pretext.base import Batch, PretextTask, StepOutput, TaskConfig, Views
 from unlabeled.pretext.registry import TASKS
-from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.cli import main
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 from unlabeled.ssl.matrix import Cell, Matrix, MatrixRun, architecture, matrix_config, measure, try_task

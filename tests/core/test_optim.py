@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from unlabeled.pretext.registry import create_task
-from unlabeled.ssl.backbone import create_backbone
+from unlabeled.ssl.backbones.backbone import create_backbone
+from unlabeled.ssl.backbones.elastic import Elastic, ElasticConfig
 from unlabeled.ssl.config.schema import OptimConfig
 from unlabeled.ssl.core.errors import ConfigError
-from unlabeled.ssl.elastic import Elastic, ElasticConfig
 from unlabeled.ssl.optim import create_optimizer, parameter_groups, set_rates
 
 HEAD = {"prototypes": 4, "hidden": 4, "bottleneck": 4}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from unlabeled.ssl.backbone import create_backbone
+from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.testing import (
     CHECKS,

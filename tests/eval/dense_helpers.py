@@ -8,7 +8,7 @@ from torch import Tensor
 
 from unlabeled.eval.base import FeatureSet, FeatureSplit
 from unlabeled.eval.subject import Loading, Subject
-from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.data.source import DecodeError
 
 COLOURS = torch.tensor([[20, 120, 20], [250, 20, 20], [20, 20, 250]], dtype=torch.uint8)

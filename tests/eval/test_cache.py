@@ -11,8 +11,8 @@ from eval_helpers import MemorySource, tiny_vit
 
 from unlabeled.eval.cache import data_identity, load_split, weights_identity
 from unlabeled.eval.features import extract_features, raw_pixels
-from unlabeled.ssl.backbone import Backbone, create_backbone
-from unlabeled.ssl.export import export_backbone, load_backbone
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.weights import export_backbone, load_backbone
 
 
 def test_a_second_call_does_not_touch_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

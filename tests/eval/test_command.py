@@ -18,7 +18,7 @@ from eval_helpers import MemorySource, tiny_vit
 from unlabeled.eval import command
 from unlabeled.eval.command import evaluate_target, resolve_target
 from unlabeled.eval.report.pictures import save_pictures
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.config.schema import DataConfig, EvaluateRun, PretrainConfig
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError, DataError
 from unlabeled.ssl.data.source import Split
@@ -53,12 +53,13 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[DataConfig]:
 
 @pytest.fixture
 def weights(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
-    """Stands in for `unlabeled.ssl.export`, so that only this side of it is tested; names it finds missing."""
+    """Stands in for `unlabeled.ssl.backbones.weights`, so that only this side of it is tested; names it finds
+    missing."""
     missing: dict[str, list[str]] = {"names": []}
-    module = types.ModuleType("unlabeled.ssl.export")
+    module = types.ModuleType("unlabeled.ssl.backbones.weights")
     module.load_backbone = lambda folder: tiny_vit(seed=4)  # type: ignore[attr-defined]
     module.load_weights = lambda backbone, path: FakeReport([], missing["names"], [])  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "unlabeled.ssl.export", module)
+    monkeypatch.setitem(sys.modules, "unlabeled.ssl.backbones.weights", module)
     return missing
 
 
@@ -200,10 +201,11 @@ def test_missing_data_and_missing_labels_are_said(opened: list[DataConfig]) -> N
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("unlabeled.ssl.export") is None, reason="unlabeled.ssl.export is not there"
+    importlib.util.find_spec("unlabeled.ssl.backbones.weights") is None,
+    reason="unlabeled.ssl.backbones.weights is not there",
 )
 def test_an_exported_backbone_comes_back(tmp_path: Path) -> None:
-    from unlabeled.ssl.export import export_backbone
+    from unlabeled.ssl.backbones.weights import export_backbone
 
     backbone = tiny_vit(seed=8)
     file = export_backbone(backbone, tmp_path)

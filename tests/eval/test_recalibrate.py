@@ -22,7 +22,7 @@ from unlabeled.eval.settings import KnnConfig, LinearConfig
 from unlabeled.eval.suite import Evidence, evaluate_backbone, online_knn
 from unlabeled.pretext.base import PretextTask
 from unlabeled.pretext.rotation import Rotation
-from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.config.schema import EvaluateConfig, PretrainConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError
 

@@ -15,12 +15,12 @@ from unlabeled.eval import command, sizes
 from unlabeled.eval.command import evaluate_target
 from unlabeled.eval.report.document import read_report
 from unlabeled.eval.size_curve import SizeCurve, SizeResult, load_curve, read_curve
-from unlabeled.ssl.backbone import create_backbone
+from unlabeled.ssl.backbones.backbone import create_backbone
+from unlabeled.ssl.backbones.elastic import Elastic, ElasticConfig
+from unlabeled.ssl.backbones.weights import export_backbone, load_backbone
 from unlabeled.ssl.cli import main
 from unlabeled.ssl.config.schema import EvaluateRun
 from unlabeled.ssl.core.errors import ConfigError, DataError
-from unlabeled.ssl.elastic import Elastic, ElasticConfig
-from unlabeled.ssl.export import export_backbone, load_backbone
 
 FAST = {"knn": {"k": [5]}, "linear": {"epochs": 2, "lr": [0.1], "weight_decay": [0.0]}}
 VIT = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4}

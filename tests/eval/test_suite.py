@@ -17,7 +17,7 @@ from unlabeled.eval.base import FeatureSplit
 from unlabeled.eval.places.maps import CAPTIONS
 from unlabeled.eval.settings import KnnConfig, LinearConfig
 from unlabeled.eval.suite import evaluate_backbone, online_knn, random_twin
-from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.config.schema import EvaluateConfig
 from unlabeled.ssl.core.errors import DataError
 

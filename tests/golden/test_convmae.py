@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unlabeled.pretext.common.masking import Masking, random_masking
 from unlabeled.pretext.convmae import ConvMAE, ConvMAEConfig
-from unlabeled.ssl.backbone import Backbone
-from unlabeled.ssl.networks.convmae import ConvViT
-from unlabeled.ssl.sparse.rows import Cells, gather_rows
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.backbones.masked.masking import Masking, random_masking
+from unlabeled.ssl.backbones.masked.sparse.rows import Cells, gather_rows
+from unlabeled.ssl.backbones.networks.convmae import ConvViT
 
 RESULT, GRADIENT, LOSS = 1e-5, 2e-5, 1e-5
 NAMES = {"mask_token": "decoder.mask_token", "decoder_pred.bias": "decoder.pred.bias"}

@@ -13,10 +13,10 @@ from timm.layers.grn import GlobalResponseNorm
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
-from unlabeled.pretext.common.masking import Masking
 from unlabeled.pretext.fcmae import FCMAE, FCMAEConfig, dense_layout, official_names
-from unlabeled.ssl.backbone import Backbone
-from unlabeled.ssl.sparse import MaskedMap
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.backbones.masked.masking import Masking
+from unlabeled.ssl.backbones.masked.sparse import MaskedMap
 
 RESULT, GRADIENT, LOSS = 1e-5, 2e-5, 1e-5
 

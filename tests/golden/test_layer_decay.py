@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from unlabeled.ssl.layers import block_layers, count_blocks, decay_applies, layer_scale
+from unlabeled.ssl.backbones.layer_index import block_layers, count_blocks, decay_applies, layer_scale
 
 
 @pytest.mark.parametrize("model", ["mae_vit", "simmim_vit", "simmim_swin"])

@@ -9,11 +9,11 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from unlabeled.pretext.common.masking import random_masking
 from unlabeled.pretext.common.patches import unpatchify
 from unlabeled.pretext.mae import MAE, MAEConfig
-from unlabeled.ssl.backbone import Backbone
-from unlabeled.ssl.tokens import TokenEncoder
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.backbones.masked.masking import random_masking
+from unlabeled.ssl.backbones.masked.tokens import TokenEncoder
 
 RESULT, GRADIENT, LOSS = 1e-5, 2e-5, 1e-5
 NAMES = {"mask_token": "decoder.mask_token", "decoder_pred.bias": "decoder.pred.bias"}

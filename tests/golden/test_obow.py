@@ -20,7 +20,7 @@ from unlabeled.pretext.obow.vocabulary import (
     squared_distances,
     window_of,
 )
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
 
 RESULT, GRADIENT, LOSS, MOMENTUM = 1e-4, 3e-4, 5e-5, 1e-6
 BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}

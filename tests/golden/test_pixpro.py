@@ -12,7 +12,7 @@ from unlabeled.pretext.common.pixel_pairs import cell_distances
 from unlabeled.pretext.common.teacher import cosine_momentum
 from unlabeled.pretext.common.views import crop_box
 from unlabeled.pretext.pixpro import PixPro, PixProConfig, agreement, consistency, official_names
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
 
 RESULT, MOVED, GRADIENT, LOSS = 1e-4, 1e-6, 3e-4, 5e-5
 """Largest distances over the largest value; of losses over max(1, |loss|). MOVED: of parameters that the EMA moved."""

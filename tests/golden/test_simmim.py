@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from unlabeled.pretext.common.simmim_names import official_names
 from unlabeled.pretext.simmim import SimMIM, SimMIMConfig
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
 
 RESULT, GRADIENT, LOSS = 1e-5, 2e-5, 1e-5
 PAIRS = ["simmim_vit", "simmim_vit_ape", "simmim_swin"]

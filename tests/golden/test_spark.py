@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from unlabeled.pretext.common.patches import patchify
 from unlabeled.pretext.spark import SparK, SparKConfig, official_names
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
 
 
 class Limits(NamedTuple):

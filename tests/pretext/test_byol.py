@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from unlabeled.pretext.byol import BYOL, BYOLConfig
-from unlabeled.ssl.backbone import create_backbone
+from unlabeled.ssl.backbones.backbone import create_backbone
 
 
 def make(**settings) -> BYOL:

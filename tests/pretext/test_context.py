@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from unlabeled.pretext.common.patch_grid import neighbour_pairs
 from unlabeled.pretext.context import Context, ContextConfig, PairHead
 from unlabeled.pretext.registry import create_task
-from unlabeled.ssl.backbone import create_backbone
+from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 from unlabeled.ssl.data.sources.embedded import ShapesSource

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unlabeled.pretext.context import Context, ContextConfig
-from unlabeled.ssl.backbone import create_backbone
+from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.errors import CheckpointError
 
 NET = {"widths": (8, 12, 16, 16, 12), "embed_dim": 20}

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from unlabeled.pretext.common import patch_cues
 from unlabeled.pretext.common.patch_grid import OFFSETS, GridLayout, GridViews, neighbour_pairs
 from unlabeled.pretext.context import Context, ContextConfig
-from unlabeled.ssl.backbone import create_backbone
+from unlabeled.ssl.backbones.backbone import create_backbone
 
 PAPER = GridLayout((3, 3), (96, 96), (48, 48), (7, 7))
 NET = {"widths": (8, 12, 16, 16, 12), "embed_dim": 20}

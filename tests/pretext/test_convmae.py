@@ -15,7 +15,7 @@ from unlabeled.pretext.common.patches import normalize_patches, patchify
 from unlabeled.pretext.common.positions import sincos_2d
 from unlabeled.pretext.convmae import ConvMAE, ConvMAEConfig
 from unlabeled.pretext.registry import create_task, task_config
-from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.core.errors import CapabilityError, CheckpointError, ConfigError
 
 TINY = {"patch_size": (2, 2, 2), "dims": (8, 12, 16), "depths": (1, 1, 2), "num_heads": 2}

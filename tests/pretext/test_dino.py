@@ -28,7 +28,7 @@ from unlabeled.pretext.common.self_distillation import (
 )
 from unlabeled.pretext.dino import DINO, DINOConfig
 from unlabeled.pretext.registry import create_task
-from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.nn.batch_norm import synchronize
 

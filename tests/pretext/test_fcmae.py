@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unlabeled.pretext.common.masking import masking_of
 from unlabeled.pretext.common.patches import normalize_patches, patchify, unpatchify
 from unlabeled.pretext.fcmae import FCMAE, ConvDecoder, FCMAEConfig, dense_layout
 from unlabeled.pretext.registry import create_task, task_config
-from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.masked.masking import masking_of
+from unlabeled.ssl.backbones.masked.sparse import MaskedMap
 from unlabeled.ssl.core.errors import CapabilityError, CheckpointError, ConfigError
-from unlabeled.ssl.sparse import MaskedMap
 
 TINY = {"patch_size": 1, "dims": (8, 12, 16, 24), "depths": (1, 1, 2, 1)}
 

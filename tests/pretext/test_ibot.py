@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from unlabeled.pretext.common.hidden_places import Hidden, HiddenConfig, HiddenPlaces, at_places
 from unlabeled.pretext.common.self_distillation import directions, scores
 from unlabeled.pretext.ibot import IBOT, IBOTConfig, hidden_loss
-from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 
 HEAD = {"prototypes": 24, "hidden": 16, "bottleneck": 8}

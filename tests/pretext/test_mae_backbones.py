@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from unlabeled.pretext.common.positions import sincos_2d
 from unlabeled.pretext.mae import MAE
 from unlabeled.pretext.registry import create_task
-from unlabeled.ssl.backbone import create_backbone
+from unlabeled.ssl.backbones.backbone import create_backbone
+from unlabeled.ssl.backbones.masked.tokens import TokenEncoder
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
-from unlabeled.ssl.tokens import TokenEncoder
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 FAMILIES = {

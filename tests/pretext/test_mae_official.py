@@ -8,7 +8,7 @@ from torch import Tensor
 
 from unlabeled.pretext.common.positions import sincos_2d
 from unlabeled.pretext.mae import MAE, MAEConfig
-from unlabeled.ssl.backbone import create_backbone
+from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.errors import CheckpointError
 
 

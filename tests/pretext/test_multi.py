@@ -22,7 +22,7 @@ from unlabeled.pretext.common.positions import sincos_2d
 from unlabeled.pretext.common.teacher import frozen_copy
 from unlabeled.pretext.multi import Multi
 from unlabeled.pretext.registry import create_task, task_class, task_config
-from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.core.errors import CapabilityError, CheckpointError, ConfigError
 from unlabeled.ssl.nn.batch_norm import SyncedBatchNorm2d
 

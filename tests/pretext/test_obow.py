@@ -11,7 +11,7 @@ from torch import Tensor
 from unlabeled.pretext.obow import OBoW, OBoWConfig
 from unlabeled.pretext.obow.official import official_names
 from unlabeled.pretext.obow.vocabulary import Distances, Vocabulary, pick_words, seed_words, squared_distances
-from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 
 SMALL = {"words": 24, "image_crops": {"number": 2}, "patches": {"number": 2}}

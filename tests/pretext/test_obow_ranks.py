@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from unlabeled.pretext.obow import OBoW, OBoWConfig
 from unlabeled.pretext.obow.head import WordHead
-from unlabeled.ssl.backbone import create_backbone
+from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.nn.batch_norm import synchronize
 
 WORDS = (10, 9)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from unlabeled.pretext.obow import OBoW, OBoWConfig
-from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.core.errors import ConfigError
 
 VIT = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}

@@ -14,7 +14,7 @@ from unlabeled.pretext.common.pixel_pairs import PixelPairsConfig, PixelPairView
 from unlabeled.pretext.common.views import RandomCrop, cell_centres
 from unlabeled.pretext.pixcontrast import PixContrast, PixContrastConfig
 from unlabeled.pretext.pixpro import PixPro, PixProConfig, consistency
-from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)

@@ -13,7 +13,7 @@ from unlabeled.pretext.common.pixel_pairs import PixelMLP, PixelPairs
 from unlabeled.pretext.pixcontrast import PixContrast, PixContrastConfig, contrast
 from unlabeled.pretext.pixpro import PixelPropagation, PixPro, PixProConfig, agreement, consistency, official_names
 from unlabeled.pretext.registry import create_task
-from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)

@@ -10,10 +10,10 @@ import torch
 from torch.nn import functional as F
 
 from unlabeled.pretext.poa import POA, POAConfig
-from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.elastic import SubSize
 from unlabeled.ssl.config.schema import OptimConfig
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
-from unlabeled.ssl.elastic import SubSize
 from unlabeled.ssl.optim import parameter_groups
 
 SMALL = {"locals": 2, "prototypes": [12, 20], "hidden": 16, "bottleneck": 8, "patches_from": 0.0}

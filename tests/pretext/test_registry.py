@@ -7,7 +7,7 @@ from importlib.metadata import Distribution, EntryPoint
 import pytest
 
 from unlabeled.pretext import registry
-from unlabeled.ssl.backbone import _tasks_for, create_backbone
+from unlabeled.ssl.backbones.backbone import _tasks_for, create_backbone
 from unlabeled.ssl.cli import main
 from unlabeled.ssl.core.errors import ConfigError
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from unlabeled.pretext.registry import create_task
 from unlabeled.pretext.rotation import Rotation, RotationConfig, rotations
-from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.core.errors import CapabilityError, CheckpointError, ConfigError
 
 GRID = torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8).expand(1, 3, 2, 2)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unlabeled.pretext.registry import create_task
 from unlabeled.pretext.simclr import SimCLR, SimCLRConfig
-from unlabeled.ssl.backbone import create_backbone
+from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.errors import ConfigError
 
 

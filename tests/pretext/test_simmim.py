@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from unlabeled.pretext.common.masking import masking_of
 from unlabeled.pretext.registry import create_task
 from unlabeled.pretext.simmim import SimMIM, masked_l1
-from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.masked.masking import masking_of
 
 VIT = ("vit_tiny_patch16_224", {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2})
 SWIN = (

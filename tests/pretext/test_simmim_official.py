@@ -8,7 +8,7 @@ from torch import Tensor
 
 from unlabeled.pretext.common.simmim_names import official_names
 from unlabeled.pretext.simmim import SimMIM, SimMIMConfig
-from unlabeled.ssl.backbone import create_backbone
+from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.errors import CheckpointError
 
 TABLE = "relative_position_bias_table"

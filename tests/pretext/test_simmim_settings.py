@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unlabeled.pretext.registry import create_task, task_config
 from unlabeled.pretext.simmim import SimMIM, SimMIMConfig
-from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.config.composition import compose_config
 from unlabeled.ssl.config.schema import PretrainConfig
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError

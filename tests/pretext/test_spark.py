@@ -12,11 +12,11 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unlabeled.pretext.common.masking import masking_of
 from unlabeled.pretext.common.patches import normalize_patches, patchify, unpatchify
 from unlabeled.pretext.registry import create_task, task_config
 from unlabeled.pretext.spark import Densify, LightDecoder, SparK, SparKConfig
-from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.masked.masking import masking_of
 from unlabeled.ssl.config.composition import compose_config
 from unlabeled.ssl.config.schema import PretrainConfig
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from unlabeled.pretext.spark import SparK, SparKConfig
-from unlabeled.ssl.backbone import create_backbone
+from unlabeled.ssl.backbones.backbone import create_backbone
+from unlabeled.ssl.backbones.weights import read_tensors
 from unlabeled.ssl.core.errors import CheckpointError
-from unlabeled.ssl.export import read_tensors
 
 RESNET = {"channels": (8, 8, 16, 24), "output_stride": 8}
 CONVNEXT = {"patch_size": 1, "dims": (8, 12, 16, 32), "depths": (1, 1, 2, 1)}

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from unlabeled.pretext.base import PretextTask
 from unlabeled.pretext.registry import create_task
-from unlabeled.ssl.backbone import create_backbone
+from unlabeled.ssl.backbones.backbone import create_backbone
 
 
 def tiny_task() -> PretextTask:

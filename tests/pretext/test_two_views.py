@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from unlabeled.pretext.common.two_views import TwoViewTask
 from unlabeled.pretext.common.views import Colors
 from unlabeled.pretext.registry import create_task, task_config
-from unlabeled.ssl.backbone import create_backbone
+from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 
 TASKS = ["byol", "simclr", "vicreg"]

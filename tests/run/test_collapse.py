@@ -13,7 +13,7 @@ from torch import nn
 import unlabeled
 from unlabeled.pretext.byol import BYOL, BYOLConfig
 from unlabeled.pretext.registry import TASKS, create_task, task_names
-from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.collapse import DEVIATION, INFORMATION
 
 sys.path.insert(0, str(Path(__file__).parent))

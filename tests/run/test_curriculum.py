@@ -14,7 +14,7 @@ from torch import Tensor
 
 import unlabeled
 from unlabeled.ssl import engine
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.monitor import read_metrics
 

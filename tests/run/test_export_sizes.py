@@ -16,11 +16,11 @@ from torch import nn
 from unlabeled.pretext.registry import TASKS
 from unlabeled.pretext.rotation import Rotation
 from unlabeled.ssl import subnetworks
-from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.elastic import Elastic, ElasticConfig
+from unlabeled.ssl.backbones.elastic.sizes import find
+from unlabeled.ssl.backbones.weights import describe, export_backbone, load_backbone
 from unlabeled.ssl.cli import main
-from unlabeled.ssl.elastic import Elastic, ElasticConfig
-from unlabeled.ssl.elastic.sizes import find
-from unlabeled.ssl.export import describe, export_backbone, load_backbone
 from unlabeled.ssl.subnetworks import load_elastic
 
 VIT = ("test_vit", {"patch_size": 8, "embed_dim": 96, "depth": 8, "num_heads": 3, "init_values": 1e-5})

@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 import unlabeled
 from unlabeled.eval.finetune.run import FinetuneResult, baseline_of, finetune_config
 from unlabeled.ssl import engine
-from unlabeled.ssl.backbone import create_backbone
+from unlabeled.ssl.backbones.backbone import create_backbone
+from unlabeled.ssl.backbones.weights import export_backbone, load_backbone
 from unlabeled.ssl.cli import main
 from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.signals import EXIT_STOPPED
-from unlabeled.ssl.export import export_backbone, load_backbone
 
 ROOT = Path(__file__).resolve().parents[2]
 RESNET = {"size": 16, "channels": [16, 16, 16, 32], "stem_width": 8, "output_stride": 8}

@@ -22,10 +22,10 @@ from unlabeled.eval.gauntlet.job import run_gauntlet
 from unlabeled.eval.gauntlet.settings import GauntletRun, gauntlet_config
 from unlabeled.eval.gauntlet.table import Value, over_seeds, ranked
 from unlabeled.eval.intervals import wilson
-from unlabeled.ssl.backbone import create_backbone
+from unlabeled.ssl.backbones.backbone import create_backbone
+from unlabeled.ssl.backbones.weights import export_backbone
 from unlabeled.ssl.cli import main
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError, DataError
-from unlabeled.ssl.export import export_backbone
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = Path(__file__).with_name("launch_gauntlet.py")

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from unlabeled.eval.base import FeatureSplit
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.data.source import DecodeError, ImageSource
 
 _SAMPLED = 16

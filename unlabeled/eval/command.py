@@ -22,7 +22,7 @@ from unlabeled.eval.size_curve import SizeCurve, read_curve
 from unlabeled.eval.sizes import Alone, SizePlan, measure_sizes, plan_sizes
 from unlabeled.eval.suite import Evidence, evaluate_backbone
 from unlabeled.pretext.registry import task_class, task_config
-from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.config.composition import validate
 from unlabeled.ssl.config.schema import BackboneConfig, DataConfig, EvaluateRun, PretrainConfig
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError, UnlabeledError, first_line, nearest
@@ -89,7 +89,7 @@ def resolve_target(run: EvaluateRun) -> Target:
 
 
 def _from_folder(folder: Path) -> Target:
-    from unlabeled.ssl.export import load_backbone
+    from unlabeled.ssl.backbones.weights import load_backbone
 
     if not (folder / "backbone.safetensors").is_file() or not (folder / "backbone.json").is_file():
         raise CheckpointError(
@@ -100,7 +100,7 @@ def _from_folder(folder: Path) -> Target:
 
 
 def _from_file(file: Path, config: BackboneConfig | None) -> Target:
-    from unlabeled.ssl.export import load_backbone, load_weights
+    from unlabeled.ssl.backbones.weights import load_backbone, load_weights
 
     if config is None and file.suffix == ".safetensors" and file.with_suffix(".json").is_file():
         return Target(load_backbone(file), file.name)

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from unlabeled.eval.features import EvalTransform, load_pictures
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled.ssl.config.schema import EvaluateConfig
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.data.source import ImageSource
-from unlabeled.ssl.probe import modes_kept
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from unlabeled.ssl.backbones.weights import WEIGHTS
 from unlabeled.ssl.core.errors import CheckpointError, DataError, first_line
 from unlabeled.ssl.core.files import write_atomically, writing
-from unlabeled.ssl.export import WEIGHTS
 
 FILE = "sizes.json"
 

@@ -22,13 +22,13 @@ from unlabeled.eval.recalibrate import batch_norms
 from unlabeled.eval.report.verdict import label_of, percent
 from unlabeled.eval.size_curve import FILE, SizeCurve, SizeResult, file_digest, load_curve, write_curve
 from unlabeled.eval.suite import EncoderEvidence, Evidence, evaluate_backbone
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.backbones.elastic import SubSize
+from unlabeled.ssl.backbones.elastic.cost import cost_of
+from unlabeled.ssl.backbones.weights import WEIGHTS
 from unlabeled.ssl.config.schema import EvaluateRun
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.data.source import ImageSource, limited
-from unlabeled.ssl.elastic import SubSize
-from unlabeled.ssl.elastic.cost import cost_of
-from unlabeled.ssl.export import WEIGHTS
 from unlabeled.ssl.subnetworks import ElasticRun, choose_sizes, extract
 
 Sources = tuple[ImageSource, ImageSource]

@@ -12,7 +12,7 @@ from scipy.linalg import eigh
 
 from unlabeled.eval.base import FeatureSet, FeatureSplit, FloatArray
 from unlabeled.eval.features import Outputs, PictureTransform, Precision, extract_features
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.data.source import ImageSource
 

@@ -26,7 +26,7 @@ from unlabeled.eval.registry import build_evaluators, measure_of
 from unlabeled.eval.report.gallery import GalleryRow, nearest_gallery
 from unlabeled.eval.report.look import backbone_maps
 from unlabeled.eval.subject import Loading, Subject, principal
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.config.schema import EvaluateConfig
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError, DataError
 from unlabeled.ssl.data.source import ImageSource, limited

@@ -13,10 +13,10 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.backbones.elastic.config import ElasticConfig
+from unlabeled.ssl.backbones.layer_index import decay_applies
 from unlabeled.ssl.core.errors import CheckpointError
-from unlabeled.ssl.elastic.config import ElasticConfig
-from unlabeled.ssl.layers import decay_applies
 
 Batch = Mapping[str, Tensor]
 Views = Callable[[Tensor], dict[str, Tensor]]
@@ -65,7 +65,7 @@ class PretextTask(nn.Module):
 
     Config: ClassVar[type[TaskConfig]] = TaskConfig
     requires: ClassVar[frozenset[str]] = frozenset()
-    """Names of the backbone capabilities that the task needs (see `unlabeled.ssl.backbone`)."""
+    """Names of the backbone capabilities that the task needs (see `unlabeled.ssl.backbones.backbone`)."""
     masked_statistics: ClassVar[bool] = False
     """Whether the backbone's batch norms collect their running statistics on masked pictures only; evaluation then
     estimates them anew on whole ones (see `unlabeled.eval.recalibrate`)."""
@@ -143,7 +143,8 @@ class PretextTask(nn.Module):
         return self.backbone
 
     def elastic(self) -> ElasticConfig | None:
-        """Which sizes the network of `encoder` was trained to hold (see `unlabeled.ssl.elastic`); None: its own alone.
+        """Which sizes the network of `encoder` was trained to hold (see `unlabeled.ssl.backbones.elastic`); None: its
+        own alone.
 
         The run's export keeps it, so that ``unlabeled export``, ``sizes`` and ``evaluate`` know the sizes of a run.
         """

@@ -19,7 +19,7 @@ from torch import nn
 from unlabeled.pretext.base import Batch, StepOutput, TaskConfig
 from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy
 from unlabeled.pretext.common.two_views import FirstColors, SecondColors, TwoViewsConfig, TwoViewTask, exactly
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.nn.ema import ema_update
 
 

@@ -33,9 +33,9 @@ from unlabeled.pretext.common import patch_cues
 from unlabeled.pretext.common.checkpoint import load_mapped
 from unlabeled.pretext.common.patch_grid import OFFSETS, GridLayout, GridViews, Mark, draw_grid, neighbour_pairs
 from unlabeled.pretext.common.patches import widened
-from unlabeled.ssl.backbone import Backbone
-from unlabeled.ssl.networks.context import caffe_xavier_
-from unlabeled.ssl.probe import modes_kept
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.backbones.networks.context import caffe_xavier_
+from unlabeled.ssl.backbones.shapes import modes_kept
 
 Count = Annotated[int, Field(ge=1)]
 Part = Annotated[float, Field(gt=0, le=1)]

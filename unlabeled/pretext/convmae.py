@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from unlabeled.pretext.base import TaskConfig
 from unlabeled.pretext.common.autoencoder import AutoencoderConfig, MaskedAutoencoder, init_linear, init_projection
-from unlabeled.pretext.common.masking import Masking, Method
-from unlabeled.ssl.backbone import Backbone
-from unlabeled.ssl.networks.convmae import ConvViT, PatchConv
-from unlabeled.ssl.stages import Execution, StageEncoder
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.backbones.masked.masking import Masking, Method
+from unlabeled.ssl.backbones.masked.stages import Execution, StageEncoder
+from unlabeled.ssl.backbones.networks.convmae import ConvViT, PatchConv
 
 
 class ConvMAEConfig(AutoencoderConfig):

@@ -23,9 +23,9 @@ from unlabeled.pretext.base import Batch, NamedParameter, StepOutput, TaskConfig
 from unlabeled.pretext.common.checkpoint import load_mapped
 from unlabeled.pretext.common.convnext_names import official_name
 from unlabeled.pretext.common.masked_image import CellRegression, MaskedImageConfig
-from unlabeled.pretext.common.masking import Masking, Method
-from unlabeled.ssl.backbone import Backbone
-from unlabeled.ssl.sparse import SparseEncoder
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.backbones.masked.masking import Masking, Method
+from unlabeled.ssl.backbones.masked.sparse import SparseEncoder
 
 _STD = 0.02
 """Of all initial weights of the decoder."""

@@ -28,7 +28,7 @@ from unlabeled.pretext.common.self_distillation import (
     directions,
     scores,
 )
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
 
 logger = logging.getLogger(__name__)
 

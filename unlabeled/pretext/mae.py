@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from unlabeled.pretext.base import TaskConfig
 from unlabeled.pretext.common.autoencoder import AutoencoderConfig, MaskedAutoencoder, init_linear
-from unlabeled.pretext.common.masking import Masking, Method
-from unlabeled.ssl.backbone import Backbone
-from unlabeled.ssl.tokens import TokenEncoder
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.backbones.masked.masking import Masking, Method
+from unlabeled.ssl.backbones.masked.tokens import TokenEncoder
 
 
 class MAEConfig(AutoencoderConfig):

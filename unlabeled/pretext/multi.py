@@ -25,7 +25,7 @@ from unlabeled.pretext.common.balance import Ramp, balanced, gradient_norms, spl
 from unlabeled.pretext.common.mixture import MultiConfig, told_as
 from unlabeled.pretext.common.patches import widened
 from unlabeled.pretext.registry import task_class
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.collapse import DEVIATION, INFORMATION
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 

@@ -19,7 +19,7 @@ from unlabeled.pretext.base import Batch, StepOutput, TaskConfig
 from unlabeled.pretext.common.checkpoint import load_mapped
 from unlabeled.pretext.common.patches import widened
 from unlabeled.pretext.common.pixel_pairs import PixelMLP, PixelPairs, PixelPairsConfig, overlap_logs
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
 
 logger = logging.getLogger(__name__)
 

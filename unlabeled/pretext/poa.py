@@ -43,10 +43,10 @@ from unlabeled.pretext.common.self_distillation import (
 )
 from unlabeled.pretext.common.sinkhorn import assignments, sinkhorn_offsets
 from unlabeled.pretext.common.views import Part
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.backbones.elastic import Elastic, ElasticConfig, SubSize
+from unlabeled.ssl.backbones.elastic.sampler import SizeSampler
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
-from unlabeled.ssl.elastic import Elastic, ElasticConfig, SubSize
-from unlabeled.ssl.elastic.sampler import SizeSampler
 from unlabeled.ssl.nn.drop_path import uniform_drop_path
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from unlabeled.pretext.base import PretextTask, TaskConfig
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.config.messages import explain
-from unlabeled.ssl.core.errors import ConfigError, nearest
+from unlabeled.ssl.core.errors import CapabilityError, ConfigError, nearest
 
 TASKS: dict[str, str] = {
     "byol": "unlabeled.pretext.byol:BYOL",
@@ -91,5 +91,26 @@ def task_config(settings: Mapping[str, Any]) -> TaskConfig:
 
 
 def create_task(settings: Mapping[str, Any], backbone: Backbone) -> PretextTask:
-    """Builds the task that `settings` (``{"name": ..., **fields}``) describes around `backbone`."""
-    return task_class(str(settings["name"]))(task_config(settings), backbone)
+    """Builds the task that `settings` (``{"name": ..., **fields}``) describes around `backbone`.
+
+    Raises CapabilityError, with the tasks that the backbone can do, when it lacks something that this one needs.
+    """
+    cls, config = task_class(str(settings["name"])), task_config(settings)
+    try:
+        backbone.require(cls.requires, task=cls.__name__)
+    except CapabilityError as error:
+        able = ", ".join(tasks_for(backbone)) or "none of the installed tasks"
+        raise CapabilityError(f"{error}; it can do: {able}") from None
+    return cls(config, backbone)
+
+
+def tasks_for(backbone: Backbone) -> list[str]:
+    """Names of the tasks whose every requirement `backbone` meets."""
+
+    def able(task: str) -> bool:
+        try:
+            return not any(backbone.lacks(capability) for capability in task_class(task).requires)
+        except ConfigError:  # a task of a plugin that cannot be imported
+            return False
+
+    return [task for task in task_names() if able(task)]

@@ -17,7 +17,7 @@ from pydantic import Field
 from unlabeled.pretext.base import Batch, StepOutput, TaskConfig
 from unlabeled.pretext.common.two_views import TwoViewsConfig, TwoViewTask, exactly
 from unlabeled.pretext.common.views import Chance, ColorConfig
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
 
 
 class SimCLRColors(ColorConfig):

@@ -19,14 +19,14 @@ from torchvision.transforms import v2
 
 from unlabeled.pretext.base import Batch, NamedParameter, StepOutput, TaskConfig
 from unlabeled.pretext.common.checkpoint import load_mapped
-from unlabeled.pretext.common.level_map import LevelMap
 from unlabeled.pretext.common.masked_image import MaskedImageConfig, MaskedImageTask, Part
-from unlabeled.pretext.common.masking import Masking, Method
 from unlabeled.pretext.common.patches import widened
 from unlabeled.pretext.common.simmim_names import official_names, to_own_layout
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.backbones.level_map import LevelMap
+from unlabeled.ssl.backbones.masked.masking import Masking, Method
+from unlabeled.ssl.backbones.stem import find_stem, substituted
 from unlabeled.ssl.core.errors import ConfigError
-from unlabeled.ssl.stem import find_stem, substituted
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +56,9 @@ class SimMIMConfig(MaskedImageConfig):
 class SimMIM(MaskedImageTask):
     """Masked image modelling with nearly any backbone. Submodules: `backbone` and `decoder` (one 1x1 convolution).
 
-    Where the backbone turns each patch into a token of its own (see `unlabeled.ssl.stem`), `mask_token` (1, 1, D) takes
-    the place of the tokens of hidden cells, after the patch embedding and its norm and before positions and class
-    token. Any other backbone gets pictures whose hidden cells are filled with one learned colour, `mask_token`
+    Where the backbone turns each patch into a token of its own (see `unlabeled.ssl.backbones.stem`), `mask_token` (1,
+    1, D) takes the place of the tokens of hidden cells, after the patch embedding and its norm and before positions and
+    class token. Any other backbone gets pictures whose hidden cells are filled with one learned colour, `mask_token`
     (1, 3, 1, 1). `level` says which, and the log does once.
 
     Initial values: the backbone keeps its own, as timm draws them (the authors' differ a little: normal matrices of

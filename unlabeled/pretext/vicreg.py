@@ -18,7 +18,7 @@ from torch import nn
 from unlabeled.pretext.base import Batch, StepOutput, TaskConfig
 from unlabeled.pretext.common.patches import widened
 from unlabeled.pretext.common.two_views import FirstColors, SecondColors, TwoViewsConfig, TwoViewTask, exactly
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.collapse import DEVIATION
 
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.backbones.weights import export_backbone
 from unlabeled.ssl.config.composition import compose_config, pretrain_config, words_of
 from unlabeled.ssl.config.schema import EvaluateRun, PretrainConfig
 from unlabeled.ssl.core.distributed import told_once
 from unlabeled.ssl.engine import train, whole_task
 from unlabeled.ssl.evidence import conclude
-from unlabeled.ssl.export import export_backbone
 from unlabeled.ssl.monitor import read_metrics
 from unlabeled.ssl.setup import prepare
 

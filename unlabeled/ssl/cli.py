@@ -107,7 +107,7 @@ def _sizes(given: argparse.Namespace) -> None:
 
     from unlabeled.eval.report.size_table import render_terminal
     from unlabeled.eval.size_curve import read_curve
-    from unlabeled.ssl.elastic.cost import costs_of
+    from unlabeled.ssl.backbones.elastic.cost import costs_of
     from unlabeled.ssl.subnetworks import outline_elastic
 
     folder = Path(given.run)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from unlabeled.pretext.base import Batch, PretextTask
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.config.schema import CurriculumName
 from unlabeled.ssl.core.errors import ConfigError
 

@@ -23,7 +23,7 @@ from pydantic import field_validator
 from torch import Tensor
 
 from unlabeled.pretext.registry import create_task, task_class, task_config, task_names
-from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.config.base import Section
 from unlabeled.ssl.config.composition import parse, validate
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError, first_line, nearest
@@ -212,7 +212,7 @@ def _step(settings: Mapping[str, Any], backbone: Backbone, seed: int) -> Cell:
 
 def _short(message: str) -> str:
     """The reason inside the one-line message of a CapabilityError."""
-    if match := re.search(r"it lacks \w+ \((.*)\); it can do", message):
+    if match := re.search(r"it lacks \w+ \((.*)\)(?:; it can do|$)", message):
         return match.group(1)
     return re.sub(r"^backbone: \S+ cannot (do \w+|be elastic): ", "", message).split("; it can do")[0]
 

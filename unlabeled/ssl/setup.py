@@ -11,7 +11,8 @@ from accelerate import Accelerator
 
 from unlabeled.pretext.base import PretextTask
 from unlabeled.pretext.registry import create_task, task_class, task_config
-from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.weights import load_weights, read_tensors
 from unlabeled.ssl.collapse import CollapseAlarm
 from unlabeled.ssl.config.schema import BackboneConfig, PretrainConfig, RunConfig
 from unlabeled.ssl.core.seeds import derive
@@ -21,7 +22,6 @@ from unlabeled.ssl.data.loader import RunSampler, ViewDataset, make_loader
 from unlabeled.ssl.data.source import DecodeError, ImageSource, open_source
 from unlabeled.ssl.engine import Online, Training
 from unlabeled.ssl.evidence import OnlineEvaluation, labelled_data
-from unlabeled.ssl.export import load_weights, read_tensors
 from unlabeled.ssl.monitor import Meter, Monitor, Stopwatch
 from unlabeled.ssl.nn.batch_norm import synchronize
 from unlabeled.ssl.optim import create_optimizer

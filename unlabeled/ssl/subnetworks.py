@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import timm
 import torch
 
-from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.elastic import Elastic, ElasticConfig, SubSize
+from unlabeled.ssl.backbones.elastic.sizes import find
+from unlabeled.ssl.backbones.weights import describe, export_backbone, export_files, load_backbone
 from unlabeled.ssl.config.composition import validate
 from unlabeled.ssl.config.schema import DataConfig, ExportRun, PretrainConfig, Sizes
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError, nearest
-from unlabeled.ssl.elastic import Elastic, ElasticConfig, SubSize
-from unlabeled.ssl.elastic.sizes import find
-from unlabeled.ssl.export import describe, export_backbone, export_files, load_backbone
 from unlabeled.ssl.run import read_config
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def timm_line(backbone: Backbone, file: Path) -> str:
     ours = type(backbone.model).__module__.startswith("unlabeled.")
     arguments = "".join(f", {key}={value!r}" for key, value in backbone.kwargs.items())
     create = f"timm.create_model({backbone.name!r}, checkpoint_path={str(file)!r}{arguments})"
-    return f"import timm{', unlabeled.ssl.networks' if ours else ''}; model = {create}"
+    return f"import timm{', unlabeled.ssl.backbones.networks' if ours else ''}; model = {create}"
 
 
 def _export(run: ExportRun, whole: ElasticRun, size: SubSize, out: Path, *, like: str | None = None) -> Exported:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unlabeled.pretext.base import PretextTask, TaskConfig
 from unlabeled.pretext.registry import task_class
-from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.config.messages import explain
 from unlabeled.ssl.data.loader import seeded
 

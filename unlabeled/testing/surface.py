@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from unlabeled.pretext.base import TaskConfig
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.backbones.weights import export_backbone
 from unlabeled.ssl.core.errors import CheckpointError
 from unlabeled.ssl.data.loader import seeded
-from unlabeled.ssl.export import export_backbone
 from unlabeled.testing.state import changed
 from unlabeled.testing.subject import Subject, listed, pictures, require
 
@@ -99,7 +99,7 @@ def visualize_gives_pictures(subject: Subject) -> None:
         )
         require(fits and picture.shape[0] == 3, found, "give uint8 (3, H, W)")
     kept = modes == [module.training for module in task.modules()]
-    require(kept, "visualize leaves modules in another mode", "use unlabeled.ssl.probe.modes_kept")
+    require(kept, "visualize leaves modules in another mode", "use unlabeled.ssl.backbones.shapes.modes_kept")
     moved = changed(before, task.state_dict())
     require(not moved, f"visualize moves {listed(moved)}", "call self.eval() inside modes_kept(self)")
 

@@ -16,7 +16,7 @@ from torchvision.utils import make_grid
 
 from unlabeled import Backbone, PretextTask, StepOutput, TaskConfig
 from unlabeled.pretext.base import Batch
-from unlabeled.ssl.probe import modes_kept
+from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled_jigsaw.orders import distant_orders, shuffled
 
 

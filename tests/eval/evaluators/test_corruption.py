@@ -19,7 +19,7 @@ from unlabeled.eval.features import Resize, extract_features, raw_pixels
 from unlabeled.eval.settings import CorruptionConfig, KnnConfig, LinearConfig
 from unlabeled.eval.subject import Loading, Subject
 from unlabeled.eval.suite import evaluate_backbone
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.config.schema import EvaluateConfig
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.core.seeds import derive

@@ -12,7 +12,7 @@ from unlabeled.eval.evaluators.invariance import InvarianceEvaluator, ViewSource
 from unlabeled.eval.metrics import alignment, lidar
 from unlabeled.eval.settings import InvarianceConfig
 from unlabeled.eval.subject import Loading, Subject
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.core.errors import DataError
 
 CONFIG = InvarianceConfig(pictures=12, views=3)

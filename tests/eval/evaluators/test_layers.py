@@ -12,7 +12,7 @@ from unlabeled.eval.evaluators.layers import LayersEvaluator, cka_between, layer
 from unlabeled.eval.metrics import linear_cka
 from unlabeled.eval.settings import LayersConfig
 from unlabeled.eval.subject import Loading, Subject
-from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.core.errors import DataError
 
 CONFIG = LayersConfig(pictures=24)

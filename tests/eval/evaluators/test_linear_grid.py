@@ -17,7 +17,7 @@ from unlabeled.eval.probe.batches import AugmentedPictures, Course, augmented_ba
 from unlabeled.eval.settings import LinearConfig
 from unlabeled.eval.subject import Loading, Subject
 from unlabeled.eval.suite import evaluate_backbone
-from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.config.schema import EvaluateConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError
 

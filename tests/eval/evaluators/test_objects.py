@@ -13,7 +13,7 @@ from unlabeled.eval.evaluators.objects import ObjectsEvaluator, true_boxes
 from unlabeled.eval.places.attention import class_attention, key_map
 from unlabeled.eval.places.tokencut import component_boxes, cut, intersection_over_union, second_eigenvector
 from unlabeled.eval.settings import ObjectsConfig
-from unlabeled.ssl.backbone import create_backbone
+from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.data.source import limited
 

@@ -14,7 +14,7 @@ from unlabeled.eval.places.dense import Places, fine_level, masked_batches, plac
 from unlabeled.eval.places.miou import Overlap, class_iou, estimates, joined, mean_iou, overlap
 from unlabeled.eval.places.probes import LabelledPlaces, LinearPlaces, NearestPlaces, soft_miou
 from unlabeled.eval.settings import SegmentationConfig
-from unlabeled.ssl.backbone import create_backbone
+from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError, DataError
 
 FAST = SegmentationConfig(epochs=10, batch_size=32, k=5)

@@ -8,7 +8,7 @@ from torch import nn
 
 from unlabeled.eval.finetune.config import NetworkConfig
 from unlabeled.eval.finetune.network import classifier_network, classifier_parameters
-from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.core.errors import CapabilityError, CheckpointError, ConfigError
 
 VIT = {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}

@@ -14,7 +14,7 @@ from torch import Tensor
 from unlabeled.eval.finetune.config import AugmentConfig, FinetuneOptim, NetworkConfig
 from unlabeled.eval.finetune.network import classifier_network
 from unlabeled.eval.finetune.task import Finetune, FinetuneTask
-from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.optim import create_optimizer, parameter_groups, set_rates
 
 CLASSES = 4

@@ -9,7 +9,7 @@ from dense_helpers import small_vit
 
 from unlabeled.eval.places.maps import CAPTIONS, components, map_pictures, similarity
 from unlabeled.eval.places.tiles import class_colours, heat, tiled
-from unlabeled.ssl.backbone import create_backbone
+from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.errors import CapabilityError
 
 TINY = {"patch_size": 8, "depth": 1, "embed_dim": 32, "num_heads": 2}

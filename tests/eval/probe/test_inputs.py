@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unlabeled.eval.probe.inputs import BlockFeatures, block_inputs, has_class_token, pooled_inputs
 from unlabeled.eval.settings import LinearConfig
-from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.core.errors import ConfigError
 
 VIT = {"embed_dim": 24, "depth": 5, "num_heads": 2, "patch_size": 8, "size": 32}

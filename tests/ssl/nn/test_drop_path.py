@@ -6,9 +6,9 @@ import pytest
 import torch
 from timm.layers import DropPath
 
-from unlabeled.ssl.backbone import create_backbone
+from unlabeled.ssl.backbones.backbone import create_backbone
+from unlabeled.ssl.backbones.elastic import Elastic, ElasticConfig
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
-from unlabeled.ssl.elastic import Elastic, ElasticConfig
 from unlabeled.ssl.nn.drop_path import uniform_drop_path
 
 NETWORKS = [  # with the number of residual branches

@@ -8,7 +8,7 @@ from timm.optim import list_optimizers
 from torch import nn
 
 from unlabeled.pretext.registry import create_task
-from unlabeled.ssl.backbone import create_backbone
+from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.config.schema import OptimConfig
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.nn.lars import LARS

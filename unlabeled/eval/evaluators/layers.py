@@ -16,7 +16,7 @@ from unlabeled.eval.features import extract_features
 from unlabeled.eval.metrics import Array, cka_map
 from unlabeled.eval.settings import LayersConfig
 from unlabeled.eval.subject import Loading, Subject
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.core.seeds import derive
 from unlabeled.ssl.data.source import ImageSource, Subset

@@ -18,7 +18,7 @@ from unlabeled.eval.finetune.network import logits_of
 from unlabeled.eval.finetune.task import Finetune
 from unlabeled.eval.intervals import wilson
 from unlabeled.pretext.base import PretextTask
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.core.errors import DataError
 
 

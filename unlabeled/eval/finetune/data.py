@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from unlabeled.eval.features import EvalTransform
 from unlabeled.eval.finetune.config import AugmentConfig, FinetuneConfig
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.core.seeds import derive
 from unlabeled.ssl.data.source import ImageSource, Subset, limited, open_source

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from unlabeled.eval.finetune.config import NetworkConfig
-from unlabeled.ssl.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.shapes import probed, reached_by
+from unlabeled.ssl.backbones.weights import fill_backbone
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
-from unlabeled.ssl.export import fill_backbone
-from unlabeled.ssl.probe import probed, reached_by
 
 logger = logging.getLogger(__name__)
 

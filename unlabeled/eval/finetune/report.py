@@ -22,7 +22,7 @@ from unlabeled.eval.report.figures import comparison_figure, confusion_figure, t
 from unlabeled.eval.report.page import environment
 from unlabeled.eval.report.summary import count_parameters, name_backbone, name_data
 from unlabeled.eval.report.verdict import TITLES, Comparison, percent, signed
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.monitor import read_metrics
 
 SCHEMA = 1

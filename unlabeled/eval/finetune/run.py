@@ -18,7 +18,8 @@ from unlabeled.eval.finetune.data import LabelledPictures, open_labelled
 from unlabeled.eval.finetune.network import classifier_network
 from unlabeled.eval.finetune.report import Facts, write_report
 from unlabeled.eval.finetune.task import Finetune, FinetuneTask
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.backbones.weights import export_backbone
 from unlabeled.ssl.config.composition import compose_config, tiny, validate, words_of
 from unlabeled.ssl.config.schema import DataConfig, EvaluateRun, PretrainConfig
 from unlabeled.ssl.core.distributed import told_once
@@ -28,7 +29,6 @@ from unlabeled.ssl.core.seeds import derive
 from unlabeled.ssl.data.loader import ViewDataset
 from unlabeled.ssl.data.source import SOURCES
 from unlabeled.ssl.engine import Training, train, whole_task
-from unlabeled.ssl.export import export_backbone
 from unlabeled.ssl.monitor import read_metrics
 from unlabeled.ssl.run import Plan, claim_folder, read_config
 from unlabeled.ssl.setup import assemble

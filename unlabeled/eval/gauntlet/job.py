@@ -21,7 +21,7 @@ from unlabeled.eval.gauntlet.settings import GauntletRun
 from unlabeled.eval.gauntlet.table import gauntlet_document
 from unlabeled.eval.subject import Loading, Subject
 from unlabeled.eval.suite import judged, subject_of
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.core.errors import CheckpointError, UnlabeledError, first_line
 from unlabeled.ssl.core.files import write_atomically, writing
 

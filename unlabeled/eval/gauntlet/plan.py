@@ -21,7 +21,7 @@ from unlabeled.eval.recalibrate import recalibration_pictures
 from unlabeled.eval.registry import build_evaluators, measure_of
 from unlabeled.eval.report.summary import count_parameters, name_backbone
 from unlabeled.eval.suite import random_twin
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.config.schema import BackboneConfig, EvaluateRun
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.data.source import ImageSource, limited, open_source

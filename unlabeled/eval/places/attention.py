@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
 
 Run = Callable[[], Tensor]
 """Runs the network once and returns its last map (B, C, gh, gw)."""

@@ -23,8 +23,8 @@ from torchvision.transforms.v2 import functional as tv
 from unlabeled.eval.features import AUTOCAST, Resize, evaluating
 from unlabeled.eval.places.attention import key_map
 from unlabeled.eval.subject import Subject
-from unlabeled.pretext.common.level_map import LevelMap
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.backbones.level_map import LevelMap
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError, DataError, UnlabeledError
 from unlabeled.ssl.data.source import DecodeError, ImageSource, MaskSource
 

@@ -14,8 +14,8 @@ from unlabeled.eval.places.attention import class_attention
 from unlabeled.eval.places.dense import fine_level
 from unlabeled.eval.places.simpool import SimPool
 from unlabeled.eval.places.tiles import enlarged, heat, stretched, tiled
-from unlabeled.pretext.common.level_map import LevelMap
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.backbones.level_map import LevelMap
 
 CAPTIONS = {
     "pca": "first three principal components of the map over all pictures, as red, green and blue",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from unlabeled.eval.settings import LinearConfig
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.core.errors import ConfigError
 
 Pooling = Literal["cls", "avg", "cls+avg"]

@@ -11,8 +11,8 @@ from rich.table import Table
 from unlabeled.eval.intervals import wilson
 from unlabeled.eval.report.verdict import label_of, percent
 from unlabeled.eval.size_curve import SizeCurve, SizeResult
-from unlabeled.ssl.elastic import SubSize
-from unlabeled.ssl.elastic.cost import Cost
+from unlabeled.ssl.backbones.elastic import SubSize
+from unlabeled.ssl.backbones.elastic.cost import Cost
 
 _MANY = 24
 """Rows past which the page shows the best at first."""

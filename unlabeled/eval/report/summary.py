@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from unlabeled.eval.environment import versions
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.config.schema import DataConfig, PretrainConfig
 
 

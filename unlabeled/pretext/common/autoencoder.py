@@ -17,8 +17,8 @@ from unlabeled.pretext.base import Batch, StepOutput, TaskConfig
 from unlabeled.pretext.common.checkpoint import load_mapped, require_fixed_table, resampled_positions
 from unlabeled.pretext.common.decoder import TransformerDecoder
 from unlabeled.pretext.common.masked_image import CellRegression, MaskedImageConfig
-from unlabeled.pretext.common.masking import Masking
 from unlabeled.pretext.common.positions import sincos_2d
+from unlabeled.ssl.backbones.masked.masking import Masking
 from unlabeled.ssl.core.errors import ConfigError
 
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from unlabeled.pretext.common.masking import Masking
 from unlabeled.pretext.common.positions import sincos_2d
+from unlabeled.ssl.backbones.masked.masking import Masking
 
 
 class DecoderBlock(Block):  # type: ignore[misc]

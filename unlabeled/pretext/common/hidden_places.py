@@ -1,8 +1,8 @@
 """Crops with hidden places: which, how they enter the network, and what it gives for them (iBOT, arXiv 2111.07832).
 
-Where a backbone turns each patch into a token of its own (see `unlabeled.ssl.stem`), hidden patches are a learned token
-before positions are added; else one learned colour in the picture, which the paper does not have. A place is one of the
-last feature map, so several patches in Swin and its like, or a part of one under `HiddenConfig.fine`.
+Where a backbone turns each patch into a token of its own (see `unlabeled.ssl.backbones.stem`), hidden patches are a
+learned token before positions are added; else one learned colour in the picture, which the paper does not have. A place
+is one of the last feature map, so several patches in Swin and its like, or a part of one under `HiddenConfig.fine`.
 
 Shapes: N crops, L = gh * gw places, M of them hidden over all crops, D features, C channels of a place.
 """
@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unlabeled.pretext.base import Batch, TaskConfig
-from unlabeled.pretext.common.level_map import LevelMap
-from unlabeled.pretext.common.masking import Pattern, mask_noise
 from unlabeled.pretext.common.multi_crop import by_crop, crop_major, crop_sheet
 from unlabeled.pretext.common.views import Part
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.backbones.level_map import LevelMap
+from unlabeled.ssl.backbones.masked.masking import Pattern, mask_noise
+from unlabeled.ssl.backbones.stem import find_stem, substituted
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
-from unlabeled.ssl.stem import find_stem, substituted
 
 Spread = Literal["uniform", "even"]
 
@@ -39,7 +39,7 @@ class HiddenConfig(TaskConfig):
     mask_spread: Spread = "uniform"
     """even: the ratios of a batch are drawn one from each of equal parts of that range (DINOv2)."""
     mask_pattern: Pattern = "block"
-    """See `unlabeled.pretext.common.masking.mask_noise`."""
+    """See `unlabeled.ssl.backbones.masked.masking.mask_noise`."""
     fine: int = Field(1, ge=1)
     """Places along each side of one of the last map; POA takes 2 for networks of stride 32."""
 

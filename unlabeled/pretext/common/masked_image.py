@@ -12,7 +12,9 @@ from torchvision.transforms import v2
 from torchvision.utils import make_grid
 
 from unlabeled.pretext.base import Batch, FloatPictures, PretextTask, StepOutput, TaskConfig, Views
-from unlabeled.pretext.common.masking import (
+from unlabeled.pretext.common.patches import normalize_patches, patch_statistics, patchify, unpatchify, widened
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.backbones.masked.masking import (
     Masking,
     Method,
     Pattern,
@@ -22,10 +24,8 @@ from unlabeled.pretext.common.masking import (
     masking_of,
     random_masking,
 )
-from unlabeled.pretext.common.patches import normalize_patches, patch_statistics, patchify, unpatchify, widened
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled.ssl.core.errors import ConfigError
-from unlabeled.ssl.probe import modes_kept
 
 _PICTURES = 8
 """Rows of a visualisation."""

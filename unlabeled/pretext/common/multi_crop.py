@@ -19,10 +19,10 @@ from torchvision.utils import make_grid
 
 from unlabeled.pretext.base import TaskConfig
 from unlabeled.pretext.common.views import ColorConfig, Colors, Part, RandomCrop
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.backbones.shapes import probe_shapes
 from unlabeled.ssl.config.schema import Size
 from unlabeled.ssl.core.errors import ConfigError
-from unlabeled.ssl.probe import probe_shapes
 
 GLOBALS = 2
 """Large crops of each picture."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unlabeled.ssl.tokens import gather_patches
+from unlabeled.ssl.backbones.masked.tokens import gather_patches
 
 _EPS = 1e-6
 """Added to the variance, inside the square root."""

@@ -14,12 +14,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unlabeled.pretext.base import Batch, PretextTask, TaskConfig, Views
-from unlabeled.pretext.common.level_map import LevelMap
 from unlabeled.pretext.common.pair_pictures import matched_cells
 from unlabeled.pretext.common.patches import widened
 from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy
 from unlabeled.pretext.common.views import Chance, ColorConfig, Colors, Part, RandomCrop, cell_centres
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.backbones.level_map import LevelMap
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.nn.ema import ema_update
 

@@ -35,8 +35,8 @@ from unlabeled.pretext.common.multi_crop import (
 )
 from unlabeled.pretext.common.patches import widened
 from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy
-from unlabeled.ssl.backbone import Backbone
-from unlabeled.ssl.elastic.slices import Slice
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.backbones.elastic.slices import Slice
 from unlabeled.ssl.nn.ema import ema_update
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -249,7 +249,8 @@ def create_head(dim: int, config: HeadConfig) -> DINOProjectionHead:
 def directions(head: Any, features: Tensor) -> Tensor:
     """Features (..., D) → their directions in the head's bottleneck, of length one, at least float32.
 
-    Features of a sub-network (see `unlabeled.ssl.elastic`) are narrower than the head's first layer, which is sliced.
+    Features of a sub-network (see `unlabeled.ssl.backbones.elastic`) are narrower than the head's first layer, which is
+    sliced.
     """
     rows, (first, *others) = features.flatten(0, -2), head.layers  # rows, as its batch norms need
     width = rows.shape[1]

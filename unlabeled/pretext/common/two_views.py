@@ -18,9 +18,9 @@ from torchvision.utils import make_grid
 from unlabeled.pretext.base import Batch, PretextTask, StepOutput, TaskConfig, Views
 from unlabeled.pretext.common.patches import widened
 from unlabeled.pretext.common.views import Chance, ColorConfig, Colors, Part, RandomCrop
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled.ssl.core.errors import ConfigError
-from unlabeled.ssl.probe import modes_kept
 
 _SMALL = 64
 """Pixels up to which `blur: auto` leaves views sharp."""

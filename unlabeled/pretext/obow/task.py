@@ -34,10 +34,10 @@ from unlabeled.pretext.obow.vocabulary import (
     pick_words,
     window_of,
 )
-from unlabeled.ssl.backbone import Backbone
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 from unlabeled.ssl.nn.ema import ema_update
-from unlabeled.ssl.probe import modes_kept
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,292 @@
+"""Any timm model behind one small surface, and what it is capable of."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple, cast
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from timm.layers import PatchEmbed
+from torch import Tensor, nn
+
+import unlabeled.ssl.backbones.networks  # noqa: F401  registers our own networks with timm
+from unlabeled.ssl.backbones.layer_index import block_layers, count_blocks
+from unlabeled.ssl.backbones.shapes import Shapes, probe_shapes, reached_by_maps, reached_by_pooled
+from unlabeled.ssl.core.errors import CapabilityError, CheckpointError, ConfigError, first_line, nearest
+
+__all__ = ["CAPABILITIES", "Backbone", "Stage", "block_layers", "create_backbone"]
+
+CAPABILITIES: dict[str, str] = {
+    "pooled": "unlabeled.ssl.backbones.backbone:_lacks_pooled",
+    "dense_map": "unlabeled.ssl.backbones.backbone:_lacks_dense_map",
+    "token_dropping": "unlabeled.ssl.backbones.masked.tokens:lacks_token_dropping",
+    "masked_stages": "unlabeled.ssl.backbones.masked.stages:lacks_masked_stages",
+    "sparse_convs": "unlabeled.ssl.backbones.masked.sparse:lacks_sparse_convs",
+    "elastic": "unlabeled.ssl.backbones.elastic:lacks_elastic",
+}
+"""Capability → ``"module:function"``; the function takes a Backbone and says in a few words why it lacks it."""
+
+_USUAL_STRIDE = 32
+"""Pixels per place of the last map, where a network has no maps to measure."""
+
+
+class Stage(NamedTuple):
+    """One level of a backbone's feature maps."""
+
+    channels: int
+    stride: int
+    """Pixels of the input per place of the map."""
+
+
+class Backbone(nn.Module):
+    """A timm model (or any module with timm's surface) as a feature extractor without a head.
+
+    The surface: ``forward_features(x)`` and ``forward_head(features, pre_logits=True)``, which give the pooled
+    features; for feature maps also ``feature_info`` and ``forward_intermediates(x, indices, output_fmt,
+    intermediates_only)``. Widths and strides are measured, not believed (see `unlabeled.ssl.backbones.shapes`).
+
+    Attributes: `model`, `name` and `kwargs` (what ``timm.create_model`` needs to build it again), `embed_dim`,
+    `stages` (empty without feature maps), `input_size` (h, w), `depth` (number of blocks), `mean` and `std` (of the
+    pictures, for 0..1 values).
+
+    Raises CapabilityError for a module without that surface and ConfigError for a size that it cannot take.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str = "custom",
+        kwargs: dict[str, Any] | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        for method in ("forward_features", "forward_head"):
+            if not callable(getattr(model, method, None)):
+                surface = "forward_features(x) and forward_head(features, pre_logits=True), as timm's models have"
+                raise CapabilityError(f"backbone: {type(model).__name__} has no {method}; a backbone needs {surface}")
+        self.model = model
+        self.name = name
+        self.kwargs = dict(kwargs or {})
+        self.trained = False
+        """Whether it starts from trained weights, which a task then keeps."""
+        data = resolve_model_data_config(model)
+        self.input_size: tuple[int, int] = size or (int(data["input_size"][-2]), int(data["input_size"][-1]))
+        self.mean: tuple[float, ...] = tuple(data["mean"])
+        self.std: tuple[float, ...] = tuple(data["std"])
+        self._shapes = _measure(model, name, self.input_size)
+        self.embed_dim: int = self._shapes.pooled[0]
+        self.stages: list[Stage] = _stages(model, self._shapes, self.input_size)
+        self.depth = count_blocks(name for name, _ in model.named_parameters())
+        self.register_buffer("_mean", torch.tensor(self.mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("_std", torch.tensor(self.std).view(1, -1, 1, 1), persistent=False)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 or 0..1 float (B, 3, H, W) → normalised float32 (B, 3, H, W), on the images' device."""
+        scaled = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        return (scaled - cast(Tensor, self._mean)) / cast(Tensor, self._std)
+
+    def set_statistics(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """Normalises with `mean` and `std` of 0..1 values from here on."""
+        self.mean, self.std = mean, std
+        cast(Tensor, self._mean).copy_(torch.tensor(mean).view(1, -1, 1, 1))
+        cast(Tensor, self._std).copy_(torch.tensor(std).view(1, -1, 1, 1))
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """Normalised (B, 3, H, W) → (B, embed_dim), as timm's ``forward_head(..., pre_logits=True)`` gives it."""
+        model = cast(Any, self.model)
+        features: Tensor = model.forward_head(model.forward_features(x), pre_logits=True)
+        return features.flatten(1)
+
+    def map(self, x: Tensor) -> Tensor:
+        """Normalised (B, 3, H, W) → (B, C, H', W'), the last feature map."""
+        return self.maps(x, [-1])[0]
+
+    def maps(self, x: Tensor, indices: Iterable[int]) -> list[Tensor]:
+        """Feature maps (B, C_i, H_i, W_i) of the stages `indices` (negative ones count from the end), in that order.
+
+        Raises CapabilityError for a stage that the backbone does not have.
+        """
+        asked = list(indices)
+        count = len(self.stages)
+        if missing := [index for index in asked if not -count <= index < count]:
+            raise CapabilityError(f"backbone: {self.name} has {count} feature maps; there is no number {missing[0]}")
+        places = [index % count for index in asked]
+        ascending = sorted(set(places))  # timm gives them in the order of the network
+        found: list[Tensor] = cast(Any, self.model).forward_intermediates(
+            x, indices=ascending, output_fmt="NCHW", intermediates_only=True
+        )
+        return [found[ascending.index(place)] for place in places]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same as `pooled`."""
+        return self.pooled(x)
+
+    def lacks(self, capability: str) -> str | None:
+        """Why this backbone lacks `capability`, in a few words; None when it has it."""
+        if capability not in CAPABILITIES:
+            raise CapabilityError(f"capability: {capability!r} is unknown; {nearest(capability, CAPABILITIES)}")
+        module, _, function = CAPABILITIES[capability].partition(":")
+        reason: str | None = getattr(importlib.import_module(module), function)(self)
+        return reason
+
+    def require(self, capabilities: Iterable[str], *, task: str) -> None:
+        """Raises CapabilityError naming the backbone, the task and what is missing."""
+        for capability in sorted(capabilities):
+            if (reason := self.lacks(capability)) is not None:
+                raise CapabilityError(f"backbone: {self.name} cannot do {task}: it lacks {capability} ({reason})")
+
+    def size_step(self) -> tuple[int, int]:
+        """Multiples (h, w) that sides of pictures should be: of the total stride of the maps, and of the patch."""
+        embed = getattr(self.model, "patch_embed", None)
+        patch = embed.patch_size if isinstance(embed, PatchEmbed) else (1, 1)
+        stride = max((stage.stride for stage in self.stages), default=_USUAL_STRIDE)
+        return math.lcm(stride, int(patch[0])), math.lcm(stride, int(patch[1]))
+
+    def refuses(self, size: tuple[int, int]) -> str | None:
+        """Why the network, built for `input_size`, cannot take pictures of `size`; None when it can."""
+        try:
+            shapes = probe_shapes(self.model, size)
+        except Exception as error:  # whatever its forward raises
+            return first_line(error)
+        return None if shapes.pooled == self._shapes.pooled else "its features then have another width"
+
+    def parameter_layers(self) -> dict[str, int]:
+        """Name of each parameter (relative to this module) → layer for layer-wise decay: 0 stem .. depth + 1."""
+        names = [name for name, _ in self.model.named_parameters()]
+        return dict(zip((f"model.{name}" for name in names), block_layers(names), strict=True))
+
+    def twin(self) -> Backbone:
+        """The same architecture with fresh random weights and the same statistics of the pictures.
+
+        Raises ConfigError when the network was not built from a timm name.
+        """
+        twin = create_backbone(self.name, size=self.input_size, **self.kwargs)
+        twin.set_statistics(self.mean, self.std)
+        return twin
+
+    def reached_by_pooled(self) -> set[str]:
+        """Names of the parameters (relative to this module) that the pooled features depend on."""
+        return {f"model.{name}" for name in reached_by_pooled(self.model, self.input_size)}
+
+    def reached_by_maps(self, indices: Iterable[int]) -> set[str]:
+        """Names of the parameters (relative to this module) that the feature maps `indices` depend on."""
+        places = sorted({index % len(self.stages) for index in indices})
+        return {f"model.{name}" for name in reached_by_maps(self.model, self.input_size, places)}
+
+
+def create_backbone(
+    name: str,
+    *,
+    pretrained: bool = False,
+    size: int | tuple[int, int] | None = None,
+    **kwargs: Any,
+) -> Backbone:
+    """Builds timm model `name` without a head; `size` is passed on as ``img_size`` where the model takes one.
+
+    Raises ConfigError for an unknown name (with the nearest ones), for arguments that the model refuses and for a size
+    that does not fit it, and CheckpointError when published weights cannot be had.
+    """
+    if not timm.is_model(name.split(".")[0]):
+        raise ConfigError(f"backbone.name: {name!r} is not a timm model; {nearest(name, timm.list_models())}")
+    if kwargs.get("in_chans", 3) != 3:
+        raise ConfigError(f"backbone.kwargs.in_chans: {kwargs['in_chans']} is not possible; pictures are RGB, give 3")
+    pixels = _pixels(size)
+    own = _pixels(kwargs.get("img_size"))
+    if pixels and own and pixels != own:
+        raise ConfigError(f"backbone.size: {size} and backbone.kwargs.img_size: {own[0]}x{own[1]} differ; give one")
+    pixels = pixels or own
+    arguments: dict[str, Any] = {"num_classes": 0, **kwargs}
+    if pixels is not None:
+        try:
+            return _wrapped(name, pretrained, arguments | {"img_size": pixels}, pixels)
+        except _UnknownArgumentError as error:
+            if error.argument != "img_size" or own:
+                raise
+    return _wrapped(name, pretrained, arguments, pixels)
+
+
+def _wrapped(name: str, pretrained: bool, arguments: dict[str, Any], size: tuple[int, int] | None) -> Backbone:
+    backbone = Backbone(_build(name, pretrained, arguments), name, arguments, size)
+    backbone.trained = pretrained
+    return backbone
+
+
+class _UnknownArgumentError(ConfigError):
+    def __init__(self, model: str, argument: str) -> None:
+        super().__init__(f"backbone.kwargs.{argument}: {model} takes no such argument; remove it")
+        self.argument = argument
+
+
+def _build(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
+    except Exception as error:  # constructors and the hub raise whatever they like; it is told in one line
+        if match := re.search(r"unexpected keyword argument[^']*'(\w+)'", str(error)):
+            raise _UnknownArgumentError(name, match.group(1)) from error
+        if pretrained and not isinstance(error, (AssertionError, TypeError)):
+            remedy = "give a file of weights instead (backbone.checkpoint=FILE), or set pretrained=false"
+            raise CheckpointError(
+                f"backbone.pretrained: no weights for {name} ({first_line(error)}); {remedy}"
+            ) from error
+        raise ConfigError(f"backbone: {name} cannot be built with {arguments} ({first_line(error)})") from error
+    return model
+
+
+def _measure(model: nn.Module, name: str, size: tuple[int, int]) -> Shapes:
+    """Shapes of what the model gives at `size`. Raises ConfigError when it cannot take that size."""
+    shown = f"{size[0]}x{size[1]}"
+    patches = getattr(model, "patch_embed", None)
+    if isinstance(patches, PatchEmbed) and not patches.dynamic_img_pad:
+        # timm would cut off the rest of the picture without a word
+        for pixels, patch in zip(size, cast(tuple[int, int], patches.patch_size), strict=True):
+            if pixels % patch:
+                near = " or ".join(str(patch * n) for n in (pixels // patch, pixels // patch + 1) if n)
+                raise ConfigError(f"backbone.size: {shown} is not a multiple of {name}'s patch, {patch}; give {near}")
+    try:
+        return probe_shapes(model, size)
+    except Exception as error:  # whatever a network's forward raises: it is told in one line, with its cause
+        raise ConfigError(
+            f"backbone.size: {name} cannot take pictures of {shown} ({first_line(error)}); give another backbone.size"
+        ) from error
+
+
+def _stages(model: nn.Module, shapes: Shapes, size: tuple[int, int]) -> list[Stage]:
+    """Channels and stride of each map: the stated stride, unless the map is far from the size that it implies."""
+    if shapes.maps is None or not all(len(shape) == 3 for shape in shapes.maps):
+        return []
+    info = getattr(model, "feature_info", [])
+    stated = [int(one["reduction"]) for one in (info if isinstance(info, list) else info.info)]
+    stages = []
+    for position, (channels, height, _) in enumerate(shapes.maps):
+        measured = max(1, round(size[0] / height))
+        stride = stated[position] if len(stated) == len(shapes.maps) else measured
+        # maps of networks without padding are up to four places smaller than their stride implies
+        near = abs(size[0] / stride - height) <= max(4.0, 0.25 * height)
+        stages.append(Stage(channels, stride if near else measured))
+    return stages
+
+
+def _pixels(size: Any) -> tuple[int, int] | None:
+    if size is None or isinstance(size, int):
+        return None if size is None else (size, size)
+    height, width = size
+    return int(height), int(width)
+
+
+def _lacks_pooled(backbone: Backbone) -> str | None:
+    shape = backbone._shapes.pooled
+    if all(length == 1 for length in shape[1:]):
+        return None
+    return f"its head does not pool but gives {tuple(shape)} for a picture"
+
+
+def _lacks_dense_map(backbone: Backbone) -> str | None:
+    if backbone.stages:
+        return None
+    maps = backbone._shapes.maps
+    return "no forward_intermediates" if maps is None else f"its features are not maps but of shape {maps[0]}"

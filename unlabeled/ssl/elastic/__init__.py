@@ -1,8 +1,0 @@
-"""Elastic networks: one network whose prefixes in width and depth are networks of their own (POA, arXiv 2408.01031)."""
-
-from unlabeled.ssl.elastic.config import ElasticConfig
-from unlabeled.ssl.elastic.families import lacks_elastic
-from unlabeled.ssl.elastic.network import Elastic
-from unlabeled.ssl.elastic.sizes import SubSize
-
-__all__ = ["Elastic", "ElasticConfig", "SubSize", "lacks_elastic"]
