@@ -36,10 +36,10 @@ from benchmarks.timing import (
     quartiles,
     relative_difference,
 )
-from unlabeled.pretext.base import PretextTask
 from unlabeled.pretext.registry import create_task
 from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.cpu import cpu_kernels
+from unlabeled.ssl.task import PretextTask
 
 DTYPES = {"fp32": ("fp32", "fp32"), "bf16": ("bf16", "bf16"), "mixed": ("bf16", "fp32")}
 """Name → precision of our side and of the original."""

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import begun, machine, paired_times, table_head
-from unlabeled.pretext.base import PretextTask
 from unlabeled.pretext.registry import create_task
 from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.cpu import cpu_kernels
+from unlabeled.ssl.task import PretextTask
 
 log = logging.getLogger(__name__)
 

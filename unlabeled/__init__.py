@@ -19,9 +19,9 @@ _PUBLIC = {
     "PretrainResult": "unlabeled.ssl.api",
     "create_backbone": "unlabeled.ssl.backbones.backbone",
     "Backbone": "unlabeled.ssl.backbones.backbone",
-    "PretextTask": "unlabeled.pretext.base",
-    "StepOutput": "unlabeled.pretext.base",
-    "TaskConfig": "unlabeled.pretext.base",
+    "PretextTask": "unlabeled.ssl.task",
+    "StepOutput": "unlabeled.ssl.task",
+    "TaskConfig": "unlabeled.ssl.task",
     "create_task": "unlabeled.pretext.registry",
     "task_names": "unlabeled.pretext.registry",
     "UnlabeledError": "unlabeled.ssl.core.errors",
@@ -32,9 +32,6 @@ __all__ = ["__version__", *_PUBLIC]
 if TYPE_CHECKING:
     from unlabeled.eval.finetune.run import FinetuneResult as FinetuneResult
     from unlabeled.eval.finetune.run import finetune as finetune
-    from unlabeled.pretext.base import PretextTask as PretextTask
-    from unlabeled.pretext.base import StepOutput as StepOutput
-    from unlabeled.pretext.base import TaskConfig as TaskConfig
     from unlabeled.pretext.registry import create_task as create_task
     from unlabeled.pretext.registry import task_names as task_names
     from unlabeled.ssl.api import PretrainResult as PretrainResult
@@ -43,6 +40,9 @@ if TYPE_CHECKING:
     from unlabeled.ssl.backbones.backbone import Backbone as Backbone
     from unlabeled.ssl.backbones.backbone import create_backbone as create_backbone
     from unlabeled.ssl.core.errors import UnlabeledError as UnlabeledError
+    from unlabeled.ssl.task import PretextTask as PretextTask
+    from unlabeled.ssl.task import StepOutput as StepOutput
+    from unlabeled.ssl.task import TaskConfig as TaskConfig
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from unlabeled.pretext.base import PretextTask
+from unlabeled.ssl.task import PretextTask
 
 OriginalLoss = Callable[[PretextTask, Tensor, Tensor], Tensor]
 

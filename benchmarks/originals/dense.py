@@ -1,6 +1,6 @@
 """ConvNets on whole maps whose masked places hold zeros: what SparK calls sparse convolution on dense hardware.
 
-Shapes as in `unlabeled.pretext.base`; the visible map is bool (B, 1, gh, gw).
+Shapes as in `unlabeled.ssl.task`; the visible map is bool (B, 1, gh, gw).
 """
 
 from __future__ import annotations

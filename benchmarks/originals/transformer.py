@@ -1,6 +1,6 @@
 """What the masked autoencoders with a transformer share: blocks with unfused attention, the decoder, the loss.
 
-Shapes as in `unlabeled.pretext.base`; P prefix tokens.
+Shapes as in `unlabeled.ssl.task`; P prefix tokens.
 """
 
 from __future__ import annotations

@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny_tasks import SMALL
 
-from unlabeled.pretext.base import PretextTask
 from unlabeled.pretext.registry import create_task, task_class
 from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.curriculum import as_floats, create_curriculum
+from unlabeled.ssl.task import PretextTask
 from unlabeled.testing import views_batch
 from unlabeled.testing.subject import tiny_backbone
 

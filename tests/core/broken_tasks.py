@@ -9,9 +9,9 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
-from unlabeled.pretext.base import PretextTask, StepOutput, TaskConfig
 from unlabeled.pretext.common.teacher import frozen_copy
 from unlabeled.ssl.nn.ema import ema_update
+from unlabeled.ssl.task import PretextTask, StepOutput, TaskConfig
 
 
 class ResizedViews:

@@ -12,13 +12,14 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import unlabeled.ssl.matrix as matrix_module
-from unlabeled.pretext.base import Batch, PretextTask, StepOutput, TaskConfig, Views
 from unlabeled.pretext.registry import TASKS
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.cli import main
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
+from unlabeled.ssl.data.views import Views
 from unlabeled.ssl.matrix import Cell, Matrix, MatrixRun, architecture, matrix_config, measure, try_task
 from unlabeled.ssl.matrix_page import render_page, render_terminal, write_page
+from unlabeled.ssl.task import Batch, PretextTask, StepOutput, TaskConfig
 
 
 class _Plain(PretextTask):

@@ -20,11 +20,11 @@ from unlabeled.eval.report.page import write_report
 from unlabeled.eval.report.summary import RunSummary
 from unlabeled.eval.settings import KnnConfig, LinearConfig
 from unlabeled.eval.suite import Evidence, evaluate_backbone, online_knn
-from unlabeled.pretext.base import PretextTask
 from unlabeled.pretext.rotation import Rotation
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.config.schema import EvaluateConfig, PretrainConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError
+from unlabeled.ssl.task import PretextTask
 
 CONFIG = EvaluateConfig(
     knn=KnnConfig(k=(5, 20)), linear=LinearConfig(epochs=2, lr=(0.1,), weight_decay=(0.0,)), recalibrate=True

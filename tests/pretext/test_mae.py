@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unlabeled.pretext.base import PretextTask
 from unlabeled.pretext.common.patches import normalize_patches, patchify
 from unlabeled.pretext.common.positions import sincos_2d
 from unlabeled.pretext.mae import MAE, MAEConfig
@@ -19,6 +18,7 @@ from unlabeled.pretext.registry import create_task, task_config
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.backbones.masked.tokens import TokenEncoder
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
+from unlabeled.ssl.task import PretextTask
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 DECODER = {"dim": 16, "depth": 2, "heads": 2}

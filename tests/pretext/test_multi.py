@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from unlabeled.pretext import registry
-from unlabeled.pretext.base import PretextTask, StepOutput, TaskConfig
 from unlabeled.pretext.common.balance import Ramp, balanced, gradient_norms, split_rows, weight_at
 from unlabeled.pretext.common.mixture import MultiConfig
 from unlabeled.pretext.common.positions import sincos_2d
@@ -25,6 +24,7 @@ from unlabeled.pretext.registry import create_task, task_class, task_config
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.core.errors import CapabilityError, CheckpointError, ConfigError
 from unlabeled.ssl.nn.batch_norm import SyncedBatchNorm2d
+from unlabeled.ssl.task import PretextTask, StepOutput, TaskConfig
 
 VIT = {"name": "vit_tiny_patch16_224", "size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 RESNET = {"name": "resnet18", "size": 32, "channels": [8, 8, 16, 16], "output_stride": 8}

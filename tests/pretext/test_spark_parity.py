@@ -11,9 +11,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from unlabeled.pretext.base import PretextTask
 from unlabeled.pretext.registry import create_task
 from unlabeled.ssl.backbones.backbone import create_backbone
+from unlabeled.ssl.task import PretextTask
 
 
 def tiny_task() -> PretextTask:

@@ -16,11 +16,11 @@ from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
 from pydantic import Field
 from torch import nn
 
-from unlabeled.pretext.base import Batch, StepOutput, TaskConfig
 from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy
 from unlabeled.pretext.common.two_views import FirstColors, SecondColors, TwoViewsConfig, TwoViewTask, exactly
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.nn.ema import ema_update
+from unlabeled.ssl.task import Batch, StepOutput, TaskConfig
 
 
 class BYOLConfig(TwoViewsConfig):

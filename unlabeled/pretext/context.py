@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.utils import make_grid
 
-from unlabeled.pretext.base import Batch, FloatPictures, PretextTask, StepOutput, TaskConfig, Views
 from unlabeled.pretext.common import patch_cues
 from unlabeled.pretext.common.checkpoint import load_mapped
 from unlabeled.pretext.common.patch_grid import OFFSETS, GridLayout, GridViews, Mark, draw_grid, neighbour_pairs
@@ -36,6 +35,8 @@ from unlabeled.pretext.common.patches import widened
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.networks.context import caffe_xavier_
 from unlabeled.ssl.backbones.shapes import modes_kept
+from unlabeled.ssl.data.views import Views
+from unlabeled.ssl.task import Batch, FloatPictures, PretextTask, StepOutput, TaskConfig
 
 Count = Annotated[int, Field(ge=1)]
 Part = Annotated[float, Field(gt=0, le=1)]

@@ -1,7 +1,7 @@
 """ConvMAE: MAE on a network whose first stages are convolutions that see the visible cells alone.
 
 Gao, Ma, Li, Lin, Dai, Qiao, "MCMAE: Masked Convolution Meets Masked Autoencoders", NeurIPS 2022, arXiv 2205.03892;
-code of the authors: github.com/Alpha-VL/ConvMAE. Shapes as in `unlabeled.pretext.base`.
+code of the authors: github.com/Alpha-VL/ConvMAE. Shapes as in `unlabeled.ssl.task`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from unlabeled.pretext.base import TaskConfig
 from unlabeled.pretext.common.autoencoder import AutoencoderConfig, MaskedAutoencoder, init_linear, init_projection
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.masked.masking import Masking, Method
 from unlabeled.ssl.backbones.masked.stages import Execution, StageEncoder
 from unlabeled.ssl.backbones.networks.convmae import ConvViT, PatchConv
+from unlabeled.ssl.task import TaskConfig
 
 
 class ConvMAEConfig(AutoencoderConfig):

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from unlabeled.pretext.base import Batch, StepOutput, TaskConfig
 from unlabeled.pretext.common.multi_crop import by_crop
 from unlabeled.pretext.common.self_distillation import (
     SelfDistillation,
@@ -19,6 +18,7 @@ from unlabeled.pretext.common.self_distillation import (
     cross_view_loss,
     directions,
 )
+from unlabeled.ssl.task import Batch, StepOutput, TaskConfig
 
 
 class DINOConfig(SelfDistillationConfig):

@@ -5,7 +5,7 @@ CVPR 2023, arXiv 2301.00808; code of the authors: github.com/facebookresearch/Co
 
 Made for ConvNeXt V2; any network that has a masked form will do. Response norms take their statistics per picture, over
 visible places, as in the paper; the authors' PyTorch code takes them over all pictures of a process's batch.
-Shapes as in `unlabeled.pretext.base`.
+Shapes as in `unlabeled.ssl.task`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from pydantic import Field
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
-from unlabeled.pretext.base import Batch, NamedParameter, StepOutput, TaskConfig
 from unlabeled.pretext.common.checkpoint import load_mapped
 from unlabeled.pretext.common.convnext_names import official_name
 from unlabeled.pretext.common.masked_image import CellRegression, MaskedImageConfig
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.masked.masking import Masking, Method
 from unlabeled.ssl.backbones.masked.sparse import SparseEncoder
+from unlabeled.ssl.task import Batch, NamedParameter, StepOutput, TaskConfig
 
 _STD = 0.02
 """Of all initial weights of the decoder."""

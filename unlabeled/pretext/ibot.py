@@ -16,7 +16,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from unlabeled.pretext.base import Batch, StepOutput, TaskConfig
 from unlabeled.pretext.common.hidden_places import Hidden, HiddenConfig, HiddenPlaces, at_places
 from unlabeled.pretext.common.multi_crop import by_crop
 from unlabeled.pretext.common.self_distillation import (
@@ -29,6 +28,7 @@ from unlabeled.pretext.common.self_distillation import (
     scores,
 )
 from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.task import Batch, StepOutput, TaskConfig
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """MAE: a transformer sees a quarter of the patches, a small decoder predicts the pixels of the rest.
 
 He, Chen, Xie, Li, Dollár, Girshick, "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, arXiv 2111.06377;
-code of the authors: github.com/facebookresearch/mae. Shapes as in `unlabeled.pretext.base`.
+code of the authors: github.com/facebookresearch/mae. Shapes as in `unlabeled.ssl.task`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from unlabeled.pretext.base import TaskConfig
 from unlabeled.pretext.common.autoencoder import AutoencoderConfig, MaskedAutoencoder, init_linear
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.masked.masking import Masking, Method
 from unlabeled.ssl.backbones.masked.tokens import TokenEncoder
+from unlabeled.ssl.task import TaskConfig
 
 
 class MAEConfig(AutoencoderConfig):

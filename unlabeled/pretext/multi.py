@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from unlabeled.pretext.base import Batch, NamedParameter, PretextTask, StepOutput, TaskConfig, Views
 from unlabeled.pretext.common.balance import Ramp, balanced, gradient_norms, split_rows, weight_at
 from unlabeled.pretext.common.mixture import MultiConfig, told_as
 from unlabeled.pretext.common.patches import widened
@@ -28,6 +27,8 @@ from unlabeled.pretext.registry import task_class
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.collapse import DEVIATION, INFORMATION
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
+from unlabeled.ssl.data.views import Views
+from unlabeled.ssl.task import Batch, NamedParameter, PretextTask, StepOutput, TaskConfig
 
 logger = logging.getLogger(__name__)
 

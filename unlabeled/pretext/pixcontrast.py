@@ -14,9 +14,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from unlabeled.pretext.base import Batch, StepOutput, TaskConfig
 from unlabeled.pretext.common.patches import widened
 from unlabeled.pretext.common.pixel_pairs import PixelPairs, PixelPairsConfig, overlap_logs
+from unlabeled.ssl.task import Batch, StepOutput, TaskConfig
 
 
 class PixContrastConfig(PixelPairsConfig):

@@ -15,11 +15,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unlabeled.pretext.base import Batch, StepOutput, TaskConfig
 from unlabeled.pretext.common.checkpoint import load_mapped
 from unlabeled.pretext.common.patches import widened
 from unlabeled.pretext.common.pixel_pairs import PixelMLP, PixelPairs, PixelPairsConfig, overlap_logs
 from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.task import Batch, StepOutput, TaskConfig
 
 logger = logging.getLogger(__name__)
 

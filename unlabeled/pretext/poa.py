@@ -20,7 +20,6 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from unlabeled.pretext.base import Batch, StepOutput, TaskConfig
 from unlabeled.pretext.common.hidden_places import Hidden, HiddenConfig, HiddenPlaces, Spread, at_places
 from unlabeled.pretext.common.multi_crop import GLOBALS, by_crop
 from unlabeled.pretext.common.patches import widened
@@ -48,6 +47,7 @@ from unlabeled.ssl.backbones.elastic import Elastic, ElasticConfig, SubSize
 from unlabeled.ssl.backbones.elastic.sampler import SizeSampler
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 from unlabeled.ssl.nn.drop_path import uniform_drop_path
+from unlabeled.ssl.task import Batch, StepOutput, TaskConfig
 
 logger = logging.getLogger(__name__)
 

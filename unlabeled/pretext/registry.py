@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from unlabeled.pretext.base import PretextTask, TaskConfig
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.config.messages import explain
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError, nearest
+from unlabeled.ssl.task import PretextTask, TaskConfig
 
 TASKS: dict[str, str] = {
     "byol": "unlabeled.pretext.byol:BYOL",

@@ -20,10 +20,11 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 from torchvision.utils import make_grid
 
-from unlabeled.pretext.base import Batch, NamedParameter, PretextTask, StepOutput, TaskConfig, Views
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
+from unlabeled.ssl.data.views import Views
+from unlabeled.ssl.task import Batch, NamedParameter, PretextTask, StepOutput, TaskConfig
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Ratio = Annotated[float, Field(gt=0)]

@@ -14,10 +14,10 @@ from lightly.loss import NTXentLoss
 from lightly.models.modules.heads import SimCLRProjectionHead
 from pydantic import Field
 
-from unlabeled.pretext.base import Batch, StepOutput, TaskConfig
 from unlabeled.pretext.common.two_views import TwoViewsConfig, TwoViewTask, exactly
 from unlabeled.pretext.common.views import Chance, ColorConfig
 from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.task import Batch, StepOutput, TaskConfig
 
 
 class SimCLRColors(ColorConfig):

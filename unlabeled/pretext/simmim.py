@@ -1,7 +1,7 @@
 """SimMIM: hidden cells become a learned token, the whole network runs, one layer predicts the raw pixels.
 
 Xie, Zhang, Cao, Lin, Bao, Yao, Dai, Hu, "SimMIM: A Simple Framework for Masked Image Modeling", CVPR 2022, arXiv
-2111.09886; code of the authors: github.com/microsoft/SimMIM. Shapes as in `unlabeled.pretext.base`.
+2111.09886; code of the authors: github.com/microsoft/SimMIM. Shapes as in `unlabeled.ssl.task`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pydantic import Field
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from unlabeled.pretext.base import Batch, NamedParameter, StepOutput, TaskConfig
 from unlabeled.pretext.common.checkpoint import load_mapped
 from unlabeled.pretext.common.masked_image import MaskedImageConfig, MaskedImageTask, Part
 from unlabeled.pretext.common.patches import widened
@@ -27,6 +26,7 @@ from unlabeled.ssl.backbones.level_map import LevelMap
 from unlabeled.ssl.backbones.masked.masking import Masking, Method
 from unlabeled.ssl.backbones.stem import find_stem, substituted
 from unlabeled.ssl.core.errors import ConfigError
+from unlabeled.ssl.task import Batch, NamedParameter, StepOutput, TaskConfig
 
 logger = logging.getLogger(__name__)
 

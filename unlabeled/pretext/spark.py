@@ -3,7 +3,7 @@
 Tian, Jiang, Diao, Lin, Wang, Yuan, "Designing BERT for Convolutional Networks: Sparse and Hierarchical Masked
 Modeling", ICLR 2023, arXiv 2301.03580; code of the authors: github.com/keyu-tian/SparK.
 
-Shapes as in `unlabeled.pretext.base`. Levels count from the coarsest feature map (0) to finer ones, as the decoder
+Shapes as in `unlabeled.ssl.task`. Levels count from the coarsest feature map (0) to finer ones, as the decoder
 meets them; each is twice as large as the one before.
 """
 
@@ -19,7 +19,6 @@ from pydantic import Field
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from unlabeled.pretext.base import Batch, NamedParameter, StepOutput, TaskConfig
 from unlabeled.pretext.common.checkpoint import load_mapped
 from unlabeled.pretext.common.convnext_names import official_name
 from unlabeled.pretext.common.masked_image import CellRegression, MaskedImageConfig, Part
@@ -29,6 +28,7 @@ from unlabeled.ssl.backbones.masked.masking import Masking, Method
 from unlabeled.ssl.backbones.masked.sparse import MaskedMap, SparseEncoder, convert
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 from unlabeled.ssl.nn.batch_norm import SyncedBatchNorm2d
+from unlabeled.ssl.task import Batch, NamedParameter, StepOutput, TaskConfig
 
 _UNDECAYED = re.compile(r"cls_token|pos_embed|mask_token|gamma")
 """Parameters that the authors do not decay, besides one-dimensional ones and biases."""

@@ -15,11 +15,11 @@ from lightly.models.modules.heads import ProjectionHead
 from pydantic import Field
 from torch import nn
 
-from unlabeled.pretext.base import Batch, StepOutput, TaskConfig
 from unlabeled.pretext.common.patches import widened
 from unlabeled.pretext.common.two_views import FirstColors, SecondColors, TwoViewsConfig, TwoViewTask, exactly
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.collapse import DEVIATION
+from unlabeled.ssl.task import Batch, StepOutput, TaskConfig
 
 
 class VICRegConfig(TwoViewsConfig):

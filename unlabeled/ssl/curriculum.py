@@ -28,10 +28,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unlabeled.pretext.base import Batch, PretextTask
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.config.schema import CurriculumName
 from unlabeled.ssl.core.errors import ConfigError
+from unlabeled.ssl.task import Batch, PretextTask
 
 Size = tuple[int, int]
 """Pixels, (height, width)."""

@@ -24,7 +24,6 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from unlabeled.pretext.base import Batch, PretextTask, StepOutput
 from unlabeled.ssl.collapse import WATCH_EVERY, CollapseAlarm, feature_figures
 from unlabeled.ssl.config.schema import RunConfig
 from unlabeled.ssl.core.cpu import cpu_kernels
@@ -40,6 +39,7 @@ from unlabeled.ssl.optim import set_rates
 from unlabeled.ssl.run import Plan
 from unlabeled.ssl.saving import Saver
 from unlabeled.ssl.schedule import Schedule, weight_decay_at
+from unlabeled.ssl.task import Batch, PretextTask, StepOutput
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from unlabeled.pretext.base import PretextTask
 from unlabeled.pretext.registry import task_class, task_config
 from unlabeled.ssl.config.schema import DataConfig, EvaluateConfig, PretrainConfig
 from unlabeled.ssl.core.errors import DataError
@@ -18,6 +17,7 @@ from unlabeled.ssl.core.files import writing
 from unlabeled.ssl.data.loader import LoadedBatch, ViewDataset, collate, seeded
 from unlabeled.ssl.data.source import ImageSource, Split, open_source
 from unlabeled.ssl.monitor import read_metrics
+from unlabeled.ssl.task import PretextTask
 
 if TYPE_CHECKING:
     from unlabeled.eval.suite import Evidence

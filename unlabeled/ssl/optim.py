@@ -9,10 +9,10 @@ import torch
 from timm.optim import create_optimizer_v2, list_optimizers
 
 import unlabeled.ssl.nn.lars  # noqa: F401  registers PixPro's LARS with timm
-from unlabeled.pretext.base import PretextTask
 from unlabeled.ssl.backbones.layer_index import layer_scale
 from unlabeled.ssl.config.schema import OptimConfig
 from unlabeled.ssl.core.errors import ConfigError, nearest
+from unlabeled.ssl.task import PretextTask
 
 logger = logging.getLogger(__name__)
 

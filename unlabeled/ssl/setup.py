@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from unlabeled.pretext.base import PretextTask
 from unlabeled.pretext.registry import create_task, task_class, task_config
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.backbones.weights import load_weights, read_tensors
@@ -28,6 +27,7 @@ from unlabeled.ssl.optim import create_optimizer
 from unlabeled.ssl.run import Plan, claim_folder, write_config
 from unlabeled.ssl.saving import Saver
 from unlabeled.ssl.schedule import Schedule, peak_rate
+from unlabeled.ssl.task import PretextTask
 from unlabeled.ssl.train.accelerator import create_accelerator
 
 logger = logging.getLogger(__name__)

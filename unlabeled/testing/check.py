@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from unlabeled.pretext.base import PretextTask
 from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.task import PretextTask
 from unlabeled.testing.loss import (
     bfloat16_stays_close,
     every_trainable_parameter_gets_a_gradient,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from unlabeled.pretext.base import PretextTask, StepOutput
+from unlabeled.ssl.task import PretextTask, StepOutput
 from unlabeled.testing.subject import PICTURES, Subject, listed, require
 
 _EXACT = 1e-6

@@ -15,8 +15,8 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from unlabeled.pretext.base import PretextTask
 from unlabeled.ssl.nn.batch_norm import synchronize
+from unlabeled.ssl.task import PretextTask
 from unlabeled.testing.loss import cut, loss_and_gradients, without_dropout
 from unlabeled.testing.subject import PICTURES, Subject, require
 

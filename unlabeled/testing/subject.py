@@ -11,11 +11,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from unlabeled.pretext.base import PretextTask, TaskConfig
 from unlabeled.pretext.registry import task_class
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.config.messages import explain
 from unlabeled.ssl.data.loader import seeded
+from unlabeled.ssl.task import PretextTask, TaskConfig
 
 TINY_BACKBONES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("vit_tiny_patch16_224", {"size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}),

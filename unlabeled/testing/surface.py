@@ -17,11 +17,11 @@ from pydantic import BaseModel, ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from unlabeled.pretext.base import TaskConfig
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.weights import export_backbone
 from unlabeled.ssl.core.errors import CheckpointError
 from unlabeled.ssl.data.loader import seeded
+from unlabeled.ssl.task import TaskConfig
 from unlabeled.testing.state import changed
 from unlabeled.testing.subject import Subject, listed, pictures, require
 

@@ -15,8 +15,8 @@ from torchvision.transforms import v2
 from torchvision.utils import make_grid
 
 from unlabeled import Backbone, PretextTask, StepOutput, TaskConfig
-from unlabeled.pretext.base import Batch
 from unlabeled.ssl.backbones.shapes import modes_kept
+from unlabeled.ssl.task import Batch
 from unlabeled_jigsaw.orders import distant_orders, shuffled
 
 

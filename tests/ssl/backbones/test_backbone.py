@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from unlabeled.pretext import registry
-from unlabeled.pretext.base import PretextTask
 from unlabeled.ssl.backbones.backbone import CAPABILITIES, Backbone, Stage, create_backbone
 from unlabeled.ssl.core.errors import CapabilityError, CheckpointError, ConfigError
+from unlabeled.ssl.task import PretextTask
 
 
 class Tiny(nn.Module):

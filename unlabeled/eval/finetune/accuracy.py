@@ -17,9 +17,9 @@ from unlabeled.eval.finetune.data import LabelledPictures
 from unlabeled.eval.finetune.network import logits_of
 from unlabeled.eval.finetune.task import Finetune
 from unlabeled.eval.intervals import wilson
-from unlabeled.pretext.base import PretextTask
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.core.errors import DataError
+from unlabeled.ssl.task import PretextTask
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from torch import Tensor
 from unlabeled.eval.finetune.config import AugmentConfig
 from unlabeled.eval.finetune.data import PlainTransform, TrainTransform, train_transform
 from unlabeled.eval.finetune.network import classifier_parameters, logits_of
-from unlabeled.pretext.base import Batch, NamedParameter, PretextTask, StepOutput, TaskConfig
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.layer_index import decay_applies
 from unlabeled.ssl.data.loader import seeded
+from unlabeled.ssl.task import Batch, NamedParameter, PretextTask, StepOutput, TaskConfig
 
 
 class FinetuneTask(TaskConfig):

@@ -1,7 +1,7 @@
 """What the masked autoencoders share: a transformer decoder that predicts the pixels of hidden cells, and their loss.
 
 He, Chen, Xie, Li, Dollár, Girshick, "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, arXiv 2111.06377;
-code of the authors: github.com/facebookresearch/mae. Shapes as in `unlabeled.pretext.base`.
+code of the authors: github.com/facebookresearch/mae. Shapes as in `unlabeled.ssl.task`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from unlabeled.pretext.base import Batch, StepOutput, TaskConfig
 from unlabeled.pretext.common.checkpoint import load_mapped, require_fixed_table, resampled_positions
 from unlabeled.pretext.common.decoder import TransformerDecoder
 from unlabeled.pretext.common.masked_image import CellRegression, MaskedImageConfig
 from unlabeled.pretext.common.positions import sincos_2d
 from unlabeled.ssl.backbones.masked.masking import Masking
 from unlabeled.ssl.core.errors import ConfigError
+from unlabeled.ssl.task import Batch, StepOutput, TaskConfig
 
 
 class DecoderConfig(TaskConfig):

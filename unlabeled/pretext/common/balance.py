@@ -16,9 +16,9 @@ import torch.distributed as dist
 from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor
 
-from unlabeled.pretext.base import TaskConfig
 from unlabeled.pretext.common.teacher import cosine_momentum
 from unlabeled.ssl.core.distributed import sum_over_ranks
+from unlabeled.ssl.task import TaskConfig
 
 _WEAKEST = 1e-4
 """Smallest gradient norm, as a part of the largest, that is made up for: a loss that has gone flat stays flat."""

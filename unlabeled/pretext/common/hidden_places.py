@@ -17,7 +17,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unlabeled.pretext.base import Batch, TaskConfig
 from unlabeled.pretext.common.multi_crop import by_crop, crop_major, crop_sheet
 from unlabeled.pretext.common.views import Part
 from unlabeled.ssl.backbones.backbone import Backbone
@@ -25,6 +24,7 @@ from unlabeled.ssl.backbones.level_map import LevelMap
 from unlabeled.ssl.backbones.masked.masking import Pattern, mask_noise
 from unlabeled.ssl.backbones.stem import find_stem, substituted
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
+from unlabeled.ssl.task import Batch, TaskConfig
 
 Spread = Literal["uniform", "even"]
 

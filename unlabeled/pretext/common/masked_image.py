@@ -11,7 +11,6 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.utils import make_grid
 
-from unlabeled.pretext.base import Batch, FloatPictures, PretextTask, StepOutput, TaskConfig, Views
 from unlabeled.pretext.common.patches import normalize_patches, patch_statistics, patchify, unpatchify, widened
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.masked.masking import (
@@ -26,6 +25,8 @@ from unlabeled.ssl.backbones.masked.masking import (
 )
 from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled.ssl.core.errors import ConfigError
+from unlabeled.ssl.data.views import Views
+from unlabeled.ssl.task import Batch, FloatPictures, PretextTask, StepOutput, TaskConfig
 
 _PICTURES = 8
 """Rows of a visualisation."""

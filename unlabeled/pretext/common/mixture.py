@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator
 
-from unlabeled.pretext.base import TaskConfig
 from unlabeled.pretext.common.balance import Weight
 from unlabeled.pretext.registry import task_config
 from unlabeled.ssl.config.messages import explain
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
+from unlabeled.ssl.task import TaskConfig
 
 _ALIKE = ({"name": "rotation"}, {"name": "simmim"})
 """The default mixture: two tasks that nearly every network can do."""

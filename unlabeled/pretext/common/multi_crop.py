@@ -17,12 +17,12 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 from torchvision.utils import make_grid
 
-from unlabeled.pretext.base import TaskConfig
 from unlabeled.pretext.common.views import ColorConfig, Colors, Part, RandomCrop
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.shapes import probe_shapes
 from unlabeled.ssl.config.schema import Size
 from unlabeled.ssl.core.errors import ConfigError
+from unlabeled.ssl.task import TaskConfig
 
 GLOBALS = 2
 """Large crops of each picture."""

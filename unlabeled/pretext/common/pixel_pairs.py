@@ -13,7 +13,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from unlabeled.pretext.base import Batch, PretextTask, TaskConfig, Views
 from unlabeled.pretext.common.pair_pictures import matched_cells
 from unlabeled.pretext.common.patches import widened
 from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy
@@ -21,7 +20,9 @@ from unlabeled.pretext.common.views import Chance, ColorConfig, Colors, Part, Ra
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.level_map import LevelMap
 from unlabeled.ssl.core.errors import ConfigError
+from unlabeled.ssl.data.views import Views
 from unlabeled.ssl.nn.ema import ema_update
+from unlabeled.ssl.task import Batch, PretextTask, TaskConfig
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.dropout import _DropoutNd
 
-from unlabeled.pretext.base import Batch, NamedParameter, PretextTask, TaskConfig, Views
 from unlabeled.pretext.common.multi_crop import (
     GLOBALS,
     MultiCropConfig,
@@ -37,7 +36,9 @@ from unlabeled.pretext.common.patches import widened
 from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.elastic.slices import Slice
+from unlabeled.ssl.data.views import Views
 from unlabeled.ssl.nn.ema import ema_update
+from unlabeled.ssl.task import Batch, NamedParameter, PretextTask, TaskConfig
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 

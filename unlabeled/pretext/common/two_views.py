@@ -15,12 +15,13 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 from torchvision.utils import make_grid
 
-from unlabeled.pretext.base import Batch, PretextTask, StepOutput, TaskConfig, Views
 from unlabeled.pretext.common.patches import widened
 from unlabeled.pretext.common.views import Chance, ColorConfig, Colors, Part, RandomCrop
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled.ssl.core.errors import ConfigError
+from unlabeled.ssl.data.views import Views
+from unlabeled.ssl.task import Batch, PretextTask, StepOutput, TaskConfig
 
 _SMALL = 64
 """Pixels up to which `blur: auto` leaves views sharp."""

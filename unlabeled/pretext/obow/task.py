@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from unlabeled.pretext.base import Batch, NamedParameter, PretextTask, StepOutput, TaskConfig, Views
 from unlabeled.pretext.common.checkpoint import load_mapped
 from unlabeled.pretext.common.patches import widened
 from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy
@@ -37,7 +36,9 @@ from unlabeled.pretext.obow.vocabulary import (
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
+from unlabeled.ssl.data.views import Views
 from unlabeled.ssl.nn.ema import ema_update
+from unlabeled.ssl.task import Batch, NamedParameter, PretextTask, StepOutput, TaskConfig
 
 logger = logging.getLogger(__name__)
 

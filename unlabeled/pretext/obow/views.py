@@ -12,12 +12,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from unlabeled.pretext.base import TaskConfig
 from unlabeled.pretext.common.views import ColorConfig, Colors, Part, RandomCrop
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.shapes import probed
 from unlabeled.ssl.config.schema import Size
 from unlabeled.ssl.core.errors import ConfigError, first_line
+from unlabeled.ssl.task import TaskConfig
 
 _INPUT, _CROP, _PATCH, _BASE, _SHIFT = 224, 160, 96, 256, 24
 """Pixels in the paper: teacher, image crops, patches, the crop that patches are cut from, their random shift."""

@@ -4,7 +4,7 @@ Such a stem lets a learned token take the place of a patch right after it: nothi
 positions, class token and everything after see a token like any other. A stem is known by what it does, not by its
 name: it is run on pictures that differ in some patches only.
 
-Shapes as in `unlabeled.pretext.base`: B pictures, L = gh * gw patches, D channels.
+Shapes as in `unlabeled.ssl.task`: B pictures, L = gh * gw patches, D channels.
 """
 
 from __future__ import annotations

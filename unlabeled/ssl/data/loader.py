@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from unlabeled.pretext.base import Views
 from unlabeled.ssl.core.errors import ConfigError, DataError, UnlabeledError
 from unlabeled.ssl.core.seeds import derive
 from unlabeled.ssl.data.bad import BadImage
 from unlabeled.ssl.data.source import DecodeError, ImageSource
+from unlabeled.ssl.data.views import Views
 
 Key = tuple[int, int]
 """(epoch, index of the picture): together with the run's seed this fixes what the views draw."""

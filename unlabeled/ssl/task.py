@@ -6,7 +6,7 @@ A mask says *visible* (True) inside this package; other polarities are converted
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -17,9 +17,9 @@ from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.elastic.config import ElasticConfig
 from unlabeled.ssl.backbones.layer_index import decay_applies
 from unlabeled.ssl.core.errors import CheckpointError
+from unlabeled.ssl.data.views import Views
 
 Batch = Mapping[str, Tensor]
-Views = Callable[[Tensor], dict[str, Tensor]]
 FloatPictures = Literal["unit", "bytes", "normalised"]
 """Floating pictures of values 0..1, of 0..255, or normalised with the backbone's mean and deviation."""
 
