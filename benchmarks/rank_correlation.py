@@ -30,13 +30,13 @@ from unlabeled.eval.suite import evaluate_backbone
 from unlabeled.pretext.registry import task_class, task_config
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.weights import load_backbone
-from unlabeled.ssl.checkpoint import complete
 from unlabeled.ssl.config.composition import compose_config, validate
 from unlabeled.ssl.config.schema import BackboneConfig, EvaluateRun, PretrainConfig
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 from unlabeled.ssl.data.source import ImageSource, open_source
-from unlabeled.ssl.run import read_config
-from unlabeled.ssl.setup import build_task
+from unlabeled.ssl.train.build import build_task
+from unlabeled.ssl.train.checkpoint import complete
+from unlabeled.ssl.train.run_folder import read_config
 
 log = logging.getLogger(__name__)
 

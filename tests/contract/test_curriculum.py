@@ -11,8 +11,8 @@ from tiny_tasks import SMALL
 from unlabeled.pretext.registry import create_task, task_class
 from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.errors import ConfigError
-from unlabeled.ssl.curriculum import as_floats, create_curriculum
 from unlabeled.ssl.task import PretextTask
+from unlabeled.ssl.train.curriculum import as_floats, create_curriculum
 from unlabeled.testing import views_batch
 from unlabeled.testing.subject import tiny_backbone
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from unlabeled.ssl.config.schema import OptimConfig, ScheduleConfig
-from unlabeled.ssl.schedule import Schedule, peak_rate, weight_decay_at
+from unlabeled.ssl.train.schedule import Schedule, peak_rate, weight_decay_at
 
 
 def published(method: str, settings: dict) -> tuple[Schedule, OptimConfig]:

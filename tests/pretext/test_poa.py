@@ -14,7 +14,7 @@ from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.backbones.elastic import SubSize
 from unlabeled.ssl.config.schema import OptimConfig
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
-from unlabeled.ssl.optim import parameter_groups
+from unlabeled.ssl.train.optimizer import parameter_groups
 
 SMALL = {"locals": 2, "prototypes": [12, 20], "hidden": 16, "bottleneck": 8, "patches_from": 0.0}
 

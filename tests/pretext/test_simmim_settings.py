@@ -15,7 +15,7 @@ from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.config.composition import compose_config
 from unlabeled.ssl.config.schema import PretrainConfig
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
-from unlabeled.ssl.schedule import peak_rate
+from unlabeled.ssl.train.schedule import peak_rate
 
 ARCHITECTURES = json.loads(resources.files("unlabeled.ssl").joinpath("architectures.json").read_text())
 """One small model of each of timm's architecture modules; all of them pass, the quick ones are tested here."""

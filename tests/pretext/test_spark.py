@@ -20,7 +20,7 @@ from unlabeled.ssl.backbones.masked.masking import masking_of
 from unlabeled.ssl.config.composition import compose_config
 from unlabeled.ssl.config.schema import PretrainConfig
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
-from unlabeled.ssl.optim import create_optimizer, set_rates
+from unlabeled.ssl.train.optimizer import create_optimizer, set_rates
 
 RESNET = {"channels": (8, 8, 16, 24), "output_stride": 8}
 CONVNEXT = {"patch_size": 1, "dims": (8, 12, 16, 32), "depths": (1, 1, 2, 1)}

@@ -14,7 +14,7 @@ import unlabeled
 from unlabeled.pretext.byol import BYOL, BYOLConfig
 from unlabeled.pretext.registry import TASKS, create_task, task_names
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
-from unlabeled.ssl.collapse import DEVIATION, INFORMATION
+from unlabeled.ssl.train.collapse import DEVIATION, INFORMATION
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -16,7 +16,7 @@ import unlabeled
 from unlabeled.ssl import engine
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.core.errors import ConfigError
-from unlabeled.ssl.monitor import read_metrics
+from unlabeled.ssl.train.monitor import read_metrics
 
 TIMED = {"images_per_s", "data_wait", "memory_gb"}
 SIZES = [48] * 6 + [56] * 2 + [64] * 2

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import unlabeled
 from unlabeled.ssl.config.composition import pretrain_config
 from unlabeled.ssl.core.errors import ConfigError
-from unlabeled.ssl.monitor import read_metrics
+from unlabeled.ssl.train.monitor import read_metrics
 
 VIT = {
     "name": "vit_tiny_patch16_224",

@@ -25,7 +25,7 @@ from unlabeled.eval.report.document import read_report
 from unlabeled.pretext.registry import task_names
 from unlabeled.ssl.cli import main
 from unlabeled.ssl.core.signals import EXIT_STOPPED
-from unlabeled.ssl.monitor import read_metrics
+from unlabeled.ssl.train.monitor import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 RESNET = {"name": "resnet18", "size": 32, "kwargs": {"channels": [8, 8, 16, 16], "output_stride": 8}}

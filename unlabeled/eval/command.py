@@ -27,9 +27,9 @@ from unlabeled.ssl.config.composition import validate
 from unlabeled.ssl.config.schema import BackboneConfig, DataConfig, EvaluateRun, PretrainConfig
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError, UnlabeledError, first_line, nearest
 from unlabeled.ssl.data.source import open_source
-from unlabeled.ssl.monitor import read_metrics
-from unlabeled.ssl.run import read_config
 from unlabeled.ssl.subnetworks import with_sizes
+from unlabeled.ssl.train.monitor import read_metrics
+from unlabeled.ssl.train.run_folder import read_config
 
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 

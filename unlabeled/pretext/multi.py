@@ -25,10 +25,10 @@ from unlabeled.pretext.common.mixture import MultiConfig, told_as
 from unlabeled.pretext.common.patches import widened
 from unlabeled.pretext.registry import task_class
 from unlabeled.ssl.backbones.backbone import Backbone
-from unlabeled.ssl.collapse import DEVIATION, INFORMATION
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 from unlabeled.ssl.data.views import Views
 from unlabeled.ssl.task import Batch, NamedParameter, PretextTask, StepOutput, TaskConfig
+from unlabeled.ssl.train.collapse import DEVIATION, INFORMATION
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from torch import nn
 from unlabeled.pretext.common.patches import widened
 from unlabeled.pretext.common.two_views import FirstColors, SecondColors, TwoViewsConfig, TwoViewTask, exactly
 from unlabeled.ssl.backbones.backbone import Backbone
-from unlabeled.ssl.collapse import DEVIATION
 from unlabeled.ssl.task import Batch, StepOutput, TaskConfig
+from unlabeled.ssl.train.collapse import DEVIATION
 
 
 class VICRegConfig(TwoViewsConfig):

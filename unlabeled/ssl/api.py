@@ -11,10 +11,10 @@ from unlabeled.ssl.backbones.weights import export_backbone
 from unlabeled.ssl.config.composition import compose_config, pretrain_config, words_of
 from unlabeled.ssl.config.schema import EvaluateRun, PretrainConfig
 from unlabeled.ssl.core.distributed import told_once
-from unlabeled.ssl.engine import train, whole_task
 from unlabeled.ssl.evidence import conclude
-from unlabeled.ssl.monitor import read_metrics
-from unlabeled.ssl.setup import prepare
+from unlabeled.ssl.train.build import prepare
+from unlabeled.ssl.train.loop import train, whole_task
+from unlabeled.ssl.train.monitor import read_metrics
 
 if TYPE_CHECKING:
     from unlabeled.eval.suite import Evidence

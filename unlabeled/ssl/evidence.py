@@ -16,12 +16,12 @@ from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.core.files import writing
 from unlabeled.ssl.data.loader import LoadedBatch, ViewDataset, collate, seeded
 from unlabeled.ssl.data.source import ImageSource, Split, open_source
-from unlabeled.ssl.monitor import read_metrics
 from unlabeled.ssl.task import PretextTask
+from unlabeled.ssl.train.monitor import read_metrics
 
 if TYPE_CHECKING:
     from unlabeled.eval.suite import Evidence
-    from unlabeled.ssl.engine import Training
+    from unlabeled.ssl.train.loop import Training
 
 logger = logging.getLogger(__name__)
 

@@ -33,7 +33,7 @@ class StepOutput(NamedTuple):
     """Detached scalars worth a curve, by name."""
     features: Tensor | None = None
     """Detached (N, D) of different pictures, as the loss compares them; watched for collapse (see
-    `unlabeled.ssl.collapse`). None: the task cannot collapse."""
+    `unlabeled.ssl.train.collapse`). None: the task cannot collapse."""
 
 
 class NamedParameter(NamedTuple):
@@ -76,7 +76,8 @@ class PretextTask(nn.Module):
     """Whether the loss is a mean over pictures, each by itself. False: the pictures of a batch are compared with each
     other, so that a step in several micro-steps is not the step of the whole batch."""
     float_pictures: ClassVar[FloatPictures] = "unit"
-    """What `forward` takes floating pictures for. A curriculum (`unlabeled.ssl.curriculum`) gives them as such."""
+    """What `forward` takes floating pictures for. A curriculum (`unlabeled.ssl.train.curriculum`) gives them as
+    such."""
     small_settings: ClassVar[Mapping[str, Any]] = {}
     """Settings that fit small networks of any kind and small pictures, where the defaults do not; for the matrix of
     tasks and architectures."""
@@ -132,7 +133,7 @@ class PretextTask(nn.Module):
 
     def size_step(self) -> tuple[int, int] | None:
         """Multiples (h, w) that sides of pictures must be when a curriculum makes them smaller (see
-        `unlabeled.ssl.curriculum`); None: they must have the backbone's size."""
+        `unlabeled.ssl.train.curriculum`); None: they must have the backbone's size."""
         return self.backbone.size_step()
 
     def require_size(self, size: tuple[int, int]) -> None:

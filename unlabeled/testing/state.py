@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from unlabeled.ssl.checkpoint import load_checkpoint, save_checkpoint
 from unlabeled.ssl.config.schema import OptimConfig
 from unlabeled.ssl.core.seeds import derive
-from unlabeled.ssl.optim import create_optimizer
 from unlabeled.ssl.task import PretextTask
+from unlabeled.ssl.train.checkpoint import load_checkpoint, save_checkpoint
+from unlabeled.ssl.train.optimizer import create_optimizer
 from unlabeled.testing.subject import Subject, listed, require
 
 _STEPS = 3

@@ -15,7 +15,7 @@ from unlabeled.eval.finetune.config import AugmentConfig, FinetuneOptim, Network
 from unlabeled.eval.finetune.network import classifier_network
 from unlabeled.eval.finetune.task import Finetune, FinetuneTask
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
-from unlabeled.ssl.optim import create_optimizer, parameter_groups, set_rates
+from unlabeled.ssl.train.optimizer import create_optimizer, parameter_groups, set_rates
 
 CLASSES = 4
 PLAIN = {"crop": (1.0, 1.0), "flip": 0.0, "auto": None, "erase": 0.0, "mixup": 0.0, "cutmix": 0.0}

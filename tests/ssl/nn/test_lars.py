@@ -12,7 +12,7 @@ from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.config.schema import OptimConfig
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.nn.lars import LARS
-from unlabeled.ssl.optim import create_optimizer
+from unlabeled.ssl.train.optimizer import create_optimizer
 
 
 def parameter(*values: float, matrix: bool = True) -> nn.Parameter:

@@ -23,7 +23,7 @@ from unlabeled.eval.report.page import environment
 from unlabeled.eval.report.summary import count_parameters, name_backbone, name_data
 from unlabeled.eval.report.verdict import TITLES, Comparison, percent, signed
 from unlabeled.ssl.backbones.backbone import Backbone
-from unlabeled.ssl.monitor import read_metrics
+from unlabeled.ssl.train.monitor import read_metrics
 
 SCHEMA = 1
 

@@ -28,11 +28,11 @@ from unlabeled.ssl.core.files import writing
 from unlabeled.ssl.core.seeds import derive
 from unlabeled.ssl.data.loader import ViewDataset
 from unlabeled.ssl.data.source import SOURCES
-from unlabeled.ssl.engine import Training, train, whole_task
-from unlabeled.ssl.monitor import read_metrics
-from unlabeled.ssl.run import Plan, claim_folder, read_config
-from unlabeled.ssl.setup import assemble
 from unlabeled.ssl.train.accelerator import create_accelerator
+from unlabeled.ssl.train.build import assemble
+from unlabeled.ssl.train.loop import Training, train, whole_task
+from unlabeled.ssl.train.monitor import read_metrics
+from unlabeled.ssl.train.run_folder import Plan, claim_folder, read_config
 
 logger = logging.getLogger(__name__)
 

@@ -287,7 +287,7 @@ def cross_view_loss(assigned: Tensor, log_predicted: Tensor) -> Tensor:
 @torch.no_grad()
 def assignment_figures(assigned: Tensor) -> dict[str, Tensor]:
     """Assignments (..., K) → ``teacher_entropy``, 0 sharp to 1 even, and ``teacher_information`` (see
-    `unlabeled.ssl.collapse`), both over log K."""
+    `unlabeled.ssl.train.collapse`), both over log K."""
     rows = assigned.flatten(0, -2)
     most = torch.log(torch.tensor(float(rows.shape[1]), dtype=rows.dtype, device=rows.device))
     entropy = torch.special.entr(rows).sum(1).mean() / most

@@ -116,7 +116,7 @@ class OptimConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """The learning rate over the run, set before each optimizer step. See `unlabeled.ssl.schedule`."""
+    """The learning rate over the run, set before each optimizer step. See `unlabeled.ssl.train.schedule`."""
 
     name: Literal["cosine", "multistep", "constant"] = "cosine"
     warmup_epochs: float = Field(40.0, ge=0)
@@ -161,7 +161,7 @@ class EngineConfig(Section):
     """Memory layout of convolutions; None: channels last for networks of 2-D maps on a GPU."""
     curriculum: CurriculumName | None = None
     """Smaller pictures, of low frequencies alone, in the first 80 % of the steps (efficienttrain) or for the first 60 %
-    of the compute (efficienttrain++). For any task; see `unlabeled.ssl.curriculum`."""
+    of the compute (efficienttrain++). For any task; see `unlabeled.ssl.train.curriculum`."""
     sync_bn: bool | None = None
     """Batch-norm statistics over all processes; None: where the task's authors had it so."""
     seed: int = 0

@@ -18,9 +18,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from unlabeled.ssl.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
 from unlabeled.ssl.core.errors import CheckpointError, first_line
-from unlabeled.ssl.monitor import Meter
+from unlabeled.ssl.train.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
+from unlabeled.ssl.train.monitor import Meter
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from unlabeled.ssl import checkpoint as module
-from unlabeled.ssl.checkpoint import complete, last_checkpoint, load_checkpoint, save_checkpoint
 from unlabeled.ssl.core.errors import CheckpointError
+from unlabeled.ssl.train.checkpoint import complete, last_checkpoint, load_checkpoint, save_checkpoint
 
 
 def save(folder: Path, step: int, keep: int = 2) -> Path:

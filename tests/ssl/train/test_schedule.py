@@ -5,7 +5,7 @@ import pytest
 
 from unlabeled.pretext.common.teacher import cosine_momentum
 from unlabeled.ssl.config.schema import OptimConfig, ScheduleConfig
-from unlabeled.ssl.schedule import Schedule, peak_rate, weight_decay_at
+from unlabeled.ssl.train.schedule import Schedule, peak_rate, weight_decay_at
 
 
 def test_warm_up_starts_at_zero_reaches_the_peak_and_the_cosine_ends_near_zero() -> None:

@@ -15,9 +15,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from unlabeled.ssl.checkpoint import load_checkpoint
-from unlabeled.ssl.monitor import Meter
-from unlabeled.ssl.saving import Saver
+from unlabeled.ssl.train.checkpoint import load_checkpoint
+from unlabeled.ssl.train.monitor import Meter
+from unlabeled.ssl.train.saver import Saver
 
 
 def network() -> nn.Module:

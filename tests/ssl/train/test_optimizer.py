@@ -6,7 +6,7 @@ from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.backbones.elastic import Elastic, ElasticConfig
 from unlabeled.ssl.config.schema import OptimConfig
 from unlabeled.ssl.core.errors import ConfigError
-from unlabeled.ssl.optim import create_optimizer, parameter_groups, set_rates
+from unlabeled.ssl.train.optimizer import create_optimizer, parameter_groups, set_rates
 
 HEAD = {"prototypes": 4, "hidden": 4, "bottleneck": 4}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from unlabeled.ssl.collapse import CollapseAlarm, feature_figures
+from unlabeled.ssl.train.collapse import CollapseAlarm, feature_figures
 
 
 def test_figures_of_known_features() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from unlabeled.ssl.config.schema import LogConfig
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
-from unlabeled.ssl.monitor import Meter, Monitor, read_metrics
+from unlabeled.ssl.train.monitor import Meter, Monitor, read_metrics
 
 
 def monitor(folder: Path, start: int = 0, **settings: Any) -> Monitor:

@@ -15,8 +15,8 @@ from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.config.composition import compose_config
 from unlabeled.ssl.config.schema import CurriculumName, PretrainConfig
 from unlabeled.ssl.core.errors import ConfigError
-from unlabeled.ssl.curriculum import Curriculum, Stage, create_curriculum, low_frequencies, plan_stages
 from unlabeled.ssl.task import PretextTask
+from unlabeled.ssl.train.curriculum import Curriculum, Stage, create_curriculum, low_frequencies, plan_stages
 
 VIT = {"size": 64, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 RESNET = {"channels": [4, 4, 4, 4], "stem_width": 4, "output_stride": 8}

@@ -13,10 +13,10 @@ from typing import Any
 
 import yaml
 
-from unlabeled.ssl.checkpoint import last_checkpoint
 from unlabeled.ssl.config.schema import RunConfig
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 from unlabeled.ssl.core.files import write_atomically, writing
+from unlabeled.ssl.train.checkpoint import last_checkpoint
 
 _MAY_CHANGE = frozenset(
     {"out", "resume", "log", "evaluate", "engine.workers", "engine.keep", "engine.checkpoint_epochs"}

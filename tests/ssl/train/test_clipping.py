@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from unlabeled.ssl.config.schema import EngineConfig
 from unlabeled.ssl.core.errors import ConfigError
-from unlabeled.ssl.engine import gradient_norm, parts_of
 from unlabeled.ssl.train.accelerator import create_accelerator
+from unlabeled.ssl.train.loop import gradient_norm, parts_of
 
 LIMIT = 1.5
 

@@ -24,22 +24,22 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from unlabeled.ssl.collapse import WATCH_EVERY, CollapseAlarm, feature_figures
 from unlabeled.ssl.config.schema import RunConfig
 from unlabeled.ssl.core.cpu import cpu_kernels
 from unlabeled.ssl.core.distributed import gather_lists, sum_over_ranks
 from unlabeled.ssl.core.errors import ConfigError, DivergedError
 from unlabeled.ssl.core.seeds import derive
 from unlabeled.ssl.core.signals import StopRequest
-from unlabeled.ssl.curriculum import Curriculum
 from unlabeled.ssl.data.bad import BadImage, BadImages
 from unlabeled.ssl.data.loader import LoadedBatch
-from unlabeled.ssl.monitor import Meter, Monitor, Stopwatch, memory_gb
-from unlabeled.ssl.optim import set_rates
-from unlabeled.ssl.run import Plan
-from unlabeled.ssl.saving import Saver
-from unlabeled.ssl.schedule import Schedule, weight_decay_at
 from unlabeled.ssl.task import Batch, PretextTask, StepOutput
+from unlabeled.ssl.train.collapse import WATCH_EVERY, CollapseAlarm, feature_figures
+from unlabeled.ssl.train.curriculum import Curriculum
+from unlabeled.ssl.train.monitor import Meter, Monitor, Stopwatch, memory_gb
+from unlabeled.ssl.train.optimizer import set_rates
+from unlabeled.ssl.train.run_folder import Plan
+from unlabeled.ssl.train.saver import Saver
+from unlabeled.ssl.train.schedule import Schedule, weight_decay_at
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Online(Protocol):
 
 @dataclass
 class Training:
-    """What the loop works on; made by `unlabeled.ssl.setup.prepare`."""
+    """What the loop works on; made by `unlabeled.ssl.train.build.prepare`."""
 
     config: RunConfig
     accelerator: Accelerator

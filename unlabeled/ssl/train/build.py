@@ -12,23 +12,23 @@ from accelerate import Accelerator
 from unlabeled.pretext.registry import create_task, task_class, task_config
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.backbones.weights import load_weights, read_tensors
-from unlabeled.ssl.collapse import CollapseAlarm
 from unlabeled.ssl.config.schema import BackboneConfig, PretrainConfig, RunConfig
 from unlabeled.ssl.core.seeds import derive
-from unlabeled.ssl.curriculum import create_curriculum
 from unlabeled.ssl.data.bad import BadImages
 from unlabeled.ssl.data.loader import RunSampler, ViewDataset, make_loader
 from unlabeled.ssl.data.source import DecodeError, ImageSource, open_source
-from unlabeled.ssl.engine import Online, Training
 from unlabeled.ssl.evidence import OnlineEvaluation, labelled_data
-from unlabeled.ssl.monitor import Meter, Monitor, Stopwatch
 from unlabeled.ssl.nn.batch_norm import synchronize
-from unlabeled.ssl.optim import create_optimizer
-from unlabeled.ssl.run import Plan, claim_folder, write_config
-from unlabeled.ssl.saving import Saver
-from unlabeled.ssl.schedule import Schedule, peak_rate
 from unlabeled.ssl.task import PretextTask
 from unlabeled.ssl.train.accelerator import create_accelerator
+from unlabeled.ssl.train.collapse import CollapseAlarm
+from unlabeled.ssl.train.curriculum import create_curriculum
+from unlabeled.ssl.train.loop import Online, Training
+from unlabeled.ssl.train.monitor import Meter, Monitor, Stopwatch
+from unlabeled.ssl.train.optimizer import create_optimizer
+from unlabeled.ssl.train.run_folder import Plan, claim_folder, write_config
+from unlabeled.ssl.train.saver import Saver
+from unlabeled.ssl.train.schedule import Schedule, peak_rate
 
 logger = logging.getLogger(__name__)
 

@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from unlabeled.ssl.checkpoint import save_checkpoint
 from unlabeled.ssl.config.schema import PretrainConfig
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
-from unlabeled.ssl.run import Plan, claim_folder, read_config, write_config
+from unlabeled.ssl.train.checkpoint import save_checkpoint
+from unlabeled.ssl.train.run_folder import Plan, claim_folder, read_config, write_config
 
 
 def config(out: Path, **changes: object) -> PretrainConfig:
