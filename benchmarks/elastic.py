@@ -21,8 +21,8 @@ from torch import Tensor
 
 from benchmarks.timing import begun, machine, paired_times, table_head
 from unlabeled.pretext.common.multi_crop import local_size
-from unlabeled.pretext.poa import POA
 from unlabeled.pretext.registry import create_task
+from unlabeled.pretext.self_distillation.poa import POA
 from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.cpu import cpu_kernels
 

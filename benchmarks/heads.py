@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.timing import begun, machine, paired_times, peak_gigabytes, table_head
-from unlabeled.pretext.common.poa_losses import Crops, Places, TeacherHead, TermWeights, head_loss
-from unlabeled.pretext.common.sinkhorn import sinkhorn_offsets
+from unlabeled.pretext.self_distillation.poa_losses import Crops, Places, TeacherHead, TermWeights, head_loss
+from unlabeled.pretext.self_distillation.sinkhorn import sinkhorn_offsets
 
 log = logging.getLogger(__name__)
 

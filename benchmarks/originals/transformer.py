@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unlabeled.pretext.common.decoder import TransformerDecoder
+from unlabeled.pretext.masked_image.decoder import TransformerDecoder
 
 
 class Shuffle(NamedTuple):

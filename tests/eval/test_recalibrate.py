@@ -20,7 +20,7 @@ from unlabeled.eval.report.page import write_report
 from unlabeled.eval.report.summary import RunSummary
 from unlabeled.eval.settings import KnnConfig, LinearConfig
 from unlabeled.eval.suite import Evidence, evaluate_backbone, online_knn
-from unlabeled.pretext.rotation import Rotation
+from unlabeled.pretext.predictive.rotation import Rotation
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.config.schema import EvaluateConfig, PretrainConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError

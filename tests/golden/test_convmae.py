@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unlabeled.pretext.convmae import ConvMAE, ConvMAEConfig
+from unlabeled.pretext.masked_image.convmae import ConvMAE, ConvMAEConfig
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.masked.masking import Masking, random_masking
 from unlabeled.ssl.backbones.masked.sparse.rows import Cells, gather_rows

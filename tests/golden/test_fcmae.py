@@ -13,7 +13,7 @@ from timm.layers.grn import GlobalResponseNorm
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
-from unlabeled.pretext.fcmae import FCMAE, FCMAEConfig, dense_layout, official_names
+from unlabeled.pretext.masked_image.fcmae import FCMAE, FCMAEConfig, dense_layout, official_names
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.masked.masking import Masking
 from unlabeled.ssl.backbones.masked.sparse import MaskedMap

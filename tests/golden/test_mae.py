@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from unlabeled.pretext.common.patches import unpatchify
-from unlabeled.pretext.mae import MAE, MAEConfig
+from unlabeled.pretext.masked_image.mae import MAE, MAEConfig
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.masked.masking import random_masking
 from unlabeled.ssl.backbones.masked.tokens import TokenEncoder

@@ -8,10 +8,10 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unlabeled.pretext.common.pixel_pairs import cell_distances
 from unlabeled.pretext.common.teacher import cosine_momentum
 from unlabeled.pretext.common.views import crop_box
-from unlabeled.pretext.pixpro import PixPro, PixProConfig, agreement, consistency, official_names
+from unlabeled.pretext.dense_contrast.pixel_pairs import cell_distances
+from unlabeled.pretext.dense_contrast.pixpro import PixPro, PixProConfig, agreement, consistency, official_names
 from unlabeled.ssl.backbones.backbone import Backbone
 
 RESULT, MOVED, GRADIENT, LOSS = 1e-4, 1e-6, 3e-4, 5e-5

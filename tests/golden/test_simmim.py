@@ -12,8 +12,8 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from unlabeled.pretext.common.simmim_names import official_names
-from unlabeled.pretext.simmim import SimMIM, SimMIMConfig
+from unlabeled.pretext.masked_image.simmim import SimMIM, SimMIMConfig
+from unlabeled.pretext.masked_image.simmim_names import official_names
 from unlabeled.ssl.backbones.backbone import Backbone
 
 RESULT, GRADIENT, LOSS = 1e-5, 2e-5, 1e-5

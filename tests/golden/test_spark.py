@@ -11,7 +11,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from unlabeled.pretext.common.patches import patchify
-from unlabeled.pretext.spark import SparK, SparKConfig, official_names
+from unlabeled.pretext.masked_image.spark import SparK, SparKConfig, official_names
 from unlabeled.ssl.backbones.backbone import Backbone
 
 

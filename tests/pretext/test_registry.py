@@ -48,7 +48,7 @@ def install(monkeypatch):
 
 
 def test_a_task_of_a_package_is_found_and_says_where_it_is_from(install):
-    install("turned", "unlabeled.pretext.rotation:Rotation")
+    install("turned", "unlabeled.pretext.predictive.rotation:Rotation")
     assert "turned" in registry.task_names()
     assert registry.task_class("turned").__name__ == "Rotation"
     assert registry.task_origin("turned") == "some-tasks 2.1"
@@ -82,5 +82,7 @@ def test_a_task_that_cannot_be_imported_is_one_line_and_the_others_work(install,
 
 def test_a_name_that_is_taken_is_refused(install):
     install("rotation", "my_module:Task")
-    with pytest.raises(ConfigError, match=r"'rotation' is already unlabeled.pretext.rotation:Rotation; give my_mod"):
+    with pytest.raises(
+        ConfigError, match=r"'rotation' is already unlabeled.pretext.predictive.rotation:Rotation; give my_mod"
+    ):
         registry.task_names()

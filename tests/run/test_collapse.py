@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import unlabeled
-from unlabeled.pretext.byol import BYOL, BYOLConfig
 from unlabeled.pretext.registry import TASKS, create_task, task_names
+from unlabeled.pretext.two_views.byol import BYOL, BYOLConfig
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.train.collapse import DEVIATION, INFORMATION
 

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from unlabeled.pretext.predictive.rotation import Rotation
 from unlabeled.pretext.registry import TASKS
-from unlabeled.pretext.rotation import Rotation
 from unlabeled.ssl import subnetworks
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.backbones.elastic import Elastic, ElasticConfig

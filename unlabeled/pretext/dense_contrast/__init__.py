@@ -1,0 +1,1 @@
+"""Pixels that show the same spot of an image in two views are alike."""

@@ -1,0 +1,61 @@
+"""PixContrast: near cells of two views attract each other, far cells of the same picture repel.
+
+Xie, Lin, Zhang, Cao, Lin, Hu, "Propagate Yourself: Exploring Pixel-Level Consistency for Unsupervised Visual
+Representation Learning", CVPR 2021, arXiv 2011.10043, section 3.1. The authors' repository has no code of it:
+temperature and means are those of other implementations.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from unlabeled.pretext.common.patches import widened
+from unlabeled.pretext.dense_contrast.pixel_pairs import PixelPairs, PixelPairsConfig, overlap_logs
+from unlabeled.ssl.task import Batch, StepOutput, TaskConfig
+
+
+class PixContrastConfig(PixelPairsConfig):
+    """Settings of PixContrast; what it shares with PixPro is as there."""
+
+    temperature: float = Field(0.3, gt=0)
+    """Cosines are divided by it."""
+
+
+class PixContrast(PixelPairs):
+    """Contrast of the cells of one picture. Submodules: `backbone`, `projector`, and a `teacher` that follows both."""
+
+    Config: ClassVar[type[TaskConfig]] = PixContrastConfig
+    config: PixContrastConfig
+
+    def forward(self, batch: Batch) -> StepOutput:
+        """``views`` uint8 (B, 2, 3, h, w), ``boxes`` (B, 2, 4) → mean contrast of both directions, see `contrast`."""
+        images = self.images_of(batch)
+        _, queries = self.student_maps(images)
+        _, keys = self.teacher_maps(images)
+        positive = self.positive_pairs(batch["boxes"], tuple(queries[0].shape))
+        forth = contrast(queries[0], keys[1], positive, self.config.temperature)
+        back = contrast(queries[1], keys[0], positive.transpose(1, 2), self.config.temperature)
+        loss = (forth.mean() + back.mean()) / 2
+        return StepOutput(loss, overlap_logs(positive), queries[0].detach().mean((2, 3)))
+
+
+def contrast(queries: Tensor, keys: Tensor, positive: Tensor, temperature: float) -> Tensor:
+    """Maps (B, C, gh, gw) of two views and their pairs (bool, B, L1, L2) → (B,).
+
+    For each cell that has partners, -log of the part that they have in the sum of exp(cosine / temperature) over all
+    cells of the other view (section 3.1); the mean of these cells, and 0 for a picture without any. At least
+    float32.
+    """
+    with torch.autocast(queries.device.type, enabled=False):
+        q, k = (F.normalize(widened(maps).flatten(2), dim=1) for maps in (queries, keys))
+        logits = torch.einsum("bcl,bcm->blm", q, k) / temperature
+        near = logits.masked_fill(~positive, torch.finfo(logits.dtype).min)
+        terms = logits.logsumexp(2) - near.logsumexp(2)
+        paired = positive.any(2)
+        summed = torch.where(paired, terms, 0.0).sum(1)
+        return summed / paired.sum(1).clamp(min=1)

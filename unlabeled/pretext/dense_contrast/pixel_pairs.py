@@ -1,0 +1,228 @@
+"""What PixPro and PixContrast share: two crops whose places are known, pairs of near cells, a momentum teacher.
+
+Legend: B pictures, two views of each, C channels, a grid (gh, gw) of L cells, in raster order.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, ClassVar, Literal, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from unlabeled.pretext.common.patches import widened
+from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy
+from unlabeled.pretext.common.views import Chance, ColorConfig, Colors, Part, RandomCrop, cell_centres
+from unlabeled.pretext.dense_contrast.pair_pictures import matched_cells
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.backbones.level_map import LevelMap
+from unlabeled.ssl.core.errors import ConfigError
+from unlabeled.ssl.data.views import Views
+from unlabeled.ssl.nn.ema import ema_update
+from unlabeled.ssl.task import Batch, PretextTask, TaskConfig
+
+logger = logging.getLogger(__name__)
+
+Aspect = Annotated[float, Field(gt=0)]
+
+_SMALL = 64
+"""Pixels up to which `blur: auto` does not blur."""
+_PLACES = 3
+"""Cells along each side that a map must have: in a smaller one nearly all pairs are near."""
+_SHOWN = 8
+"""Pictures that `visualize` shows."""
+
+
+class FirstColors(ColorConfig):
+    """Colours of the first view."""
+
+    blur: Chance = 1.0
+
+
+class SecondColors(ColorConfig):
+    """Colours of the second view."""
+
+    blur: Chance = 0.1
+    solarize: Chance = 0.2
+
+
+class PixelPairsConfig(TaskConfig):
+    """Settings of both methods; the defaults are those of PixPro's paper and code."""
+
+    level: int = -1
+    """Which feature map is trained, -1 the last. It must have at least 3x3 places."""
+    hidden_dim: int = Field(4096, ge=1)
+    """Width inside the projections."""
+    feature_dim: int = Field(256, ge=1)
+    """Width of what is compared."""
+    threshold: float = Field(0.7, gt=0)
+    """Two cells are a positive pair when their centres in the original picture lie less than this apart, in diagonals
+    of the coarser view's cell. On a grid finer than 7x7 the same distance in the picture is threshold * gh / 7."""
+    momentum: float = Field(0.99, ge=0, le=1)
+    """Of the teacher at the start; it rises to 1 by half a cosine."""
+    joint_passes: bool = False
+    """Run both views through a network in one pass: faster, but batch norms then see both views together, unlike in the
+    paper."""
+    crop_scale: tuple[Part, Part] = (0.08, 1.0)
+    """Part of the picture's area that a view covers, smallest and largest."""
+    crop_ratio: tuple[Aspect, Aspect] = (3 / 4, 4 / 3)
+    """Narrowest and widest width over height of that part."""
+    flip: Chance = 0.5
+    """Probability of a horizontal flip of a view."""
+    first: FirstColors = FirstColors()
+    """Colours of the first view."""
+    second: SecondColors = SecondColors()
+    """Colours of the second view."""
+    blur: Literal["auto"] | bool = "auto"
+    """Whether the views are blurred, as `first` and `second` say. auto: not when they have at most 64 pixels."""
+
+
+class PixelPairViews:
+    """Two random crops of a picture, coloured each in its own way, and where they were taken."""
+
+    def __init__(self, config: PixelPairsConfig, size: tuple[int, int]) -> None:
+        self.crop = RandomCrop(size, scale=config.crop_scale, ratio=config.crop_ratio, flip=config.flip)
+        unblurred = {} if blurs(config, size) else {"blur": 0.0}
+        self.colors = [Colors(colors.model_copy(update=unblurred)) for colors in (config.first, config.second)]
+
+    def __call__(self, picture: Tensor) -> dict[str, Tensor]:
+        """uint8 (3, H, W) → ``views`` uint8 (2, 3, h, w) and their ``boxes`` float32 (2, 4), see `common.views`."""
+        crops = [self.crop(picture) for _ in self.colors]
+        images = [change(crop.image) for change, crop in zip(self.colors, crops, strict=True)]
+        return {"views": torch.stack(images), "boxes": torch.stack([crop.box for crop in crops])}
+
+
+def blurs(config: PixelPairsConfig, size: tuple[int, int]) -> bool:
+    """Whether views of `size` are blurred at all."""
+    return max(size) > _SMALL if config.blur == "auto" else config.blur
+
+
+def cell_diagonals(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Boxes (..., 4) → length (...) of the diagonal of one cell of `grid`; mirrored boxes have the same."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return torch.hypot((x2 - x1) / grid[1], (y2 - y1) / grid[0])
+
+
+def cell_distances(first: Tensor, second: Tensor, first_grid: tuple[int, int], second_grid: tuple[int, int]) -> Tensor:
+    """Boxes (B, 4) of two views → (B, L1, L2): how far apart the centres of their cells lie in the original picture.
+
+    In units of the larger of the two cells' diagonals. Each axis of the picture counts as 1, whatever its shape.
+    """
+    first, second = widened(first), widened(second)
+    offsets = cell_centres(first, first_grid).unsqueeze(2) - cell_centres(second, second_grid).unsqueeze(1)
+    unit = torch.maximum(cell_diagonals(first, first_grid), cell_diagonals(second, second_grid))
+    distances: Tensor = torch.linalg.vector_norm(offsets, dim=-1) / unit.view(-1, 1, 1)
+    return distances
+
+
+class PixelMLP(nn.Module):
+    """The same two linear layers with a batch norm between them at every place; the authors' names for its parts."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.linear1 = nn.Conv2d(inputs, hidden, 1)
+        self.bn1 = nn.BatchNorm2d(hidden)
+        self.linear2 = nn.Conv2d(hidden, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, gh, gw) → (B, outputs, gh, gw)."""
+        out: Tensor = self.linear2(torch.relu(self.bn1(self.linear1(x))))
+        return out
+
+
+class PixelPairs(PretextTask):
+    """Base of both tasks: `backbone` and `projector`, and a `teacher` that holds a momentum copy of each.
+
+    A subclass implements `forward` with `student_maps`, `teacher_maps`, `each_view` and `positive_pairs`.
+    """
+
+    Config: ClassVar[type[TaskConfig]] = PixelPairsConfig
+    requires: ClassVar[frozenset[str]] = frozenset({"dense_map"})
+    synced_statistics: ClassVar[bool] = True
+    small_settings: ClassVar[dict[str, Any]] = {"level": 1, "hidden_dim": 64, "feature_dim": 32}
+    collapse_remedy: ClassVar[str] = "lower optim.lr, lengthen schedule.warmup_epochs, or raise task.momentum"
+    config: PixelPairsConfig
+
+    def __init__(self, config: PixelPairsConfig, backbone: Backbone) -> None:
+        """Raises ConfigError for a level that the backbone lacks, CapabilityError for a map below 3x3 places."""
+        super().__init__(config, backbone)
+        self.level = LevelMap(backbone, config.level, task=type(self).__name__, places=_PLACES)
+        self.train_only(self.level.reached(backbone))
+        self.projector = PixelMLP(self.level.channels, config.hidden_dim, config.feature_dim)
+        self.teacher = nn.ModuleDict()
+        for name in ("backbone", "projector"):
+            self.follow(name)
+        if config.blur == "auto" and not blurs(config, backbone.input_size):
+            shown = "x".join(str(pixels) for pixels in backbone.input_size)
+            logger.info("task.blur: views of %s pixels are not blurred; set task.blur=true for the paper's blur", shown)
+
+    @classmethod
+    def views(cls, config: PixelPairsConfig, backbone: Backbone) -> Views:
+        return PixelPairViews(config, backbone.input_size)
+
+    def require_size(self, size: tuple[int, int]) -> None:
+        rows, columns = self.level.grid_of(self.backbone, size)
+        if min(rows, columns) < _PLACES:
+            raise ConfigError(
+                f"task.level: map {self.config.level} of {self.backbone.name} has {rows}x{columns} places for pictures "
+                f"of {size[0]}x{size[1]}, at least {_PLACES}x{_PLACES} are needed; raise backbone.size"
+            )
+
+    def follow(self, name: str) -> None:
+        """Gives the submodule `name` a copy of the same name in `teacher`, equal to it now."""
+        self.teacher[name] = frozen_copy(cast(nn.Module, getattr(self, name)))
+
+    def update_teacher(self, momentum: float) -> None:
+        """Moves every parameter of the teacher towards the student's; its batch norms keep their own statistics."""
+        for name, copy in self.teacher.items():
+            ema_update(copy, getattr(self, name), momentum)
+
+    def after_step(self, progress: float) -> None:
+        """The authors move the teacher in the middle of the next step, before it looks at anything: the same."""
+        self.update_teacher(cosine_momentum(self.config.momentum, 1.0, progress))
+
+    def images_of(self, batch: Batch) -> list[Tensor]:
+        """``views`` (B, 2, 3, h, w) → two of (B, 3, h, w), normalised."""
+        return [self.backbone.normalize(images) for images in batch["views"].unbind(1)]
+
+    def each_view(self, network: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> list[Tensor]:
+        """What `network` gives for each view: pass by pass as published, or in one with `joint_passes`."""
+        if self.config.joint_passes:
+            return list(network(torch.cat(list(views))).chunk(len(views)))
+        return [network(view) for view in views]
+
+    def student_maps(self, images: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Normalised views → feature maps (B, channels, gh, gw) and projections (B, C, gh, gw), one of each a view."""
+        maps = self.each_view(lambda view: self.level(self.backbone, view), images)
+        return maps, self.each_view(self.projector, maps)
+
+    @torch.no_grad()
+    def teacher_maps(self, images: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The same by the teacher, without gradient."""
+        backbone = cast(Backbone, self.teacher["backbone"])
+        maps = self.each_view(lambda view: self.level(backbone, view), images)
+        return maps, self.each_view(self.teacher["projector"], maps)
+
+    def positive_pairs(self, boxes: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """Boxes (B, 2, 4) → bool (B, L, L): cells of the first view (rows) near cells of the second (columns)."""
+        places = (grid[-2], grid[-1])
+        return cell_distances(boxes[:, 0], boxes[:, 1], places, places) < self.config.threshold
+
+    @torch.no_grad()
+    def visualize(self, batch: Batch) -> dict[str, Tensor]:
+        """``pairs``: the two views of each of the first 8 pictures, cells of a positive pair in the same colour.
+
+        A cell of the second view has the colour of the nearest of its partners; cells without one are darkened.
+        """
+        images, boxes = batch["views"][:_SHOWN], batch["boxes"][:_SHOWN]
+        distances = cell_distances(boxes[:, 0], boxes[:, 1], self.level.grid, self.level.grid)
+        return {"pairs": matched_cells(images, distances, self.level.grid, self.config.threshold)}
+
+
+def overlap_logs(positive: Tensor) -> dict[str, Tensor]:
+    """``positives``: part of all pairs of cells that are near; ``overlap``: part of pictures with any such pair."""
+    near = positive.flatten(1)
+    return {"positives": near.float().mean(), "overlap": near.any(1).float().mean()}

@@ -1,0 +1,170 @@
+"""PixPro: each cell of one view, smoothed over the cells like it, agrees with the near cells of another view.
+
+Xie, Lin, Zhang, Cao, Lin, Hu, "Propagate Yourself: Exploring Pixel-Level Consistency for Unsupervised Visual
+Representation Learning", CVPR 2021, arXiv 2011.10043; code of the authors: github.com/zdaxie/PixPro.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, Literal, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unlabeled.pretext.common.checkpoint import load_mapped
+from unlabeled.pretext.common.patches import widened
+from unlabeled.pretext.dense_contrast.pixel_pairs import PixelMLP, PixelPairs, PixelPairsConfig, overlap_logs
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.task import Batch, StepOutput, TaskConfig
+
+logger = logging.getLogger(__name__)
+
+_EPS = 1e-6
+"""Added to the number of pairs of a picture, and to similarities before a power below 1 (infinitely steep at 0)."""
+_WRAPPED = "module."
+"""Prefix of every name in the authors' files, which they saved out of DDP."""
+
+
+class PixProConfig(PixelPairsConfig):
+    """Settings of PixPro; the defaults are those of the paper and the released recipe."""
+
+    gamma: float = Field(2.0, gt=0)
+    """Power of the similarity by which cells are smoothed."""
+    transform_layers: Literal[0, 1, 2] = 1
+    """Layers of what is summed up when a cell is smoothed; 0: its projection itself."""
+    instance_weight: float = Field(0.0, ge=0)
+    """Weight of the loss on whole pictures (BYOL's), which shares the backbone; 0: there is no such branch. The paper's
+    results with it have 1."""
+
+
+class PixelPropagation(nn.Module):
+    """Each cell becomes the sum of all cells of its picture, weighted by how similar they are (section 3.2)."""
+
+    def __init__(self, dim: int, layers: Literal[0, 1, 2], gamma: float) -> None:
+        super().__init__()
+        self.gamma = gamma
+        transforms: list[Callable[[], nn.Module]] = [
+            nn.Identity,
+            lambda: nn.Conv2d(dim, dim, 1),
+            lambda: PixelMLP(dim, dim, dim),
+        ]
+        self.value_transform = transforms[layers]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, gh, gw) → the same shape, at least float32. The weights of a cell do not sum to 1."""
+        values = self.value_transform(x)
+        with torch.autocast(x.device.type, enabled=False):
+            values = F.normalize(widened(values).flatten(2), dim=1)
+            return torch.einsum("bij,bcj->bci", self.weights(x), values).reshape(x.shape)
+
+    def weights(self, x: Tensor) -> Tensor:
+        """(B, C, gh, gw) → (B, L, L): max(cosine, 0) ** gamma of each cell and each other, itself included."""
+        with torch.autocast(x.device.type, enabled=False):
+            unit = F.normalize(widened(x).flatten(2), dim=1)
+            similarity = torch.einsum("bci,bcj->bij", unit, unit).clamp(min=0)
+            return (similarity + _EPS if self.gamma < 1 else similarity).pow(self.gamma)
+
+
+class PixPro(PixelPairs):
+    """Pixel-level consistency. Submodules: `backbone`, `projector`, `propagation`; with an `instance_weight` also
+    `instance_projector` and `predictor`; `teacher` holds momentum copies of the backbone and the projectors."""
+
+    Config: ClassVar[type[TaskConfig]] = PixProConfig
+    config: PixProConfig
+
+    def __init__(self, config: PixProConfig, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        self.propagation = PixelPropagation(config.feature_dim, config.transform_layers, config.gamma)
+        if config.instance_weight:
+            self.instance_projector = PixelMLP(self.level.channels, config.hidden_dim, config.feature_dim)
+            self.predictor = PixelMLP(config.feature_dim, config.hidden_dim, config.feature_dim)
+            self.follow("instance_projector")
+
+    def forward(self, batch: Batch) -> StepOutput:
+        """``views`` uint8 (B, 2, 3, h, w), ``boxes`` (B, 2, 4) → the loss of all near pairs of cells, in [-4, 4], plus
+        the weighted one of whole pictures, in the same range."""
+        images = self.images_of(batch)
+        maps, projections = self.student_maps(images)
+        key_maps, keys = self.teacher_maps(images)
+        positive = self.positive_pairs(batch["boxes"], tuple(keys[0].shape))
+        predictions = self.each_view(self.propagation, projections)
+        forth = consistency(predictions[0], keys[1], positive)
+        back = consistency(predictions[1], keys[0], positive.transpose(1, 2))
+        loss = -2 * forth.mean() - 2 * back.mean()
+        logs = {"loss_pixel": loss.detach(), **overlap_logs(positive)}
+        if self.config.instance_weight:
+            instance = agreement(self.instance_predictions(maps), self.instance_keys(key_maps))
+            logs["loss_instance"] = instance.detach()
+            loss = loss + self.config.instance_weight * instance
+        return StepOutput(loss, logs, projections[0].detach().mean((2, 3)))
+
+    def instance_predictions(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The student's maps of both views → (B, C) each, of length 1."""
+        return _pooled(self.each_view(self.predictor, self.each_view(self.instance_projector, maps)))
+
+    @torch.no_grad()
+    def instance_keys(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The teacher's maps of both views → (B, C) each, of length 1."""
+        return _pooled(self.each_view(self.teacher["instance_projector"], maps))
+
+    def load_official(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+        """Loads a pretraining checkpoint of the authors, ``{"model": ...}`` or its tensors.
+
+        Where it lacks the momentum networks (names with ``_k``), the teacher becomes a copy of what was loaded. Returns
+        (missing, unexpected) names of the file's layout. Raises CheckpointError when nothing or a shape does not fit.
+        """
+        model = cast(Mapping[str, Tensor], state.get("model", state))
+        tensors = {name.removeprefix(_WRAPPED): tensor for name, tensor in model.items()}
+        missing, unexpected = load_mapped(self, tensors, official_names(self))
+        momentum = [name for name in missing if name.split(".")[0].endswith("_k")]
+        if momentum and not any(name.split(".")[0].endswith("_k") for name in tensors):
+            for name, copy in self.teacher.items():
+                copy.load_state_dict(getattr(self, name).state_dict())
+            missing = [name for name in missing if name not in momentum]
+            logger.info("pixpro: the file has no momentum networks; they start as copies of the others")
+        return missing, unexpected
+
+
+def consistency(predictions: Tensor, keys: Tensor, positive: Tensor) -> Tensor:
+    """Maps (B, C, gh, gw) of two views and their pairs (bool, B, L1, L2) → (B,): mean cosine of the pairs.
+
+    Zero for a picture without pairs. At least float32. Source: section 3.2; the authors' code for the 1e-6.
+    """
+    with torch.autocast(predictions.device.type, enabled=False):
+        first, second = (F.normalize(widened(maps).flatten(2), dim=1) for maps in (predictions, keys))
+        cosines = torch.einsum("bcl,bcm->blm", first, second)
+        return (cosines * positive).sum((1, 2)) / (positive.sum((1, 2), dtype=cosines.dtype) + _EPS)
+
+
+def agreement(predictions: Sequence[Tensor], keys: Sequence[Tensor]) -> Tensor:
+    """Unit vectors (B, C) of two views → -2 times the mean cosine of each view's with the other's key, summed."""
+    forth, back = predictions[0] * keys[1], predictions[1] * keys[0]
+    return -2 * forth.sum(1).mean() - 2 * back.sum(1).mean()
+
+
+def official_names(task: PixPro) -> dict[str, str]:
+    """The authors' names (without ``module.``) → ours."""
+    places = {
+        "backbone.model": "encoder",
+        "projector": "projector",
+        "propagation.value_transform": "value_transform",
+        "instance_projector": "projector_instance",
+        "predictor": "predictor",
+        "teacher.backbone.model": "encoder_k",
+        "teacher.projector": "projector_k",
+        "teacher.instance_projector": "projector_instance_k",
+    }
+    names = {}
+    for own in task.state_dict():
+        place = next(place for place in places if own.startswith(f"{place}."))
+        names[f"{places[place]}{own.removeprefix(place)}"] = own
+    return names
+
+
+def _pooled(maps: Sequence[Tensor]) -> list[Tensor]:
+    """(B, C, gh, gw) → (B, C) of length 1, at least float32, for each view."""
+    return [F.normalize(widened(one).mean((2, 3)), dim=1) for one in maps]

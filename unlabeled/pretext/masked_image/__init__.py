@@ -1,0 +1,1 @@
+"""Masked image modeling: a part of the image is hidden and predicted from the rest."""

@@ -1,0 +1,210 @@
+"""FCMAE: a convolutional network sees 40 % of the cells, one dense block predicts the pixels of the rest.
+
+Woo, Debnath, Hu, Chen, Liu, Kweon, Xie, "ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders",
+CVPR 2023, arXiv 2301.00808; code of the authors: github.com/facebookresearch/ConvNeXt-V2.
+
+Made for ConvNeXt V2; any network that has a masked form will do. Response norms take their statistics per picture, over
+visible places, as in the paper; the authors' PyTorch code takes them over all pictures of a process's batch.
+Shapes as in `unlabeled.ssl.task`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+from pydantic import Field
+from timm.models.convnext import ConvNeXtBlock
+from torch import Tensor, nn
+
+from unlabeled.pretext.common.checkpoint import load_mapped
+from unlabeled.pretext.masked_image.convnext_names import official_name
+from unlabeled.pretext.masked_image.masked_image import CellRegression, MaskedImageConfig
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.backbones.masked.masking import Masking, Method
+from unlabeled.ssl.backbones.masked.sparse import SparseEncoder
+from unlabeled.ssl.task import Batch, NamedParameter, StepOutput, TaskConfig
+
+_STD = 0.02
+"""Of all initial weights of the decoder."""
+
+
+class DecoderConfig(TaskConfig):
+    """The decoder, thrown away after pretraining. Source of the defaults: the paper's comparison of decoders."""
+
+    dim: int = Field(512, ge=1)
+    """Channels."""
+    depth: int = Field(1, ge=1)
+    """ConvNeXt V2 blocks; more cost time and gain nothing."""
+
+
+class FCMAEConfig(MaskedImageConfig):
+    """Settings of FCMAE; the defaults are the paper's."""
+
+    mask_ratio: float = Field(0.6, gt=0, lt=1)
+    norm_pix: bool = True
+    """Predict each cell normalised by its own mean and deviation; False: the pixels of the normalised picture."""
+    decoder: DecoderConfig = DecoderConfig()
+
+
+class FCMAE(CellRegression):
+    """Fully convolutional masked autoencoder. Submodules: `backbone` (the encoder) and `decoder`.
+
+    A cell of the mask is one place of the encoder's last map. The backbone keeps its initial weights: timm draws those
+    of ConvNeXt with a deviation of 0.02. (The authors' PyTorch code draws some of them again with a deviation of 1.)
+    """
+
+    Config: ClassVar[type[TaskConfig]] = FCMAEConfig
+    requires: ClassVar[frozenset[str]] = frozenset({"sparse_convs"})
+    method: ClassVar[Method] = "fcmae"
+    masked_statistics: ClassVar[bool] = True
+    config: FCMAEConfig
+
+    def __init__(self, config: FCMAEConfig, backbone: Backbone) -> None:
+        """Raises CapabilityError for a backbone without masked form, ConfigError for sizes that do not fit."""
+        super().__init__(config, backbone)
+        last = backbone.stages[-1]
+        self.cell = (last.stride, last.stride)
+        self.keep(self.grid_of(backbone.input_size))
+        self.sparse = SparseEncoder(backbone, cell=self.cell)
+        self.decoder = ConvDecoder(
+            last.channels, 3 * last.stride**2, dim=config.decoder.dim, depth=config.decoder.depth
+        )
+        self.train_only(backbone.reached_by_maps([-1]))
+
+    def forward(self, batch: Batch, *, noise: Tensor | None = None, visible: Tensor | None = None) -> StepOutput:
+        """Mean squared error of the hidden cells of ``batch["image"]``, and the part of their variance explained.
+
+        A uint8 picture (B, 3, H, W) is normalised here; a float one is taken as normalised already. `noise` (B, L) or
+        `visible` (bool, B, gh, gw) decides the masks; None: as `draw` gives it.
+        """
+        images = self.images_of(batch)
+        masking = self.mask(images, noise, visible)
+        predictions = self.decoder(self.encode(images, masking), masking)
+        return self.score(predictions, images, masking)
+
+    def encode(self, images: Tensor, masking: Masking) -> Tensor:
+        """Normalised (B, 3, H, W) → features of the visible cells (B, K, C), in the order of `ids_keep`."""
+        (last,) = self.sparse.maps(images, masking, indices=[-1])
+        return last.rows()
+
+    @property
+    def norm_pix(self) -> bool:
+        return self.config.norm_pix
+
+    def reconstruct(self, images: Tensor, masking: Masking) -> Tensor:
+        return self.pictures_of(self.decoder.predict_all(self.encode(images, masking), masking), images, masking)
+
+    def parameter_groups(self) -> Iterator[NamedParameter]:
+        """See the base class; gains and offsets of response norms are decayed, as published.
+
+        They have four dimensions in the authors' code, which the rule for one-dimensional tensors does not spare.
+        """
+        for named in super().parameter_groups():
+            yield named._replace(decay=named.decay or ".grn." in named.name)
+
+    def load_official(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+        """Loads checkpoints of a pretraining run (sparse layout, with decoder) and ``convnextv2_*_fcmae.pt`` files.
+
+        Takes the dictionary of tensors or the file's ``{"model": ...}``. Returns (missing, unexpected) names of the
+        dense layout; without a decoder in the file its names are all missing.
+
+        Raises CheckpointError, before anything is changed, when a tensor has another shape or none fits.
+        """
+        tensors = dense_layout(cast(Mapping[str, Tensor], state.get("model", state)))
+        shaped = {name: _flat(name, value) for name, value in tensors.items()}
+        return load_mapped(self, shaped, official_names(self.state_dict()))
+
+
+class ConvDecoder(nn.Module):
+    """Predicts a vector for each cell from the features of the visible ones. Source: section 3 of the paper.
+
+    Each matrix here is a 1x1 convolution in the authors' code.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, *, dim: int = 512, depth: int = 1) -> None:
+        """`in_dim` channels of the encoder, `out_dim` numbers per cell."""
+        super().__init__()
+        self.proj = nn.Linear(in_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.blocks = nn.Sequential(*[ConvNeXtBlock(dim, use_grn=True, ls_init_value=None) for _ in range(depth)])
+        self.pred = nn.Linear(dim, out_dim)
+        nn.init.normal_(self.mask_token, std=_STD)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.trunc_normal_(module.weight, std=_STD)
+                nn.init.zeros_(cast(Tensor, module.bias))
+
+    def forward(self, latent: Tensor, masking: Masking) -> Tensor:
+        """Features of the visible cells (B, K, in_dim) → predictions (B, L - K, out_dim) of the cells `ids_masked`."""
+        x = self.mixed(latent, masking)
+        masked = x.gather(1, masking.ids_masked[..., None].expand(-1, -1, x.shape[-1]))
+        prediction: Tensor = self.pred(masked)
+        return prediction
+
+    def predict_all(self, latent: Tensor, masking: Masking) -> Tensor:
+        """Features of the visible cells (B, K, in_dim) → predictions of all cells in raster order (B, L, out_dim)."""
+        prediction: Tensor = self.pred(self.mixed(latent, masking))
+        return prediction
+
+    def mixed(self, latent: Tensor, masking: Masking) -> Tensor:
+        """Features of the visible cells (B, K, in_dim) → what the blocks make of all cells (B, L, dim), raster order.
+
+        Response norms of these blocks see the whole picture.
+        """
+        visible = self.proj(latent)
+        hidden = self.mask_token.to(visible.dtype).expand(visible.shape[0], masking.ids_masked.shape[1], -1)
+        x = masking.restore(torch.cat([visible, hidden], dim=1))
+        x = x.view(x.shape[0], *masking.grid, -1).permute(0, 3, 1, 2)  # (B, L, dim) -> (B, dim, gh, gw)
+        return cast(Tensor, self.blocks(x)).flatten(2).transpose(1, 2)
+
+
+def dense_layout(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The authors' tensors in their layout for dense convolutions, from that or from the sparse one.
+
+    A sparse kernel (positions, C) or (positions, C_in, C_out) numbers the positions of its window with the row running
+    fastest: number x * k + y is the weight at row y, column x. The encoder's names lose their prefix.
+    """
+    dense: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            continue
+        name = name.removeprefix("encoder.").replace(".ln.", ".").replace(".linear.", ".")
+        if name.endswith(".kernel"):
+            name, value = name.removesuffix("kernel") + "weight", _dense_kernel(value)
+        elif name.endswith(".bias"):
+            value = value.flatten()
+        elif name.endswith((".grn.gamma", ".grn.beta")):
+            value = value.reshape(1, 1, 1, -1)
+        dense[name] = value
+    return dense
+
+
+def _dense_kernel(kernel: Tensor) -> Tensor:
+    """(k * k, C) → (C, 1, k, k); (k * k, C_in, C_out) → (C_out, C_in, k, k)."""
+    if kernel.ndim == 2:
+        kernel = kernel[:, None]  # one input channel for each output channel
+    side = math.isqrt(kernel.shape[0])
+    return kernel.reshape(side, -1, *kernel.shape[1:]).permute(3, 2, 1, 0).contiguous()
+
+
+def official_names(own: Iterable[str]) -> dict[str, str]:
+    """Name in the authors' dense layout → name among `own`, those of the tensors of an `FCMAE`."""
+
+    def official(name: str) -> str:
+        if name.startswith("decoder."):
+            return official_name(name.removeprefix("decoder.")).replace("blocks.", "decoder.")
+        return official_name(name.removeprefix("backbone.model."))
+
+    return {official(name): name for name in own}
+
+
+def _flat(name: str, value: Tensor) -> Tensor:
+    """A tensor of the dense layout in the shape that it has here."""
+    if name.endswith((".grn.gamma", ".grn.beta")):
+        return value.flatten()
+    if name == "mask_token":
+        return value.reshape(1, 1, -1)
+    return value.flatten(1) if name in {"proj.weight", "pred.weight"} else value

@@ -1,0 +1,188 @@
+"""SimMIM: hidden cells become a learned token, the whole network runs, one layer predicts the raw pixels.
+
+Xie, Zhang, Cao, Lin, Bao, Yao, Dai, Hu, "SimMIM: A Simple Framework for Masked Image Modeling", CVPR 2022, arXiv
+2111.09886; code of the authors: github.com/microsoft/SimMIM. Shapes as in `unlabeled.ssl.task`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from unlabeled.pretext.common.checkpoint import load_mapped
+from unlabeled.pretext.common.patches import widened
+from unlabeled.pretext.masked_image.masked_image import MaskedImageConfig, MaskedImageTask, Part
+from unlabeled.pretext.masked_image.simmim_names import official_names, to_own_layout
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.backbones.level_map import LevelMap
+from unlabeled.ssl.backbones.masked.masking import Masking, Method
+from unlabeled.ssl.backbones.stem import find_stem, substituted
+from unlabeled.ssl.core.errors import ConfigError
+from unlabeled.ssl.task import Batch, NamedParameter, StepOutput, TaskConfig
+
+logger = logging.getLogger(__name__)
+
+_UNIT = 32
+"""Pixels of a cell of the mask in the paper (section 4.1.1)."""
+_SMALLEST = 4
+"""Pixels of the smallest cell that is chosen here."""
+_CELLS = 4
+"""Cells along a side that a mask unit chosen here leaves at least."""
+_EPS = 1e-5
+"""Added to the number of hidden pixels in the loss."""
+_NOT_DECAYED = frozenset({"mask_token", "cls_token", "pos_embed", "absolute_pos_embed"})
+
+
+class SimMIMConfig(MaskedImageConfig):
+    """Settings of SimMIM; the defaults are the paper's (section 4.1.1)."""
+
+    mask_ratio: float = Field(0.6, gt=0, lt=1)
+    """Part of the cells that is hidden."""
+    mask_unit: int | None = Field(None, ge=1)
+    """Pixels along a side of one cell of the mask, a multiple of the network's patch. None: 32 where that leaves 4
+    cells along each side, else the largest that does, down to 4."""
+    crop_scale: tuple[Part, Part] = (0.67, 1.0)
+    """Part of the picture's area that a crop covers, smallest and largest."""
+
+
+class SimMIM(MaskedImageTask):
+    """Masked image modelling with nearly any backbone. Submodules: `backbone` and `decoder` (one 1x1 convolution).
+
+    Where the backbone turns each patch into a token of its own (see `unlabeled.ssl.backbones.stem`), `mask_token` (1,
+    1, D) takes the place of the tokens of hidden cells, after the patch embedding and its norm and before positions and
+    class token. Any other backbone gets pictures whose hidden cells are filled with one learned colour, `mask_token`
+    (1, 3, 1, 1). `level` says which, and the log does once.
+
+    Initial values: the backbone keeps its own, as timm draws them (the authors' differ a little: normal matrices of
+    deviation 0.02, the deeper blocks of the ViT scaled down); `mask_token` is normal with deviation 0.02; `decoder` is
+    PyTorch's default.
+    """
+
+    Config: ClassVar[type[TaskConfig]] = SimMIMConfig
+    requires: ClassVar[frozenset[str]] = frozenset({"dense_map"})
+    method: ClassVar[Method] = "simmim"
+    interpolation: ClassVar[v2.InterpolationMode] = v2.InterpolationMode.BILINEAR
+    config: SimMIMConfig
+
+    def __init__(self, config: SimMIMConfig, backbone: Backbone) -> None:
+        """Raises CapabilityError for a backbone without feature maps, ConfigError for sizes that do not fit."""
+        super().__init__(config, backbone)
+        self.stem = find_stem(backbone.model, backbone.input_size)
+        self.level: Literal["token", "pixel"] = "pixel" if self.stem is None else "token"
+        patch = (1, 1) if self.stem is None else self.stem.patch
+        unit = _mask_unit(config.mask_unit, backbone, patch)
+        self.cell = (unit, unit)
+        self.keep(self.grid_of(backbone.input_size))
+        channels, self.stride = backbone.stages[-1]
+        self.last = LevelMap(backbone, -1, task="SimMIM")
+        shape = (1, 3, 1, 1) if self.stem is None else (1, 1, self.stem.dim)
+        self.mask_token = nn.Parameter(torch.empty(shape))
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        self.decoder = nn.Conv2d(channels, 3 * self.stride**2, kernel_size=1)
+        self.train_only(self.last.reached(backbone))
+        place = "as one colour in the picture" if self.stem is None else f"as one token after {self.stem.name}"
+        logger.info("simmim: hidden cells of %d pixels enter %s %s", unit, backbone.name, place)
+
+    def forward(self, batch: Batch, *, noise: Tensor | None = None, visible: Tensor | None = None) -> StepOutput:
+        """Mean absolute error over hidden pixels of ``batch["image"]``, and the part of their magnitude explained.
+
+        A uint8 picture (B, 3, H, W) is normalised here; a float one is taken as normalised already. `noise` (B, L) or
+        `visible` (bool, B, gh, gw, on the cells of the mask) decides the masks; None: as `draw` gives it.
+        """
+        images = self.images_of(batch)
+        masking = self.mask(images, noise, visible)
+        predicted = self.reconstruct(images, masking)
+        hidden = self.hidden_pixels(masking)
+        loss = masked_l1(predicted, images, hidden)
+        blank = masked_l1(torch.zeros_like(predicted), images, hidden).detach()
+        return StepOutput(loss, {"explained": 1 - loss.detach() / (blank + 1e-6)})
+
+    def reconstruct(self, images: Tensor, masking: Masking) -> Tensor:
+        """See the base class. A prediction stands at every pixel, those of visible cells are not trained.
+
+        Each place of the last map gives the ``stride`` x ``stride`` pixels under it, channel by channel and each
+        channel row by row (the order of a pixel shuffle).
+        """
+        height, width = images.shape[-2:]
+        features = self.encode(images, masking)
+        grid = (math.ceil(height / self.stride), math.ceil(width / self.stride))
+        if features.shape[-2:] != grid:  # networks without padding lose places at the edge
+            features = F.interpolate(features, size=grid, mode="bilinear", align_corners=False)
+        pictures = F.pixel_shuffle(self.decoder(features), self.stride)
+        return widened(pictures[..., :height, :width])
+
+    def encode(self, images: Tensor, masking: Masking) -> Tensor:
+        """Normalised (B, 3, H, W) and its mask → the last map (B, C, H', W'), after the network's final norm."""
+        if self.stem is None:
+            images = torch.where(self.hidden_pixels(masking), self.mask_token.to(images.dtype), images)
+            return self.last(self.backbone, images)
+        cells = (self.cell[0] // self.stem.patch[0], self.cell[1] // self.stem.patch[1])
+        with substituted(self.backbone.model, self.stem, masking.enlarged(cells), self.mask_token):
+            return self.last(self.backbone, images)
+
+    def hidden_pixels(self, masking: Masking) -> Tensor:
+        """Bool (B, 1, H, W), True where a pixel is hidden."""
+        return ~masking.enlarged(self.cell)[:, None]
+
+    def parameter_groups(self) -> Iterator[NamedParameter]:
+        """As the base class says, and no decay for class and mask tokens and absolute positions.
+
+        That is what the authors' Swin trains with: their tables of relative positions are meant to be spared too but
+        are decayed. (Their ViT's mask token is decayed by the same slip.)
+        """
+        for named in super().parameter_groups():
+            spared = named.name.rpartition(".")[2] in _NOT_DECAYED
+            yield named._replace(decay=False) if spared else named
+
+    def load_official(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+        """Loads ``simmim_pretrain__*`` files of the authors' Swin or ViT: encoder, mask token and prediction layer.
+
+        Takes the dictionary of tensors or the file's ``{"model": ...}``. Swin goes into timm's SwinTransformer; the ViT
+        into timm's Beit, or a plain VisionTransformer where the file has absolute positions. Tables of relative
+        positions of another window are resampled, a shared one is copied into each block that has its own, and absolute
+        positions of another grid are resampled. Returns (missing, unexpected) names of the file's layout.
+
+        Raises CheckpointError, before anything is changed, when a tensor has another shape or none fits.
+        """
+        tensors = cast(Mapping[str, Tensor], state.get("model", state))
+        return load_mapped(self, to_own_layout(tensors, self.backbone.model), official_names(self))
+
+
+def masked_l1(predicted: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
+    """Mean of |images - predicted| (B, C, H, W) over the pixels that are `hidden` (bool, B, 1, H, W) and channels.
+
+    The count of pixels has 1e-5 added. At least float32. Source: section 3.4 of the paper; microsoft/SimMIM.
+    """
+    error = (widened(images) - widened(predicted)).abs()
+    return (error * hidden).sum() / (hidden.sum(dtype=error.dtype) + _EPS) / images.shape[1]
+
+
+def _mask_unit(asked: int | None, backbone: Backbone, patch: tuple[int, int]) -> int:
+    """Pixels of a cell: `asked`, or the one that `SimMIMConfig.mask_unit` describes. Raises ConfigError."""
+    size, step = backbone.input_size, math.lcm(*patch)
+    fitting = [unit for unit in range(step, min(size) + 1, step) if not size[0] % unit and not size[1] % unit]
+    fitting = [unit for unit in fitting if size != (unit, unit)]  # a single cell cannot be masked
+    known = f"{backbone.name} of {size[0]}x{size[1]} pixels and patches of {patch[0]}x{patch[1]}"
+    if not fitting:
+        raise ConfigError(f"backbone.size: no cells of a mask fit {known}; give a larger multiple of {step}")
+    if asked is None:
+        good = [unit for unit in fitting if _SMALLEST <= unit <= min(_UNIT, min(size) // _CELLS)]
+        if not good:
+            near = min(fitting, key=lambda unit: abs(unit - min(size) / _CELLS))
+            raise ConfigError(
+                f"task.mask_unit: none of {_SMALLEST} to {_UNIT} pixels leaves {_CELLS} cells along each side for "
+                f"{known}; set task.mask_unit={near} to do without, or change backbone.size"
+            )
+        return good[-1]
+    if asked not in fitting:
+        choices = ", ".join(str(unit) for unit in fitting)
+        raise ConfigError(f"task.mask_unit: {asked} does not fit {known}; choose of {choices}")
+    return asked

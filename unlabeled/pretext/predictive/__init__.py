@@ -1,0 +1,1 @@
+"""Labels from the image itself: which way it was turned, where a patch belongs."""

@@ -1,0 +1,288 @@
+"""Context prediction: where does one patch of a picture lie, as seen from another, of eight places around it?
+
+Doersch, Gupta, Efros: Unsupervised Visual Representation Learning by Context Prediction, ICCV 2015, arXiv 1505.05192;
+repository github.com/cdoersch/deepcontext. B pictures, P patches of a grid, Q ordered pairs of neighbours.
+
+- **Patches and pictures.** The backbone's input size is the patch: 96 pixels in the paper (``backbone=contextnet``, or
+  any other with ``backbone.size=96``). Pictures are resized to 150,000 .. 450,000 pixels for patches of 96 and in
+  proportion for others, enlarged where the grid would not fit. So small pictures work: of one of 32 x 32, a grid of
+  3 x 3 takes patches of at most 8 of its own pixels a side, enlarged to the patch; one of 2 x 2 takes up to 12.
+- **One grid a picture**, of fixed shape: 9 patches and their 40 pairs. The authors draw four grids of whatever fits;
+  their batch of about 506 patches and 2309 pairs is one of 56 pictures here.
+- **Loss**: the mean over pairs. The authors' is the sum: their rate of 1e-5 is 0.023 for the mean over 2309 pairs.
+- **Statistics** of batch norms are those of all ranks, as the authors' one process has the whole batch.
+- Pictures are never mirrored: left and right would change places.
+
+Another recipe is OpenMMLab's (mmselfsup, ResNet-50): random crops of 64 in 3 x 3 cells of 85 pixels, random greyscale,
+only the 8 pairs with the centre, labelled the other way round (the neighbour first), every patch embedded once a pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal, cast
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.utils import make_grid
+
+from unlabeled.pretext.common.checkpoint import load_mapped
+from unlabeled.pretext.common.patches import widened
+from unlabeled.pretext.predictive import patch_cues
+from unlabeled.pretext.predictive.patch_grid import OFFSETS, GridLayout, GridViews, Mark, draw_grid, neighbour_pairs
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.backbones.networks.context import caffe_xavier_
+from unlabeled.ssl.backbones.shapes import modes_kept
+from unlabeled.ssl.data.views import Views
+from unlabeled.ssl.task import Batch, FloatPictures, PretextTask, StepOutput, TaskConfig
+
+Count = Annotated[int, Field(ge=1)]
+Part = Annotated[float, Field(gt=0, le=1)]
+Pixels = Annotated[float, Field(gt=0)]
+
+_PAPER = 96
+"""Side of the paper's patches, in pixels: what `pixels` is for."""
+_SHOWN = 4
+"""Pictures that `visualize` shows."""
+_MARGIN = 8
+"""Pixels around each drawn grid."""
+
+
+class ContextConfig(TaskConfig):
+    """Settings of context prediction; the defaults are those of the released code."""
+
+    grid: tuple[Count, Count] = (3, 3)
+    """Rows and columns of patches."""
+    gap: float = Field(0.5, ge=0)
+    """Pixels between patches, in sides of a patch: 48 for 96."""
+    jitter: float = Field(7 / 96, ge=0)
+    """Largest shift of a patch along either axis, in sides of a patch: 7 pixels for 96."""
+    pixels: tuple[Pixels, Pixels] = (150_000, 450_000)
+    """Fewest and most pixels of the resized picture, for patches of 96 x 96; in proportion for others."""
+    color: Literal["drop", "projection", "none"] = "drop"
+    """drop: one random channel stays, noise of +-0.5 in place of the two others; projection: the axis from green to
+    magenta is removed; none: all colours stay. Each channel loses its mean over the patch."""
+    pixelate: float = Field(0.33, ge=0, le=1)
+    """Probability that a patch is reduced and enlarged again."""
+    smallest: Part = 10 / 96
+    """Smallest side of a reduced patch, as part of the whole; the number of pixels is uniform up to all but one row."""
+    widths: tuple[Count, Count] = (4096, 4096)
+    """Widths of the two hidden layers (fc7, fc8) that judge a pair."""
+
+    @field_validator("grid")
+    @classmethod
+    def _has_neighbours(cls, grid: tuple[int, int]) -> tuple[int, int]:
+        if grid == (1, 1):
+            raise ValueError("one patch has no neighbours; give at least [1, 2]")
+        return grid
+
+    @field_validator("pixels")
+    @classmethod
+    def _ascends(cls, pixels: tuple[float, float]) -> tuple[float, float]:
+        if pixels[0] > pixels[1]:
+            raise ValueError(f"{list(pixels)} is no range; give the smaller number first")
+        return pixels
+
+    def layout(self, patch: tuple[int, int]) -> GridLayout:
+        """The grid in pixels, for patches of `patch` (height, width)."""
+        gap, jitter = ((round(part * patch[0]), round(part * patch[1])) for part in (self.gap, self.jitter))
+        return GridLayout(self.grid, patch, gap, jitter)
+
+
+class PairHead(nn.Module):
+    """Judges ordered pairs of embeddings: fc7, a batch norm without scale and shift, fc8, fc9.
+
+    fc7 of two embeddings one after the other is the sum of two layers of one each, which run once a patch, not once a
+    pair: the same numbers for a quarter of the work on a grid of 3 x 3.
+    """
+
+    def __init__(self, dim: int, widths: tuple[int, int], classes: int = len(OFFSETS)) -> None:
+        super().__init__()
+        self.fc7_first = nn.Linear(dim, widths[0], bias=False)  # the norm would undo a bias
+        self.fc7_second = nn.Linear(dim, widths[0], bias=False)
+        self.bn7 = nn.BatchNorm1d(widths[0], affine=False)
+        self.fc8 = nn.Linear(widths[0], widths[1])
+        self.fc9 = nn.Linear(widths[1], classes)
+        caffe_xavier_(self)
+        with torch.no_grad():
+            for half in (self.fc7_first, self.fc7_second):
+                half.weight.mul_(0.5**0.5)  # one layer of 2 * dim inputs
+
+    def forward(self, embeddings: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """(B, P, D), places (Q,) and (Q,) → (B, Q, classes)."""
+        as_first, as_second = self.fc7_first(embeddings), self.fc7_second(embeddings)  # (B, P, W)
+        hidden = as_first.index_select(1, first) + as_second.index_select(1, second)  # (B, Q, W)
+        hidden = F.relu(self.bn7(hidden.flatten(0, 1)))
+        scores: Tensor = self.fc9(F.relu(self.fc8(hidden)))
+        return scores.view(len(embeddings), len(first), -1)
+
+
+class Context(PretextTask):
+    """Classifies the place of each patch as seen from each of its neighbours. Submodules: `backbone` and `head`."""
+
+    Config: ClassVar[type[TaskConfig]] = ContextConfig
+    requires: ClassVar[frozenset[str]] = frozenset({"pooled"})
+    synced_statistics: ClassVar[bool] = True
+    float_pictures: ClassVar[FloatPictures] = "bytes"
+    collapse_remedy: ClassVar[str] = (
+        "lower optim.lr, or take a backbone whose batch norms have no learnable scale (backbone=contextnet)"
+    )
+    config: ContextConfig
+
+    def __init__(self, config: ContextConfig, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        self.train_only(backbone.reached_by_pooled())
+        self.layout = config.layout(backbone.input_size)
+        for name, values in neighbour_pairs(*config.grid)._asdict().items():
+            self.register_buffer(f"_{name}", values, persistent=False)
+        self.head = PairHead(backbone.embed_dim, config.widths)
+
+    @classmethod
+    def views(cls, config: ContextConfig, backbone: Backbone) -> Views:
+        height, width = backbone.input_size
+        scale = height * width / _PAPER**2
+        return GridViews(config.layout((height, width)), (config.pixels[0] * scale, config.pixels[1] * scale))
+
+    def draw(self, batch: Batch) -> dict[str, Tensor]:
+        """For each patch: ``shrink`` (B, P), to which part of its side it is reduced (1: not at all), and with
+        ``color: drop`` the channel ``kept`` (B, P) and the ``noise`` (B, P, 3, h, w) for the others."""
+        patches = batch["patches"]
+        chosen, area = torch.rand(2, *patches.shape[:2], device=patches.device).unbind()
+        smallest, largest = self.config.smallest**2, (1 - 1 / max(patches.shape[-2:])) ** 2
+        shrink = (smallest + area * max(largest - smallest, 0.0)).sqrt()  # area is uniform
+        drawn = {"shrink": torch.where(chosen < self.config.pixelate, shrink, 1.0)}
+        if self.config.color == "drop":
+            drawn["kept"] = torch.randint(3, patches.shape[:2], device=patches.device)
+            drawn["noise"] = torch.rand(patches.shape, device=patches.device) - 0.5
+        return drawn
+
+    def disguise(
+        self, patches: Tensor, shrink: Tensor, kept: Tensor | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        """uint8 (N, 3, h, w) → float32, without what gives the place away, of RMS 50 each; (N, ...) as from `draw`."""
+        pixels = patch_cues.pixelate(patches.float(), shrink)
+        if self.config.color == "drop":
+            pixels = patch_cues.keep_one_channel(pixels, cast(Tensor, kept), cast(Tensor, noise))
+        elif self.config.color == "projection":
+            pixels = patch_cues.drop_green_magenta(pixels)
+        else:
+            pixels = patch_cues.without_mean(pixels)
+        return patch_cues.to_rms(pixels)
+
+    def inputs(self, disguised: Tensor) -> Tensor:
+        """Disguised patches on the scale of the backbone's own pictures: divided by its mean deviation in 0..255.
+
+        That is RMS 50 for `contextnet`, as published, and 0.87 for networks with ImageNet's statistics. So what is
+        pretrained on has the contrast of the pictures that the backbone sees later, through `Backbone.normalize`.
+        """
+        deviation = 255 * sum(self.backbone.std) / len(self.backbone.std)
+        return disguised.to(self.head.fc9.weight.dtype) / deviation
+
+    def judge(self, disguised: Tensor, pictures: int) -> tuple[Tensor, Tensor]:
+        """Disguised (B * P, 3, h, w) → scores (B, Q, 8) and embeddings (B * P, D); every patch is embedded once."""
+        embeddings = self.backbone.pooled(self.inputs(disguised))
+        scores = self.head(embeddings.reshape(pictures, -1, self.backbone.embed_dim), self._first, self._second)
+        return widened(scores), embeddings
+
+    def forward(self, batch: Batch, **draw: Tensor) -> StepOutput:
+        """``patches`` uint8 (B, P, 3, h, w) → mean cross-entropy over all B * Q pairs; a guess has ln 8 = 2.079."""
+        patches = batch["patches"]
+        drawn = {name: values.flatten(0, 1) for name, values in (draw or self.draw(batch)).items()}
+        scores, embeddings = self.judge(self.disguise(patches.flatten(0, 1), **drawn), len(patches))
+        labels = cast(Tensor, self._label).expand(len(patches), -1)
+        accuracy = (scores.detach().argmax(-1) == labels).float().mean()
+        loss = F.cross_entropy(scores.flatten(0, 1), labels.flatten())
+        return StepOutput(loss, {"accuracy": accuracy}, embeddings.detach())
+
+    @torch.no_grad()
+    def visualize(self, batch: Batch) -> dict[str, Tensor]:
+        """``positions``: one row a picture, its grid as it was cut (left) and as the network sees it (right).
+
+        The middle patch, in grey, is asked about its neighbours. A neighbour's frame is green where its place was told
+        rightly and red where not; the white dot is on the side or corner where the network takes it to lie: outwards
+        everywhere is all right.
+        """
+        patches, corners = batch["patches"][:_SHOWN], batch["corners"][:_SHOWN].cpu()
+        drawn = {name: values.flatten(0, 1) for name, values in self.draw({"patches": patches}).items()}
+        disguised = self.disguise(patches.flatten(0, 1), **drawn)
+        with modes_kept(self):
+            self.eval()
+            predicted = self.judge(disguised, len(patches))[0].argmax(-1).cpu()
+        seen = (disguised + 127.5).clamp(0, 255).to(torch.uint8).reshape(patches.shape)
+        tiles = [
+            draw_grid(self.layout, shown[position].cpu(), corners[position], self._marks(guesses))
+            for position, guesses in enumerate(predicted.tolist())
+            for shown in (patches, seen)
+        ]
+        return {"positions": make_grid(torch.stack(tiles), nrow=2, padding=_MARGIN, pad_value=255)}
+
+    def _marks(self, guesses: list[int]) -> Iterator[Mark]:
+        """Frames of the middle patch and its neighbours, from the predicted labels of all pairs (Q,) of one picture."""
+        rows, columns = self.config.grid
+        middle = rows // 2 * columns + columns // 2
+        yield Mark(middle, (150, 150, 150))
+        pairs = zip(*(values.tolist() for values in neighbour_pairs(rows, columns)), strict=True)
+        for guess, (first, second, label) in zip(guesses, pairs, strict=True):
+            if first == middle:
+                yield Mark(second, (40, 170, 70) if guess == label else (210, 50, 50), guess)
+
+    def load_official(self, state: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+        """Loads the released Caffe model for `contextnet`, its blobs by name.
+
+        ``conv1`` ... ``conv5`` and ``fc6`` ... ``fc9`` have ``.weight`` and ``.bias``, ``bn3`` ... ``bn7`` have ``.0``,
+        ``.1``, ``.2`` (mean times s, variance times s, s) or are folded into their layers and absent. Returns our
+        names of what is missing, and theirs of what is unexpected.
+        """
+        rest = dict(state)
+        converted: dict[str, Tensor] = {}
+        for layer, (ours, norm) in _OFFICIAL.items():
+            converted |= _from_caffe(rest, layer, ours, norm)
+        if (joined := converted.pop("head.fc7.weight", None)) is not None:
+            first, second = joined.tensor_split(2, dim=-1)
+            converted |= {"head.fc7_first.weight": first, "head.fc7_second.weight": second}
+        wanted = [name for name in self.state_dict() if not name.endswith(_COUNTER)]
+        missing, foreign = load_mapped(self, converted, {name: name for name in wanted})
+        return missing, foreign + list(rest)
+
+
+_COUNTER = "num_batches_tracked"
+_TRUNK = "backbone.model"
+_OFFICIAL: dict[str, tuple[str, str | None]] = {
+    "conv1": (f"{_TRUNK}.blocks.0.conv", None),
+    "conv2": (f"{_TRUNK}.blocks.1.conv", None),
+    "conv3": (f"{_TRUNK}.blocks.2.conv", f"{_TRUNK}.blocks.2.bn"),
+    "conv4": (f"{_TRUNK}.blocks.3.conv", f"{_TRUNK}.blocks.3.bn"),
+    "conv5": (f"{_TRUNK}.blocks.4.conv", f"{_TRUNK}.blocks.4.bn"),
+    "fc6": (f"{_TRUNK}.head.fc6", f"{_TRUNK}.head.bn6"),
+    "fc7": ("head.fc7", "head.bn7"),
+    "fc8": ("head.fc8", None),
+    "fc9": ("head.fc9", None),
+}
+"""Layer of the released model → ours, and the batch norm after it."""
+_EPS = 1e-5
+"""Of all batch norms, theirs and ours."""
+
+
+def _from_caffe(state: dict[str, Tensor], layer: str, ours: str, norm: str | None) -> dict[str, Tensor]:
+    """Takes a layer and its norm out of `state`; returns them under our names.
+
+    A bias before a norm without shift moves that norm's mean; a norm that was folded away becomes one that only adds.
+    """
+    found: dict[str, Tensor] = {}
+    if (weight := state.pop(f"{layer}.weight", None)) is not None:
+        as_map = layer == "fc6" and weight.ndim == 2 and weight.shape[1] % 9 == 0
+        found[f"{ours}.weight"] = weight.reshape(len(weight), -1, 3, 3) if as_map else weight
+    bias = state.pop(f"{layer}.bias", None)
+    if norm is None:
+        return found if bias is None else {**found, f"{ours}.bias": bias}
+    blobs = [state.pop(name, None) for name in (f"bn{layer[-1]}.{number}" for number in range(3))]
+    match blobs:
+        case [Tensor() as mean, Tensor() as variance, Tensor() as scale]:
+            found[f"{norm}.running_mean"] = mean / scale - (0.0 if bias is None else bias)
+            found[f"{norm}.running_var"] = variance / scale
+        case _ if bias is not None:
+            found[f"{norm}.running_mean"] = -bias
+            found[f"{norm}.running_var"] = torch.full_like(bias, 1 - _EPS)
+    return found

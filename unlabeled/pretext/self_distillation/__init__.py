@@ -1,0 +1,1 @@
+"""A student learns the assignments of a teacher that is its own moving average."""

@@ -1,0 +1,124 @@
+"""iBOT: DINO on pictures of which a part is hidden, and the same distillation for each hidden patch.
+
+Zhou, Wei, Wang, Shen, Xie, Yuille, Kong, "iBOT: Image BERT Pre-Training with Online Tokenizer", ICLR 2022, arXiv
+2111.07832; code of the authors: github.com/bytedance/ibot.
+
+Shapes: B pictures, V = 2 + n crops of each, L = gh * gw places of the last feature map, M of them hidden over all
+crops, C channels there, K prototypes.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from unlabeled.pretext.common.multi_crop import by_crop
+from unlabeled.pretext.self_distillation.hidden_places import Hidden, HiddenConfig, HiddenPlaces, at_places
+from unlabeled.pretext.self_distillation.self_distillation import (
+    HeadConfig,
+    SelfDistillation,
+    SelfDistillationConfig,
+    assignment_figures,
+    cross_view_loss,
+    directions,
+    scores,
+)
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.task import Batch, StepOutput, TaskConfig
+
+logger = logging.getLogger(__name__)
+
+
+class IBOTConfig(HiddenConfig, SelfDistillationConfig):
+    """Settings of iBOT; the defaults are the paper's (section 4)."""
+
+    head: HeadConfig = HeadConfig(prototypes=8192)
+    patch_head: HeadConfig | None = None
+    """Head of the patches. None: they share that of whole crops, as published, or have one like it where the last map
+    has another number of channels than pooled features."""
+    patch_weight: float = Field(1.0, gt=0)
+    """Of the loss of patches; that of whole crops weighs one."""
+
+
+class IBOT(SelfDistillation):
+    """Self-distillation of whole crops and hidden patches.
+
+    Submodules beside those of `SelfDistillation`: `mask_token` (see
+    `unlabeled.pretext.self_distillation.hidden_places`), and `patch_head` where it is not shared.
+    """
+
+    Config: ClassVar[type[TaskConfig]] = IBOTConfig
+    requires: ClassVar[frozenset[str]] = frozenset({"pooled", "dense_map"})
+    config: IBOTConfig
+
+    def __init__(self, config: IBOTConfig, backbone: Backbone) -> None:
+        """Raises CapabilityError for a backbone without feature maps, ConfigError for sizes that do not fit."""
+        super().__init__(config, backbone)
+        channels = backbone.stages[-1].channels
+        self.places = HiddenPlaces(config, backbone, task="iBOT")
+        self.mask_token = self.places.new_token()
+        self.shared = config.patch_head is None and channels == backbone.embed_dim
+        patch_head = config.patch_head or config.head
+        if not self.shared:
+            self.add_head("patch_head", channels, patch_head)
+        self.add_center("patch_head", patch_head.prototypes)
+        heads = "share a head" if self.shared else "have heads of their own"
+        logger.info("ibot: hidden places enter %s %s; crops and patches %s", backbone.name, self.places.entry, heads)
+
+    def reached(self) -> set[str]:
+        return self.backbone.reached_by_pooled() | self.backbone.reached_by_maps([-1])
+
+    def draw(self, batch: Batch) -> dict[str, Tensor]:
+        """``noise`` (B, 2, L): the places with the largest are hidden. ``ratio`` (B, 2): how many, 0 for none."""
+        noise, ratio = self.places.draw(self.backbone, batch["globals"])
+        return {"noise": noise, "ratio": ratio}
+
+    def forward(self, batch: Batch, *, noise: Tensor | None = None, ratio: Tensor | None = None) -> StepOutput:
+        """``globals`` (B, 2, 3, h, w) and ``locals`` (B, n, 3, h', w'), uint8 → DINO's loss, of a student that sees
+        the large crops with hidden places, and the cross-entropy of these places.
+
+        `noise` and `ratio` decide what is hidden; None: as `draw` gives them.
+        """
+        if noise is None or ratio is None:
+            noise, ratio = self.draw(batch).values()
+        large, *small = self.crops(batch)
+        pictures = len(batch["globals"])
+        hidden = self.places.hide(self.backbone, noise, ratio, large)
+        assigned, assigned_patches = self.assigned(large, hidden)
+        pooled, patches = self.places.encode(self.backbone, large, hidden.visible, self.mask_token)
+        pooled = torch.cat([pooled, *(self.backbone.pooled(crops) for crops in small)])
+        units = directions(self.head, pooled)  # (V B, bottleneck)
+        crop_loss = cross_view_loss(assigned, by_crop(self.log_predicted(self.head, units), pictures))
+        head = self.head if self.shared else self.patch_head
+        predicted = self.log_predicted(head, directions(head, at_places(patches, hidden)))  # (M, K)
+        patch_loss = hidden_loss(assigned_patches, predicted, hidden)
+        logs = {"crop_loss": crop_loss.detach(), "patch_loss": patch_loss.detach(), **assignment_figures(assigned)}
+        return StepOutput(crop_loss + self.config.patch_weight * patch_loss, logs, units[:pictures].detach())
+
+    @torch.no_grad()
+    def assigned(self, crops: Tensor, hidden: Hidden) -> tuple[Tensor, Tensor]:
+        """The teacher's assignments of whole large crops (2, B, K), and of the places that are hidden (M, K)."""
+        teacher: Any = self.teacher["backbone"]
+        pooled, patches = self.places.encode(teacher, crops)
+        head = self.teacher["head" if self.shared else "patch_head"]
+        units = directions(head, patches)  # (2 B, L, bottleneck)
+        self.observe(scores(head, units.mean((0, 1))[None]), "patch_head")  # of all places: logits are linear in them
+        return self.assigned_crops(pooled), self.assign(scores(head, at_places(units, hidden)), "patch_head")
+
+    @torch.no_grad()
+    def visualize(self, batch: Batch) -> dict[str, Tensor]:
+        """``crops``: a row a picture (the first 4): large crops, the same with hidden places in grey, small crops."""
+        return {"crops": self.places.sheet(self.backbone, batch, **self.draw(batch))}
+
+
+def hidden_loss(assigned: Tensor, log_predicted: Tensor, hidden: Hidden) -> Tensor:
+    """Cross-entropy of hidden places: mean over those of a crop, then over all N crops, also those without.
+
+    `assigned` and `log_predicted` (M, K). Source: equation 2 of iBOT.
+    """
+    entropies = -(assigned * log_predicted).sum(-1)
+    return (entropies * hidden.weights).sum() / len(hidden.visible)

@@ -1,0 +1,257 @@
+"""POA: one pretraining whose network holds networks of many sizes, each usable without further training.
+
+Zhang, Guo, Lao, Yu, Ru, Wang, Ye, He, Chen, Yang, "POA: Pre-training Once for Models of All Sizes", ECCV 2024, arXiv
+2408.01031; code of the authors: github.com/alipay/POA. Where paper and code differ, this is the code. Deviations:
+everything of a sub-network is what timm builds at its size (Swin's first norm is over the sub-network's channels, its
+windows shift in turns), hidden places of ResNets are one colour in the picture and not a token after the pooling.
+
+Shapes: B pictures, V = 2 + n crops of each, M hidden places over all large crops, D channels of the whole network and d
+of a sub-network, C channels of a direction, K prototypes.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, ClassVar, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from unlabeled.pretext.common.multi_crop import GLOBALS, by_crop
+from unlabeled.pretext.common.patches import widened
+from unlabeled.pretext.common.views import Part
+from unlabeled.pretext.self_distillation.hidden_places import Hidden, HiddenConfig, HiddenPlaces, Spread, at_places
+from unlabeled.pretext.self_distillation.poa_losses import (
+    Crops,
+    Places,
+    TeacherHead,
+    TermWeights,
+    head_loss,
+    koleo,
+    prototypes_of,
+)
+from unlabeled.pretext.self_distillation.self_distillation import (
+    HeadConfig,
+    TeacherStudent,
+    TeacherStudentConfig,
+    assignment_figures,
+    create_head,
+    directions,
+)
+from unlabeled.pretext.self_distillation.sinkhorn import assignments, sinkhorn_offsets
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.backbones.elastic import Elastic, ElasticConfig, SubSize
+from unlabeled.ssl.backbones.elastic.sampler import SizeSampler
+from unlabeled.ssl.core.errors import CapabilityError, ConfigError
+from unlabeled.ssl.nn.drop_path import uniform_drop_path
+from unlabeled.ssl.task import Batch, StepOutput, TaskConfig
+
+logger = logging.getLogger(__name__)
+
+_WATCHED = 64
+"""Large crops, at most, from which the figures of the assignments are taken."""
+
+
+class POAConfig(HiddenConfig, TeacherStudentConfig):
+    """Settings of POA; the defaults are those of its code for ViTs, parts of a run are of its 346 epochs."""
+
+    elastic: ElasticConfig = ElasticConfig()
+    """Which sizes the network holds. With its own alone there is no elastic student: what is left is DINOv2's loss."""
+    size_scale: float = Field(3.0, ge=1)
+    """S: how much more often the smallest width and depth are drawn than the largest (2 for Swin and ResNet)."""
+    size_per_rank: bool = False
+    """Whether each rank trains a sub-network of its own in a step, as published; then all wait for the largest."""
+    prototypes: tuple[int, ...] = (8192, 16384, 32768, 65536)
+    """K of each head."""
+    hidden: int = Field(2048, ge=1)
+    """Channels between the linear layers of the heads."""
+    bottleneck: int = Field(256, ge=1)
+    """C."""
+    chunk: int | None = Field(None, ge=1)
+    """Rows of logits that each network has in memory at a time; None: all."""
+    intact_weight: float = Field(0.8, ge=0, le=1)
+    """lambda: weight of the intact student's terms, the elastic one's get what it lacks of 1."""
+    terms: TermWeights | None = None
+    """Instead of `intact_weight`: the weight of each term."""
+    koleo_weight: float = Field(0.1, ge=0)
+    """gamma: of the spread of the features of different pictures."""
+    patches_from: float = Field(30 / 346, ge=0, le=1)
+    """Part of the run after which crops have hidden places."""
+    drop_path: float | None = Field(None, ge=0, lt=1)
+    """Stochastic depth of each block alike (0.2 for ViTs); None: as the network is built."""
+
+    global_scale: tuple[Part, Part] = (0.32, 1.0)
+    local_scale: tuple[Part, Part] = (0.05, 0.32)
+    mask_spread: Spread = "even"
+    temperature_warmup: float = Field(30 / 346, ge=0, le=1)
+    momentum: float = Field(0.992, ge=0, le=1)
+    momentum_end: float = Field(0.9999, ge=0, le=1)
+    momentum_stretch: float = Field(0.78, gt=0, le=1)
+    freeze_prototypes: float = Field(1 / 346, ge=0, le=1)
+
+    @field_validator("prototypes")
+    @classmethod
+    def _has_heads(cls, prototypes: tuple[int, ...]) -> tuple[int, ...]:
+        if not prototypes or min(prototypes) < 2:
+            raise ValueError(f"prototypes {list(prototypes)} must be one number or more of at least 2")
+        return prototypes
+
+    def head(self, prototypes: int) -> HeadConfig:
+        """Settings of one head: the lengths of its prototypes are learned."""
+        return HeadConfig(prototypes=prototypes, hidden=self.hidden, bottleneck=self.bottleneck, unit_prototypes=False)
+
+
+class Seen(NamedTuple):
+    """What one network gives for a batch."""
+
+    crops: Tensor
+    """(V, B, d), the large crops first; (2, B, D) of the teacher, which sees no others."""
+    places: Tensor
+    """(M, d)."""
+
+
+class POA(TeacherStudent):
+    """Self-distillation of an intact and an elastic student. Submodules beside those of `TeacherStudent`: `heads`, one
+    for each number of prototypes, and `mask_token` (see `unlabeled.pretext.self_distillation.hidden_places`).
+
+    The sub-network of a step follows from the number of steps done, the buffer `steps`, and a seed drawn when the task
+    is built, the buffer `seed`.
+    """
+
+    Config: ClassVar[type[TaskConfig]] = POAConfig
+    requires: ClassVar[frozenset[str]] = frozenset({"pooled", "dense_map", "elastic"})
+    small_settings: ClassVar[dict[str, Any]] = {"locals": 0, "prototypes": (32, 64), "hidden": 32, "bottleneck": 16}
+    per_picture: ClassVar[bool] = False
+    config: POAConfig
+    steps: Tensor
+    seed: Tensor
+
+    def __init__(self, config: POAConfig, backbone: Backbone) -> None:
+        """Raises CapabilityError for a backbone without sub-networks or feature maps, ConfigError for sizes or crops
+        that do not fit."""
+        if config.drop_path is not None:
+            uniform_drop_path(backbone.model, config.drop_path)
+        super().__init__(config, backbone)
+        if backbone.stages[-1].channels != backbone.embed_dim:
+            raise CapabilityError(
+                f"backbone: {backbone.name} cannot do POA: crops and places share heads, but its last map has "
+                f"{backbone.stages[-1].channels} channels and its features {backbone.embed_dim}"
+            )
+        if config.size_per_rank and any(isinstance(part, _BatchNorm) for part in backbone.modules()):
+            raise ConfigError(
+                f"task.size_per_rank: true is not possible with {backbone.name}, whose batch norms span all ranks; "
+                "set it to false, or take group norms (backbone.kwargs.norm_layer=groupnorm)"
+            )
+        self.sizes = Elastic(backbone, config.elastic)
+        self.alone = len(self.sizes.sizes) == 1
+        self.places = HiddenPlaces(config, backbone, task="POA")
+        self.mask_token = self.places.new_token()
+        self.follow("heads", nn.ModuleList(create_head(backbone.embed_dim, config.head(k)) for k in config.prototypes))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("seed", torch.randint(2**31, ()))
+        self._sampler: SizeSampler | None = None
+        logger.info(
+            "poa: %d sizes from %s to %s; hidden places enter %s",
+            len(self.sizes.sizes), self.sizes.sizes[0], self.sizes.full, self.places.entry,
+        )  # fmt: skip
+
+    def reached(self) -> set[str]:
+        return self.backbone.reached_by_pooled() | self.backbone.reached_by_maps([-1])
+
+    def elastic(self) -> ElasticConfig:
+        return self.config.elastic
+
+    def draw(self, batch: Batch) -> dict[str, Tensor]:
+        """``noise`` (B, 2, L): the places with the largest are hidden. ``ratio`` (B, 2): how many, 0 for none."""
+        noise, ratio = self.places.draw(self.backbone, batch["globals"])
+        return {"noise": noise, "ratio": ratio * (self.progress >= self.config.patches_from)}
+
+    def forward(self, batch: Batch, *, noise: Tensor | None = None, ratio: Tensor | None = None) -> StepOutput:
+        """``globals`` (B, 2, 3, h, w) and ``locals`` (B, n, 3, h', w'), uint8 → the mean over heads of `head_loss`, and
+        the spread of both students' features.
+
+        `noise` and `ratio` decide what is hidden; None: as `draw` gives them.
+        """
+        if noise is None or ratio is None:
+            noise, ratio = self.draw(batch).values()
+        crops = self.crops(batch)
+        hidden = self.places.hide(self.backbone, noise, ratio, crops[0])
+        with torch.no_grad():
+            taught = self.seen(self.teacher["backbone"], crops[:1], hidden, masked=False)
+        networks = [self.backbone] if self.alone else [self.backbone, self.sizes.take(self.backbone, self.size())]
+        students = [self.seen(network, crops, hidden) for network in networks]
+        heads, teacher_heads = cast(Any, self.heads), cast(Any, self.teacher["heads"])
+        results = [
+            self.head_terms(head, teacher, taught, students, hidden)
+            for head, teacher in zip(heads, teacher_heads, strict=True)
+        ]
+        spread = torch.stack([koleo(seen.crops[:GLOBALS]) for seen in students]).sum()
+        loss = torch.stack([loss for loss, _ in results]).mean() + self.config.koleo_weight * spread
+        logs = {name: torch.stack([terms[name] for _, terms in results]).mean() for name in results[0][1]}
+        return StepOutput(loss, logs | {"koleo": spread.detach() / len(students)}, students[0].crops[0].detach())
+
+    def seen(self, network: Any, crops: list[Tensor], hidden: Hidden, *, masked: bool = True) -> Seen:
+        """What `network` gives for the large crops, `masked` or whole, and for the small ones."""
+        large, *small = crops
+        visible = hidden.visible if masked else None
+        pooled, places = self.places.encode(network, large, visible, self.mask_token)
+        pooled = torch.cat([pooled, *(network.pooled(of_size) for of_size in small)])
+        return Seen(by_crop(pooled, len(large) // GLOBALS), at_places(places, hidden))
+
+    def head_terms(
+        self, head: Any, teacher: Any, taught: Seen, students: list[Seen], hidden: Hidden
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one head and its terms, with figures of the teacher's assignments."""
+        config = self.config
+        with torch.no_grad():
+            of_teacher, of_hidden = _directions(teacher, taught)
+            last = TeacherHead(prototypes_of(teacher), self.temperature())
+            crop_offsets, place_offsets = (
+                sinkhorn_offsets(units.flatten(0, -2), last.prototypes, last.temperature, chunk=config.chunk)
+                for units in (of_teacher, of_hidden)
+            )
+            logits = of_teacher.flatten(0, 1)[:_WATCHED] @ widened(last.prototypes).t()
+            figures = assignment_figures(assignments(logits, last.temperature, crop_offsets))
+        units = [_directions(head, seen) for seen in students]
+        loss, terms = head_loss(
+            Crops(of_teacher, [crops for crops, _ in units], crop_offsets),
+            Places(of_hidden, [places for _, places in units], hidden.weights, place_offsets),
+            last,
+            prototypes_of(head),
+            weights=config.terms or TermWeights.balanced(config.intact_weight),
+            temperature=config.student_temperature,
+            chunk=config.chunk,
+        )
+        return loss, terms | figures
+
+    def size(self) -> SubSize:
+        """The size of this step's sub-network, on this rank."""
+        seed = int(self.seed)
+        if self._sampler is None or self._sampler.seed != seed:
+            self._sampler = SizeSampler(
+                self.sizes.sizes,
+                seed=seed,
+                scale=self.config.size_scale,
+                by_width=self.sizes.family.multiplied_by_width,
+                shared=not self.config.size_per_rank,
+            )
+        return self._sampler.at(int(self.steps), dist.get_rank() if dist.is_initialized() else 0)
+
+    def after_step(self, progress: float) -> None:
+        super().after_step(progress)
+        self.steps += 1
+
+    @torch.no_grad()
+    def visualize(self, batch: Batch) -> dict[str, Tensor]:
+        """``crops``: a row a picture (the first 4): large crops, the same with hidden places in grey, small crops."""
+        return {"crops": self.places.sheet(self.backbone, batch, **self.draw(batch))}
+
+
+def _directions(head: Any, seen: Seen) -> tuple[Tensor, Tensor]:
+    """Directions of crops (V, B, C) and places (M, C) in a head, in one pass."""
+    views, pictures = seen.crops.shape[:2]
+    units = directions(head, torch.cat([seen.crops.flatten(0, 1), seen.places]))
+    return by_crop(units[: views * pictures], pictures), units[views * pictures :]

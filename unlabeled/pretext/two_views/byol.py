@@ -1,0 +1,73 @@
+"""BYOL: predict what a slowly following teacher says of the other view. No negatives.
+
+Grill, Strub, Altché et al.: Bootstrap your own latent, NeurIPS 2020, arXiv 2006.07733; repository
+github.com/google-deepmind/deepmind-research (byol). Loss and heads are lightly's. Each view passes through the networks
+by itself, as published, so that batch norm never mixes the two.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, ClassVar
+
+import torch
+from lightly.loss import NegativeCosineSimilarity
+from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
+from pydantic import Field
+from torch import nn
+
+from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy
+from unlabeled.pretext.two_views.two_views import FirstColors, SecondColors, TwoViewsConfig, TwoViewTask, exactly
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.nn.ema import ema_update
+from unlabeled.ssl.task import Batch, StepOutput, TaskConfig
+
+
+class BYOLConfig(TwoViewsConfig):
+    """Settings of BYOL; the defaults are those of the run of 1000 epochs."""
+
+    momentum: float = Field(0.996, ge=0, le=1)
+    """Of the teacher at the start; it rises to 1 by half a cosine. 0.99 for 300 epochs and fewer (appendix C)."""
+    hidden: int = Field(4096, ge=1)
+    """Width of the hidden layer of projector and predictor."""
+    dim: int = Field(256, ge=1)
+    """Channels of projections and predictions."""
+    first: FirstColors = FirstColors()
+    second: SecondColors = SecondColors()
+
+
+class BYOL(TwoViewTask):
+    """The student (`backbone`, `projector`, `predictor`) against `teacher`, a copy of its backbone and projector.
+
+    The teacher starts as an exact copy, projector included; its batch norms see the statistics of each batch and keep
+    running ones of their own. It follows after the optimizer step, with the momentum of the step to come.
+    """
+
+    Config: ClassVar[type[TaskConfig]] = BYOLConfig
+    collapse_remedy: ClassVar[str] = "raise task.momentum, lower optim.lr, or lengthen schedule.warmup_epochs"
+    config: BYOLConfig
+
+    def __init__(self, config: BYOLConfig, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        self.projector = BYOLProjectionHead(backbone.embed_dim, config.hidden, config.dim)
+        self.predictor = BYOLPredictionHead(config.dim, config.hidden, config.dim)
+        self.teacher = frozen_copy(self.followed())
+        self.negative_cosine = NegativeCosineSimilarity()
+
+    def followed(self) -> nn.Sequential:
+        """What the teacher follows: backbone and projector of the student."""
+        return nn.Sequential(OrderedDict(backbone=self.backbone, projector=self.projector))
+
+    def forward(self, batch: Batch, *args: Any, **draw: Any) -> StepOutput:
+        """``views`` uint8 (B, 2, 3, h, w) → mean of 2 - 2 cos(prediction, target), summed over both directions."""
+        views = self.pair(batch)
+        predictions = [self.predictor(self.embed(view)) for view in views]  # (B, D) each
+        with torch.no_grad():
+            targets = [self.teacher(view) for view in views]
+        pairs = zip(predictions, reversed(targets), strict=True)
+        loss = torch.stack([2 + 2 * exactly(self.negative_cosine, *pair) for pair in pairs]).sum()
+        return self.output(loss, predictions[0], targets[1])
+
+    def after_step(self, progress: float) -> None:
+        """Moves the teacher; parameters only."""
+        ema_update(self.teacher, self.followed(), cosine_momentum(self.config.momentum, 1.0, progress))

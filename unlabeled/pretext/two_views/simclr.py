@@ -1,0 +1,66 @@
+"""SimCLR: find a picture's other view among all other views of the batch.
+
+Chen, Kornblith, Norouzi, Hinton: A Simple Framework for Contrastive Learning of Visual Representations, ICML 2020,
+arXiv 2002.05709; repository github.com/google-research/simclr. Loss and head are lightly's. All 2 B views pass through
+the network together, as published, so that batch norm sees both.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from lightly.loss import NTXentLoss
+from lightly.models.modules.heads import SimCLRProjectionHead
+from pydantic import Field
+
+from unlabeled.pretext.common.views import Chance, ColorConfig
+from unlabeled.pretext.two_views.two_views import TwoViewsConfig, TwoViewTask, exactly
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.task import Batch, StepOutput, TaskConfig
+
+
+class SimCLRColors(ColorConfig):
+    """Colours of both views, of strength 1 (appendix A); half of it suits CIFAR (appendix B.9)."""
+
+    brightness: float = Field(0.8, ge=0)
+    contrast: float = Field(0.8, ge=0)
+    saturation: float = Field(0.8, ge=0)
+    hue: float = Field(0.2, ge=0, le=0.5)
+    blur: Chance = 0.5
+
+
+class SimCLRConfig(TwoViewsConfig):
+    """Settings of SimCLR; the defaults are those for ImageNet."""
+
+    temperature: float = Field(0.1, gt=0)
+    """Divides the cosines; 0.5 for CIFAR (appendix B.9)."""
+    hidden: int = Field(2048, ge=1)
+    """Width of the projection head's hidden layer; the authors take the backbone's, 2048 for a ResNet-50."""
+    dim: int = Field(128, ge=1)
+    """Channels of the projections that are compared."""
+    first: SimCLRColors = SimCLRColors()
+    second: SimCLRColors = SimCLRColors()
+
+
+class SimCLR(TwoViewTask):
+    """NT-Xent over the two views of all pictures, those of other ranks included.
+
+    lightly's gather passes on the gradients of all ranks' losses, and DDP takes the mean over ranks: together the exact
+    gradient of one process with the whole batch.
+    """
+
+    Config: ClassVar[type[TaskConfig]] = SimCLRConfig
+    per_picture: ClassVar[bool] = False
+    collapse_remedy: ClassVar[str] = "lower optim.lr, raise batch_size, or lower task.temperature"
+    config: SimCLRConfig
+
+    def __init__(self, config: SimCLRConfig, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        self.projector = SimCLRProjectionHead(backbone.embed_dim, config.hidden, config.dim)
+        self.loss = NTXentLoss(config.temperature, gather_distributed=torch.distributed.is_available())
+
+    def forward(self, batch: Batch, *args: Any, **draw: Any) -> StepOutput:
+        """``views`` uint8 (B, 2, 3, h, w) → mean over 2 B views of the cross-entropy of equation 1."""
+        first, second = self.embed(torch.cat(self.pair(batch))).chunk(2)  # (B, D) each
+        return self.output(exactly(self.loss, first, second), first, second)

@@ -1,0 +1,78 @@
+"""VICReg: the two views agree, each channel varies over pictures, and no two channels say the same.
+
+Bardes, Ponce, LeCun: VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning, ICLR 2022,
+arXiv 2105.04906; repository github.com/facebookresearch/vicreg. The loss is lightly's. Each view passes through the
+network by itself, as published.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from lightly.loss import VICRegLoss
+from lightly.models.modules.heads import ProjectionHead
+from pydantic import Field
+from torch import nn
+
+from unlabeled.pretext.common.patches import widened
+from unlabeled.pretext.two_views.two_views import FirstColors, SecondColors, TwoViewsConfig, TwoViewTask, exactly
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.task import Batch, StepOutput, TaskConfig
+from unlabeled.ssl.train.collapse import DEVIATION
+
+
+class VICRegConfig(TwoViewsConfig):
+    """Settings of VICReg; the defaults are the paper's."""
+
+    invariance_weight: float = Field(25.0, ge=0)
+    """Of the mean squared difference of the two views."""
+    variance_weight: float = Field(25.0, ge=0)
+    """Of the hinge that keeps each channel's standard deviation at 1 or above; without it features collapse."""
+    covariance_weight: float = Field(1.0, ge=0)
+    """Of the squared covariances of different channels."""
+    hidden: int = Field(8192, ge=1)
+    """Width of the expander's two hidden layers."""
+    dim: int = Field(8192, ge=1)
+    """Channels of the projections that are compared."""
+    first: FirstColors = FirstColors()
+    second: SecondColors = SecondColors()
+
+
+class VICReg(TwoViewTask):
+    """Three terms on the projections of both views; variance and covariance are those of all ranks' pictures.
+
+    lightly's gather passes on the gradients of all ranks' losses, and DDP takes the mean over ranks: together the exact
+    gradient of one process with the whole batch.
+    """
+
+    Config: ClassVar[type[TaskConfig]] = VICRegConfig
+    per_picture: ClassVar[bool] = False
+    collapse_remedy: ClassVar[str] = "raise task.variance_weight, or lower optim.lr"
+    config: VICRegConfig
+
+    def __init__(self, config: VICRegConfig, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        width, hidden, dim = backbone.embed_dim, config.hidden, config.dim
+        # lightly's VICRegProjectionHead ends with a bias, which the loss does not see and the authors' has not
+        self.projector = ProjectionHead(
+            [
+                (width, hidden, nn.BatchNorm1d(hidden), nn.ReLU()),
+                (hidden, hidden, nn.BatchNorm1d(hidden), nn.ReLU()),
+                (hidden, dim, None, None, False),
+            ]
+        )
+        self.loss = VICRegLoss(
+            config.invariance_weight,
+            config.variance_weight,
+            config.covariance_weight,
+            gather_distributed=torch.distributed.is_available(),
+        )
+
+    def forward(self, batch: Batch, *args: Any, **draw: Any) -> StepOutput:
+        """``views`` uint8 (B, 2, 3, h, w) → the weighted sum of equation 6, with a mean of squares over channels too,
+        as in the authors' code."""
+        first, second = (self.embed(view) for view in self.pair(batch))  # (B, D) each
+        output = self.output(exactly(self.loss, first, second), first, second)
+        output.logs[DEVIATION] = widened(first.detach()).std(0).mean()
+        return output
