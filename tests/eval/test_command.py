@@ -17,7 +17,7 @@ from eval_helpers import MemorySource, tiny_vit
 
 from unlabeled.eval import command
 from unlabeled.eval.command import evaluate_target, resolve_target
-from unlabeled.eval.report.pictures import save_pictures
+from unlabeled.report.pictures import save_pictures
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.config.schema import DataConfig, EvaluateRun, PretrainConfig
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError, DataError

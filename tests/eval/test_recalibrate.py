@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from unlabeled.eval.cache import weights_identity
 from unlabeled.eval.command import Target, masked_statistics
 from unlabeled.eval.recalibrate import batch_norms, recalibrated, recalibration_pictures
-from unlabeled.eval.report.page import write_report
-from unlabeled.eval.report.summary import RunSummary
+from unlabeled.eval.results import Evidence
 from unlabeled.eval.settings import KnnConfig, LinearConfig
-from unlabeled.eval.suite import Evidence, evaluate_backbone, online_knn
+from unlabeled.eval.suite import evaluate_backbone, online_knn
 from unlabeled.pretext.predictive.rotation import Rotation
+from unlabeled.report.page import write_report
+from unlabeled.report.summary import RunSummary
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.config.schema import EvaluateConfig, PretrainConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError

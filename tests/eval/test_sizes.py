@@ -13,8 +13,8 @@ from eval_helpers import MemorySource
 
 from unlabeled.eval import command, sizes
 from unlabeled.eval.command import evaluate_target
-from unlabeled.eval.report.document import read_report
 from unlabeled.eval.size_curve import SizeCurve, SizeResult, load_curve, read_curve
+from unlabeled.report.document import read_report
 from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.backbones.elastic import Elastic, ElasticConfig
 from unlabeled.ssl.backbones.weights import export_backbone, load_backbone
@@ -226,7 +226,7 @@ def test_the_report_of_an_elastic_run_has_its_sizes(run: Path) -> None:
 def test_a_page_of_many_sizes_shows_the_best_first(tmp_path: Path) -> None:
     from report_helpers import RUN, evidence
 
-    from unlabeled.eval.report.page import render_report
+    from unlabeled.report.page import render_report
 
     many = curve_of(*(result(f"8x{n}", 10 * n, 0.3 + 0.01 * (n // 2)) for n in range(1, 40)))
     render_report(tmp_path, RUN, evidence(), [], None, sizes=many)

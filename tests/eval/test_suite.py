@@ -151,7 +151,7 @@ def test_points_and_maps_of_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(images)
         return {"attention": images[0]}
 
-    monkeypatch.setattr("unlabeled.eval.report.look.map_pictures", map_pictures)
+    monkeypatch.setattr("unlabeled.eval.dense.look.map_pictures", map_pictures)
     train, test = sources(corrupt=(0, 1))
     evidence = evaluate_backbone(tiny_vit(), train, test, CONFIG.model_copy(update={"maps": 4}))
     assert evidence is not None

@@ -13,15 +13,16 @@ import timm
 import torch
 import yaml
 
+from unlabeled.eval.comparison import judge
 from unlabeled.eval.recalibrate import batch_norms
-from unlabeled.eval.report.page import render_report
-from unlabeled.eval.report.pictures import read_pictures
-from unlabeled.eval.report.summary import RunSummary, count_parameters, name_backbone, name_data, summarize_run
-from unlabeled.eval.report.verdict import judge
+from unlabeled.eval.results import Evidence
 from unlabeled.eval.size_curve import SizeCurve, read_curve
 from unlabeled.eval.sizes import Alone, SizePlan, measure_sizes, plan_sizes
-from unlabeled.eval.suite import Evidence, evaluate_backbone
+from unlabeled.eval.suite import evaluate_backbone
 from unlabeled.pretext.registry import task_class, task_config
+from unlabeled.report.page import render_report
+from unlabeled.report.pictures import read_pictures
+from unlabeled.report.summary import RunSummary, count_parameters, name_backbone, name_data, summarize_run
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.config.composition import validate
 from unlabeled.ssl.config.schema import BackboneConfig, DataConfig, EvaluateRun, PretrainConfig

@@ -18,10 +18,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from unlabeled.eval.cache import cache_key, data_identity
+from unlabeled.eval.comparison import label_of, percent
 from unlabeled.eval.recalibrate import batch_norms
-from unlabeled.eval.report.verdict import label_of, percent
+from unlabeled.eval.results import EncoderEvidence, Evidence
 from unlabeled.eval.size_curve import FILE, SizeCurve, SizeResult, file_digest, load_curve, write_curve
-from unlabeled.eval.suite import EncoderEvidence, Evidence, evaluate_backbone
+from unlabeled.eval.suite import evaluate_backbone
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.elastic import SubSize
 from unlabeled.ssl.backbones.elastic.cost import cost_of

@@ -7,24 +7,24 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from unlabeled.eval.base import Estimate, Evaluator, FeatureSet, FeatureSplit, IntArray, Value, check_features
-from unlabeled.eval.embedding import Embedding, check_method, embed
+from unlabeled.eval.base import Estimate, Evaluator, FeatureSet, FeatureSplit, Value, check_features
+from unlabeled.eval.dense.look import backbone_maps
+from unlabeled.eval.embedding import check_method, embed
 from unlabeled.eval.environment import hardware
 from unlabeled.eval.evaluators.knn import KnnEvaluator
 from unlabeled.eval.features import Precision, extract_features, is_main_process, raw_pixels
+from unlabeled.eval.gallery import GalleryRow, nearest_gallery
 from unlabeled.eval.recalibrate import recalibrated, recalibration_pictures
 from unlabeled.eval.registry import build_evaluators, measure_of
-from unlabeled.eval.report.gallery import GalleryRow, nearest_gallery
-from unlabeled.eval.report.look import backbone_maps
+from unlabeled.eval.results import EncoderEvidence, Evidence
 from unlabeled.eval.subject import Loading, Subject, principal
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.config.schema import EvaluateConfig
@@ -32,64 +32,6 @@ from unlabeled.ssl.core.errors import CapabilityError, ConfigError, DataError
 from unlabeled.ssl.data.source import ImageSource, limited
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class EncoderEvidence:
-    """What was measured on one encoder's features."""
-
-    metrics: dict[str, float]
-    """``evaluator/name`` → value, such as ``knn/k20`` (fractions, not percent)."""
-    arrays: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
-    """``evaluator/name`` → array, such as ``linear/confusion`` (C, C)."""
-    notes: tuple[str, ...] = ()
-    """What a reader of the numbers should know, in plain words."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Wall clock of ``features`` and of each evaluator."""
-    dimension: int = 0
-    """Number of features."""
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """95 % interval of the metrics that bring their own."""
-    pictures: dict[str, Tensor] = field(default_factory=dict)
-    """``evaluator/name`` → uint8 (3, H, W), for the report."""
-
-
-@dataclass(frozen=True, repr=False)
-class Evidence:
-    """Everything that a report says about an encoder's quality."""
-
-    encoders: dict[str, EncoderEvidence]
-    """``backbone``, and with baselines ``pixels`` and ``random``."""
-    headline: tuple[str, ...]
-    """The metrics to quote, fixed beforehand: ``knn/k20`` and ``linear/top1``."""
-    classes: tuple[str, ...]
-    test_labels: IntArray
-    """int64 (N,) of the pictures that were judged."""
-    train_pictures: int
-    test_pictures: int
-    majority: float
-    """Test accuracy of always guessing the commonest training class."""
-    skipped: dict[str, tuple[str, ...]]
-    """Split → names of pictures that could not be decoded."""
-    seeds: dict[str, int]
-    hardware: dict[str, str]
-    gallery: tuple[GalleryRow, ...] = ()
-    embedding: Embedding | None = None
-    """Some test pictures as points of a plane."""
-    maps: dict[str, Tensor] = field(default_factory=dict)
-    """What the backbone looks at in a few test pictures: name → uint8 (3, H, W)."""
-    seconds: float = 0.0
-    """Wall clock of the whole evaluation."""
-    recalibrated: int = 0
-    """Training pictures on which the batch-norm statistics of all networks were estimated anew; 0: they were not."""
-
-    def __repr__(self) -> str:
-        return f"<Evidence of {', '.join(self.encoders)} on {self.test_pictures} test pictures>"
-
-    def _repr_markdown_(self) -> str:
-        from unlabeled.eval.report.tables import evidence_table
-
-        return evidence_table(self)
 
 
 def evaluate_backbone(

@@ -17,7 +17,7 @@ from unlabeled.ssl.train.loop import train, whole_task
 from unlabeled.ssl.train.monitor import read_metrics
 
 if TYPE_CHECKING:
-    from unlabeled.eval.suite import Evidence
+    from unlabeled.eval.results import Evidence
 
 
 @dataclass(frozen=True)

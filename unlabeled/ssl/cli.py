@@ -105,8 +105,8 @@ def _export(given: argparse.Namespace) -> None:
 def _sizes(given: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from unlabeled.eval.report.size_table import render_terminal
     from unlabeled.eval.size_curve import read_curve
+    from unlabeled.report.size_table import render_terminal
     from unlabeled.ssl.backbones.elastic.cost import costs_of
     from unlabeled.ssl.subnetworks import outline_elastic
 
@@ -176,7 +176,7 @@ def _gauntlet(given: argparse.Namespace) -> None:
 
 
 def _report(given: argparse.Namespace) -> None:
-    from unlabeled.eval.report.compare import report_runs
+    from unlabeled.report.compare import report_runs
 
     logging.getLogger(__name__).info("Comparison: %s", report_runs(given.words))
 

@@ -20,7 +20,7 @@ from unlabeled.ssl.task import PretextTask
 from unlabeled.ssl.train.monitor import read_metrics
 
 if TYPE_CHECKING:
-    from unlabeled.eval.suite import Evidence
+    from unlabeled.eval.results import Evidence
     from unlabeled.ssl.train.loop import Training
 
 logger = logging.getLogger(__name__)
@@ -82,11 +82,11 @@ def conclude(config: PretrainConfig, run: Training, task: PretextTask) -> tuple[
 
     `task` is the trained task, unsharded. Its pictures stay in ``pictures/`` of the run's folder, for later reports.
     """
-    from unlabeled.eval.report.page import write_report
-    from unlabeled.eval.report.pictures import read_pictures, save_pictures
-    from unlabeled.eval.report.summary import summarize_run
-    from unlabeled.eval.report.verdict import judge
+    from unlabeled.eval.comparison import judge
     from unlabeled.eval.suite import evaluate_backbone
+    from unlabeled.report.page import write_report
+    from unlabeled.report.pictures import read_pictures, save_pictures
+    from unlabeled.report.summary import summarize_run
 
     encoder, device = task.encoder(), run.accelerator.device
     if not config.evaluate.final:

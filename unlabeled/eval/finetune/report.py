@@ -12,16 +12,16 @@ import torch
 import yaml
 
 from unlabeled.eval.base import Estimate
+from unlabeled.eval.comparison import TITLES, Comparison, percent, signed
 from unlabeled.eval.environment import versions
 from unlabeled.eval.finetune.accuracy import Accuracy
 from unlabeled.eval.finetune.config import FinetuneConfig
 from unlabeled.eval.finetune.data import LabelledPictures
 from unlabeled.eval.intervals import difference
-from unlabeled.eval.report.document import clean, training_summary, write_json
-from unlabeled.eval.report.figures import comparison_figure, confusion_figure, training_curves
-from unlabeled.eval.report.page import environment
-from unlabeled.eval.report.summary import count_parameters, name_backbone, name_data
-from unlabeled.eval.report.verdict import TITLES, Comparison, percent, signed
+from unlabeled.report.document import clean, training_summary, write_json
+from unlabeled.report.figures import comparison_figure, confusion_figure, training_curves
+from unlabeled.report.page import environment
+from unlabeled.report.summary import count_parameters, name_backbone, name_data
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.train.monitor import read_metrics
 

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from unlabeled.eval.gauntlet.plan import Cell
-from unlabeled.eval.suite import EncoderEvidence
+from unlabeled.eval.results import EncoderEvidence
 from unlabeled.ssl.core.errors import first_line
 from unlabeled.ssl.core.files import write_atomically, writing
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unlabeled.eval.report.document import clean
-from unlabeled.eval.report.page import environment
-from unlabeled.eval.report.verdict import limits, shown
+from unlabeled.eval.comparison import limits, shown
+from unlabeled.report.document import clean
+from unlabeled.report.page import environment
 from unlabeled.ssl.core.files import write_atomically, writing
 
 _CSV = (

@@ -19,8 +19,8 @@ from unlabeled.eval.command import Target, masked_statistics, resolve_target
 from unlabeled.eval.gauntlet.settings import GauntletBackbone, GauntletData, GauntletRun
 from unlabeled.eval.recalibrate import recalibration_pictures
 from unlabeled.eval.registry import build_evaluators, measure_of
-from unlabeled.eval.report.summary import count_parameters, name_backbone
 from unlabeled.eval.suite import random_twin
+from unlabeled.report.summary import count_parameters, name_backbone
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.config.schema import BackboneConfig, EvaluateRun
 from unlabeled.ssl.core.errors import ConfigError, DataError

@@ -11,9 +11,9 @@ import torch
 
 from unlabeled.eval.base import Measure
 from unlabeled.eval.embedding import Embedding
-from unlabeled.eval.report.gallery import GalleryRow, Thumbnail
-from unlabeled.eval.report.summary import RunSummary
-from unlabeled.eval.suite import EncoderEvidence, Evidence
+from unlabeled.eval.gallery import GalleryRow, Thumbnail
+from unlabeled.eval.results import EncoderEvidence, Evidence
+from unlabeled.report.summary import RunSummary
 
 RUN = RunSummary(
     title="a run", backbone="vit", data="digits", parameters=1_234_567, device="cpu", seed=3,

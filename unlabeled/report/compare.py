@@ -17,9 +17,9 @@ from unlabeled.eval.base import Estimate, Measure
 from unlabeled.eval.environment import versions
 from unlabeled.eval.intervals import less, wilson
 from unlabeled.eval.registry import measure_of
-from unlabeled.eval.report.compare_figures import accuracy_figure, online_figure
-from unlabeled.eval.report.document import clean, read_report
-from unlabeled.eval.report.page import duration, environment
+from unlabeled.report.compare_figures import accuracy_figure, online_figure
+from unlabeled.report.document import clean, read_report
+from unlabeled.report.page import duration, environment
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.core.files import write_atomically, writing
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from unlabeled.eval.report import pictures
-from unlabeled.eval.report.pictures import data_uri, read_pictures, save_pictures, shown_pictures
+from unlabeled.report import pictures
+from unlabeled.report.pictures import data_uri, read_pictures, save_pictures, shown_pictures
 from unlabeled.ssl.core.errors import DataError
 
 

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from unlabeled.eval.comparison import TITLES, compare, judge
 from unlabeled.eval.embedding import Embedding
 from unlabeled.eval.environment import versions
-from unlabeled.eval.report.sections import evaluator_sections, general_notes, title_of
-from unlabeled.eval.report.size_table import size_section
-from unlabeled.eval.report.summary import RunSummary
-from unlabeled.eval.report.verdict import TITLES, compare, judge
+from unlabeled.eval.results import EncoderEvidence, Evidence
 from unlabeled.eval.size_curve import SizeCurve
-from unlabeled.eval.suite import EncoderEvidence, Evidence
+from unlabeled.report.sections import evaluator_sections, general_notes, title_of
+from unlabeled.report.size_table import size_section
+from unlabeled.report.summary import RunSummary
 from unlabeled.ssl.core.errors import DataError
 
 SCHEMA = 2

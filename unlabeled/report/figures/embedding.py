@@ -9,7 +9,7 @@ import numpy as np
 from markupsafe import Markup
 
 from unlabeled.eval.embedding import Embedding
-from unlabeled.eval.report.figures.style import KINDS, SOFT, STYLE, WIDTH, drawing, legend, short, svg
+from unlabeled.report.figures.style import KINDS, SOFT, STYLE, WIDTH, drawing, legend, short, svg
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">")
 """Shapes beside the colours, for eyes and printers that do not tell colours apart."""

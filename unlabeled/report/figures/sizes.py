@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from unlabeled.eval.comparison import label_of
 from unlabeled.eval.intervals import wilson
-from unlabeled.eval.report.figures.style import ACCENT, CARD, INK, SOFT, STYLE, WIDTH, percent_axis, svg
-from unlabeled.eval.report.verdict import label_of
 from unlabeled.eval.size_curve import SizeCurve, SizeResult
+from unlabeled.report.figures.style import ACCENT, CARD, INK, SOFT, STYLE, WIDTH, percent_axis, svg
 
 _BARRED = 24
 """Sizes up to which each is drawn with its interval and its random weights; past it the front alone has them."""

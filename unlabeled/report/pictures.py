@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unlabeled.eval.report.gallery import shrunk
+from unlabeled.eval.gallery import shrunk
 from unlabeled.ssl.core.errors import DataError
 
 FOLDER = "pictures"

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 
 from unlabeled.eval.base import Estimate
-from unlabeled.eval.report.figures.style import (
+from unlabeled.eval.comparison import TITLES, Comparison, cut_of, percent
+from unlabeled.report.figures.style import (
     ACCENT,
     CARD,
     INK,
@@ -28,8 +29,7 @@ from unlabeled.eval.report.figures.style import (
     short,
     svg,
 )
-from unlabeled.eval.report.sections import Series, cut_of
-from unlabeled.eval.report.verdict import TITLES, Comparison, percent
+from unlabeled.report.sections import Series
 
 _ROWS = 24
 """Classes up to which each has a row."""

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from unlabeled.eval.report.document import clean
+from unlabeled.report.document import clean
 
 INK, SOFT, LINE, ACCENT, CARD = "#010101", "#020202", "#030303", "#040404", "#050505"
 KINDS = tuple(f"#0600{number:02x}" for number in range(10))
@@ -60,7 +60,7 @@ LOOKS: dict[str, dict[str, Any]] = {
     "pixels": {"color": SOFT, "linestyle": (0, (1, 2)), "marker": "s", "markersize": 3, "linewidth": 1.2},
     "random": {"color": SOFT, "linestyle": "--", "marker": "D", "markersize": 3, "linewidth": 1.1},
 }
-"""Line of each encoder; tables and figures name them as `unlabeled.eval.report.verdict.TITLES` does."""
+"""Line of each encoder; tables and figures name them as `unlabeled.eval.comparison.TITLES` does."""
 
 
 def drawing(height: float) -> tuple[Figure, Axes]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 
 from unlabeled.eval.base import Estimate
-from unlabeled.eval.report.sections import cut_of
-from unlabeled.eval.report.verdict import TITLES, Comparison, judge, measures, percent
-from unlabeled.eval.suite import Evidence
+from unlabeled.eval.comparison import TITLES, Comparison, cut_of, judge, measures, percent
+from unlabeled.eval.results import Evidence
 
 
 def evidence_table(evidence: Evidence) -> str:

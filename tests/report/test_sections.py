@@ -10,14 +10,14 @@ import pytest
 from report_helpers import RUN, evidence, with_made_up
 
 from unlabeled.eval.base import Estimate
+from unlabeled.eval.comparison import Comparison, compare, measures, shown
 from unlabeled.eval.intervals import wilson
 from unlabeled.eval.registry import EVALUATORS
-from unlabeled.eval.report.document import report_document
-from unlabeled.eval.report.figures import evaluator_figures
-from unlabeled.eval.report.page import write_report
-from unlabeled.eval.report.sections import find_series, per_class
-from unlabeled.eval.report.verdict import Comparison, compare, measures, shown
-from unlabeled.eval.suite import Evidence
+from unlabeled.eval.results import Evidence
+from unlabeled.report.document import report_document
+from unlabeled.report.figures import evaluator_figures
+from unlabeled.report.page import write_report
+from unlabeled.report.sections import find_series, per_class
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from unlabeled.eval.base import Estimate, Measure
 from unlabeled.eval.intervals import less, wilson
 from unlabeled.eval.registry import measure_of
-from unlabeled.eval.suite import Evidence
+from unlabeled.eval.results import Evidence
 
 Level = Literal["better", "even", "worse", "mixed", "alone", "none"]
 
@@ -183,3 +183,8 @@ def limits(cell: Mapping[str, Any], unit: str) -> str:
 def signed(fraction: float) -> str:
     """-0.0123 → ``−1.2``, with a real minus sign."""
     return f"{100 * fraction:+.1f}".replace("-", "−")
+
+
+def cut_of(metric: str) -> str | None:
+    """``64`` or ``pca64`` of what was measured on a part of the features; None: on all of them."""
+    return metric.partition("@")[2] or None

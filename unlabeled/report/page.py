@@ -9,22 +9,22 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from torch import Tensor
 
-from unlabeled.eval.report.document import Row, clean, report_document, write_json
-from unlabeled.eval.report.figures import (
+from unlabeled.eval.comparison import compare, label_of, limits, percent, shown, signed
+from unlabeled.eval.gallery import Thumbnail
+from unlabeled.eval.results import Evidence
+from unlabeled.eval.size_curve import SizeCurve, read_curve
+from unlabeled.report.document import Row, clean, report_document, write_json
+from unlabeled.report.figures import (
     comparison_figure,
     embedding_figure,
     evaluator_figures,
     size_figure,
     training_curves,
 )
-from unlabeled.eval.report.gallery import Thumbnail
-from unlabeled.eval.report.pictures import css_class, data_uri, shown_pictures
-from unlabeled.eval.report.sections import caption_of
-from unlabeled.eval.report.size_table import gmacs, millions, shown_rows, size_words
-from unlabeled.eval.report.summary import RunSummary
-from unlabeled.eval.report.verdict import compare, label_of, limits, percent, shown, signed
-from unlabeled.eval.size_curve import SizeCurve, read_curve
-from unlabeled.eval.suite import Evidence
+from unlabeled.report.pictures import css_class, data_uri, shown_pictures
+from unlabeled.report.sections import caption_of
+from unlabeled.report.size_table import gmacs, millions, shown_rows, size_words
+from unlabeled.report.summary import RunSummary
 
 
 def write_report(
@@ -38,7 +38,7 @@ def write_report(
 
     What was measured of the run's sizes (``folder/sizes.json``) becomes a section of it.
     `metrics` are the rows of metrics.jsonl, `pictures` the task's own, name → uint8 (3, H, W). The page needs no other
-    file and no network. The schema of the JSON is that of `unlabeled.eval.report.document.report_document`.
+    file and no network. The schema of the JSON is that of `unlabeled.report.document.report_document`.
     """
     return render_report(folder / "report", run, evidence, metrics, pictures, sizes=read_curve(folder))
 
@@ -75,7 +75,7 @@ def render_report(
 def environment(*, html: bool) -> Environment:
     """Of the templates beside this file, with the filters that they use."""
     environment = Environment(
-        loader=PackageLoader("unlabeled.eval.report", "templates"),
+        loader=PackageLoader("unlabeled.report", "templates"),
         autoescape=html,
         trim_blocks=html,
         keep_trailing_newline=True,

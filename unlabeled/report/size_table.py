@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
+from unlabeled.eval.comparison import label_of, percent
 from unlabeled.eval.intervals import wilson
-from unlabeled.eval.report.verdict import label_of, percent
 from unlabeled.eval.size_curve import SizeCurve, SizeResult
 from unlabeled.ssl.backbones.elastic import SubSize
 from unlabeled.ssl.backbones.elastic.cost import Cost

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from unlabeled.eval.embedding import Embedding
-from unlabeled.eval.report.figures import class_figure, embedding_figure, heat_figure, spectrum_figure
+from unlabeled.report.figures import class_figure, embedding_figure, heat_figure, spectrum_figure
 
-CSS = (files("unlabeled.eval.report") / "templates" / "report.css").read_text()
+CSS = (files("unlabeled.report") / "templates" / "report.css").read_text()
 
 SEEN_AS = {
     "everyone": np.eye(3),

@@ -11,8 +11,8 @@ import numpy.typing as npt
 from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
-from unlabeled.eval.report.document import Row, online_curve
-from unlabeled.eval.report.figures.style import ACCENT, STYLE, drawing, percent_axis, svg
+from unlabeled.report.document import Row, online_curve
+from unlabeled.report.figures.style import ACCENT, STYLE, drawing, percent_axis, svg
 
 _POINTS = 400
 _BESIDE = {"step", "epoch", "loss", "lr", "images_per_s", "data_wait", "grad_norm", "memory_gb", "time", "seconds"} | {

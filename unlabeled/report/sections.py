@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from unlabeled.eval.comparison import TITLES, Comparison, cut_of, measures
 from unlabeled.eval.registry import EVALUATORS, evaluator_class
-from unlabeled.eval.report.verdict import TITLES, Comparison, measures
-from unlabeled.eval.suite import Evidence
+from unlabeled.eval.results import Evidence
 
 _ELEMENTS = 2500
 """Largest array that report.json holds."""
@@ -63,11 +63,6 @@ def caption_of(key: str) -> str:
     name, _, key = key.partition("/")
     captions: dict[str, str] = getattr(evaluator_class(name), "captions", {}) if name in EVALUATORS else {}
     return captions.get(key, key)
-
-
-def cut_of(metric: str) -> str | None:
-    """``64`` or ``pca64`` of what was measured on a part of the features; None: on all of them."""
-    return metric.partition("@")[2] or None
 
 
 def drawn(key: str) -> bool:

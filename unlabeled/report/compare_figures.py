@@ -10,7 +10,8 @@ import matplotlib as mpl
 from markupsafe import Markup
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from unlabeled.eval.report.figures.style import (
+from unlabeled.eval.comparison import percent
+from unlabeled.report.figures.style import (
     ACCENT,
     INK,
     KINDS,
@@ -22,7 +23,6 @@ from unlabeled.eval.report.figures.style import (
     short,
     svg,
 )
-from unlabeled.eval.report.verdict import percent
 
 _LABEL = 28
 _LINES = ("-", "--", ":", "-.")

@@ -13,9 +13,9 @@ import pytest
 from report_helpers import RUN, evidence
 
 from unlabeled.eval.intervals import difference, wilson
-from unlabeled.eval.report.compare import report_runs
-from unlabeled.eval.report.document import report_document, write_json
-from unlabeled.eval.suite import Evidence
+from unlabeled.eval.results import Evidence
+from unlabeled.report.compare import report_runs
+from unlabeled.report.document import report_document, write_json
 from unlabeled.ssl.cli import main
 from unlabeled.ssl.core.errors import ConfigError, DataError
 

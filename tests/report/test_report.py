@@ -13,11 +13,11 @@ import pytest
 import torch
 from report_helpers import RUN, evidence, with_made_up
 
+from unlabeled.eval.comparison import compare, judge, label_of
 from unlabeled.eval.registry import EVALUATORS
-from unlabeled.eval.report.document import clean, read_report, report_document
-from unlabeled.eval.report.figures import confusion_figure, training_curves
-from unlabeled.eval.report.page import write_report
-from unlabeled.eval.report.verdict import compare, judge, label_of
+from unlabeled.report.document import clean, read_report, report_document
+from unlabeled.report.figures import confusion_figure, training_curves
+from unlabeled.report.page import write_report
 from unlabeled.ssl.core.errors import DataError
 
 HOSTILE = (

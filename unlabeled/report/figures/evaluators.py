@@ -10,12 +10,12 @@ import numpy.typing as npt
 from markupsafe import Markup
 
 from unlabeled.eval.base import Estimate
+from unlabeled.eval.comparison import Comparison, cut_of, measures
 from unlabeled.eval.registry import EVALUATORS
-from unlabeled.eval.report.figures.accuracy import class_figure, prefix_figure, series_figure
-from unlabeled.eval.report.figures.matrices import confusion_figure, heat_figure, spectrum_figure
-from unlabeled.eval.report.sections import Series, cut_of, find_series, is_per_class, per_class, title_of
-from unlabeled.eval.report.verdict import Comparison, measures
-from unlabeled.eval.suite import Evidence
+from unlabeled.eval.results import Evidence
+from unlabeled.report.figures.accuracy import class_figure, prefix_figure, series_figure
+from unlabeled.report.figures.matrices import confusion_figure, heat_figure, spectrum_figure
+from unlabeled.report.sections import Series, find_series, is_per_class, per_class, title_of
 
 Figure = tuple[str, Markup]
 """Title and SVG."""

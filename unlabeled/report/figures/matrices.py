@@ -13,7 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from unlabeled.eval.report.figures.style import (
+from unlabeled.eval.comparison import TITLES
+from unlabeled.report.figures.style import (
     ACCENT,
     CARD,
     INK,
@@ -27,7 +28,6 @@ from unlabeled.eval.report.figures.style import (
     short,
     svg,
 )
-from unlabeled.eval.report.verdict import TITLES
 
 _NUMBERED, _NAMED = 12, 24
 """Rows up to which a heat map shows numbers, and names."""

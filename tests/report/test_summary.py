@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from unlabeled.eval.report.summary import training_seconds
+from unlabeled.report.summary import training_seconds
 
 
 def row(step: int, speed: float) -> dict[str, float]:

@@ -1,0 +1,71 @@
+"""What was measured of an encoder and of its baselines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy.typing as npt
+from torch import Tensor
+
+from unlabeled.eval.base import IntArray
+from unlabeled.eval.embedding import Embedding
+from unlabeled.eval.gallery import GalleryRow
+
+
+@dataclass(frozen=True)
+class EncoderEvidence:
+    """What was measured on one encoder's features."""
+
+    metrics: dict[str, float]
+    """``evaluator/name`` → value, such as ``knn/k20`` (fractions, not percent)."""
+    arrays: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
+    """``evaluator/name`` → array, such as ``linear/confusion`` (C, C)."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the numbers should know, in plain words."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall clock of ``features`` and of each evaluator."""
+    dimension: int = 0
+    """Number of features."""
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """95 % interval of the metrics that bring their own."""
+    pictures: dict[str, Tensor] = field(default_factory=dict)
+    """``evaluator/name`` → uint8 (3, H, W), for the report."""
+
+
+@dataclass(frozen=True, repr=False)
+class Evidence:
+    """Everything that a report says about an encoder's quality."""
+
+    encoders: dict[str, EncoderEvidence]
+    """``backbone``, and with baselines ``pixels`` and ``random``."""
+    headline: tuple[str, ...]
+    """The metrics to quote, fixed beforehand: ``knn/k20`` and ``linear/top1``."""
+    classes: tuple[str, ...]
+    test_labels: IntArray
+    """int64 (N,) of the pictures that were judged."""
+    train_pictures: int
+    test_pictures: int
+    majority: float
+    """Test accuracy of always guessing the commonest training class."""
+    skipped: dict[str, tuple[str, ...]]
+    """Split → names of pictures that could not be decoded."""
+    seeds: dict[str, int]
+    hardware: dict[str, str]
+    gallery: tuple[GalleryRow, ...] = ()
+    embedding: Embedding | None = None
+    """Some test pictures as points of a plane."""
+    maps: dict[str, Tensor] = field(default_factory=dict)
+    """What the backbone looks at in a few test pictures: name → uint8 (3, H, W)."""
+    seconds: float = 0.0
+    """Wall clock of the whole evaluation."""
+    recalibrated: int = 0
+    """Training pictures on which the batch-norm statistics of all networks were estimated anew; 0: they were not."""
+
+    def __repr__(self) -> str:
+        return f"<Evidence of {', '.join(self.encoders)} on {self.test_pictures} test pictures>"
+
+    def _repr_markdown_(self) -> str:
+        from unlabeled.eval.tables import evidence_table  # here, since the table is made of what this class holds
+
+        return evidence_table(self)
