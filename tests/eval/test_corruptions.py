@@ -14,7 +14,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from unlabeled.eval.corruptions import CorruptedSource, corrupt, strength
-from unlabeled.eval.features import EvalTransform
+from unlabeled.eval.features.extract import EvalTransform
 from unlabeled.eval.settings import CorruptionName
 
 NAMES = get_args(CorruptionName)

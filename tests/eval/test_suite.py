@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from eval_helpers import MemorySource, tiny_vit
 
 from unlabeled.eval.base import FeatureSplit
-from unlabeled.eval.places.maps import CAPTIONS
+from unlabeled.eval.dense.maps import CAPTIONS
 from unlabeled.eval.settings import KnnConfig, LinearConfig
 from unlabeled.eval.suite import evaluate_backbone, online_knn, random_twin
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone

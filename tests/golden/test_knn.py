@@ -7,7 +7,7 @@ import pytest
 
 from unlabeled.eval.base import FeatureSet, FeatureSplit
 from unlabeled.eval.evaluators.knn import KnnEvaluator, class_scores, nearest_neighbours
-from unlabeled.eval.neighbours.search import normalized
+from unlabeled.eval.neighbors.search import normalized
 from unlabeled.eval.settings import KnnConfig
 from unlabeled.eval.subject import Subject
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from unlabeled.eval.comparison import judge
-from unlabeled.eval.recalibrate import batch_norms
+from unlabeled.eval.features.recalibrate import batch_norms
 from unlabeled.eval.results import Evidence
 from unlabeled.eval.size_curve import SizeCurve, read_curve
 from unlabeled.eval.sizes import Alone, SizePlan, measure_sizes, plan_sizes

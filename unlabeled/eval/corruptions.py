@@ -19,7 +19,7 @@ from torch.nn import functional
 from torchvision.io import decode_jpeg, encode_jpeg
 from torchvision.transforms.v2 import functional as tv
 
-from unlabeled.eval.features import PictureTransform
+from unlabeled.eval.features.extract import PictureTransform
 from unlabeled.eval.settings import CorruptionName
 from unlabeled.ssl.core.seeds import derive
 from unlabeled.ssl.data.source import ImageSource

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from unlabeled.eval.base import FeatureSplit, FloatArray, IntArray
-from unlabeled.eval.neighbours.search import normalized
+from unlabeled.eval.neighbors.search import normalized
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.core.seeds import derive
 

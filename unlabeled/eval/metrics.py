@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from unlabeled.eval.evaluators.knn import nearest_neighbours
-from unlabeled.eval.neighbours.faiss_threads import faiss_threads
+from unlabeled.eval.neighbors.faiss_threads import faiss_threads
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.core.seeds import derive
 

@@ -17,9 +17,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from unlabeled.eval.cache import cache_key, data_identity
 from unlabeled.eval.comparison import label_of, percent
-from unlabeled.eval.recalibrate import batch_norms
+from unlabeled.eval.features.cache import cache_key, data_identity
+from unlabeled.eval.features.recalibrate import batch_norms
 from unlabeled.eval.results import EncoderEvidence, Evidence
 from unlabeled.eval.size_curve import FILE, SizeCurve, SizeResult, file_digest, load_curve, write_curve
 from unlabeled.eval.suite import evaluate_backbone

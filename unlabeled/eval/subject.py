@@ -11,7 +11,7 @@ import torch
 from scipy.linalg import eigh
 
 from unlabeled.eval.base import FeatureSet, FeatureSplit, FloatArray
-from unlabeled.eval.features import Outputs, PictureTransform, Precision, extract_features
+from unlabeled.eval.features.extract import Outputs, PictureTransform, Precision, extract_features
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.data.source import ImageSource

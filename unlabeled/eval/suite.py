@@ -20,9 +20,9 @@ from unlabeled.eval.dense.look import backbone_maps
 from unlabeled.eval.embedding import check_method, embed
 from unlabeled.eval.environment import hardware
 from unlabeled.eval.evaluators.knn import KnnEvaluator
-from unlabeled.eval.features import Precision, extract_features, is_main_process, raw_pixels
+from unlabeled.eval.features.extract import Precision, extract_features, is_main_process, raw_pixels
+from unlabeled.eval.features.recalibrate import recalibrated, recalibration_pictures
 from unlabeled.eval.gallery import GalleryRow, nearest_gallery
-from unlabeled.eval.recalibrate import recalibrated, recalibration_pictures
 from unlabeled.eval.registry import build_evaluators, measure_of
 from unlabeled.eval.results import EncoderEvidence, Evidence
 from unlabeled.eval.subject import Loading, Subject, principal

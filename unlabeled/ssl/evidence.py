@@ -115,7 +115,7 @@ def conclude(config: PretrainConfig, run: Training, task: PretextTask) -> tuple[
 
 def task_pictures(run: Training, task: PretextTask, count: int = 8) -> dict[str, Tensor]:
     """What the task shows of the first pictures of the data, under fixed randomness."""
-    from unlabeled.eval.features import evaluating
+    from unlabeled.eval.features.extract import evaluating
 
     views = type(task).views(task.config, task.backbone)
     dataset = ViewDataset(open_source(run.config.data, "train"), views, run.config.engine.seed)

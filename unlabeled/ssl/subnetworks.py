@@ -116,7 +116,7 @@ def _export(run: ExportRun, whole: ElasticRun, size: SubSize, out: Path, *, like
 
 def _with_statistics(run: ExportRun, alone: Backbone) -> Backbone:
     """`alone` with running statistics of its own, where it has batch norms."""
-    from unlabeled.eval.recalibrate import batch_norms, recalibrated
+    from unlabeled.eval.features.recalibrate import batch_norms, recalibrated
     from unlabeled.ssl.data.source import open_source
 
     if not batch_norms(alone):

@@ -68,7 +68,7 @@ class PretextTask(nn.Module):
     """Names of the backbone capabilities that the task needs (see `unlabeled.ssl.backbones.backbone`)."""
     masked_statistics: ClassVar[bool] = False
     """Whether the backbone's batch norms collect their running statistics on masked pictures only; evaluation then
-    estimates them anew on whole ones (see `unlabeled.eval.recalibrate`)."""
+    estimates them anew on whole ones (see `unlabeled.eval.features.recalibrate`)."""
 
     synced_statistics: ClassVar[bool] = False
     """Whether batch norms take the statistics of all ranks' pictures together, as published."""

@@ -15,7 +15,7 @@ from unlabeled.eval.corruptions import corrupt
 from unlabeled.eval.evaluators.corruption import CorruptionEvaluator
 from unlabeled.eval.evaluators.knn import KnnEvaluator
 from unlabeled.eval.evaluators.linear import LinearEvaluator
-from unlabeled.eval.features import Resize, extract_features, raw_pixels
+from unlabeled.eval.features.extract import Resize, extract_features, raw_pixels
 from unlabeled.eval.settings import CorruptionConfig, KnnConfig, LinearConfig
 from unlabeled.eval.subject import Loading, Subject
 from unlabeled.eval.suite import evaluate_backbone

@@ -9,9 +9,9 @@ import torch
 from dense_helpers import BlockSource, small_vit, subject
 from torchvision.ops import box_iou, masks_to_boxes
 
+from unlabeled.eval.dense.attention import class_attention, key_map
+from unlabeled.eval.dense.tokencut import component_boxes, cut, intersection_over_union, second_eigenvector
 from unlabeled.eval.evaluators.objects import ObjectsEvaluator, true_boxes
-from unlabeled.eval.places.attention import class_attention, key_map
-from unlabeled.eval.places.tokencut import component_boxes, cut, intersection_over_union, second_eigenvector
 from unlabeled.eval.settings import ObjectsConfig
 from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.errors import ConfigError, DataError

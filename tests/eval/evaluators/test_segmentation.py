@@ -9,10 +9,10 @@ from dense_helpers import BlockSource, blocks, small_vit, subject
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, jaccard_score
 
+from unlabeled.eval.dense.miou import Overlap, class_iou, estimates, joined, mean_iou, overlap
+from unlabeled.eval.dense.places import Places, fine_level, masked_batches, place_labels, resized_mask
+from unlabeled.eval.dense.probes import LabelledPlaces, LinearPlaces, NearestPlaces, soft_miou
 from unlabeled.eval.evaluators.segmentation import SegmentationEvaluator, best_classes, rows_of
-from unlabeled.eval.places.dense import Places, fine_level, masked_batches, place_labels, resized_mask
-from unlabeled.eval.places.miou import Overlap, class_iou, estimates, joined, mean_iou, overlap
-from unlabeled.eval.places.probes import LabelledPlaces, LinearPlaces, NearestPlaces, soft_miou
 from unlabeled.eval.settings import SegmentationConfig
 from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError, DataError

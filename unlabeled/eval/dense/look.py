@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unlabeled.eval.features import EvalTransform
-from unlabeled.eval.places.maps import CAPTIONS, map_pictures
+from unlabeled.eval.dense.maps import CAPTIONS, map_pictures
+from unlabeled.eval.features.extract import EvalTransform
 from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import CapabilityError
 from unlabeled.ssl.core.seeds import derive

@@ -15,8 +15,8 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 
 from unlabeled.eval.base import FloatArray, IntArray, Measure, Value, check_features
-from unlabeled.eval.neighbours.faiss_threads import faiss_threads
-from unlabeled.eval.neighbours.search import normalized
+from unlabeled.eval.neighbors.faiss_threads import faiss_threads
+from unlabeled.eval.neighbors.search import normalized
 from unlabeled.eval.settings import ClusterConfig
 from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import DataError

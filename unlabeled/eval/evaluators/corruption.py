@@ -20,7 +20,7 @@ from unlabeled.eval.corruptions import CorruptedSource
 from unlabeled.eval.evaluators.knn import KnnEvaluator
 from unlabeled.eval.evaluators.linear import LinearEvaluator
 from unlabeled.eval.evaluators.spectrum import chosen
-from unlabeled.eval.features import EvalTransform, PictureTransform, Resize, pixel_size, raw_pixels
+from unlabeled.eval.features.extract import EvalTransform, PictureTransform, Resize, pixel_size, raw_pixels
 from unlabeled.eval.intervals import wilson
 from unlabeled.eval.settings import CorruptionConfig, CorruptionName, KnnConfig, LinearConfig
 from unlabeled.eval.subject import Subject

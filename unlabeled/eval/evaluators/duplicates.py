@@ -30,7 +30,7 @@ from torch import Tensor
 from unlabeled.eval.base import FeatureSplit, FloatArray, IntArray, Measure, Value, check_features
 from unlabeled.eval.evaluators.knn import nearest_neighbours
 from unlabeled.eval.gallery import shrunk
-from unlabeled.eval.neighbours.search import normalized
+from unlabeled.eval.neighbors.search import normalized
 from unlabeled.eval.settings import DuplicatesConfig
 from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.seeds import derive

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from unlabeled.eval.base import Estimate, FloatArray, IntArray, Measure, Value, check_features
-from unlabeled.eval.neighbours.search import normalized
+from unlabeled.eval.neighbors.search import normalized
 from unlabeled.eval.settings import FewShotConfig
 from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import ConfigError, DataError

@@ -26,7 +26,7 @@ from unlabeled.eval.base import (
     check_features,
 )
 from unlabeled.eval.intervals import over_draws
-from unlabeled.eval.neighbours.search import APPROXIMATE, recall, search
+from unlabeled.eval.neighbors.search import APPROXIMATE, recall, search
 from unlabeled.eval.settings import KnnConfig
 from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import ConfigError
@@ -138,7 +138,7 @@ def nearest_neighbours(
 ) -> tuple[IntArray, FloatArray]:
     """The `k` rows of `train` most similar to each row of `test`: indices int64 and cosines float32 (Q, k).
 
-    As `unlabeled.eval.neighbours.search.search`, which says more; exact unless `settings` say otherwise.
+    As `unlabeled.eval.neighbors.search.search`, which says more; exact unless `settings` say otherwise.
     """
     return search(train, test, k, settings, seed=seed)
 

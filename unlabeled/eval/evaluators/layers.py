@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unlabeled.eval.base import FloatArray, IntArray, Measure, Value
 from unlabeled.eval.evaluators.spectrum import chosen
-from unlabeled.eval.features import extract_features
+from unlabeled.eval.features.extract import extract_features
 from unlabeled.eval.metrics import Array, cka_map
 from unlabeled.eval.settings import LayersConfig
 from unlabeled.eval.subject import Loading, Subject

@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import draw_bounding_boxes
 
 from unlabeled.eval.base import Estimate, Measure, Value
-from unlabeled.eval.features import Resize
+from unlabeled.eval.dense.places import Places, drawn
+from unlabeled.eval.dense.tiles import tiled
+from unlabeled.eval.dense.tokencut import component_boxes, cut, intersection_over_union
+from unlabeled.eval.features.extract import Resize
 from unlabeled.eval.intervals import wilson
-from unlabeled.eval.places.dense import Places, drawn
-from unlabeled.eval.places.tiles import tiled
-from unlabeled.eval.places.tokencut import component_boxes, cut, intersection_over_union
 from unlabeled.eval.settings import ObjectsConfig
 from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import ConfigError, DataError, UnlabeledError

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from unlabeled.eval.base import Estimate, Measure, Value, check_features
 from unlabeled.eval.intervals import wilson
-from unlabeled.eval.neighbours.search import normalized
+from unlabeled.eval.neighbors.search import normalized
 from unlabeled.eval.settings import RetrievalConfig
 from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import ConfigError, DataError

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unlabeled.eval.base import Measure, Value
-from unlabeled.eval.places.dense import IGNORE, MaskedBatch, Places, drawn, masked_batches, place_labels, with_masks
-from unlabeled.eval.places.miou import Overlap, class_iou, estimates, joined, overlap
-from unlabeled.eval.places.probes import LabelledPlaces, LinearPlaces, NearestPlaces
-from unlabeled.eval.places.tiles import class_colours, tiled
+from unlabeled.eval.dense.miou import Overlap, class_iou, estimates, joined, overlap
+from unlabeled.eval.dense.places import IGNORE, MaskedBatch, Places, drawn, masked_batches, place_labels, with_masks
+from unlabeled.eval.dense.probes import LabelledPlaces, LinearPlaces, NearestPlaces
+from unlabeled.eval.dense.tiles import class_colours, tiled
 from unlabeled.eval.settings import SegmentationConfig
 from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import DataError

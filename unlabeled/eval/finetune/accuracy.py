@@ -11,7 +11,7 @@ import torch
 from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 
 from unlabeled.eval.base import Estimate, IntArray
-from unlabeled.eval.features import extract_features, is_main_process
+from unlabeled.eval.features.extract import extract_features, is_main_process
 from unlabeled.eval.finetune.config import FinetuneConfig
 from unlabeled.eval.finetune.data import LabelledPictures
 from unlabeled.eval.finetune.network import logits_of

@@ -15,7 +15,7 @@ from timm.data.auto_augment import posterize as timm_posterize
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-from unlabeled.eval.features import EvalTransform
+from unlabeled.eval.features.extract import EvalTransform
 from unlabeled.eval.finetune.config import AugmentConfig, FinetuneConfig
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.core.errors import ConfigError, DataError

@@ -14,10 +14,10 @@ import torch
 
 from unlabeled import __version__
 from unlabeled.eval.base import Evaluator
-from unlabeled.eval.cache import cache_key, data_identity, weights_identity
 from unlabeled.eval.command import Target, masked_statistics, resolve_target
+from unlabeled.eval.features.cache import cache_key, data_identity, weights_identity
+from unlabeled.eval.features.recalibrate import recalibration_pictures
 from unlabeled.eval.gauntlet.settings import GauntletBackbone, GauntletData, GauntletRun
-from unlabeled.eval.recalibrate import recalibration_pictures
 from unlabeled.eval.registry import build_evaluators, measure_of
 from unlabeled.eval.suite import random_twin
 from unlabeled.report.summary import count_parameters, name_backbone

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from unlabeled.eval.features import Outputs, encode_batch, evaluating, load_pictures
+from unlabeled.eval.features.extract import Outputs, encode_batch, evaluating, load_pictures
 from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.seeds import derive
 from unlabeled.ssl.data.loader import seeded

@@ -36,9 +36,9 @@ class Elastic:
     """The sub-networks of networks of one architecture; their parameters come from whichever is given.
 
     Batch norms: a sub-network has statistics of its own batches in train mode and leaves the running ones of the whole
-    network alone, of which it has slices in eval mode. They are those of other inputs, so extracted networks with
-    batch norms need fresh ones: `unlabeled.eval.recalibrate`. Where batch norms are synchronised, all ranks must take
-    the same size.
+    network alone, of which it has slices in eval mode. They are those of other inputs, so extracted networks with batch
+    norms need fresh ones: `unlabeled.eval.features.recalibrate`. Where batch norms are synchronised, all ranks must
+    take the same size.
 
     Attributes: `sizes` (smallest first, the last is `full`), `family`.
     """

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from unlabeled.eval.features import AUTOCAST, Resize, evaluating
-from unlabeled.eval.places.attention import key_map
+from unlabeled.eval.dense.attention import key_map
+from unlabeled.eval.features.extract import AUTOCAST, Resize, evaluating
 from unlabeled.eval.subject import Subject
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.level_map import LevelMap

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unlabeled.eval.places.miou import Overlap, mean_iou
+from unlabeled.eval.dense.miou import Overlap, mean_iou
 from unlabeled.eval.settings import SegmentationConfig
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.core.seeds import derive

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unlabeled.eval.places.simpool import SimPool
+from unlabeled.eval.dense.simpool import SimPool
 
 
 def tokens(*shape, seed=0):

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from unlabeled.eval.features import EvalTransform, load_pictures
+from unlabeled.eval.features.extract import EvalTransform, load_pictures
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled.ssl.config.schema import EvaluateConfig

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from unlabeled.eval.base import FloatArray, IntArray
-from unlabeled.eval.neighbours.topk import COLUMNS, QUERIES, collect, decoded, empty_keys, keys_of_pairs, merged, worst
+from unlabeled.eval.neighbors.topk import COLUMNS, QUERIES, collect, decoded, empty_keys, keys_of_pairs, merged, worst
 
 _CANDIDATES = 3
 """Candidates for each neighbour wanted."""

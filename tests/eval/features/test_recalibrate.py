@@ -12,10 +12,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from eval_helpers import MemorySource, tiny_vit
 from torch import Tensor, nn
+from unlabeled.eval.features.cache import weights_identity
+from unlabeled.eval.features.recalibrate import batch_norms, recalibrated, recalibration_pictures
 
-from unlabeled.eval.cache import weights_identity
 from unlabeled.eval.command import Target, masked_statistics
-from unlabeled.eval.recalibrate import batch_norms, recalibrated, recalibration_pictures
 from unlabeled.eval.results import Evidence
 from unlabeled.eval.settings import KnnConfig, LinearConfig
 from unlabeled.eval.suite import evaluate_backbone, online_knn

@@ -7,8 +7,8 @@ import pytest
 import torch
 from dense_helpers import small_vit
 
-from unlabeled.eval.places.maps import CAPTIONS, components, map_pictures, similarity
-from unlabeled.eval.places.tiles import class_colours, heat, tiled
+from unlabeled.eval.dense.maps import CAPTIONS, components, map_pictures, similarity
+from unlabeled.eval.dense.tiles import class_colours, heat, tiled
 from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.errors import CapabilityError
 

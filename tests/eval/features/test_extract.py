@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from eval_helpers import MemorySource, tiny_vit
 
-from unlabeled.eval.features import EvalTransform, extract_features, raw_pixels
+from unlabeled.eval.features.extract import EvalTransform, extract_features, raw_pixels
 from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.errors import DataError
 

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unlabeled.eval.base import FloatArray, IntArray
-from unlabeled.eval.neighbours.faiss_threads import faiss_threads
-from unlabeled.eval.neighbours.reduced import reduced_search
-from unlabeled.eval.neighbours.topk import COLUMNS, QUERIES, collect, decoded, empty_keys, keys_of_pairs, merged, worst
+from unlabeled.eval.neighbors.faiss_threads import faiss_threads
+from unlabeled.eval.neighbors.reduced import reduced_search
+from unlabeled.eval.neighbors.topk import COLUMNS, QUERIES, collect, decoded, empty_keys, keys_of_pairs, merged, worst
 from unlabeled.eval.settings import KnnConfig
 from unlabeled.ssl.core.cpu import cpu_kernels
 from unlabeled.ssl.core.errors import ConfigError, DataError

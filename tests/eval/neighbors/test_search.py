@@ -11,9 +11,9 @@ import torch
 from safetensors.numpy import save_file
 from sklearn.neighbors import NearestNeighbors
 
-from unlabeled.eval.neighbours import reduced, topk
-from unlabeled.eval.neighbours import search as module
-from unlabeled.eval.neighbours.search import mapped_features, normalized, recall, search
+from unlabeled.eval.neighbors import reduced, topk
+from unlabeled.eval.neighbors import search as module
+from unlabeled.eval.neighbors.search import mapped_features, normalized, recall, search
 from unlabeled.eval.settings import KnnConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError
 

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unlabeled.eval.features import Resize, evaluating
-from unlabeled.eval.places.attention import class_attention
-from unlabeled.eval.places.dense import fine_level
-from unlabeled.eval.places.simpool import SimPool
-from unlabeled.eval.places.tiles import enlarged, heat, stretched, tiled
+from unlabeled.eval.dense.attention import class_attention
+from unlabeled.eval.dense.places import fine_level
+from unlabeled.eval.dense.simpool import SimPool
+from unlabeled.eval.dense.tiles import enlarged, heat, stretched, tiled
+from unlabeled.eval.features.extract import Resize, evaluating
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.level_map import LevelMap
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from unlabeled.eval.base import FloatArray, IntArray
-from unlabeled.eval.neighbours.faiss_threads import faiss_threads
+from unlabeled.eval.neighbors.faiss_threads import faiss_threads
 
 QUERIES, COLUMNS = 512, 4096
 """Size of a block of scores for each thread: it stays in the processor's cache."""

@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from unlabeled.eval.base import FeatureSplit, IntArray
-from unlabeled.eval.cache import cache_key, data_identity, load_split, save_split, weights_identity
+from unlabeled.eval.features.cache import cache_key, data_identity, load_split, save_split, weights_identity
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.data.source import DecodeError, ImageSource
