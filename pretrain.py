@@ -2,7 +2,7 @@
 
 import sys
 
-from unlabeled.ssl.cli import main
+from unlabeled.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["pretrain", *sys.argv[1:]]))

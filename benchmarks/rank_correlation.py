@@ -34,9 +34,9 @@ from unlabeled.ssl.config.composition import compose_config, validate
 from unlabeled.ssl.config.schema import BackboneConfig, EvaluateRun, PretrainConfig
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 from unlabeled.ssl.data.source import ImageSource, open_source
-from unlabeled.ssl.train.build import build_task
 from unlabeled.ssl.train.checkpoint import complete
 from unlabeled.ssl.train.run_folder import read_config
+from unlabeled.workflows.pretrain import build_task
 
 log = logging.getLogger(__name__)
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from unlabeled._version import __version__
 
 _PUBLIC = {
-    "pretrain": "unlabeled.ssl.api",
-    "evaluate": "unlabeled.ssl.api",
-    "finetune": "unlabeled.eval.finetune.run",
-    "FinetuneResult": "unlabeled.eval.finetune.run",
-    "PretrainResult": "unlabeled.ssl.api",
+    "pretrain": "unlabeled.api",
+    "evaluate": "unlabeled.api",
+    "finetune": "unlabeled.api",
+    "FinetuneResult": "unlabeled.workflows.finetune.run",
+    "PretrainResult": "unlabeled.workflows.pretrain",
     "create_backbone": "unlabeled.ssl.backbones.backbone",
     "Backbone": "unlabeled.ssl.backbones.backbone",
     "PretextTask": "unlabeled.ssl.task",
@@ -30,19 +30,19 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
-    from unlabeled.eval.finetune.run import FinetuneResult as FinetuneResult
-    from unlabeled.eval.finetune.run import finetune as finetune
+    from unlabeled.api import evaluate as evaluate
+    from unlabeled.api import finetune as finetune
+    from unlabeled.api import pretrain as pretrain
     from unlabeled.pretext.registry import create_task as create_task
     from unlabeled.pretext.registry import task_names as task_names
-    from unlabeled.ssl.api import PretrainResult as PretrainResult
-    from unlabeled.ssl.api import evaluate as evaluate
-    from unlabeled.ssl.api import pretrain as pretrain
     from unlabeled.ssl.backbones.backbone import Backbone as Backbone
     from unlabeled.ssl.backbones.backbone import create_backbone as create_backbone
     from unlabeled.ssl.core.errors import UnlabeledError as UnlabeledError
     from unlabeled.ssl.task import PretextTask as PretextTask
     from unlabeled.ssl.task import StepOutput as StepOutput
     from unlabeled.ssl.task import TaskConfig as TaskConfig
+    from unlabeled.workflows.finetune.run import FinetuneResult as FinetuneResult
+    from unlabeled.workflows.pretrain import PretrainResult as PretrainResult
 
 
 def __getattr__(name: str) -> Any:

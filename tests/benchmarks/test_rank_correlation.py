@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.rank_correlation import MEASURES, main, rank_correlation, tables
-from unlabeled.ssl.api import pretrain
+from unlabeled.api import pretrain
 from unlabeled.ssl.core.errors import ConfigError
 
 

@@ -11,8 +11,8 @@ import timm
 from unlabeled.pretext.registry import create_task, task_class, task_names
 from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.errors import CapabilityError
-from unlabeled.ssl.matrix import Cell, Matrix, architecture, try_task
-from unlabeled.ssl.matrix_page import render_page
+from unlabeled.workflows.compatibility.measure import Cell, Matrix, architecture, try_task
+from unlabeled.workflows.compatibility.page import render_page
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "matrix.md"
 MATRIX = Matrix.loads(PAGE.with_suffix(".json").read_text(encoding="utf-8"))

@@ -6,9 +6,10 @@ from importlib.metadata import Distribution, EntryPoint
 
 import pytest
 
+from unlabeled.cli import main
 from unlabeled.pretext import registry
-from unlabeled.ssl.backbones.backbone import _tasks_for, create_backbone
-from unlabeled.ssl.cli import main
+from unlabeled.pretext.registry import tasks_for
+from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.errors import ConfigError
 
 
@@ -71,7 +72,7 @@ def test_a_task_that_cannot_be_imported_is_one_line_and_the_others_work(install,
         ConfigError, match=rf"task: 'broken' cannot be imported \({reason}\); install some-tasks 2.1 again"
     ):
         registry.task_class("broken")
-    able = _tasks_for(create_backbone("test_vit", size=32))
+    able = tasks_for(create_backbone("test_vit", size=32))
     assert "rotation" in able
     assert "broken" not in able
     assert main(["tasks"]) == 0

@@ -8,8 +8,8 @@ import signal
 import sys
 from typing import Any
 
-from unlabeled.ssl import engine
-from unlabeled.ssl.cli import main
+from unlabeled.cli import main
+from unlabeled.ssl.train import loop as engine
 
 record = engine.record
 

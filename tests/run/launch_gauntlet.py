@@ -8,8 +8,8 @@ import signal
 import sys
 from typing import Any
 
-from unlabeled.eval.gauntlet import job
-from unlabeled.ssl.cli import main
+from unlabeled.cli import main
+from unlabeled.workflows.gauntlet import job
 
 judged = job.judged
 begun = 0

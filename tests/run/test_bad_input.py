@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from unlabeled.ssl import checkpoint, engine
-from unlabeled.ssl.cli import main
+from unlabeled.cli import main
+from unlabeled.ssl.train import checkpoint
+from unlabeled.ssl.train import loop as engine
 
 VIT = [
     "backbone=vit_tiny_patch16_224",

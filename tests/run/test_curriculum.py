@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import unlabeled
-from unlabeled.ssl import engine
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.core.errors import ConfigError
+from unlabeled.ssl.train import loop as engine
 from unlabeled.ssl.train.monitor import read_metrics
 
 TIMED = {"images_per_s", "data_wait", "memory_gb"}

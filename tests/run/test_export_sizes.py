@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from unlabeled.cli import main
 from unlabeled.pretext.predictive.rotation import Rotation
 from unlabeled.pretext.registry import TASKS
-from unlabeled.ssl import subnetworks
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.backbones.elastic import Elastic, ElasticConfig
 from unlabeled.ssl.backbones.elastic.sizes import find
 from unlabeled.ssl.backbones.weights import describe, export_backbone, load_backbone
-from unlabeled.ssl.cli import main
-from unlabeled.ssl.subnetworks import load_elastic
+from unlabeled.workflows import export as subnetworks
+from unlabeled.workflows.export import load_elastic
 
 VIT = ("test_vit", {"patch_size": 8, "embed_dim": 96, "depth": 8, "num_heads": 3, "init_values": 1e-5})
 NETWORKS: dict[str, tuple[str, dict[str, Any], dict[str, Any], tuple[int, str]]] = {

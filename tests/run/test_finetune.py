@@ -15,13 +15,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import unlabeled
-from unlabeled.eval.finetune.run import FinetuneResult, baseline_of, finetune_config
-from unlabeled.ssl import engine
+from unlabeled.cli import main
 from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.backbones.weights import export_backbone, load_backbone
-from unlabeled.ssl.cli import main
 from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.signals import EXIT_STOPPED
+from unlabeled.ssl.train import loop as engine
+from unlabeled.workflows.finetune.run import FinetuneResult, baseline_of, finetune_config
 
 ROOT = Path(__file__).resolve().parents[2]
 RESNET = {"size": 16, "channels": [16, 16, 16, 32], "stem_width": 8, "output_stride": 8}

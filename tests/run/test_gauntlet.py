@@ -17,15 +17,15 @@ import pytest
 import torch
 from scipy.stats import ttest_1samp
 
-from unlabeled.eval.gauntlet import job
-from unlabeled.eval.gauntlet.job import run_gauntlet
-from unlabeled.eval.gauntlet.settings import GauntletRun, gauntlet_config
-from unlabeled.eval.gauntlet.table import Value, over_seeds, ranked
+from unlabeled.cli import main
 from unlabeled.eval.intervals import wilson
 from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.backbones.weights import export_backbone
-from unlabeled.ssl.cli import main
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError, DataError
+from unlabeled.workflows.gauntlet import job
+from unlabeled.workflows.gauntlet.job import run_gauntlet
+from unlabeled.workflows.gauntlet.settings import GauntletRun, gauntlet_config
+from unlabeled.workflows.gauntlet.table import Value, over_seeds, ranked
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = Path(__file__).with_name("launch_gauntlet.py")

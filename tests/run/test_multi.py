@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 import unlabeled
-from unlabeled.ssl.config.composition import pretrain_config
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.train.monitor import read_metrics
+from unlabeled.workflows.pretrain import pretrain_config
 
 VIT = {
     "name": "vit_tiny_patch16_224",
@@ -143,7 +143,7 @@ def test_the_words_of_the_command_line() -> None:
 
 @pytest.mark.parametrize("recipe", ["cifar10/multi_mae_rotation_vit", "cifar10/multi_spark_rotation_resnet18"])
 def test_the_recipes_run(recipe: str, tmp_path: Path) -> None:
-    from unlabeled.ssl.cli import main
+    from unlabeled.cli import main
 
     words = [f"recipe={recipe}", "data=shapes", "data.path=null", "batch_size=8", "evaluate.every=0"]
     words += ["evaluate.final=false", "log.progress=false", f"out={tmp_path}"]

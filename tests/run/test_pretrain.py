@@ -21,9 +21,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import unlabeled
+from unlabeled.cli import main
 from unlabeled.pretext.registry import task_names
 from unlabeled.report.document import read_report
-from unlabeled.ssl.cli import main
 from unlabeled.ssl.core.signals import EXIT_STOPPED
 from unlabeled.ssl.train.monitor import read_metrics
 

@@ -21,7 +21,7 @@ def test_an_installed_wheel_pretrains_evaluates_and_reports(tmp_path: Path) -> N
     environment = os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
     code = (
         "import sys, unlabeled; assert unlabeled.__file__.startswith(sys.argv.pop(1)), unlabeled.__file__; "
-        "from unlabeled.ssl.cli import main; sys.exit(main())"
+        "from unlabeled.cli import main; sys.exit(main())"
     )
     words = [
         "task=rotation", "data=digits", "backbone=resnet18", "backbone.size=32",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from unlabeled import __version__
+from unlabeled._version import __version__
 
 _LIBRARIES = ("torch", "torchvision", "timm", "lightly", "faiss-cpu", "numpy")
 

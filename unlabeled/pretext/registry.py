@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -114,3 +114,17 @@ def tasks_for(backbone: Backbone) -> list[str]:
             return False
 
     return [task for task in task_names() if able(task)]
+
+
+class Recipes(Mapping[str, Mapping[str, Any]]):
+    """Task → the settings that ``task=NAME`` stands for; a task is imported when it is looked up."""
+
+    def __getitem__(self, name: str) -> Mapping[str, Any]:
+        recipe = task_class(name).recipe
+        return {**recipe, "task": {**recipe.get("task", {}), "name": name}}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(task_names())
+
+    def __len__(self) -> int:
+        return len(task_names())

@@ -20,7 +20,7 @@ from unlabeled.eval.registry import measure_of
 from unlabeled.report.compare_figures import accuracy_figure, online_figure
 from unlabeled.report.document import clean, read_report
 from unlabeled.report.page import duration, environment
-from unlabeled.ssl.core.errors import ConfigError, DataError
+from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.core.files import write_atomically, writing
 
 SCHEMA = 1
@@ -29,8 +29,6 @@ _WHERE = ("report/report.json", "report.json")
 _BASELINES = ("pixels", "random")
 _SAME = {"train_pictures": "training pictures", "test_pictures": "test pictures", "classes": "classes"}
 """What of the evidence must be equal for a fair table."""
-_NAMES = 80
-"""Letters of the folder's default name."""
 
 
 @dataclass(frozen=True)
@@ -73,20 +71,6 @@ class Run:
 
 
 _ENDS = ("value", "low", "high")
-
-
-def report_runs(words: Sequence[str]) -> Path:
-    """Compares the runs that `words` name (and with ``out=FOLDER`` writes there); returns the page.
-
-    Raises, each in one line, ConfigError without a run and DataError for a run without a report that can be read.
-    """
-    names = [word for word in words if not word.startswith("out=")]
-    if not names:
-        raise ConfigError("report: no run is given; write unlabeled report runs/a runs/b")
-    runs = read_runs([Path(name).expanduser() for name in names])
-    given = [word.removeprefix("out=") for word in words if word.startswith("out=")]
-    joined = "_".join(run.label.replace("/", "-") for run in runs)[:_NAMES]
-    return write_comparison(runs, Path(given[-1]).expanduser() if given else Path("reports") / joined)
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:

@@ -20,6 +20,8 @@ from unlabeled.ssl.core.errors import CheckpointError
 from unlabeled.ssl.data.views import Views
 
 Batch = Mapping[str, Tensor]
+Recipe = Mapping[str, Any]
+"""Settings of a run as its ``config.yaml`` has them, such as ``{"optim": {"lr": 1e-3}, "epochs": 100}``."""
 FloatPictures = Literal["unit", "bytes", "normalised"]
 """Floating pictures of values 0..1, of 0..255, or normalised with the backbone's mean and deviation."""
 
@@ -64,6 +66,8 @@ class PretextTask(nn.Module):
     """
 
     Config: ClassVar[type[TaskConfig]] = TaskConfig
+    recipe: ClassVar[Recipe] = {}
+    """What ``task=NAME`` sets of a run, above the defaults and below a recipe's file and the user's words."""
     requires: ClassVar[frozenset[str]] = frozenset()
     """Names of the backbone capabilities that the task needs (see `unlabeled.ssl.backbones.backbone`)."""
     masked_statistics: ClassVar[bool] = False

@@ -12,10 +12,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from eval_helpers import MemorySource, tiny_vit
 from torch import Tensor, nn
+
 from unlabeled.eval.features.cache import weights_identity
 from unlabeled.eval.features.recalibrate import batch_norms, recalibrated, recalibration_pictures
-
-from unlabeled.eval.command import Target, masked_statistics
 from unlabeled.eval.results import Evidence
 from unlabeled.eval.settings import KnnConfig, LinearConfig
 from unlabeled.eval.suite import evaluate_backbone, online_knn
@@ -26,6 +25,7 @@ from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.config.schema import EvaluateConfig, PretrainConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.task import PretextTask
+from unlabeled.workflows.evaluate import Target, masked_statistics
 
 CONFIG = EvaluateConfig(
     knn=KnnConfig(k=(5, 20)), linear=LinearConfig(epochs=2, lr=(0.1,), weight_decay=(0.0,)), recalibrate=True

@@ -17,7 +17,9 @@ from unlabeled.ssl.config.schema import PretrainConfig
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 from unlabeled.ssl.train.schedule import peak_rate
 
-ARCHITECTURES = json.loads(resources.files("unlabeled.ssl").joinpath("architectures.json").read_text())
+ARCHITECTURES = json.loads(
+    resources.files("unlabeled.workflows.compatibility").joinpath("architectures.json").read_text()
+)
 """One small model of each of timm's architecture modules; all of them pass, the quick ones are tested here."""
 SAMPLE = {
     "byobnet": "pixel", "convnext": "token", "deepseek_vit": "token", "efficientnet": "pixel", "efficientvim": "pixel",

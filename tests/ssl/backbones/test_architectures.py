@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from importlib import resources
 from typing import Any
 
 import pytest
 import timm
 import torch
 
-import unlabeled.ssl.backbones.backbone as adapter
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 
-TABLE: dict[str, dict[str, Any]] = json.loads(Path(adapter.__file__).with_name("architectures.json").read_text())
+_FILE = resources.files("unlabeled.workflows.compatibility").joinpath("architectures.json")
+TABLE: dict[str, dict[str, Any]] = json.loads(_FILE.read_text())
 
 
 def test_every_architecture_module_of_timm_is_in_the_table():

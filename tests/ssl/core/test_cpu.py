@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unlabeled.ssl import cpu
+from unlabeled.ssl.core import cpu
 from unlabeled.ssl.core.cpu import cpu_kernels, matrix_product
 
 CPU = torch.device("cpu")

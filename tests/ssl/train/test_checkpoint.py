@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from unlabeled.ssl import checkpoint as module
 from unlabeled.ssl.core.errors import CheckpointError
+from unlabeled.ssl.train import checkpoint as module
 from unlabeled.ssl.train.checkpoint import complete, last_checkpoint, load_checkpoint, save_checkpoint
 
 
@@ -40,7 +40,7 @@ def test_no_checkpoint_yet(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path / "absent") is None
 
 
-@pytest.mark.parametrize("victim", ["save_file", "_flush"])
+@pytest.mark.parametrize("victim", ["save_file", "flush"])
 def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str) -> None:
     save(tmp_path, 1)
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from unlabeled.pretext.common.patches import widened
 from unlabeled.pretext.dense_contrast.pixel_pairs import PixelPairs, PixelPairsConfig, overlap_logs
-from unlabeled.ssl.task import Batch, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
 
 
 class PixContrastConfig(PixelPairsConfig):
@@ -30,6 +30,21 @@ class PixContrast(PixelPairs):
     """Contrast of the cells of one picture. Submodules: `backbone`, `projector`, and a `teacher` that follows both."""
 
     Config: ClassVar[type[TaskConfig]] = PixContrastConfig
+    recipe: ClassVar[Recipe] = {
+        "optim": {
+            "name": "larspixpro",
+            "lr": 1.0,
+            "lr_scaling": "linear",
+            "lr_batch": 256,
+            "momentum": 0.9,
+            "weight_decay": 1e-05,
+        },
+        "schedule": {"name": "cosine", "warmup_epochs": 5, "start_factor": 0.01, "min_lr": 1e-06},
+        "engine": {"channels_last": True},
+        "batch_size": 1024,
+        "epochs": 100,
+    }
+    """PixContrast (Xie et al., CVPR 2021, arXiv 2011.10043, section 3.1): trained as PixPro is."""
     config: PixContrastConfig
 
     def forward(self, batch: Batch) -> StepOutput:

@@ -19,7 +19,7 @@ from unlabeled.pretext.common.checkpoint import load_mapped
 from unlabeled.pretext.common.patches import widened
 from unlabeled.pretext.dense_contrast.pixel_pairs import PixelMLP, PixelPairs, PixelPairsConfig, overlap_logs
 from unlabeled.ssl.backbones.backbone import Backbone
-from unlabeled.ssl.task import Batch, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,22 @@ class PixPro(PixelPairs):
     `instance_projector` and `predictor`; `teacher` holds momentum copies of the backbone and the projectors."""
 
     Config: ClassVar[type[TaskConfig]] = PixProConfig
+    recipe: ClassVar[Recipe] = {
+        "optim": {
+            "name": "larspixpro",
+            "lr": 1.0,
+            "lr_scaling": "linear",
+            "lr_batch": 256,
+            "momentum": 0.9,
+            "weight_decay": 1e-05,
+        },
+        "schedule": {"name": "cosine", "warmup_epochs": 5, "start_factor": 0.01, "min_lr": 1e-06},
+        "engine": {"channels_last": True},
+        "batch_size": 1024,
+        "epochs": 100,
+    }
+    """PixPro (Xie et al., CVPR 2021, arXiv 2011.10043): the published recipe of 100 epochs (ResNet-50, 224 pixels).
+    Its results with a loss on whole pictures as well: task.instance_weight=1"""
     config: PixProConfig
 
     def __init__(self, config: PixProConfig, backbone: Backbone) -> None:

@@ -20,7 +20,7 @@ from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.masked.masking import Masking, Method
 from unlabeled.ssl.backbones.masked.stages import Execution, StageEncoder
 from unlabeled.ssl.backbones.networks.convmae import ConvViT, PatchConv
-from unlabeled.ssl.task import TaskConfig
+from unlabeled.ssl.task import Recipe, TaskConfig
 
 
 class ConvMAEConfig(AutoencoderConfig):
@@ -39,6 +39,19 @@ class ConvMAE(MaskedAutoencoder):
     """
 
     Config: ClassVar[type[TaskConfig]] = ConvMAEConfig
+    recipe: ClassVar[Recipe] = {
+        "optim": {
+            "name": "adamw",
+            "lr": 0.00015,
+            "lr_scaling": "linear",
+            "lr_batch": 256,
+            "betas": [0.9, 0.95],
+            "weight_decay": 0.05,
+        },
+        "schedule": {"name": "cosine", "warmup_epochs": 40},
+    }
+    """ConvMAE (Gao et al., NeurIPS 2022, arXiv 2205.03892): the published recipe, 1600 epochs of batches of 2048 to
+    3072. Its authors saw losses overflow late in float16; bfloat16 (engine.precision=bf16) does not."""
     requires: ClassVar[frozenset[str]] = frozenset({"masked_stages"})
     method: ClassVar[Method] = "convmae"
     official_prefix: ClassVar[int] = 0

@@ -25,7 +25,7 @@ from unlabeled.pretext.masked_image.masked_image import CellRegression, MaskedIm
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.masked.masking import Masking, Method
 from unlabeled.ssl.backbones.masked.sparse import SparseEncoder
-from unlabeled.ssl.task import Batch, NamedParameter, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, NamedParameter, Recipe, StepOutput, TaskConfig
 
 _STD = 0.02
 """Of all initial weights of the decoder."""
@@ -57,6 +57,19 @@ class FCMAE(CellRegression):
     """
 
     Config: ClassVar[type[TaskConfig]] = FCMAEConfig
+    recipe: ClassVar[Recipe] = {
+        "optim": {
+            "name": "adamw",
+            "lr": 0.00015,
+            "lr_scaling": "linear",
+            "lr_batch": 256,
+            "betas": [0.9, 0.95],
+            "weight_decay": 0.05,
+        },
+        "schedule": {"name": "cosine", "warmup_epochs": 40},
+        "engine": {"channels_last": True},
+    }
+    """Fully convolutional masked autoencoder (Woo et al., CVPR 2023, arXiv 2301.00808): the published recipe."""
     requires: ClassVar[frozenset[str]] = frozenset({"sparse_convs"})
     method: ClassVar[Method] = "fcmae"
     masked_statistics: ClassVar[bool] = True

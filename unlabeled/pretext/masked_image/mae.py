@@ -14,7 +14,7 @@ from unlabeled.pretext.masked_image.autoencoder import AutoencoderConfig, Masked
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.masked.masking import Masking, Method
 from unlabeled.ssl.backbones.masked.tokens import TokenEncoder
-from unlabeled.ssl.task import TaskConfig
+from unlabeled.ssl.task import Recipe, TaskConfig
 
 
 class MAEConfig(AutoencoderConfig):
@@ -28,6 +28,18 @@ class MAE(MaskedAutoencoder):
     """
 
     Config: ClassVar[type[TaskConfig]] = MAEConfig
+    recipe: ClassVar[Recipe] = {
+        "optim": {
+            "name": "adamw",
+            "lr": 0.00015,
+            "lr_scaling": "linear",
+            "lr_batch": 256,
+            "betas": [0.9, 0.95],
+            "weight_decay": 0.05,
+        },
+        "schedule": {"name": "cosine", "warmup_epochs": 40},
+    }
+    """Masked autoencoder (He et al., CVPR 2022, arXiv 2111.06377): the published recipe."""
     requires: ClassVar[frozenset[str]] = frozenset({"token_dropping"})
     method: ClassVar[Method] = "mae"
     config: MAEConfig

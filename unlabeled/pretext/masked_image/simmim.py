@@ -26,7 +26,7 @@ from unlabeled.ssl.backbones.level_map import LevelMap
 from unlabeled.ssl.backbones.masked.masking import Masking, Method
 from unlabeled.ssl.backbones.stem import find_stem, substituted
 from unlabeled.ssl.core.errors import ConfigError
-from unlabeled.ssl.task import Batch, NamedParameter, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, NamedParameter, Recipe, StepOutput, TaskConfig
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,28 @@ class SimMIM(MaskedImageTask):
     """
 
     Config: ClassVar[type[TaskConfig]] = SimMIMConfig
+    recipe: ClassVar[Recipe] = {
+        "optim": {
+            "name": "adamw",
+            "lr": 0.0002,
+            "lr_scaling": "linear",
+            "lr_batch": 512,
+            "betas": [0.9, 0.999],
+            "weight_decay": 0.05,
+        },
+        "schedule": {
+            "name": "cosine",
+            "warmup_epochs": 10,
+            "start_factor": 0.005,
+            "min_factor": 0.05,
+            "warmup_in_cosine": True,
+            "lag": 1,
+        },
+        "engine": {"clip": 5.0},
+    }
+    """SimMIM (Xie et al., CVPR 2022, arXiv 2111.09886): the published recipe of 100 epochs (Swin-B, 192 pixels,
+    batch 2048). That of 800 epochs: lr 1.0e-4; schedule {name: multistep, start_factor: 0.005, milestones: [700],
+    lag: 1}."""
     requires: ClassVar[frozenset[str]] = frozenset({"dense_map"})
     method: ClassVar[Method] = "simmim"
     interpolation: ClassVar[v2.InterpolationMode] = v2.InterpolationMode.BILINEAR

@@ -28,7 +28,7 @@ from unlabeled.ssl.backbones.masked.masking import Masking, Method
 from unlabeled.ssl.backbones.masked.sparse import MaskedMap, SparseEncoder, convert
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 from unlabeled.ssl.nn.batch_norm import SyncedBatchNorm2d
-from unlabeled.ssl.task import Batch, NamedParameter, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, NamedParameter, Recipe, StepOutput, TaskConfig
 
 _UNDECAYED = re.compile(r"cls_token|pos_embed|mask_token|gamma")
 """Parameters that the authors do not decay, besides one-dimensional ones and biases."""
@@ -71,6 +71,27 @@ class SparK(CellRegression):
     """Sparse and hierarchical masked modeling. Submodules: `backbone`, `densify` and `decoder`."""
 
     Config: ClassVar[type[TaskConfig]] = SparKConfig
+    recipe: ClassVar[Recipe] = {
+        "optim": {
+            "name": "lamb",
+            "lr": 0.0002,
+            "lr_scaling": "linear",
+            "lr_batch": 256,
+            "betas": [0.9, 0.95],
+            "weight_decay": 0.04,
+            "weight_decay_end": 0.2,
+        },
+        "schedule": {
+            "name": "cosine",
+            "warmup_epochs": 40,
+            "start_factor": 0.005,
+            "min_factor": 0.001,
+            "reach_min": True,
+        },
+        "engine": {"clip": 5.0, "channels_last": True},
+    }
+    """SparK (Tian et al., ICLR 2023, arXiv 2301.03580): the published recipe for ResNets. For ConvNeXt betas are
+    [0.9, 0.999]. LAMB adapts the rate of decayed tensors only; the clipping inside it is done by the engine."""
     requires: ClassVar[frozenset[str]] = frozenset({"sparse_convs"})
     method: ClassVar[Method] = "spark"
     masked_statistics: ClassVar[bool] = True

@@ -27,7 +27,7 @@ from unlabeled.pretext.registry import task_class
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 from unlabeled.ssl.data.views import Views
-from unlabeled.ssl.task import Batch, NamedParameter, PretextTask, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, NamedParameter, PretextTask, Recipe, StepOutput, TaskConfig
 from unlabeled.ssl.train.collapse import DEVIATION, INFORMATION
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,21 @@ class Multi(PretextTask):
     """
 
     Config: ClassVar[type[TaskConfig]] = MultiConfig
+    recipe: ClassVar[Recipe] = {
+        "task": {"tasks": [{"name": "rotation", "weight": 1}, {"name": "simmim", "weight": 1}]},
+        "optim": {
+            "name": "adamw",
+            "lr": 0.00015,
+            "lr_scaling": "linear",
+            "lr_batch": 256,
+            "betas": [0.9, 0.95],
+            "weight_decay": 0.05,
+        },
+        "schedule": {"name": "cosine", "warmup_epochs": 40},
+    }
+    """Several tasks on one backbone; no paper's recipe, but one that suits most of them. Other tasks, with their
+    weights: task=multi 'task.tasks=[{name: mae, weight: 1}, {name: rotation, weight: 0.2}]' A weight can be {start:
+    0, end: 1, schedule: cosine, over: [0, 0.5]}; see unlabeled/pretext/mixture/mixture.py."""
     requires: ClassVar[frozenset[str]] = frozenset({"pooled", "dense_map"})
     """Of the default tasks; that of an instance is what its own tasks need."""
     config: MultiConfig

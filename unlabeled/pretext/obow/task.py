@@ -38,7 +38,7 @@ from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 from unlabeled.ssl.data.views import Views
 from unlabeled.ssl.nn.ema import ema_update
-from unlabeled.ssl.task import Batch, NamedParameter, PretextTask, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, NamedParameter, PretextTask, Recipe, StepOutput, TaskConfig
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +112,15 @@ class OBoW(PretextTask):
     """
 
     Config: ClassVar[type[TaskConfig]] = OBoWConfig
+    recipe: ClassVar[Recipe] = {
+        "optim": {"name": "sgd", "lr": 0.03, "lr_scaling": "none", "momentum": 0.9, "weight_decay": 0.0001},
+        "schedule": {"name": "cosine", "warmup_epochs": 10, "min_lr": 3e-05, "per_epoch": True},
+        "batch_size": 256,
+        "epochs": 200,
+    }
+    """OBoW (Gidaris et al., CVPR 2021, arXiv 2012.11552): the full form on a ResNet-50 for ImageNet. The rate is
+    not scaled. A ResNet-18 on a fifth of ImageNet: kappa 5, beta 10, lr 0.05, weight decay 5e-4, batch 128, 80
+    epochs, no warm-up. The vanilla form: task.levels=[-1] task.image_crops.number=1 task.patches.number=0"""
     requires: ClassVar[frozenset[str]] = frozenset({"dense_map", "pooled"})
     small_settings: ClassVar[dict[str, Any]] = {"words": 64}
     synced_statistics: ClassVar[bool] = True

@@ -36,7 +36,7 @@ from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.networks.context import caffe_xavier_
 from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled.ssl.data.views import Views
-from unlabeled.ssl.task import Batch, FloatPictures, PretextTask, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, FloatPictures, PretextTask, Recipe, StepOutput, TaskConfig
 
 Count = Annotated[int, Field(ge=1)]
 Part = Annotated[float, Field(gt=0, le=1)]
@@ -123,6 +123,17 @@ class Context(PretextTask):
     """Classifies the place of each patch as seen from each of its neighbours. Submodules: `backbone` and `head`."""
 
     Config: ClassVar[type[TaskConfig]] = ContextConfig
+    recipe: ClassVar[Recipe] = {
+        "optim": {"name": "momentum", "lr": 0.023, "lr_scaling": "none", "momentum": 0.0, "weight_decay": 0.0},
+        "schedule": {"name": "constant", "warmup_epochs": 0},
+        "batch_size": 56,
+        "epochs": 75,
+    }
+    """Context prediction (Doersch et al., ICCV 2015, arXiv 1505.05192): the authors' released recipe for
+    contextnet. 56 pictures give 504 patches and 2240 pairs, as many as the authors' batches have. Their rate of
+    1e-5 is for the sum over pairs: 0.023 for the mean. Plain SGD (timm's `momentum`, since its `sgd` is Nesterov's)
+    at a constant rate and without momentum, where the paper speaks of 0.999. 75 epochs of ImageNet are their 1.7
+    million steps."""
     requires: ClassVar[frozenset[str]] = frozenset({"pooled"})
     synced_statistics: ClassVar[bool] = True
     float_pictures: ClassVar[FloatPictures] = "bytes"

@@ -24,7 +24,7 @@ from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 from unlabeled.ssl.data.views import Views
-from unlabeled.ssl.task import Batch, NamedParameter, PretextTask, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, NamedParameter, PretextTask, Recipe, StepOutput, TaskConfig
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Ratio = Annotated[float, Field(gt=0)]
@@ -95,6 +95,14 @@ class Rotation(PretextTask):
     """Classifies the rotation of each picture from the pooled features, with one linear layer."""
 
     Config: ClassVar[type[TaskConfig]] = RotationConfig
+    recipe: ClassVar[Recipe] = {
+        "optim": {"name": "sgd", "lr": 0.1, "lr_scaling": "none", "momentum": 0.9, "weight_decay": 0.0005},
+        "schedule": {"name": "multistep", "warmup_epochs": 0, "milestones": [60, 120, 160], "gamma": 0.2},
+        "batch_size": 128,
+        "epochs": 200,
+    }
+    """Rotation prediction (Gidaris et al., ICLR 2018, arXiv 1803.07728): the authors' CIFAR-10 recipe. Each picture
+    is seen in four rotations; batch_size counts pictures, and the rate is not scaled by four."""
     requires: ClassVar[frozenset[str]] = frozenset({"pooled"})
     config: RotationConfig
 

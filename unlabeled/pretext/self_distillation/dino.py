@@ -18,7 +18,7 @@ from unlabeled.pretext.self_distillation.self_distillation import (
     cross_view_loss,
     directions,
 )
-from unlabeled.ssl.task import Batch, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
 
 
 class DINOConfig(SelfDistillationConfig):
@@ -32,6 +32,25 @@ class DINO(SelfDistillation):
     """
 
     Config: ClassVar[type[TaskConfig]] = DINOConfig
+    recipe: ClassVar[Recipe] = {
+        "optim": {
+            "name": "adamw",
+            "lr": 0.0005,
+            "lr_scaling": "linear",
+            "lr_batch": 256,
+            "betas": [0.9, 0.999],
+            "weight_decay": 0.04,
+            "weight_decay_end": 0.4,
+        },
+        "schedule": {"name": "cosine", "warmup_epochs": 10, "min_lr": 1e-06},
+        "engine": {"clip": 3.0},
+        "batch_size": 1024,
+        "epochs": 100,
+    }
+    """DINO (Caron et al., ICCV 2021, arXiv 2104.14294): the published recipe of ViTs, for 100 epochs. A plain ViT
+    takes the small crops with backbone.kwargs={dynamic_img_size: true, drop_path_rate: 0.1}. ResNet-50: optim
+    {name: sgd, lr: 0.03, weight_decay: 1.0e-4, weight_decay_end: null}; task.global_scale=[0.14,1]
+    task.local_scale=[0.05,0.14]."""
     config: DINOConfig
 
     def forward(self, batch: Batch) -> StepOutput:

@@ -28,7 +28,7 @@ from unlabeled.pretext.self_distillation.self_distillation import (
     scores,
 )
 from unlabeled.ssl.backbones.backbone import Backbone
-from unlabeled.ssl.task import Batch, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,29 @@ class IBOT(SelfDistillation):
     """
 
     Config: ClassVar[type[TaskConfig]] = IBOTConfig
+    recipe: ClassVar[Recipe] = {
+        "task": {
+            "locals": 10,
+            "global_scale": [0.25, 1.0],
+            "local_scale": [0.05, 0.25],
+            "head": {"prototypes": 8192, "unit_prototypes": False},
+        },
+        "optim": {
+            "name": "adamw",
+            "lr": 0.0005,
+            "lr_scaling": "linear",
+            "lr_batch": 256,
+            "betas": [0.9, 0.999],
+            "weight_decay": 0.04,
+            "weight_decay_end": 0.4,
+        },
+        "schedule": {"name": "cosine", "warmup_epochs": 10, "min_lr": 1e-06},
+        "engine": {"clip": 3.0},
+        "batch_size": 1024,
+        "epochs": 100,
+    }
+    """iBOT (Zhou et al., ICLR 2022, arXiv 2111.07832): the published recipe of ViT-S, for 100 epochs. A plain ViT
+    takes the small crops with backbone.kwargs={dynamic_img_size: true, drop_path_rate: 0.1}."""
     requires: ClassVar[frozenset[str]] = frozenset({"pooled", "dense_map"})
     config: IBOTConfig
 

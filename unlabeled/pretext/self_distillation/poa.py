@@ -47,7 +47,7 @@ from unlabeled.ssl.backbones.elastic import Elastic, ElasticConfig, SubSize
 from unlabeled.ssl.backbones.elastic.sampler import SizeSampler
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 from unlabeled.ssl.nn.drop_path import uniform_drop_path
-from unlabeled.ssl.task import Batch, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +122,26 @@ class POA(TeacherStudent):
     """
 
     Config: ClassVar[type[TaskConfig]] = POAConfig
+    recipe: ClassVar[Recipe] = {
+        "task": {"mask_pattern": "block"},
+        "optim": {
+            "name": "adamw",
+            "lr": 0.004,
+            "lr_scaling": "sqrt",
+            "lr_batch": 1024,
+            "betas": [0.9, 0.999],
+            "weight_decay": 0.04,
+            "weight_decay_end": 0.4,
+            "layer_decay": 0.9,
+        },
+        "schedule": {"name": "cosine", "warmup_epochs": 10, "min_lr": 2e-05},
+        "engine": {"clip": 1.5},
+        "batch_size": 1600,
+        "epochs": 100,
+    }
+    """POA (Zhang et al., ECCV 2024, arXiv 2408.01031): the published recipe of ViTs up to ViT-L, in short; all
+    three published recipes are in recipe/imagenet. A plain ViT takes the small crops with
+    backbone.kwargs={dynamic_img_size: true}."""
     requires: ClassVar[frozenset[str]] = frozenset({"pooled", "dense_map", "elastic"})
     small_settings: ClassVar[dict[str, Any]] = {"locals": 0, "prototypes": (32, 64), "hidden": 32, "bottleneck": 16}
     per_picture: ClassVar[bool] = False

@@ -20,7 +20,7 @@ from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy
 from unlabeled.pretext.two_views.two_views import FirstColors, SecondColors, TwoViewsConfig, TwoViewTask, exactly
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.nn.ema import ema_update
-from unlabeled.ssl.task import Batch, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
 
 
 class BYOLConfig(TwoViewsConfig):
@@ -44,6 +44,20 @@ class BYOL(TwoViewTask):
     """
 
     Config: ClassVar[type[TaskConfig]] = BYOLConfig
+    recipe: ClassVar[Recipe] = {
+        "optim": {
+            "name": "lars",
+            "lr": 0.2,
+            "lr_scaling": "linear",
+            "lr_batch": 256,
+            "momentum": 0.9,
+            "weight_decay": 1.5e-06,
+        },
+        "schedule": {"name": "cosine", "warmup_epochs": 10},
+    }
+    """BYOL (Grill et al., NeurIPS 2020, arXiv 2006.07733): the published recipe of 1000 epochs of batches of 4096.
+    100 epochs: optim {lr: 0.45, weight_decay: 1.0e-6}, task.momentum=0.99. 300 epochs: lr 0.3, the rest as for
+    100."""
     collapse_remedy: ClassVar[str] = "raise task.momentum, lower optim.lr, or lengthen schedule.warmup_epochs"
     config: BYOLConfig
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from unlabeled.pretext.common.views import Chance, ColorConfig
 from unlabeled.pretext.two_views.two_views import TwoViewsConfig, TwoViewTask, exactly
 from unlabeled.ssl.backbones.backbone import Backbone
-from unlabeled.ssl.task import Batch, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
 
 
 class SimCLRColors(ColorConfig):
@@ -51,6 +51,19 @@ class SimCLR(TwoViewTask):
     """
 
     Config: ClassVar[type[TaskConfig]] = SimCLRConfig
+    recipe: ClassVar[Recipe] = {
+        "optim": {
+            "name": "lars",
+            "lr": 0.075,
+            "lr_scaling": "sqrt",
+            "lr_batch": 1,
+            "momentum": 0.9,
+            "weight_decay": 1e-06,
+        },
+        "schedule": {"name": "cosine", "warmup_epochs": 10},
+    }
+    """SimCLR (Chen et al., ICML 2020, arXiv 2002.05709): the published recipe, 100 to 1000 epochs of batches of 256
+    to 8192, with the square-root rule of its appendix B.1. LARS leaves norms and biases alone, as published."""
     per_picture: ClassVar[bool] = False
     collapse_remedy: ClassVar[str] = "lower optim.lr, raise batch_size, or lower task.temperature"
     config: SimCLRConfig

@@ -18,7 +18,7 @@ from torch import nn
 from unlabeled.pretext.common.patches import widened
 from unlabeled.pretext.two_views.two_views import FirstColors, SecondColors, TwoViewsConfig, TwoViewTask, exactly
 from unlabeled.ssl.backbones.backbone import Backbone
-from unlabeled.ssl.task import Batch, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
 from unlabeled.ssl.train.collapse import DEVIATION
 
 
@@ -47,6 +47,19 @@ class VICReg(TwoViewTask):
     """
 
     Config: ClassVar[type[TaskConfig]] = VICRegConfig
+    recipe: ClassVar[Recipe] = {
+        "optim": {
+            "name": "lars",
+            "lr": 0.2,
+            "lr_scaling": "linear",
+            "lr_batch": 256,
+            "momentum": 0.9,
+            "weight_decay": 1e-06,
+        },
+        "schedule": {"name": "cosine", "warmup_epochs": 10, "min_factor": 0.001},
+    }
+    """VICReg (Bardes et al., ICLR 2022, arXiv 2105.04906): the published recipe, 100 or 1000 epochs of batches of
+    2048."""
     per_picture: ClassVar[bool] = False
     collapse_remedy: ClassVar[str] = "raise task.variance_weight, or lower optim.lr"
     config: VICRegConfig

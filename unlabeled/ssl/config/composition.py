@@ -15,21 +15,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from unlabeled.ssl.config.base import Section
 from unlabeled.ssl.config.messages import explain
-from unlabeled.ssl.config.schema import PretrainConfig, RunConfig
+from unlabeled.ssl.config.schema import RunConfig
 from unlabeled.ssl.core.errors import ConfigError, first_line, nearest
 
 GROUPS = ("task", "data", "recipe")
 """Folders of ``configs/`` that a word ``group=option`` chooses from."""
+
+_NAMED = ("backbone", "evaluate.data")
+"""Sections for which a name alone may stand."""
+
+Choices = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""Group → name → settings that a word such as ``task=mae`` stands for; only what is chosen is looked up."""
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -44,28 +52,105 @@ def config_folder() -> Path:
 
 
 def options(group: str) -> list[str]:
-    """Names that ``group=`` may take, such as ``cifar10/mae_vit`` for recipes."""
+    """Names that files in ``configs/`` give ``group=``, such as ``cifar10/mae_vit`` for recipes."""
     folder = config_folder() / group
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
-def compose_config(command: str, words: Sequence[str], model: type[SectionT]) -> SectionT:
-    """The configuration of `command` (``pretrain``, ``evaluate``, ``doctor``) under the given words.
+def compose_config(
+    command: str,
+    words: Sequence[str],
+    model: type[SectionT],
+    *,
+    values: Mapping[str, Any] | None = None,
+    choices: Choices | None = None,
+) -> SectionT:
+    """The configuration of `command` (``pretrain``, ``evaluate``, ``doctor``) under the given words and values.
 
     Raises ConfigError, in one line, for a word that cannot be read, an unknown setting, or an impossible value.
     """
-    return validate(composed(command, words), model)
+    return validate(composed(command, words, values=values, choices=choices), model)
 
 
-def composed(command: str, words: Sequence[str]) -> Any:
-    """As `compose_config`, before validation: mappings, lists and plain values."""
-    overrides = [_to_hydra(override) for override in parse(words)]
+def composed(
+    command: str, words: Sequence[str], *, values: Mapping[str, Any] | None = None, choices: Choices | None = None
+) -> dict[str, Any]:
+    """As `compose_config`, before validation: mappings, lists and plain values.
+
+    `choices`: what a word such as ``task=NAME`` may name beside the files in ``configs/``. `values` are Python objects
+    that stand above everything else; a mapping is merged into the section of its name, anything else replaces it.
+    """
+    chosen, given = _split(values or {})
+    overrides = parse([*chosen, *words])
+    _store(choices or {}, _choices_of(command, overrides))
+    lines = [_to_hydra(override, choices or {}) for override in overrides]
     try:
         with initialize_config_dir(str(config_folder()), version_base=None):
-            config = compose(command, overrides=[word for word in overrides if word is not None])
-        return OmegaConf.to_container(config, resolve=True)
+            config = compose(command, overrides=[line for line in lines if line is not None])
+        plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"config: {first_line(error)}") from None
+    return merged(plain, given)
+
+
+def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `under`: mappings are merged key by key, anything else of `over` counts."""
+    result = dict(under)
+    for key, value in over.items():
+        below = result.get(key)
+        result[key] = merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def _choices_of(command: str, overrides: Sequence[Override]) -> set[tuple[str, str]]:
+    """(group, name) of everything that the words, the command's file or the recipe's file choose."""
+    chosen = {(override.key_or_group, str(override.value())) for override in overrides}
+    files = [config_folder() / f"{command}.yaml"]
+    files += [config_folder() / "recipe" / f"{name}.yaml" for group, name in chosen if group == "recipe"]
+    for file in files:
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        for entry in content.get("defaults", ()):
+            pairs = entry.items() if isinstance(entry, Mapping) else ()
+            chosen |= {(str(key).rpartition(" ")[2].strip("/"), str(value)) for key, value in pairs}
+    return chosen
+
+
+def _store(choices: Choices, chosen: set[tuple[str, str]]) -> None:
+    """Shows what is `chosen` of `choices` to Hydra as if it were a file in ``configs/``."""
+    for group, name in chosen:
+        if name in choices.get(group, ()):
+            ConfigStore.instance().store(group=group, name=name, node=dict(choices[group][name]), package="_global_")
+
+
+def _split(values: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Keyword arguments → words that choose of a group, and the rest as sections within sections.
+
+    A key with dots or double underscores reaches inside: ``optim__lr=1e-3``. A name alone stands for a section's name.
+    """
+    words: list[str] = []
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        path = key.replace("__", ".").split(".")
+        value = _plain(value)
+        name = ".".join(path)
+        if isinstance(value, str) and name in (*GROUPS, *_NAMED):
+            value = {"name": value}
+        if name in GROUPS and isinstance(value, Mapping) and "name" in value:
+            words.append(f"{name}={value['name']}")
+            value = {field: inner for field, inner in value.items() if field != "name"}
+        if name == "recipe":  # all there is of it is its name
+            continue
+        for part in reversed(path):
+            value = {part: value}
+        nested = merged(nested, value)
+    return words, nested
+
+
+def _plain(value: Any) -> Any:
+    """A section of settings as the mapping of what was set of it; anything else as it is."""
+    if isinstance(value, BaseModel):
+        return {name: _plain(getattr(value, name)) for name in value.model_fields_set}
+    return {key: _plain(inner) for key, inner in value.items()} if isinstance(value, Mapping) else value
 
 
 def validate(values: Any, model: type[SectionT]) -> SectionT:
@@ -116,84 +201,31 @@ def sweep(words: Sequence[str]) -> Iterator[tuple[list[str], str]]:
         yield [word for word, _ in combination], label.replace("/", "_")
 
 
-def words_of(settings: Mapping[str, Any]) -> list[str]:
-    """Keyword arguments of the Python functions → the words of the command line.
-
-    A mapping for a group such as ``data={"name": "folder", "path": ...}`` becomes its choice and its fields; keys with
-    dots or double underscores reach inside sections: ``optim__lr=1e-3``.
-    """
-    words: list[str] = []
-    for key, value in settings.items():
-        name = key.replace("__", ".")
-        if isinstance(value, Mapping):
-            fields = dict(value)
-            if name in GROUPS and "name" in fields:
-                words.append(f"{name}={fields.pop('name')}")
-            words += words_of({f"{name}.{field}": inner for field, inner in fields.items()})
-        else:
-            words.append(f"{name}={_literal(value)}")
-    return words
-
-
-def _literal(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{_literal(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ",".join(_literal(item) for item in value) + "]"
-    if isinstance(value, (str, Path)):
-        escaped = str(value).replace("\\", "\\\\").replace("'", "\\'")
-        return f"'{escaped}'"
-    return repr(value)
-
-
-def _to_hydra(override: Override) -> str | None:
+def _to_hydra(override: Override, choices: Choices) -> str | None:
     """One override in the form that Hydra takes."""
     key, line = override.key_or_group, str(override.input_line)
     if override.is_sweep_override():
         raise ConfigError(f"{line!r} asks for a sweep; add --multirun, or quote the value: '{key}=\"...\"'")
     if key in GROUPS and "." not in key and not isinstance(override.value(), dict):
-        return _group_word(key, str(override.value()))
-    if key in ("backbone", "evaluate.data", "task") and isinstance(override.value(), str):
+        return _group_word(key, str(override.value()), choices)
+    if key in (*_NAMED, "task") and isinstance(override.value(), str):
         return f"++{key}.name={override.get_value_element_as_str()}"
     if line.startswith("~"):
         return line
     return f"++{line.lstrip('+')}"
 
 
-def _group_word(group: str, option: str) -> str | None:
+def _group_word(group: str, option: str, choices: Choices) -> str | None:
     if option == "None" and group == "recipe":
         return None
-    known = options(group)
+    known = sorted({*options(group), *choices.get(group, ())})
     if option in known:
         return f"{group}={option}"
-    if group == "task":
-        from unlabeled.pretext.registry import task_class  # a plugin's task has no file in configs/
-
-        task_class(option)
-        return f"++task.name={option}"
     if group == "data" and ("/" in option or Path(option).exists()):
         raise ConfigError(f"data: {option!r} is a path; write data=folder data.path={option}")
+    if group in choices:
+        choices[group][option]  # a lookup of what is not there says so in the words of its registry
     raise ConfigError(f"{group}: {option!r} does not exist; {nearest(option, known)}")
-
-
-def pretrain_config(words: Sequence[str]) -> PretrainConfig:
-    """The validated configuration of a pretraining run, its task's own settings and debug mode included."""
-    from unlabeled.pretext.registry import task_config
-
-    config = compose_config("pretrain", words, PretrainConfig)
-    task_config(config.task)
-    return shrink(config) if config.debug else config
-
-
-def shrink(config: PretrainConfig) -> PretrainConfig:
-    """Tiny mode: two epochs of two steps on 64 pictures, no workers; everything else as it was asked for."""
-    linear = config.evaluate.linear.model_copy(update={"epochs": 2})
-    evaluate = config.evaluate.model_copy(update={"limit": 128, "linear": linear})
-    return config.model_copy(update={**tiny(config), "evaluate": evaluate})
 
 
 def tiny(config: RunConfig) -> dict[str, Any]:

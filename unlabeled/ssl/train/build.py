@@ -9,44 +9,24 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from unlabeled.pretext.registry import create_task, task_class, task_config
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
-from unlabeled.ssl.backbones.weights import load_weights, read_tensors
-from unlabeled.ssl.config.schema import BackboneConfig, PretrainConfig, RunConfig
-from unlabeled.ssl.core.seeds import derive
+from unlabeled.ssl.backbones.weights import load_weights
+from unlabeled.ssl.config.schema import BackboneConfig, RunConfig
 from unlabeled.ssl.data.bad import BadImages
 from unlabeled.ssl.data.loader import RunSampler, ViewDataset, make_loader
-from unlabeled.ssl.data.source import DecodeError, ImageSource, open_source
-from unlabeled.ssl.evidence import OnlineEvaluation, labelled_data
+from unlabeled.ssl.data.source import DecodeError, ImageSource
 from unlabeled.ssl.nn.batch_norm import synchronize
 from unlabeled.ssl.task import PretextTask
-from unlabeled.ssl.train.accelerator import create_accelerator
 from unlabeled.ssl.train.collapse import CollapseAlarm
 from unlabeled.ssl.train.curriculum import create_curriculum
 from unlabeled.ssl.train.loop import Online, Training
 from unlabeled.ssl.train.monitor import Meter, Monitor, Stopwatch
 from unlabeled.ssl.train.optimizer import create_optimizer
-from unlabeled.ssl.train.run_folder import Plan, claim_folder, write_config
+from unlabeled.ssl.train.run_folder import Plan, write_config
 from unlabeled.ssl.train.saver import Saver
 from unlabeled.ssl.train.schedule import Schedule, peak_rate
 
 logger = logging.getLogger(__name__)
-
-
-def prepare(config: PretrainConfig) -> Training:
-    """Builds everything a run needs and restores the newest checkpoint of its folder, if there is one.
-
-    Raises ConfigError, DataError, CapabilityError or CheckpointError, in one line, before anything is written.
-    """
-    accelerator = create_accelerator(config.engine)
-    checkpoint = claim_folder(config)
-    source = open_source(config.data, "train")
-    plan = Plan.of(config, len(source), accelerator.num_processes)
-    task = build_task(config)
-    views = task_class(config.task["name"]).views(task_config(config.task), task.backbone)
-    online = OnlineEvaluation(config, labelled_data(config) if config.evaluate.every else None, plan.steps_per_epoch)
-    dataset = ViewDataset(source, views, config.engine.seed)
-    return assemble(config, accelerator, checkpoint, plan, task=task, dataset=dataset, online=online)
 
 
 def assemble(
@@ -130,18 +110,6 @@ def build_backbone(config: BackboneConfig) -> Backbone:
             if names:
                 logger.info("backbone: %s: %s", what, ", ".join(names[:8]) + (", ..." if len(names) > 8 else ""))
     return backbone
-
-
-def build_task(config: PretrainConfig) -> PretextTask:
-    """The task around its backbone, initialised from ``engine.seed``, with the weights that were asked for."""
-    torch.manual_seed(derive("weights", config.engine.seed))
-    task = create_task(config.task, build_backbone(config.backbone))
-    if config.official is not None:
-        missing, unexpected = task.load_official(read_tensors(config.official))
-        logger.info(
-            "task: read %s (missing: %s; not used: %s)", config.official, missing or "none", unexpected or "none"
-        )
-    return task
 
 
 def set_layout(task: PretextTask, config: RunConfig, accelerator: Accelerator) -> None:

@@ -19,7 +19,9 @@ from unlabeled.ssl.backbones.masked.sparse.masked_map import MaskedMap
 from unlabeled.ssl.backbones.masked.sparse.rows import Cells
 from unlabeled.ssl.core.errors import CapabilityError
 
-ARCHITECTURES = json.loads(resources.files("unlabeled.ssl").joinpath("architectures.json").read_text())
+ARCHITECTURES = json.loads(
+    resources.files("unlabeled.workflows.compatibility").joinpath("architectures.json").read_text()
+)
 SUPPORTED = [
     "byobnet",
     "convmixer",

@@ -1,0 +1,21 @@
+"""What the evaluation at the end of a run knows of its task."""
+
+from __future__ import annotations
+
+import pytest
+
+from unlabeled.ssl.config.schema import PretrainConfig
+from unlabeled.workflows.pretrain import masked_statistics
+
+
+@pytest.mark.parametrize(
+    ("task", "masked"),
+    [
+        ({"name": "rotation"}, False),
+        ({"name": "spark"}, True),
+        ({"name": "multi", "tasks": [{"name": "rotation"}, {"name": "spark"}]}, True),
+        ({"name": "multi", "tasks": [{"name": "rotation"}, {"name": "simclr"}]}, False),
+    ],
+)
+def test_a_mixture_is_asked_for_the_statistics_of_its_tasks(task: dict, masked: bool) -> None:
+    assert masked_statistics(PretrainConfig.model_validate({"task": task})) is masked

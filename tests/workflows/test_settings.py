@@ -1,0 +1,120 @@
+from pathlib import Path
+
+import pytest
+
+from unlabeled.pretext.registry import task_names
+from unlabeled.ssl.config.composition import GROUPS, config_folder, options, parse, sweep
+from unlabeled.ssl.config.schema import DoctorRun, EvaluateRun, PretrainConfig, ScheduleConfig
+from unlabeled.ssl.core.errors import ConfigError
+from unlabeled.workflows.settings import compose_settings
+
+
+def compose(*words: str) -> PretrainConfig:
+    return compose_settings("pretrain", words, PretrainConfig)
+
+
+def test_the_words_of_the_readme() -> None:
+    config = compose(
+        "task=mae",
+        "data=folder",
+        "data.path=some/pictures",
+        "backbone=vit_small_patch16_224",
+        "out=runs/x",
+        "epochs=100",
+    )
+    assert config.task == {"name": "mae"}
+    assert config.backbone.name == "vit_small_patch16_224"
+    assert str(config.data.path) == "some/pictures"
+    assert str(config.out) == "runs/x"
+    assert config.epochs == 100
+
+
+def test_a_task_brings_its_published_recipe_and_words_override_it() -> None:
+    rotation = compose("task=rotation")
+    assert (rotation.optim.name, rotation.optim.lr, rotation.optim.weight_decay) == ("sgd", 0.1, 5e-4)
+    assert rotation.schedule.milestones == (60, 120, 160)
+    assert compose("task=rotation", "optim.lr=0.2").optim.lr == 0.2
+    assert compose("optim.lr=0.2", "task=rotation").optim.lr == 0.2
+    assert compose("task=mae").optim.betas == (0.9, 0.95)
+
+
+def test_fields_of_a_section_can_be_set_beside_its_short_form() -> None:
+    config = compose("backbone=resnet18", "backbone.size=[64,96]", "backbone.kwargs.stem_width=32")
+    assert config.backbone.name == "resnet18"
+    assert config.backbone.size == (64, 96)
+    assert config.backbone.kwargs == {"stem_width": 32}
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("task=rotatoin", r"task: 'rotatoin' is not a pretext task; did you mean 'rotation'\?"),
+        ("optim.lrr=1", r"optim.lrr: there is no such setting in optim; did you mean 'lr'\?"),
+        ("epoch=3", r"epoch: there is no such setting; did you mean 'epochs'\?"),
+        ("engin.seed=1", r"engin: there is no such setting; did you mean 'engine'\?"),
+        ("epochs=ten", r"epochs: 'ten' is not possible; give a valid number"),
+        ("epochs=0", r"epochs: 0 is not possible; give greater than 0"),
+        ("engine.precision=fp8", r"engine.precision: 'fp8' is not possible; choose 'fp32', 'bf16' or 'fp16'"),
+        ("engine.workers=-1", r"engine.workers: -1 is not possible; give greater than or equal to 0"),
+        ("data=fodler", r"data: 'fodler' does not exist; did you mean 'folder'\?"),
+        ("data=./pictures", r"data: './pictures' is a path; write data=folder data.path=./pictures"),
+        ("recipe=cifar10/nothing", r"recipe: 'cifar10/nothing' does not exist"),
+        ("epochs", r"'epochs' is not a setting; write key=value"),
+        ("optim.lr=[1,", r"'optim.lr=\[1,' cannot be read"),
+        ("optim.lr=1e-3,1e-4", r"asks for a sweep; add --multirun"),
+    ],
+)
+def test_a_fault_is_one_line_that_names_field_value_and_remedy(word: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        compose(word)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_option_of_every_group_composes() -> None:
+    words = [(group, option) for group in GROUPS for option in options(group)]
+    words += [("task", name) for name in task_names()]
+    assert len(words) > 8
+    for group, option in words:
+        compose(f"{group}={option}")
+
+
+def test_sweep_is_the_product_of_its_choices() -> None:
+    runs = list(sweep(["task=mae", "optim.lr=1e-3,1e-4", "engine.seed=range(2)"]))
+    assert [label for _, label in runs] == [
+        "optim.lr=0.001,engine.seed=0",
+        "optim.lr=0.001,engine.seed=1",
+        "optim.lr=0.0001,engine.seed=0",
+        "optim.lr=0.0001,engine.seed=1",
+    ]
+    assert compose(*runs[3][0]).optim.lr == 1e-4
+
+
+def test_python_settings_mean_the_same_as_words() -> None:
+    values = {
+        "task": {"name": "mae", "mask_ratio": 0.5},
+        "data": {"name": "folder", "path": Path("/a b/c's"), "labels": True},
+        "backbone": {"name": "resnet18", "kwargs": {"stem_width": 32}},
+        "optim__lr": 1e-3,
+        "engine": {"clip": None},
+        "schedule": ScheduleConfig(milestones=(1, 2)),
+    }
+    config = compose_settings("pretrain", [], PretrainConfig, values)
+    assert config.task == {"name": "mae", "mask_ratio": 0.5}
+    assert str(config.data.path) == "/a b/c's"
+    assert config.data.labels
+    assert config.optim.lr == 1e-3
+    assert config.schedule.milestones == (1, 2)
+    assert config.backbone.kwargs == {"stem_width": 32}
+
+
+def test_evaluate_and_doctor_take_the_same_data_words() -> None:
+    evaluated = compose_settings("evaluate", ["target=resnet18", "data=shapes", "data.count=64"], EvaluateRun)
+    assert evaluated.data is not None
+    assert (evaluated.data.name, evaluated.data.count) == ("shapes", 64)
+    assert compose_settings("evaluate", ["target=runs/x"], EvaluateRun).data is None
+    assert compose_settings("doctor", ["data=digits"], DoctorRun).data.name == "digits"
+
+
+def test_a_word_that_hydra_would_misread_is_kept() -> None:
+    assert parse(["data.path='a=b, c'"])[0].value() == "a=b, c"
+    assert config_folder().name == "configs"

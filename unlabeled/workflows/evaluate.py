@@ -1,0 +1,228 @@
+"""``unlabeled evaluate TARGET``: kNN, linear probe and a report for a run, a timm model or a file of weights."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+
+from unlabeled.eval.comparison import judge
+from unlabeled.eval.features.recalibrate import batch_norms
+from unlabeled.eval.results import Evidence
+from unlabeled.eval.size_curve import SizeCurve, read_curve
+from unlabeled.eval.suite import evaluate_backbone
+from unlabeled.pretext.registry import task_class, task_config
+from unlabeled.report.page import render_report
+from unlabeled.report.pictures import read_pictures
+from unlabeled.report.summary import RunSummary, count_parameters, name_backbone, name_data, summarize_run
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.weights import load_backbone, load_weights
+from unlabeled.ssl.config.composition import validate
+from unlabeled.ssl.config.schema import BackboneConfig, DataConfig, EvaluateRun, PretrainConfig
+from unlabeled.ssl.core.errors import CheckpointError, ConfigError, UnlabeledError, first_line, nearest
+from unlabeled.ssl.data.source import open_source
+from unlabeled.ssl.train.monitor import read_metrics
+from unlabeled.ssl.train.run_folder import read_config
+from unlabeled.workflows.elastic_sizes import Alone, SizePlan, measure_sizes, plan_sizes
+from unlabeled.workflows.export import with_sizes
+from unlabeled.workflows.settings import compose_settings
+
+_WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What ``TARGET`` turned out to be."""
+
+    backbone: Backbone
+    title: str
+    config: PretrainConfig | None = None
+    """The settings of the run, when it is one."""
+    folder: Path | None = None
+    """The run folder, when it is one."""
+
+
+def evaluate_config(
+    target: str | Path, words: Sequence[str] = (), values: Mapping[str, Any] | None = None
+) -> EvaluateRun:
+    """The validated settings of ``unlabeled evaluate TARGET``."""
+    return compose_settings("evaluate", words, EvaluateRun, {**(values or {}), "target": str(target)})
+
+
+def evaluate_target(run: EvaluateRun) -> Evidence:
+    """Evaluates what `run.target` names, its sizes too if they are asked for, writes the report, returns the evidence.
+
+    Raises, each in one line, ConfigError for an unknown target or missing data, CheckpointError for weights that
+    cannot be read or do not fit, DataError for data without labels.
+    """
+    target = resolve_target(run)
+    plan = _size_plan(run, target)
+    data = _data(run, target.config)
+    device = torch.device("cuda" if run.device == "auto" and torch.cuda.is_available() else "cpu")
+    train, test = open_source(data, "train"), open_source(data, "test")
+    work = target.folder or run.out or _report_folder(run, target)
+    pictures = read_pictures(target.folder) if target.folder is not None else None
+    evidence = evaluate_backbone(
+        target.backbone, train, test, run.evaluate, work=work, device=device, seed=run.seed, workers=run.workers,
+        masked_statistics=run.evaluate.recalibrate == "auto" and masked_statistics(target),
+    )  # fmt: skip
+    assert evidence is not None, "one process evaluates"
+    summary = _summary(run, target, data, str(device))
+    sizes = measure_sizes(plan, run, (train, test), evidence, device) if plan is not None else _measured(target)
+    report = render_report(_report_folder(run, target), summary, evidence, _metrics(target), pictures, sizes=sizes)
+    log.info("%s Report: %s", judge(evidence).summary, report)
+    return evidence
+
+
+def resolve_target(run: EvaluateRun) -> Target:
+    """Builds and fills the backbone that `run.target` names: a run folder, a file of weights or a timm model."""
+    path = Path(run.target).expanduser()
+    if path.is_dir():
+        return _from_folder(path)
+    if path.is_file():
+        return _from_file(path, run.backbone)
+    if timm.is_model(run.target.partition(".")[0]) and path.suffix not in _WEIGHTS:
+        return _from_timm(run)
+    if path.suffix in _WEIGHTS or len(path.parts) > 1:
+        raise ConfigError(f"target: {run.target!r} does not exist; give a run folder, a file of weights or a timm name")
+    near = nearest(run.target, timm.list_models())
+    raise ConfigError(f"target: {run.target!r} is no run folder, file of weights or timm model; {near}")
+
+
+def _from_folder(folder: Path) -> Target:
+    if not (folder / "backbone.safetensors").is_file() or not (folder / "backbone.json").is_file():
+        raise CheckpointError(
+            f"target: {folder} holds no backbone.safetensors with its backbone.json; give the folder of a finished run"
+        )
+    config = _read_config(folder / "config.yaml")
+    return Target(load_backbone(folder), folder.resolve().name, config, folder)
+
+
+def _from_file(file: Path, config: BackboneConfig | None) -> Target:
+    if config is None and file.suffix == ".safetensors" and file.with_suffix(".json").is_file():
+        return Target(load_backbone(file), file.name)
+    if config is None:
+        raise ConfigError(f"backbone.name: not given; weights such as {file.name} need backbone.name=<timm name>")
+    backbone = create_backbone(config.name, size=config.size, **config.kwargs)
+    missing = load_weights(backbone, file).missing
+    if missing:
+        raise CheckpointError(
+            f"target: {file} lacks {len(missing)} tensors of {config.name}, such as {missing[0]}; "
+            "check backbone.name, backbone.size and backbone.kwargs"
+        )
+    return Target(backbone, f"{file.name} in {config.name}")
+
+
+def _from_timm(run: EvaluateRun) -> Target:
+    config = run.backbone or BackboneConfig()
+    if run.pretrained:
+        _check_published(run.target)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.seed)  # what timm does not load, and all of it without weights
+            backbone = create_backbone(run.target, pretrained=run.pretrained, size=config.size, **config.kwargs)
+    except UnlabeledError:
+        raise
+    except Exception as error:  # timm, its hub and the network raise kinds that share no base
+        if not run.pretrained:
+            raise ConfigError(
+                f"backbone: timm cannot build {run.target} ({first_line(error)}); check backbone.kwargs"
+            ) from error
+        raise CheckpointError(
+            f"target: the published weights of {run.target} cannot be loaded ({first_line(error)}); go online, give a "
+            "file with backbone.name, or set pretrained=false"
+        ) from error
+    return Target(backbone, run.target if run.pretrained else f"{run.target}, random weights")
+
+
+def _check_published(name: str) -> None:
+    if not timm.is_model_pretrained(name):
+        raise CheckpointError(f"target: timm has no published weights for {name}; set pretrained=false or give a file")
+
+
+def _size_plan(run: EvaluateRun, target: Target) -> SizePlan | None:
+    """The sizes that are to be measured; None when none are asked for."""
+    if run.sizes is None:
+        if run.beside:
+            raise ConfigError("beside: has a place beside sizes only; give sizes=all or sizes=[[width,depth]]")
+        return None
+    if target.folder is None:
+        raise ConfigError(f"sizes: {run.target} is no run folder; only an elastic run holds several sizes")
+    beside = [_from_folder(folder) if folder.is_dir() else None for folder in run.beside]
+    for folder, found in zip(run.beside, beside, strict=True):
+        if found is None:
+            raise ConfigError(f"beside: {folder} is no folder; give folders of finished runs")
+    alone = [Alone(one.title, one.folder, one.backbone) for one in beside if one is not None and one.folder is not None]
+    return plan_sizes(run, target.folder, with_sizes(target.folder, target.backbone), alone)
+
+
+def _data(run: EvaluateRun, config: PretrainConfig | None) -> DataConfig:
+    """The labelled data: the command's, else what the run names for evaluation, else its own with labels."""
+    if run.data is not None:
+        return run.data
+    if run.evaluate.data is not None:
+        return run.evaluate.data
+    if config is None:
+        raise ConfigError("data: not given; a target that is no run folder needs labelled data, such as data=digits")
+    return config.evaluate.data or config.data.model_copy(update={"labels": True})
+
+
+def masked_statistics(target: Target) -> bool:
+    """Whether the task that trained the target collected batch-norm statistics on masked pictures only."""
+    if target.config is None or not batch_norms(target.backbone):
+        return False
+    try:
+        return task_class(target.config.task["name"]).masks_statistics(task_config(target.config.task))
+    except (ConfigError, ImportError) as error:  # a plugin that is not installed here
+        raise ConfigError(
+            f"evaluate.recalibrate: auto has to know the run's task ({first_line(error)}); set it to true or false"
+        ) from error
+
+
+def _read_config(file: Path) -> PretrainConfig | None:
+    """The settings beside a run's weights; None when there are none, as in an exported folder."""
+    return validate(read_config(file), PretrainConfig) if file.is_file() else None
+
+
+def _metrics(target: Target) -> list[dict[str, Any]]:
+    return read_metrics(target.folder / "metrics.jsonl") if target.folder is not None else []
+
+
+def _measured(target: Target) -> SizeCurve | None:
+    return read_curve(target.folder) if target.folder is not None else None
+
+
+def _summary(run: EvaluateRun, target: Target, data: DataConfig, device: str) -> RunSummary:
+    backbone, today = target.backbone, date.today().isoformat()
+    if target.config is not None:
+        summary = summarize_run(target.config, backbone, device=device, rows=_metrics(target), date=today)
+        return replace(summary, title=target.title)
+    return RunSummary(
+        title=target.title,
+        backbone=name_backbone(backbone),
+        data=name_data(data),
+        config=yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        parameters=count_parameters(backbone),
+        input_size=backbone.input_size,
+        device=device,
+        seed=run.seed,
+        date=today,
+    )
+
+
+def _report_folder(run: EvaluateRun, target: Target) -> Path:
+    if run.out is not None:
+        return run.out
+    if target.folder is not None:
+        return target.folder / "report"
+    return Path("reports") / re.sub(r"[^\w.-]+", "_", Path(run.target).name)

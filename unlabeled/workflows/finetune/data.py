@@ -1,0 +1,156 @@
+"""Labelled pictures for fine-tuning, and what is done to them."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from timm.data.auto_augment import posterize as timm_posterize
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tv
+
+from unlabeled.eval.features.extract import EvalTransform
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.core.errors import ConfigError, DataError
+from unlabeled.ssl.core.seeds import derive
+from unlabeled.ssl.data.source import ImageSource, Subset, limited, open_source
+from unlabeled.workflows.finetune.config import AugmentConfig, FinetuneConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LabelledPictures:
+    """One split."""
+
+    source: ImageSource
+    labels: Tensor
+    """int64 (N,), in [0, len(classes))."""
+    classes: tuple[str, ...]
+    """Those of the training split, for the test split too."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def open_labelled(config: FinetuneConfig) -> tuple[LabelledPictures, LabelledPictures]:
+    """(training, test) pictures that have a label, the first cut down to ``label_fraction``.
+
+    Raises DataError for a split without labels, a single class, test classes that training does not have, and a
+    fraction that leaves a class without a picture.
+    """
+    train, test = (open_source(config.data, split) for split in ("train", "test"))
+    classes = _classes(train, "training")
+    pictures = _labelled(train, classes, "training")
+    if len(present := torch.bincount(pictures.labels).nonzero()) < 2:
+        raise DataError(
+            f"data: all training pictures are of class {classes[int(present[0])]!r}; give data with two classes or more"
+        )
+    if config.label_fraction is not None:
+        rows = stratified(pictures.labels, classes, config.label_fraction, config.engine.seed)
+        pictures = LabelledPictures(Subset(pictures.source, rows), pictures.labels[rows], classes)
+    return pictures, _labelled(limited(test, config.evaluate.limit), classes, "test")
+
+
+def stratified(labels: Tensor, classes: tuple[str, ...], fraction: float, seed: int) -> Tensor:
+    """Sorted indices, int64 (M,), of `fraction` of the pictures of each class, rounded, under `seed`.
+
+    A smaller fraction takes a part of those of a larger one. Raises DataError when it leaves a class without a picture.
+    """
+    random = np.random.default_rng(derive("labels", seed))
+    chosen = []
+    for label in torch.bincount(labels).nonzero().flatten().tolist():
+        members = random.permutation(torch.nonzero(labels == label).flatten().numpy())
+        count = round(fraction * len(members))
+        if count == 0:
+            raise DataError(
+                f"label_fraction: {fraction:g} leaves none of the {len(members)} pictures of class {classes[label]!r}; "
+                f"give {1 / len(members):.2g} or more"
+            )
+        chosen.append(members[:count])
+    return torch.from_numpy(np.sort(np.concatenate(chosen)))
+
+
+def _classes(source: ImageSource, split: str) -> tuple[str, ...]:
+    if source.classes is None or source.labels() is None:
+        raise DataError(
+            f"data: the {split} split has no labels; name sub-folders after classes, set data.label_column, or give "
+            "other data"
+        )
+    return tuple(source.classes)
+
+
+def _labelled(source: ImageSource, classes: tuple[str, ...], split: str) -> LabelledPictures:
+    """Those pictures of `source` that have a label, numbered as in `classes`."""
+    names, labels = _classes(source, split), source.labels()
+    assert labels is not None, "a source with classes has labels"
+    if len(labels) and int(labels.max()) >= len(names):
+        raise DataError(f"data: {split} label {int(labels.max())} is outside the {len(names)} classes; correct it")
+    if unknown := sorted(set(names) - set(classes)):
+        raise DataError(f"data: {split} class {unknown[0]!r} is not among the {len(classes)} training classes")
+    rows = torch.nonzero(labels >= 0).flatten()
+    if len(rows) == 0:
+        raise DataError(f"data: no picture of the {split} split has a label; give other data")
+    if len(rows) < len(labels):
+        logger.info(
+            "data: %d of %d %s pictures have no label and are left out", len(labels) - len(rows), len(labels), split
+        )
+        source = Subset(source, rows)
+    numbers = torch.tensor([classes.index(name) for name in names])
+    return LabelledPictures(source, numbers[labels[rows]], classes)
+
+
+class TrainTransform:
+    """Picture, uint8 (3, H, W) of any size → ``{"image": uint8 (3, h, w)}``: crop, flip, RandAugment, by timm.
+
+    Raises ConfigError for an `auto` that timm cannot read.
+    """
+
+    def __init__(self, config: AugmentConfig, size: tuple[int, int], mean: tuple[float, ...]) -> None:
+        try:
+            self._transform = create_transform(
+                (3, *size), is_training=True, scale=config.crop, hflip=config.flip, color_jitter=config.jitter or None,
+                auto_augment=config.auto, interpolation="bicubic", mean=mean, use_prefetcher=True,
+            )  # fmt: skip
+        except (AssertionError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"augment.auto: {config.auto!r} is no policy of timm ({str(error) or type(error).__name__}); "
+                "give one such as rand-m9-mstd0.5-inc1, or null"
+            ) from error
+        for step in self._transform.transforms:
+            for operation in getattr(step, "ops", None) or itertools.chain(*getattr(step, "policy", ())):
+                if operation.name.startswith("Posterize"):
+                    operation.aug_fn = _posterize
+
+    def __call__(self, picture: Tensor) -> dict[str, Tensor]:
+        """Under the global generators of torch, numpy and Python, which the loader seeds for each picture."""
+        return {"image": self._transform(tv.to_pil_image(picture))}
+
+
+def _posterize(picture: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's, which keeps no bits at the highest magnitude: black, as Pillow had it before 13, which refuses that."""
+    return timm_posterize(picture, bits) if bits > 0 else Image.new(picture.mode, picture.size)
+
+
+class PlainTransform:
+    """The picture as in testing: no augmentation."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self._transform = EvalTransform(size)
+
+    def __call__(self, picture: Tensor) -> dict[str, Tensor]:
+        """uint8 (3, H, W) of any size → ``{"image": uint8 (3, h, w)}``."""
+        return {"image": self._transform(picture)}
+
+
+def train_transform(config: AugmentConfig | None, network: Backbone) -> TrainTransform | PlainTransform:
+    """What training pictures of `network` go through."""
+    if config is None:
+        return PlainTransform(network.input_size)
+    return TrainTransform(config, network.input_size, network.mean)

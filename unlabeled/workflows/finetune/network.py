@@ -1,0 +1,90 @@
+"""From what ``TARGET`` names to the network that is fine-tuned: the same timm model with a new classifier."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.shapes import probed, reached_by
+from unlabeled.ssl.backbones.weights import fill_backbone
+from unlabeled.ssl.core.errors import CapabilityError, ConfigError
+from unlabeled.workflows.finetune.config import NetworkConfig
+
+logger = logging.getLogger(__name__)
+
+_HEAD_DEVIATION = 2e-5
+"""Of a new classifier's weights: nearly no opinion at first, as in MAE's code, so that the first gradients that reach
+the pretrained layers are small."""
+
+
+def classifier_network(target: Backbone, classes: int, config: NetworkConfig, *, weights: bool = True) -> Backbone:
+    """The model of `target` with a classifier of `classes` outputs, filled with the target's `weights` or random.
+
+    ``.model(x)`` gives logits (B, classes). Parameters that these do not depend on are frozen. Random weights come from
+    torch's global generator. Raises ConfigError for arguments that the model does not take, CapabilityError for one
+    that has no classifier, CheckpointError for weights that do not fit.
+    """
+    network = _build(target, classes, config)
+    head = classifier_parameters(network)
+    shape = probed(network.model, network.input_size, lambda model, x: tuple(model(x).shape))
+    if not head or shape != (1, classes):
+        raise CapabilityError(
+            f"target: {network.name} gives {list(shape[1:])} for a picture instead of {classes} classes; "
+            "give a network with a classifier"
+        )
+    if weights:
+        names = {name.removeprefix("model.") for name in head}
+        state = {name: tensor for name, tensor in target.model.state_dict().items() if name not in names}
+        report = fill_backbone(network, state, f"target: {target.name}")
+        logger.info("new in %s: %s", network.name, ", ".join(report.missing))
+    _start_small(network, head)
+    reached = reached_by(network.model, network.input_size, lambda model, x: [model(x)])
+    for name, parameter in network.model.named_parameters():
+        parameter.requires_grad_(name in reached)
+    return network
+
+
+def _build(target: Backbone, classes: int, config: NetworkConfig) -> Backbone:
+    if target.name == "custom":
+        raise ConfigError("target: a module of your own has no timm name to build its classifier by; give a timm model")
+    kwargs: dict[str, Any] = {**target.kwargs, **config.kwargs, "num_classes": classes}
+    if config.drop_path:
+        kwargs["drop_path_rate"] = config.drop_path
+    if config.size is not None:
+        kwargs.pop("img_size", None)
+    try:
+        network = create_backbone(target.name, size=config.size or target.input_size, **kwargs)
+    except ConfigError as error:
+        told = str(error).replace("backbone.kwargs.drop_path_rate", "network.drop_path")
+        raise ConfigError(told.replace("backbone.size", "network.size").replace("backbone.k", "network.k")) from error
+    network.set_statistics(target.mean, target.std)
+    return network
+
+
+def classifier_parameters(network: Backbone) -> set[str]:
+    """Names (relative to `network`) of the parameters of its classifier, of both where it has two."""
+    model = cast(Any, network.model)
+    found = model.get_classifier() if hasattr(model, "get_classifier") else None
+    heads = [head for head in (found if isinstance(found, (tuple, list)) else [found]) if isinstance(head, nn.Module)]
+    own = {id(parameter) for head in heads for parameter in head.parameters()}
+    return {name for name, parameter in network.named_parameters() if id(parameter) in own}
+
+
+@torch.no_grad()
+def _start_small(network: Backbone, head: set[str]) -> None:
+    """Small weights and no bias for the linear layers of the classifier; norms in it stay as they are."""
+    for name, parameter in network.named_parameters():
+        if name in head and parameter.dim() > 1:
+            nn.init.trunc_normal_(parameter, std=_HEAD_DEVIATION)
+        elif name in head and name.endswith("bias"):
+            nn.init.zeros_(parameter)
+
+
+def logits_of(network: Backbone, images: Tensor) -> Tensor:
+    """Normalised images (B, 3, h, w) → (B, classes)."""
+    logits: Tensor = network.model(images)
+    return logits

@@ -1,0 +1,222 @@
+"""``unlabeled finetune TARGET``: from a target to a classifier, its accuracy, a baseline beside it, and a report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.backbones.weights import export_backbone
+from unlabeled.ssl.config.composition import tiny, validate
+from unlabeled.ssl.config.schema import DataConfig, EvaluateRun, PretrainConfig
+from unlabeled.ssl.core.distributed import told_once
+from unlabeled.ssl.core.errors import ConfigError
+from unlabeled.ssl.core.files import writing
+from unlabeled.ssl.core.seeds import derive
+from unlabeled.ssl.data.loader import ViewDataset
+from unlabeled.ssl.train.accelerator import create_accelerator
+from unlabeled.ssl.train.build import assemble
+from unlabeled.ssl.train.loop import Training, train, whole_task
+from unlabeled.ssl.train.monitor import read_metrics
+from unlabeled.ssl.train.run_folder import Plan, claim_folder, read_config
+from unlabeled.workflows.evaluate import Target, resolve_target
+from unlabeled.workflows.finetune.accuracy import Accuracy, OnlineAccuracy, measure_accuracy
+from unlabeled.workflows.finetune.config import FinetuneConfig
+from unlabeled.workflows.finetune.data import LabelledPictures, open_labelled
+from unlabeled.workflows.finetune.network import classifier_network
+from unlabeled.workflows.finetune.report import Facts, write_report
+from unlabeled.workflows.finetune.task import Finetune, FinetuneTask
+from unlabeled.workflows.settings import compose_settings
+
+logger = logging.getLogger(__name__)
+
+CLASSIFIER = "classifier.safetensors"
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What fine-tuning leaves behind."""
+
+    network: Backbone
+    """``network.model`` is the classifier, with averaged weights where ``ema`` asks for them."""
+    classes: tuple[str, ...]
+    accuracy: Accuracy | None
+    """Of `network` on the test split, after the last step; None when stopped."""
+    baseline: Accuracy | None
+    """Of the same network trained from random weights; None without it."""
+    metrics: list[dict[str, Any]]
+    """Rows of ``metrics.jsonl``."""
+    out: Path
+    weights: Path
+    """``classifier.safetensors``, which plain timm loads."""
+    report: Path | None
+    """None off the first rank and when stopped."""
+    stopped: str | None
+    """The signal that stopped the run early; None when it is complete."""
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """One network, trained to the end or stopped."""
+
+    network: Backbone
+    accuracies: dict[str, Accuracy]
+    """Of the weights to quote, and beside averaged ones those of the last step."""
+    train: LabelledPictures
+    test: LabelledPictures
+    title: str
+    pretrained: bool
+    """Whether it began with trained weights."""
+    steps: int
+    seconds: float | None
+    device: str
+    main: bool
+    stopped: str | None
+
+
+def finetune_config(
+    target: str | Path, words: Sequence[str] = (), values: Mapping[str, Any] | None = None
+) -> FinetuneConfig:
+    """The validated settings under the given words; without data those of the run, which needs labels."""
+    config = compose_settings("finetune", words, FinetuneConfig, {**(values or {}), "target": str(target)})
+    folder = Path(target).expanduser()
+    if (folder / CLASSIFIER).is_file():
+        raise ConfigError(f"target: {folder} holds a classifier; give {folder / CLASSIFIER} to fine-tune it further")
+    data = config.data if "data" in config.model_fields_set else _data_of(folder)
+    config = config.model_copy(update={"data": data.model_copy(update={"labels": True})})
+    if not config.debug:
+        return config
+    changes = tiny(config)
+    schedule = config.schedule.model_copy(update={"warmup_epochs": changes["schedule"].warmup_epochs})
+    return config.model_copy(update={**changes, "schedule": schedule})
+
+
+def _data_of(folder: Path) -> DataConfig:
+    """What the run in `folder` names for evaluation, else its own data, whole."""
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError("data: not given; a target that is no run folder needs labelled data, such as data=digits")
+    run = validate(read_config(folder / "config.yaml"), PretrainConfig)
+    return run.evaluate.data or run.data.model_copy(update={"limit": None})
+
+
+def finetune_from(config: FinetuneConfig) -> FinetuneResult:
+    """Fine-tunes under validated settings, then trains the baseline, exports the classifier and writes the report.
+
+    The same command goes on after a signal, in whichever of the two it stopped.
+    """
+    own = _train(config)
+    baseline = None
+    if own.main and not own.stopped:
+        export_backbone(own.network, config.out / CLASSIFIER, classes=own.train.classes)
+    if config.baseline and own.pretrained and not own.stopped:
+        logger.info("baseline: the same network from random weights")
+        baseline = _train(baseline_of(config))
+    stopped = own.stopped or (baseline.stopped if baseline is not None else None)
+    report = None
+    if own.main and not stopped:
+        with writing("report"):
+            report = _report(config, own, baseline)
+        logger.info("report: %s", report)
+    return FinetuneResult(
+        network=own.network,
+        classes=own.train.classes,
+        accuracy=next(iter(own.accuracies.values()), None),
+        baseline=next(iter(baseline.accuracies.values()), None) if baseline is not None else None,
+        metrics=read_metrics(config.out / "metrics.jsonl"),
+        out=config.out,
+        weights=config.out / CLASSIFIER,
+        report=report,
+        stopped=stopped,
+    )
+
+
+def baseline_of(config: FinetuneConfig) -> FinetuneConfig:
+    """The same settings from random weights, but for layer-wise decay: layers that have learned nothing need it all."""
+    optim = config.optim.model_copy(update={"layer_decay": None})
+    return config.model_copy(update={"scratch": True, "optim": optim, "out": config.out / "scratch"})
+
+
+def _train(config: FinetuneConfig) -> _Trained:
+    with told_once():
+        target = resolve_target(
+            EvaluateRun(
+                target=config.target, backbone=config.backbone, pretrained=config.pretrained, seed=config.engine.seed
+            )
+        )
+        data = open_labelled(config)
+        run = prepare(config, target, data)
+    begin = time.perf_counter()
+    try:
+        stopped = train(run)
+    finally:
+        run.monitor.close()
+    seconds = time.perf_counter() - begin
+    task = whole_task(run)
+    assert isinstance(task, Finetune), "as prepared"
+    return _Trained(
+        network=task.encoder(),
+        accuracies={} if stopped else _measure(task, data[1], config, run.accelerator.device),
+        train=data[0],
+        test=data[1],
+        title=target.title,
+        pretrained=target.backbone.trained and not config.scratch,
+        steps=run.plan.total_steps,
+        seconds=seconds if run.start_step == 0 else None,
+        device=str(run.accelerator.device),
+        main=run.accelerator.is_main_process,
+        stopped=stopped,
+    )
+
+
+def prepare(config: FinetuneConfig, target: Target, data: tuple[LabelledPictures, LabelledPictures]) -> Training:
+    """Builds everything the engine needs and restores the newest checkpoint of the folder, if there is one."""
+    accelerator = create_accelerator(config.engine)
+    checkpoint = claim_folder(config)
+    pictures, test = data
+    plan = Plan.of(config, len(pictures), accelerator.num_processes)
+    local = config.batch_size // accelerator.num_processes // config.engine.accumulation
+    if local % 2 and config.augment is not None and (config.augment.mixup or config.augment.cutmix):
+        raise ConfigError(
+            f"batch_size: mixup pairs pictures, and {local} a micro-step is odd; give another batch_size, or set "
+            "augment.mixup=0 augment.cutmix=0"
+        )
+    torch.manual_seed(derive("weights", config.engine.seed))
+    network = classifier_network(target.backbone, len(pictures.classes), config.network, weights=not config.scratch)
+    settings = FinetuneTask(
+        classes=len(pictures.classes), augment=config.augment, smoothing=config.smoothing, frozen=config.frozen,
+        ema=config.ema,
+    )  # fmt: skip
+    task = Finetune(settings, network)
+    views = Finetune.views(settings, network)
+    dataset = ViewDataset(pictures.source, views, config.engine.seed, labels=pictures.labels)
+    online = OnlineAccuracy(config, test, plan.steps_per_epoch)
+    return assemble(config, accelerator, checkpoint, plan, task=task, dataset=dataset, online=online)
+
+
+def _measure(
+    task: Finetune, test: LabelledPictures, config: FinetuneConfig, device: torch.device
+) -> dict[str, Accuracy]:
+    networks = {"averaged weights": task.encoder()} if task.ema is not None else {}
+    networks["last step"] = task.backbone
+    return {name: measure_accuracy(network, test, config, device) for name, network in networks.items()}
+
+
+def _report(config: FinetuneConfig, own: _Trained, baseline: _Trained | None) -> Path:
+    facts = Facts(
+        title=own.title,
+        pretrained=own.pretrained,
+        network=own.network,
+        train=own.train,
+        test=own.test,
+        steps=own.steps,
+        seconds=own.seconds,
+        device=own.device,
+    )
+    beside = baseline.accuracies if baseline is not None else None
+    return write_report(config, facts, own.accuracies, beside)

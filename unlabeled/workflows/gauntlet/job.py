@@ -1,0 +1,146 @@
+"""The job: every cell of the plan that is not finished yet, each written as soon as it is.
+
+A job killed at any moment loses the cell it was at; the same command goes on with the next one, and features that were
+computed are read back.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import yaml
+
+from unlabeled.eval.subject import Loading, Subject
+from unlabeled.eval.suite import judged, subject_of
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.core.errors import CheckpointError, UnlabeledError, first_line
+from unlabeled.ssl.core.files import write_atomically, writing
+from unlabeled.workflows.gauntlet.cells import CellResult, CellStore
+from unlabeled.workflows.gauntlet.page import write_pages
+from unlabeled.workflows.gauntlet.plan import Cell, Entrant, GauntletPlan, Group, make_plan
+from unlabeled.workflows.gauntlet.settings import GauntletRun
+from unlabeled.workflows.gauntlet.table import gauntlet_document
+
+SETTINGS = "gauntlet.yaml"
+
+Told = Callable[[Cell, CellResult], None]
+"""Hears of each cell as it is finished."""
+
+Build = Callable[[Entrant, int], Backbone | None]
+"""(row, seed of random weights) → its network; None: raw pixels."""
+
+log = logging.getLogger(__name__)
+
+
+def run_gauntlet(run: GauntletRun, begin: Callable[[int, int], Told] | None = None) -> dict[str, Any]:
+    """Measures what is missing and writes the table into ``run.out``; returns what ``table.json`` holds.
+
+    `begin` receives the number of cells and how many of them are finished, and gives what is told of each other one.
+    Raises, in one line, for settings and inputs that cannot work; a cell that cannot be measured is noted in the table,
+    and the job goes on.
+    """
+    _claim(run)
+    plan = make_plan(run)
+    _write_settings(run)
+    store = CellStore(run.out / "cells")
+    results = _known(run, plan, store)
+    told = begin(len({cell.key for cell in plan.cells()}), len(results)) if begin is not None else _silent
+    build = _last_kept()
+    for group in plan.groups:
+        pending = [cell for cell in group.cells if cell.key not in results]
+        for cell, result in _measured(run, plan, group, pending, build):
+            store.write(cell, result)
+            results[cell.key] = result
+            told(cell, result)
+        if pending:  # for those who look while the job goes on
+            write_pages(gauntlet_document(run, plan, results), run.out)
+    document = gauntlet_document(run, plan, results)
+    write_pages(document, run.out)
+    return document
+
+
+def _silent(cell: Cell, result: CellResult) -> None:
+    pass
+
+
+def _claim(run: GauntletRun) -> None:
+    """Refuses a folder of other things."""
+    out = run.out
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"out: {out} is a file; give a folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / SETTINGS).is_file():
+        raise CheckpointError(f"out: {out} is not empty and holds no gauntlet; choose another folder")
+
+
+def _write_settings(run: GauntletRun) -> None:
+    with writing(f"out: {run.out}"):
+        run.out.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        write_atomically(run.out / SETTINGS, text)
+
+
+def _known(run: GauntletRun, plan: GauntletPlan, store: CellStore) -> dict[str, CellResult]:
+    """What earlier jobs finished, by key."""
+    found = {cell.key: store.read(cell) for cell in plan.cells()}
+    return {
+        key: result
+        for key, result in found.items()
+        if result is not None and (result.status == "done" or not run.retry_failed)
+    }
+
+
+def _measured(
+    run: GauntletRun, plan: GauntletPlan, group: Group, cells: Sequence[Cell], build: Build
+) -> Iterator[tuple[Cell, CellResult]]:
+    """Yields each of `cells`, which share their features, with what became of it."""
+    if not cells:
+        return
+    began = time.perf_counter()
+    try:
+        subject = _subject(run, group, build)
+    except Exception as error:  # whatever it is, it is a result: the other cells go on
+        for cell in cells:
+            yield cell, CellResult.failed(cell, _reason(error, cell))
+        return
+    features = time.perf_counter() - began
+    for cell in cells:
+        yield cell, _judged(run, plan, replace(subject, seed=cell.seed), cell, features)
+
+
+def _last_kept() -> Build:
+    """Builds networks, and keeps the last one for the next data set."""
+    kept: list[tuple[Entrant, int, Backbone | None]] = []
+
+    def build(entrant: Entrant, init: int) -> Backbone | None:
+        if not kept or kept[0][:2] != (entrant, init):
+            kept.clear()  # before the next one is built: memory for one is enough
+            kept.append((entrant, init, entrant.build(init) if entrant.build is not None else None))
+        return kept[0][2]
+
+    return build
+
+
+def _subject(run: GauntletRun, group: Group, build: Build) -> Subject:
+    load = Loading(run.evaluate.batch_size, run.workers, run.compute, "fp32", run.out / "features")
+    encoder = build(group.entrant, group.init)
+    return subject_of(encoder, group.data.sources, load, recalibrate=group.entrant.recalibrate)
+
+
+def _judged(run: GauntletRun, plan: GauntletPlan, subject: Subject, cell: Cell, features: float) -> CellResult:
+    try:
+        found = judged(subject, plan.evaluators[cell.evaluator], run.evaluate.prefixes)
+    except Exception as error:  # as above
+        return CellResult.failed(cell, _reason(error, cell))
+    return CellResult.done(cell, found, len(subject.features.test), features)
+
+
+def _reason(error: Exception, cell: Cell) -> str:
+    """The error in one line; the log has the traceback of one that is no fault of the input."""
+    if isinstance(error, UnlabeledError):
+        return str(error)
+    log.warning("%s on %s, %s: a bug, told below", cell.entrant, cell.data, cell.evaluator, exc_info=error)
+    return f"{type(error).__name__}: {first_line(error, 200)}"

@@ -1,0 +1,266 @@
+"""Cells to a table: means over seeds, their intervals, ranks, and what is best as far as the intervals tell.
+
+A value has up to two 95 % intervals. Over seeds: mean ± t s / √n (Student 1908), for two seeds or more. Over pictures:
+Wilson's for an accuracy on n test pictures, for other measures the one that the evaluator brings; of several seeds the
+mean of both ends. Where both are known, `low` and `high` span them.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import rankdata
+
+from unlabeled.eval.base import Measure
+from unlabeled.eval.environment import hardware, versions
+from unlabeled.eval.evaluators.knn import KnnEvaluator
+from unlabeled.eval.intervals import of_mean, wilson
+from unlabeled.eval.registry import measure_of
+from unlabeled.workflows.gauntlet.cells import CellResult
+from unlabeled.workflows.gauntlet.plan import Cell, GauntletPlan, LabelledData
+from unlabeled.workflows.gauntlet.settings import GauntletRun
+
+SCHEMA = 1
+
+Ends = tuple[float, float]
+Results = Mapping[str, CellResult]
+"""Key of a cell → what became of it."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """One row in one column."""
+
+    row: str
+    value: float
+    """Mean over seeds."""
+    low: float | None
+    high: float | None
+    over_seeds: Ends | None
+    over_pictures: Ends | None
+    seeds: int
+    rank: float | None = None
+    """1 is best, ties share their mean; None where neither direction is better."""
+    best: bool = False
+    """The best of its column, or its interval overlaps that of the best."""
+
+
+def gauntlet_document(run: GauntletRun, plan: GauntletPlan, results: Results) -> dict[str, Any]:
+    """What ``table.json`` holds, as JSON-like values; fractions are 0..1, times in seconds.
+
+    ``schema``    1; grows when a key changes its meaning or goes.
+    ``cells``     ``total``, ``done``, ``failed``.
+    ``rows``      best mean rank first: ``label``, ``kind`` (given, random, pixels), ``network``, ``parameters``,
+                  ``recalibrated``, ``mean_rank`` (over all columns with ``ranked``; null where one of them is missing).
+    ``data``      ``label``, ``train_pictures``, ``test_pictures``, ``majority``.
+    ``columns``   one for each data set and measure: ``data``, ``metric``, ``label``, ``unit``, ``better``, ``shown``
+                  (in the table; the others are in the files alone), ``ranked`` (counts for the mean rank), ``values``
+                  (the fields of `Value`, best first).
+    ``failures``  ``entrant``, ``data``, ``evaluator``, ``seed``, ``reason``.
+    ``notes``     what evaluators said: ``note`` and ``where`` (rows and data sets).
+    ``seeds``, ``limit``, ``versions``, ``hardware``, and ``seconds`` of all evaluators together.
+    """
+    columns = [
+        _column(labelled, metric, cells, results)
+        for labelled in plan.data
+        for metric, cells in _metrics(plan, labelled, results).items()
+    ]
+    shown = _shown(run, columns)
+    for column in columns:
+        column["shown"] = column["metric"] in shown[column["data"]]
+        column["ranked"] = column["shown"] and column["better"] is not None and column["unit"] != "number"
+    known = [result for cell in _unique(plan.cells()) if (result := results.get(cell.key)) is not None]
+    failures = _failures(plan, results)
+    failed = {failure.pop("key") for failure in failures}
+    return {
+        "schema": SCHEMA,
+        "cells": {
+            "total": len(_unique(plan.cells())),
+            "done": len(known) - len(failed),
+            "failed": len(failed),
+        },
+        "rows": _rows(plan, columns),
+        "data": [_data(labelled) for labelled in plan.data],
+        "columns": columns,
+        "failures": failures,
+        "notes": _notes(plan, results),
+        "seeds": list(run.seeds),
+        "limit": run.limit,
+        "seconds": round(sum(result.seconds.get("evaluator", 0.0) for result in known), 1),
+        "versions": versions(),
+        "hardware": hardware(run.compute),
+    }
+
+
+def over_seeds(values: Sequence[float]) -> Ends | None:
+    """95 % t interval of the mean of `values`; None of fewer than two."""
+    found = of_mean(values)
+    return None if math.isnan(found.low) else (found.low, found.high)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return of_mean(values).value
+
+
+def ranked(values: Sequence[Value], better: str | None) -> list[Value]:
+    """`values` best first, with their ranks and what cannot be told from the best."""
+    if better is None or not values:
+        return list(values)
+    sign = -1.0 if better == "higher" else 1.0
+    ranks = rankdata([sign * one.value for one in values])
+    ordered = sorted(zip(ranks.tolist(), values, strict=True), key=lambda pair: pair[0])
+    first = ordered[0][1]
+    return [Value(**{**asdict(one), "rank": rank, "best": _overlap(one, first)}) for rank, one in ordered]
+
+
+def _overlap(one: Value, first: Value) -> bool:
+    """Whether the intervals of both meet; without an interval the value stands for it."""
+    low, high = _ends(one)
+    first_low, first_high = _ends(first)
+    return low <= first_high and first_low <= high
+
+
+def _ends(one: Value) -> Ends:
+    return (one.value if one.low is None else one.low), (one.value if one.high is None else one.high)
+
+
+def _metrics(plan: GauntletPlan, labelled: LabelledData, results: Results) -> dict[str, list[Cell]]:
+    """Metrics of one data set that a table can show, in the order in which evaluators yield them, and their cells."""
+    found: dict[str, list[Cell]] = {}
+    done = [
+        cell
+        for cell in plan.cells()
+        if cell.data == labelled.label and (result := results.get(cell.key)) is not None and result.status == "done"
+    ]
+    for evaluator in plan.evaluators:
+        for cell in done:
+            if cell.evaluator == evaluator:
+                for metric in results[cell.key].metrics:
+                    found.setdefault(metric, []).append(cell)
+    return {metric: cells for metric, cells in found.items() if measure_of(metric) is not None}
+
+
+def _column(labelled: LabelledData, metric: str, cells: Sequence[Cell], results: Results) -> dict[str, Any]:
+    measure = measure_of(metric)
+    assert measure is not None, "of those that a table shows"
+    rows: dict[str, list[CellResult]] = {}
+    for cell in cells:
+        if results[cell.key].metrics[metric] is not None:
+            rows.setdefault(cell.entrant, []).append(results[cell.key])
+    values = [_value(row, metric, measure, found) for row, found in rows.items()]
+    return {
+        "data": labelled.label,
+        "metric": metric,
+        **asdict(measure),
+        "values": [asdict(value) for value in ranked(values, measure.better)],
+    }
+
+
+def _value(row: str, metric: str, measure: Measure, found: Sequence[CellResult]) -> Value:
+    values = [value for result in found if (value := result.metrics[metric]) is not None]
+    pictures = [ends for result in found if (ends := _of_pictures(metric, measure, result)) is not None]
+    by_seed = over_seeds(values)
+    if by_seed is not None and measure.unit != "number":
+        by_seed = (max(0.0, by_seed[0]), min(1.0, by_seed[1]))
+    by_picture = (_mean([low for low, _ in pictures]), _mean([high for _, high in pictures])) if pictures else None
+    both = [ends for ends in (by_seed, by_picture) if ends is not None]
+    return Value(
+        row=row,
+        value=_mean(values),
+        low=min((low for low, _ in both), default=None),
+        high=max((high for _, high in both), default=None),
+        over_seeds=by_seed,
+        over_pictures=by_picture,
+        seeds=len(values),
+    )
+
+
+def _of_pictures(metric: str, measure: Measure, result: CellResult) -> Ends | None:
+    value = result.metrics[metric]
+    if metric in result.intervals:
+        return result.intervals[metric]
+    if measure.unit == "accuracy" and value is not None and 0 <= value <= 1:
+        return wilson(value, result.test_pictures)
+    return None
+
+
+def _shown(run: GauntletRun, columns: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Data set → metrics of the table: those asked for, else one of each evaluator: the k to quote, or its first."""
+    quoted = f"knn/k{KnnEvaluator(run.evaluate.knn).headline_k(sys.maxsize)}"
+    found: dict[str, list[str]] = {}
+    for column in columns:
+        found.setdefault(column["data"], []).append(column["metric"])
+    if run.measures:
+        return {data: [metric for metric in run.measures if metric in metrics] for data, metrics in found.items()}
+    shown: dict[str, list[str]] = {}
+    for data, metrics in found.items():
+        first: dict[str, str] = {}
+        for metric in metrics:
+            first.setdefault(metric.partition("/")[0], metric)
+        shown[data] = [quoted if name == "knn" and quoted in metrics else metric for name, metric in first.items()]
+    return shown
+
+
+def _rows(plan: GauntletPlan, columns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    ranks: dict[str, list[float]] = {entrant.label: [] for entrant in plan.entrants}
+    counted = [column for column in columns if column["ranked"]]
+    for column in counted:
+        for value in column["values"]:
+            ranks[value["row"]].append(value["rank"])
+    rows = [
+        {
+            "label": entrant.label,
+            "kind": entrant.kind,
+            "network": entrant.network,
+            "parameters": entrant.parameters,
+            "recalibrated": entrant.recalibrate,
+            "mean_rank": float(np.mean(found)) if counted and len(found) == len(counted) else None,
+        }
+        for entrant in plan.entrants
+        for found in [ranks[entrant.label]]
+    ]
+    return sorted(rows, key=lambda row: math.inf if row["mean_rank"] is None else row["mean_rank"])
+
+
+def _data(labelled: LabelledData) -> dict[str, Any]:
+    train, test = labelled.pictures
+    return {
+        "label": labelled.label,
+        "train_pictures": train,
+        "test_pictures": test,
+        "majority": labelled.majority,
+    }
+
+
+def _unique(cells: Iterable[Cell]) -> list[Cell]:
+    """One cell for each key."""
+    return list({cell.key: cell for cell in cells}.values())
+
+
+def _failures(plan: GauntletPlan, results: Results) -> list[dict[str, Any]]:
+    """Cells of networks that could not be measured; that raw pixels cannot be judged by some evaluators is no fault."""
+    return [
+        {name: getattr(cell, name) for name in ("key", "entrant", "data", "evaluator", "seed")}
+        | {"reason": results[cell.key].reason}
+        for group in plan.groups
+        if group.entrant.kind != "pixels"
+        for cell in group.cells
+        if cell.key in results and results[cell.key].status == "failed"
+    ]
+
+
+def _notes(plan: GauntletPlan, results: Results) -> list[dict[str, Any]]:
+    """What evaluators said, and of which rows and data sets; also why they cannot judge raw pixels."""
+    where: dict[str, dict[str, None]] = {}
+    for group in plan.groups:
+        for cell in group.cells:
+            if (result := results.get(cell.key)) is not None:
+                refused = (result.reason,) if result.reason and group.entrant.kind == "pixels" else ()
+                for note in result.notes + refused:
+                    where.setdefault(note, {})[f"{cell.entrant} on {cell.data}"] = None
+    return [{"note": note, "where": list(places)} for note, places in where.items()]
