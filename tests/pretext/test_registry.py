@@ -10,6 +10,7 @@ from unlabeled.cli import main
 from unlabeled.pretext import registry
 from unlabeled.pretext.registry import tasks_for
 from unlabeled.ssl.backbones.backbone import create_backbone
+from unlabeled.ssl.core import registry as core_registry
 from unlabeled.ssl.core.errors import ConfigError
 
 
@@ -35,9 +36,9 @@ class Plugin(Distribution):
 def install(monkeypatch):
     """Makes packages bring entry points, for one test."""
     points: list[EntryPoint] = []
-    monkeypatch.setattr(registry, "TASKS", dict(registry.TASKS))
+    monkeypatch.setattr(registry.REGISTRY, "targets", dict(registry.TASKS))
     monkeypatch.setattr(
-        registry,
+        core_registry,
         "entry_points",
         lambda group, name=None: [point for point in points if group == point.group and name in (None, point.name)],
     )

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Mapping
-from importlib.metadata import entry_points
 from typing import Any
 
 from pydantic import ValidationError
 
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.config.messages import explain
-from unlabeled.ssl.core.errors import CapabilityError, ConfigError, nearest
+from unlabeled.ssl.core.errors import CapabilityError, ConfigError
+from unlabeled.ssl.core.registry import Registry
 from unlabeled.ssl.task import PretextTask, TaskConfig
 
 TASKS: dict[str, str] = {
@@ -38,28 +37,22 @@ TASKS: dict[str, str] = {
 GROUP = "unlabeled.tasks"
 """Entry-point group in which installed packages name their tasks."""
 
+REGISTRY = Registry("task", "a pretext task", group=GROUP, targets=TASKS)
+
 
 def register_task(name: str, target: str) -> None:
     """Adds task `name` as ``"module:Class"``. Raises ConfigError when the name is taken."""
-    if name in TASKS and TASKS[name] != target:
-        raise ConfigError(f"task: {name!r} is already {TASKS[name]}; give {target} another name")
-    TASKS[name] = target
+    REGISTRY.register(name, target)
 
 
 def task_names() -> list[str]:
-    """All task names: built in, registered, and from installed plugins (entry-point group ``unlabeled.tasks``)."""
-    for point in entry_points(group=GROUP):
-        register_task(point.name, point.value)
-    return sorted(TASKS)
+    """All task names: built in, registered, and from installed packages (entry-point group ``unlabeled.tasks``)."""
+    return sorted(REGISTRY.names())
 
 
 def task_origin(name: str) -> str:
     """Who brings task `name`: "built in", a distribution and its version, or the module that registered it."""
-    for point in entry_points(group=GROUP, name=name):
-        if point.dist is not None:
-            return f"{point.dist.name} {point.dist.version}"
-    module = TASKS[name].partition(":")[0]
-    return "built in" if module.startswith("unlabeled.") else module
+    return REGISTRY.origin(name)
 
 
 def task_class(name: str) -> type[PretextTask]:
@@ -67,17 +60,8 @@ def task_class(name: str) -> type[PretextTask]:
 
     Raises ConfigError naming the nearest known tasks, or saying why a plugin's task cannot be imported.
     """
-    names = task_names()
-    if name not in names:
-        raise ConfigError(f"task: {name!r} is not a pretext task; {nearest(name, names)}")
-    module, _, attribute = TASKS[name].partition(":")
-    try:
-        loaded: type[PretextTask] = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        if (origin := task_origin(name)) == "built in":
-            raise
-        raise ConfigError(f"task: {name!r} cannot be imported ({error}); install {origin} again") from error
-    return loaded
+    found: type[PretextTask] = REGISTRY.load(name)
+    return found
 
 
 def task_config(settings: Mapping[str, Any]) -> TaskConfig:

@@ -181,7 +181,7 @@ def test_capability_error_tells_which_tasks_would_do(monkeypatch):
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(CAPABILITIES, "impossible", f"{module.__name__}:lacks")
     targets = {"easy": f"{module.__name__}:Easy", "hard": f"{module.__name__}:Hard", "broken": "no_such_module:X"}
-    monkeypatch.setattr(registry, "TASKS", targets)
+    monkeypatch.setattr(registry.REGISTRY, "targets", targets)
     expected = r"test_resnet cannot do Hard: it lacks impossible \(test_resnet is too small\); it can do: easy$"
     with pytest.raises(CapabilityError, match=expected):
         registry.create_task({"name": "hard"}, create_backbone("test_resnet", size=32))
