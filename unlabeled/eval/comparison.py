@@ -192,8 +192,6 @@ def signed(fraction: float) -> str:
 
 def as_row(comparison: Comparison) -> dict[str, Any]:
     """What report.json holds of a comparison: that which a table shows."""
-    fields = ("metric", "label", "headline", "unit", "better")
-    return {name: getattr(comparison, name) for name in fields} | {
-        part: {name: asdict(estimate) for name, estimate in getattr(comparison, part).items()}
-        for part in ("values", "differences")
-    }
+    fields = ("metric", "label", "headline", "values", "differences", "unit", "better")
+    everything = asdict(comparison)
+    return {name: everything[name] for name in fields}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -43,6 +43,7 @@ _CELL = 8
 """Pixels a side of a patch of the network, and of what a picture is made of."""
 _TRAIN, _TEST = 42, 24
 _PIXELS = 32
+_CLASSES = ("red", "green", "blue")
 
 Pairs = list[tuple[str, Value]]
 
@@ -50,7 +51,7 @@ Pairs = list[tuple[str, Value]]
 class MadeUpPictures:
     """Noise with a rectangle of the color of its class, whose mask and box are known."""
 
-    classes = ("red", "green", "blue")
+    classes: Sequence[str] | None = _CLASSES
 
     def __init__(self, count: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -72,7 +73,7 @@ class MadeUpPictures:
         return self._images[index]
 
     def labels(self) -> Tensor:
-        return torch.arange(len(self)) % len(self.classes)
+        return torch.arange(len(self)) % len(_CLASSES)
 
     def mask(self, index: int) -> Tensor:
         return self._masks[index]
@@ -227,8 +228,8 @@ def needs_are_true(case: EvaluatorCase) -> None:
     features = replace(case.encoded, backbone=None, sources=None)
     if case.cls.needs == "features":
         alone = case.said(features)
-        require(not isinstance(alone, str), f"features alone: {alone}", 'set needs = "pictures" or "network"')
-        values, whole = dict(alone), dict(case.run())
+        values, whole = {} if isinstance(alone, str) else dict(alone), dict(case.run())
+        require(bool(values), f"features alone: {alone}", 'set needs = "pictures" or "network"')
         others = [key for key, value in values.items() if key not in whole or not same(value, whole[key])]
         require(not others, f"features alone give another {listed(others)}", "take the pooled features as they are")
         return

@@ -10,7 +10,7 @@ import pytest
 from eval_helpers import plain_values
 from sklearn.neighbors import KNeighborsClassifier
 
-from unlabeled.eval.base import Estimate, FeatureSet, FeatureSplit
+from unlabeled.eval.base import Estimate, FeatureSet, FeatureSplit, Measured, Point
 from unlabeled.eval.evaluators.knn import KnnConfig, KnnEvaluator, best_classes, class_scores, nearest_neighbours
 from unlabeled.eval.intervals import over_draws
 from unlabeled.eval.subject import Subject
@@ -224,3 +224,14 @@ def test_features_on_disk_are_judged_as_those_in_memory(tmp_path: Path) -> None:
 def test_no_temperature_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"evaluate\.knn\.temperature: \[\] is not possible"):
         KnnEvaluator(KnnConfig(temperature=()))
+
+
+def test_several_temperatures_make_a_curve_where_there_is_one_k_alone() -> None:
+    data = FeatureSet(clusters(60, 3), clusters(20, 3), names(3))
+    one = dict(KnnEvaluator(KnnConfig(k=(20,), temperature=(0.07, 0.2))).run(Subject(data)))
+    points = {key: value.measure.point for key, value in one.items() if isinstance(value, Measured)}
+    assert points == {"k20": Point("kNN, k = 20", "T", 0.07), "k20_t0.2": Point("kNN, k = 20", "T", 0.2)}
+    two = dict(KnnEvaluator(KnnConfig(k=(5, 20), temperature=(0.07, 0.2))).run(Subject(data)))
+    points = {key: value.measure.point for key, value in two.items() if isinstance(value, Measured)}
+    assert points["k20"] == Point("kNN", "k", 20)
+    assert points["k5_t0.2"] == Point("kNN, T = 0.2", "k", 5)
