@@ -9,7 +9,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from unlabeled import _moved
 from unlabeled._version import __version__
+
+_moved.install()
 
 _PUBLIC = {
     "pretrain": "unlabeled.api",
