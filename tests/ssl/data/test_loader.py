@@ -115,9 +115,7 @@ def test_a_resumed_run_is_the_rest_of_the_whole_one(world: int, accumulation: in
 
 
 def test_batches_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(
-        ConfigError, match=r"^batch_size: 64 is larger than the data \(50 images\); give batch_size=50"
-    ):
+    with pytest.raises(ConfigError, match=r"^batch_size: 64 is larger than the data \(50 images\); give batch_size=50"):
         sampler(batch_size=64)
     with pytest.raises(
         ConfigError, match=r"^batch_size: 12 cannot be split over 2 processes x 4 micro-steps; give a multiple of 8$"
