@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from benchmarks.timing import begun, machine, paired_times, peak_gigabytes, table_head
 from unlabeled.pretext.common.poa_losses import Crops, Places, TeacherHead, TermWeights, head_loss
-from unlabeled.pretext.common.sinkhorn import sinkhorn_offsets
+from unlabeled.pretext.common.self_distillation import sinkhorn_offsets
 
 log = logging.getLogger(__name__)
 

@@ -23,6 +23,7 @@ from unlabeled.ssl.backbone import Backbone
 from unlabeled.ssl.data.source import ImageSource
 from unlabeled.ssl.errors import DataError
 from unlabeled.ssl.probe import modes_kept
+from unlabeled.ssl.ranks import world_size
 from unlabeled.ssl.schema import EvaluateConfig
 
 log = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ class _Statistics:
             return
         norm.running_mean.copy_(self.mean)
         norm.running_var.copy_(self.squares / (self.count - 1))
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if world_size() > 1:
             dist.broadcast(norm.running_mean, src=0)
             dist.broadcast(norm.running_var, src=0)
 

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from unlabeled.ssl.errors import ConfigError, UnlabeledError
-from unlabeled.ssl.schema import EngineConfig
+
+if TYPE_CHECKING:  # settings know of everything, and everything may ask for its rank
+    from unlabeled.ssl.schema import EngineConfig
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +29,7 @@ ItemT = TypeVar("ItemT")
 
 def create_accelerator(config: EngineConfig) -> Accelerator:
     """Accelerate for this process: the CPU (gloo) where there is no accelerator or `config.device` says so."""
-    AcceleratorState._reset_state(reset_partial_state=not dist.is_initialized())
+    AcceleratorState._reset_state(reset_partial_state=not _grouped())
     cpu = config.device == "cpu" or not torch.accelerator.is_available()
     precision = "no" if config.precision == "fp32" else config.precision
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
@@ -78,20 +80,39 @@ def told_once() -> Iterator[None]:
     try:
         yield
     except UnlabeledError:
-        if int(os.environ.get("RANK", "0")) > 0:
+        if launched_rank() > 0:
             raise SystemExit(2) from None
         raise
 
 
+def rank() -> int:
+    """Number of this process among the ranks; 0 where there is no group of them."""
+    return dist.get_rank() if _grouped() else 0
+
+
+def world_size() -> int:
+    """Ranks of this run; 1 where there is no group of them."""
+    return dist.get_world_size() if _grouped() else 1
+
+
+def launched_rank() -> int:
+    """The number that a launcher gave this process: what `rank` will be, before there is a group and after it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _grouped() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def leave_ranks() -> None:
     """Takes this process out of the group of ranks, whose threads must not outlive Python's own shutdown."""
-    if dist.is_available() and dist.is_initialized():
+    if _grouped():
         dist.destroy_process_group()
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Sum of `values` over all ranks, in place; the same tensor in a single process."""
-    if dist.is_initialized():
+    if world_size() > 1:
         dist.all_reduce(values)
     return values
 
@@ -101,7 +122,7 @@ def gather_rows(rows: Tensor) -> Tensor:
 
     With a gradient: what the losses of all ranks say about a row is summed up at the rank that it came from.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if world_size() == 1:
         return rows
     gathered: Tensor = _GatherRows.apply(rows)
     return gathered
@@ -110,7 +131,7 @@ def gather_rows(rows: Tensor) -> Tensor:
 class _GatherRows(Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
-        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        parts = [torch.empty_like(rows) for _ in range(world_size())]
         dist.all_gather(parts, rows.contiguous())
         return torch.cat(parts)
 
@@ -118,13 +139,13 @@ class _GatherRows(Function):
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         summed = gradients[0].contiguous().clone()
         dist.all_reduce(summed)
-        return summed.chunk(dist.get_world_size())[dist.get_rank()]
+        return summed.chunk(world_size())[rank()]
 
 
 def gather_lists(items: list[ItemT]) -> list[ItemT]:
     """The items of all ranks, in the order of ranks, on every rank."""
-    if not dist.is_initialized():
+    if world_size() == 1:
         return items
-    parts: list[list[ItemT]] = [[] for _ in range(dist.get_world_size())]
+    parts: list[list[ItemT]] = [[] for _ in range(world_size())]
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from unlabeled.ssl.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
 from unlabeled.ssl.errors import CheckpointError
 from unlabeled.ssl.monitor import Meter
+from unlabeled.ssl.ranks import world_size
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ class Saver:
 
     def _share(self, failure: CheckpointError | None) -> CheckpointError | None:
         """The main process's failure, on every rank, so that all stop together."""
-        if not dist.is_initialized():
+        if world_size() == 1:
             return failure
         carried = [failure]
         dist.broadcast_object_list(carried, src=0)
