@@ -198,6 +198,7 @@ class POA(TeacherStudent):
         students = [self.seen(network, crops, hidden) for network in self.students()]  # intact, and elastic
         heads = zip(cast(Any, self.heads), cast(Any, self.teacher["heads"]), strict=True)
         results = [self.head_terms(head, teacher, taught, students, hidden) for head, teacher in heads]
+        # of the large crops only, and before any head
         spread = torch.stack([koleo(seen.crops[:GLOBALS]) for seen in students]).sum()
         loss = torch.stack([loss for loss, _ in results]).mean() + self.config.koleo_weight * spread
         logs = {name: torch.stack([terms[name] for _, terms in results]).mean() for name in results[0][1]}

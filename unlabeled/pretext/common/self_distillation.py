@@ -229,7 +229,7 @@ def log_probabilities(head: Any, units: Tensor, temperature: float) -> Tensor:
     return (scores(head, units) / temperature).log_softmax(-1)
 
 
-class TeacherCenter(Center):
+class TeacherCenter(Center):  # type: ignore[misc]
     """The moving average of the teacher's logits, (1, K), without which its assignments are taken.
 
     lightly's, moved once an optimizer step: all micro-steps of one use the same centre and count in the next.
@@ -242,7 +242,8 @@ class TeacherCenter(Center):
 
     def assign(self, logits: Tensor, temperature: Tensor) -> Tensor:
         """The teacher's logits (..., K) → its assignments (..., K), under the centre as it was after the last step."""
-        return ((logits - self.value) / temperature).softmax(-1)
+        assigned: Tensor = ((logits - self.value) / temperature).softmax(-1)
+        return assigned
 
     def observe(self, mean: Tensor) -> None:
         """Takes the mean (1, K) of the teacher's logits of a micro-step in training."""
