@@ -49,10 +49,10 @@ class PixContrast(PixelPairs):
 
     def forward(self, batch: Batch) -> StepOutput:
         """``views`` uint8 (B, 2, 3, h, w), ``boxes`` (B, 2, 4) → mean contrast of both directions, see `contrast`."""
-        images = self.images_of(batch)
-        _, queries = self.student_maps(images)
+        images = self.images_of(batch)  # (B, 3, h, w) of each view, as all lists below are
+        _, queries = self.student_maps(images)  # (B, C, gh, gw)
         _, keys = self.teacher_maps(images)
-        positive = self.positive_pairs(batch["boxes"], tuple(queries[0].shape))
+        positive = self.positive_pairs(batch["boxes"], tuple(queries[0].shape))  # bool (B, L, L)
         forth = contrast(queries[0], keys[1], positive, self.config.temperature)
         back = contrast(queries[1], keys[0], positive.transpose(1, 2), self.config.temperature)
         loss = (forth.mean() + back.mean()) / 2

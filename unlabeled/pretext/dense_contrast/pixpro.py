@@ -103,13 +103,13 @@ class PixPro(PixelPairs):
     def forward(self, batch: Batch) -> StepOutput:
         """``views`` uint8 (B, 2, 3, h, w), ``boxes`` (B, 2, 4) → the loss of all near pairs of cells, in [-4, 4], plus
         the weighted one of whole pictures, in the same range."""
-        images = self.images_of(batch)
-        maps, projections = self.student_maps(images)
+        images = self.images_of(batch)  # (B, 3, h, w) of each view, as all lists below are
+        maps, projections = self.student_maps(images)  # (B, channels, gh, gw), (B, C, gh, gw)
         key_maps, keys = self.teacher_maps(images)
-        positive = self.positive_pairs(batch["boxes"], tuple(keys[0].shape))
-        predictions = self.each_view(self.propagation, projections)
+        positive = self.positive_pairs(batch["boxes"], tuple(keys[0].shape))  # bool (B, L, L)
+        predictions = self.each_view(self.propagation, projections)  # only the student's are smoothed
         forth = consistency(predictions[0], keys[1], positive)
-        back = consistency(predictions[1], keys[0], positive.transpose(1, 2))
+        back = consistency(predictions[1], keys[0], positive.transpose(1, 2))  # rows are cells of the second view now
         loss = -2 * forth.mean() - 2 * back.mean()
         logs = {"loss_pixel": loss.detach(), **overlap_logs(positive)}
         if self.config.instance_weight:

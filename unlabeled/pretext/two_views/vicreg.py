@@ -85,6 +85,7 @@ class VICReg(TwoViewTask):
     def forward(self, batch: Batch, *args: Any, **draw: Any) -> StepOutput:
         """``views`` uint8 (B, 2, 3, h, w) → the weighted sum of equation 6, with a mean of squares over channels too,
         as in the authors' code."""
+        # a pass for each view, as published: batch norm never mixes the two
         first, second = (self.embed(view) for view in self.pair(batch))  # (B, D) each
         output = self.output(exactly(self.loss, first, second), first, second)
         output.logs[DEVIATION] = widened(first.detach()).std(0).mean()
