@@ -216,7 +216,7 @@ def squared_error(predictions: Tensor, targets: Tensor) -> StepOutput:
 def cell_pictures(
     predictions: Tensor, images: Tensor, cell: tuple[int, int], grid: tuple[int, int], *, norm_pix: bool = True
 ) -> Tensor:
-    """Predictions of all cells (B, L, ph * pw * C) as pictures (B, C, H, W), normalised, at least as precise as
+    """Predictions of all cells (B, L, ph * pw * C) as pictures (B, C, H, W), normalized, at least as precise as
     `images`. With `norm_pix` each cell gets back its true mean and deviation."""
     predictions = predictions.to(torch.promote_types(predictions.dtype, images.dtype))
     if norm_pix:

@@ -119,12 +119,12 @@ class SimMIM(MaskedImageTask):
         `visible` (bool, B, gh, gw, on the cells of the mask) decides the masks; None: as `draw` gives it.
         """
         images = self.images_of(batch)  # (B, 3, H, W)
-        masking = self.mask(images, noise, visible)  # of cells of `mask_unit` pixels, larger than a patch
+        masking = self.mask(images, noise, visible)  # of cells of `mask_unit` pixels, a patch or more
         features = self.encode(images, masking)  # (B, C, H', W')
         predicted = self.decode(features, (images.shape[-2], images.shape[-1]))  # (B, 3, H, W)
         hidden = self.hidden_pixels(masking)  # bool (B, 1, H, W)
         loss = masked_l1(predicted, images, hidden)
-        # what a prediction of zeros, the mean colour, would get: the share of it that is gone is explained
+        # what a prediction of zeros, the mean color, would get: the share of it that is gone is explained
         blank = masked_l1(torch.zeros_like(predicted), images, hidden).detach()
         return StepOutput(loss, {"explained": 1 - loss.detach() / (blank + 1e-6)})
 
@@ -139,7 +139,7 @@ class SimMIM(MaskedImageTask):
             return self.last(self.backbone, images)
 
     def decode(self, features: Tensor, size: tuple[int, int]) -> Tensor:
-        """The last map (B, C, H', W') → predicted pictures (B, 3, H, W) of `size` (H, W), normalised.
+        """The last map (B, C, H', W') → predicted pictures (B, 3, H, W) of `size` (H, W), normalized.
 
         Each place of the last map gives the ``stride`` x ``stride`` pixels under it, channel by channel and each
         channel row by row (the order of a pixel shuffle).
@@ -149,7 +149,7 @@ class SimMIM(MaskedImageTask):
         if features.shape[-2:] != grid:  # networks without padding lose places at the edge
             features = F.interpolate(features, size=grid, mode="bilinear", align_corners=False)
         pictures = F.pixel_shuffle(self.decoder(features), self.stride)
-        return pictures[..., :height, :width]  # where the stride does not divide the size, the last places stand over
+        return pictures[..., :height, :width]  # the last places stand over where the stride does not divide the size
 
     def hidden_pixels(self, masking: Masking) -> Tensor:
         """Bool (B, 1, H, W), True where a pixel is hidden."""
