@@ -12,7 +12,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unlabeled.pretext.common.patches import normalize_patches, patchify, unpatchify
+from unlabeled.pretext.masked_image.masked_image import cell_targets, normalize_patches, patchify, unpatchify
 from unlabeled.pretext.masked_image.spark import Densify, LightDecoder, SparK, SparKConfig
 from unlabeled.pretext.registry import create_task, task_config
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
@@ -151,7 +151,8 @@ def test_larger_cells():
     assert task.cell == (16, 16)
     batch = {"image": pictures(2, (64, 64))}
     assert task.draw(batch)["noise"].shape == (2, 16)
-    assert task.target(task.backbone.normalize(batch["image"]), torch.tensor([[0], [5]])).shape == (2, 1, 768)
+    images = task.backbone.normalize(batch["image"])
+    assert cell_targets(images, task.cell, torch.tensor([[0], [5]])).shape == (2, 1, 768)
     assert math.isfinite(task(batch).loss.item())
 
 
