@@ -38,7 +38,7 @@ MOVED: dict[str, str] = {
     "pretext.common.balance": "pretext.mixture.balance",
     "pretext.common.chunked": "pretext.self_distillation.poa_losses",
     "pretext.common.convnext_names": "pretext.masked_image.convnext_names",
-    "pretext.common.decoder": "pretext.masked_image.decoder",
+    "pretext.common.decoder": "pretext.masked_image.mae",
     "pretext.common.hidden_places": "pretext.self_distillation.hidden_places",
     "pretext.common.level_map": "ssl.backbones.level_map",
     "pretext.common.masked_image": "pretext.masked_image.masked_image",
@@ -47,6 +47,7 @@ MOVED: dict[str, str] = {
     "pretext.common.pair_pictures": "pretext.dense_contrast.pair_pictures",
     "pretext.common.patch_cues": "pretext.predictive.patch_cues",
     "pretext.common.patch_grid": "pretext.predictive.patch_grid",
+    "pretext.common.patches": "pretext.common.precision pretext.masked_image.masked_image",
     "pretext.common.pixel_pairs": "pretext.dense_contrast.pixel_pairs",
     "pretext.common.poa_losses": "pretext.self_distillation.poa_losses",
     "pretext.common.self_distillation": "pretext.self_distillation.self_distillation",
@@ -115,6 +116,7 @@ MOVED: dict[str, str] = {
     "ssl.stages": "ssl.backbones.masked.stages",
     "ssl.stem": "ssl.backbones.stem",
     "ssl.subnetworks": "workflows.export",
+    "ssl.tokens.gather": "ssl.backbones.masked.tokens.family",
     "ssl.tokens": "ssl.backbones.masked.tokens",
 }
 """Old module or package, without ``unlabeled.`` → the module that has its names now, or several."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unlabeled.pretext.common.checkpoint import load_mapped
-from unlabeled.pretext.common.patches import widened
+from unlabeled.pretext.common.precision import widened
 from unlabeled.pretext.dense_contrast.pixel_pairs import PixelMLP, PixelPairs, PixelPairsConfig, overlap_logs
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
@@ -81,9 +81,9 @@ class PixPro(PixelPairs):
             "lr_scaling": "linear",
             "lr_batch": 256,
             "momentum": 0.9,
-            "weight_decay": 1e-05,
+            "weight_decay": 1e-5,
         },
-        "schedule": {"name": "cosine", "warmup_epochs": 5, "start_factor": 0.01, "min_lr": 1e-06},
+        "schedule": {"name": "cosine", "warmup_epochs": 5, "start_factor": 0.01, "min_lr": 1e-6},
         "engine": {"channels_last": True},
         "batch_size": 1024,
         "epochs": 100,

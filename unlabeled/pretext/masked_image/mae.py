@@ -46,7 +46,7 @@ class MAE(MaskedImageTask):
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "adamw",
-            "lr": 0.00015,
+            "lr": 1.5e-4,
             "lr_scaling": "linear",
             "lr_batch": 256,
             "betas": [0.9, 0.95],

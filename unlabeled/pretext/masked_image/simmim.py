@@ -69,7 +69,7 @@ class SimMIM(MaskedImageTask):
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "adamw",
-            "lr": 0.0002,
+            "lr": 2e-4,
             "lr_scaling": "linear",
             "lr_batch": 512,
             "betas": [0.9, 0.999],

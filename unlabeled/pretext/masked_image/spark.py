@@ -81,7 +81,7 @@ class SparK(MaskedImageTask):
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "lamb",
-            "lr": 0.0002,
+            "lr": 2e-4,
             "lr_scaling": "linear",
             "lr_batch": 256,
             "betas": [0.9, 0.95],

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from unlabeled.pretext.common.checkpoint import load_mapped
-from unlabeled.pretext.common.patches import widened
+from unlabeled.pretext.common.precision import widened
 from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy
 from unlabeled.pretext.common.views import Part
 from unlabeled.pretext.obow.official import official_names
@@ -113,8 +113,8 @@ class OBoW(PretextTask):
 
     Config: ClassVar[type[TaskConfig]] = OBoWConfig
     recipe: ClassVar[Recipe] = {
-        "optim": {"name": "sgd", "lr": 0.03, "lr_scaling": "none", "momentum": 0.9, "weight_decay": 0.0001},
-        "schedule": {"name": "cosine", "warmup_epochs": 10, "min_lr": 3e-05, "per_epoch": True},
+        "optim": {"name": "sgd", "lr": 0.03, "lr_scaling": "none", "momentum": 0.9, "weight_decay": 1e-4},
+        "schedule": {"name": "cosine", "warmup_epochs": 10, "min_lr": 3e-5, "per_epoch": True},
         "batch_size": 256,
         "epochs": 200,
     }

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unlabeled.pretext.common.patches import widened
+from unlabeled.pretext.common.precision import widened
 from unlabeled.ssl.core.distributed import gather_rows, rank, sum_over_ranks, world_size
 from unlabeled.ssl.nn.batch_norm import SyncedBatchNorm1d
 

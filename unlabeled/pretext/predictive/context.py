@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from unlabeled.pretext.common.checkpoint import load_mapped
 from unlabeled.pretext.common.drawing import RIGHT, WRONG, tiled
-from unlabeled.pretext.common.patches import widened
+from unlabeled.pretext.common.precision import widened
 from unlabeled.pretext.predictive import patch_cues
 from unlabeled.pretext.predictive.patch_grid import OFFSETS, GridLayout, GridViews, Mark, draw_grid, neighbour_pairs
 from unlabeled.ssl.backbones.backbone import Backbone

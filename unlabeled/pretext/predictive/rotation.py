@@ -96,7 +96,7 @@ class Rotation(PretextTask):
 
     Config: ClassVar[type[TaskConfig]] = RotationConfig
     recipe: ClassVar[Recipe] = {
-        "optim": {"name": "sgd", "lr": 0.1, "lr_scaling": "none", "momentum": 0.9, "weight_decay": 0.0005},
+        "optim": {"name": "sgd", "lr": 0.1, "lr_scaling": "none", "momentum": 0.9, "weight_decay": 5e-4},
         "schedule": {"name": "multistep", "warmup_epochs": 0, "milestones": [60, 120, 160], "gamma": 0.2},
         "batch_size": 128,
         "epochs": 200,

@@ -43,14 +43,14 @@ class DINO(TeacherStudent):
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "adamw",
-            "lr": 0.0005,
+            "lr": 5e-4,
             "lr_scaling": "linear",
             "lr_batch": 256,
             "betas": [0.9, 0.999],
             "weight_decay": 0.04,
             "weight_decay_end": 0.4,
         },
-        "schedule": {"name": "cosine", "warmup_epochs": 10, "min_lr": 1e-06},
+        "schedule": {"name": "cosine", "warmup_epochs": 10, "min_lr": 1e-6},
         "engine": {"clip": 3.0},
         "batch_size": 1024,
         "epochs": 100,

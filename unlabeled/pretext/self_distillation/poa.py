@@ -150,7 +150,7 @@ class POA(TeacherStudent):
             "weight_decay_end": 0.4,
             "layer_decay": 0.9,
         },
-        "schedule": {"name": "cosine", "warmup_epochs": 10, "min_lr": 2e-05},
+        "schedule": {"name": "cosine", "warmup_epochs": 10, "min_lr": 2e-5},
         "engine": {"clip": 1.5},
         "batch_size": 1600,
         "epochs": 100,

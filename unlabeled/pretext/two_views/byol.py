@@ -51,7 +51,7 @@ class BYOL(TwoViewTask):
             "lr_scaling": "linear",
             "lr_batch": 256,
             "momentum": 0.9,
-            "weight_decay": 1.5e-06,
+            "weight_decay": 1.5e-6,
         },
         "schedule": {"name": "cosine", "warmup_epochs": 10},
     }

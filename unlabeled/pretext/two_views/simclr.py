@@ -58,7 +58,7 @@ class SimCLR(TwoViewTask):
             "lr_scaling": "sqrt",
             "lr_batch": 1,
             "momentum": 0.9,
-            "weight_decay": 1e-06,
+            "weight_decay": 1e-6,
         },
         "schedule": {"name": "cosine", "warmup_epochs": 10},
     }

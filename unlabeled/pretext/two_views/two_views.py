@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from unlabeled.pretext.common.drawing import RIGHT, WRONG, enlarged, framed, tiled
-from unlabeled.pretext.common.patches import widened
+from unlabeled.pretext.common.precision import widened
 from unlabeled.pretext.common.views import Chance, ColorConfig, Colors, Part, RandomCrop
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.shapes import modes_kept

@@ -15,7 +15,7 @@ from lightly.models.modules.heads import ProjectionHead
 from pydantic import Field
 from torch import nn
 
-from unlabeled.pretext.common.patches import widened
+from unlabeled.pretext.common.precision import widened
 from unlabeled.pretext.two_views.two_views import FirstColors, SecondColors, TwoViewsConfig, TwoViewTask, exactly
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
@@ -54,7 +54,7 @@ class VICReg(TwoViewTask):
             "lr_scaling": "linear",
             "lr_batch": 256,
             "momentum": 0.9,
-            "weight_decay": 1e-06,
+            "weight_decay": 1e-6,
         },
         "schedule": {"name": "cosine", "warmup_epochs": 10, "min_factor": 0.001},
     }
