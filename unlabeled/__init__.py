@@ -28,6 +28,23 @@ _PUBLIC = {
     "create_task": "unlabeled.pretext.registry",
     "task_names": "unlabeled.pretext.registry",
     "UnlabeledError": "unlabeled.ssl.core.errors",
+    "Estimate": "unlabeled.eval.base",
+    "Evaluator": "unlabeled.eval.base",
+    "EvaluatorConfig": "unlabeled.eval.base",
+    "FeatureSet": "unlabeled.eval.base",
+    "FeatureSplit": "unlabeled.eval.base",
+    "FloatArray": "unlabeled.eval.base",
+    "Measure": "unlabeled.eval.base",
+    "Measured": "unlabeled.eval.base",
+    "Point": "unlabeled.eval.base",
+    "Value": "unlabeled.eval.base",
+    "check_features": "unlabeled.eval.base",
+    "evaluator_names": "unlabeled.eval.registry",
+    "register_evaluator": "unlabeled.eval.registry",
+    "Subject": "unlabeled.eval.subject",
+    "ConfigError": "unlabeled.ssl.core.errors",
+    "DataError": "unlabeled.ssl.core.errors",
+    "check_evaluator": "unlabeled.testing.check",
 }
 
 __all__ = ["__version__", *_PUBLIC]
@@ -36,14 +53,31 @@ if TYPE_CHECKING:
     from unlabeled.api import evaluate as evaluate
     from unlabeled.api import finetune as finetune
     from unlabeled.api import pretrain as pretrain
+    from unlabeled.eval.base import Estimate as Estimate
+    from unlabeled.eval.base import Evaluator as Evaluator
+    from unlabeled.eval.base import EvaluatorConfig as EvaluatorConfig
+    from unlabeled.eval.base import FeatureSet as FeatureSet
+    from unlabeled.eval.base import FeatureSplit as FeatureSplit
+    from unlabeled.eval.base import FloatArray as FloatArray
+    from unlabeled.eval.base import Measure as Measure
+    from unlabeled.eval.base import Measured as Measured
+    from unlabeled.eval.base import Point as Point
+    from unlabeled.eval.base import Value as Value
+    from unlabeled.eval.base import check_features as check_features
+    from unlabeled.eval.registry import evaluator_names as evaluator_names
+    from unlabeled.eval.registry import register_evaluator as register_evaluator
+    from unlabeled.eval.subject import Subject as Subject
     from unlabeled.pretext.registry import create_task as create_task
     from unlabeled.pretext.registry import task_names as task_names
     from unlabeled.ssl.backbones.backbone import Backbone as Backbone
     from unlabeled.ssl.backbones.backbone import create_backbone as create_backbone
+    from unlabeled.ssl.core.errors import ConfigError as ConfigError
+    from unlabeled.ssl.core.errors import DataError as DataError
     from unlabeled.ssl.core.errors import UnlabeledError as UnlabeledError
     from unlabeled.ssl.task import PretextTask as PretextTask
     from unlabeled.ssl.task import StepOutput as StepOutput
     from unlabeled.ssl.task import TaskConfig as TaskConfig
+    from unlabeled.testing.check import check_evaluator as check_evaluator
     from unlabeled.workflows.finetune.run import FinetuneResult as FinetuneResult
     from unlabeled.workflows.pretrain import PretrainResult as PretrainResult
 

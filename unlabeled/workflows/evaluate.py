@@ -33,7 +33,7 @@ from unlabeled.ssl.train.monitor import read_metrics
 from unlabeled.ssl.train.run_folder import read_config
 from unlabeled.workflows.elastic_sizes import Alone, SizePlan, measure_sizes, plan_sizes
 from unlabeled.workflows.export import with_sizes
-from unlabeled.workflows.settings import compose_settings
+from unlabeled.workflows.settings import compose_settings, settle_evaluation
 
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 
@@ -56,7 +56,9 @@ def evaluate_config(
     target: str | Path, words: Sequence[str] = (), values: Mapping[str, Any] | None = None
 ) -> EvaluateRun:
     """The validated settings of ``unlabeled evaluate TARGET``."""
-    return compose_settings("evaluate", words, EvaluateRun, {**(values or {}), "target": str(target)})
+    run = compose_settings("evaluate", words, EvaluateRun, {**(values or {}), "target": str(target)})
+    also = ("knn", "linear") if run.sizes is not None else ()  # what the sizes are judged by
+    return run.model_copy(update={"evaluate": settle_evaluation(run.evaluate, words, values, also=also)})
 
 
 def evaluate_target(run: EvaluateRun) -> Evidence:

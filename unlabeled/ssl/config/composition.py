@@ -102,6 +102,18 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def set_within(section: str, words: Sequence[str], values: Mapping[str, Any] | None = None) -> set[str]:
+    """Names in `section` that the words and values set themselves, apart from what files say."""
+    _, nested = _split(values or {})
+    found = set(nested.get(section, ()))
+    for override in parse(words):
+        first, _, inside = override.key_or_group.partition(".")
+        if first == section:
+            value = None if inside or override.is_delete() else override.value()
+            found |= {inside.partition(".")[0]} if inside else set(value if isinstance(value, Mapping) else ())
+    return found
+
+
 def _choices_of(command: str, overrides: Sequence[Override]) -> set[tuple[str, str]]:
     """(group, name) of everything that the words, the command's file or the recipe's file choose."""
     chosen = {(override.key_or_group, str(override.value())) for override in overrides}
