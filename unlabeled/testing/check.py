@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -77,9 +77,20 @@ def check_task(
         run_check(check, subject)
 
 
-def run_check(check: Check, subject: Subject) -> None:
-    """Tries one rule; the error names the task and the rule. Random state is as before afterwards."""
-    place = f"{subject.name} breaks '{check.__name__.replace('_', ' ')}'"
+class Named(Protocol):
+    """What rules are tried on."""
+
+    @property
+    def name(self) -> str: ...
+
+
+NamedT = TypeVar("NamedT", bound=Named)
+
+
+def run_check(check: Callable[[NamedT], None], subject: NamedT) -> None:
+    """Tries one rule; the error names the subject and the rule. Random state is as before afterwards."""
+    rule = getattr(check, "__name__", "a rule").replace("_", " ")
+    place = f"{subject.name} breaks '{rule}'"
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

@@ -53,7 +53,7 @@ class ImageSource(Protocol):
         ...
 
     def labels(self) -> torch.Tensor | None:
-        """All labels, int64 (N,), without decoding a picture; None when there are none."""
+        """All labels, int64 (N,), without decoding a picture; -1 for one that has none; None when there are none."""
         ...
 
     def describe(self, index: int) -> str:
