@@ -1,4 +1,4 @@
-"""A task in a package of its own: installed into a fresh environment, offline, it is there like a built-in one."""
+"""Parts in packages of their own: installed into a fresh environment, offline, they are there like built-in ones."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "unlabeled-jigsaw"
+EXTRAS = ROOT / "examples" / "unlabeled-extras"
 SMALL = '{"grid": 2, "permutations": 24}'
 pytestmark = pytest.mark.slow
 
@@ -50,6 +53,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     made = Environment(tmp_path_factory.mktemp("plugin") / "env")
     made.install(ROOT)
     made.install(EXAMPLE)
+    made.install(EXTRAS)
     return made
 
 
@@ -75,6 +79,7 @@ def test_the_contract_is_checked_without_pytest(environment: Environment) -> Non
 def test_its_own_tests_pass(environment: Environment) -> None:
     pytest_ = [environment.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not contract"]
     assert "passed" in environment.run(*pytest_, "--rootdir", EXAMPLE, EXAMPLE / "tests").stdout
+    assert "passed" in environment.run(*pytest_[:-2], "--rootdir", EXTRAS, EXTRAS / "tests" / "test_npy.py").stdout
 
 
 def test_a_debug_run_leaves_what_any_run_leaves(environment: Environment, tmp_path: Path) -> None:
@@ -96,3 +101,23 @@ def test_its_faults_are_one_line_too(environment: Environment, tmp_path: Path) -
     assert done.stderr == "unlabeled: task.gird: there is no such setting in task; did you mean 'grid'?\n"
     done = environment.run(environment.bin / "unlabeled", "pretrain", "task=jigsw", code=2)
     assert done.stderr == "unlabeled: task: 'jigsw' is not a pretext task; did you mean 'jigsaw'?\n"
+
+
+def test_its_source_is_chosen_by_name_and_says_its_faults(environment: Environment, tmp_path: Path) -> None:
+    for split, count in (("train", 24), ("test", 8)):
+        images = np.random.default_rng(count).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+        np.save(tmp_path / f"{split}_images.npy", images)
+        np.save(tmp_path / f"{split}_labels.npy", np.arange(count) % 2)
+    command = environment.bin / "unlabeled"
+    words = ["data=npy", f"data.path={tmp_path}"]
+    assert "24" in environment.run(command, "doctor", *words, "workers=0").stdout
+    small = ["backbone.size=32", "backbone.kwargs={channels:[8,8,8,8],stem_width:8}", "batch_size=8", "debug=true"]
+    run = ["task=rotation", "backbone=resnet18", *words, *small, f"out={tmp_path / 'run'}"]
+    environment.run(command, "pretrain", *run)
+    data = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]
+    assert data == {"name": "npy", "limit": 16, "max_bad_fraction": 0.05, "path": str(tmp_path)}
+    assert "random" in (tmp_path / "run" / "report" / "report.md").read_text(), "its labels are evaluated"
+    done = environment.run(command, "doctor", "data=npy", code=2)
+    assert done.stderr == "unlabeled: data.path: not given; set data.path=...\n"
+    done = environment.run(command, "doctor", *words, "data.count=3", code=2)
+    assert done.stderr == "unlabeled: data.count: 3 has no effect with data=npy, it is a setting of shapes; remove it\n"

@@ -71,6 +71,7 @@ def test_fields_of_a_section_can_be_set_beside_its_short_form() -> None:
             r"^data.dataset: x has no effect .* it is a setting of hf, torchvision, voc; remove it$",
         ),
         ("data.labels=perhaps", r"^data.labels: 'perhaps' is not possible; give a valid boolean"),
+        ("data.path=[1]", r"^data.path: \[1\] is not possible; give "),
         ("data.limit=0", r"^data.limit: 0 is not possible; give greater than or equal to 1$"),
         ("evaluate.data=fodler", r"^evaluate.data: 'fodler' is not a data source; did you mean 'folder'\?$"),
         ("evaluate.data=a/b", r"^evaluate.data: 'a/b' is a path; write evaluate.data=folder evaluate.data.path=a/b$"),

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pydantic import ValidationError
@@ -81,7 +81,7 @@ class SourceSubject:
         Raises ContractError when the settings do not fit, ConfigError for a name that is not registered, and what the
         source itself raises when it is opened.
         """
-        found: SourceClass = source_class(source) if isinstance(source, str) else source
+        found = source_class(source) if isinstance(source, str) else cast(SourceClass, source)
         name = source if isinstance(source, str) else source.__name__
         given = dict(settings or {})
         try:
@@ -342,7 +342,8 @@ def check_source(source: str | type[Any] | DataConfig, settings: Mapping[str, An
     Raises ContractError, an AssertionError, for the first rule that is broken.
     """
     if isinstance(source, DataConfig):
-        source, settings = source.name, {**(source.model_extra or {}), **(settings or {})}
+        settings = {"limit": source.limit, **(source.model_extra or {}), **(settings or {})}
+        source = source.name
     subject = SourceSubject.of(source, settings)
     for check in (*SOURCE_CHECKS, another_process_reads_the_same):
         run_check(check, subject)

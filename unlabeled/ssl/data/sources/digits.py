@@ -17,7 +17,7 @@ class DigitsConfig(SourceConfig):
 
 
 class DigitsSource:
-    """1797 hand-written digits of 8 x 8 pixels in 10 classes (scikit-learn's ``load_digits``), a quarter held out."""
+    """scikit-learn's 1797 hand-written digits, 8 x 8 pixels in 10 classes, a quarter held out; no files needed."""
 
     Config: ClassVar[type[SourceConfig]] = DigitsConfig
 

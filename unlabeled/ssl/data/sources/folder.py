@@ -32,11 +32,12 @@ class FolderConfig(FilesConfig):
 
 
 class FolderSource(FileSource):
-    """All pictures below `config.path`, in the order of their names.
+    """A folder of pictures at any depth: jpg, png, webp, bmp, tiff, gif; ``data.labels=true`` labels by sub-folder.
 
-    The splits, by the first rule that fits: `config.test_path` is the test split; sub-folders ``train`` and ``test``
-    (or ``val``, ``validation``) are the splits; with labels, `config.test_fraction` of each class is held out, chosen
-    by a hash of the name; without labels everything is for training and there is no test split.
+    They come in the order of their names. The splits, by the first rule that fits: `config.test_path` is the test
+    split; sub-folders ``train`` and ``test`` (or ``val``, ``validation``) are the splits; with labels,
+    `config.test_fraction` of each class is held out, chosen by a hash of the name; without labels everything is for
+    training and there is no test split.
     """
 
     Config: ClassVar[type[SourceConfig]] = FolderConfig

@@ -27,7 +27,7 @@ class HuggingFaceConfig(TableConfig):
 
 
 class HuggingFaceSource(TableSource):
-    """A data set saved by ``save_to_disk`` or any local one (`config.path`), or one of the Hub (`config.dataset`)."""
+    """A Hugging Face data set on disk, or ``data.dataset=NAME`` of the Hub (``pip install 'unlabeled[hf]'``)."""
 
     Config: ClassVar[type[SourceConfig]] = HuggingFaceConfig
 

@@ -23,9 +23,10 @@ class ParquetConfig(TableConfig):
 
 
 class ParquetSource(TableSource):
-    """Parquet files: one, a pattern such as ``data/*.parquet``, or all in a folder.
+    """Parquet files, one or many; the picture column is found by its type (``pip install 'unlabeled[hf]'``).
 
-    Files that are named for a split (``train-0000.parquet``, ``test/0000.parquet``) belong to it.
+    `config.path` is a file, a pattern such as ``data/*.parquet``, or a folder. Files that are named for a split
+    (``train-0000.parquet``, ``test/0000.parquet``) belong to it.
     """
 
     Config: ClassVar[type[SourceConfig]] = ParquetConfig

@@ -29,11 +29,12 @@ class ShapesConfig(SourceConfig):
 
 
 class ShapesSource:
-    """Drawn shapes: RGB 64 x 64, label and mask; `config.count` for training, a quarter as many for testing.
+    """Drawn shapes, 64 x 64 pixels in 8 classes, with labels and masks; no files needed.
 
-    Picture `index` of a split is always the same. The shape alone makes the class: size, place, tilt, colours and light
-    are random, and a raw-pixel neighbour knows little. Every shape has a top and stands upright within 20 degrees, and
-    nothing else in the picture tells what is up: whoever can say how it was rotated knows the shapes.
+    `config.count` for training, a quarter as many for testing. Picture `index` of a split is always the same. The shape
+    alone makes the class: size, place, tilt, colours and light are random, and a raw-pixel neighbour knows little.
+    Every shape has a top and stands upright within 20 degrees, and nothing else in the picture tells what is up:
+    whoever can say how it was rotated knows the shapes.
     """
 
     size = 64

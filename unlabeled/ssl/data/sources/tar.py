@@ -36,10 +36,11 @@ class TarConfig(FilesConfig):
 
 
 class TarSource:
-    """All pictures of the shards at `config.path`, in the order of the shards' names and of their members.
+    """Tar shards as WebDataset writes them, with labels from ``.cls`` or ``.json`` members.
 
-    Shards named for a split belong to it, `config.test_path` names test shards; otherwise `config.test_fraction` of
-    each class is held out. There are labels when every picture has one.
+    All pictures of the shards at `config.path`, in the order of the shards' names and of their members. Shards named
+    for a split belong to it, `config.test_path` names test shards; otherwise `config.test_fraction` of each class is
+    held out. There are labels when every picture has one.
     """
 
     Config: ClassVar[type[SourceConfig]] = TarConfig

@@ -37,7 +37,10 @@ class TorchvisionConfig(SourceConfig):
 
 
 class TorchvisionSource:
-    """``data.dataset=CIFAR10 data.path=root``; where the class knows no splits, a part of each class is held out."""
+    """Any labelled data set of torchvision that is on disk, such as ``data.dataset=CIFAR10``; nothing is downloaded.
+
+    Where the class knows no splits, a part of each class is held out.
+    """
 
     Config: ClassVar[type[SourceConfig]] = TorchvisionConfig
 

@@ -57,8 +57,9 @@ class VocConfig(SourceConfig):
 
 
 class VocSource(FileSource):
-    """A folder with ``JPEGImages``, and as far as they are there ``SegmentationClass``, ``Annotations``, ``ImageSets``.
+    """Data in the form of PASCAL VOC: masks, boxes and lists, as far as they are there.
 
+    The folder has ``JPEGImages``, and as far as they are there ``SegmentationClass``, ``Annotations``, ``ImageSets``.
     The splits are the lists ``train.txt`` and ``val.txt`` (else ``test.txt``) of ``ImageSets/Segmentation``, of
     ``ImageSets/Main`` where there is no such folder, or of ``ImageSets/{data.dataset}``. Without lists a part of all
     pictures is held out, chosen by a hash of the name.
