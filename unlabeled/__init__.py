@@ -9,7 +9,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from unlabeled import _moved
 from unlabeled._version import __version__
+
+_moved.install()
 
 _PUBLIC = {
     "pretrain": "unlabeled.api",
@@ -42,6 +45,18 @@ _PUBLIC = {
     "ConfigError": "unlabeled.ssl.core.errors",
     "DataError": "unlabeled.ssl.core.errors",
     "check_evaluator": "unlabeled.testing.check",
+    "DataConfig": "unlabeled.ssl.config.schema",
+    "DecodeError": "unlabeled.ssl.data.source",
+    "ImageSource": "unlabeled.ssl.data.source",
+    "MaskSource": "unlabeled.ssl.data.source",
+    "SourceConfig": "unlabeled.ssl.data.source",
+    "Split": "unlabeled.ssl.data.source",
+    "decode_rgb": "unlabeled.ssl.data.decode",
+    "holdout": "unlabeled.ssl.data.sources.layout",
+    "open_source": "unlabeled.ssl.data.registry",
+    "register_source": "unlabeled.ssl.data.registry",
+    "source_names": "unlabeled.ssl.data.registry",
+    "check_source": "unlabeled.testing",
 }
 
 __all__ = ["__version__", *_PUBLIC]
@@ -68,12 +83,24 @@ if TYPE_CHECKING:
     from unlabeled.pretext.registry import task_names as task_names
     from unlabeled.ssl.backbones.backbone import Backbone as Backbone
     from unlabeled.ssl.backbones.backbone import create_backbone as create_backbone
+    from unlabeled.ssl.config.schema import DataConfig as DataConfig
     from unlabeled.ssl.core.errors import ConfigError as ConfigError
     from unlabeled.ssl.core.errors import DataError as DataError
     from unlabeled.ssl.core.errors import UnlabeledError as UnlabeledError
+    from unlabeled.ssl.data.decode import decode_rgb as decode_rgb
+    from unlabeled.ssl.data.registry import open_source as open_source
+    from unlabeled.ssl.data.registry import register_source as register_source
+    from unlabeled.ssl.data.registry import source_names as source_names
+    from unlabeled.ssl.data.source import DecodeError as DecodeError
+    from unlabeled.ssl.data.source import ImageSource as ImageSource
+    from unlabeled.ssl.data.source import MaskSource as MaskSource
+    from unlabeled.ssl.data.source import SourceConfig as SourceConfig
+    from unlabeled.ssl.data.source import Split as Split
+    from unlabeled.ssl.data.sources.layout import holdout as holdout
     from unlabeled.ssl.task import PretextTask as PretextTask
     from unlabeled.ssl.task import StepOutput as StepOutput
     from unlabeled.ssl.task import TaskConfig as TaskConfig
+    from unlabeled.testing import check_source as check_source
     from unlabeled.testing.check import check_evaluator as check_evaluator
     from unlabeled.workflows.finetune.run import FinetuneResult as FinetuneResult
     from unlabeled.workflows.pretrain import PretrainResult as PretrainResult

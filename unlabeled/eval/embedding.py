@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,16 +87,14 @@ def _principal(features: FloatArray, count: int) -> FloatArray:
 
 
 def _tsne(components: FloatArray, perplexity: int, state: int) -> FloatArray:
-    from sklearn.manifold import TSNE
+    from sklearn.manifold import TSNE  # takes a second to import, which a run without a map is spared
 
     found: FloatArray = TSNE(perplexity=perplexity, init="pca", random_state=state, n_jobs=1).fit_transform(components)
     return found
 
 
 def _umap(components: FloatArray, state: int) -> FloatArray:
-    import warnings
-
-    import umap
+    import umap  # an extra
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a seed means one thread

@@ -23,7 +23,8 @@ from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.data.bad import BadImage, BadImages
 from unlabeled.ssl.data.loader import Key, LoadedBatch, RunSampler, ViewDataset, make_loader, seeded
-from unlabeled.ssl.data.source import DecodeError, open_source
+from unlabeled.ssl.data.registry import open_source
+from unlabeled.ssl.data.source import DecodeError
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 3), (4, 1), (3, 4)]
 
@@ -115,12 +116,10 @@ def test_a_resumed_run_is_the_rest_of_the_whole_one(world: int, accumulation: in
 
 
 def test_batches_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(
-        ConfigError, match=r"^batch_size: 64 is more than the 50 pictures of the data; set batch_size=50"
-    ):
+    with pytest.raises(ConfigError, match=r"^batch_size: 64 is larger than the data \(50 images\); give batch_size=50"):
         sampler(batch_size=64)
     with pytest.raises(
-        ConfigError, match=r"^batch_size: 12 does not divide by 2 processes x engine\.accumulation=4; .* 8$"
+        ConfigError, match=r"^batch_size: 12 cannot be split over 2 processes x 4 micro-steps; give a multiple of 8$"
     ):
         sampler(world=2, accumulation=4)
 
@@ -230,7 +229,7 @@ def test_workers_end_with_an_iterator_that_is_dropped() -> None:
 
 LEFT_OPEN = """
 from unlabeled.ssl.data.loader import RunSampler, ViewDataset, make_loader
-from unlabeled.ssl.data.source import open_source
+from unlabeled.ssl.data.registry import open_source
 from unlabeled.ssl.config.schema import DataConfig
 
 def views(picture):

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 import unlabeled.ssl.backbones.networks  # noqa: F401  registers our own networks with timm
 from unlabeled.ssl.backbones.layer_index import block_layers, count_blocks
 from unlabeled.ssl.backbones.shapes import Shapes, probe_shapes, reached_by_maps, reached_by_pooled
-from unlabeled.ssl.core.errors import CapabilityError, CheckpointError, ConfigError, first_line, nearest
+from unlabeled.ssl.core.errors import (
+    CapabilityError,
+    CheckpointError,
+    ConfigError,
+    LacksCapabilityError,
+    first_line,
+    nearest,
+)
 
 __all__ = ["CAPABILITIES", "Backbone", "Stage", "block_layers", "create_backbone"]
 
@@ -135,10 +142,10 @@ class Backbone(nn.Module):
         return reason
 
     def require(self, capabilities: Iterable[str], *, task: str) -> None:
-        """Raises CapabilityError naming the backbone, the task and what is missing."""
+        """Raises LacksCapabilityError naming the backbone, the task and what is missing."""
         for capability in sorted(capabilities):
             if (reason := self.lacks(capability)) is not None:
-                raise CapabilityError(f"backbone: {self.name} cannot do {task}: it lacks {capability} ({reason})")
+                raise LacksCapabilityError(f"backbone: {self.name} cannot do {task}: it lacks {capability} ({reason})")
 
     def size_step(self) -> tuple[int, int]:
         """Multiples (h, w) that sides of pictures should be: of the total stride of the maps, and of the patch."""

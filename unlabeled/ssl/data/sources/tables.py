@@ -1,0 +1,186 @@
+"""Tables of pictures through Hugging Face `datasets`: what sources of such tables share.
+
+The table stays memory-mapped: a worker receives file names, not pictures. The picture column holds encoded bytes, or
+``{bytes, path}``; it is decoded by `unlabeled.ssl.data.decode`, so that what is broken is reported like everywhere.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from unlabeled.ssl.core.errors import ConfigError, DataError, nearest
+from unlabeled.ssl.data.decode import decode_rgb
+from unlabeled.ssl.data.source import DecodeError, Split
+from unlabeled.ssl.data.sources.layout import FilesConfig, holdout
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+LABEL_NAMES = ("label", "labels", "fine_label", "class")
+"""Names of a label column that is not marked as one, the preferred first."""
+
+
+class TableConfig(FilesConfig):
+    """Columns of a table of pictures."""
+
+    image_column: str | None = None
+    """The picture column; None: found by its type."""
+    label_column: str | None = None
+    """The label column; None: the first column of class labels, or one named ``label``."""
+
+
+class TableSource:
+    """Rows of `datasets.Dataset`s: subclasses open `train` and, where there is one, `test`; `origin` is their name.
+
+    Where there is no test table, `config.test_fraction` of each class is held out by a fixed shuffle; a table without
+    labels is all for training. Labels that were found without being asked for are left out when some are missing.
+    """
+
+    def __init__(self, config: TableConfig, split: Split, *, train: Dataset, test: Dataset | None, origin: str) -> None:
+        self.origin = origin
+        self.classes: list[str] | None = None
+        self._labels: torch.Tensor | None = None
+        self._rows: torch.Tensor | None = None
+        table = test if split == "test" and test is not None else train
+        column = image_column(table, config, self.origin)
+        label_column = _label_column(train, config, self.origin)
+        if label_column is not None:
+            self.classes, self._labels = _labels(train, table, label_column, config.label_column is not None)
+        if test is None and self._labels is not None:
+            self._rows = holdout(self._labels, config.test_fraction, split)
+            self._labels = self._labels[self._rows]
+        elif test is None and split == "test":
+            raise DataError(
+                f"data.path: {self.origin} has no test split and no labels to hold a part out by; "
+                f"set data.test_path or data.label_column"
+            )
+        self._column = column
+        self._pictures = _undecoded(table.select_columns([column]), column)
+        if not len(self):
+            raise DataError(f"data.path: the {split} split of {self.origin} is empty; give one with pictures")
+
+    def __len__(self) -> int:
+        return len(self._pictures) if self._rows is None else len(self._rows)
+
+    def read(self, index: int) -> torch.Tensor:
+        """Picture `index`, uint8 (3, H, W). Raises DecodeError."""
+        return decode_rgb(self.encoded(index), name=self.describe(index))
+
+    def labels(self) -> torch.Tensor | None:
+        """All labels, int64 (N,); None when the table has none."""
+        return self._labels
+
+    def describe(self, index: int) -> str:
+        """Row and file, such as ``row 7 of pictures.parquet``."""
+        return f"row {self._row(index)} of {self.origin}"
+
+    def encoded(self, index: int) -> bytes | Path:
+        """The bytes in the table, or the file that it names. Raises DecodeError when it holds neither."""
+        cell = self._pictures[self._row(index)][self._column]
+        content, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, cell)
+        if isinstance(content, bytes):
+            return content
+        if isinstance(path, str):
+            return Path(path)
+        raise DecodeError(f"{self.describe(index)}: its cell {self._column!r} holds no encoded picture")
+
+    def _row(self, index: int) -> int:
+        return index if self._rows is None else int(self._rows[index])
+
+
+def image_column(table: Dataset, config: TableConfig, origin: str) -> str:
+    """Name of the picture column: the one that was asked for, or the first of the type of pictures."""
+    kinds: dict[str, str] = {name: _kind(feature) for name, feature in table.features.items()}
+    listed = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in table.features.items())
+    if config.image_column is not None:
+        if config.image_column not in kinds:
+            near = nearest(config.image_column, kinds)
+            raise ConfigError(f"data.image_column: {origin} has no column {config.image_column!r}; {near}")
+        return config.image_column
+    # marked pictures before structs of bytes before bare bytes, which may be anything
+    for kind in ("image", "struct", "binary"):
+        for name, found in kinds.items():
+            if found == kind:
+                return name
+    raise DataError(f"data.image_column: {origin} has no column of pictures; its columns are {listed}")
+
+
+def _kind(feature: Any) -> str:
+    if type(feature).__name__ == "Image":
+        return "image"
+    if isinstance(feature, dict):
+        return "struct" if "bytes" in feature else "other"
+    return "binary" if getattr(feature, "dtype", "") in ("binary", "large_binary") else "other"
+
+
+def _undecoded(table: Dataset, column: str) -> Dataset:
+    feature = table.features[column]
+    if _kind(feature) != "image":
+        return table
+    return table.cast_column(column, type(feature)(decode=False))
+
+
+def _label_column(table: Dataset, config: TableConfig, origin: str) -> str | None:
+    names = table.column_names
+    if config.label_column is not None:
+        if config.label_column not in names:
+            near = nearest(config.label_column, names)
+            raise ConfigError(f"data.label_column: {origin} has no column {config.label_column!r}; {near}")
+        return config.label_column
+    marked = [name for name, feature in table.features.items() if type(feature).__name__ == "ClassLabel"]
+    named = [name for name in LABEL_NAMES if getattr(table.features.get(name), "dtype", "") in _LABEL_TYPES]
+    return next(iter(marked + named), None)
+
+
+_INTEGERS = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
+_LABEL_TYPES = frozenset(_INTEGERS | {"bool", "string", "large_string"})
+
+
+def _labels(
+    train: Dataset, table: Dataset, column: str, asked_for: bool
+) -> tuple[list[str] | None, torch.Tensor | None]:
+    """Class names and labels of `table`; both splits take their numbers from the values in `train`."""
+    feature = table.features[column]
+    if getattr(feature, "dtype", "") not in _LABEL_TYPES:
+        raise DataError(f"data.label_column: {column!r} holds no class labels but {feature}; give another column")
+    values = _values(table, column)
+    names = getattr(feature, "names", None)
+    missing = sum(value is None or (names is not None and value < 0) for value in values)
+    if missing:
+        if asked_for:
+            raise DataError(f"data.label_column: {missing} of {len(values)} rows have no {column!r}; fill or drop them")
+        return None, None
+    if names is not None:
+        return list(names), torch.tensor(values, dtype=torch.int64)
+    known = sorted({value for value in _values(train, column) if value is not None})
+    numbers = {value: label for label, value in enumerate(known)}
+    unknown = next((value for value in values if value not in numbers), None)
+    if unknown is not None:
+        raise DataError(f"data.label_column: test label {unknown!r} is not among the {len(known)} training labels")
+    return [str(value) for value in known], torch.tensor([numbers[value] for value in values], dtype=torch.int64)
+
+
+def _values(table: Dataset, column: str) -> list[Any]:
+    return list(table[:][column]) if table.num_columns == 1 else list(table.select_columns([column])[:][column])
+
+
+def datasets_package(source: str) -> Any:
+    """Hugging Face `datasets`. Raises ConfigError, naming the source that needs it, where it is not installed."""
+    try:
+        import datasets  # an extra
+    except ImportError:
+        raise ConfigError(f"data: {source!r} needs the package datasets; run pip install 'unlabeled[hf]'") from None
+    return datasets
+
+
+def load_table(load: Any, what: str | list[str]) -> Any:
+    """What `load`, a function of `datasets`, makes of `what`; raises DataError where it cannot."""
+    try:
+        return load(what)
+    except Exception as error:  # datasets raises dozens of kinds, from its own to pyarrow's and the network's
+        name = what if isinstance(what, str) else what[0]
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise DataError(f"data: {name} cannot be opened as a data set ({reason}); check it") from error
