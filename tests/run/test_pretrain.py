@@ -27,6 +27,10 @@ from unlabeled.ssl.cli import main
 from unlabeled.ssl.monitor import read_metrics
 from unlabeled.ssl.signals import EXIT_STOPPED
 
+sys.path.insert(0, str(Path(__file__).parent))  # for `launch`, in the processes too
+
+from launch import launch
+
 ROOT = Path(__file__).resolve().parents[2]
 RESNET = {"name": "resnet18", "size": 32, "kwargs": {"channels": [8, 8, 16, 16], "output_stride": 8}}
 BACKBONES: dict[str, dict[str, Any]] = {
@@ -269,19 +273,21 @@ def test_two_processes_of_accelerate_launch_do_what_one_does(tmp_path: Path) -> 
         "backbone.kwargs={dims:[8,16,16,16],depths:[1,1,1,1]}", "epochs=2", "batch_size=16", "engine.workers=0",
         "log.every=1", "evaluate.linear.epochs=2", "evaluate.every=1",
     ]  # fmt: skip
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(ROOT / "configs/accelerate/cpu_2.yaml"),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for out, command in (("two", [*launch, "--main_process_port", "0"]), ("one", [sys.executable])):
-        line = [*command, str(ROOT / "pretrain.py"), *words, f"out={tmp_path / out}"]
-        done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert ("2 processes x 1 micro-steps x 8" in done.stderr) == (out == "two")
+    config = ["--config_file", str(ROOT / "configs/accelerate/cpu_2.yaml"), "--main_process_port", "0"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *config, str(ROOT / "pretrain.py")]
+    done = subprocess.run(
+        [*launcher, *words, f"out={tmp_path / 'two'}"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 processes x 1 micro-steps x 8" in done.stderr
+    log = tmp_path / "log"
+    assert launch([*words, f"out={tmp_path / 'one'}"], log, script=ROOT / "pretrain.py") == [0], log.read_text()
+    assert "2 processes x 1 micro-steps x 8" not in log.read_text()
     one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert len(one) == len(two) == 10
     for single, double in zip(one, two, strict=True):
