@@ -66,6 +66,7 @@ def _run(
     words: list[str], log: Path, script: Path | None, variables: dict[str, str], before: Callable[[], None] | None
 ) -> None:
     os.environ.update(variables)
+    multiprocessing.set_start_method("fork", force=True)  # of loader processes, as in a run that was started by hand
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
