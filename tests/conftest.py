@@ -14,23 +14,9 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 # not there are passed over.
 multiprocessing.set_forkserver_preload(
     [
-        *(
-            "torch.distributed.fsdp",
-            "torch.utils.tensorboard",
-            "torchvision.transforms.v2",
-            "timm",
-            "accelerate",
-            "faiss",
-        ),
-        *(
-            "sklearn.linear_model",
-            "scipy.stats",
-            "matplotlib.pyplot",
-            "lightly",
-            "hydra",
-            "pytest",
-            "unlabeled.testing",
-        ),
+        *("torch.distributed.fsdp", "torch.utils.tensorboard", "torchvision.transforms.v2", "timm", "accelerate"),
+        *("faiss", "sklearn.linear_model", "scipy.stats", "matplotlib.pyplot", "lightly", "hydra", "pytest"),
+        "unlabeled.testing",
     ]
 )
 
