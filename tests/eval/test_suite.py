@@ -194,7 +194,7 @@ def _evaluate_in_process(rank: int, folder: str) -> None:
 
 
 def test_two_processes_give_the_evidence_of_one(tmp_path: Path) -> None:
-    mp.spawn(_evaluate_in_process, args=(str(tmp_path),), nprocs=2)
+    mp.start_processes(_evaluate_in_process, args=(str(tmp_path),), nprocs=2, start_method="forkserver")
     found = np.load(tmp_path / "found.npz")
     evidence = evaluate_backbone(tiny_vit(), *sources(), CONFIG)
     assert evidence is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,10 @@ from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.signals import EXIT_STOPPED
 from unlabeled.ssl.train import loop as engine
 from unlabeled.workflows.finetune.run import FinetuneResult, baseline_of, finetune_config
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `launch`, in the processes too
+
+from launch import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 RESNET = {"size": 16, "channels": [16, 16, 16, 32], "stem_width": 8, "output_stride": 8}
@@ -296,11 +299,9 @@ def test_two_processes_are_one(target: Path, tmp_path: Path) -> None:
         "engine.workers=0", "engine.device=cpu", "ema=0.9", "optim.lr=1e-2",
     ]  # fmt: skip
     assert main(["finetune", *words, f"out={tmp_path / 'one'}"]) == 0
-    config = ROOT / "configs" / "accelerate" / "cpu_2.yaml"
-    launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
-    command = [sys.executable, *launch, str(ROOT / "finetune.py"), *words, f"out={tmp_path / 'two'}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    log = tmp_path / "log"
+    codes = launch([*words, f"out={tmp_path / 'two'}"], log, script=ROOT / "finetune.py", ranks=2)
+    assert codes == [0, 0], log.read_text()[-3000:]
     for part in ("", "scratch/"):
         rows = [
             [json.loads(line) for line in (tmp_path / name / part / "metrics.jsonl").read_text().splitlines()]

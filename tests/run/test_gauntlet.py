@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,10 @@ from unlabeled.workflows.gauntlet.job import run_gauntlet
 from unlabeled.workflows.gauntlet.settings import GauntletRun, gauntlet_config
 from unlabeled.workflows.gauntlet.table import Value, over_seeds, ranked
 
-ROOT = Path(__file__).resolve().parents[2]
-LAUNCH = Path(__file__).with_name("launch_gauntlet.py")
+sys.path.insert(0, str(Path(__file__).parent))  # for `launch`, in the processes too
+
+from launch import die_in_cell, launch
+
 NET = {"channels": [8, 8, 8, 8], "stem_width": 8}
 FRESH = "{target: resnet18, pretrained: false, size: 32, kwargs: {channels: [8,8,8,8], stem_width: 8}}"
 KNN = ["evaluate.knn.k=[5,20]", "device=cpu"]
@@ -77,11 +78,9 @@ def test_a_killed_job_repeats_no_finished_cell_and_ends_like_an_unbroken_one(
     folder: Path, tmp_path: Path, begun: list[str]
 ) -> None:
     broken, whole = tmp_path / "broken", tmp_path / "whole"
-    command = [sys.executable, str(LAUNCH), "6", *words(folder, broken)]
-    killed = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    log = tmp_path / "log"
+    codes = launch(["gauntlet", "--debug", *words(folder, broken)], log, before=partial(die_in_cell, 6))
+    assert codes == [-signal.SIGKILL], log.read_text()
     finished = {file.name: file.stat().st_mtime_ns for file in (broken / "cells").glob("*.json")}
     assert len(finished) == 5, "the sixth was killed"
     assert main(["gauntlet", *words(folder, broken)]) == 0

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,32 @@ EXAMPLE = ROOT / "examples" / "unlabeled-jigsaw"
 EXTRAS = ROOT / "examples" / "unlabeled-extras"
 SMALL = '{"grid": 2, "permutations": 24}'
 pytestmark = pytest.mark.slow
+
+# Runs scripts of the environment in forks of one interpreter, which has imported torch and ours and nothing of pytest.
+SERVER = """
+import json, os, runpy, sys, traceback
+import torch, unlabeled, unlabeled.testing
+
+for name in dir(unlabeled):
+    getattr(unlabeled, name)
+for line in sys.stdin:
+    words, out, error = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        for number, path in ((1, out), (2, error)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        code, sys.argv = 0, words
+        try:
+            runpy.run_path(words[0], run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
 
 
 class Environment:
@@ -32,15 +59,42 @@ class Environment:
         # not --system-site-packages: of an interpreter that is in an environment itself, that gives the base's packages
         outer = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
         Path(site, "outer.pth").write_text("\n".join(outer) + "\n", encoding="utf-8")
+        self.server: subprocess.Popen[str] | None = None
 
     def run(self, *command: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
         """Runs `command` in the environment's folder, which holds no source of ours; checks its exit code."""
-        kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
-        variables = kept | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "PIP_NO_INDEX": "1"}
         words = [str(word) for word in command]
-        done = subprocess.run(words, cwd=self.folder, env=variables, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(words, cwd=self.folder, env=self.variables, capture_output=True, text=True, timeout=300)
         assert done.returncode == code, f"{words}: {done.stdout[-2000:]}{done.stderr[-3000:]}"
         return done
+
+    @property
+    def variables(self) -> dict[str, str]:
+        kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+        return kept | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "PIP_NO_INDEX": "1"}
+
+    def fork(self, script: Path, *words: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+        """As `run` does with a Python script, in a fork of an interpreter of the environment: no import of torch."""
+        if self.server is None:
+            command, pipe = [str(self.python), "-c", SERVER], subprocess.PIPE
+            self.server = subprocess.Popen(
+                command, cwd=self.folder, env=self.variables, stdin=pipe, stdout=pipe, text=True
+            )
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        command = [str(word) for word in (script, *words)]
+        out, error = self.folder / "out.txt", self.folder / "error.txt"
+        self.server.stdin.write(json.dumps([command, str(out), str(error)]) + "\n")
+        self.server.stdin.flush()
+        done = subprocess.CompletedProcess(
+            command, int(self.server.stdout.readline()), out.read_text("utf-8"), error.read_text("utf-8")
+        )
+        assert done.returncode == code, f"{command}: {done.stdout[-2000:]}{done.stderr[-3000:]}"
+        return done
+
+    def close(self) -> None:
+        if self.server is not None:
+            self.server.communicate(timeout=60)
 
     def install(self, project: Path) -> None:
         """Builds and installs `project` from its folder, with nothing from any index."""
@@ -49,23 +103,25 @@ class Environment:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
     made = Environment(tmp_path_factory.mktemp("plugin") / "env")
     made.install(ROOT)
     made.install(EXAMPLE)
     made.install(EXTRAS)
-    return made
+    yield made
+    made.close()
 
 
 def test_it_is_listed_with_the_package_that_brings_it(environment: Environment) -> None:
-    rows = [line.split() for line in environment.run(environment.bin / "unlabeled", "tasks").stdout.splitlines()]
+    rows = [line.split() for line in environment.fork(environment.bin / "unlabeled", "tasks").stdout.splitlines()]
     (jigsaw,) = (row for row in rows if row[0] == "jigsaw")
     assert " ".join(jigsaw[1:]) == "Tells in which order the tiles of a picture lie. pooled unlabeled-jigsaw 0.1.0"
     assert all(row[-2:] == ["built", "in"] for row in rows[1:] if row[0] != "jigsaw")
 
 
-def test_the_contract_is_checked_without_pytest(environment: Environment) -> None:
-    code = (
+def test_the_contract_is_checked_without_pytest(environment: Environment, tmp_path: Path) -> None:
+    script = tmp_path / "check.py"
+    script.write_text(
         "import sys\n"
         "from unlabeled.testing import check_task\n"
         "import unlabeled, unlabeled_jigsaw\n"
@@ -73,13 +129,15 @@ def test_the_contract_is_checked_without_pytest(environment: Environment) -> Non
         f"check_task('jigsaw', settings={SMALL})\n"
         "assert not {'pytest', '_pytest'} & set(sys.modules)\n"
     )
-    environment.run(environment.python, "-c", code)
+    environment.fork(script)
 
 
 @pytest.mark.parametrize("example", [EXAMPLE, EXTRAS], ids=lambda folder: folder.name)
-def test_its_own_tests_pass(environment: Environment, example: Path) -> None:
-    pytest_ = [environment.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not contract"]
-    assert "passed" in environment.run(*pytest_, "--rootdir", example, example / "tests").stdout
+def test_its_own_tests_pass(environment: Environment, example: Path, tmp_path: Path) -> None:
+    script = tmp_path / "test.py"
+    script.write_text("import sys, pytest\nsys.exit(pytest.main(sys.argv[1:]))\n")
+    words = ["-q", "-p", "no:cacheprovider", "-k", "not contract", "--rootdir", example, example / "tests"]
+    assert "passed" in environment.fork(script, *words).stdout
 
 
 def test_a_debug_run_leaves_what_any_run_leaves(environment: Environment, tmp_path: Path) -> None:
@@ -87,7 +145,7 @@ def test_a_debug_run_leaves_what_any_run_leaves(environment: Environment, tmp_pa
         "task=jigsaw", "task.grid=2", "task.permutations=24", "data=shapes", "backbone=resnet18", "backbone.size=32",
         "backbone.kwargs={channels:[8,8,8,8],stem_width:8}", "optim.name=sgd", "debug=true", f"out={tmp_path / 'run'}",
     ]  # fmt: skip
-    environment.run(environment.bin / "unlabeled", "pretrain", *words)
+    environment.fork(environment.bin / "unlabeled", "pretrain", *words)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 4
     assert all({"loss", "accuracy", "grad_norm"} <= row.keys() for row in rows)
@@ -97,9 +155,9 @@ def test_a_debug_run_leaves_what_any_run_leaves(environment: Environment, tmp_pa
 
 def test_its_faults_are_one_line_too(environment: Environment, tmp_path: Path) -> None:
     command = [environment.bin / "unlabeled", "pretrain", "task=jigsaw", "data=digits", f"out={tmp_path / 'run'}"]
-    done = environment.run(*command, "task.gird=2", code=2)
+    done = environment.fork(*command, "task.gird=2", code=2)
     assert done.stderr == "unlabeled: task.gird: there is no such setting in task; did you mean 'grid'?\n"
-    done = environment.run(environment.bin / "unlabeled", "pretrain", "task=jigsw", code=2)
+    done = environment.fork(environment.bin / "unlabeled", "pretrain", "task=jigsw", code=2)
     assert done.stderr == "unlabeled: task: 'jigsw' is not a pretext task; did you mean 'jigsaw'?\n"
 
 
@@ -111,14 +169,14 @@ def test_an_evaluator_of_another_package_is_one_of_all(environment: Environment,
         "backbone.kwargs={channels:[8,8,8,8],stem_width:8}", "evaluate.evaluators=[knn,centroid]",
         "evaluate.embedding=null", "evaluate.maps=0", "device=cpu", "workers=0", f"out={tmp_path / 'report'}",
     ]  # fmt: skip
-    environment.run(environment.bin / "unlabeled", *words, "evaluate.centroid.shots=[1,5]")
+    environment.fork(environment.bin / "unlabeled", *words, "evaluate.centroid.shots=[1,5]")
     section = json.loads((tmp_path / "report" / "report.json").read_text())["evaluators"][-1]
     assert (section["name"], section["title"]) == ("centroid", "Nearest class mean")
     assert [row["label"] for row in section["rows"]] == [
         "nearest class mean", "class mean of 1 pictures", "class mean of 5 pictures",
     ]  # fmt: skip
     assert "Nearest class mean by pictures" in (tmp_path / "report" / "report.html").read_text(), "the curve"
-    done = environment.run(environment.bin / "unlabeled", *words, "evaluate.centroid.shot=1", code=2)
+    done = environment.fork(environment.bin / "unlabeled", *words, "evaluate.centroid.shot=1", code=2)
     fault = "evaluate.centroid.shot: there is no such setting in evaluate.centroid; did you mean 'shots'?"
     assert done.stderr == f"unlabeled: {fault}\n"
 
@@ -130,14 +188,14 @@ def test_its_source_is_chosen_by_name_and_says_its_faults(environment: Environme
         np.save(tmp_path / f"{split}_labels.npy", np.arange(count) % 2)
     command = environment.bin / "unlabeled"
     words = ["data=npy", f"data.path={tmp_path}"]
-    assert "24" in environment.run(command, "doctor", *words, "workers=0").stdout
+    assert "24" in environment.fork(command, "doctor", *words, "workers=0").stdout
     small = ["backbone.size=32", "backbone.kwargs={channels:[8,8,8,8],stem_width:8}", "batch_size=8", "debug=true"]
     run = ["task=rotation", "backbone=resnet18", *words, *small, f"out={tmp_path / 'run'}"]
-    environment.run(command, "pretrain", *run)
+    environment.fork(command, "pretrain", *run)
     data = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]
     assert data == {"name": "npy", "limit": 16, "max_bad_fraction": 0.05, "path": str(tmp_path)}
     assert "random" in (tmp_path / "run" / "report" / "report.md").read_text(), "its labels are evaluated"
-    done = environment.run(command, "doctor", "data=npy", code=2)
+    done = environment.fork(command, "doctor", "data=npy", code=2)
     assert done.stderr == "unlabeled: data.path: not given; set data.path=...\n"
-    done = environment.run(command, "doctor", *words, "data.count=3", code=2)
+    done = environment.fork(command, "doctor", *words, "data.count=3", code=2)
     assert done.stderr == "unlabeled: data.count: 3 has no effect with data=npy, it is a setting of shapes; remove it\n"

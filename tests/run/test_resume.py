@@ -1,10 +1,10 @@
 """A run killed with SIGKILL at any step and resumed is bit-equal to one that was never stopped."""
 
 import json
-import os
 import random
-import subprocess
+import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[2]
-LAUNCH = Path(__file__).with_name("launch.py")
+sys.path.insert(0, str(Path(__file__).parent))  # for `launch`, in the processes too
+
+from launch import die_after_step, launch
+
 TIMED = {"images_per_s", "data_wait", "memory_gb"}
 COMMON = [
     "data=shapes", "data.count=64", "epochs=3", "batch_size=8", "log.every=2", "log.tensorboard=false",
@@ -29,26 +31,12 @@ MAE = ["task=mae", "task.decoder={dim:32,depth:1,heads:2}", *VIT]
 RESNET = ["task=rotation", "backbone=resnet18", "backbone.size=32", "backbone.kwargs={channels:[8,8,8,8],stem_width:8}"]
 
 
-def launch(out: Path, words: list[str], processes: int, kill: int | None = None) -> int:
-    """Exit code of one launch; a killed one must really have been killed."""
-    script = [str(LAUNCH), str(kill or "never"), *COMMON, *words, f"out={out}"]
-    command = [sys.executable, *script]
-    if processes > 1:
-        config = str(ROOT / "configs" / "accelerate" / "cpu_2.yaml")
-        command = [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--config_file",
-            config,
-            "--main_process_port",
-            "0",
-            *script,
-        ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert (done.returncode == 0) == (kill is None), done.stderr[-3000:]
-    return done.returncode
+def run(out: Path, words: list[str], processes: int, kill: int | None = None) -> None:
+    """One launch; a killed one must really have been killed."""
+    log = out.with_suffix(".log")
+    before = partial(die_after_step, kill) if kill else None
+    codes = launch(["pretrain", "--debug", *COMMON, *words, f"out={out}"], log, ranks=processes, before=before)
+    assert codes == [-signal.SIGKILL if kill else 0] * processes, log.read_text()[-3000:]
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
@@ -80,11 +68,11 @@ def assert_same_bits(a: Any, b: Any, where: str = "") -> None:
     ],
 )
 def test_killed_and_resumed_equals_never_stopped(tmp_path: Path, words: list[str], processes: int, kills: int) -> None:
-    launch(tmp_path / "whole", words, processes)
+    run(tmp_path / "whole", words, processes)
     points = sorted(random.Random(f"{words}").sample(range(1, TOTAL), kills))
     for point in points:
-        launch(tmp_path / "broken", words, processes, kill=point)
-    launch(tmp_path / "broken", words, processes)
+        run(tmp_path / "broken", words, processes, kill=point)
+    run(tmp_path / "broken", words, processes)
 
     whole, broken = (tmp_path / name / "checkpoints" / f"step_{TOTAL:08d}" for name in ("whole", "broken"))
     assert_same_bits(load_file(whole / "model.safetensors"), load_file(broken / "model.safetensors"))

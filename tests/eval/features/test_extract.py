@@ -143,7 +143,7 @@ def _extract_in_process(rank: int, world: int, folder: str) -> None:
 
 
 def test_two_processes_give_the_features_of_one(tmp_path: Path) -> None:
-    mp.spawn(_extract_in_process, args=(2, str(tmp_path)), nprocs=2)
+    mp.start_processes(_extract_in_process, args=(2, str(tmp_path)), nprocs=2, start_method="forkserver")
     expected = extract_features(tiny_vit(), MemorySource(7, corrupt=(1, 5)))
     lone = extract_features(tiny_vit(), MemorySource(1))
     for rank in range(2):

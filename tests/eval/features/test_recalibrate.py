@@ -225,7 +225,7 @@ def _in_process(rank: int, folder: str) -> None:
 
 
 def test_two_processes_end_with_the_numbers_of_one(tmp_path: Path) -> None:
-    mp.spawn(_in_process, args=(str(tmp_path),), nprocs=2)
+    mp.start_processes(_in_process, args=(str(tmp_path),), nprocs=2, start_method="forkserver")
     expected = recalibrated(resnet(), MemorySource(9), pictures=9, batch_size=4).state_dict()
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

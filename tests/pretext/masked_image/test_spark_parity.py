@@ -51,7 +51,7 @@ def _worker(rank: int, rendezvous: str, folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    mp.spawn(_worker, args=(str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2)
+    mp.start_processes(_worker, args=(str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2, start_method="forkserver")
     task = tiny_task()
     batch, noise = inputs()
     loss = task(batch, noise=noise).loss

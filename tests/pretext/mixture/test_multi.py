@@ -601,7 +601,7 @@ def _step(model: torch.nn.Module, task: Multi, rows: slice) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_two_processes_balance_and_split_as_one_does(tmp_path: Path) -> None:
-    mp.spawn(_worker, args=(str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2)
+    mp.start_processes(_worker, args=(str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2, start_method="forkserver")
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     for split, (network, tasks) in PARALLEL.items():
         task = mixture(network, tasks, batch=split, **BALANCED).double().train()

@@ -82,7 +82,7 @@ def _worker(rank: int, rendezvous: str, folder: str) -> None:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
     folder: Path = tmp_path_factory.mktemp("obow")
-    mp.spawn(_worker, args=(str(folder / "rendezvous"), str(folder)), nprocs=2)
+    mp.start_processes(_worker, args=(str(folder / "rendezvous"), str(folder)), nprocs=2, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

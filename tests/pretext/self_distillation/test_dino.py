@@ -463,7 +463,7 @@ def _worker(rank: int, rendezvous: str, folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_equal_one_over_steps_of_centre_and_teacher(tmp_path: Path):
-    mp.spawn(_worker, args=(str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2)
+    mp.start_processes(_worker, args=(str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2, start_method="forkserver")
     for name in ("dino", "ibot"):
         expected = two_steps(name, slice(0, 4), distributed=False)
         assert sum("center" in key for key in expected) == (2 if name == "dino" else 4)

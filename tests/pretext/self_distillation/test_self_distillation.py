@@ -146,7 +146,7 @@ def _worker(rank: int, rendezvous: str, folder: str) -> None:
 def test_two_ranks_give_what_one_gives_for_all_rows(tmp_path: Path):
     units, prototypes = drawn()
     expected = published(units @ prototypes.t(), TEMPERATURE)
-    mp.spawn(_worker, args=(str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2)
+    mp.start_processes(_worker, args=(str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2, start_method="forkserver")
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first.keys() == second.keys()
     assert len(first) == 2 * len(SPLIT) + 1

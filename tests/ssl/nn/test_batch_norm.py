@@ -51,7 +51,7 @@ def worker(rank: int, rendezvous: str, folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    mp.spawn(worker, args=(str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2)
+    mp.start_processes(worker, args=(str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2, start_method="forkserver")
     net = network()
     loss = loss_of(net, inputs())
     loss.backward()

@@ -143,4 +143,4 @@ def worker(rank: int, rendezvous: str) -> None:
 
 @pytest.mark.slow
 def test_sharded_gradients_are_clipped_like_whole_ones(tmp_path: Any) -> None:
-    mp.spawn(worker, args=(str(tmp_path / "rendezvous"),), nprocs=2)
+    mp.start_processes(worker, args=(str(tmp_path / "rendezvous"),), nprocs=2, start_method="forkserver")

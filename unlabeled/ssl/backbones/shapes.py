@@ -2,7 +2,8 @@
 
 ``feature_info`` is a statement of intent (TResNet's first stage says stride 2 and has 4; a head that projects or
 concatenates has a width of its own), so the adapter measures instead. The pass costs about a tenth of building the
-network, and no memory: parameters are replaced by empty ones while the copy is made.
+network, and no memory: parameters are replaced by empty ones while the copy is made. Small networks run on real tensors
+instead: the meta kernels of norms and activations are written in Python, and cost more than the pass itself.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ _Results = Callable[[Any, Tensor], list[Tensor]]
 """(network, picture) → what is read of it."""
 
 
+_SMALL = 2**37
+"""Parameters times pixels of a picture up to which a real pass is the cheaper one: 32 million at 64x64."""
+
+
 class Shapes(NamedTuple):
     """Shapes for one picture, without the batch axis."""
 
@@ -35,10 +40,20 @@ def probe_shapes(model: nn.Module, size: tuple[int, int]) -> Shapes:
 
     Raises whatever the network raises for a picture that it cannot take.
     """
+    if _small(model, size):
+        with torch.random.fork_rng(devices=[]):
+            return _run(_copy(model), size, torch.device("cpu"))
     try:
         return _run(ghost(model), size, torch.device("meta"))
     except Exception:  # not every operation has a meta kernel; the network itself then says what is wrong, or works
         return _run_real(model, size)
+
+
+def _small(model: nn.Module, size: tuple[int, int]) -> bool:
+    """Whether a pass of real tensors is cheap: a network on the CPU, of few parameters for its pictures."""
+    parameters = list(model.parameters())
+    usual = all(one.device.type == "cpu" and one.dtype in (torch.float32, torch.float64) for one in parameters)
+    return usual and sum(one.numel() for one in parameters) * size[0] * size[1] <= _SMALL
 
 
 def _run_real(model: nn.Module, size: tuple[int, int]) -> Shapes:
@@ -50,10 +65,14 @@ def _run_real(model: nn.Module, size: tuple[int, int]) -> Shapes:
 def probed(model: nn.Module, size: tuple[int, int], run: Callable[[nn.Module, Tensor], _T]) -> _T:
     """What `run(network, picture)` gives for a copy of `model` in eval mode and a picture of `size`: shapes, graphs.
 
-    On the meta device where the network can, else with real tensors. Raises whatever `run` raises there.
+    On the meta device where the network can, else, and where it is small, with real tensors. Raises whatever `run`
+    raises there.
     """
     first = next(model.parameters(), None)
     dtype = first.dtype if first is not None else torch.float32
+    if _small(model, size):
+        with torch.random.fork_rng(devices=[]):
+            return run(_copy(model), torch.zeros(1, 3, *size, dtype=dtype))
     try:
         return run(ghost(model), torch.zeros(1, 3, *size, device="meta", dtype=dtype))
     except Exception:  # see probe_shapes
