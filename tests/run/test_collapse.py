@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from unlabeled.pretext.registry import TASKS, create_task, task_names
 from unlabeled.pretext.two_views.byol import BYOL, BYOLConfig
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.data.loader import Sample, ViewDataset
+from unlabeled.ssl.task import Recipe
 from unlabeled.ssl.train.collapse import DEVIATION, INFORMATION
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -45,7 +46,9 @@ def _views_of_four_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class WithoutPredictor(BYOL):
-    """BYOL without what keeps it from collapsing."""
+    """BYOL without what keeps it from collapsing, under an optimizer that collapses it soon."""
+
+    recipe: ClassVar[Recipe] = {"optim": {"name": "adamw", "betas": [0.9, 0.95], "weight_decay": 0.05}}
 
     def __init__(self, config: BYOLConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
