@@ -70,7 +70,7 @@ def encoder_loads_into_timm(subject: Subject) -> None:
         features = encoder.pooled(x)
     wrong = f"it gives features {tuple(features.shape)}"
     require(features.shape == (2, encoder.embed_dim), wrong, "leave the backbone's head as it was")
-    if not timm.is_model(encoder.name):  # a network of the caller's own
+    if encoder.custom or not timm.is_model(encoder.name):  # a network of the caller's own
         return
     with tempfile.TemporaryDirectory() as folder:
         state = load_file(export_backbone(encoder, Path(folder)))

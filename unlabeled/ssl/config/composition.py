@@ -26,9 +26,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from unlabeled.ssl.config.base import Section
-from unlabeled.ssl.config.messages import explain
+from unlabeled.ssl.config.messages import explain, in_short
 from unlabeled.ssl.config.schema import RunConfig
 from unlabeled.ssl.core.errors import ConfigError, first_line, nearest
+from unlabeled.ssl.core.plain import number
 
 GROUPS = ("task", "data", "recipe")
 """Folders of ``configs/`` that a word ``group=option`` chooses from."""
@@ -78,12 +79,14 @@ def composed(
     """As `compose_config`, before validation: mappings, lists and plain values.
 
     `choices`: what a word such as ``task=NAME`` may name beside the files in ``configs/``. `values` are Python objects
-    that stand above everything else; a mapping is merged into the section of its name, anything else replaces it.
+    that stand above everything else and are never parsed; a mapping is merged into the section of its name, anything
+    else replaces it.
     """
     chosen, given = _split(values or {})
-    overrides = parse([*chosen, *words])
-    _store(choices or {}, _choices_of(command, overrides))
-    lines = [_to_hydra(override, choices or {}) for override in overrides]
+    overrides = parse(words)
+    _store(choices or {}, _choices_of(command, overrides) | set(chosen.items()))
+    lines = [_group_word(group, name, choices or {}) for group, name in chosen.items()]
+    lines += [_to_hydra(override, choices or {}) for override in overrides]
     try:
         with initialize_config_dir(str(config_folder()), version_base=None):
             config = compose(command, overrides=[line for line in lines if line is not None])
@@ -122,35 +125,60 @@ def _store(choices: Choices, chosen: set[tuple[str, str]]) -> None:
             ConfigStore.instance().store(group=group, name=name, node=dict(choices[group][name]), package="_global_")
 
 
-def _split(values: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """Keyword arguments → words that choose of a group, and the rest as sections within sections.
+def _split(values: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Keyword arguments → what they choose of groups, and the rest as sections within sections.
 
     A key with dots or double underscores reaches inside: ``optim__lr=1e-3``. A name alone stands for a section's name.
+    Raises ConfigError for a setting that is given twice.
     """
-    words: list[str] = []
     nested: dict[str, Any] = {}
     for key, value in values.items():
-        path = key.replace("__", ".").split(".")
-        value = _plain(value)
-        name = ".".join(path)
-        if isinstance(value, str) and name in (*GROUPS, *_NAMED):
-            value = {"name": value}
-        if name in GROUPS and isinstance(value, Mapping) and "name" in value:
-            words.append(f"{name}={value['name']}")
-            value = {field: inner for field, inner in value.items() if field != "name"}
-        if name == "recipe":  # all there is of it is its name
-            continue
-        for part in reversed(path):
-            value = {part: value}
-        nested = merged(nested, value)
-    return words, nested
+        tree = _plain(value)
+        for part in reversed(key.replace("__", ".").split(".")):
+            tree = {part: tree}
+        for path in (*GROUPS, *_NAMED):
+            tree = _with_name(tree, path.split("."))
+        nested = _joined(nested, tree)
+    chosen = {}
+    for group in GROUPS:
+        section = nested.get(group)
+        if isinstance(section, Mapping) and "name" in section:
+            chosen[group] = str(section["name"])
+            nested[group] = {field: inner for field, inner in section.items() if field != "name"}
+    nested.pop("recipe", None)  # all there is of it is its name
+    return chosen, nested
+
+
+def _with_name(tree: Any, path: Sequence[str]) -> Any:
+    """`tree` in which a text at `path` is the name of the section there."""
+    if not isinstance(tree, Mapping) or path[0] not in tree:
+        return tree
+    inner, rest = tree[path[0]], path[1:]
+    changed = _with_name(inner, rest) if rest else {"name": inner} if isinstance(inner, str) else inner
+    return {**tree, path[0]: changed}
+
+
+def _joined(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Both together. Raises ConfigError for a setting that is in both."""
+    result = dict(one)
+    for key, value in other.items():
+        if key not in result:
+            result[key] = value
+        elif isinstance(value, Mapping) and isinstance(result[key], Mapping):
+            result[key] = _joined(result[key], value, f"{prefix}{key}.")
+        else:
+            raise ConfigError(
+                f"{prefix}{key}: given twice, {in_short(result[key])} and {in_short(value)}; give it once"
+            )
+    return result
 
 
 def _plain(value: Any) -> Any:
-    """A section of settings as the mapping of what was set of it; anything else as it is."""
+    """A section of settings as the mapping of what was set of it, a scalar of numpy or torch as a number; anything else
+    as it is."""
     if isinstance(value, BaseModel):
         return {name: _plain(getattr(value, name)) for name in value.model_fields_set}
-    return {key: _plain(inner) for key, inner in value.items()} if isinstance(value, Mapping) else value
+    return {key: _plain(inner) for key, inner in value.items()} if isinstance(value, Mapping) else number(value)
 
 
 def validate(values: Any, model: type[SectionT]) -> SectionT:
