@@ -99,7 +99,7 @@ def visualize_gives_pictures(subject: Subject) -> None:
         )
         require(fits and picture.shape[0] == 3, found, "give uint8 (3, H, W)")
     kept = modes == [module.training for module in task.modules()]
-    require(kept, "visualize leaves modules in another mode", "use unlabeled.ssl.backbones.shapes.modes_kept")
+    require(kept, "visualize leaves modules in another mode", "use unlabeled.modes_kept")
     moved = changed(before, task.state_dict())
     require(not moved, f"visualize moves {listed(moved)}", "call self.eval() inside modes_kept(self)")
 

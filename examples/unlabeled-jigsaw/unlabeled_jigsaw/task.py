@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 from torchvision.utils import make_grid
 
-from unlabeled import Backbone, PretextTask, StepOutput, TaskConfig
-from unlabeled.ssl.backbones.shapes import modes_kept
-from unlabeled.ssl.task import Batch
+from unlabeled import Backbone, Batch, PretextTask, Recipe, StepOutput, TaskConfig, modes_kept
 from unlabeled_jigsaw.orders import distant_orders, shuffled
 
 
@@ -53,6 +51,14 @@ class Jigsaw(PretextTask):
     """Tells in which order the tiles of a picture lie."""
 
     Config: ClassVar[type[TaskConfig]] = JigsawConfig
+    recipe: ClassVar[Recipe] = {
+        "optim": {"name": "sgd", "lr": 0.01, "lr_scaling": "none", "momentum": 0.9, "weight_decay": 5e-4},
+        "schedule": {"name": "constant", "warmup_epochs": 0},
+        "batch_size": 256,
+        "epochs": 70,
+    }
+    """The paper's batch, rate and 350,000 steps, which are 70 epochs of ImageNet; momentum and weight decay are those
+    of Caffe's AlexNet. How the rate falls is not said there, so it stays."""
     requires: ClassVar[frozenset[str]] = frozenset({"pooled"})
     orders: Tensor
 
