@@ -34,7 +34,7 @@ def test_it_trains_with_its_own_recipe(tmp_path: Path) -> None:
     )
     assert len(result.metrics) == 4
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert (config["optim"]["name"], config["optim"]["lr"], config["schedule"]["name"]) == ("sgd", 0.01, "constant")
+    assert (config["optim"]["name"], config["optim"]["lr"], config["schedule"]["gamma"]) == ("sgd", 0.01, 0.1)
     assert config["optim"]["weight_decay"] == 1e-4, "what is set counts more"
 
 

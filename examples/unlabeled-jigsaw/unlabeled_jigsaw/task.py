@@ -53,12 +53,12 @@ class Jigsaw(PretextTask):
     Config: ClassVar[type[TaskConfig]] = JigsawConfig
     recipe: ClassVar[Recipe] = {
         "optim": {"name": "sgd", "lr": 0.01, "lr_scaling": "none", "momentum": 0.9, "weight_decay": 5e-4},
-        "schedule": {"name": "constant", "warmup_epochs": 0},
+        "schedule": {"name": "multistep", "warmup_epochs": 0, "milestones": [20, 40, 60], "gamma": 0.1},
         "batch_size": 256,
         "epochs": 70,
     }
-    """The paper's batch, rate and 350,000 steps, which are 70 epochs of ImageNet; momentum and weight decay are those
-    of Caffe's AlexNet. How the rate falls is not said there, so it stays."""
+    """The authors' solver (solver_cfn_jps.prototxt of github.com/MehdiNoroozi/JigsawPuzzleSolver): 350,000 steps of 256
+    pictures, a tenth of the rate every 100,000; that many steps are 70 and 20 epochs of ImageNet."""
     requires: ClassVar[frozenset[str]] = frozenset({"pooled"})
     orders: Tensor
 
