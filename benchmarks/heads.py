@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from benchmarks.timing import begun, machine, paired_times, peak_gigabytes, table_head
 from unlabeled.pretext.self_distillation.poa_losses import Crops, Places, TeacherHead, TermWeights, head_loss
-from unlabeled.pretext.self_distillation.sinkhorn import sinkhorn_offsets
+from unlabeled.pretext.self_distillation.self_distillation import sinkhorn_offsets
 
 log = logging.getLogger(__name__)
 

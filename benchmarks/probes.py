@@ -28,9 +28,8 @@ from torch import Tensor, nn
 
 from benchmarks.timing import begun, machine, paired_times, relative_difference, table_head
 from unlabeled.eval.base import FeatureSet, FeatureSplit
-from unlabeled.eval.evaluators.linear import LinearEvaluator, stratified_split
+from unlabeled.eval.evaluators.linear import LinearConfig, LinearEvaluator, stratified_split
 from unlabeled.eval.probe.heads import GroupedSgd, Setting
-from unlabeled.eval.settings import LinearConfig
 from unlabeled.eval.subject import Subject
 
 log = logging.getLogger(__name__)

@@ -30,12 +30,13 @@ from unlabeled.eval.suite import evaluate_backbone
 from unlabeled.pretext.registry import task_class, task_config
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.weights import load_backbone
-from unlabeled.ssl.config.composition import compose_config, validate
+from unlabeled.ssl.config.composition import validate
 from unlabeled.ssl.config.schema import BackboneConfig, EvaluateRun, PretrainConfig
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 from unlabeled.ssl.data.source import ImageSource, open_source
 from unlabeled.ssl.train.checkpoint import complete
 from unlabeled.ssl.train.run_folder import read_config
+from unlabeled.workflows.evaluate import evaluate_config
 from unlabeled.workflows.pretrain import build_task
 
 log = logging.getLogger(__name__)
@@ -191,7 +192,7 @@ def main(words: list[str] | None = None) -> list[str]:
     if not folders:
         raise ConfigError("RUN: not given; name the folders of finished runs")
     settings = [word for word in options.words if "=" in word]
-    run = compose_config("evaluate", ["target=runs", *settings], EvaluateRun)
+    run = evaluate_config("runs", settings)
     if run.data is None:
         raise ConfigError("data: not given; all runs are measured on the same labelled data, such as data=digits")
     sources = open_source(run.data, "train"), open_source(run.data, "test")

@@ -26,8 +26,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from benchmarks.timing import paired_times, quartiles, table_head
 from unlabeled.eval.base import FeatureSet, FeatureSplit, FloatArray, IntArray
-from unlabeled.eval.evaluators.knn import best_classes, class_scores, nearest_neighbours
-from unlabeled.eval.settings import KnnConfig
+from unlabeled.eval.evaluators.knn import KnnConfig, best_classes, class_scores, nearest_neighbours
 
 log = logging.getLogger(__name__)
 

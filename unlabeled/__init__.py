@@ -11,7 +11,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from unlabeled import _moved
 from unlabeled._version import __version__
+
+_moved.install()
 
 _PUBLIC = {
     # What a user calls; each is the twin of a command.
@@ -68,6 +71,22 @@ _PUBLIC = {
     "gather_rows": "unlabeled.ssl.core.distributed",
     "register_task": "unlabeled.pretext.registry",
     "task_names": "unlabeled.pretext.registry",
+    # An evaluator of one's own.
+    "Estimate": "unlabeled.eval.base",
+    "Evaluator": "unlabeled.eval.base",
+    "EvaluatorConfig": "unlabeled.eval.base",
+    "FeatureSet": "unlabeled.eval.base",
+    "FeatureSplit": "unlabeled.eval.base",
+    "FloatArray": "unlabeled.eval.base",
+    "Measure": "unlabeled.eval.base",
+    "Measured": "unlabeled.eval.base",
+    "Point": "unlabeled.eval.base",
+    "Subject": "unlabeled.eval.subject",
+    "Value": "unlabeled.eval.base",
+    "check_evaluator": "unlabeled.testing.check",
+    "check_features": "unlabeled.eval.base",
+    "evaluator_names": "unlabeled.eval.registry",
+    "register_evaluator": "unlabeled.eval.registry",
     # Reading what runs and evaluations left.
     "CAPTIONS": "unlabeled.eval.dense.maps",
     "Comparison": "unlabeled.eval.comparison",
@@ -101,6 +120,17 @@ if TYPE_CHECKING:
     from unlabeled.api import finetune as finetune
     from unlabeled.api import load_backbone as load_backbone
     from unlabeled.api import pretrain as pretrain
+    from unlabeled.eval.base import Estimate as Estimate
+    from unlabeled.eval.base import Evaluator as Evaluator
+    from unlabeled.eval.base import EvaluatorConfig as EvaluatorConfig
+    from unlabeled.eval.base import FeatureSet as FeatureSet
+    from unlabeled.eval.base import FeatureSplit as FeatureSplit
+    from unlabeled.eval.base import FloatArray as FloatArray
+    from unlabeled.eval.base import Measure as Measure
+    from unlabeled.eval.base import Measured as Measured
+    from unlabeled.eval.base import Point as Point
+    from unlabeled.eval.base import Value as Value
+    from unlabeled.eval.base import check_features as check_features
     from unlabeled.eval.comparison import Comparison as Comparison
     from unlabeled.eval.comparison import Verdict as Verdict
     from unlabeled.eval.comparison import compare as compare
@@ -111,8 +141,11 @@ if TYPE_CHECKING:
     from unlabeled.eval.evaluators.layers import cka_between as cka_between
     from unlabeled.eval.features.extract import EvalTransform as EvalTransform
     from unlabeled.eval.features.extract import extract_features as extract_features
+    from unlabeled.eval.registry import evaluator_names as evaluator_names
+    from unlabeled.eval.registry import register_evaluator as register_evaluator
     from unlabeled.eval.results import EncoderEvidence as EncoderEvidence
     from unlabeled.eval.results import Evidence as Evidence
+    from unlabeled.eval.subject import Subject as Subject
     from unlabeled.eval.suite import evaluate_backbone as evaluate_backbone
     from unlabeled.eval.suite import random_twin as random_twin
     from unlabeled.pretext.common.teacher import cosine_momentum as cosine_momentum
@@ -158,6 +191,7 @@ if TYPE_CHECKING:
     from unlabeled.ssl.train.monitor import read_metrics as read_metrics
     from unlabeled.testing import ContractError as ContractError
     from unlabeled.testing import check_task as check_task
+    from unlabeled.testing.check import check_evaluator as check_evaluator
     from unlabeled.workflows.export import Exported as Exported
     from unlabeled.workflows.export import load_elastic as load_elastic
     from unlabeled.workflows.finetune.config import FinetuneConfig as FinetuneConfig

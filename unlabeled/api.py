@@ -22,7 +22,7 @@ from unlabeled.workflows.evaluate import evaluate_config, evaluate_target
 from unlabeled.workflows.export import Exported, export_config, export_run
 from unlabeled.workflows.finetune.run import FinetuneResult, finetune_config, finetune_from
 from unlabeled.workflows.pretrain import PretrainResult, pretrain_config, pretrain_from
-from unlabeled.workflows.settings import data_values, given_backbone, read_subject
+from unlabeled.workflows.settings import data_values, given_backbone, read_request
 
 
 def pretrain(
@@ -57,9 +57,9 @@ def evaluate(
     that has no timm name needs it again: ``evaluate("runs/x", backbone=module)`` loads the run's weights into a copy.
     `data` as in `pretrain`; None: that of the run.
     """
-    subject = read_subject(target, data, settings)
-    config = evaluate_config(subject.target, values=subject.values, backbone=subject.backbone)
-    return evaluate_target(config, subject.backbone)
+    request = read_request(target, data, settings)
+    config = evaluate_config(request.target, values=request.values, backbone=request.backbone)
+    return evaluate_target(config, request.backbone)
 
 
 def finetune(
@@ -73,9 +73,9 @@ def finetune(
     ``frozen=True`` trains the classifier alone. `unlabeled.create_classifier` builds the classifier of a network
     without a timm name again.
     """
-    subject = read_subject(target, data, settings)
-    config = finetune_config(subject.target, values=subject.values, backbone=subject.backbone)
-    return finetune_from(config, subject.backbone)
+    request = read_request(target, data, settings)
+    config = finetune_config(request.target, values=request.values, backbone=request.backbone)
+    return finetune_from(config, request.backbone)
 
 
 def export(run: str | Path, out: str | Path, backbone: nn.Module | None = None, **settings: Any) -> list[Exported]:

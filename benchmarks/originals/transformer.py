@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unlabeled.pretext.masked_image.decoder import TransformerDecoder
+from unlabeled.pretext.masked_image.mae import TransformerDecoder
 
 
 class Shuffle(NamedTuple):

@@ -13,9 +13,8 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
-from unlabeled.eval.corruptions import CorruptedSource, corrupt, strength
+from unlabeled.eval.corruptions import CorruptedSource, CorruptionName, corrupt, strength
 from unlabeled.eval.features.extract import EvalTransform
-from unlabeled.eval.settings import CorruptionName
 
 NAMES = get_args(CorruptionName)
 

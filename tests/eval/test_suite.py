@@ -15,7 +15,8 @@ from eval_helpers import MemorySource, tiny_vit
 
 from unlabeled.eval.base import FeatureSplit
 from unlabeled.eval.dense.maps import CAPTIONS
-from unlabeled.eval.settings import KnnConfig, LinearConfig
+from unlabeled.eval.evaluators.knn import KnnConfig
+from unlabeled.eval.evaluators.linear import LinearConfig
 from unlabeled.eval.suite import evaluate_backbone, online_knn, random_twin
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.config.schema import EvaluateConfig

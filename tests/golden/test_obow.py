@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from unlabeled.pretext.common.teacher import cosine_momentum
 from unlabeled.pretext.obow import OBoW, OBoWConfig
-from unlabeled.pretext.obow.head import bow_logits
 from unlabeled.pretext.obow.official import official_names
-from unlabeled.pretext.obow.task import bow_loss
+from unlabeled.pretext.obow.task import bow_logits, bow_loss
 from unlabeled.pretext.obow.vocabulary import (
     Distances,
     inner_map,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from unlabeled.eval.base import Estimate, Measured, Value
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.data.source import DecodeError
 
@@ -56,3 +59,17 @@ def tiny_vit(seed: int = 0) -> Backbone:
     """A transformer of 32 x 32 pictures with 32 features."""
     torch.manual_seed(seed)
     return create_backbone("vit_tiny_patch16_224", size=32, embed_dim=32, depth=1, num_heads=2, patch_size=8)
+
+
+def plain_pairs(found: Iterable[tuple[str, Value]]) -> list[tuple[str, Any]]:
+    """What an evaluator yields without what it says of it: a number, or an `Estimate` where it brings an interval."""
+    return [(key, _plain(value) if isinstance(value, Measured) else value) for key, value in found]
+
+
+def plain_values(found: Iterable[tuple[str, Value]]) -> dict[str, Any]:
+    """As `plain_pairs`, by key; of several notes the last."""
+    return dict(plain_pairs(found))
+
+
+def _plain(found: Measured) -> float | Estimate:
+    return found.value if math.isnan(found.low) else Estimate(found.value, found.low, found.high)

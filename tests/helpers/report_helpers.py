@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar
 
 import numpy as np
 import torch
 
-from unlabeled.eval.base import Measure
+from unlabeled.eval.base import Cut, Measure, Point
 from unlabeled.eval.embedding import Embedding
 from unlabeled.eval.gallery import GalleryRow, Thumbnail
-from unlabeled.eval.results import EncoderEvidence, Evidence
+from unlabeled.eval.results import EncoderEvidence, Evidence, Judge, Metric
 from unlabeled.report.summary import RunSummary
 
 RUN = RunSummary(
     title="a run", backbone="vit", data="digits", parameters=1_234_567, device="cpu", seed=3,
     config="task:\n  name: mae\n", task="mae", epochs=10, steps=400, images=51200, seconds=3725, commit="abc1234",
 )  # fmt: skip
+
+
+KNOWN = {
+    "k10": Measure("kNN, k = 10", point=Point("kNN", "k", 10)),
+    "k20": Measure("kNN, k = 20", point=Point("kNN", "k", 20)),
+    "top1": Measure("linear probe"),
+}
 
 
 def evidence(
@@ -30,16 +36,10 @@ def evidence(
 ) -> Evidence:
     names = ("backbone", "pixels", "random")
     confusion = np.full((len(classes), len(classes)), 10) + 80 * np.eye(len(classes), dtype=int)
-    encoders = {
-        name: EncoderEvidence(
-            {"knn/k10": k, "knn/k20": k, "linear/top1": p, "linear/lr": 0.1, "linear/weight_decay": 0.0},
-            {"linear/confusion": confusion},
-            (),
-            {"features": 1.0},
-            32,
-        )
-        for name, k, p in zip(names, knn, linear, strict=True)
-    }
+    encoders = {name: EncoderEvidence({}, {"linear/confusion": confusion}, (), {"features": 1.0}, 32) for name in names}
+    for name, k, p in zip(names, knn, linear, strict=True):
+        measured(encoders[name], "knn", {"k10": k, "k20": k})
+        measured(encoders[name], "linear", {"top1": p, "lr": 0.1, "weight_decay": 0.0})
     picture = torch.arange(3 * 8 * 8, dtype=torch.uint8).view(3, 8, 8)
     row = GalleryRow(
         Thumbnail(picture, 0, f"{classes[0]}/query.png"),
@@ -50,38 +50,45 @@ def evidence(
         test_labels=np.zeros(count, dtype=np.int64), train_pictures=5000, test_pictures=count, majority=0.34,
         skipped={"train": (), "test": ("bad.png",)}, seeds={"random weights": 7}, hardware={"device": "cpu"},
         gallery=(row,), seconds=12.5,
+        judges={"knn": Judge("Nearest neighbours"), "linear": Judge("Linear probe")},
     )  # fmt: skip
 
 
-class MadeUp:
-    """An evaluator of measures of every kind, with a title that tries to leave the page."""
+TITLE = "</h2><script>title()</script>"
+"""Of an evaluator that tries to leave the page."""
+MEASURES = {
+    **{
+        f"{kind}_{severity}": Measure(f"{kind}, severity {severity}", point=Point(kind, "severity", severity))
+        for kind in ("noise", "blur")
+        for severity in (1, 3, 5)
+    },
+    "leak": Measure("<i>leak</i> | share", "percent", "lower"),
+    "rank": Measure("rank", "number"),
+    "slope": Measure("slope", "number", None),
+    "shots5": Measure("5-way 5-shot", "percent"),
+}
+"""Of every kind."""
 
-    name: ClassVar = "made_up"
-    title: ClassVar = "</h2><script>title()</script>"
-    needs: ClassVar = "features"
 
-    @classmethod
-    def measure(cls, key: str) -> Measure | None:
-        if found := re.fullmatch(r"(noise|blur)_(\d)", key):
-            return Measure(f"{found[1]}, severity {found[2]}")
-        known = {
-            "shots5": Measure("5-way 5-shot", "percent"),
-            "leak": Measure("<i>leak</i> | share", "percent", "lower"),
-            "rank": Measure("rank", "number"),
-            "slope": Measure("slope", "number", None),
-        }
-        return known.get(key)
+def measured(encoder: EncoderEvidence, evaluator: str, values: Mapping[str, float], cut: Cut | None = None) -> None:
+    """Puts values of `evaluator` into `encoder`: with what they are where that is known."""
+    known = {**MEASURES, **KNOWN}
+    for key, value in values.items():
+        metric = f"{evaluator}/{key}" + (f"@{cut}" if cut else "")
+        encoder.metrics[metric] = value
+        if key in known:
+            encoder.measures[metric] = Metric(evaluator, key, replace(known[key], cut=cut))
 
 
 def with_made_up(found: Evidence, encoders: tuple[str, ...] = ("backbone", "pixels", "random")) -> Evidence:
-    """`found` with values of `MadeUp`, notes, arrays, pictures, maps and points for the plane."""
+    """`found` with values of one more evaluator, notes, arrays, pictures, maps and points for the plane."""
     values = {"backbone": 0.9, "pixels": 0.5, "random": 0.4}
     for name in encoders:
         encoder, value = found.encoders[name], values[name]
         for kind in ("noise", "blur"):
-            encoder.metrics.update({f"made_up/{kind}_{severity}": value - severity / 20 for severity in (1, 3, 5)})
-        encoder.metrics.update({"made_up/leak": 1 - value, "made_up/rank": 1234.5 * value, "made_up/slope": -value})
-        encoder.metrics.update({"made_up/shots5": value, "made_up/hidden": 1.0})
+            measured(encoder, "made_up", {f"{kind}_{severity}": value - severity / 20 for severity in (1, 3, 5)})
+        measured(encoder, "made_up", {"leak": 1 - value, "rank": 1234.5 * value, "slope": -value})
+        measured(encoder, "made_up", {"shots5": value, "hidden": 1.0})
         encoder.intervals["made_up/shots5"] = (value - 0.01, value + 0.02)
         encoder.arrays.update(
             {
@@ -95,4 +102,5 @@ def with_made_up(found: Evidence, encoders: tuple[str, ...] = ("backbone", "pixe
         said = ("made_up: said of all <script>note()</script>", *(["made_up: of one"] if name == "pixels" else []))
         found.encoders[name] = replace(encoder, notes=said)
     points = Embedding(np.arange(8, dtype=np.float32).reshape(4, 2), np.array([0, 1, 1, 2]), "PCA of 4", "Mind.")
-    return replace(found, embedding=points, maps={"attention": torch.zeros(3, 8, 16, dtype=torch.uint8)})
+    judges = {**found.judges, "made_up": Judge(TITLE)}
+    return replace(found, judges=judges, embedding=points, maps={"attention": torch.zeros(3, 8, 16, dtype=torch.uint8)})

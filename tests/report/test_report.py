@@ -13,8 +13,8 @@ import pytest
 import torch
 from report_helpers import RUN, evidence, with_made_up
 
-from unlabeled.eval.comparison import compare, judge, label_of
-from unlabeled.eval.registry import EVALUATORS
+from unlabeled.eval.comparison import compare, judge
+from unlabeled.eval.registry import measure_of
 from unlabeled.report.document import clean, read_report, report_document
 from unlabeled.report.figures import confusion_figure, training_curves
 from unlabeled.report.page import write_report
@@ -36,12 +36,6 @@ def rows(count: int = 60) -> list[dict[str, float]]:
         for step in range(count)
     ]
     return trained + [{"step": step, "epoch": step / 10, "eval/knn/k10": 0.1, "eval/knn/k20": 0.5} for step in (20, 40)]
-
-
-@pytest.fixture
-def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Registers an evaluator of measures of every kind."""
-    monkeypatch.setitem(EVALUATORS, "made_up", "report_helpers:MadeUp")
 
 
 class Page(HTMLParser):
@@ -128,8 +122,9 @@ def test_the_comparison_puts_quoted_metrics_first_and_knows_the_stronger_baselin
     [("knn/k20", "kNN, k = 20"), ("knn/k5_top5", "kNN, k = 5, top 5"), ("linear/top5", "linear probe, top 5"),
      ("linear/lr", None), ("linear/holdout_top1", None), ("knn/kind", None)],
 )  # fmt: skip
-def test_only_test_accuracies_have_labels(metric: str, label: str | None) -> None:
-    assert label_of(metric) == label
+def test_values_that_no_table_shows_have_no_label(metric: str, label: str | None) -> None:
+    measure = measure_of(metric)
+    assert (measure and measure.label) == label
 
 
 @pytest.mark.parametrize(
@@ -215,7 +210,6 @@ def test_a_report_without_evidence_metrics_or_pictures_is_still_one(tmp_path: Pa
     assert read_report(file.with_name("report.json"))["evidence"] is None
 
 
-@pytest.mark.usefixtures("made_up")
 def test_hostile_evaluators_do_not_leave_the_text(tmp_path: Path) -> None:
     file = write_report(tmp_path, RUN, with_made_up(evidence(classes=HOSTILE)), rows(), None)
     page = Page(file.read_text(encoding="utf-8"))

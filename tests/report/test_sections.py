@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from report_helpers import RUN, evidence, with_made_up
+from report_helpers import RUN, evidence, measured, with_made_up
 
-from unlabeled.eval.base import Estimate
+from unlabeled.eval.base import Cut, Estimate, Point, Unit
 from unlabeled.eval.comparison import Comparison, compare, measures, shown
 from unlabeled.eval.intervals import wilson
-from unlabeled.eval.registry import EVALUATORS
+from unlabeled.eval.registry import measure_of
 from unlabeled.eval.results import Evidence
 from unlabeled.report.document import report_document
 from unlabeled.report.figures import evaluator_figures
@@ -21,13 +23,12 @@ from unlabeled.report.sections import find_series, per_class
 
 
 @pytest.fixture
-def found(monkeypatch: pytest.MonkeyPatch) -> Evidence:
-    monkeypatch.setitem(EVALUATORS, "made_up", "report_helpers:MadeUp")
+def found() -> Evidence:
     return with_made_up(evidence())
 
 
-def row(metric: str, label: str, unit: str = "accuracy") -> Comparison:
-    return Comparison(metric, label, False, {"backbone": Estimate(0.5, 0.4, 0.6)}, {}, unit)
+def row(metric: str, label: str, unit: Unit = "accuracy", **where: Any) -> Comparison:
+    return Comparison(metric, label, False, {"backbone": Estimate(0.5, 0.4, 0.6)}, {}, unit, **where)
 
 
 def test_intervals_come_from_the_evaluator_or_from_the_number_of_pictures(found: Evidence) -> None:
@@ -61,12 +62,12 @@ def test_a_value_that_is_no_accuracy_has_no_interval_and_does_not_stop_the_repor
 def test_the_headline_is_that_of_the_quoted_metrics_alone(found: Evidence) -> None:
     assert [one.metric for one in compare(found) if one.headline] == ["knn/k20", "linear/top1"]
     assert "made_up/shots5" not in {one.metric for one in compare(found)}, "no fraction of the test pictures"
-    found.encoders["backbone"].metrics["knn/k20@8"] = 0.7
+    measured(found.encoders["backbone"], "knn", {"k20": 0.7}, Cut(8))
     assert "knn/k20@8" not in {one.metric for one in compare(found)}
 
 
 def test_the_section_as_data(found: Evidence) -> None:
-    found.encoders["backbone"].metrics["knn/k20@pca8"] = 0.7
+    measured(found.encoders["backbone"], "knn", {"k20": 0.7}, Cut(8, principal=True))
     document = report_document(RUN, found, None)
     knn, _, section = document["evaluators"]
     assert [(one["metric"], one["cut"]) for one in knn["rows"]][-1] == ("knn/k20@pca8", "pca8")
@@ -115,44 +116,48 @@ def test_values_are_shown_by_their_unit(value: float | None, unit: str, text: st
     assert shown(value, unit) == text
 
 
+def test_measures_of_one_curve_make_a_series_in_ascending_order() -> None:
+    rows = [row(f"k{k}", f"kNN, k = {k}", point=Point("kNN", "k", k)) for k in (20, 10, 200)]
+    (series,) = find_series(rows)
+    assert (series.title, series.axis) == ("kNN", "k")
+    assert [one.metric for _, one in series.points] == ["k10", "k20", "k200"]
+
+
+def test_a_lone_point_and_parts_of_the_features_make_none() -> None:
+    assert find_series([row("top1", "linear probe"), row("top5", "linear probe, top 5")]) == []
+    point = Point("kNN", "k", 20)
+    assert find_series([row("k20", "kNN, k = 20", point=point)]) == []
+    cut = row("k20@64", "kNN, k = 20, first 64 features", point=replace(point, at=10), cut=Cut(64))
+    assert find_series([row("k20", "kNN, k = 20", point=point), cut]) == []
+
+
+def test_curves_are_told_apart_by_what_they_share_and_by_their_unit() -> None:
+    rows = [
+        row(f"{w}way_{s}shot", f"{w}-way {s}-shot", point=Point(f"{w}-way", "shot", s)) for w in (5, 20) for s in (1, 5)
+    ]
+    assert [(one.title, len(one.points)) for one in find_series(rows)] == [("5-way", 2), ("20-way", 2)]
+    units = [row("n_1", "n 1", point=Point("n", "n", 1)), row("n_2", "n 2", "number", point=Point("n", "n", 2))]
+    assert find_series(units) == [], "they share no axis"
+
+
 @pytest.mark.parametrize(
-    ("labels", "title", "axis"),
+    ("metrics", "title", "axis"),
     [
-        ({"k10": "kNN, k = 10", "k20": "kNN, k = 20"}, "kNN", "k"),
-        ({"k10_top5": "kNN, k = 10, top 5", "k20_top5": "kNN, k = 20, top 5"}, "kNN, top 5", "k"),
-        ({"5way_1shot": "5-way 1-shot", "5way_5shot": "5-way 5-shot"}, "5-way", "shot"),
-        ({"1pct": "1 % of labels", "10pct": "10 % of labels"}, "% of labels", "% of labels"),
-        ({"recall1": "recall@1", "recall10": "recall@10"}, "recall", "k"),
-        ({"noise_1": "noise, severity 1", "noise_5": "noise, severity 5"}, "noise", "severity"),
-        ({"f0.1": "fraction = 0.1", "f0.5": "fraction = 0.5"}, "fraction", "fraction"),
+        ({"knn/k10": 10, "knn/k20": 20}, "kNN", "k"),
+        ({"knn/k10_top5": 10, "knn/k20_top5": 20}, "kNN, top 5", "k"),
+        ({"knn/k10_t0.1": 10, "knn/k20_t0.1": 20}, "kNN, T = 0.1", "k"),
+        ({"knn/shot1": 1, "knn/shot5": 5}, "kNN", "pictures a class"),
+        ({"few_shot/5way_1shot": 1, "few_shot/5way_5shot": 5}, "5-way", "shot"),
+        ({"low_label/0.5pct": 0.5, "low_label/10pct": 10}, "% of labels", "% of labels"),
+        ({"retrieval/recall1": 1, "retrieval/recall10": 10}, "recall", "k"),
+        ({"linear/top1": None, "linear/top5": None, "retrieval/map": None, "corruption/clean": None}, None, None),
     ],
 )  # fmt: skip
-def test_measures_that_differ_in_a_number_make_a_series(labels: dict[str, str], title: str, axis: str) -> None:
-    rows = [row(f"knn/{key}", label) for key, label in reversed(labels.items())]
-    (series,) = find_series(rows)
-    assert (series.title, series.axis) == (title, axis)
-    assert [one.metric for _, one in series.points] == [f"knn/{key}" for key in labels], "in ascending order"
-
-
-@pytest.mark.parametrize(
-    "labels",
-    [
-        {"top1": "linear probe", "top5": "linear probe, top 5"},
-        {"k10": "ten", "k20": "twenty"},
-        {"a1b2": "a 1, b 2", "a2b2": "a 2, b 3"},
-        {"k20": "kNN, k = 20", "k20@64": "kNN, k = 20, first 64 features"},
-        {"k20": "kNN, k = 20"},
-    ],
-)
-def test_measures_whose_number_has_no_one_meaning_make_none(labels: dict[str, str]) -> None:
-    assert find_series([row(f"knn/{key}", label) for key, label in labels.items()]) == []
-
-
-def test_series_of_two_numbers_run_along_the_longer_one() -> None:
-    rows = [row(f"x/{w}way_{s}shot", f"{w}-way {s}-shot") for w in (5, 20) for s in (1, 5, 10)]
-    assert [(one.title, len(one.points)) for one in find_series(rows)] == [("5-way", 3), ("20-way", 3)]
-    units = [row("x/n_1", "n 1"), row("x/n_2", "n 2", "number")]
-    assert find_series(units) == [], "they share no axis"
+def test_the_curves_of_the_built_in_evaluators(metrics: dict[str, float | None], title: str, axis: str) -> None:
+    for metric, at in metrics.items():
+        measure = measure_of(metric)
+        assert measure is not None
+        assert measure.point == (None if at is None else Point(title, axis, at))
 
 
 def test_figures_of_an_evaluator_that_nobody_knows(found: Evidence) -> None:
@@ -188,9 +193,11 @@ def test_figures_of_arrays_by_class_and_by_severity(found: Evidence) -> None:
 
 def test_curves_by_number_of_features(found: Evidence) -> None:
     for name, encoder in found.encoders.items():
-        encoder.metrics.update({"knn/k20@8": 0.3, "knn/k20@pca8": 0.4, "knn/k20@16": 0.5, "knn/k20@pca16": 0.5})
+        for length, first, components in ((8, 0.3, 0.4), (16, 0.5, 0.5)):
+            measured(encoder, "knn", {"k20": first}, Cut(length))
+            measured(encoder, "knn", {"k20": components}, Cut(length, principal=True))
         if name == "pixels":
-            encoder.metrics.update({"knn/k10@8": 0.3})
+            measured(encoder, "knn", {"k10": 0.3}, Cut(8))
     figures = dict(evaluator_figures(found)["knn"])
     assert list(figures) == ["Nearest neighbours by k", "kNN, k = 20, by number of features"]
     svg = figures["kNN, k = 20, by number of features"]
@@ -198,7 +205,8 @@ def test_curves_by_number_of_features(found: Evidence) -> None:
         assert part in svg, part
     assert "raw pixels, PCA" not in svg
     for encoder in found.encoders.values():
-        encoder.metrics.update({"made_up/rank@8": 3.0, "made_up/rank@16": 4.0})
+        measured(encoder, "made_up", {"rank": 3.0}, Cut(8))
+        measured(encoder, "made_up", {"rank": 4.0}, Cut(16))
     assert not [title for title, _ in evaluator_figures(found)["made_up"] if "number of features" in title]
 
 

@@ -8,11 +8,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from unlabeled.cli import main
+from unlabeled.eval.registry import evaluator_config, evaluator_names, settle
+from unlabeled.ssl.config.schema import EvaluateConfig
 from unlabeled.ssl.train import checkpoint
 from unlabeled.ssl.train import loop as engine
+from unlabeled.workflows.pretrain import pretrain_config
 
 VIT = [
     "backbone=vit_tiny_patch16_224",
@@ -76,6 +80,17 @@ def files_of(folder: Path) -> dict[Path, bytes]:
         (["epochs=0"], "epochs: 0 is not possible; give greater than 0"),
         (["batch_size=64"], "batch_size: 64 is larger than the data (32 images); give batch_size=32 or less"),
         (["engine.accumulation=3"], "batch_size: 8 cannot be split over 1 processes x 3 micro-steps"),
+        (["evaluate.evaluators=[knn,liner]"], "evaluate.evaluators: 'liner' is not an evaluator; did you mean 'linear"),
+        (["evaluate.knn.kk=3"], "evaluate.knn.kk: there is no such setting in evaluate.knn; did you mean 'k'?"),
+        (["evaluate.knn.k=[0]"], "evaluate.knn.k: [0] is not possible; give whole numbers from 1"),
+        (["evaluate.evry=3"], "evaluate.evry: there is no such setting in evaluate; did you mean 'every'?"),
+        (["evaluate.lineer.epochs=3"], "evaluate.lineer: there is no such setting in evaluate; did you mean 'linear'"),
+        (["evaluate.few_shot.ways=3"], "evaluate.few_shot: ways=3 has no effect, few_shot is not among the evaluators; "
+         "add it to evaluate.evaluators, or remove evaluate.few_shot"),
+        (["evaluate={cluster:{restarts:3}}"], "evaluate.cluster: restarts=3 has no effect, cluster is not among"),
+        (["evaluate.embedding=tnse"], "evaluate.embedding: 'tnse' is not a map of the features; did you mean 'tsne'?"),
+        (["evaluate.data=foldr", "evaluate.final=true"], "data: 'foldr' is not a data source; did you mean 'folder'?"),
+        (["evaluate.data={name:folder,path:nowhere}", "evaluate.final=true"], "nowhere"),
         (["official=nowhere.pth"], "nowhere.pth: there is no such file"),
         (["epochs"], "'epochs' is not a setting; write key=value"),
     ],
@@ -86,6 +101,43 @@ def test_settings_that_cannot_work(
     assert pretrain(tmp_path / "run", *words) == 2
     assert message in said(capsys)
     assert not (tmp_path / "run").exists(), "nothing is written before everything is known to fit"
+
+
+def test_what_an_evaluation_needs_is_refused_before_a_sweep_begins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*TINY, "evaluate.evaluators=[knn],[knn,liner]", f"out={tmp_path / 'sweep'}"]
+    assert main(["pretrain", "--multirun", *words]) == 2
+    assert "'liner' is not an evaluator; did you mean 'linear'?" in said(capsys)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_settings_of_what_runs_are_taken_and_written_out_whole(tmp_path: Path) -> None:
+    few = ["evaluate.evaluators=[few_shot,cluster]", "evaluate.few_shot.ways=3"]
+    config = pretrain_config([*TINY, *few])
+    stored = yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))["evaluate"]
+    assert (stored["few_shot"]["ways"], stored["few_shot"]["queries"]) == (3, 15)
+    assert stored["cluster"]["restarts"] == 5
+    assert not {"knn", "linear", "spectrum"} & stored.keys()
+    during = pretrain_config([*TINY, *few, "evaluate.every=1", "evaluate.knn.k=[5]"])
+    assert evaluator_config(during.evaluate, "knn").model_dump()["k"] == (5,)
+    assert pretrain_config([*TINY, "evaluate.evaluators=all", "evaluate.few_shot.ways=3"]).evaluate.few_shot.ways == 3
+
+
+def test_sections_that_words_did_not_set_need_no_effect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate = EvaluateConfig.model_validate({"few_shot": {"ways": 3}})
+    assert evaluator_config(settle(evaluate, given=()), "few_shot").model_dump()["ways"] == 3
+    assert pretrain(tmp_path / "run") == 0
+    record = tmp_path / "run" / "config.yaml"
+    before = yaml.safe_load(record.read_text())  # in a folder of old there were sections of all evaluators
+    before["evaluate"] |= {name: evaluator_config(evaluate, name).model_dump(mode="json") for name in evaluator_names()}
+    record.write_text(yaml.safe_dump(before))
+    assert pretrain(tmp_path / "run") == 0
+    target = ["evaluate", str(tmp_path / "run"), "evaluate.baselines=false", "device=cpu", "workers=0"]
+    assert main([*target, "evaluate.evaluators=[knn]"]) == 0
+    capsys.readouterr()
+    assert main([*target, "evaluate.cluster.restarts=2"]) == 2
+    assert "evaluate.cluster: restarts=2 has no effect" in said(capsys)
 
 
 def test_a_file_for_a_folder_and_a_folder_without_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,6 +243,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
         (["resnet18", "pretrained=false"], "data: not given"),
         (["resnet18", "pretrained=false", "data=shapes", "dat.count=8"], "dat: there is no such setting"),
         (["gone.safetensors"], "'gone.safetensors' does not exist"),
+        (["gone", "evaluate.evaluators=[liner]"], "'liner' is not an evaluator; did you mean 'linear'?"),
+        (["gone", "evaluate.few_shot.ways=3"], "evaluate.few_shot: ways=3 has no effect"),
+        (["gone", "evaluate.embedding=tnse"], "'tnse' is not a map of the features; did you mean 'tsne'?"),
     ],
 )
 def test_evaluate(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:

@@ -31,10 +31,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = Path(__file__).with_name("launch_gauntlet.py")
 NET = {"channels": [8, 8, 8, 8], "stem_width": 8}
 FRESH = "{target: resnet18, pretrained: false, size: 32, kwargs: {channels: [8,8,8,8], stem_width: 8}}"
-FAST = [
-    "evaluate.knn.k=[5,20]", "evaluate.linear.epochs=2", "evaluate.linear.lr=[0.1]",
-    "evaluate.linear.weight_decay=[0.0]", "device=cpu",
-]  # fmt: skip
+KNN = ["evaluate.knn.k=[5,20]", "device=cpu"]
+LINEAR = ["evaluate.linear.epochs=2", "evaluate.linear.lr=[0.1]", "evaluate.linear.weight_decay=[0.0]"]
 CELLS = 3 * 2 * 2 * 2
 """(A folder, random weights, raw pixels) x data sets x evaluators x seeds."""
 
@@ -48,10 +46,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def words(folder: Path, out: Path, *more: str) -> list[str]:
+def words(folder: Path, out: Path, *more: str, knn_alone: bool = False) -> list[str]:
+    chosen = ["evaluators=knn"] if knn_alone else ["evaluators=[knn,linear]", *LINEAR]
     return [
-        f"backbones=[{folder},{FRESH}]", "data=[digits,{name: shapes, count: 80}]", "evaluators=[knn,linear]",
-        "seeds=[0,1]", "limit=60", *FAST, f"out={out}", *more,
+        f"backbones=[{folder},{FRESH}]", "data=[digits,{name: shapes, count: 80}]", *chosen,
+        "seeds=[0,1]", "limit=60", *KNN, f"out={out}", *more,
     ]  # fmt: skip
 
 
@@ -111,7 +110,7 @@ def test_features_are_computed_once_for_each_network_and_data_set(
         return pooled(self, x)
 
     monkeypatch.setattr(backbone, "pooled", counted)
-    given = words(folder, tmp_path / "g", "data=digits", "evaluators=[knn]")
+    given = words(folder, tmp_path / "g", "data=digits", knn_alone=True)
     main(["gauntlet", *given])
     networks, splits = 1 + 2, 2  # a folder, and random weights of two seeds; one batch holds a split
     assert len(passes) == networks * splits
@@ -187,7 +186,7 @@ def test_raw_pixels_that_an_evaluator_cannot_judge_are_no_failure(
         return judged(subject, evaluator, prefixes)
 
     monkeypatch.setattr(job, "judged", of_networks)
-    main(["gauntlet", *words(folder, tmp_path / "g", "seeds=0", "data=digits", "evaluators=knn")])
+    main(["gauntlet", *words(folder, tmp_path / "g", "seeds=0", "data=digits", knn_alone=True)])
     document = table(tmp_path / "g")
     assert document["cells"] == {"total": 3, "done": 3, "failed": 0}
     assert document["failures"] == []
@@ -207,7 +206,7 @@ def test_diverged_weights_fail_in_one_line(tmp_path: Path) -> None:
 
 def test_other_settings_weights_or_data_are_other_cells(folder: Path, tmp_path: Path, begun: list[str]) -> None:
     out = tmp_path / "g"
-    base = [f"backbones={folder}", "data=digits", "evaluators=knn", "limit=60", *FAST, f"out={out}"]
+    base = [f"backbones={folder}", "data=digits", "evaluators=knn", "limit=60", *KNN, f"out={out}"]
     main(["gauntlet", *base])
     assert len(begun) == 3
     for change in ("evaluate.knn.temperature=0.1", "limit=50", "seeds=[7]"):
@@ -221,13 +220,14 @@ def test_other_settings_weights_or_data_are_other_cells(folder: Path, tmp_path: 
     main(["gauntlet", *base, f"backbones=[{folder},{other}]"])
     assert begun == ["knn"], "one architecture: its random weights and the pixels are there"
     begun.clear()
-    main(["gauntlet", *base, f"backbones=[{{target: {folder}, label: renamed}}]", "evaluate.linear.epochs=3"])
-    assert begun == [], "neither a label nor another evaluator's settings matter"
+    renamed = f"backbones=[{{target: {folder}, label: renamed}}]"
+    main(["gauntlet", *base, renamed, "evaluators=[knn,linear]", *LINEAR])
+    assert begun == ["linear"] * 3, "neither a label nor another evaluator's settings matter"
     assert {row["label"] for row in table(out)["rows"] if row["kind"] == "given"} == {"renamed"}
 
 
 def test_a_damaged_cell_is_measured_again(folder: Path, tmp_path: Path, begun: list[str]) -> None:
-    given = [f"backbones={folder}", "data=digits", "evaluators=knn", "limit=60", *FAST, f"out={tmp_path / 'g'}"]
+    given = [f"backbones={folder}", "data=digits", "evaluators=knn", "limit=60", *KNN, f"out={tmp_path / 'g'}"]
     main(["gauntlet", *given])
     before = table(tmp_path / "g")
     file = sorted((tmp_path / "g" / "cells").glob("*.json"))[0]
@@ -235,6 +235,20 @@ def test_a_damaged_cell_is_measured_again(folder: Path, tmp_path: Path, begun: l
     begun.clear()
     main(["gauntlet", *given])
     assert begun == ["knn"]
+    assert table(tmp_path / "g") == before
+
+
+def test_a_cell_from_before_values_said_what_they_are_is_read(folder: Path, tmp_path: Path, begun: list[str]) -> None:
+    given = [f"backbones={folder}", "data=digits", "evaluators=knn", "limit=60", *KNN, f"out={tmp_path / 'g'}"]
+    main(["gauntlet", *given])
+    before = table(tmp_path / "g")
+    for file in (tmp_path / "g" / "cells").glob("*.json"):
+        cell = json.loads(file.read_text())
+        assert cell.pop("measures")["knn/k20"]["label"] == "kNN, k = 20"
+        file.write_text(json.dumps(cell))
+    begun.clear()
+    main(["gauntlet", *given])
+    assert begun == []
     assert table(tmp_path / "g") == before
 
 
@@ -249,9 +263,19 @@ def test_a_damaged_cell_is_measured_again(folder: Path, tmp_path: Path, begun: l
         ("data=[digits,digits]", "data: 'digits' stands for 2 entries"),
         ("data=[digist]", "'digist' is not a data source; did you mean 'digits'"),
         ("data=[{name: digits, limits: 3}]", "limits: there is no such setting"),
-        ("evaluators=[knn,liner]", "evaluate.evaluators: 'liner' does not exist; did you mean 'linear'"),
+        ("evaluators=[knn,liner]", "evaluate.evaluators: 'liner' is not an evaluator; did you mean 'linear'"),
+        (
+            "evaluate.few_shot.ways=3",
+            r"evaluate\.few_shot: ways=3 has no effect, few_shot is not among the evaluators; add it to evaluators, or",
+        ),
+        ("evaluate.knn.kk=3", r"evaluate\.knn\.kk: there is no such setting in evaluate\.knn; did you mean 'k'\?"),
+        (
+            "evaluate.lineer.epochs=3",
+            r"evaluate\.lineer: there is no such setting in evaluate; did you mean 'linear'\?",
+        ),
         ("evaluate.limit=3", "evaluate.limit has no effect in a gauntlet; set limit=... instead"),
         ("measures=[knn/k20,linear/lr]", "measures: 'linear/lr' is not measured"),
+        ("measures=[few_shot/5way_1shot]", "measures: 'few_shot/5way_1shot' is not measured; give measures of knn/..."),
         ("seeds=[1,1]", r"seeds: \[1, 1\] names one twice"),
         ("seeds=[]", "seeds: "),
     ],

@@ -1,4 +1,4 @@
-"""A task in a package of its own: installed into a fresh environment, offline, it is there like a built-in one."""
+"""Parts in packages of their own: installed into a fresh environment, offline, they are there like built-in ones."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "unlabeled-jigsaw"
+EXTRAS = ROOT / "examples" / "unlabeled-extras"
 SMALL = '{"grid": 2, "permutations": 24}'
 pytestmark = pytest.mark.slow
 
@@ -51,6 +52,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     made = Environment(tmp_path_factory.mktemp("plugin") / "env")
     made.install(ROOT)
     made.install(EXAMPLE)
+    made.install(EXTRAS)
     return made
 
 
@@ -73,9 +75,10 @@ def test_the_contract_is_checked_without_pytest(environment: Environment) -> Non
     environment.run(environment.python, "-c", code)
 
 
-def test_its_own_tests_pass(environment: Environment) -> None:
+@pytest.mark.parametrize("example", [EXAMPLE, EXTRAS], ids=lambda folder: folder.name)
+def test_its_own_tests_pass(environment: Environment, example: Path) -> None:
     pytest_ = [environment.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not contract"]
-    assert "passed" in environment.run(*pytest_, "--rootdir", EXAMPLE, EXAMPLE / "tests").stdout
+    assert "passed" in environment.run(*pytest_, "--rootdir", example, example / "tests").stdout
 
 
 def test_a_debug_run_leaves_what_any_run_leaves(environment: Environment, tmp_path: Path) -> None:
@@ -99,3 +102,23 @@ def test_its_faults_are_one_line_too(environment: Environment, tmp_path: Path) -
     assert done.stderr == "unlabeled: task.gird: there is no such setting in task; did you mean 'grid'?\n"
     done = environment.run(environment.bin / "unlabeled", "pretrain", "task=jigsw", code=2)
     assert done.stderr == "unlabeled: task: 'jigsw' is not a pretext task; did you mean 'jigsaw'?\n"
+
+
+def test_an_evaluator_of_another_package_is_one_of_all(environment: Environment, tmp_path: Path) -> None:
+    code = "from unlabeled import check_evaluator; check_evaluator('centroid', settings={'shots': [1, 5]})"
+    environment.run(environment.python, "-c", code)
+    words = [
+        "evaluate", "resnet18", "pretrained=false", "backbone.size=32", "data=digits", "evaluate.limit=60",
+        "backbone.kwargs={channels:[8,8,8,8],stem_width:8}", "evaluate.evaluators=[knn,centroid]",
+        "evaluate.embedding=null", "evaluate.maps=0", "device=cpu", "workers=0", f"out={tmp_path / 'report'}",
+    ]  # fmt: skip
+    environment.run(environment.bin / "unlabeled", *words, "evaluate.centroid.shots=[1,5]")
+    section = json.loads((tmp_path / "report" / "report.json").read_text())["evaluators"][-1]
+    assert (section["name"], section["title"]) == ("centroid", "Nearest class mean")
+    assert [row["label"] for row in section["rows"]] == [
+        "nearest class mean", "class mean of 1 pictures", "class mean of 5 pictures",
+    ]  # fmt: skip
+    assert "Nearest class mean by pictures" in (tmp_path / "report" / "report.html").read_text(), "the curve"
+    done = environment.run(environment.bin / "unlabeled", *words, "evaluate.centroid.shot=1", code=2)
+    fault = "evaluate.centroid.shot: there is no such setting in evaluate.centroid; did you mean 'shots'?"
+    assert done.stderr == f"unlabeled: {fault}\n"

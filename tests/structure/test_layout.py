@@ -15,6 +15,7 @@ def test_ssl_is_the_standard_library_from_the_repository_root() -> None:
 def test_nothing_runnable_lies_directly_in_the_package() -> None:
     assert sorted(path.name for path in (ROOT / "unlabeled").glob("*.py")) == [
         "__init__.py",
+        "_moved.py",
         "_version.py",
         "api.py",
     ]

@@ -119,7 +119,8 @@ def test_intervals_of_evaluators_are_taken_from_their_sections(three: list[str],
     document = json.loads(file.read_text())
     values = {"backbone": {"value": 0.5, "low": 0.4, "high": 0.6}}
     document["evidence"]["encoders"]["backbone"]["metrics"]["knn/k99"] = 0.5
-    document["evaluators"] = [{"name": "knn", "rows": [{"metric": "knn/k99", "values": values}]}]
+    row = {"metric": "knn/k99", "label": "kNN, k = 99", "values": values}
+    document["evaluators"] = [{"name": "knn", "rows": [row]}]
     file.write_text(json.dumps(document))
     row = compared(three, tmp_path / "out")["measures"][-1]
     assert row["metric"] == "knn/k99"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from unlabeled.ssl.config.base import Section
 from unlabeled.ssl.core.errors import DataError
 
 if TYPE_CHECKING:
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
+Unit = Literal["accuracy", "percent", "number"]
+Direction = Literal["higher", "lower"]
 
 
 @dataclass(frozen=True)
@@ -56,47 +61,113 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """A part of the features: the first so many, or as many principal components."""
+
+    length: int
+    principal: bool = False
+
+    def __str__(self) -> str:
+        """``64`` or ``pca64``, as it stands behind the @ of a metric's name."""
+        return f"pca{self.length}" if self.principal else str(self.length)
+
+    @property
+    def words(self) -> str:
+        return f"{self.length} principal components" if self.principal else f"first {self.length} features"
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a value lies on a curve: values of one evaluator with equal `curve`, `axis` and unit are drawn as one."""
+
+    curve: str
+    """What the values of the curve have in common, such as ``kNN, top 5``."""
+    axis: str
+    """What they differ in, such as ``k``."""
+    at: float
+
+
+@dataclass(frozen=True)
 class Measure:
     """What one value of an evaluator is, for tables and figures."""
 
     label: str
     """Such as ``kNN, k = 20``."""
-    unit: Literal["accuracy", "percent", "number"] = "accuracy"
+    unit: Unit = "accuracy"
     """accuracy: fraction of the test pictures (its interval follows from their number); percent: another fraction of 1;
     number: anything else."""
-    better: Literal["higher", "lower"] | None = "higher"
+    better: Direction | None = "higher"
+    point: Point | None = None
+    """None: it belongs to no curve."""
+    guesses: int = 1
+    """Guesses that a picture has; what takes several (top 5) is listed after what takes one."""
+    cut: Cut | None = None
+    """The part of the features that was measured; None: all of them."""
+
+    @property
+    def text(self) -> str:
+        """The label, with the part of the features."""
+        return self.label if self.cut is None else f"{self.label}, {self.cut.words}"
+
+    def of(self, value: float | Estimate) -> Measured:
+        """This measure's value, with its interval where it comes with one."""
+        if isinstance(value, Estimate):
+            return Measured(value.value, self, value.low, value.high)
+        return Measured(float(value), self)
 
 
-Value = float | int | Estimate | str | npt.NDArray[Any] | Tensor
-"""float, int: a metric · Estimate: a metric that brings its own interval · str: a note for the reader, one sentence ·
-array: for figures · uint8 tensor (3, H, W): a picture for the report."""
+@dataclass(frozen=True)
+class Measured:
+    """A value for tables and figures: what it is, and its 95 % interval (NaN: the evaluator gives none)."""
+
+    value: float
+    measure: Measure
+    low: float = math.nan
+    high: float = math.nan
 
 
-class Evaluator(Protocol):
-    """One way to measure a representation. It is built from its section of ``evaluate`` and never prints or writes.
+Value = float | int | Measured | str | npt.NDArray[Any] | Tensor
+"""`Measured`: a value for tables · float, int: a number for programs alone, such as a chosen learning rate · str: a
+note for the reader, one sentence · array: for figures · uint8 tensor (3, H, W): a picture for the report."""
 
-    An evaluator that draws pictures has ``captions``: key of the picture → what it shows.
-    """
+
+class EvaluatorConfig(Section):
+    """Base of an evaluator's settings, ``evaluate.NAME``. Unknown ones are refused."""
+
+
+class Evaluator(ABC):
+    """One way to measure a representation. It is built from its section of ``evaluate`` and never prints or writes."""
 
     name: ClassVar[str]
     """Prefix of its values, such as ``knn``, and the name of its settings: ``evaluate.knn``."""
     title: ClassVar[str]
     """Heading of its table in the report."""
-    needs: ClassVar[Literal["features", "pictures", "network"]]
+    needs: ClassVar[Literal["features", "pictures", "network"]] = "features"
     """features: pooled features alone · pictures: also the sources · network: the backbone, so that raw pixels cannot
     be judged."""
+    captions: ClassVar[Mapping[str, str]] = {}
+    """Key of a picture that it draws → what that shows."""
+    Config: ClassVar[type[EvaluatorConfig]] = EvaluatorConfig
+    """Its settings."""
 
+    def __init__(self, config: Any) -> None:
+        """`config`: an instance of `Config`. Raises ConfigError for settings that are not possible."""
+        self.config = config
+
+    @abstractmethod
     def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
-        """Yields (key, value); the caller makes ``name/key`` of it.
+        """Yields (key, value), each key once, but for notes; the caller makes ``name/key`` of it.
 
         Raises DataError, in one line, for what it cannot judge (NaN, a single class, no masks, too few pictures).
         """
-        ...
 
     @classmethod
     def measure(cls, key: str) -> Measure | None:
-        """What the value under `key` is; None for one that no table shows, such as a chosen learning rate."""
-        ...
+        """What the value under `key` is, asked of words of a user and of files from before values said so themselves.
+
+        None for one that no table shows. An evaluator without an answer may leave this as it is.
+        """
+        return None
 
 
 def check_features(data: FeatureSet) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from unlabeled.eval.base import Estimate, Measure
+from unlabeled.eval.base import Cut, Direction, Estimate, Measure, Point, Unit
 from unlabeled.eval.intervals import less, wilson
-from unlabeled.eval.registry import measure_of
-from unlabeled.eval.results import Evidence
+from unlabeled.eval.results import Evidence, Metric
 
 Level = Literal["better", "even", "worse", "mixed", "alone", "none"]
 
@@ -30,8 +29,15 @@ class Comparison:
     """Encoder → value."""
     differences: dict[str, Estimate]
     """Baseline → this backbone less that baseline; none for plain numbers."""
-    unit: Literal["accuracy", "percent", "number"] = "accuracy"
-    better: Literal["higher", "lower"] | None = "higher"
+    unit: Unit = "accuracy"
+    better: Direction | None = "higher"
+    evaluator: str = ""
+    whole: str = ""
+    """The label without the part of the features, which measures on several parts share."""
+    cut: Cut | None = None
+    """The part of the features that was measured; None: all of them."""
+    point: Point | None = None
+    guesses: int = 1
 
     def stronger(self) -> str | None:
         """The baseline with the higher accuracy; None without baselines."""
@@ -49,18 +55,18 @@ class Verdict:
 
 def compare(evidence: Evidence) -> list[Comparison]:
     """Every accuracy of the backbone beside the baselines', those to quote first; of all features only."""
-    found = [one for one in measures(evidence) if one.unit == "accuracy" and "@" not in one.metric]
+    found = [one for one in measures(evidence) if one.unit == "accuracy" and one.cut is None]
     order = {metric: place for place, metric in enumerate(evidence.headline)}
-    return sorted(found, key=lambda one: (order.get(one.metric, len(order)), one.metric.endswith("top5")))
+    return sorted(found, key=lambda one: (order.get(one.metric, len(order)), one.guesses > 1))
 
 
 def measures(evidence: Evidence) -> list[Comparison]:
     """Everything that a table shows of the backbone beside the baselines, in the order it was measured in."""
-    found = [(metric, measure_of(metric)) for metric in evidence.encoders["backbone"].metrics]
-    return [_comparison(evidence, metric, measure) for metric, measure in found if measure is not None]
+    return [_comparison(evidence, metric, one) for metric, one in evidence.encoders["backbone"].measures.items()]
 
 
-def _comparison(evidence: Evidence, metric: str, measure: Measure) -> Comparison:
+def _comparison(evidence: Evidence, metric: str, one: Metric) -> Comparison:
+    measure = one.measure
     values = {
         name: _estimate(evidence, name, metric, measure)
         for name, encoder in evidence.encoders.items()
@@ -68,13 +74,18 @@ def _comparison(evidence: Evidence, metric: str, measure: Measure) -> Comparison
     }
     baselines = [name for name in values if name != "backbone" and measure.unit != "number"]
     return Comparison(
-        metric,
-        measure.label,
-        metric in evidence.headline,
-        values,
-        {name: less(values["backbone"], values[name]) for name in baselines},
-        measure.unit,
-        measure.better,
+        metric=metric,
+        label=measure.text,
+        headline=metric in evidence.headline,
+        values=values,
+        differences={name: less(values["backbone"], values[name]) for name in baselines},
+        unit=measure.unit,
+        better=measure.better,
+        evaluator=one.evaluator,
+        whole=measure.label,
+        cut=measure.cut,
+        point=measure.point,
+        guesses=measure.guesses,
     )
 
 
@@ -86,12 +97,6 @@ def _estimate(evidence: Evidence, encoder: str, metric: str, measure: Measure) -
         return Estimate(value, *found.intervals[metric])
     wilsons = measure.unit == "accuracy" and 0 <= value <= 1
     return Estimate(value, *(wilson(value, evidence.test_pictures) if wilsons else (math.nan, math.nan)))
-
-
-def label_of(metric: str) -> str | None:
-    """``knn/k20_top5`` → ``kNN, k = 20, top 5``; None for values that are not accuracies on the test split."""
-    measure = measure_of(metric)
-    return measure.label if measure is not None and measure.unit == "accuracy" else None
 
 
 def judge(evidence: Evidence | None) -> Verdict:
@@ -185,6 +190,8 @@ def signed(fraction: float) -> str:
     return f"{100 * fraction:+.1f}".replace("-", "−")
 
 
-def cut_of(metric: str) -> str | None:
-    """``64`` or ``pca64`` of what was measured on a part of the features; None: on all of them."""
-    return metric.partition("@")[2] or None
+def as_row(comparison: Comparison) -> dict[str, Any]:
+    """What report.json holds of a comparison: that which a table shows."""
+    fields = ("metric", "label", "headline", "values", "differences", "unit", "better")
+    everything = asdict(comparison)
+    return {name: everything[name] for name in fields}

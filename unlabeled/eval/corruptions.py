@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +20,10 @@ from torchvision.io import decode_jpeg, encode_jpeg
 from torchvision.transforms.v2 import functional as tv
 
 from unlabeled.eval.features.extract import PictureTransform
-from unlabeled.eval.settings import CorruptionName
 from unlabeled.ssl.core.seeds import derive
 from unlabeled.ssl.data.source import ImageSource
+
+CorruptionName = Literal["gaussian_noise", "gaussian_blur", "jpeg", "brightness", "contrast", "pixelate"]
 
 _SMALL, _LARGE = 32, 224
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from unlabeled.eval.base import FeatureSplit, FloatArray, IntArray
 from unlabeled.eval.neighbors.search import normalized
-from unlabeled.ssl.core.errors import ConfigError, DataError
+from unlabeled.ssl.core.errors import ConfigError, DataError, nearest
 from unlabeled.ssl.core.seeds import derive
 
-Method = Literal["tsne", "umap", "pca"]
+METHODS = ("tsne", "umap", "pca")
 
 _FEWEST = 50
 """Pictures below which neighbourhoods are too few for t-SNE and UMAP."""
@@ -35,13 +35,15 @@ class Embedding:
     """How to read them, one sentence."""
 
 
-def check_method(method: Method | None) -> None:
-    """Raises ConfigError for a method whose library is missing."""
+def check_method(method: str | None) -> None:
+    """Raises ConfigError for an unknown method, and for one whose library is missing."""
+    if method is not None and method not in METHODS:
+        raise ConfigError(f"evaluate.embedding: {method!r} is not a map of the features; {nearest(method, METHODS)}")
     if method == "umap" and importlib.util.find_spec("umap") is None:
         raise ConfigError("evaluate.embedding: umap needs umap-learn; pip install 'unlabeled[umap]', or take tsne")
 
 
-def embed(split: FeatureSplit, method: Method, *, pictures: int = 1000, seed: int = 0) -> Embedding:
+def embed(split: FeatureSplit, method: str, *, pictures: int = 1000, seed: int = 0) -> Embedding:
     """At most `pictures` of `split`, drawn by `seed`, in two dimensions.
 
     Features are L2-normalised, as kNN compares them, and cut to 50 principal components. t-SNE (van der Maaten and
@@ -85,16 +87,14 @@ def _principal(features: FloatArray, count: int) -> FloatArray:
 
 
 def _tsne(components: FloatArray, perplexity: int, state: int) -> FloatArray:
-    from sklearn.manifold import TSNE
+    from sklearn.manifold import TSNE  # takes a second to import, which a run without a map is spared
 
     found: FloatArray = TSNE(perplexity=perplexity, init="pca", random_state=state, n_jobs=1).fit_transform(components)
     return found
 
 
 def _umap(components: FloatArray, state: int) -> FloatArray:
-    import warnings
-
-    import umap
+    import umap  # an extra
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a seed means one thread

@@ -329,7 +329,7 @@ def _distinct(features: Features) -> Features:
 
 def _two_nearest(points: Features) -> Array:
     """Distances of each row to the two nearest other rows, ascending, (N, 2)."""
-    import faiss
+    import faiss  # as above
 
     wide = points.astype(np.float64)
     wide -= wide.mean(axis=0)  # the nearer to 0, the more of a difference single precision can tell

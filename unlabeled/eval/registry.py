@@ -1,14 +1,17 @@
-"""The evaluators by name, as ``evaluate.evaluators`` lists them; each has a section of its name in ``evaluate``."""
+"""Name → evaluator class, and its settings in ``evaluate``. A new evaluator is one line here, its file and its test."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Collection
 
-from unlabeled.eval.base import Evaluator, Measure
+from pydantic import ValidationError
+
+from unlabeled.eval.base import Evaluator, EvaluatorConfig, Measure
+from unlabeled.eval.embedding import check_method
+from unlabeled.ssl.config.messages import explain
 from unlabeled.ssl.config.schema import EvaluateConfig
 from unlabeled.ssl.core.errors import ConfigError, nearest
+from unlabeled.ssl.core.registry import Registry
 
 EVALUATORS: dict[str, str] = {
     "knn": "unlabeled.eval.evaluators.knn:KnnEvaluator",
@@ -26,36 +29,113 @@ EVALUATORS: dict[str, str] = {
     "layers": "unlabeled.eval.evaluators.layers:LayersEvaluator",
     "corruption": "unlabeled.eval.evaluators.corruption:CorruptionEvaluator",
 }
-"""In the order of the report."""
+"""In the order of the report; those of other packages follow."""
+
+GROUP = "unlabeled.evaluators"
+"""Entry-point group in which installed packages name their evaluators."""
+
+REGISTRY = Registry("evaluate.evaluators", "an evaluator", group=GROUP, targets=EVALUATORS)
 
 
-def evaluator_class(name: str) -> type[Any]:
-    """The class behind a name. Raises ConfigError for an unknown one."""
-    if name not in EVALUATORS:
-        raise ConfigError(f"evaluate.evaluators: {name!r} does not exist; {nearest(name, EVALUATORS)}")
-    module, _, attribute = EVALUATORS[name].partition(":")
-    found: type[Any] = getattr(importlib.import_module(module), attribute)
+def register_evaluator(name: str, target: str) -> None:
+    """Adds evaluator `name` as ``"module:Class"``. Raises ConfigError when the name is taken, by a setting too."""
+    if name in EvaluateConfig.model_fields:
+        raise ConfigError(f"evaluate.evaluators: {name!r} is a setting of evaluate; give {target} another name")
+    REGISTRY.register(name, target)
+
+
+def evaluator_names() -> list[str]:
+    """All evaluators in the order of the report: built in, registered, and from installed packages."""
+    return REGISTRY.names()
+
+
+def evaluator_origin(name: str) -> str:
+    """Who brings evaluator `name`: "built in", a distribution and its version, or the module that registered it."""
+    return REGISTRY.origin(name)
+
+
+def evaluator_class(name: str) -> type[Evaluator]:
+    """The class of evaluator `name`, imported on demand.
+
+    Raises ConfigError naming the nearest known ones, or saying why a plugin's evaluator cannot be imported.
+    """
+    found: type[Evaluator] = REGISTRY.load(name)
     return found
 
 
-def build_evaluators(config: EvaluateConfig) -> list[Evaluator]:
-    """Those that `config` asks for, with their settings, in the order of the report."""
-    wanted: Iterable[str] = EVALUATORS if config.evaluators == "all" else config.evaluators
-    classes = {name: evaluator_class(name) for name in wanted}
-    return [classes[name](getattr(config, name)) for name in EVALUATORS if name in classes]
+def evaluator_config(evaluate: EvaluateConfig, name: str) -> EvaluatorConfig:
+    """The settings of evaluator `name` in `evaluate`, or its defaults. Raises ConfigError in one line."""
+    model = evaluator_class(name).Config
+    try:
+        return model.model_validate((evaluate.model_extra or {}).get(name, {}))
+    except ValidationError as error:
+        raise ConfigError(explain(error, model, prefix=f"evaluate.{name}")) from None
+
+
+def build_evaluator(evaluate: EvaluateConfig, name: str) -> Evaluator:
+    """Evaluator `name` with its settings in `evaluate`."""
+    return evaluator_class(name)(evaluator_config(evaluate, name))
+
+
+def chosen_evaluators(evaluate: EvaluateConfig) -> list[str]:
+    """Those that `evaluate` asks for, in the order of the report. Raises ConfigError for an unknown one."""
+    if evaluate.evaluators == "all":
+        return evaluator_names()
+    for name in evaluate.evaluators:
+        evaluator_class(name)
+    return [name for name in evaluator_names() if name in evaluate.evaluators]
+
+
+def build_evaluators(evaluate: EvaluateConfig) -> list[Evaluator]:
+    """Those that `evaluate` asks for, with their settings, in the order of the report."""
+    return [build_evaluator(evaluate, name) for name in chosen_evaluators(evaluate)]
+
+
+def settle(
+    evaluate: EvaluateConfig,
+    *,
+    given: Collection[str] | None = None,
+    also: Collection[str] = (),
+    field: str = "evaluate.evaluators",
+) -> EvaluateConfig:
+    """`evaluate` with the whole settings of every evaluator that will run, checked before anything is computed.
+
+    `given`: what the user set in it, of which everything must have an effect, unlike a recipe's; None: all there is.
+    `also`: evaluators that run whether they are chosen or not. `field`: the setting that chooses. Raises ConfigError,
+    in one line, for unknown evaluators and settings, impossible values, and settings of evaluators that do not run.
+    """
+    sections, names = evaluate.model_extra or {}, evaluator_names()
+    for name in sections:
+        if name not in names:
+            near = nearest(name, [*type(evaluate).model_fields, *names])
+            raise ConfigError(f"evaluate.{name}: there is no such setting in evaluate; {near}")
+    runs = {*chosen_evaluators(evaluate), *also, *(["knn"] if evaluate.every > 0 else [])}  # knn: during the run
+    for name in sections if given is None else [name for name in sections if name in given]:
+        if name not in runs:
+            raise ConfigError(
+                f"evaluate.{name}: {_first(sections[name])} has no effect, {name} is not among the evaluators; add it "
+                f"to {field}, or remove evaluate.{name}"
+            )
+    check_method(evaluate.embedding)
+    whole = {name: evaluator_config(evaluate, name) for name in names if name in runs or name in sections}
+    for name in whole:
+        build_evaluator(evaluate, name)
+    return evaluate.model_copy(update=whole)
+
+
+def _first(section: object) -> str:
+    """The first setting of a section as it is written: ``ways=3``."""
+    pairs = section.model_dump(exclude_unset=True) if isinstance(section, EvaluatorConfig) else section
+    if isinstance(pairs, dict) and pairs:
+        key, value = next(iter(pairs.items()))
+        return f"{key}={value}"
+    return f"{pairs}"
 
 
 def measure_of(metric: str) -> Measure | None:
-    """What ``evaluator/key`` is, such as ``knn/k20``, ``knn/k20@64`` (first 64 features) or ``knn/k20@pca64``.
+    """What ``evaluator/key`` in a user's words, or in a file from before values said so themselves, is.
 
-    None for values that no table shows and for unknown evaluators.
+    None for values that no table shows and for unknown evaluators. Everything else has its `Measure` beside it.
     """
     name, _, key = metric.partition("/")
-    key, _, cut = key.partition("@")
-    if name not in EVALUATORS:
-        return None
-    found: Measure | None = evaluator_class(name).measure(key)
-    if found is None or not cut:
-        return found
-    part = f"{cut[3:]} principal components" if cut.startswith("pca") else f"first {cut} features"
-    return Measure(f"{found.label}, {part}", found.unit, found.better)
+    return evaluator_class(name).measure(key) if name in evaluator_names() else None

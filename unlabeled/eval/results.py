@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy.typing as npt
 from torch import Tensor
 
-from unlabeled.eval.base import IntArray
+from unlabeled.eval.base import IntArray, Measure
 from unlabeled.eval.embedding import Embedding
 from unlabeled.eval.gallery import GalleryRow
+
+ItemT = TypeVar("ItemT")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Whose a metric is, and what it is."""
+
+    evaluator: str
+    key: str
+    """What the evaluator calls it, such as ``k20``."""
+    measure: Measure
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What a report says of an evaluator itself."""
+
+    title: str
+    captions: Mapping[str, str] = field(default_factory=dict)
+    """Key of a picture → what it shows."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +53,8 @@ class EncoderEvidence:
     """95 % interval of the metrics that bring their own."""
     pictures: dict[str, Tensor] = field(default_factory=dict)
     """``evaluator/name`` → uint8 (3, H, W), for the report."""
+    measures: dict[str, Metric] = field(default_factory=dict)
+    """What those of the metrics are that tables show."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,6 +83,8 @@ class Evidence:
     """What the backbone looks at in a few test pictures: name → uint8 (3, H, W)."""
     seconds: float = 0.0
     """Wall clock of the whole evaluation."""
+    judges: dict[str, Judge] = field(default_factory=dict)
+    """The evaluators by name, in the order of the report."""
     recalibrated: int = 0
     """Training pictures on which the batch-norm statistics of all networks were estimated anew; 0: they were not."""
 
@@ -69,3 +95,9 @@ class Evidence:
         from unlabeled.eval.tables import evidence_table  # here, since the table is made of what this class holds
 
         return evidence_table(self)
+
+
+def of_evaluator(name: str, items: Mapping[str, ItemT]) -> dict[str, ItemT]:
+    """Those of `items` (``evaluator/key`` → item) that evaluator `name` gave, by its own keys."""
+    own = f"{name}/"
+    return {key.removeprefix(own): item for key, item in items.items() if key.startswith(own)}

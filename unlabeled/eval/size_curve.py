@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from unlabeled.eval.registry import measure_of
 from unlabeled.ssl.backbones.weights import WEIGHTS
 from unlabeled.ssl.core.errors import CheckpointError, DataError, first_line
 from unlabeled.ssl.core.files import write_atomically, writing
@@ -53,6 +54,8 @@ class SizeCurve(_Record):
     """What the numbers depend on; ``weights`` is the SHA-256 of the run's weights."""
     headline: tuple[str, ...]
     """Metrics to quote, such as ``knn/k20``."""
+    labels: dict[str, str] = {}
+    """What tables call them."""
     train_pictures: int
     test_pictures: int
     sizes: int
@@ -60,6 +63,13 @@ class SizeCurve(_Record):
     pixels: dict[str, float] = {}
     """Accuracies of raw pixels; empty: not measured."""
     results: tuple[SizeResult, ...] = ()
+
+    def label(self, metric: str) -> str:
+        """What tables call a metric to quote."""
+        if metric in self.labels:
+            return self.labels[metric]
+        measure = measure_of(metric)  # of a file from before it held labels
+        return measure.text if measure is not None else metric
 
     def find(self, kind: str, title: str) -> SizeResult | None:
         return next((result for result in self.results if (result.kind, result.title) == (kind, title)), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,16 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unlabeled.eval.base import Estimate, Evaluator, FeatureSet, FeatureSplit, Value, check_features
+from unlabeled.eval.base import Cut, Evaluator, FeatureSet, FeatureSplit, Measured, Value, check_features
 from unlabeled.eval.dense.look import backbone_maps
-from unlabeled.eval.embedding import check_method, embed
+from unlabeled.eval.embedding import embed
 from unlabeled.eval.environment import hardware
 from unlabeled.eval.evaluators.knn import KnnEvaluator
 from unlabeled.eval.features.extract import Precision, extract_features, is_main_process, raw_pixels
 from unlabeled.eval.features.recalibrate import recalibrated, recalibration_pictures
 from unlabeled.eval.gallery import GalleryRow, nearest_gallery
-from unlabeled.eval.registry import build_evaluators, measure_of
-from unlabeled.eval.results import EncoderEvidence, Evidence
+from unlabeled.eval.registry import build_evaluator, build_evaluators, settle
+from unlabeled.eval.results import EncoderEvidence, Evidence, Judge, Metric
 from unlabeled.eval.subject import Loading, Subject, principal
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.config.schema import EvaluateConfig
@@ -54,8 +54,8 @@ def evaluate_backbone(
     None. Raises DataError for data without labels or with test classes unknown to the training split.
     """
     began = time.perf_counter()
+    config = settle(config, given=())
     evaluators = build_evaluators(config)
-    check_method(config.embedding)
     train, test = sources = limited(train, config.limit), limited(test, config.limit)
     cache = work / "features" if work is not None else None
     load = Loading(config.batch_size, workers, torch.device(device), precision, cache)
@@ -89,7 +89,8 @@ def evaluate_backbone(
         found = _judged(subject, evaluators, config.prefixes, strict=strict, called=name, note=notes.get(name))
         encoders[name] = replace(found, seconds={"features": seconds[name], **found.seconds})
     evidence = _evidence(encoders, subjects["backbone"], config)
-    return replace(evidence, seconds=time.perf_counter() - began, recalibrated=anew)
+    judges = {one.name: Judge(one.title, dict(one.captions)) for one in evaluators}
+    return replace(evidence, judges=judges, seconds=time.perf_counter() - began, recalibrated=anew)
 
 
 def online_knn(
@@ -104,14 +105,22 @@ def online_knn(
     masked_statistics: bool = False,
 ) -> dict[str, float]:
     """kNN accuracies (``knn/k20`` → fraction) of a network in training, which is left as it was; {} off rank 0."""
-    evaluator = KnnEvaluator(config.knn)
+    evaluator = _knn(config)
     sources = limited(train, config.limit), limited(test, config.limit)
     load = Loading(config.batch_size, workers, torch.device(device), precision)
     anew = recalibration_pictures(config, backbone, masked_statistics)
     subject = subject_of(backbone, sources, load, recalibrate=anew)
     if not is_main_process():
         return {}
-    return {f"knn/{name}": value for name, value in evaluator.run(subject) if isinstance(value, float)}
+    found = ((key, value) for key, value in evaluator.run(subject) if isinstance(value, Measured))
+    return {f"knn/{key}": value.value for key, value in found if math.isnan(value.low)}  # no means over draws
+
+
+def _knn(config: EvaluateConfig) -> KnnEvaluator:
+    """The evaluator that runs during training, and whose k is the one to quote."""
+    evaluator = build_evaluator(config, "knn")
+    assert isinstance(evaluator, KnnEvaluator), "its name is taken"
+    return evaluator
 
 
 def subject_of(
@@ -202,7 +211,7 @@ def _judged(
         with _timed(found.seconds, evaluator.name):
             try:
                 for key, value in evaluator.run(subject):
-                    _take(found, notes, evaluator.name, key, value)
+                    _take(found, notes, evaluator, key, value)
                 if evaluator.needs == "features":
                     _judge_prefixes(found, evaluator, subject, prefixes)
             except (DataError, CapabilityError) as error:
@@ -214,17 +223,18 @@ def _judged(
     return replace(found, notes=tuple(notes))
 
 
-def _take(found: EncoderEvidence, notes: list[str], evaluator: str, key: str, value: Value) -> None:
+def _take(found: EncoderEvidence, notes: list[str], evaluator: Evaluator, key: str, value: Value) -> None:
     """Puts one value of an evaluator where its type belongs."""
-    metric = f"{evaluator}/{key}"
+    metric = f"{evaluator.name}/{key}"
     if isinstance(value, str):
-        notes.append(f"{evaluator}: {value}")
+        notes.append(f"{evaluator.name}: {value}")
     elif isinstance(value, Tensor):
         found.pictures[metric] = value
     elif isinstance(value, np.ndarray):
         found.arrays[metric] = value
-    elif isinstance(value, Estimate):
+    elif isinstance(value, Measured):
         found.metrics[metric] = value.value
+        found.measures[metric] = Metric(evaluator.name, key, value.measure)
         if not math.isnan(value.low):
             found.intervals[metric] = (value.low, value.high)
     else:
@@ -233,16 +243,19 @@ def _take(found: EncoderEvidence, notes: list[str], evaluator: str, key: str, va
 
 def _judge_prefixes(found: EncoderEvidence, evaluator: Evaluator, subject: Subject, prefixes: Sequence[int]) -> None:
     """``knn/k20@64`` for the first 64 features, ``knn/k20@pca64`` for as many principal components."""
-    own = [metric for metric in found.metrics if metric.startswith(f"{evaluator.name}/") and "@" not in metric]
-    shown = [metric for metric in own if measure_of(metric)]
+    whole = {one.key for one in found.measures.values() if one.evaluator == evaluator.name and one.measure.cut is None}
     lengths = sorted({length for length in prefixes if length < found.dimension})
     components = principal(subject, lengths[-1]) if lengths else subject
     for length in lengths:
-        for cut, part in ((str(length), subject.first(length)), (f"pca{length}", components.first(length))):
+        for cut, part in (
+            (Cut(length), subject.first(length)),
+            (Cut(length, principal=True), components.first(length)),
+        ):
             for key, value in evaluator.run(part):
-                metric = f"{evaluator.name}/{key}"
-                if metric in shown and isinstance(value, (int, float, Estimate)):
-                    found.metrics[f"{metric}@{cut}"] = float(value.value if isinstance(value, Estimate) else value)
+                if key in whole and isinstance(value, Measured):
+                    metric = f"{evaluator.name}/{key}@{cut}"
+                    found.metrics[metric] = value.value
+                    found.measures[metric] = Metric(evaluator.name, key, replace(value.measure, cut=cut))
 
 
 def _evidence(encoders: dict[str, EncoderEvidence], subject: Subject, config: EvaluateConfig) -> Evidence:
@@ -255,7 +268,7 @@ def _evidence(encoders: dict[str, EncoderEvidence], subject: Subject, config: Ev
         )
     return Evidence(
         encoders=encoders,
-        headline=_headline(encoders["backbone"].metrics, KnnEvaluator(config.knn).headline_k(len(data.train))),
+        headline=_headline(encoders["backbone"].measures, _knn(config).headline_k(len(data.train))),
         classes=data.classes,
         test_labels=data.test.labels,
         train_pictures=len(data.train),
@@ -270,12 +283,11 @@ def _evidence(encoders: dict[str, EncoderEvidence], subject: Subject, config: Ev
     )
 
 
-def _headline(metrics: Iterable[str], k: int) -> tuple[str, ...]:
+def _headline(measures: Mapping[str, Metric], k: int) -> tuple[str, ...]:
     """kNN and linear probe, as fixed beforehand; without them the first accuracy that was measured."""
-    known = [metric for metric in metrics if "@" not in metric]
-    fixed = tuple(metric for metric in (f"knn/k{k}", "linear/top1") if metric in known)
-    units = {metric: measure.unit for metric in known if (measure := measure_of(metric)) is not None}
-    return fixed or tuple(metric for metric, unit in units.items() if unit == "accuracy")[:1]
+    fixed = tuple(metric for metric in (f"knn/k{k}", "linear/top1") if metric in measures)
+    whole = {metric: one.measure for metric, one in measures.items() if one.measure.cut is None}
+    return fixed or tuple(metric for metric, measure in whole.items() if measure.unit == "accuracy")[:1]
 
 
 @contextmanager

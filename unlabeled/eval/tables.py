@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 
 from unlabeled.eval.base import Estimate
-from unlabeled.eval.comparison import TITLES, Comparison, cut_of, judge, measures, percent
+from unlabeled.eval.comparison import TITLES, Comparison, judge, measures, percent
 from unlabeled.eval.results import Evidence
 
 
 def evidence_table(evidence: Evidence) -> str:
     """The verdict and a row for each measure on all features, those to quote in bold; intervals are 95 %."""
     names = list(evidence.encoders)
-    rows = sorted((row for row in measures(evidence) if cut_of(row.metric) is None), key=lambda row: not row.headline)
+    rows = sorted((row for row in measures(evidence) if row.cut is None), key=lambda row: not row.headline)
     lines = [
         judge(evidence).summary,
         "",

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.config.messages import explain
-from unlabeled.ssl.core.errors import CapabilityError, ConfigError
+from unlabeled.ssl.core.errors import CapabilityError, ConfigError, LacksCapabilityError
 from unlabeled.ssl.core.registry import Registry
 from unlabeled.ssl.task import PretextTask, TaskConfig
 
@@ -81,11 +81,10 @@ def create_task(settings: Mapping[str, Any], backbone: Backbone) -> PretextTask:
     """
     cls, config = task_class(str(settings["name"])), task_config(settings)
     try:
-        backbone.require(cls.requires, task=cls.__name__)
-    except CapabilityError as error:
+        return cls(config, backbone)
+    except LacksCapabilityError as error:
         able = ", ".join(tasks_for(backbone)) or "none of the installed tasks"
         raise CapabilityError(f"{error}; it can do: {able}") from None
-    return cls(config, backbone)
 
 
 def tasks_for(backbone: Backbone) -> list[str]:

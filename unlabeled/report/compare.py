@@ -16,7 +16,6 @@ from markupsafe import Markup
 from unlabeled.eval.base import Estimate, Measure
 from unlabeled.eval.environment import versions
 from unlabeled.eval.intervals import less, wilson
-from unlabeled.eval.registry import measure_of
 from unlabeled.report.compare_figures import accuracy_figure, online_figure
 from unlabeled.report.document import clean, read_report
 from unlabeled.report.page import duration, environment
@@ -56,10 +55,14 @@ class Run:
         found: Mapping[str, float | None] = self.evidence.get("encoders", {}).get(encoder, {}).get("metrics", {})
         return found
 
+    @property
+    def rows(self) -> list[Mapping[str, Any]]:
+        """Of all its tables."""
+        return [*self.document["comparison"], *_section_rows(self.document)]
+
     def estimate(self, metric: str, measure: Measure, encoder: str = "backbone") -> Estimate | None:
         """The value with its interval as the report has it (NaN: none); None where it was not measured."""
-        rows = [*self.document["comparison"], *_section_rows(self.document)]
-        for row in rows:
+        for row in self.rows:
             if row["metric"] == metric and encoder in row["values"]:
                 found = row["values"][encoder]
                 return None if found["value"] is None else Estimate(*(_number(found[end]) for end in _ENDS))
@@ -160,11 +163,15 @@ def _section_rows(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _measures(runs: Sequence[Run]) -> list[tuple[str, Measure]]:
-    """Everything of the backbones that a table can show, those to quote first."""
-    found = {metric: measure_of(metric) for run in runs for metric in run.metrics()}
+    """Everything of the backbones that their tables show, those to quote first."""
+    found: dict[str, Measure] = {}
+    for run in runs:
+        rows = {row["metric"]: row for row in run.rows}
+        for metric in run.metrics():
+            if (row := rows.get(metric)) is not None:
+                found[metric] = Measure(row["label"], row.get("unit", "accuracy"), row.get("better", "higher"))
     quoted = {metric for run in runs for metric in run.evidence.get("headline", [])}
-    shown = [(metric, measure) for metric, measure in found.items() if measure is not None]
-    return sorted(shown, key=lambda pair: pair[0] not in quoted)
+    return sorted(found.items(), key=lambda pair: pair[0] not in quoted)
 
 
 def _measured(runs: Sequence[Run], metric: str, measure: Measure, fair: bool) -> dict[str, Any]:

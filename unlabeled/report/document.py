@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from unlabeled.eval.comparison import TITLES, compare, judge
+from unlabeled.eval.comparison import TITLES, as_row, compare, judge
 from unlabeled.eval.embedding import Embedding
 from unlabeled.eval.environment import versions
+from unlabeled.eval.registry import evaluator_class, evaluator_names
 from unlabeled.eval.results import EncoderEvidence, Evidence
 from unlabeled.eval.size_curve import SizeCurve
-from unlabeled.report.sections import evaluator_sections, general_notes, title_of
+from unlabeled.report.sections import evaluator_sections, general_notes
 from unlabeled.report.size_table import size_section
 from unlabeled.report.summary import RunSummary
 from unlabeled.ssl.core.errors import DataError
@@ -69,7 +70,7 @@ def report_document(
             "versions": versions(),
             "run": asdict(run),
             "verdict": asdict(judge(evidence)),
-            "comparison": [asdict(comparison) for comparison in compare(evidence)] if evidence else [],
+            "comparison": [as_row(comparison) for comparison in compare(evidence)] if evidence else [],
             "evaluators": evaluator_sections(evidence) if evidence else [],
             "evidence": _evidence(evidence) if evidence else None,
             "embedding": _embedding(evidence.embedding) if evidence and evidence.embedding else None,
@@ -114,7 +115,8 @@ def _upgraded(document: dict[str, Any]) -> dict[str, Any]:
     sections: dict[str, dict[str, Any]] = {}
     for row in document["comparison"]:
         name, row = row["metric"].partition("/")[0], {**row, "unit": "accuracy", "better": "higher"}
-        empty = {"name": name, "title": title_of(name), "rows": [], "notes": [], "arrays": {}, "pictures": {}}
+        title = evaluator_class(name).title if name in evaluator_names() else name  # which its files do not hold
+        empty = {"name": name, "title": title, "rows": [], "notes": [], "arrays": {}, "pictures": {}}
         sections.setdefault(name, empty)["rows"].append({**row, "cut": None})
     if confusion is not None and "linear" in sections:
         sections["linear"]["arrays"] = {"confusion": {"backbone": confusion}}
@@ -133,7 +135,7 @@ def training_summary(rows: Sequence[Row]) -> dict[str, Any] | None:
 
 def online_curve(rows: Sequence[Row]) -> list[list[float]]:
     """[epoch (or step), accuracy] of the kNN evaluations during the run, k = 20 where it was asked for."""
-    keys = [key for row in rows for key in row if key.startswith("eval/knn/k") and not key.endswith("_top5")]
+    keys = [key for row in rows for key in row if key.startswith("eval/knn/")]  # the first k comes first in a row
     if not keys:
         return []
     key = "eval/knn/k20" if "eval/knn/k20" in keys else keys[0]
@@ -189,8 +191,11 @@ def _notes(run: RunSummary, evidence: Evidence | None) -> list[str]:
         "The backbone is frozen. Unless a note says otherwise, features are its pooled output and pictures are not "
         "augmented."
     )
-    if quoted := [metric.removeprefix("knn/k") for metric in evidence.headline if metric.startswith("knn/k")]:
-        notes.append(f"k = {quoted[0]} was fixed beforehand; the other k are listed, not chosen from.")
+    known = evidence.encoders["backbone"].measures
+    for quoted in [known[metric] for metric in evidence.headline if metric in known]:
+        if quoted.evaluator == "knn" and (point := quoted.measure.point) is not None:
+            fixed = f"{point.axis} = {point.at:g} was fixed beforehand"
+            notes.append(f"{fixed}; the other {point.axis} are listed, not chosen from.")
     if "linear/top1" in probe:
         notes.append(
             "The linear probe chose its learning rate and weight decay on a hold-out of the training split, was "

@@ -9,9 +9,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from torch import Tensor
 
-from unlabeled.eval.comparison import compare, label_of, limits, percent, shown, signed
+from unlabeled.eval.comparison import compare, limits, percent, shown, signed
 from unlabeled.eval.gallery import Thumbnail
-from unlabeled.eval.results import Evidence
+from unlabeled.eval.results import Evidence, of_evaluator
 from unlabeled.eval.size_curve import SizeCurve, read_curve
 from unlabeled.report.document import Row, clean, report_document, write_json
 from unlabeled.report.figures import (
@@ -22,7 +22,6 @@ from unlabeled.report.figures import (
     training_curves,
 )
 from unlabeled.report.pictures import css_class, data_uri, shown_pictures
-from unlabeled.report.sections import caption_of
 from unlabeled.report.size_table import gmacs, millions, shown_rows, size_words
 from unlabeled.report.summary import RunSummary
 
@@ -96,7 +95,7 @@ def _markdown(text: Any) -> str:
 def _figures(evidence: Evidence | None, metrics: Sequence[Row], sizes: SizeCurve | None) -> dict[str, Any]:
     figures: dict[str, Any] = {"curves": training_curves(metrics), "evaluators": {}}
     if sizes is not None:
-        figures["sizes"] = [(label_of(metric), size_figure(sizes, metric)) for metric in sizes.headline]
+        figures["sizes"] = [(sizes.label(metric), size_figure(sizes, metric)) for metric in sizes.headline]
     if evidence is not None:
         figures["evaluators"] = evaluator_figures(evidence)
         if evidence.headline:
@@ -109,10 +108,11 @@ def _figures(evidence: Evidence | None, metrics: Sequence[Row], sizes: SizeCurve
 def _pictures(evidence: Evidence | None, pictures: Mapping[str, Tensor]) -> dict[str, list[dict[str, Any]]]:
     """``task``, ``maps``, and ``evaluator/encoder`` of what an evaluator drew of an encoder → pictures for the page."""
     groups: dict[str, dict[str, Tensor]] = {"task": dict(pictures), "maps": evidence.maps if evidence else {}}
-    for encoder, found in evidence.encoders.items() if evidence else ():
-        for key, image in found.pictures.items():
-            evaluator = key.partition("/")[0]
-            groups.setdefault(f"{evaluator}/{encoder}", {})[caption_of(key)] = image
+    for name, judge in evidence.judges.items() if evidence else ():
+        for encoder, found in evidence.encoders.items() if evidence else ():
+            drawn = of_evaluator(name, found.pictures)
+            if drawn:
+                groups[f"{name}/{encoder}"] = {judge.captions.get(key, key): image for key, image in drawn.items()}
     return shown_pictures(groups)
 
 

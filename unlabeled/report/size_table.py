@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from unlabeled.eval.comparison import label_of, percent
+from unlabeled.eval.comparison import percent
 from unlabeled.eval.intervals import wilson
 from unlabeled.eval.size_curve import SizeCurve, SizeResult
 from unlabeled.ssl.backbones.elastic import SubSize
@@ -20,12 +20,12 @@ _MANY = 24
 
 def render_terminal(costs: Mapping[SubSize, Cost], curve: SizeCurve | None) -> Group:
     """Every size with its cost, and the accuracies that were measured of it."""
-    headline = curve.headline if curve is not None else ()
+    headline = {metric: curve.label(metric) for metric in curve.headline} if curve is not None else {}
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("width", "blocks", "parameters\n(million)", "GMACs"):
         table.add_column(name, justify="right")
-    for metric in headline:
-        table.add_column((label_of(metric) or metric).replace(", ", ",\n"), justify="right")
+    for label in headline.values():
+        table.add_column(label.replace(", ", ",\n"), justify="right")
         table.add_column("random\nweights", justify="right", style="dim")
     for size, cost in costs.items():
         blocks = "-".join(map(str, size.depths)) + (f" ({size.depth})" if len(size.depths) > 1 else "")
@@ -42,7 +42,7 @@ def _beside(curve: SizeCurve) -> Iterator[str]:
     """Raw pixels and runs that were trained alone, a line each."""
     others = {f"{one.title} (trained alone)": one.metrics for one in curve.results if one.kind == "alone"}
     for title, values in {"raw pixels": curve.pixels, **others}.items():
-        found = [f"{label_of(metric)} {percent(values[metric])} %" for metric in curve.headline if metric in values]
+        found = [f"{curve.label(metric)} {percent(values[metric])} %" for metric in curve.headline if metric in values]
         if found:
             yield f"{title}: {'; '.join(found)}"
 
@@ -82,7 +82,7 @@ def size_section(curve: SizeCurve) -> dict[str, Any]:
     return {
         "held": curve.sizes,
         "measured": sum(result.kind == "extracted" for result in curve.results),
-        "headline": [{"metric": metric, "label": label_of(metric)} for metric in curve.headline],
+        "headline": [{"metric": metric, "label": curve.label(metric)} for metric in curve.headline],
         "pixels": curve.pixels,
         "train_pictures": curve.train_pictures,
         "test_pictures": curve.test_pictures,

@@ -1,14 +1,16 @@
-"""All rules in their order, and `check_task`, which tries them on one task."""
+"""All rules in their order, and the functions that try them on one task or evaluator."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
+from unlabeled.eval.base import Evaluator
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.task import PretextTask
+from unlabeled.testing.evaluator import EVALUATOR_CHECKS, EvaluatorCase
 from unlabeled.testing.loss import (
     bfloat16_stays_close,
     every_trainable_parameter_gets_a_gradient,
@@ -77,8 +79,31 @@ def check_task(
         run_check(check, subject)
 
 
-def run_check(check: Check, subject: Subject) -> None:
-    """Tries one rule; the error names the task and the rule. Random state is as before afterwards."""
+def check_evaluator(evaluator: str | type[Evaluator], *, settings: Mapping[str, Any] | None = None) -> None:
+    """Tries every rule of the contract on `evaluator`, a registered name or the class itself; seconds on a CPU.
+
+    `settings`: fields of its Config, such as fewer epochs. It is tried on made-up pictures of three classes with masks
+    and boxes, and on what a tiny transformer makes of them.
+
+    Raises ContractError, an AssertionError, for the first rule that is broken.
+    """
+    case = EvaluatorCase.of(evaluator, settings)
+    for check in EVALUATOR_CHECKS:
+        run_check(check, case)
+
+
+class Named(Protocol):
+    """What is checked, by its name."""
+
+    @property
+    def name(self) -> str: ...
+
+
+NamedT = TypeVar("NamedT", bound=Named)
+
+
+def run_check(check: Callable[[NamedT], None], subject: NamedT) -> None:
+    """Tries one rule; the error names what breaks it, and the rule. Random state is as before afterwards."""
     place = f"{subject.name} breaks '{check.__name__.replace('_', ' ')}'"
     try:
         with torch.random.fork_rng(devices=[]):

@@ -130,12 +130,14 @@ def task_and_settings_are_documented(subject: Subject) -> None:
     for cls in (subject.cls, subject.cls.Config):
         say = "its first line is what `unlabeled tasks` shows" if cls is subject.cls else "say what the defaults are of"
         require(bool((cls.__doc__ or "").strip()), f"{cls.__name__} has no docstring", say)
-    commented = _commented(subject.cls.Config)
-    fields = subject.cls.Config.model_fields.items()
-    bare = [
-        name for name, field in fields if not (field.description or name in commented or _section(field.annotation))
-    ]
+    bare = undocumented(subject.cls.Config)
     require(not bare, f"no docstring under {listed(bare)}", "say there what it is, with unit and source")
+
+
+def undocumented(config: type[BaseModel]) -> list[str]:
+    """Settings without a docstring under them, but for sections, which are documented themselves."""
+    commented, fields = _commented(config), config.model_fields.items()
+    return [name for name, one in fields if not (one.description or name in commented or _section(one.annotation))]
 
 
 def _section(annotation: Any) -> bool:

@@ -18,9 +18,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from rich.console import Group
 
-from unlabeled.eval.comparison import label_of, percent
+from unlabeled.eval.comparison import percent
 from unlabeled.eval.features.cache import cache_key, data_identity
 from unlabeled.eval.features.recalibrate import batch_norms
+from unlabeled.eval.registry import evaluator_config
 from unlabeled.eval.results import EncoderEvidence, Evidence
 from unlabeled.eval.size_curve import FILE, SizeCurve, SizeResult, file_digest, load_curve, read_curve, write_curve
 from unlabeled.eval.suite import evaluate_backbone
@@ -105,7 +106,7 @@ def measure_sizes(
         result = _measure(network, run, sources, device, wants_random=wants_random)
         curve = curve.adding(result)
         write_curve(plan.folder, curve)
-        log.info("%s (%d of %d): %s", network.title, number, len(networks), _said(result, curve.headline))
+        log.info("%s (%d of %d): %s", network.title, number, len(networks), _said(result, curve))
     return curve
 
 
@@ -156,25 +157,27 @@ def _begun(plan: SizePlan, run: EvaluateRun, sources: Sources, evidence: Evidenc
     """What is measured already under these settings, or an empty curve."""
     settings = _settings(plan, run, sources)
     pixels = _accuracies(evidence.encoders.get("pixels"))
-    known = load_curve(plan.folder)
-    if known is None:
+    begun = load_curve(plan.folder)
+    if begun is None:
+        known = evidence.encoders["backbone"].measures
         return SizeCurve(
             settings=settings,
             headline=evidence.headline,
+            labels={metric: known[metric].measure.text for metric in evidence.headline},
             train_pictures=evidence.train_pictures,
             test_pictures=evidence.test_pictures,
             sizes=len(plan.whole.elastic.sizes),
             pixels=pixels,
         )
-    for key in [*settings, *known.settings]:
-        there, here = known.settings.get(key), settings.get(key)
+    for key in [*settings, *begun.settings]:
+        there, here = begun.settings.get(key), settings.get(key)
         if there != here:
             what = f"other {key}" if key in _DIGESTS else f"{_short(there)}, here it is {_short(here)}"
             raise ConfigError(
-                f"{key}: {plan.folder / FILE} holds {len(known.results)} sizes measured with {what}; give the same, or "
+                f"{key}: {plan.folder / FILE} holds {len(begun.results)} sizes measured with {what}; give the same, or "
                 "move that file away"
             )
-    return known.model_copy(update={"pixels": pixels or known.pixels})
+    return begun.model_copy(update={"pixels": pixels or begun.pixels})
 
 
 def _settings(plan: SizePlan, run: EvaluateRun, sources: Sources) -> dict[str, Any]:
@@ -185,8 +188,8 @@ def _settings(plan: SizePlan, run: EvaluateRun, sources: Sources) -> dict[str, A
         "elastic": plan.whole.elastic.config.model_dump(mode="json"),
         "seed": run.seed,
         "evaluate.limit": evaluate.limit,
-        "evaluate.knn": evaluate.knn.model_dump(mode="json"),
-        "evaluate.linear": evaluate.linear.model_dump(mode="json"),
+        "evaluate.knn": evaluator_config(evaluate, "knn").model_dump(mode="json"),
+        "evaluate.linear": evaluator_config(evaluate, "linear").model_dump(mode="json"),
         "evaluate.recalibrate": evaluate.recalibrate,
         "evaluate.recalibrate_pictures": evaluate.recalibrate_pictures,
         "data": cache_key(parts=[data_identity(limited(source, evaluate.limit)) for source in sources]),
@@ -196,14 +199,17 @@ def _settings(plan: SizePlan, run: EvaluateRun, sources: Sources) -> dict[str, A
 
 
 def _accuracies(encoder: EncoderEvidence | None) -> dict[str, float]:
-    return {} if encoder is None else {name: value for name, value in encoder.metrics.items() if label_of(name)}
+    if encoder is None:
+        return {}
+    shown = encoder.measures.items()
+    return {metric: encoder.metrics[metric] for metric, one in shown if one.measure.unit == "accuracy"}
 
 
-def _said(result: SizeResult, headline: Sequence[str]) -> str:
+def _said(result: SizeResult, curve: SizeCurve) -> str:
     parts = [
-        f"{label_of(metric)} {percent(result.metrics[metric])} %"
+        f"{curve.label(metric)} {percent(result.metrics[metric])} %"
         + (f" (random weights {percent(result.random[metric])} %)" if metric in result.random else "")
-        for metric in headline
+        for metric in curve.headline
         if metric in result.metrics
     ]
     return ", ".join([*parts, f"{result.seconds:.0f} s"])

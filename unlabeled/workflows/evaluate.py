@@ -35,7 +35,7 @@ from unlabeled.ssl.train.monitor import read_metrics
 from unlabeled.ssl.train.run_folder import read_config
 from unlabeled.workflows.elastic_sizes import Alone, SizePlan, measure_sizes, plan_sizes
 from unlabeled.workflows.export import with_sizes
-from unlabeled.workflows.settings import compose_settings
+from unlabeled.workflows.settings import compose_settings, settle_evaluation
 
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 
@@ -65,6 +65,8 @@ def evaluate_config(
     `backbone`: a network that is given from Python: the target itself, or what the target's weights belong to.
     """
     run = compose_settings("evaluate", words, EvaluateRun, {**(values or {}), "target": str(target)})
+    also = ("knn", "linear") if run.sizes is not None else ()  # what the sizes are judged by
+    run = run.model_copy(update={"evaluate": settle_evaluation(run.evaluate, words, values, also=also)})
     return run if backbone is None else run.model_copy(update={"backbone": record(backbone)})
 
 

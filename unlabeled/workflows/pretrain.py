@@ -14,6 +14,7 @@ from torch import Tensor
 
 from unlabeled.eval.comparison import judge
 from unlabeled.eval.features.extract import evaluating
+from unlabeled.eval.registry import chosen_evaluators, evaluator_config
 from unlabeled.eval.results import Evidence
 from unlabeled.eval.suite import evaluate_backbone, online_knn
 from unlabeled.pretext.registry import create_task, task_class, task_config
@@ -37,7 +38,7 @@ from unlabeled.ssl.train.build import assemble, build_backbone
 from unlabeled.ssl.train.loop import Training, train, whole_task
 from unlabeled.ssl.train.monitor import read_metrics
 from unlabeled.ssl.train.run_folder import Plan, claim_folder
-from unlabeled.workflows.settings import compose_settings
+from unlabeled.workflows.settings import compose_settings, settle_evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ def pretrain_config(
     task_config(config.task)
     if backbone is not None:
         config = config.model_copy(update={"backbone": record(backbone)})
+    config = config.model_copy(update={"evaluate": settle_evaluation(config.evaluate, words, values)})
     return shrink(config) if config.debug else config
 
 
@@ -86,8 +88,10 @@ def swept_configs(words: Sequence[str]) -> list[tuple[str, PretrainConfig]]:
 
 def shrink(config: PretrainConfig) -> PretrainConfig:
     """Tiny mode: two epochs of two steps on 64 pictures, no workers; everything else as it was asked for."""
-    linear = config.evaluate.linear.model_copy(update={"epochs": 2})
-    evaluate = config.evaluate.model_copy(update={"limit": 128, "linear": linear})
+    changes: dict[str, Any] = {"limit": 128}
+    if "linear" in chosen_evaluators(config.evaluate):
+        changes["linear"] = evaluator_config(config.evaluate, "linear").model_copy(update={"epochs": 2})
+    evaluate = config.evaluate.model_copy(update=changes)
     return config.model_copy(update={**tiny(config), "evaluate": evaluate})
 
 
@@ -130,7 +134,9 @@ def prepare(config: PretrainConfig, backbone: Backbone | None = None) -> Trainin
     plan = Plan.of(config, len(source), accelerator.num_processes)
     task = build_task(config, backbone)
     views = task_class(config.task["name"]).views(task_config(config.task), task.backbone)
-    online = OnlineEvaluation(config, labelled_data(config) if config.evaluate.every else None, plan.steps_per_epoch)
+    early = config.evaluate.every or (config.evaluate.final and config.evaluate.data is not None)
+    labelled = labelled_data(config) if early else None  # opened for the end too, where a fault would cost the training
+    online = OnlineEvaluation(config, labelled, plan.steps_per_epoch)
     dataset = ViewDataset(source, views, config.engine.seed)
     return assemble(config, accelerator, checkpoint, plan, task=task, dataset=dataset, online=online)
 

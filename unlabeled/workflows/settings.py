@@ -9,13 +9,14 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import BaseModel
 from torch import nn
 
+from unlabeled.eval.registry import settle
 from unlabeled.pretext.registry import Recipes
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.given import adopt
 from unlabeled.ssl.config.base import Section
-from unlabeled.ssl.config.composition import compose_config
+from unlabeled.ssl.config.composition import compose_config, set_within
 from unlabeled.ssl.config.messages import in_short
-from unlabeled.ssl.config.schema import BackboneConfig
+from unlabeled.ssl.config.schema import BackboneConfig, EvaluateConfig
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.data.source import SOURCES
 
@@ -30,6 +31,21 @@ def compose_settings(
     Raises ConfigError, in one line, for a word that cannot be read, an unknown setting, or an impossible value.
     """
     return compose_config(command, words, model, values=values, choices={"task": Recipes()})
+
+
+def settle_evaluation(
+    evaluate: EvaluateConfig,
+    words: Sequence[str],
+    values: Mapping[str, Any] | None = None,
+    *,
+    also: Sequence[str] = (),
+) -> EvaluateConfig:
+    """`evaluate` with the whole settings of every evaluator that will run, refused here rather than after a training.
+
+    What the words and values set must have an effect; what a recipe's file sets need not. `also`: evaluators that run
+    beside those that are chosen. Raises ConfigError, in one line.
+    """
+    return settle(evaluate, given=set_within("evaluate", words, values), also=also)
 
 
 def data_values(data: object) -> dict[str, Any]:
@@ -68,7 +84,7 @@ def given_backbone(backbone: object, values: Mapping[str, Any], *, beside: str |
     return adopt(backbone, beside=beside)
 
 
-class Subject(NamedTuple):
+class Request(NamedTuple):
     """What a function such as `unlabeled.evaluate` is to work on."""
 
     target: str | Path
@@ -79,14 +95,14 @@ class Subject(NamedTuple):
     """The other settings."""
 
 
-def read_subject(target: object, data: object, settings: Mapping[str, Any]) -> Subject:
+def read_request(target: object, data: object, settings: Mapping[str, Any]) -> Request:
     """Arguments of `unlabeled.evaluate` and `unlabeled.finetune`. Raises ConfigError or CapabilityError."""
     values = dict(settings) if data is None else {"data": data_values(data), **settings}
     if isinstance(target, (str, Path)):
         own = given_backbone(values.get("backbone"), values, beside=target)
         if own is not None:
             del values["backbone"]
-        return Subject(target, own, values)
+        return Request(target, own, values)
     if not isinstance(target, nn.Module):
         wanted = "a run folder, a timm name, a file of weights, an nn.Module or an unlabeled.Backbone"
         raise ConfigError(f"target: {in_short(target)} is not possible; give {wanted}")
@@ -94,4 +110,4 @@ def read_subject(target: object, data: object, settings: Mapping[str, Any]) -> S
         raise ConfigError("backbone: has no effect beside a target that is a network itself; leave it out")
     own = given_backbone(target, values)
     assert own is not None, "an nn.Module is a network"
-    return Subject(own.origin, own, values)
+    return Request(own.origin, own, values)

@@ -7,19 +7,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from eval_helpers import plain_values
 from feature_helpers import broken, clouds, labelled, same, subject
 from sklearn.cluster import KMeans
 
 from unlabeled.eval.base import FeatureSplit
-from unlabeled.eval.evaluators.cluster import ClusterEvaluator, kmeans
-from unlabeled.eval.settings import ClusterConfig
+from unlabeled.eval.evaluators.cluster import ClusterConfig, ClusterEvaluator, kmeans
 from unlabeled.ssl.core.errors import DataError
 
 TRAIN = clouds(20, 2)
 
 
 def run(test: FeatureSplit, *, seed: int = 0, **settings) -> dict:
-    return dict(ClusterEvaluator(ClusterConfig(**settings)).run(subject(TRAIN, test, seed=seed)))
+    return plain_values(ClusterEvaluator(ClusterConfig(**settings)).run(subject(TRAIN, test, seed=seed)))
 
 
 def test_scores_are_those_of_brute_force(capfd: pytest.CaptureFixture[str]) -> None:

@@ -8,15 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from eval_helpers import MemorySource, tiny_vit
+from eval_helpers import MemorySource, plain_values, tiny_vit
 
 from unlabeled.eval.base import Estimate, FeatureSet
 from unlabeled.eval.corruptions import corrupt
-from unlabeled.eval.evaluators.corruption import CorruptionEvaluator
-from unlabeled.eval.evaluators.knn import KnnEvaluator
-from unlabeled.eval.evaluators.linear import LinearEvaluator
+from unlabeled.eval.evaluators.corruption import CorruptionConfig, CorruptionEvaluator
+from unlabeled.eval.evaluators.knn import KnnConfig, KnnEvaluator
+from unlabeled.eval.evaluators.linear import LinearConfig, LinearEvaluator
 from unlabeled.eval.features.extract import Resize, extract_features, raw_pixels
-from unlabeled.eval.settings import CorruptionConfig, KnnConfig, LinearConfig
 from unlabeled.eval.subject import Loading, Subject
 from unlabeled.eval.suite import evaluate_backbone
 from unlabeled.ssl.backbones.backbone import Backbone
@@ -35,7 +34,7 @@ def subject(backbone: Backbone | None, *, seed: int = 0, shape: tuple[int, int] 
 
 def test_accuracies_are_those_of_knn_on_corrupted_pictures() -> None:
     judged = subject(tiny_vit())
-    found = dict(CorruptionEvaluator(CONFIG).run(judged))
+    found = plain_values(CorruptionEvaluator(CONFIG).run(judged))
     assert found["accuracies"].shape == (2, 2)
     assert (found["names"].tolist(), found["severities"].tolist()) == (["gaussian_noise", "contrast"], [1, 5])
     assert found["pictures"] == 23
@@ -46,7 +45,7 @@ def test_accuracies_are_those_of_knn_on_corrupted_pictures() -> None:
             drawn = derive("corruption", 0, "contrast", index)
             changed._images[index] = corrupt(source.read(index), "contrast", 5, drawn)
     test = extract_features(tiny_vit(), changed)
-    expected = dict(
+    expected = plain_values(
         KnnEvaluator(KnnConfig(k=(20,))).run(Subject(FeatureSet(judged.features.train, test, ("a", "b", "c"))))
     )
     assert found["contrast_s5"] == found["accuracies"][1, 1] == pytest.approx(expected["k20"])
@@ -61,8 +60,8 @@ def test_accuracies_are_those_of_knn_on_corrupted_pictures() -> None:
 
 def test_clean_accuracy_is_that_of_the_usual_evaluation_and_values_repeat() -> None:
     judged = subject(tiny_vit())
-    usual = dict(KnnEvaluator(KnnConfig(k=(20,))).run(judged))
-    one, again, other = (dict(CorruptionEvaluator(CONFIG).run(subject(tiny_vit(), seed=s))) for s in (0, 0, 1))
+    usual = plain_values(KnnEvaluator(KnnConfig(k=(20,))).run(judged))
+    one, again, other = (plain_values(CorruptionEvaluator(CONFIG).run(subject(tiny_vit(), seed=s))) for s in (0, 0, 1))
     assert one["clean"].value == pytest.approx(usual["k20"])
     np.testing.assert_array_equal(one["accuracies"], again["accuracies"])
     assert not torch.equal(one["examples"], other["examples"])
@@ -71,7 +70,7 @@ def test_clean_accuracy_is_that_of_the_usual_evaluation_and_values_repeat() -> N
 def test_raw_pixels_meet_the_linear_probe_fitted_to_clean_ones() -> None:
     judged = subject(None, shape=(40, 36))
     judged.features.train.labels[:] = np.arange(60) // 3 % 3  # not to be told from the colours: accuracies near chance
-    found = dict(CorruptionEvaluator(CONFIG.model_copy(update={"classifier": "linear"})).run(judged))
+    found = plain_values(CorruptionEvaluator(CONFIG.model_copy(update={"classifier": "linear"})).run(judged))
     assert found["examples"].dtype == torch.uint8
     assert found["examples"].shape == (3, 3 * 64, 3 * 96)
     source = judged.pictures()[1]
@@ -82,7 +81,7 @@ def test_raw_pixels_meet_the_linear_probe_fitted_to_clean_ones() -> None:
                 small = Resize((32, 32))(source.read(index))
                 changed._images[index] = corrupt(small, name, severity, derive("corruption", 0, name, index))
             data = FeatureSet(judged.features.train, raw_pixels(changed), ("a", "b", "c"))
-            expected = dict(LinearEvaluator(LinearConfig()).run(Subject(data)))["top1"]
+            expected = plain_values(LinearEvaluator(LinearConfig()).run(Subject(data)))["top1"]
             assert found["accuracies"][row, column] == pytest.approx(expected)
 
 
@@ -90,7 +89,7 @@ def test_a_classifier_that_is_always_wrong_keeps_nothing() -> None:
     judged = subject(tiny_vit())
     judged.features.test.labels[:] = 1
     judged.features.train.labels[:] = np.arange(60) % 2 * 2
-    found = dict(CorruptionEvaluator(CONFIG).run(judged))
+    found = plain_values(CorruptionEvaluator(CONFIG).run(judged))
     assert found["clean"].value == 0
     assert "kept" not in found
     assert found["note"].startswith("no clean picture is told rightly")
@@ -100,11 +99,11 @@ def test_broken_features_and_a_single_class_are_refused() -> None:
     judged = subject(tiny_vit())
     judged.features.train.labels[:] = 0
     with pytest.raises(DataError, match="all training pictures are of class 'red'"):
-        dict(CorruptionEvaluator(CONFIG).run(judged))
+        plain_values(CorruptionEvaluator(CONFIG).run(judged))
     broken = subject(tiny_vit())
     broken.features.test.features[:] = np.nan
     with pytest.raises(DataError, match="test features are NaN or infinite"):
-        dict(CorruptionEvaluator(CONFIG).run(broken))
+        plain_values(CorruptionEvaluator(CONFIG).run(broken))
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ import io
 import numpy as np
 import pytest
 import torch
+from eval_helpers import plain_values
 from feature_helpers import broken, clouds, same, subject
 from PIL import Image
 from torch import Tensor
 
 from unlabeled.eval.base import FeatureSet, FeatureSplit
-from unlabeled.eval.evaluators.duplicates import DuplicatesEvaluator, beside, find_pairs, threshold
-from unlabeled.eval.settings import DuplicatesConfig
+from unlabeled.eval.evaluators.duplicates import DuplicatesConfig, DuplicatesEvaluator, beside, find_pairs, threshold
 from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import DataError
 
@@ -64,7 +64,7 @@ def encoded(source: Pictures, offset: float, indices: np.ndarray | None = None) 
 
 def judged(train: Pictures, test: Pictures, offset: float = 0.0, config: DuplicatesConfig = CAREFUL) -> dict:
     data = FeatureSet(encoded(train, offset), encoded(test, offset), Pictures.classes)
-    return dict(DuplicatesEvaluator(config).run(Subject(data, None, (train, test))))
+    return plain_values(DuplicatesEvaluator(config).run(Subject(data, None, (train, test))))
 
 
 @pytest.mark.parametrize("offset", [0.0, 60.0])
@@ -93,7 +93,7 @@ def test_the_picture_shows_the_closest_pairs_past_pictures_that_were_left_out() 
     pictures = smooth(60, seed=1)
     train, test = Pictures(pictures, "train"), Pictures([*smooth(20, seed=2), pictures[30]], "test")
     left_out = FeatureSet(encoded(train, 0, np.arange(5, 60)), encoded(test, 0, np.arange(3, 21)), Pictures.classes)
-    found = dict(DuplicatesEvaluator(DuplicatesConfig(shown=3)).run(Subject(left_out, None, (train, test))))
+    found = plain_values(DuplicatesEvaluator(DuplicatesConfig(shown=3)).run(Subject(left_out, None, (train, test))))
     picture = found["closest"]
     assert picture.shape == (3, 2 * 32 + 2, 3 * 34 - 2)
     assert torch.equal(picture[:, :32, :32], pictures[30])
@@ -137,7 +137,7 @@ def test_equal_features_count_in_groups_of_any_size_and_a_picture_is_not_its_own
     assert set(np.flatnonzero(found.found.any(axis=1))) == doubled
     for row in (30, 31, 40):
         assert set(found.rows[row][found.found[row]]) == {30, 31, 40} - {row}
-    values = dict(
+    values = plain_values(
         DuplicatesEvaluator(CAREFUL).run(subject(FeatureSplit(rows[25:], np.arange(35) % 2), clouds(9, 2, seed=3)))
     )
     assert (values["train_pairs"], values["train_share"]) == (3, pytest.approx(3 / 35))
@@ -152,17 +152,17 @@ def test_a_part_of_the_training_pictures_can_stand_for_all() -> None:
 
 
 def test_features_alone_few_pictures_and_features_without_variance() -> None:
-    values = dict(DuplicatesEvaluator(CAREFUL).run(subject(clouds(40, 3), clouds(9, 3, seed=1))))
+    values = plain_values(DuplicatesEvaluator(CAREFUL).run(subject(clouds(40, 3), clouds(9, 3, seed=1))))
     assert set(values) == {"share", "pairs", "ratio", "train_share", "train_pairs"}
     few = clouds(6, 3)
-    values = dict(DuplicatesEvaluator(CAREFUL).run(subject(few, few)))
+    values = plain_values(DuplicatesEvaluator(CAREFUL).run(subject(few, few)))
     assert values["note"] == "6 training pictures are too few to judge nearness; only equal features count"
     assert (values["share"], values["pairs"], values["train_pairs"]) == (1, 6, 0)
     for value in (0.0, 1e6):
-        nothing = dict(DuplicatesEvaluator(CAREFUL).run(subject(same(clouds(40, 3), value), clouds(9, 3))))
+        nothing = plain_values(DuplicatesEvaluator(CAREFUL).run(subject(same(clouds(40, 3), value), clouds(9, 3))))
         assert nothing == {"note": "the features of nearly all pictures are the same, so duplicates cannot be told"}
     with pytest.raises(DataError, match="1 of 9 test features are NaN"):
-        dict(DuplicatesEvaluator(CAREFUL).run(subject(clouds(40, 3), broken(clouds(9, 3)))))
+        plain_values(DuplicatesEvaluator(CAREFUL).run(subject(clouds(40, 3), broken(clouds(9, 3)))))
 
 
 def test_pictures_of_any_size_stand_side_by_side() -> None:

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from eval_helpers import plain_pairs, plain_values
 from feature_helpers import broken, clouds, labelled, same, subject
 from sklearn.neighbors import NearestCentroid
 
 from unlabeled.eval.base import Estimate, FeatureSplit
-from unlabeled.eval.evaluators.few_shot import FewShotEvaluator, episodes, possible
-from unlabeled.eval.settings import FewShotConfig
+from unlabeled.eval.evaluators.few_shot import FewShotConfig, FewShotEvaluator, episodes, possible
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.core.seeds import derive
 
@@ -19,7 +19,7 @@ SHORT = FewShotConfig(episodes=40)
 
 
 def run(config: FewShotConfig, train: FeatureSplit, test: FeatureSplit) -> tuple[list[str], dict]:
-    pairs = list(FewShotEvaluator(config).run(subject(train, test)))
+    pairs = plain_pairs(FewShotEvaluator(config).run(subject(train, test)))
     return [value for key, value in pairs if key == "note"], {k: v for k, v in pairs if k != "note"}
 
 
@@ -93,11 +93,11 @@ def test_ways_and_queries_that_are_possible() -> None:
 def test_what_cannot_be_judged_is_refused() -> None:
     evaluator, good = FewShotEvaluator(SHORT), clouds(60, 3)
     with pytest.raises(DataError, match="no two test classes have 2 pictures, one more than the shots"):
-        dict(evaluator.run(subject(good, clouds(3, 3))))
+        plain_values(evaluator.run(subject(good, clouds(3, 3))))
     with pytest.raises(DataError, match="no two test classes"):
-        dict(evaluator.run(subject(good, labelled(good, 1))))
+        plain_values(evaluator.run(subject(good, labelled(good, 1))))
     with pytest.raises(DataError, match="1 of 60 test features are NaN"):
-        dict(evaluator.run(subject(good, broken(good))))
+        plain_values(evaluator.run(subject(good, broken(good))))
     for shots in ((), (0,)):
         with pytest.raises(ConfigError, match=r"evaluate\.few_shot\.shots: \["):
             FewShotEvaluator(FewShotConfig(shots=shots))

@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from eval_helpers import MemorySource, tiny_vit
+from eval_helpers import MemorySource, plain_values, tiny_vit
 
 from unlabeled.eval.base import Estimate, FeatureSet, FeatureSplit
-from unlabeled.eval.evaluators.invariance import InvarianceEvaluator, ViewSource, augmentation
+from unlabeled.eval.evaluators.invariance import InvarianceConfig, InvarianceEvaluator, ViewSource, augmentation
 from unlabeled.eval.metrics import alignment, lidar
-from unlabeled.eval.settings import InvarianceConfig
 from unlabeled.eval.subject import Loading, Subject
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.core.errors import DataError
@@ -30,9 +29,11 @@ def subject(backbone: Backbone, *, count: int = 30, seed: int = 0, **loading: ob
 
 def test_values_are_those_of_the_views_features_and_repeat() -> None:
     state = torch.get_rng_state()
-    one, again, other = (dict(InvarianceEvaluator(CONFIG).run(subject(tiny_vit(), seed=seed))) for seed in (0, 0, 1))
+    one, again, other = (
+        plain_values(InvarianceEvaluator(CONFIG).run(subject(tiny_vit(), seed=seed))) for seed in (0, 0, 1)
+    )
     torch.manual_seed(5)
-    apart = dict(InvarianceEvaluator(CONFIG).run(subject(tiny_vit(), batch_size=7)))
+    apart = plain_values(InvarianceEvaluator(CONFIG).run(subject(tiny_vit(), batch_size=7)))
     assert isinstance(one["alignment"], Estimate)
     assert one["alignment"].low < one["alignment"].value < one["alignment"].high
     assert one["alignment"].value == pytest.approx(one["distances"].mean())
@@ -70,9 +71,9 @@ def test_features_of_views_come_picture_after_picture() -> None:
 
 def test_too_few_pictures_and_broken_features_are_refused() -> None:
     with pytest.raises(DataError, match="1 pictures are too few"):
-        dict(InvarianceEvaluator(CONFIG).run(subject(tiny_vit(), count=2)))
+        plain_values(InvarianceEvaluator(CONFIG).run(subject(tiny_vit(), count=2)))
     broken = tiny_vit()
     with torch.no_grad():
         next(broken.parameters()).fill_(torch.nan)
     with pytest.raises(DataError, match="12 of 12 features are NaN or infinite"):
-        dict(InvarianceEvaluator(CONFIG).run(subject(broken)))
+        plain_values(InvarianceEvaluator(CONFIG).run(subject(broken)))

@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from eval_helpers import MemorySource, tiny_vit
+from eval_helpers import MemorySource, plain_values, tiny_vit
 
 from unlabeled.eval.base import FeatureSet, FeatureSplit
-from unlabeled.eval.evaluators.layers import LayersEvaluator, cka_between, layer_features, layer_names
+from unlabeled.eval.evaluators.layers import LayersConfig, LayersEvaluator, cka_between, layer_features, layer_names
 from unlabeled.eval.metrics import linear_cka
-from unlabeled.eval.settings import LayersConfig
 from unlabeled.eval.subject import Loading, Subject
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.core.errors import DataError
@@ -31,14 +30,14 @@ def deep_vit(seed: int = 0) -> Backbone:
 
 
 def test_maps_have_the_layers_and_are_symmetric_with_ones() -> None:
-    found = dict(LayersEvaluator(CONFIG).run(subject(deep_vit())))
+    found = plain_values(LayersEvaluator(CONFIG).run(subject(deep_vit())))
     assert found["names"].tolist() == ["blocks.0", "blocks.1", "blocks.2", "pooled"]
     np.testing.assert_allclose(np.diag(found["cka"]), 1)
     np.testing.assert_allclose(found["cka"], found["cka"].T, atol=1e-12)
     assert found["cka_random"].shape == (4, 4)
     assert found["cka_random"].max() < 0.9999
     assert found["random"] == found["cka_random"][-1, -1]
-    again, other = (dict(LayersEvaluator(CONFIG).run(subject(deep_vit(), seed))) for seed in (0, 1))
+    again, other = (plain_values(LayersEvaluator(CONFIG).run(subject(deep_vit(), seed))) for seed in (0, 1))
     np.testing.assert_array_equal(found["cka_random"], again["cka_random"])
     assert not np.allclose(found["cka_random"], other["cka_random"])
 
@@ -71,7 +70,7 @@ def test_two_architectures_are_compared_on_the_same_pictures() -> None:
 
 def test_a_module_of_ones_own_is_compared_with_itself_alone() -> None:
     backbone = Backbone(tiny_vit().model, size=(32, 32))
-    found = dict(LayersEvaluator(CONFIG).run(subject(backbone)))
+    found = plain_values(LayersEvaluator(CONFIG).run(subject(backbone)))
     assert "cka_random" not in found
     assert found["note"].startswith("not compared with random weights")
     assert found["cka"].shape == (2, 2)
@@ -80,7 +79,7 @@ def test_a_module_of_ones_own_is_compared_with_itself_alone() -> None:
 def test_a_network_without_maps_says_so() -> None:
     backbone = tiny_vit()
     backbone.stages = []
-    found = dict(LayersEvaluator(CONFIG).run(subject(backbone)))
+    found = plain_values(LayersEvaluator(CONFIG).run(subject(backbone)))
     assert list(found) == ["note"]
     with pytest.raises(DataError, match="gives no feature maps"):
         cka_between(backbone, tiny_vit(), MemorySource(9))
@@ -93,4 +92,4 @@ def test_too_few_pictures_and_broken_weights_are_refused() -> None:
     with torch.no_grad():
         next(broken.parameters()).fill_(torch.nan)
     with pytest.raises(DataError, match="24 of 24 features are NaN or infinite"):
-        dict(LayersEvaluator(CONFIG).run(subject(broken)))
+        plain_values(LayersEvaluator(CONFIG).run(subject(broken)))

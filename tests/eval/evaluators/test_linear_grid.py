@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from eval_helpers import MemorySource
+from eval_helpers import MemorySource, plain_values
 
 from unlabeled.eval.base import FeatureSet, FeatureSplit
 from unlabeled.eval.evaluators import linear
-from unlabeled.eval.evaluators.linear import LinearEvaluator
+from unlabeled.eval.evaluators.linear import LinearConfig, LinearEvaluator
 from unlabeled.eval.probe.batches import AugmentedPictures, Course, augmented_batches
-from unlabeled.eval.settings import LinearConfig
 from unlabeled.eval.subject import Loading, Subject
 from unlabeled.eval.suite import evaluate_backbone
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
@@ -47,7 +46,7 @@ def subject() -> Subject:
 
 
 def run(subject: Subject, **settings: Any) -> dict[str, Any]:
-    return dict(LinearEvaluator(LinearConfig(**FAST | settings)).run(subject))
+    return plain_values(LinearEvaluator(LinearConfig(**FAST | settings)).run(subject))
 
 
 def test_a_grid_over_inputs_finds_the_best_of_probing_each_alone(subject: Subject) -> None:
@@ -85,7 +84,7 @@ def test_the_grid_of_dinov2_trains_its_52_heads(subject: Subject, monkeypatch: p
     monkeypatch.setattr(linear, "GroupedSgd", Counted)
     evaluator = LinearEvaluator(LinearConfig(grid="dinov2", epochs=2, batch_size=16))
     assert (min(evaluator.config.lr), max(evaluator.config.lr)) == (1e-5, 0.1)
-    found = dict(evaluator.run(subject))
+    found = plain_values(evaluator.run(subject))
     assert built == [13, 13, 13, 13, 1]
     assert found["weight_decay"] == 0
     assert found["blocks"] in (1, 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from eval_helpers import plain_pairs, plain_values
 from feature_helpers import broken, clouds, labelled, same, subject
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
@@ -11,8 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from unlabeled.eval.base import FeatureSplit
-from unlabeled.eval.evaluators.logistic import LogisticEvaluator, fit_logistic, stratified
-from unlabeled.eval.settings import LogisticConfig
+from unlabeled.eval.evaluators.logistic import LogisticConfig, LogisticEvaluator, fit_logistic, stratified
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.core.seeds import derive
 
@@ -20,7 +20,7 @@ from unlabeled.ssl.core.seeds import derive
 def test_predictions_are_those_of_scikit_learn_with_the_best_c_on_the_holdout() -> None:
     train, test = clouds(160, 7, spread=2, seed=1), clouds(90, 7, spread=2, seed=2)
     config = LogisticConfig(C=(1e-4, 0.03, 100.0), holdout=0.25)
-    found = dict(LogisticEvaluator(config).run(subject(train, test, seed=5)))
+    found = plain_values(LogisticEvaluator(config).run(subject(train, test, seed=5)))
     kept = stratified(train.labels, 0.75, derive(5, "logistic holdout"), spare=1)
     held = np.setdiff1d(np.arange(160), kept)
     scores = {}
@@ -49,7 +49,9 @@ def test_scale_offset_and_a_constant_feature_change_nothing() -> None:
         return FeatureSplit(features.astype(np.float32), split.labels)
 
     evaluator = LogisticEvaluator(LogisticConfig(C=(0.1,)))
-    plain, other = (dict(evaluator.run(subject(one, two))) for one, two in ((train, test), (moved(train), moved(test))))
+    plain, other = (
+        plain_values(evaluator.run(subject(one, two))) for one, two in ((train, test), (moved(train), moved(test)))
+    )
     np.testing.assert_array_equal(plain["predictions"], other["predictions"])
     assert 0.4 < plain["top1"] < 1
 
@@ -62,7 +64,7 @@ def test_more_pictures_than_the_limit_are_drawn_class_by_class_and_said() -> Non
 
 
 def notes_and_values(config: LogisticConfig, train: FeatureSplit, test: FeatureSplit) -> tuple[list[str], dict]:
-    pairs = list(LogisticEvaluator(config).run(subject(train, test)))
+    pairs = plain_pairs(LogisticEvaluator(config).run(subject(train, test)))
     return [value for key, value in pairs if key == "note"], dict(pairs)
 
 
@@ -111,6 +113,6 @@ def test_what_cannot_be_fitted_is_refused() -> None:
             LogisticEvaluator(LogisticConfig(C=bad))
     evaluator, good = LogisticEvaluator(LogisticConfig()), clouds(9, 3)
     with pytest.raises(DataError, match="1 of 9 training features are NaN"):
-        dict(evaluator.run(subject(broken(good), good)))
+        plain_values(evaluator.run(subject(broken(good), good)))
     with pytest.raises(DataError, match="all training pictures are of class 'class 0'"):
-        dict(evaluator.run(subject(labelled(good, 0), good)))
+        plain_values(evaluator.run(subject(labelled(good, 0), good)))

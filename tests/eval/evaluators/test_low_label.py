@@ -6,16 +6,16 @@ import math
 
 import numpy as np
 import pytest
+from eval_helpers import plain_pairs, plain_values
 from feature_helpers import broken, clouds, labelled, subject
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from unlabeled.eval.base import Estimate, FeatureSplit
-from unlabeled.eval.evaluators.linear import LinearEvaluator
+from unlabeled.eval.evaluators.linear import LinearConfig, LinearEvaluator
 from unlabeled.eval.evaluators.logistic import stratified
-from unlabeled.eval.evaluators.low_label import LowLabelEvaluator
+from unlabeled.eval.evaluators.low_label import LowLabelConfig, LowLabelEvaluator
 from unlabeled.eval.intervals import over_draws
-from unlabeled.eval.settings import LinearConfig, LowLabelConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.core.seeds import derive
 
@@ -24,17 +24,17 @@ TRAIN, TEST = clouds(200, 4, spread=2, seed=1), clouds(120, 4, spread=2, seed=2)
 
 
 def run(config: LowLabelConfig, train: FeatureSplit = TRAIN) -> tuple[list[str], dict]:
-    pairs = list(LowLabelEvaluator(config).run(subject(train, TEST)))
+    pairs = plain_pairs(LowLabelEvaluator(config).run(subject(train, TEST)))
     return [value for key, value in pairs if key == "note"], {k: v for k, v in pairs if k != "note"}
 
 
 def test_all_labels_are_the_linear_probe() -> None:
     notes, values = run(LowLabelConfig(fractions=(1.0,), draws=1, steps=1, probe=PROBE))
-    assert values["100pct"].value == dict(LinearEvaluator(PROBE).run(subject(TRAIN, TEST)))["top1"]
+    assert values["100pct"] == plain_values(LinearEvaluator(PROBE).run(subject(TRAIN, TEST)))["top1"]
     assert notes == []
     _, longer = run(LowLabelConfig(fractions=(1.0,), draws=1, steps=60, probe=PROBE))
     more = PROBE.model_copy(update={"epochs": 10})  # 200 pictures are 6 batches of 32
-    assert longer["100pct"].value == dict(LinearEvaluator(more).run(subject(TRAIN, TEST)))["top1"]
+    assert longer["100pct"] == plain_values(LinearEvaluator(more).run(subject(TRAIN, TEST)))["top1"]
 
 
 def test_below_five_pictures_a_class_it_is_logistic_regression_with_the_given_c() -> None:
@@ -43,7 +43,7 @@ def test_below_five_pictures_a_class_it_is_logistic_regression_with_the_given_c(
     np.testing.assert_array_equal(np.bincount(TRAIN.labels[rows]), [2, 2, 2, 2])
     scaler = StandardScaler().fit(TRAIN.features[rows])
     model = LogisticRegression(C=0.5, max_iter=1000).fit(scaler.transform(TRAIN.features[rows]), TRAIN.labels[rows])
-    assert values["4pct"].value == pytest.approx(model.score(scaler.transform(TEST.features), TEST.labels), abs=0.01)
+    assert values["4pct"] == pytest.approx(model.score(scaler.transform(TEST.features), TEST.labels), abs=0.01)
     assert notes == [
         "4 %: 2.0 pictures a class are too few to choose settings on, so this is logistic regression with C = 0.5"
     ]

@@ -7,12 +7,12 @@ import pytest
 import scipy.linalg
 import torch
 from dense_helpers import BlockSource, small_vit, subject
+from eval_helpers import plain_pairs
 from torchvision.ops import box_iou, masks_to_boxes
 
 from unlabeled.eval.dense.attention import class_attention, key_map
 from unlabeled.eval.dense.tokencut import component_boxes, cut, intersection_over_union, second_eigenvector
-from unlabeled.eval.evaluators.objects import ObjectsEvaluator, true_boxes
-from unlabeled.eval.settings import ObjectsConfig
+from unlabeled.eval.evaluators.objects import ObjectsConfig, ObjectsEvaluator, true_boxes
 from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.data.source import limited
@@ -200,7 +200,7 @@ def scenes(count, grid, *, side=8, seed=0, **settings):
 
 
 def run(evaluated, **settings):
-    return [(key, value) for key, value in ObjectsEvaluator(ObjectsConfig(**settings)).run(evaluated)]
+    return plain_pairs(ObjectsEvaluator(ObjectsConfig(**settings)).run(evaluated))
 
 
 def test_plain_blocks_are_found_in_pixels_of_the_picture():

@@ -5,20 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from eval_helpers import plain_pairs, plain_values
 from feature_helpers import broken, clouds, labelled, same, subject
 from sklearn.metrics import average_precision_score
 
 from unlabeled.eval.base import Estimate, FeatureSplit
-from unlabeled.eval.evaluators.retrieval import RetrievalEvaluator, retrieval_scores
+from unlabeled.eval.evaluators.retrieval import RetrievalConfig, RetrievalEvaluator, retrieval_scores
 from unlabeled.eval.intervals import wilson
-from unlabeled.eval.settings import RetrievalConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError
 
 TRAIN = clouds(20, 2)
 
 
 def run(test: FeatureSplit, **settings) -> dict:
-    return dict(RetrievalEvaluator(RetrievalConfig(**settings)).run(subject(TRAIN, test)))
+    return plain_values(RetrievalEvaluator(RetrievalConfig(**settings)).run(subject(TRAIN, test)))
 
 
 def brute_force(split: FeatureSplit, ks: tuple[int, ...]) -> dict[str, float]:
@@ -85,7 +85,7 @@ def test_clear_and_meaningless_features() -> None:
 
 def test_classes_of_one_picture_and_k_beyond_the_split_are_said() -> None:
     test = labelled(clouds(7, 2, spread=2), 0, 0, 1, 1, 1, 2, 3)
-    pairs = list(RetrievalEvaluator(RetrievalConfig(k=(2, 10, 20))).run(subject(TRAIN, test)))
+    pairs = plain_pairs(RetrievalEvaluator(RetrievalConfig(k=(2, 10, 20))).run(subject(TRAIN, test)))
     assert [value for key, value in pairs if key == "note"] == [
         "2 test pictures are the only one of their class and were not used as queries",
         "k was cut to 6, the number of other test pictures",

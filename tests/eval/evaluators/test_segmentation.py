@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 from dense_helpers import BlockSource, blocks, small_vit, subject
+from eval_helpers import plain_pairs
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, jaccard_score
 
 from unlabeled.eval.dense.miou import Overlap, class_iou, estimates, joined, mean_iou, overlap
 from unlabeled.eval.dense.places import Places, fine_level, masked_batches, place_labels, resized_mask
 from unlabeled.eval.dense.probes import LabelledPlaces, LinearPlaces, NearestPlaces, soft_miou
-from unlabeled.eval.evaluators.segmentation import SegmentationEvaluator, best_classes, rows_of
-from unlabeled.eval.settings import SegmentationConfig
+from unlabeled.eval.evaluators.segmentation import SegmentationConfig, SegmentationEvaluator, best_classes, rows_of
 from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError, DataError
 
@@ -21,7 +21,7 @@ FAST = SegmentationConfig(epochs=10, batch_size=32, k=5)
 
 
 def run(evaluated, config=FAST):
-    return [(key, value) for key, value in SegmentationEvaluator(config).run(evaluated)]
+    return plain_pairs(SegmentationEvaluator(config).run(evaluated))
 
 
 def test_iou_and_accuracy_are_those_of_scikit_learn_over_all_pictures():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from eval_helpers import plain_pairs, plain_values
 
 from unlabeled.eval.base import FeatureSet, FeatureSplit
-from unlabeled.eval.evaluators.spectrum import SpectrumEvaluator, chosen, dead_features
+from unlabeled.eval.evaluators.spectrum import SpectrumConfig, SpectrumEvaluator, chosen, dead_features
 from unlabeled.eval.metrics import Spectrum, rankme, two_nn, uniformity
-from unlabeled.eval.settings import SpectrumConfig
 from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import DataError
 
@@ -26,7 +26,7 @@ def cloud(count: int = 300, width: int = 20) -> np.ndarray:
 
 def test_values_are_those_of_the_metrics_and_a_single_class_is_no_hindrance() -> None:
     features = cloud().astype(np.float32)
-    found = dict(SpectrumEvaluator(SpectrumConfig()).run(subject(features)))
+    found = plain_values(SpectrumEvaluator(SpectrumConfig()).run(subject(features)))
     assert set(found) == {*VALUES, "pictures", "pairwise", "singular_values"}
     assert found["rankme"] == rankme(Spectrum.of(features))
     assert found["dimension"] == two_nn(features)
@@ -48,7 +48,7 @@ def test_every_value_of_the_table_has_a_meaning_and_counts_have_none() -> None:
 def test_pictures_are_limited_by_the_seed_alone() -> None:
     config = SpectrumConfig(pictures=100, pairwise=40)
     one, again, other = (
-        dict(SpectrumEvaluator(config).run(subject(cloud(), seed))) for seed in (0, 0, 1)
+        plain_values(SpectrumEvaluator(config).run(subject(cloud(), seed))) for seed in (0, 0, 1)
     )  # fmt: skip
     assert (one["pictures"], one["pairwise"]) == (100, 40)
     assert all(one[key] == again[key] for key in VALUES)
@@ -61,7 +61,7 @@ def test_pictures_are_limited_by_the_seed_alone() -> None:
 
 @pytest.mark.parametrize("value", [0.0, 0.1])
 def test_features_that_do_not_vary_give_finite_values_and_notes(value: float) -> None:
-    pairs = list(SpectrumEvaluator(SpectrumConfig()).run(subject(np.full((40, 10), value))))
+    pairs = plain_pairs(SpectrumEvaluator(SpectrumConfig()).run(subject(np.full((40, 10), value))))
     found = dict(pairs)
     numbers = [number for number in found.values() if isinstance(number, float)]
     assert np.isfinite(numbers).all()
@@ -78,9 +78,9 @@ def test_features_that_do_not_vary_give_finite_values_and_notes(value: float) ->
 
 def test_duplicates_and_few_pictures() -> None:
     features = cloud(60)
-    doubled = dict(SpectrumEvaluator(SpectrumConfig()).run(subject(np.concatenate([features, features]))))
+    doubled = plain_values(SpectrumEvaluator(SpectrumConfig()).run(subject(np.concatenate([features, features]))))
     assert doubled["dimension"] == pytest.approx(two_nn(features), rel=1e-3)
-    few = dict(SpectrumEvaluator(SpectrumConfig()).run(subject(cloud(12))))
+    few = plain_values(SpectrumEvaluator(SpectrumConfig()).run(subject(cloud(12))))
     assert few["note"] == "12 pictures of 20 features: ranks cannot be more than the pictures"
     assert few["rankme"] <= 12.001
 
@@ -97,4 +97,4 @@ def test_broken_features_are_refused() -> None:
     features = cloud(30)
     features[3, 2] = np.nan
     with pytest.raises(DataError, match="1 of 30 features are NaN or infinite"):
-        dict(SpectrumEvaluator(SpectrumConfig()).run(subject(features)))
+        plain_values(SpectrumEvaluator(SpectrumConfig()).run(subject(features)))

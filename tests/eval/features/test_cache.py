@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from eval_helpers import MemorySource, tiny_vit
-from unlabeled.eval.features.cache import data_identity, load_split, weights_identity
 
+from unlabeled.eval.features.cache import data_identity, load_split, weights_identity
 from unlabeled.eval.features.extract import extract_features, raw_pixels
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.backbones.weights import export_backbone, load_backbone

@@ -13,10 +13,11 @@ import torch.multiprocessing as mp
 from eval_helpers import MemorySource, tiny_vit
 from torch import Tensor, nn
 
+from unlabeled.eval.evaluators.knn import KnnConfig
+from unlabeled.eval.evaluators.linear import LinearConfig
 from unlabeled.eval.features.cache import weights_identity
 from unlabeled.eval.features.recalibrate import batch_norms, recalibrated, recalibration_pictures
 from unlabeled.eval.results import Evidence
-from unlabeled.eval.settings import KnnConfig, LinearConfig
 from unlabeled.eval.suite import evaluate_backbone, online_knn
 from unlabeled.pretext.predictive.rotation import Rotation
 from unlabeled.report.page import write_report

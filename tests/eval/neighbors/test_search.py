@@ -13,8 +13,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from unlabeled.eval.neighbors import reduced, topk
 from unlabeled.eval.neighbors import search as module
-from unlabeled.eval.neighbors.search import mapped_features, normalized, recall, search
-from unlabeled.eval.settings import KnnConfig
+from unlabeled.eval.neighbors.search import SearchSettings, mapped_features, normalized, recall, search
 from unlabeled.ssl.core.errors import ConfigError, DataError
 
 
@@ -45,7 +44,7 @@ def all_sorted(train: np.ndarray, test: np.ndarray, k: int) -> tuple[np.ndarray,
 @pytest.mark.parametrize(("count", "k"), [(900, 1), (900, 20), (129, 129), (7, 50)])
 def test_neighbours_are_those_of_sorting_all_cosines(kind: str, count: int, k: int) -> None:
     train, test = features(count, seed=1), features(75, seed=2)
-    indices, cosines = search(train, test, k, KnnConfig(search=kind))
+    indices, cosines = search(train, test, k, SearchSettings(kind=kind))
     expected, values = all_sorted(train, test, k)
     assert indices.dtype == np.int64
     assert cosines.dtype == np.float32
@@ -68,7 +67,7 @@ def test_scikit_learn_finds_the_same() -> None:
 @pytest.mark.parametrize("kind", ["exact", "reduced"])
 def test_equal_cosines_come_in_order_of_the_rows(kind: str) -> None:
     train = features(40, seed=6)[np.arange(700) % 40]  # each row 17 or 18 times, over all blocks
-    indices, cosines = search(train, features(50, seed=7), 30, KnnConfig(search=kind))
+    indices, cosines = search(train, features(50, seed=7), 30, SearchSettings(kind=kind))
     first = indices[:, 0]
     np.testing.assert_array_equal(indices[:, :17], first[:, None] + 40 * np.arange(17))
     assert (first < 40).all()
@@ -77,7 +76,7 @@ def test_equal_cosines_come_in_order_of_the_rows(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["exact", "reduced"])
 def test_constant_and_zero_rows(kind: str) -> None:
-    settings = KnnConfig(search=kind)
+    settings = SearchSettings(kind=kind)
     indices, cosines = search(np.ones((600, 8), np.float32), np.ones((3, 8), np.float32), 5, settings)
     np.testing.assert_array_equal(indices, np.tile(np.arange(5), (3, 1)))
     np.testing.assert_allclose(cosines, 1, atol=1e-6)
@@ -91,7 +90,7 @@ def test_reduced_equals_exact_where_neighbours_differ_by_less_than_eight_bits_ho
     near = features(1, seed=8) + spread * np.random.default_rng(9).normal(size=(400, 24))
     train = np.concatenate([features(800, seed=10), near.astype(np.float32)])
     test = np.concatenate([features(40, seed=11), near[:20].astype(np.float32)])
-    exact, fast = (search(train, test, 25, KnnConfig(search=kind)) for kind in ("exact", "reduced"))
+    exact, fast = (search(train, test, 25, SearchSettings(kind=kind)) for kind in ("exact", "reduced"))
     np.testing.assert_array_equal(fast[0], exact[0])
     np.testing.assert_array_equal(fast[1], exact[1])
 
@@ -124,9 +123,9 @@ def test_parts_on_disk_give_what_the_whole_gives(tmp_path: Path, kind: str) -> N
     save_file({"labels": np.arange(5), "features": train}, tmp_path / "split.safetensors")
     stored = mapped_features(tmp_path / "split.safetensors")
     np.testing.assert_array_equal(stored, train)
-    expected = search(train, test, 20, KnnConfig(search=kind))
+    expected = search(train, test, 20, SearchSettings(kind=kind))
     for gigabytes in (1e-9, 256 * 24 * 5 / 1e9):  # one and two blocks of rows at a time
-        found = search(stored, test, 20, KnnConfig(search=kind, memory_gb=gigabytes))
+        found = search(stored, test, 20, SearchSettings(kind=kind, memory_gb=gigabytes))
         np.testing.assert_array_equal(found[0], expected[0])
         np.testing.assert_array_equal(found[1], expected[1])
 
@@ -135,7 +134,7 @@ def test_memory_does_not_grow_with_the_rows_on_disk(tmp_path: Path) -> None:
     np.save(tmp_path / "rows.npy", np.random.default_rng(0).normal(size=(60_000, 32)).astype(np.float32))
     stored = np.load(tmp_path / "rows.npy", mmap_mode="r")
     tracemalloc.start()
-    search(stored, features(20, seed=1, width=32), 5, KnnConfig(memory_gb=0.0005))
+    search(stored, features(20, seed=1, width=32), 5, SearchSettings(memory_gb=0.0005))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (
@@ -152,7 +151,7 @@ def test_a_file_without_such_a_matrix_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["ivf", "hnsw"])
 def test_recall_is_the_counted_part_of_the_true_neighbours(kind: str) -> None:
     train, test = features(3000, seed=17, groups=40), features(90, seed=18, groups=40)
-    settings = KnnConfig(search=kind, effort=1)
+    settings = SearchSettings(kind=kind, effort=1)
     indices, cosines = search(train, test, 30, settings)
     true, _ = all_sorted(train, test, 30)
     counted = np.mean([row in right for rows, right in zip(indices, true, strict=True) for row in rows])
@@ -162,29 +161,29 @@ def test_recall_is_the_counted_part_of_the_true_neighbours(kind: str) -> None:
     assert all(len(set(row)) == 30 for row in indices.tolist())
     if kind == "ivf":
         assert counted < 0.99
-        wide, _ = search(train, test, 30, KnnConfig(search=kind, effort=1000))
+        wide, _ = search(train, test, 30, SearchSettings(kind=kind, effort=1000))
         assert recall(train, test, wide, settings) == pytest.approx(1, abs=1e-3)
 
 
 def test_recall_of_known_answers() -> None:
     train = features(600, seed=19)
     true, _ = search(train, train[:9], 4)
-    assert recall(train, train[:9], true, KnnConfig()) == 1
+    assert recall(train, train[:9], true, SearchSettings()) == 1
     half = true.copy()
     half[:, 2:] = [[598, 599]]
-    assert recall(train, train[:9], half, KnnConfig()) == 0.5
+    assert recall(train, train[:9], half, SearchSettings()) == 0.5
 
 
 def test_queries_with_too_few_answers_of_an_index_are_searched_exactly() -> None:
     train, test = features(2000, seed=20), features(30, seed=21)
-    indices, _ = search(train, test, 500, KnnConfig(search="ivf", effort=1))  # no list is so long
+    indices, _ = search(train, test, 500, SearchSettings(kind="ivf", effort=1))  # no list is so long
     assert indices.min() >= 0
     np.testing.assert_array_equal(np.sort(indices), np.sort(search(train, test, 500)[0]))
 
 
 def test_an_index_beyond_the_memory_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"evaluate\.knn\.search: hnsw needs about .* GB of memory for 900 pictures"):
-        search(features(900, seed=0), features(3, seed=1), 5, KnnConfig(search="hnsw", memory_gb=1e-4))
+        search(features(900, seed=0), features(3, seed=1), 5, SearchSettings(kind="hnsw", memory_gb=1e-4))
 
 
 def test_features_of_two_widths_are_refused() -> None:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from unlabeled.eval.probe.inputs import BlockFeatures, block_inputs, has_class_token, pooled_inputs
-from unlabeled.eval.settings import LinearConfig
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.core.errors import ConfigError
 
@@ -34,7 +33,7 @@ def pictures() -> Tensor:
 @torch.no_grad()
 def read(backbone: Backbone, pictures: Tensor, **settings: Any) -> dict[str, Tensor]:
     """Title → features of each input."""
-    reading, inputs = block_inputs(backbone, LinearConfig(**settings))
+    reading, inputs = block_inputs(backbone, **settings)
     features = reading(backbone, pictures)
     assert max(one.stop for one in inputs) == features.shape[1]
     return {one.title: one.of(features) for one in inputs}
@@ -100,20 +99,20 @@ def test_maps_are_averaged_and_the_last_is_the_pooled_features(
 
 
 def test_the_grid_of_dinov2_has_four_inputs_with_a_class_token_and_two_without() -> None:
-    grid = LinearConfig(grid="dinov2", blocks=(1, 4), pooling=("cls", "cls+avg"))  # as the evaluator writes it out
-    reading, inputs = block_inputs(network("vit_tiny_patch16_224", **VIT), grid)
+    grid: dict[str, Any] = {"blocks": (1, 4), "pooling": ("cls", "cls+avg"), "fall_back": True}
+    reading, inputs = block_inputs(network("vit_tiny_patch16_224", **VIT), **grid)
     assert reading == BlockFeatures(classes=4, averages=1)
     assert [(one.start, one.stop) for one in inputs] == [(72, 96), (0, 96), (72, 120), (0, 120)]
-    reading, inputs = block_inputs(network("resnet10t", size=32), grid)
+    reading, inputs = block_inputs(network("resnet10t", size=32), **grid)
     assert reading == BlockFeatures(classes=0, averages=4)
     assert [(one.start, one.stop, one.blocks) for one in inputs] == [(0, 512, 1), (0, 960, 4)]
 
 
 def test_what_a_network_lacks_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"evaluate\.linear\.pooling: resnet10t has no class token for 'cls'"):
-        block_inputs(network("resnet10t", size=32), LinearConfig(blocks=(1,), pooling=("cls",)))
+        block_inputs(network("resnet10t", size=32), (1,), ("cls",))
     with pytest.raises(ConfigError, match=r"evaluate\.linear\.blocks: 6 is not possible, .* has 5 feature maps; give"):
-        block_inputs(network("vit_tiny_patch16_224", **VIT), LinearConfig(blocks=(1, 6)))
+        block_inputs(network("vit_tiny_patch16_224", **VIT), (1, 6))
 
 
 def test_prefixes_are_those_shorter_than_the_whole() -> None:

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unlabeled.pretext.common.patches import normalize_patches, patchify
 from unlabeled.pretext.common.positions import sincos_2d
 from unlabeled.pretext.masked_image.convmae import ConvMAE, ConvMAEConfig
+from unlabeled.pretext.masked_image.masked_image import normalize_patches, patchify
 from unlabeled.pretext.registry import create_task, task_config
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.core.errors import CapabilityError, CheckpointError, ConfigError
@@ -48,7 +48,7 @@ def test_loss_is_the_mean_over_pixels_then_over_hidden_cells(norm_pix):
 
     images = task.backbone.normalize(pictures())
     masking = task.mask(images, noise)
-    latent = task.latent(images, masking)
+    latent = task.encode(images, masking)
     assert latent.shape == (4, 4, 16)  # no class token
     predictions = task.decoder.predict_all(latent, masking)
     target = patchify(images, (8, 8))
@@ -70,7 +70,7 @@ def test_skips_join_the_tokens_before_the_last_norm(monkeypatch):
     task.config = task.config.model_copy(update={"execution": "dense"})
     images = task.backbone.normalize(pictures())
     masking = task.mask(images, torch.rand(4, 16))
-    latent = task.latent(images, masking)
+    latent = task.encode(images, masking)
 
     skips = [
         F.conv2d(seen[name].permute(0, 3, 1, 2), skip.weight, skip.bias, stride=stride).flatten(2).transpose(1, 2)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unlabeled.pretext.common.patches import normalize_patches, patchify, unpatchify
 from unlabeled.pretext.masked_image.fcmae import FCMAE, ConvDecoder, FCMAEConfig, dense_layout
+from unlabeled.pretext.masked_image.masked_image import normalize_patches, patchify, unpatchify
 from unlabeled.pretext.registry import create_task, task_config
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.backbones.masked.masking import masking_of

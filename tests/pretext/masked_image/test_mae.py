@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unlabeled.pretext.common.patches import normalize_patches, patchify
 from unlabeled.pretext.common.positions import sincos_2d
 from unlabeled.pretext.masked_image.mae import MAE, MAEConfig
+from unlabeled.pretext.masked_image.masked_image import cell_targets, normalize_patches, patchify
 from unlabeled.pretext.registry import create_task, task_config
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.backbones.masked.tokens import TokenEncoder
@@ -176,7 +176,7 @@ def test_bfloat16_keeps_targets_and_loss_in_float32():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = task({"image": pictures()}, noise=noise).loss
         images = task.backbone.normalize(pictures())
-        target = task.target(images, torch.arange(16).expand(4, -1))
+        target = cell_targets(images, task.cell, torch.arange(16).expand(4, -1), norm_pix=task.config.norm_pix)
     assert loss.dtype == target.dtype == torch.float32
     assert loss.item() == pytest.approx(exact.item(), rel=0.02)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -190,7 +190,7 @@ def test_a_constant_picture_has_the_target_zero():
     task = tiny_task()
     images = task.backbone.normalize(torch.full((1, 3, 32, 32), 77, dtype=torch.uint8)[:, :1].expand(-1, 3, -1, -1))
     images = images[:, :1].expand(-1, 3, -1, -1)  # one value over all channels, after normalisation
-    assert torch.equal(task.target(images, torch.arange(16)[None]), torch.zeros(1, 16, 192))
+    assert torch.equal(cell_targets(images, task.cell, torch.arange(16)[None]), torch.zeros(1, 16, 192))
 
 
 def test_initial_weights():

@@ -12,10 +12,10 @@ from torch import Tensor
 from unlabeled.pretext.masked_image.simmim import SimMIM, SimMIMConfig
 from unlabeled.pretext.registry import create_task, task_config
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
-from unlabeled.ssl.config.composition import compose_config
 from unlabeled.ssl.config.schema import PretrainConfig
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 from unlabeled.ssl.train.schedule import peak_rate
+from unlabeled.workflows.settings import compose_settings
 
 ARCHITECTURES = json.loads(
     resources.files("unlabeled.workflows.compatibility").joinpath("architectures.json").read_text()
@@ -72,7 +72,7 @@ def test_hiera_has_no_norm_over_its_last_map():
 
 
 def test_published_recipe():
-    config = compose_config("pretrain", ["task=simmim"], PretrainConfig)
+    config = compose_settings("pretrain", ["task=simmim"], PretrainConfig)
     assert peak_rate(config.optim, 2048) == pytest.approx(8e-4)
     assert peak_rate(config.optim, 512) == pytest.approx(2e-4)
     assert config.engine.clip == 5.0
@@ -152,7 +152,7 @@ def test_a_network_without_maps_is_refused():
 
 @pytest.mark.parametrize("recipe", ["cifar10/simmim_swin"])
 def test_recipes_build(recipe):
-    config = compose_config("pretrain", [f"recipe={recipe}", "data.path=cifar10"], PretrainConfig)
+    config = compose_settings("pretrain", [f"recipe={recipe}", "data.path=cifar10"], PretrainConfig)
     task = create_task(config.task, backbone_of((config.backbone.name, config.backbone.kwargs), config.backbone.size))
     assert task.grid_of((32, 32)) == (4, 4)
     assert task.cell == (task.stride, task.stride)  # as the paper's Swin: a cell is one place of the last map

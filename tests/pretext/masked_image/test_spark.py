@@ -12,15 +12,15 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unlabeled.pretext.common.patches import normalize_patches, patchify, unpatchify
+from unlabeled.pretext.masked_image.masked_image import cell_targets, normalize_patches, patchify, unpatchify
 from unlabeled.pretext.masked_image.spark import Densify, LightDecoder, SparK, SparKConfig
 from unlabeled.pretext.registry import create_task, task_config
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.backbones.masked.masking import masking_of
-from unlabeled.ssl.config.composition import compose_config
 from unlabeled.ssl.config.schema import PretrainConfig
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 from unlabeled.ssl.train.optimizer import create_optimizer, set_rates
+from unlabeled.workflows.settings import compose_settings
 
 RESNET = {"channels": (8, 8, 16, 24), "output_stride": 8}
 CONVNEXT = {"patch_size": 1, "dims": (8, 12, 16, 32), "depths": (1, 1, 2, 1)}
@@ -151,7 +151,8 @@ def test_larger_cells():
     assert task.cell == (16, 16)
     batch = {"image": pictures(2, (64, 64))}
     assert task.draw(batch)["noise"].shape == (2, 16)
-    assert task.target(task.backbone.normalize(batch["image"]), torch.tensor([[0], [5]])).shape == (2, 1, 768)
+    images = task.backbone.normalize(batch["image"])
+    assert cell_targets(images, task.cell, torch.tensor([[0], [5]])).shape == (2, 1, 768)
     assert math.isfinite(task(batch).loss.item())
 
 
@@ -242,7 +243,7 @@ def test_weight_decay_follows_the_paper():
 
 
 def test_the_published_optimizer_adapts_the_rate_of_decayed_tensors_only():
-    config = compose_config("pretrain", ["task=spark"], PretrainConfig)
+    config = compose_settings("pretrain", ["task=spark"], PretrainConfig)
     assert (config.optim.weight_decay, config.optim.weight_decay_end, config.engine.clip) == (0.04, 0.2, 5.0)
     task = tiny_task()
     optimizer = create_optimizer(task, config.optim)

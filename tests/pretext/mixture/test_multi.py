@@ -22,9 +22,11 @@ from unlabeled.pretext.mixture.mixture import MultiConfig
 from unlabeled.pretext.mixture.multi import Multi
 from unlabeled.pretext.registry import create_task, task_class, task_config
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
+from unlabeled.ssl.core import registry as core_registry
 from unlabeled.ssl.core.errors import CapabilityError, CheckpointError, ConfigError
 from unlabeled.ssl.nn.batch_norm import SyncedBatchNorm2d
 from unlabeled.ssl.task import PretextTask, StepOutput, TaskConfig
+from unlabeled.workflows.pretrain import pretrain_config
 
 VIT = {"name": "vit_tiny_patch16_224", "size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 RESNET = {"name": "resnet18", "size": 32, "channels": [8, 8, 16, 16], "output_stride": 8}
@@ -204,7 +206,7 @@ class Follower(PretextTask):
 @pytest.fixture
 def follower(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     monkeypatch.setitem(registry.TASKS, "follower", f"{__name__}:Follower")
-    monkeypatch.setattr(registry.importlib, "import_module", _import)
+    monkeypatch.setattr(core_registry.importlib, "import_module", _import)
     return {"name": "follower"}
 
 
@@ -268,12 +270,10 @@ def test_masked_statistics_are_found_in_the_settings():
     assert task_class("spark").masks_statistics(with_spark.tasks[1].settings)
 
 
-def test_the_defaults_need_what_the_class_says_and_are_those_of_the_configuration_file():
+def test_the_defaults_need_what_the_class_says_and_are_those_of_the_recipe():
     parts = MultiConfig().tasks
     assert [(part.name, part.weight) for part in parts] == [("rotation", 1), ("simmim", 1)]
     assert Multi.requires == frozenset().union(*(task_class(part.name).requires for part in parts))
-    from unlabeled.ssl.config.composition import pretrain_config
-
     assert task_config(pretrain_config(["task=multi"]).task) == MultiConfig()
 
 

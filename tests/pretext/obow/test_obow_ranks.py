@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from unlabeled.pretext.obow import OBoW, OBoWConfig
-from unlabeled.pretext.obow.head import WordHead
+from unlabeled.pretext.obow.vocabulary import WordHead
 from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.nn.batch_norm import synchronize
 

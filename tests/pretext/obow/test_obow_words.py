@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unlabeled.pretext.obow.head import WordHead, bow_logits
-from unlabeled.pretext.obow.task import bow_loss
+from unlabeled.pretext.obow.task import bow_logits, bow_loss
 from unlabeled.pretext.obow.vocabulary import (
     Distances,
     News,
     Vocabulary,
+    WordHead,
     information,
     inner_map,
     perplexity,

@@ -17,13 +17,15 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import unlabeled
-from unlabeled.pretext.common.multi_crop import by_crop, crop_major, local_size
+from unlabeled.pretext.common.multi_crop import local_size
 from unlabeled.pretext.registry import create_task
 from unlabeled.pretext.self_distillation.dino import DINO, DINOConfig
 from unlabeled.pretext.self_distillation.self_distillation import (
-    SelfDistillation,
+    TeacherStudent,
     assignment_figures,
+    by_crop,
     create_head,
+    crop_major,
     cross_view_loss,
     directions,
     scores,
@@ -47,11 +49,11 @@ def resnet() -> Backbone:
     return create_backbone("resnet18", size=32, channels=(8, 8, 16, 24), output_stride=8, zero_init_last=False)
 
 
-def tiny(name: str = "dino", backbone: Backbone | None = None, **settings: Any) -> SelfDistillation:
+def tiny(name: str = "dino", backbone: Backbone | None = None, **settings: Any) -> TeacherStudent:
     torch.manual_seed(0)
     fields = {"name": name, "locals": 3, "local_size": 16, "head": HEAD, **settings}
     task = create_task(fields, backbone or vit())
-    assert isinstance(task, SelfDistillation)
+    assert isinstance(task, TeacherStudent)
     return task
 
 
@@ -63,7 +65,7 @@ def batch(
     return {k: torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for k, shape in shapes.items()}
 
 
-def teacher_logits(task: SelfDistillation, crops: dict[str, torch.Tensor]) -> torch.Tensor:
+def teacher_logits(task: TeacherStudent, crops: dict[str, torch.Tensor]) -> torch.Tensor:
     """(2, B, K), by the plain way: crop by crop through lightly's own forward."""
     backbone, head = task.teacher["backbone"], task.teacher["head"]
     with torch.no_grad():
@@ -184,7 +186,7 @@ def test_centre_moves_after_use_by_the_mean_of_all_micro_steps():
     before = task(first).loss
     assert task.centers["head"].value.abs().max() == 0
     assert torch.equal(task(first).loss, before)  # a forward pass moves nothing
-    task._means["head"].clear()
+    task.centers["head"].observed.clear()
     task(first), task(second)
     task.after_step(0.1)
     assert torch.allclose(task.centers["head"].value, 0.1 * logits.mean((0, 1))[None], atol=1e-6)

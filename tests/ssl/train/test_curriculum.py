@@ -12,11 +12,11 @@ from torch import Tensor
 
 from unlabeled.pretext.registry import create_task
 from unlabeled.ssl.backbones.backbone import create_backbone
-from unlabeled.ssl.config.composition import compose_config
 from unlabeled.ssl.config.schema import CurriculumName, PretrainConfig
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.task import PretextTask
 from unlabeled.ssl.train.curriculum import Curriculum, Stage, create_curriculum, low_frequencies, plan_stages
+from unlabeled.workflows.settings import compose_settings
 
 VIT = {"size": 64, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 RESNET = {"channels": [4, 4, 4, 4], "stem_width": 4, "output_stride": 8}
@@ -244,12 +244,12 @@ def test_sizes_are_multiples_of_what_backbone_and_task_need(monkeypatch: pytest.
 
 def test_the_recipe_differs_from_the_plain_one_in_the_curriculum_alone() -> None:
     plain, curriculum = (
-        compose_config("pretrain", [f"recipe=cifar10/rotation_resnet18{name}", "data.path=cifar10"], PretrainConfig)
+        compose_settings("pretrain", [f"recipe=cifar10/rotation_resnet18{name}", "data.path=cifar10"], PretrainConfig)
         for name in ("", "_efficienttrain")
     )
     assert plain.engine.curriculum is None
     assert curriculum == plain.model_copy(
         update={"engine": plain.engine.model_copy(update={"curriculum": "efficienttrain"})}
     )
-    word = compose_config("pretrain", ["task=rotation", "engine.curriculum=efficienttrain++"], PretrainConfig)
+    word = compose_settings("pretrain", ["task=rotation", "engine.curriculum=efficienttrain++"], PretrainConfig)
     assert word.engine.curriculum == "efficienttrain++"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unlabeled.eval.dense.miou import Overlap, mean_iou
-from unlabeled.eval.settings import SegmentationConfig
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.core.seeds import derive
 
@@ -43,6 +43,21 @@ class LabelledPlaces:
         return LabelledPlaces(self.features[rows], self.shares[rows], self.known[rows], self.pictures[rows])
 
 
+class ProbeSettings(Protocol):
+    """What the linear probe reads of an evaluator's settings."""
+
+    @property
+    def lr(self) -> tuple[float, ...]: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def holdout(self) -> float: ...
+
+
 class LinearPlaces:
     """One linear layer on standardised features, trained on soft labels.
 
@@ -54,7 +69,7 @@ class LinearPlaces:
     Raises DataError for a single picture, and when all rates diverge.
     """
 
-    def __init__(self, places: LabelledPlaces, config: SegmentationConfig, seed: int) -> None:
+    def __init__(self, places: LabelledPlaces, config: ProbeSettings, seed: int) -> None:
         self._mean = places.features.mean(dim=0)
         deviation = places.features.std(dim=0, correction=0)
         constant = deviation <= 1e-6 * self._mean.abs().clamp(min=1e-6)  # what rounding leaves of zero variance
@@ -73,7 +88,7 @@ class LinearPlaces:
         return F.pad((features - self._mean) / self._deviation, (0, 1), value=1.0)
 
     def _choose(
-        self, places: LabelledPlaces, held: Tensor, config: SegmentationConfig, seed: int
+        self, places: LabelledPlaces, held: Tensor, config: ProbeSettings, seed: int
     ) -> tuple[float, float, int]:
         rates = sorted(set(config.lr))
         heads = self._fit(places.part(~held), rates, config, seed)
@@ -92,9 +107,7 @@ class LinearPlaces:
         return rates[best], results[best], len(alive) - sum(alive)
 
     @torch.enable_grad()
-    def _fit(
-        self, places: LabelledPlaces, rates: Sequence[float], config: SegmentationConfig, seed: int
-    ) -> list[Tensor]:
+    def _fit(self, places: LabelledPlaces, rates: Sequence[float], config: ProbeSettings, seed: int) -> list[Tensor]:
         """One head (C + 1, K) for each rate, all from zero and on the same batches; none reads a number of another."""
         features, (count, classes) = self._standard(places.features), places.shares.shape
         batch = min(config.batch_size, count)

@@ -10,20 +10,37 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 import numpy as np
+from pydantic import Field
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 
-from unlabeled.eval.base import FloatArray, IntArray, Measure, Value, check_features
+from unlabeled.eval.base import Evaluator, EvaluatorConfig, FloatArray, IntArray, Measure, Value, check_features
 from unlabeled.eval.neighbors.faiss_threads import faiss_threads
 from unlabeled.eval.neighbors.search import normalized
-from unlabeled.eval.settings import ClusterConfig
 from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.core.seeds import derive
 
+_MEASURES = {
+    "accuracy": Measure("k-means, Hungarian accuracy"),
+    "nmi": Measure("k-means, NMI", "number"),
+    "ari": Measure("k-means, ARI", "number"),
+}
 
-class ClusterEvaluator:
+
+class ClusterConfig(EvaluatorConfig):
+    """k-means on the test features through faiss, compared with the classes."""
+
+    restarts: int = Field(5, ge=1)
+    """Runs from other starting points; the one of the best objective counts."""
+    iterations: int = Field(50, ge=1)
+    """Of each run."""
+    spherical: bool = True
+    """Features and centroids of unit length, compared by cosine; false: as they are, by Euclidean distance."""
+
+
+class ClusterEvaluator(Evaluator):
     """Agreement of k-means clusters of the test pictures with their classes, k being the number of these classes.
 
     Yields ``accuracy`` (each cluster stands for one class, matched for the best total), ``nmi`` (mutual information
@@ -35,17 +52,14 @@ class ClusterEvaluator:
     name: ClassVar = "cluster"
     title: ClassVar = "Clusters"
     needs: ClassVar = "features"
+    Config: ClassVar = ClusterConfig
 
     def __init__(self, config: ClusterConfig) -> None:
         self.config = config
 
     @classmethod
     def measure(cls, key: str) -> Measure | None:
-        return {
-            "accuracy": Measure("k-means, Hungarian accuracy"),
-            "nmi": Measure("k-means, NMI", "number"),
-            "ari": Measure("k-means, ARI", "number"),
-        }.get(key)
+        return _MEASURES.get(key)
 
     def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         data = subject.features
@@ -75,9 +89,9 @@ class ClusterEvaluator:
         )
         counts = contingency_matrix(truth, found)  # (classes, clusters that hold a picture)
         matched, columns = linear_sum_assignment(counts, maximize=True)
-        yield "accuracy", float(counts[matched, columns].sum() / len(truth))
-        yield "nmi", float(normalized_mutual_info_score(truth, found))
-        yield "ari", float(adjusted_rand_score(truth, found))
+        yield "accuracy", _MEASURES["accuracy"].of(float(counts[matched, columns].sum() / len(truth)))
+        yield "nmi", _MEASURES["nmi"].of(float(normalized_mutual_info_score(truth, found)))
+        yield "ari", _MEASURES["ari"].of(float(adjusted_rand_score(truth, found)))
         numbers = np.zeros(k, dtype=np.int64)
         numbers[np.unique(found)[columns]] = classes[matched]
         yield "clusters", numbers[found]

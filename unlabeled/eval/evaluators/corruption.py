@@ -8,21 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import ClassVar, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from unlabeled.eval.base import Estimate, FloatArray, IntArray, Measure, Value
-from unlabeled.eval.corruptions import CorruptedSource
-from unlabeled.eval.evaluators.knn import KnnEvaluator
-from unlabeled.eval.evaluators.linear import LinearEvaluator
+from unlabeled.eval.base import Estimate, Evaluator, EvaluatorConfig, FloatArray, IntArray, Measure, Value
+from unlabeled.eval.corruptions import CorruptedSource, CorruptionName
+from unlabeled.eval.evaluators.knn import KnnConfig, KnnEvaluator
+from unlabeled.eval.evaluators.linear import LinearConfig, LinearEvaluator
 from unlabeled.eval.evaluators.spectrum import chosen
 from unlabeled.eval.features.extract import EvalTransform, PictureTransform, Resize, pixel_size, raw_pixels
 from unlabeled.eval.intervals import wilson
-from unlabeled.eval.settings import CorruptionConfig, CorruptionName, KnnConfig, LinearConfig
 from unlabeled.eval.subject import Subject
 
 _K = 20
@@ -33,7 +33,29 @@ _Z95 = 1.96
 Hits = npt.NDArray[np.bool_]
 
 
-class CorruptionEvaluator:
+_MEASURES = {
+    "clean": Measure("accuracy on the same pictures, clean", "percent"),
+    "mean": Measure("mean accuracy under corruption", "percent"),
+    "kept": Measure("accuracy kept under corruption (mean / clean)", "percent"),
+}
+
+
+class CorruptionConfig(EvaluatorConfig):
+    """Accuracy on corrupted test pictures of a classifier fitted to clean features, after ImageNet-C."""
+
+    corruptions: tuple[CorruptionName, ...] = Field(
+        ("gaussian_noise", "gaussian_blur", "jpeg", "brightness"), min_length=1
+    )
+    """Which ones, by name."""
+    severities: tuple[Annotated[int, Field(ge=1, le=5)], ...] = Field((1, 3, 5), min_length=1)
+    """From 1 (weak) to 5."""
+    pictures: int = Field(1000, ge=1)
+    """Test pictures, drawn by the seed."""
+    classifier: Literal["knn", "linear"] = "knn"
+    """kNN with k = 20, or a linear probe with the default settings of ``evaluate.linear``."""
+
+
+class CorruptionEvaluator(Evaluator):
     """Accuracy on clean and corrupted test pictures of one classifier fitted to the clean training features.
 
     kNN with k = 20, or the linear probe with its usual grid. Pictures are corrupted at the size at which the network
@@ -50,20 +72,14 @@ class CorruptionEvaluator:
     title: ClassVar = "Corrupted pictures"
     needs: ClassVar = "pictures"
     captions: ClassVar = {"examples": "a row for each corruption: clean, then each severity"}
+    Config: ClassVar = CorruptionConfig
 
     def __init__(self, config: CorruptionConfig) -> None:
         self.config = config
 
     @classmethod
     def measure(cls, key: str) -> Measure | None:
-        known = {
-            "clean": "accuracy on the same pictures, clean",
-            "mean": "mean accuracy under corruption",
-            "kept": "accuracy kept under corruption (mean / clean)",
-        }
-        if key in get_args(CorruptionName):
-            return Measure(f"accuracy under {key.replace('_', ' ')}", "percent")
-        return Measure(known[key], "percent") if key in known else None
+        return _under(key) if key in get_args(CorruptionName) else _MEASURES.get(key)
 
     def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         config, test = self.config, subject.features.test
@@ -76,7 +92,7 @@ class CorruptionEvaluator:
         by_cell = hits[1:].reshape(len(config.corruptions), len(config.severities), -1)
         yield from _accuracies(hits[0], by_cell.mean(axis=(0, 1)))
         for name, part in zip(config.corruptions, by_cell, strict=True):
-            yield name, _mean(part.mean(axis=0))
+            yield name, _under(name).of(_mean(part.mean(axis=0)))
         for (name, severity), part in zip(cells, hits[1:], strict=True):
             yield f"{name}_s{severity}", float(part.mean())
         yield "accuracies", by_cell.mean(axis=2)
@@ -95,6 +111,10 @@ class CorruptionEvaluator:
         predicted = dict(classifier.run(judged))["predictions"]
         assert isinstance(predicted, np.ndarray)
         return np.asarray(predicted.reshape(sets, -1) == labels)
+
+
+def _under(corruption: str) -> Measure:
+    return Measure(f"accuracy under {corruption.replace('_', ' ')}", "percent")
 
 
 def _corrupted(subject: Subject, numbers: IntArray, name: CorruptionName, severity: int) -> CorruptedSource:
@@ -117,14 +137,14 @@ def _encoded(subject: Subject, source: CorruptedSource) -> FloatArray:
 def _accuracies(clean: Hits, corrupted: FloatArray) -> Iterator[tuple[str, Value]]:
     """Clean and mean accuracy, and their ratio with the interval of a ratio of means (delta method)."""
     count, accuracy = len(clean), float(clean.mean())
-    yield "clean", Estimate(accuracy, *wilson(accuracy, count))
-    yield "mean", _mean(corrupted)
+    yield "clean", _MEASURES["clean"].of(Estimate(accuracy, *wilson(accuracy, count)))
+    yield "mean", _MEASURES["mean"].of(_mean(corrupted))
     if accuracy == 0:
         yield "note", "no clean picture is told rightly, so that nothing can be kept under corruption"
         return
     kept = float(corrupted.mean()) / accuracy
     half = _Z95 * float((corrupted - kept * clean).std()) / accuracy / count**0.5
-    yield "kept", Estimate(kept, max(0.0, kept - half), kept + half)
+    yield "kept", _MEASURES["kept"].of(Estimate(kept, max(0.0, kept - half), kept + half))
 
 
 def _mean(parts: FloatArray) -> Estimate:

@@ -25,13 +25,22 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from unlabeled.eval.base import FeatureSplit, FloatArray, IntArray, Measure, Value, check_features
+from unlabeled.eval.base import (
+    Evaluator,
+    EvaluatorConfig,
+    FeatureSplit,
+    FloatArray,
+    IntArray,
+    Measure,
+    Value,
+    check_features,
+)
 from unlabeled.eval.evaluators.knn import nearest_neighbours
 from unlabeled.eval.gallery import shrunk
 from unlabeled.eval.neighbors.search import normalized
-from unlabeled.eval.settings import DuplicatesConfig
 from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.seeds import derive
 from unlabeled.ssl.data.source import ImageSource
@@ -48,7 +57,28 @@ _GAP = 2
 _WHITE = 255
 
 
-class DuplicatesEvaluator:
+_MEASURES = {
+    "share": Measure("test pictures with a near duplicate in training", "percent", None),
+    "pairs": Measure("near duplicates between test and training", "number", None),
+    "exact": Measure("of these between test and training, equal pixel by pixel", "number", None),
+    "train_share": Measure("training pictures with a near duplicate in training", "percent", None),
+    "train_pairs": Measure("near duplicates within training", "number", None),
+    "train_exact": Measure("of these within training, equal pixel by pixel", "number", None),
+}
+
+
+class DuplicatesConfig(EvaluatorConfig):
+    """Pictures that are in the training split too, or nearly so."""
+
+    chance: float = Field(1e-3, gt=0, lt=1)
+    """Share of ordinary pictures that may be taken for near duplicates; sets the threshold."""
+    queries: int = Field(10_000, ge=1)
+    """Largest number of training pictures, drawn by lot, that are looked up in the training split."""
+    shown: int = Field(8, ge=1)
+    """Closest pairs in the report's picture."""
+
+
+class DuplicatesEvaluator(Evaluator):
     """Near duplicates between the test and the training split, and within the training split.
 
     Yields ``share`` of the test pictures with a near duplicate in training, ``pairs`` (of test and training picture),
@@ -64,20 +94,14 @@ class DuplicatesEvaluator:
     title: ClassVar = "Near duplicates"
     needs: ClassVar = "pictures"
     captions: ClassVar = {"closest": "above: test pictures; below: the nearest training picture of each"}
+    Config: ClassVar = DuplicatesConfig
 
     def __init__(self, config: DuplicatesConfig) -> None:
         self.config = config
 
     @classmethod
     def measure(cls, key: str) -> Measure | None:
-        return {
-            "share": Measure("test pictures with a near duplicate in training", "percent", None),
-            "pairs": Measure("near duplicates between test and training", "number", None),
-            "exact": Measure("of these between test and training, equal pixel by pixel", "number", None),
-            "train_share": Measure("training pictures with a near duplicate in training", "percent", None),
-            "train_pairs": Measure("near duplicates within training", "number", None),
-            "train_exact": Measure("of these within training, equal pixel by pixel", "number", None),
-        }.get(key)
+        return _MEASURES.get(key)
 
     def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         data, sources = subject.features, subject.sources
@@ -90,16 +114,16 @@ class DuplicatesEvaluator:
         leaks = find_pairs(train, test, self.config.chance)
         if leaks.ratio == 0:
             yield "note", f"{len(train)} training pictures are too few to judge nearness; only equal features count"
-        yield "share", leaks.found.any(axis=1).mean().item()
-        yield "pairs", int(leaks.found.sum())
+        yield "share", _MEASURES["share"].of(leaks.found.any(axis=1).mean().item())
+        yield "pairs", _MEASURES["pairs"].of(int(leaks.found.sum()))
         yield "ratio", leaks.ratio
         drawn = np.arange(len(train))
         if self.config.queries < len(train):
             lot = np.random.default_rng(derive(subject.seed, "duplicates")).permutation(len(train))
             drawn = np.sort(lot[: self.config.queries])
         inside = find_pairs(train, train[drawn], self.config.chance, own=drawn)
-        yield "train_share", inside.found.any(axis=1).mean().item()
-        yield "train_pairs", len(_unordered(drawn, inside))
+        yield "train_share", _MEASURES["train_share"].of(inside.found.any(axis=1).mean().item())
+        yield "train_pairs", _MEASURES["train_pairs"].of(len(_unordered(drawn, inside)))
         if sources is not None:
             marks = [_Marks(source, split) for source, split in zip(sources, (data.train, data.test), strict=True)]
             yield from self._seen(marks[0], marks[1], leaks, _unordered(drawn, inside))
@@ -110,8 +134,8 @@ class DuplicatesEvaluator:
         """What the pictures themselves add."""
         queries, places = np.nonzero(leaks.found)
         pairs = zip(queries.tolist(), leaks.rows[queries, places].tolist(), strict=True)
-        yield "exact", sum(test.of(query) == train.of(row) for query, row in pairs)
-        yield "train_exact", sum(train.of(one) == train.of(two) for one, two in inside)
+        yield "exact", _MEASURES["exact"].of(sum(test.of(query) == train.of(row) for query, row in pairs))
+        yield "train_exact", _MEASURES["train_exact"].of(sum(train.of(one) == train.of(two) for one, two in inside))
         closest = leaks.closest().tolist()
         partner = leaks.rows[:, 0].tolist()
         for row in [row for row in closest if leaks.found[row, 0]][:1]:

@@ -14,16 +14,39 @@ from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
-from unlabeled.eval.base import Estimate, FloatArray, IntArray, Measure, Value, check_features
+from unlabeled.eval.base import (
+    Estimate,
+    Evaluator,
+    EvaluatorConfig,
+    FloatArray,
+    IntArray,
+    Measure,
+    Point,
+    Value,
+    check_features,
+)
 from unlabeled.eval.neighbors.search import normalized
-from unlabeled.eval.settings import FewShotConfig
 from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.core.seeds import derive
 
 
-class FewShotEvaluator:
+class FewShotConfig(EvaluatorConfig):
+    """Episodes of nearest class means on centred features of unit length (SimpleShot's CL2N)."""
+
+    ways: int = Field(5, ge=2)
+    """Classes of an episode."""
+    shots: tuple[int, ...] = (1, 5)
+    """Labelled pictures of each class."""
+    queries: int = Field(15, ge=1)
+    """Pictures of each class to be classified."""
+    episodes: int = Field(600, ge=2)
+    """Of each number of shots, which give the mean and its interval."""
+
+
+class FewShotEvaluator(Evaluator):
     """Mean accuracy of n-way k-shot episodes, for each k of the settings.
 
     Yields ``5way_1shot`` and so on as `Estimate`: mean over the episodes +- 1.96 deviations / sqrt(episodes), as the
@@ -35,6 +58,7 @@ class FewShotEvaluator:
     name: ClassVar = "few_shot"
     title: ClassVar = "Few-shot classification"
     needs: ClassVar = "features"
+    Config: ClassVar = FewShotConfig
 
     def __init__(self, config: FewShotConfig) -> None:
         if not config.shots or min(config.shots) < 1:
@@ -46,7 +70,7 @@ class FewShotEvaluator:
     @classmethod
     def measure(cls, key: str) -> Measure | None:
         found = re.fullmatch(r"(\d+)way_(\d+)shot", key)
-        return Measure(f"{found[1]}-way {found[2]}-shot", "percent") if found else None
+        return _episodes(int(found[1]), int(found[2])) if found else None
 
     def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         data, config = subject.features, self.config
@@ -70,7 +94,8 @@ class FewShotEvaluator:
             found = episodes(features, members, ways, shots, queries, config.episodes, seed)
             half = 1.96 * float(found.std(ddof=1)) / math.sqrt(len(found))
             mean = float(found.mean())
-            yield f"{ways}way_{shots}shot", Estimate(mean, max(0.0, mean - half), min(1.0, mean + half))
+            estimate = Estimate(mean, max(0.0, mean - half), min(1.0, mean + half))
+            yield f"{ways}way_{shots}shot", _episodes(ways, shots).of(estimate)
         if len(refused) == len(set(config.shots)):
             raise DataError(
                 f"evaluate.few_shot: no two test classes have {min(refused) + 1} pictures, one more than the shots; "
@@ -78,6 +103,10 @@ class FewShotEvaluator:
             )
         if refused:
             yield "note", f"no two test classes have pictures enough for {', '.join(map(str, refused))} shots"
+
+
+def _episodes(ways: int, shots: int) -> Measure:
+    return Measure(f"{ways}-way {shots}-shot", "percent", point=Point(f"{ways}-way", "shot", shots))
 
 
 def possible(members: list[IntArray], ways: int, shots: int, queries: int) -> tuple[int, int]:

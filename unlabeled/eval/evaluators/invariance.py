@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+from pydantic import Field
 from torch import Tensor
 from torchvision.transforms import v2
 
-from unlabeled.eval.base import Estimate, Measure, Value
+from unlabeled.eval.base import Estimate, Evaluator, EvaluatorConfig, Measure, Value
 from unlabeled.eval.evaluators.spectrum import chosen
 from unlabeled.eval.metrics import lidar, pair_distances
-from unlabeled.eval.settings import InvarianceConfig
 from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.core.seeds import derive
@@ -22,7 +22,24 @@ from unlabeled.ssl.data.source import ImageSource
 _Z95 = 1.96
 
 
-class InvarianceEvaluator:
+_MEASURES = {
+    "lidar": Measure("LiDAR", "number"),
+    "alignment": Measure("alignment of two views (0: equal)", "number", "lower"),
+}
+
+
+class InvarianceConfig(EvaluatorConfig):
+    """LiDAR and alignment over crops, flips and colour jitter of training pictures."""
+
+    pictures: int = Field(500, ge=2)
+    """Training pictures, drawn by the seed; the paper of LiDAR takes 1000."""
+    views: int = Field(10, ge=2)
+    """Of each picture; the paper takes 50."""
+    scale: float = Field(0.2, gt=0, le=1)
+    """Smallest part of a picture's area that a crop shows."""
+
+
+class InvarianceEvaluator(Evaluator):
     """LiDAR and alignment over crops, flips and colour jitter, the views that most joint-embedding tasks train on.
 
     For a task with other views (patches, rotations) they are a common yardstick and not its own LiDAR.
@@ -34,17 +51,14 @@ class InvarianceEvaluator:
     name: ClassVar = "invariance"
     title: ClassVar = "Views of the same picture"
     needs: ClassVar = "network"
+    Config: ClassVar = InvarianceConfig
 
     def __init__(self, config: InvarianceConfig) -> None:
         self.config = config
 
     @classmethod
     def measure(cls, key: str) -> Measure | None:
-        known = {
-            "lidar": Measure("LiDAR", "number"),
-            "alignment": Measure("alignment of two views (0: equal)", "number", "lower"),
-        }
-        return known.get(key)
+        return _MEASURES.get(key)
 
     def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         train, views = subject.features.train, self.config.views
@@ -57,8 +71,8 @@ class InvarianceEvaluator:
         features = subject.encode(source).features.reshape(len(picked), views, -1)
         distances = pair_distances(features)
         mean, half = float(distances.mean()), _Z95 * float(distances.std(ddof=1)) / len(picked) ** 0.5
-        yield "lidar", lidar(features)
-        yield "alignment", Estimate(mean, mean - half, mean + half)
+        yield "lidar", _MEASURES["lidar"].of(lidar(features))
+        yield "alignment", _MEASURES["alignment"].of(Estimate(mean, mean - half, mean + half))
         yield "pictures", len(picked)
         yield "views", views
         yield "distances", distances

@@ -11,23 +11,26 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BeforeValidator, Field
 
 from unlabeled.eval.base import (
+    Evaluator,
+    EvaluatorConfig,
     FeatureSet,
     FeatureSplit,
     FloatArray,
     IntArray,
     Measure,
+    Point,
     Value,
     check_features,
 )
 from unlabeled.eval.intervals import over_draws
-from unlabeled.eval.neighbors.search import APPROXIMATE, recall, search
-from unlabeled.eval.settings import KnnConfig
+from unlabeled.eval.neighbors.search import APPROXIMATE, SearchSettings, recall, search
 from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import ConfigError
 
@@ -38,7 +41,32 @@ _QUERIES = 2048
 """Test pictures that vote at a time; bounds the memory of the (queries, classes) scores."""
 
 
-class KnnEvaluator:
+def _listed(value: Any) -> Any:
+    """One number as a list of one."""
+    return (value,) if isinstance(value, (int, float)) else value
+
+
+class KnnConfig(EvaluatorConfig):
+    """Weighted kNN, the protocol of DINO."""
+
+    k: tuple[int, ...] = (10, 20, 100, 200)
+    """Numbers of neighbours that vote."""
+    temperature: Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_listed)] = (0.07,)
+    """One or several; the headline is 0.07, or the first where that is not among them."""
+    search: Literal["exact", "reduced", "ivf", "hnsw"] = "exact"
+    """exact: float32 · reduced: 8-bit products first, the same neighbours proven, faster where the processor has such
+    instructions · ivf, hnsw: approximate, with their recall measured."""
+    effort: int = Field(64, ge=1)
+    """Of an approximate search: lists that ivf visits, breadth of the search through hnsw (at least k)."""
+    memory_gb: float = Field(2.0, gt=0)
+    """Of training features made ready in memory at a time, in 1e9 bytes; an approximate search needs them all."""
+    shots: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Also with so many training pictures of each class alone."""
+    shot_draws: int = Field(5, ge=2)
+    """Draws of these pictures, which give the mean and its interval."""
+
+
+class KnnEvaluator(Evaluator):
     """kNN accuracy for each k and temperature of the settings.
 
     Yields, for each k (cut to the number of training pictures, which a ``note`` then says), ``k20`` and with more than
@@ -56,6 +84,7 @@ class KnnEvaluator:
     name: ClassVar = "knn"
     title: ClassVar = "Nearest neighbours"
     needs: ClassVar = "features"
+    Config: ClassVar = KnnConfig
 
     def __init__(self, config: KnnConfig) -> None:
         if not config.k or min(config.k) < 1:
@@ -71,14 +100,11 @@ class KnnEvaluator:
     @classmethod
     def measure(cls, key: str) -> Measure | None:
         if key == "recall":
-            return Measure("kNN, recall of the approximate search", "percent")
+            return _RECALL
         if key.startswith("shot") and key[4:].isdigit():
-            return Measure(f"kNN, {key[4:]} pictures a class", "percent")
+            return _shots(int(key[4:]))
         parts = re.fullmatch(r"k(\d+)(?:_t([\d.e+-]+))?(_top5)?", key)
-        if parts is None:
-            return None
-        k, temperature, top5 = parts.groups()
-        return Measure(f"kNN, k = {k}" + (f", T = {temperature}" if temperature else "") + (", top 5" if top5 else ""))
+        return _votes(int(parts[1]), parts[2], 5 if parts[3] else 1) if parts is not None else None
 
     def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         data = subject.features
@@ -93,13 +119,15 @@ class KnnEvaluator:
         )
         for temperature in sorted(set(self.config.temperature), key=lambda one: (one != self.temperature, one)):
             guesses = _guesses(data, neighbours, similarities, sorted(set(wanted)), temperature)
-            named = "" if temperature == self.temperature else f"_t{temperature:g}"
+            other = None if temperature == self.temperature else f"{temperature:g}"
+            named = "" if other is None else f"_t{other}"
+            curve = {"along": temperature} if len(set(wanted)) == 1 else {}
             for k in dict.fromkeys(wanted):
                 hits = guesses[k] == data.test.labels[:, None]
-                yield f"k{k}{named}", float(hits[:, 0].mean())
+                yield f"k{k}{named}", _votes(k, other, **curve).of(float(hits[:, 0].mean()))
                 if len(data.classes) > 5:
-                    yield f"k{k}{named}_top5", float(hits.any(axis=1).mean())
-            if not named:
+                    yield f"k{k}{named}_top5", _votes(k, other, 5, **curve).of(float(hits.any(axis=1).mean()))
+            if other is None:
                 yield "predictions", guesses[headline][:, 0]
         yield "neighbours", neighbours[:, :headline]
         yield "similarities", similarities[:, :headline]
@@ -113,8 +141,8 @@ class KnnEvaluator:
         return min(_HEADLINE_K if _HEADLINE_K in self.config.k else self.config.k[0], count)
 
     def _approximation(self, data: FeatureSet, neighbours: IntArray, seed: int) -> Iterator[tuple[str, Value]]:
-        found = recall(data.train.features, data.test.features, neighbours, self.config, seed=seed)
-        yield "recall", found
+        found = recall(data.train.features, data.test.features, neighbours, search_settings(self.config), seed=seed)
+        yield "recall", _RECALL.of(found)
         yield "note", f"{self.config.search} is approximate: it found {found:.1%} of the {neighbours.shape[1]} nearest"
 
     def _few(self, data: FeatureSet, shots: int, seed: int) -> Iterator[tuple[str, Value]]:
@@ -126,11 +154,33 @@ class KnnEvaluator:
             rows = _drawn(data.train.labels, shots, np.random.default_rng([seed, shots, draw]))
             few = replace(data, train=FeatureSplit(data.train.features[rows], data.train.labels[rows]))
             k = self.headline_k(len(rows))
-            exact = self.config.model_copy(update={"search": "exact"})
-            found = nearest_neighbours(few.train.features, data.test.features, k, exact)
+            exact = replace(search_settings(self.config), kind="exact")
+            found = search(few.train.features, data.test.features, k, exact)
             guesses = _guesses(few, *found, [k], self.temperature)[k]
             accuracies.append(float((guesses[:, 0] == data.test.labels).mean()))
-        yield f"shot{shots}", over_draws(accuracies)
+        yield f"shot{shots}", _shots(shots).of(over_draws(accuracies))
+
+
+_RECALL = Measure("kNN, recall of the approximate search", "percent")
+
+
+def _votes(k: int, temperature: str | None = None, guesses: int = 1, *, along: float | None = None) -> Measure:
+    """What the accuracy of `k` neighbours is; `temperature` None: that of the headline.
+
+    It is a point over k, or, where there is one k alone, over the temperature `along`.
+    """
+    top, warm = f", top {guesses}" if guesses > 1 else "", f", T = {temperature}" if temperature else ""
+    point = Point(f"kNN{warm}{top}", "k", k) if along is None else Point(f"kNN, k = {k}{top}", "T", along)
+    return Measure(f"kNN, k = {k}{warm}{top}", point=point, guesses=guesses)
+
+
+def _shots(shots: int) -> Measure:
+    return Measure(f"kNN, {shots} pictures a class", "percent", point=Point("kNN", "pictures a class", shots))
+
+
+def search_settings(config: KnnConfig) -> SearchSettings:
+    """The part of the settings that says how neighbours are found."""
+    return SearchSettings(config.search, config.effort, config.memory_gb)
 
 
 def nearest_neighbours(
@@ -140,7 +190,7 @@ def nearest_neighbours(
 
     As `unlabeled.eval.neighbors.search.search`, which says more; exact unless `settings` say otherwise.
     """
-    return search(train, test, k, settings, seed=seed)
+    return search(train, test, k, search_settings(settings) if settings is not None else None, seed=seed)
 
 
 def _drawn(labels: IntArray, shots: int, generator: np.random.Generator) -> IntArray:

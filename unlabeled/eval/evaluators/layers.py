@@ -8,13 +8,13 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from unlabeled.eval.base import FloatArray, IntArray, Measure, Value
+from unlabeled.eval.base import Evaluator, EvaluatorConfig, FloatArray, IntArray, Measure, Value
 from unlabeled.eval.evaluators.spectrum import chosen
 from unlabeled.eval.features.extract import extract_features
 from unlabeled.eval.metrics import Array, cka_map
-from unlabeled.eval.settings import LayersConfig
 from unlabeled.eval.subject import Loading, Subject
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.core.errors import ConfigError, DataError
@@ -33,7 +33,17 @@ class LayerSimilarity:
     second: tuple[str, ...]
 
 
-class LayersEvaluator:
+_RANDOM = Measure("CKA of the features with those of random weights", "number", None)
+
+
+class LayersConfig(EvaluatorConfig):
+    """Similarity (debiased linear CKA) between the layers of the network, and with those of random weights."""
+
+    pictures: int = Field(1024, ge=4)
+    """Training pictures, drawn by the seed."""
+
+
+class LayersEvaluator(Evaluator):
     """Debiased linear CKA between the feature maps of all stages or blocks, mean over places, and the pooled features.
 
     The network with random weights is drawn anew (not the baseline's), so that for the baseline the second map says
@@ -46,13 +56,14 @@ class LayersEvaluator:
     name: ClassVar = "layers"
     title: ClassVar = "Layers"
     needs: ClassVar = "network"
+    Config: ClassVar = LayersConfig
 
     def __init__(self, config: LayersConfig) -> None:
         self.config = config
 
     @classmethod
     def measure(cls, key: str) -> Measure | None:
-        return Measure("CKA of the features with those of random weights", "number", None) if key == "random" else None
+        return _RANDOM if key == "random" else None
 
     def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         from unlabeled.eval.suite import random_twin  # which runs the evaluators
@@ -75,7 +86,7 @@ class LayersEvaluator:
         there = layer_features(twin, source, rows, loading)
         values = cka_map(list(here.values()), list(there.values()))
         yield "cka_random", values
-        yield "random", float(values[-1, -1])
+        yield "random", _RANDOM.of(float(values[-1, -1]))
 
 
 def cka_between(

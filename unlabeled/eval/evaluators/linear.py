@@ -11,19 +11,30 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from unlabeled.eval.base import FeatureSet, FeatureSplit, FloatArray, IntArray, Measure, Value, check_features
+from unlabeled.eval.base import (
+    Cut,
+    Evaluator,
+    EvaluatorConfig,
+    FeatureSet,
+    FeatureSplit,
+    FloatArray,
+    IntArray,
+    Measure,
+    Value,
+    check_features,
+)
 from unlabeled.eval.evaluators.knn import best_classes
 from unlabeled.eval.probe.batches import Batches, Course, augmented_batches, cached_batches
 from unlabeled.eval.probe.heads import GroupedSgd, Setting, hold_out
 from unlabeled.eval.probe.inputs import BlockFeatures, Input, block_inputs, pooled_inputs
-from unlabeled.eval.settings import LinearConfig
 from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.core.seeds import derive
@@ -92,7 +103,43 @@ class _Probed:
         return augmented_batches(self.subject, self.outputs, mean, deviation, self.labels, course)
 
 
-class LinearEvaluator:
+class LinearConfig(EvaluatorConfig):
+    """Linear probe on frozen features: a grid trained in one pass, chosen on a split of the training set."""
+
+    grid: Literal["dinov2"] | None = None
+    """dinov2: the 52 heads of DINOv2 (arXiv 2304.07193): 13 learning rates, class tokens of the last 1 and 4 blocks,
+    without and with the average of the patches, no decay, weights from N(0, 0.01). It stands for lr, weight_decay,
+    blocks, pooling and init."""
+    lr: tuple[float, ...] = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+    """Learning rates of SGD with momentum, for standardised features and a batch of 256."""
+    weight_decay: tuple[float, ...] = (0.0, 1e-4, 1e-3)
+    """Each with each learning rate."""
+    blocks: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Also part of the grid: features of the last so many blocks (of a network of stages: stages), final norm applied.
+    (): the pooled features alone."""
+    pooling: tuple[Literal["cls", "avg", "cls+avg"], ...] = ()
+    """What is read of these blocks: their class tokens, the averages of their patches, or the class tokens and the
+    average of the last block's patches. (): cls where the network has a class token, else avg."""
+    prefixes: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Also probe the first so many pooled features (Matryoshka representations), each with its own choice, in the same
+    pass."""
+    init: float = Field(0.0, ge=0)
+    """Standard deviation of the first weights."""
+    epochs: int = Field(50, ge=1)
+    """Passes over the cached features."""
+    batch_size: int = Field(256, ge=1)
+    """Pictures per step."""
+    holdout: float = Field(0.1, gt=0, lt=1)
+    """Part of the training set that chooses the head."""
+    augment: bool = False
+    """Train on random crops and flips, encoded anew in each epoch, and not on cached features. The hold-out is not
+    augmented; raw pixels are not either."""
+    augment_epochs: int = Field(10, ge=1)
+    """Epochs with `augment`, instead of `epochs`; each is a pass of the network over the training set, and there are
+    two trainings: for the choice and for the result."""
+
+
+class LinearEvaluator(Evaluator):
     """Accuracy of a linear classifier on standardised features.
 
     Every (input, lr, weight decay) of the grid is trained on the training split less a stratified hold-out; the
@@ -109,6 +156,7 @@ class LinearEvaluator:
     name: ClassVar = "linear"
     title: ClassVar = "Linear probe"
     needs: ClassVar = "features"
+    Config: ClassVar = LinearConfig
 
     def __init__(self, config: LinearConfig) -> None:
         self.config = _whole(config)
@@ -116,8 +164,7 @@ class LinearEvaluator:
 
     @classmethod
     def measure(cls, key: str) -> Measure | None:
-        labels = {"top1": "linear probe", "top5": "linear probe, top 5"}
-        return Measure(labels[key]) if key in labels else None
+        return _MEASURES.get(key)
 
     def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         check_features(subject.features)
@@ -130,7 +177,8 @@ class LinearEvaluator:
             of = choice.head.input
             scores = final.scores(_standardised(of, test.features, probed)).softmax(dim=1)[0].T
             guesses = best_classes(scores.cpu().numpy(), 5)
-            yield from _accuracies(guesses, test.labels, len(probed.data.classes), f"@{of.stop}" if of.prefix else "")
+            cut = Cut(of.stop) if of.prefix else None
+            yield from _accuracies(guesses, test.labels, len(probed.data.classes), cut)
             if choice is chosen:
                 predictions = guesses[:, 0]
         yield "holdout_top1", chosen.accuracy
@@ -146,7 +194,9 @@ class LinearEvaluator:
         data, outputs = subject.features, None
         inputs = pooled_inputs(data.train.features.shape[1], self.config.prefixes)
         if self.config.blocks and subject.backbone is not None:
-            outputs, inputs = block_inputs(subject.backbone, self.config)
+            outputs, inputs = block_inputs(
+                subject.backbone, self.config.blocks, self.config.pooling, fall_back=self.config.grid is not None
+            )
             named = f"class tokens of {outputs.classes} blocks, averages of {outputs.averages}"
             train, test = (
                 _aligned(split, subject.encode(source, outputs, named=named))
@@ -262,11 +312,15 @@ def _aligned(split: FeatureSplit, encoded: FeatureSplit) -> FeatureSplit:
     return replace(split, features=encoded.features[np.searchsorted(have, numbers)])
 
 
-def _accuracies(guesses: IntArray, labels: IntArray, classes: int, cut: str) -> Iterator[tuple[str, Value]]:
+_MEASURES = {"top1": Measure("linear probe"), "top5": Measure("linear probe, top 5", guesses=5)}
+
+
+def _accuracies(guesses: IntArray, labels: IntArray, classes: int, cut: Cut | None) -> Iterator[tuple[str, Value]]:
+    """Of all features, or of the prefix `cut`."""
     hits = guesses == labels[:, None]
-    yield f"top1{cut}", float(hits[:, 0].mean())
-    if classes > 5:
-        yield f"top5{cut}", float(hits.any(axis=1).mean())
+    found = {"top1": float(hits[:, 0].mean())} | ({"top5": float(hits.any(axis=1).mean())} if classes > 5 else {})
+    for key, accuracy in found.items():
+        yield f"{key}@{cut}" if cut else key, replace(_MEASURES[key], cut=cut).of(accuracy)
 
 
 def statistics(features: FloatArray) -> tuple[FloatArray, FloatArray]:

@@ -17,21 +17,35 @@ from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from unlabeled.eval.base import FloatArray, IntArray, Measure, Value, check_features
+from unlabeled.eval.base import Evaluator, EvaluatorConfig, FloatArray, IntArray, Measure, Value, check_features
 from unlabeled.eval.evaluators.knn import best_classes
-from unlabeled.eval.settings import LogisticConfig
 from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.core.seeds import derive
 
 DoubleArray = npt.NDArray[np.float64]
+_MEASURES = {"top1": Measure("logistic regression"), "top5": Measure("logistic regression, top 5", guesses=5)}
 
 
-class LogisticEvaluator:
+class LogisticConfig(EvaluatorConfig):
+    """Logistic regression on standardised features, solved by L-BFGS: what the linear probe should reach."""
+
+    C: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0, 10.0)
+    """Inverse strengths of the L2 penalty, as scikit-learn counts it; a hold-out of the training set chooses one."""
+    holdout: float = Field(0.1, gt=0, lt=1)
+    """Part of the training set that chooses C."""
+    iterations: int = Field(1000, ge=1)
+    """Largest number of L-BFGS iterations."""
+    limit: int | None = Field(20_000, ge=2)
+    """Largest number of training pictures, drawn class by class; None: all, which is slow."""
+
+
+class LogisticEvaluator(Evaluator):
     """Accuracy of L2-regularised logistic regression on standardised features.
 
     Every C (inverse strength of the penalty) is fitted on a stratified part of the training split; the rest chooses one
@@ -45,6 +59,7 @@ class LogisticEvaluator:
     name: ClassVar = "logistic"
     title: ClassVar = "Logistic regression"
     needs: ClassVar = "features"
+    Config: ClassVar = LogisticConfig
 
     def __init__(self, config: LogisticConfig) -> None:
         if not config.C or not all(math.isfinite(value) and value > 0 for value in config.C):
@@ -53,8 +68,7 @@ class LogisticEvaluator:
 
     @classmethod
     def measure(cls, key: str) -> Measure | None:
-        labels = {"top1": "logistic regression", "top5": "logistic regression, top 5"}
-        return Measure(labels[key]) if key in labels else None
+        return _MEASURES.get(key)
 
     def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         data, config = subject.features, self.config
@@ -72,9 +86,9 @@ class LogisticEvaluator:
         fit = fit_logistic(features, labels, [chosen], config.iterations)
         guesses = best_classes(fit.probabilities(data.test.features, classes), 5)
         hits = guesses == data.test.labels[:, None]
-        yield "top1", float(hits[:, 0].mean())
+        yield "top1", _MEASURES["top1"].of(float(hits[:, 0].mean()))
         if classes > 5:
-            yield "top5", float(hits.any(axis=1).mean())
+            yield "top5", _MEASURES["top5"].of(float(hits.any(axis=1).mean()))
         yield "C", chosen
         yield "predictions", guesses[:, 0]
         if len(wanted) > 2 and chosen in (wanted[0], wanted[-1]):

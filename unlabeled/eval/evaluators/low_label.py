@@ -14,12 +14,22 @@ from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
+from pydantic import Field
 
-from unlabeled.eval.base import FeatureSplit, IntArray, Measure, Value, check_features
-from unlabeled.eval.evaluators.linear import LinearEvaluator
+from unlabeled.eval.base import (
+    Evaluator,
+    EvaluatorConfig,
+    FeatureSplit,
+    IntArray,
+    Measure,
+    Measured,
+    Point,
+    Value,
+    check_features,
+)
+from unlabeled.eval.evaluators.linear import LinearConfig, LinearEvaluator
 from unlabeled.eval.evaluators.logistic import fit_logistic, stratified
 from unlabeled.eval.intervals import over_draws
-from unlabeled.eval.settings import LowLabelConfig
 from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.core.seeds import derive
@@ -29,7 +39,21 @@ _FEWEST = 5
 _ITERATIONS = 1000
 
 
-class LowLabelEvaluator:
+class LowLabelConfig(EvaluatorConfig):
+    """The linear probe with few labels."""
+
+    fractions: tuple[float, ...] = (0.01, 0.1)
+    """Parts of the training labels, drawn class by class."""
+    draws: int = Field(3, ge=1)
+    """Draws of labelled pictures, over which the interval is taken."""
+    steps: int = Field(500, ge=1)
+    """Least number of optimizer steps; a small part has few in an epoch."""
+    C: float = Field(0.01, gt=0)
+    """Of logistic regression, which replaces the probe below five pictures a class."""
+    probe: LinearConfig = LinearConfig()
+
+
+class LowLabelEvaluator(Evaluator):
     """Test accuracy with each fraction of the training labels, over several draws of them.
 
     The labelled pictures are drawn class by class, at least one of each. Yields ``1pct`` and so on: `Estimate` of the
@@ -41,6 +65,7 @@ class LowLabelEvaluator:
     name: ClassVar = "low_label"
     title: ClassVar = "Few labels"
     needs: ClassVar = "features"
+    Config: ClassVar = LowLabelConfig
 
     def __init__(self, config: LowLabelConfig) -> None:
         if not config.fractions or not all(0 < fraction <= 1 for fraction in config.fractions):
@@ -59,7 +84,7 @@ class LowLabelEvaluator:
         number = key.removesuffix("pct")
         if number == key or not number.replace(".", "", 1).isdigit():
             return None
-        return Measure(f"{number} % of labels")
+        return _part(number)
 
     def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         labels = subject.features.train.labels
@@ -79,7 +104,7 @@ class LowLabelEvaluator:
                     f"{key} %: {count / classes:.1f} pictures a class are too few to choose settings on, so this is "
                     f"logistic regression with C = {self.config.C:g}",
                 )
-            yield f"{key}pct", over_draws([self._accuracy(subject, rows, classes) for rows in draws])
+            yield f"{key}pct", _part(key).of(over_draws([self._accuracy(subject, rows, classes) for rows in draws]))
 
     def _accuracy(self, subject: Subject, rows: IntArray, classes: int) -> float:
         """Test accuracy with the labels of the training pictures `rows`."""
@@ -92,7 +117,12 @@ class LowLabelEvaluator:
         per_epoch = max(1, len(rows) // probe.batch_size)
         epochs = max(probe.epochs, math.ceil(self.config.steps / per_epoch))
         values = LinearEvaluator(probe.model_copy(update={"epochs": epochs})).run(replace(subject, features=part))
-        return next(value for key, value in values if key == "top1" and isinstance(value, float))
+        return next(value.value for key, value in values if key == "top1" and isinstance(value, Measured))
+
+
+def _part(percent: str) -> Measure:
+    """What the accuracy with that part of the labels is, such as ``0.5`` percent."""
+    return Measure(f"{percent} % of labels", point=Point("% of labels", "% of labels", float(percent)))
 
 
 def _rows(split: FeatureSplit, rows: IntArray) -> FeatureSplit:

@@ -8,17 +8,17 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import draw_bounding_boxes
 
-from unlabeled.eval.base import Estimate, Measure, Value
+from unlabeled.eval.base import Estimate, Evaluator, EvaluatorConfig, Measure, Value
 from unlabeled.eval.dense.places import Places, drawn
 from unlabeled.eval.dense.tiles import tiled
 from unlabeled.eval.dense.tokencut import component_boxes, cut, intersection_over_union
 from unlabeled.eval.features.extract import Resize
 from unlabeled.eval.intervals import wilson
-from unlabeled.eval.settings import ObjectsConfig
 from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import ConfigError, DataError, UnlabeledError
 from unlabeled.ssl.core.seeds import derive
@@ -32,7 +32,30 @@ _TILE = 224
 _TRUE, _FOUND = (255, 255, 255), (255, 140, 0)
 
 
-class ObjectsEvaluator:
+_MEASURES = {
+    "corloc": Measure("CorLoc, TokenCut", "percent"),
+    "iou": Measure("best IoU, TokenCut", "percent"),
+    "whole": Measure("CorLoc of the whole picture", "percent"),
+}
+
+
+class ObjectsConfig(EvaluatorConfig):
+    """Objects found without any training by cutting the graph of places in two (TokenCut)."""
+
+    level: int | None = None
+    """Number of the feature map; None: keys of the last attention block, or the deepest map that is fine enough."""
+    pictures: int = Field(1000, ge=1)
+    """Largest number of test pictures."""
+    tau: float = Field(0.2, ge=-1, lt=1)
+    """Cosine from which two places are joined."""
+    native: bool = False
+    """Pictures at their own size, padded to whole patches, as published; None of them is resized, so the network must
+    take any size (``backbone.kwargs={dynamic_img_size: true}`` for vision transformers)."""
+    examples: int = Field(12, ge=1)
+    """Test pictures that are shown."""
+
+
+class ObjectsEvaluator(Evaluator):
     """CorLoc of TokenCut: part of the test pictures whose one predicted box meets a true one at IoU 0.5 or more.
 
     Features are the keys of the last attention block, which the paper found best, or, in a network without one, the
@@ -51,14 +74,14 @@ class ObjectsEvaluator:
     title: ClassVar = "Object discovery"
     needs: ClassVar = "pictures"
     captions: ClassVar = {"examples": "true boxes thin and white, the found one thick and orange"}
+    Config: ClassVar = ObjectsConfig
 
     def __init__(self, config: ObjectsConfig) -> None:
         self.config = config
 
     @classmethod
     def measure(cls, key: str) -> Measure | None:
-        labels = {"corloc": "CorLoc, TokenCut", "iou": "best IoU, TokenCut", "whole": "CorLoc of the whole picture"}
-        return Measure(labels[key], "percent") if key in labels else None
+        return _MEASURES.get(key)
 
     def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         test = subject.pictures()[1]
@@ -79,9 +102,9 @@ class ObjectsEvaluator:
         if not overlaps:
             raise DataError("evaluate.data: no test picture has a box or a mask with an object; give data with either")
         hits = float(np.mean([overlap >= _HIT for overlap in overlaps]))
-        yield "corloc", Estimate(hits, *wilson(hits, len(overlaps)))
-        yield "iou", _mean(overlaps)
-        yield "whole", float(np.mean(whole))
+        yield "corloc", _MEASURES["corloc"].of(Estimate(hits, *wilson(hits, len(overlaps))))
+        yield "iou", _MEASURES["iou"].of(_mean(overlaps))
+        yield "whole", _MEASURES["whole"].of(float(np.mean(whole)))
         yield "pictures", len(overlaps)
         yield "examples", tiled([examples[start : start + 4] for start in range(0, len(examples), 4)])
         if len(overlaps) < len(indices):

@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unlabeled.eval.base import Estimate, Measure, Value, check_features
+from unlabeled.eval.base import Estimate, Evaluator, EvaluatorConfig, Measure, Point, Value, check_features
 from unlabeled.eval.intervals import wilson
 from unlabeled.eval.neighbors.search import normalized
-from unlabeled.eval.settings import RetrievalConfig
 from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.core.seeds import derive
@@ -28,7 +27,21 @@ _CELLS = 2**22
 """(query, picture) pairs ranked at a time: about 100 MB."""
 
 
-class RetrievalEvaluator:
+_RANKINGS = {
+    "map": Measure("mAP", "percent"),
+    "map_at_r": Measure("MAP@R", "percent"),
+    "r_precision": Measure("R-precision", "percent"),
+}
+
+
+class RetrievalConfig(EvaluatorConfig):
+    """Test pictures that look for others of their class."""
+
+    k: tuple[int, ...] = (1, 5, 10)
+    """Of recall@k."""
+
+
+class RetrievalEvaluator(Evaluator):
     """How well the other test pictures of a class are ranked before those of other classes.
 
     Pictures that are the only one of their class ask nothing (a ``note`` says how many) but may be found. Pictures of
@@ -42,6 +55,7 @@ class RetrievalEvaluator:
     name: ClassVar = "retrieval"
     title: ClassVar = "Retrieval"
     needs: ClassVar = "features"
+    Config: ClassVar = RetrievalConfig
 
     def __init__(self, config: RetrievalConfig) -> None:
         if not config.k or min(config.k) < 1:
@@ -52,11 +66,8 @@ class RetrievalEvaluator:
 
     @classmethod
     def measure(cls, key: str) -> Measure | None:
-        labels = {"map": "mAP", "map_at_r": "MAP@R", "r_precision": "R-precision"}
-        if key in labels:
-            return Measure(labels[key], "percent")
         k = key.removeprefix("recall")
-        return Measure(f"recall@{k}") if k != key and k.isdigit() else None
+        return _recall(int(k)) if k != key and k.isdigit() else _RANKINGS.get(key)
 
     def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         data = subject.features
@@ -76,12 +87,15 @@ class RetrievalEvaluator:
         features = torch.from_numpy(normalized(data.test.features[order])).to(subject.device)
         labels = torch.from_numpy(data.test.labels[order]).to(subject.device)
         found = retrieval_scores(features, labels, wanted)
-        yield "map", float(found["map"].mean())
-        yield "map_at_r", float(found["map_at_r"].mean())
-        yield "r_precision", float(found["r_precision"].mean())
+        for key, measure in _RANKINGS.items():
+            yield key, measure.of(float(found[key].mean()))
         for k in wanted:
             recall = float(found[f"recall{k}"].mean())
-            yield f"recall{k}", Estimate(recall, *wilson(recall, total - alone))
+            yield f"recall{k}", _recall(k).of(Estimate(recall, *wilson(recall, total - alone)))
+
+
+def _recall(k: int) -> Measure:
+    return Measure(f"recall@{k}", point=Point("recall", "k", k))
 
 
 def retrieval_scores(features: Tensor, labels: Tensor, ks: list[int], *, cells: int = _CELLS) -> dict[str, Tensor]:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
-from unlabeled.eval.base import Measure, Value
+from unlabeled.eval.base import Evaluator, EvaluatorConfig, Measure, Value
 from unlabeled.eval.dense.miou import Overlap, class_iou, estimates, joined, overlap
 from unlabeled.eval.dense.places import IGNORE, MaskedBatch, Places, drawn, masked_batches, place_labels, with_masks
 from unlabeled.eval.dense.probes import LabelledPlaces, LinearPlaces, NearestPlaces
 from unlabeled.eval.dense.tiles import class_colours, tiled
-from unlabeled.eval.settings import SegmentationConfig
 from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.core.seeds import derive
@@ -25,7 +25,40 @@ _FLOATS = 2**26
 """Scores at full size that are held at a time."""
 
 
-class SegmentationEvaluator:
+_MEASURES = {
+    "probe_miou": Measure("mIoU, linear probe of places", "percent"),
+    "knn_miou": Measure("mIoU, nearest places", "percent"),
+    "probe_accuracy": Measure("pixel accuracy, linear probe of places", "percent"),
+    "knn_accuracy": Measure("pixel accuracy, nearest places", "percent"),
+}
+
+
+class SegmentationConfig(EvaluatorConfig):
+    """Segmentation from single places of the frozen feature map: a linear probe, and their nearest training places."""
+
+    level: int | None = None
+    """Number of the feature map; None: the deepest one that is fine enough (14 places a side at 224 pixels)."""
+    bank: int = Field(20_000, ge=2)
+    """Largest number of training places, as many of each picture, for the probe and for the neighbours."""
+    k: int = Field(30, ge=1)
+    """Neighbours of a place."""
+    temperature: float = Field(0.02, gt=0)
+    """Of the softmax over the neighbours' cosines."""
+    lr: tuple[Annotated[float, Field(gt=0)], ...] = Field((0.01, 0.03, 0.1, 0.3, 1.0, 3.0), min_length=1)
+    """Learning rates of SGD with momentum, for standardised features; training pictures held out choose one."""
+    weight_decay: float = Field(1e-4, ge=0)
+    """Of the linear probe."""
+    epochs: int = Field(20, ge=1)
+    """Passes over the training places."""
+    batch_size: int = Field(256, ge=1)
+    """Places per step."""
+    holdout: float = Field(0.1, gt=0, lt=1)
+    """Part of the training pictures that chooses the learning rate."""
+    examples: int = Field(6, ge=1)
+    """Test pictures that are shown."""
+
+
+class SegmentationEvaluator(Evaluator):
     """Mean IoU over the background and all classes, of a linear probe and of nearest places.
 
     Pictures are resized whole to the network's size and their masks with them; scores of places are enlarged to that
@@ -41,19 +74,14 @@ class SegmentationEvaluator:
     title: ClassVar = "Segmentation"
     needs: ClassVar = "pictures"
     captions: ClassVar = {"examples": "picture, mask, linear probe, nearest places"}
+    Config: ClassVar = SegmentationConfig
 
     def __init__(self, config: SegmentationConfig) -> None:
         self.config = config
 
     @classmethod
     def measure(cls, key: str) -> Measure | None:
-        labels = {
-            "probe_miou": "mIoU, linear probe of places",
-            "knn_miou": "mIoU, nearest places",
-            "probe_accuracy": "pixel accuracy, linear probe of places",
-            "knn_accuracy": "pixel accuracy, nearest places",
-        }
-        return Measure(labels[key], "percent") if key in labels else None
+        return _MEASURES.get(key)
 
     def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         train, test = (with_masks(source) for source in subject.pictures())
@@ -79,8 +107,8 @@ class SegmentationEvaluator:
         for judge, parts in counts.items():
             whole = joined(parts)
             miou, accuracy = estimates(whole, derive("bootstrap", subject.seed))
-            yield f"{judge}_miou", miou
-            yield f"{judge}_accuracy", accuracy
+            yield f"{judge}_miou", _MEASURES[f"{judge}_miou"].of(miou)
+            yield f"{judge}_accuracy", _MEASURES[f"{judge}_accuracy"].of(accuracy)
             yield f"{judge}_iou", class_iou(Overlap(*(one.sum(axis=0) for one in whole)))
         yield "lr", probe.lr
         yield "holdout_miou", probe.holdout_miou

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import numpy as np
+from pydantic import Field
 
-from unlabeled.eval.base import FloatArray, IntArray, Measure, Value
+from unlabeled.eval.base import Evaluator, EvaluatorConfig, FloatArray, IntArray, Measure, Value
 from unlabeled.eval.metrics import (
     Spectrum,
     alpha_req,
@@ -17,7 +18,6 @@ from unlabeled.eval.metrics import (
     two_nn,
     uniformity,
 )
-from unlabeled.eval.settings import SpectrumConfig
 from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.core.seeds import derive
@@ -35,7 +35,16 @@ _MEASURES = {
 }
 
 
-class SpectrumEvaluator:
+class SpectrumConfig(EvaluatorConfig):
+    """Measures of the training features that need no labels: RankMe, α-ReQ, intrinsic dimension, uniformity."""
+
+    pictures: int = Field(25_600, ge=2)
+    """Training pictures, drawn by the seed; the number of the RankMe paper."""
+    pairwise: int = Field(10_000, ge=2)
+    """Of these, as many for what compares pairs: intrinsic dimension, cluster learnability, uniformity."""
+
+
+class SpectrumEvaluator(Evaluator):
     """Label-free measures (`unlabeled.eval.metrics`) of the training features.
 
     Ranks and α are those of at most ``pictures`` pictures, the rest of at most ``pairwise`` of them, both drawn by the
@@ -51,6 +60,7 @@ class SpectrumEvaluator:
     name: ClassVar = "spectrum"
     title: ClassVar = "Label-free measures"
     needs: ClassVar = "features"
+    Config: ClassVar = SpectrumConfig
 
     def __init__(self, config: SpectrumConfig) -> None:
         self.config = config
@@ -64,13 +74,13 @@ class SpectrumEvaluator:
         features = every[chosen(len(every), self.config.pictures, "spectrum", seed)]
         spectrum = Spectrum.of(features)
         few = features[chosen(len(features), self.config.pairwise, "pairs", seed)]
-        yield "rankme", rankme(spectrum)
-        yield "effective_rank", effective_rank(spectrum)
+        yield "rankme", _MEASURES["rankme"].of(rankme(spectrum))
+        yield "effective_rank", _MEASURES["effective_rank"].of(effective_rank(spectrum))
         yield from _if_possible("alpha", lambda: alpha_req(spectrum))
         yield from _if_possible("dimension", lambda: two_nn(few))
         yield from _if_possible("learnability", lambda: cluster_learnability(few, seed=seed))
-        yield "uniformity", uniformity(few)
-        yield "dead", dead_features(features)
+        yield "uniformity", _MEASURES["uniformity"].of(uniformity(few))
+        yield "dead", _MEASURES["dead"].of(dead_features(features))
         yield "pictures", len(features)
         yield "pairwise", len(few)
         yield "singular_values", spectrum.centred / np.sqrt(spectrum.count)
@@ -97,6 +107,6 @@ def chosen(count: int, limit: int, *purpose: int | str) -> IntArray:
 
 def _if_possible(key: str, value: Callable[[], float]) -> Iterator[tuple[str, Value]]:
     try:
-        yield key, value()
+        yield key, _MEASURES[key].of(value())
     except DataError as error:
         yield "note", str(error).removeprefix("evaluate: ")

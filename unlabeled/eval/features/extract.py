@@ -22,6 +22,7 @@ from torchvision.transforms.v2 import functional as tv
 from unlabeled.eval.base import FeatureSplit, IntArray
 from unlabeled.eval.features.cache import cache_key, data_identity, load_split, save_split, weights_identity
 from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.core.distributed import rank, world_size
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.data.source import DecodeError, ImageSource
 
@@ -103,7 +104,7 @@ def extract_features(
     """
     pixels = (size, size) if isinstance(size, int) else size or backbone.input_size
     device, transform = torch.device(device), transform or EvalTransform(pixels)
-    ranks = _world() if together else (0, 1)
+    ranks = (rank(), world_size()) if together else (0, 1)
 
     def encode(images: Tensor) -> Tensor:
         return encode_batch(backbone, images, outputs, device, precision)
@@ -145,12 +146,12 @@ def raw_pixels(
     transform = Resize(pixel_size(source, size))
 
     def compute() -> FeatureSplit:
-        return _encode_all(_flat, source, transform, batch_size, workers, _world())
+        return _encode_all(_flat, source, transform, batch_size, workers, (rank(), world_size()))
 
     if cache is None:
         return compute()
     key = cache_key(weights="pixels", transform=repr(transform), data=data_identity(source))
-    return _cached(cache / f"{key}.safetensors", compute, _world())
+    return _cached(cache / f"{key}.safetensors", compute, (rank(), world_size()))
 
 
 def _flat(images: Tensor) -> Tensor:
@@ -172,7 +173,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 def is_main_process() -> bool:
     """Whether this process is the first one, or the only one."""
-    return _world()[0] == 0
+    return rank() == 0
 
 
 class _Pictures(Dataset[tuple[int, Tensor | None]]):
@@ -226,8 +227,8 @@ def _encode_all(
     workers: int,
     ranks: tuple[int, int],
 ) -> FeatureSplit:
-    rank, world = ranks
-    share = range(len(source) * rank // world, len(source) * (rank + 1) // world)
+    own, world = ranks
+    share = range(len(source) * own // world, len(source) * (own + 1) // world)
     loader = load_pictures(source, transform, share, batch_size=batch_size, workers=workers)
     features: list[Tensor] = []
     indices: list[Tensor] = []
@@ -255,7 +256,7 @@ def _split(source: ImageSource, rows: Tensor, indices: IntArray, unreadable: lis
 
 def _gather(rows: Tensor, indices: Tensor, unreadable: list[int]) -> tuple[Tensor, Tensor, list[int]]:
     """Joins the parts of all processes, which are consecutive, on every process."""
-    parts: list[tuple[int, int, list[int]]] = [(0, 0, [])] * dist.get_world_size()
+    parts: list[tuple[int, int, list[int]]] = [(0, 0, [])] * world_size()
     dist.all_gather_object(parts, (len(rows), rows.shape[1], unreadable))
     counts, width = [count for count, _, _ in parts], max(width for _, width, _ in parts)
     joined = _gather_tensor(rows.reshape(len(rows), width), counts)
@@ -274,7 +275,7 @@ def _gather_tensor(part: Tensor, counts: list[int]) -> Tensor:
 
 def _cached(file: Path, compute: Callable[[], FeatureSplit], ranks: tuple[int, int]) -> FeatureSplit:
     found = load_split(file)
-    rank, world = ranks
+    own, world = ranks
     if world > 1:  # all or none: a process that computes alone would wait for the others for ever
         hits: list[bool] = [False] * world
         dist.all_gather_object(hits, found is not None)
@@ -282,18 +283,11 @@ def _cached(file: Path, compute: Callable[[], FeatureSplit], ranks: tuple[int, i
     if found is not None:
         return found
     split = compute()
-    if rank == 0:
+    if own == 0:
         save_split(file, split)
     if world > 1:
         dist.barrier()
     return split
-
-
-def _world() -> tuple[int, int]:
-    """(rank, number of processes)."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
 
 
 def pixel_size(source: ImageSource, largest: int = 32) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from unlabeled.eval.features.extract import EvalTransform, load_pictures
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled.ssl.config.schema import EvaluateConfig
+from unlabeled.ssl.core.distributed import world_size
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.data.source import ImageSource
 
@@ -109,7 +110,7 @@ class _Statistics:
             return
         norm.running_mean.copy_(self.mean)
         norm.running_var.copy_(self.squares / (self.count - 1))
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if world_size() > 1:
             dist.broadcast(norm.running_mean, src=0)
             dist.broadcast(norm.running_var, src=0)
 

@@ -11,8 +11,9 @@ Training features may lie on disk (`mapped_features`): both of the first take a 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,6 @@ from unlabeled.eval.base import FloatArray, IntArray
 from unlabeled.eval.neighbors.faiss_threads import faiss_threads
 from unlabeled.eval.neighbors.reduced import reduced_search
 from unlabeled.eval.neighbors.topk import COLUMNS, QUERIES, collect, decoded, empty_keys, keys_of_pairs, merged, worst
-from unlabeled.eval.settings import KnnConfig
 from unlabeled.ssl.core.cpu import cpu_kernels
 from unlabeled.ssl.core.errors import ConfigError, DataError
 
@@ -39,8 +39,19 @@ _LINKS = 32
 """Neighbours of a node of the HNSW graph; the lowest layer has twice as many."""
 
 
+@dataclass(frozen=True)
+class SearchSettings:
+    """How the neighbours are found."""
+
+    kind: Literal["exact", "reduced", "ivf", "hnsw"] = "exact"
+    effort: int = 64
+    """Of an approximate search: lists that ivf visits, breadth of the search through hnsw (at least k)."""
+    memory_gb: float = 2.0
+    """Of training features made ready in memory at a time, in 1e9 bytes; an approximate search needs them all."""
+
+
 def search(
-    train: FloatArray, test: FloatArray, k: int, settings: KnnConfig | None = None, *, seed: int = 0
+    train: FloatArray, test: FloatArray, k: int, settings: SearchSettings | None = None, *, seed: int = 0
 ) -> tuple[IntArray, FloatArray]:
     """The `k` rows of `train` (N, D) most similar to each of `test` (Q, D): indices int64 and cosines float32 (Q, k).
 
@@ -48,11 +59,11 @@ def search(
     everything. Features must be finite. `train` may be a memory map; ``settings.memory_gb`` bounds what is taken of it.
     Raises DataError for features of two widths and ConfigError for an index that memory cannot hold.
     """
-    settings, k = settings or KnnConfig(), min(k, len(train))
+    settings, k = settings or SearchSettings(), min(k, len(train))
     if train.shape[1] != test.shape[1]:
         raise DataError(f"evaluate.data: {train.shape[1]} training features but {test.shape[1]} test features")
     queries = normalized(test)
-    if settings.search in APPROXIMATE:
+    if settings.kind in APPROXIMATE:
         return _indexed(train, queries, k, settings, seed)
     keys = empty_keys(len(queries), k)
     rows_at_a_time = _part(train.shape[1], settings)
@@ -61,8 +72,8 @@ def search(
     return decoded(keys[:, ::-1])
 
 
-def _search_part(keys: IntArray, queries: FloatArray, rows: FloatArray, offset: int, settings: KnnConfig) -> None:
-    if settings.search == "exact" or not integers_are_fast():
+def _search_part(keys: IntArray, queries: FloatArray, rows: FloatArray, offset: int, settings: SearchSettings) -> None:
+    if settings.kind == "exact" or not integers_are_fast():
         exact_search(keys, queries, rows, offset)
         return
     left = reduced_search(keys, queries, rows, offset)
@@ -71,10 +82,10 @@ def _search_part(keys: IntArray, queries: FloatArray, rows: FloatArray, offset: 
     keys[left] = found
 
 
-def recall(train: FloatArray, test: FloatArray, found: IntArray, settings: KnnConfig, *, seed: int = 0) -> float:
+def recall(train: FloatArray, test: FloatArray, found: IntArray, settings: SearchSettings, *, seed: int = 0) -> float:
     """Part of the true k nearest that `found` (Q, k) names, on a sample of at most 1000 queries drawn by `seed`."""
     chosen = np.sort(np.random.default_rng(seed).permutation(len(test))[:_SAMPLE])
-    true, _ = search(train, test[chosen], found.shape[1], settings.model_copy(update={"search": "exact"}))
+    true, _ = search(train, test[chosen], found.shape[1], replace(settings, kind="exact"))
     both = sum(len(np.intersect1d(*pair)) for pair in zip(true, found[chosen], strict=True))
     return both / true.size
 
@@ -134,24 +145,24 @@ def mapped_features(file: Path, name: str = "features") -> FloatArray:
     return np.memmap(file, dtype="<f4", mode="r", offset=begin, shape=tuple(entry["shape"]))
 
 
-def _part(width: int, settings: KnnConfig) -> int:
+def _part(width: int, settings: SearchSettings) -> int:
     """Training rows in memory at a time, a multiple of a block's columns: 4 bytes a feature, 1 for its 8-bit copy."""
     return max(1, int(settings.memory_gb * 1e9 / (5 * width * COLUMNS))) * COLUMNS
 
 
 def _indexed(
-    train: FloatArray, queries: FloatArray, k: int, settings: KnnConfig, seed: int
+    train: FloatArray, queries: FloatArray, k: int, settings: SearchSettings, seed: int
 ) -> tuple[IntArray, FloatArray]:
     need = len(train) * (4 * train.shape[1] * 2 + 8 * _LINKS) / 1e9  # features twice, links
     if need > settings.memory_gb:
         raise ConfigError(
-            f"evaluate.knn.search: {settings.search} needs about {need:.1f} GB of memory for {len(train)} pictures, "
+            f"evaluate.knn.search: {settings.kind} needs about {need:.1f} GB of memory for {len(train)} pictures, "
             f"and evaluate.knn.memory_gb is {settings.memory_gb:g}; raise it, or use exact"
         )
     rows = normalized(train)
     with faiss_threads() as faiss:
         index = faiss.index_factory(rows.shape[1], _described(len(rows), settings), faiss.METRIC_INNER_PRODUCT)
-        if settings.search == "ivf":
+        if settings.kind == "ivf":
             index.cp.seed, index.nprobe = seed + 1, settings.effort
         else:
             index.hnsw.efSearch = max(settings.effort, k)
@@ -161,9 +172,9 @@ def _indexed(
     return _completed(rows, queries, indices.astype(np.int64), cosines)
 
 
-def _described(count: int, settings: KnnConfig) -> str:
+def _described(count: int, settings: SearchSettings) -> str:
     """The index in faiss's words."""
-    if settings.search == "hnsw":
+    if settings.kind == "hnsw":
         return f"HNSW{_LINKS},Flat"
     return f"IVF{max(1, min(int(4 * count**0.5), count // 39))},Flat"  # k-means wants 39 rows a centre
 

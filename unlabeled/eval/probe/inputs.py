@@ -9,13 +9,13 @@ is the pooled features as the network gives them, those before are averaged over
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from unlabeled.eval.settings import LinearConfig
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.core.errors import ConfigError
 
@@ -105,31 +105,34 @@ def pooled_inputs(width: int, prefixes: tuple[int, ...]) -> list[Input]:
     ]
 
 
-def block_inputs(backbone: Backbone, config: LinearConfig) -> tuple[BlockFeatures, list[Input]]:
-    """What to compute for ``blocks`` x ``pooling``, and the columns of each of them.
+def block_inputs(
+    backbone: Backbone, blocks: Sequence[int], pooling: Sequence[Pooling] = (), *, fall_back: bool = False
+) -> tuple[BlockFeatures, list[Input]]:
+    """What to compute for `blocks` x `pooling` (empty: cls where there is a class token), and the columns of each.
 
-    Raises ConfigError for more blocks than the network has and for a class token that it lacks.
+    `fall_back`: a network without a class token is read by averages, whatever `pooling` says. Raises ConfigError for
+    more blocks than the network has and for a class token that it lacks.
     """
     token = has_class_token(backbone)
-    pooling: tuple[Pooling, ...] = config.pooling or ("cls" if token else "avg",)
+    pooling = pooling or ("cls" if token else "avg",)
     if not token:
-        if config.grid is not None:
+        if fall_back:
             pooling = ("avg",)
         elif wrong := [one for one in pooling if one != "avg"]:
             raise ConfigError(f"evaluate.linear.pooling: {backbone.name} has no class token for {wrong[0]!r}; give avg")
     count = len(backbone.stages)
-    if max(config.blocks) > count:
+    if max(blocks) > count:
         raise ConfigError(
-            f"evaluate.linear.blocks: {max(config.blocks)} is not possible, {backbone.name} has {count} feature maps; "
+            f"evaluate.linear.blocks: {max(blocks)} is not possible, {backbone.name} has {count} feature maps; "
             f"give at most {count}"
         )
-    wanted = [(blocks, one) for one in dict.fromkeys(pooling) for blocks in dict.fromkeys(config.blocks)]
+    wanted = [(number, one) for one in dict.fromkeys(pooling) for number in dict.fromkeys(blocks)]
     reading = BlockFeatures(
-        classes=max((blocks for blocks, one in wanted if one != "avg"), default=0),
-        averages=max(blocks if one == "avg" else 1 if one == "cls+avg" else 0 for blocks, one in wanted),
+        classes=max((number for number, one in wanted if one != "avg"), default=0),
+        averages=max(number if one == "avg" else 1 if one == "cls+avg" else 0 for number, one in wanted),
     )
     widths = _widths(backbone, reading, token)
-    return reading, [_input(blocks, one, widths, reading.classes, token) for blocks, one in wanted]
+    return reading, [_input(number, one, widths, reading.classes, token) for number, one in wanted]
 
 
 def _widths(backbone: Backbone, reading: BlockFeatures, token: bool) -> list[int]:

@@ -1,7 +1,7 @@
 """Multi-crop: two large crops of a picture and several small ones (SwAV, arXiv 2006.09882, section 3.4), in the sizes
 and colours of DINO (Caron et al., arXiv 2104.14294; code of the authors: github.com/facebookresearch/dino).
 
-Batches hold them picture by picture; networks get them crop by crop: the first crop of each picture, the second ...
+What a loader brings; batches hold crops picture by picture.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from unlabeled.pretext.common.views import ColorConfig, Colors, Part, RandomCrop
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.shapes import probe_shapes
 from unlabeled.ssl.config.schema import Size
-from unlabeled.ssl.core.errors import ConfigError
+from unlabeled.ssl.core.errors import ConfigError, first_line
 from unlabeled.ssl.task import TaskConfig
 
 GLOBALS = 2
@@ -105,7 +105,7 @@ def require_crops(config: MultiCropConfig, backbone: Backbone) -> None:
         shape = probe_shapes(backbone.model, small).pooled
         fault = None if shape[0] == backbone.embed_dim else f"it gives {shape[0]} features and not {backbone.embed_dim}"
     except Exception as error:  # whatever a network's forward raises for a size that it cannot take
-        fault = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        fault = first_line(error)
     if fault is not None:
         known = _ANY_SIZE in inspect.signature(type(backbone.model).__init__).parameters
         ways = [f"backbone.kwargs.{_ANY_SIZE}=true"] * known + [f"task.local_size={list(large)}", "task.locals=0"]
@@ -123,16 +123,6 @@ def _require_blur(field: str, size: tuple[int, int], colors: list[ColorConfig]) 
             f"{field}: crops of {size[0]}x{size[1]} are too small for a blur that reaches {reach} pixels; "
             "give larger ones, or a smaller sigma or blur=0 in the colours of the task"
         )
-
-
-def crop_major(crops: Tensor) -> Tensor:
-    """(B, V, 3, h, w) → (V * B, 3, h, w): the first crop of each picture, the second of each, ..."""
-    return crops.transpose(0, 1).flatten(0, 1)
-
-
-def by_crop(rows: Tensor, pictures: int) -> Tensor:
-    """(V * B, ...), crop by crop → (V, B, ...)."""
-    return rows.view(-1, pictures, *rows.shape[1:])
 
 
 def crop_sheet(kinds: Iterable[Tensor]) -> Tensor:

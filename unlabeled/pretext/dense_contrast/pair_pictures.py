@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.utils import make_grid
 
-_PIXELS = 96
-"""Smaller views are enlarged to about this size."""
+from unlabeled.pretext.common.drawing import enlarged, tiled
+
 _TINT = 0.5
 """Part of a cell's colour in the picture."""
 _DARK = 0.3
@@ -26,14 +25,12 @@ def matched_cells(views: Tensor, distances: Tensor, grid: tuple[int, int], thres
     partners = distances.argmin(1)  # (B, L): of each cell of the second view
     tints = torch.stack([colors.expand(len(views), -1, -1), colors[partners]], dim=1)  # (B, 2, L, 3)
     matched = torch.stack([near.any(2), near.any(1)], dim=1)  # (B, 2, L)
-    enlarge = max(1, _PIXELS // min(views.shape[-2:]))
-    tiles = views.flatten(0, 1).repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3).float() / 255
+    tiles = enlarged(views.flatten(0, 1)).float() / 255
     size = (tiles.shape[-2], tiles.shape[-1])
     tint = _over_pixels(tints.flatten(0, 1).transpose(1, 2), grid, size)
     shown = _over_pixels(matched.flatten(0, 1).unsqueeze(1).float(), grid, size)
     tiles = torch.where(shown > 0, tiles * (1 - _TINT) + tint * _TINT, tiles * _DARK)
-    shown_pairs: Tensor = make_grid((tiles * 255).round().to(torch.uint8), nrow=2, padding=2, pad_value=255)
-    return shown_pairs
+    return tiled((tiles * 255).round().to(torch.uint8), 2)
 
 
 def _palette(grid: tuple[int, int], device: torch.device) -> Tensor:

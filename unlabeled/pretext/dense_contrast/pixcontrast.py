@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from unlabeled.pretext.common.patches import widened
+from unlabeled.pretext.common.precision import widened
 from unlabeled.pretext.dense_contrast.pixel_pairs import PixelPairs, PixelPairsConfig, overlap_logs
 from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
 
@@ -37,9 +37,9 @@ class PixContrast(PixelPairs):
             "lr_scaling": "linear",
             "lr_batch": 256,
             "momentum": 0.9,
-            "weight_decay": 1e-05,
+            "weight_decay": 1e-5,
         },
-        "schedule": {"name": "cosine", "warmup_epochs": 5, "start_factor": 0.01, "min_lr": 1e-06},
+        "schedule": {"name": "cosine", "warmup_epochs": 5, "start_factor": 0.01, "min_lr": 1e-6},
         "engine": {"channels_last": True},
         "batch_size": 1024,
         "epochs": 100,
@@ -49,10 +49,10 @@ class PixContrast(PixelPairs):
 
     def forward(self, batch: Batch) -> StepOutput:
         """``views`` uint8 (B, 2, 3, h, w), ``boxes`` (B, 2, 4) → mean contrast of both directions, see `contrast`."""
-        images = self.images_of(batch)
-        _, queries = self.student_maps(images)
+        images = self.images_of(batch)  # (B, 3, h, w) of each view, as all lists below are
+        _, queries = self.student_maps(images)  # (B, C, gh, gw)
         _, keys = self.teacher_maps(images)
-        positive = self.positive_pairs(batch["boxes"], tuple(queries[0].shape))
+        positive = self.positive_pairs(batch["boxes"], tuple(queries[0].shape))  # bool (B, L, L)
         forth = contrast(queries[0], keys[1], positive, self.config.temperature)
         back = contrast(queries[1], keys[0], positive.transpose(1, 2), self.config.temperature)
         loss = (forth.mean() + back.mean()) / 2

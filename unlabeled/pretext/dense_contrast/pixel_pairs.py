@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from unlabeled.pretext.common.patches import widened
+from unlabeled.pretext.common.precision import widened
 from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy
 from unlabeled.pretext.common.views import Chance, ColorConfig, Colors, Part, RandomCrop, cell_centres
 from unlabeled.pretext.dense_contrast.pair_pictures import matched_cells

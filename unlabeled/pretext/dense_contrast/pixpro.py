@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unlabeled.pretext.common.checkpoint import load_mapped
-from unlabeled.pretext.common.patches import widened
+from unlabeled.pretext.common.precision import widened
 from unlabeled.pretext.dense_contrast.pixel_pairs import PixelMLP, PixelPairs, PixelPairsConfig, overlap_logs
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
@@ -81,9 +81,9 @@ class PixPro(PixelPairs):
             "lr_scaling": "linear",
             "lr_batch": 256,
             "momentum": 0.9,
-            "weight_decay": 1e-05,
+            "weight_decay": 1e-5,
         },
-        "schedule": {"name": "cosine", "warmup_epochs": 5, "start_factor": 0.01, "min_lr": 1e-06},
+        "schedule": {"name": "cosine", "warmup_epochs": 5, "start_factor": 0.01, "min_lr": 1e-6},
         "engine": {"channels_last": True},
         "batch_size": 1024,
         "epochs": 100,
@@ -103,13 +103,13 @@ class PixPro(PixelPairs):
     def forward(self, batch: Batch) -> StepOutput:
         """``views`` uint8 (B, 2, 3, h, w), ``boxes`` (B, 2, 4) → the loss of all near pairs of cells, in [-4, 4], plus
         the weighted one of whole pictures, in the same range."""
-        images = self.images_of(batch)
-        maps, projections = self.student_maps(images)
+        images = self.images_of(batch)  # (B, 3, h, w) of each view, as all lists below are
+        maps, projections = self.student_maps(images)  # (B, channels, gh, gw), (B, C, gh, gw)
         key_maps, keys = self.teacher_maps(images)
-        positive = self.positive_pairs(batch["boxes"], tuple(keys[0].shape))
-        predictions = self.each_view(self.propagation, projections)
+        positive = self.positive_pairs(batch["boxes"], tuple(keys[0].shape))  # bool (B, L, L)
+        predictions = self.each_view(self.propagation, projections)  # only the student's are smoothed
         forth = consistency(predictions[0], keys[1], positive)
-        back = consistency(predictions[1], keys[0], positive.transpose(1, 2))
+        back = consistency(predictions[1], keys[0], positive.transpose(1, 2))  # rows are cells of the second view now
         loss = -2 * forth.mean() - 2 * back.mean()
         logs = {"loss_pixel": loss.detach(), **overlap_logs(positive)}
         if self.config.instance_weight:

@@ -1,4 +1,4 @@
-"""What the masked autoencoders share: a transformer decoder that predicts the pixels of hidden cells, and their loss.
+"""What MAE and ConvMAE share beside their steps: settings, initial weights, tables of positions, the authors' files.
 
 He, Chen, Xie, Li, Dollár, Girshick, "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, arXiv 2111.06377;
 code of the authors: github.com/facebookresearch/mae. Shapes as in `unlabeled.ssl.task`.
@@ -7,7 +7,7 @@ code of the authors: github.com/facebookresearch/mae. Shapes as in `unlabeled.ss
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from unlabeled.pretext.common.checkpoint import load_mapped, require_fixed_table, resampled_positions
 from unlabeled.pretext.common.positions import sincos_2d
-from unlabeled.pretext.masked_image.decoder import TransformerDecoder
-from unlabeled.pretext.masked_image.masked_image import CellRegression, MaskedImageConfig
-from unlabeled.ssl.backbones.masked.masking import Masking
+from unlabeled.pretext.masked_image.masked_image import MaskedImageConfig
+from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.core.errors import ConfigError
-from unlabeled.ssl.task import Batch, StepOutput, TaskConfig
+from unlabeled.ssl.task import TaskConfig
 
 
 class DecoderConfig(TaskConfig):
@@ -58,98 +57,69 @@ class AutoencoderConfig(MaskedImageConfig):
     only the decoder is drawn. auto: keep for a backbone that starts from trained weights, else mae."""
 
 
-class MaskedAutoencoder(CellRegression):
-    """Encodes visible cells and decodes hidden ones. A subclass builds its `decoder` and implements `latent`."""
+class PositionTable(NamedTuple):
+    """A backbone's table of absolute positions."""
 
-    Config: ClassVar[type[TaskConfig]] = AutoencoderConfig
-    official_prefix: ClassVar[int] = 1
-    """Entries before those of the cells in the position tables of the authors' files."""
-    config: AutoencoderConfig
-    decoder: TransformerDecoder
+    values: nn.Parameter
+    """(1, P + L, D): P entries before those of the patches."""
+    grid: tuple[int, int]
+    """(gh, gw), L patches."""
 
-    def latent(self, images: Tensor, masking: Masking) -> Tensor:
-        """Normalised (B, C, H, W) and its mask → tokens of the visible cells, (B, P + K, D), after the last norm."""
-        raise NotImplementedError
 
-    def absolute(self) -> tuple[nn.Parameter, tuple[int, int]] | None:
-        """The backbone's table of absolute positions, (1, P + L, D), and its grid; None where it has none."""
-        raise NotImplementedError
+def drawn_anew(config: AutoencoderConfig, backbone: Backbone) -> bool:
+    """Whether the backbone's weights are drawn by the task."""
+    return config.init == "mae" or (config.init == "auto" and not backbone.trained)
 
-    def fixed(self) -> set[str]:
-        """The table of positions, where it is the fixed one."""
-        found = self.absolute()
-        named = self.backbone.named_parameters()
-        return {name for name, one in named if found is not None and one is found[0] and not one.requires_grad}
 
-    @property
-    def anew(self) -> bool:
-        """Whether the backbone's weights are drawn here."""
-        return self.config.init == "mae" or (self.config.init == "auto" and not self.backbone.trained)
+def settle_positions(config: AutoencoderConfig, backbone: Backbone, table: PositionTable | None, *, anew: bool) -> None:
+    """Sets the fixed table if asked to (`anew`), and trains absolute positions unless they are that table.
 
-    def forward(self, batch: Batch, *, noise: Tensor | None = None, visible: Tensor | None = None) -> StepOutput:
-        """Mean squared error of the hidden patches of ``batch["image"]``, and the part of their variance explained.
+    Raises ConfigError for a width that the fixed table cannot have.
+    """
+    if table is None or config.positions == "backbone":
+        return
+    values, (rows, columns) = table
+    dim = values.shape[-1]
+    if dim % 4 and not anew:
+        return
+    if dim % 4:
+        raise ConfigError(
+            f"task.positions: sincos needs a width that is a multiple of 4, {backbone.name} has {dim}; "
+            "set task.positions=backbone"
+        )
+    fixed = sincos_2d(dim, table.grid, values.shape[1] - rows * columns).to(values)
+    if anew:
+        values.data.copy_(fixed)
+    # a table that came with trained weights may be the fixed one too: it then goes on being fixed
+    values.requires_grad_(not (anew or torch.allclose(values.detach(), fixed, atol=1e-4)))
 
-        A uint8 picture (B, 3, H, W) is normalised here; a float one is taken as normalised already. `noise` (B, L) or
-        `visible` (bool, B, gh, gw) decides the masks; None: as `draw` gives it.
-        """
-        images = self.images_of(batch)
-        masking = self.mask(images, noise, visible)
-        predictions = self.decoder(self.latent(images, masking), masking)
-        return self.score(predictions, images, masking)
 
-    @property
-    def norm_pix(self) -> bool:
-        return self.config.norm_pix
+def names_of_fixed(backbone: Backbone, table: PositionTable | None) -> set[str]:
+    """The name of the table of positions (relative to `backbone`), where it is the fixed one."""
+    named = backbone.named_parameters()
+    return {name for name, one in named if table is not None and one is table.values and not one.requires_grad}
 
-    def reconstruct(self, images: Tensor, masking: Masking) -> Tensor:
-        return self.pictures_of(self.decoder.predict_all(self.latent(images, masking), masking), images, masking)
 
-    def load_official(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
-        """Loads the authors' files, with or without a decoder in them.
+def load_autoencoder(
+    task: nn.Module, state: Mapping[str, Tensor], table: PositionTable | None, *, file_prefix: int
+) -> tuple[list[str], list[str]]:
+    """Loads the authors' files into `task`, with or without a decoder in them.
 
-        Takes the dictionary of tensors or the file's ``{"model": ...}``. A table of positions of another grid becomes
-        this grid's: made anew where it is the fixed table, resampled bicubically where it is not. Returns
-        (missing, unexpected) names of the file's layout; without a decoder in the file its names are all missing.
+    Takes the dictionary of tensors or the file's ``{"model": ...}``. A table of positions of another grid becomes
+    this grid's: made anew where it is the fixed table, resampled bicubically where it is not; `file_prefix` entries
+    precede those of the patches in the file's tables. Returns (missing, unexpected) names of the file's layout;
+    without a decoder in the file its names are all missing.
 
-        Raises CheckpointError, before anything is changed, when a tensor has another shape or none fits.
-        """
-        tensors = cast(Mapping[str, Tensor], state.get("model", state))
-        names = {_official_name(name): name for name in self.state_dict()}
-        changed = dict(tensors)
-        absolute, prefix = self.absolute(), self.official_prefix
-        if "pos_embed" in tensors and absolute is not None:
-            changed["pos_embed"] = resampled_positions(tensors["pos_embed"], *absolute, file_prefix=prefix)
-        if "decoder_pos_embed" in tensors:
-            require_fixed_table("decoder_pos_embed", changed.pop("decoder_pos_embed"), file_prefix=prefix)
-        result = load_mapped(self, changed, names)
-        self._settle_positions(overwrite=False)
-        return result
-
-    def _build_decoder(self, dim: int, channels: int, grid: tuple[int, int]) -> None:
-        """`dim` channels of a token, `channels` of a picture, `grid` of the usual picture."""
-        values = self.cell[0] * self.cell[1] * channels
-        self.decoder = TransformerDecoder(dim, values, grid=grid, **self.config.decoder.model_dump())
-        init_linear(self.decoder)
-        nn.init.normal_(self.decoder.mask_token, std=0.02)
-
-    def _settle_positions(self, *, overwrite: bool) -> None:
-        """Sets the fixed table if asked to, and trains absolute positions unless they are that table."""
-        found = self.absolute()
-        if found is None or self.config.positions == "backbone":
-            return
-        absolute, grid = found
-        dim = absolute.shape[-1]
-        if dim % 4 and not overwrite:
-            return
-        if dim % 4:
-            raise ConfigError(
-                f"task.positions: sincos needs a width that is a multiple of 4, {self.backbone.name} has {dim}; "
-                "set task.positions=backbone"
-            )
-        table = sincos_2d(dim, grid, absolute.shape[1] - grid[0] * grid[1]).to(absolute)
-        if overwrite:
-            absolute.data.copy_(table)
-        absolute.requires_grad_(not (overwrite or torch.allclose(absolute.detach(), table, atol=1e-4)))
+    Raises CheckpointError, before anything is changed, when a tensor has another shape or none fits.
+    """
+    tensors = cast(Mapping[str, Tensor], state.get("model", state))
+    names = {_official_name(name): name for name in task.state_dict()}
+    changed = dict(tensors)
+    if "pos_embed" in tensors and table is not None:
+        changed["pos_embed"] = resampled_positions(tensors["pos_embed"], *table, file_prefix=file_prefix)
+    if "decoder_pos_embed" in tensors:
+        require_fixed_table("decoder_pos_embed", changed.pop("decoder_pos_embed"), file_prefix=file_prefix)
+    return load_mapped(task, changed, names)
 
 
 def init_linear(module: nn.Module) -> None:

@@ -6,21 +6,28 @@ code of the authors: github.com/Alpha-VL/ConvMAE. Shapes as in `unlabeled.ssl.ta
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
 from unlabeled.pretext.masked_image.autoencoder import (
     AutoencoderConfig,
-    MaskedAutoencoder,
+    PositionTable,
+    drawn_anew,
     init_linear,
     init_projection,
+    load_autoencoder,
+    names_of_fixed,
+    settle_positions,
 )
+from unlabeled.pretext.masked_image.mae import TransformerDecoder
+from unlabeled.pretext.masked_image.masked_image import MaskedImageTask, cell_pictures, cell_targets, squared_error
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.masked.masking import Masking, Method
 from unlabeled.ssl.backbones.masked.stages import Execution, StageEncoder
 from unlabeled.ssl.backbones.networks.convmae import ConvViT, PatchConv
-from unlabeled.ssl.task import Recipe, TaskConfig
+from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
 
 
 class ConvMAEConfig(AutoencoderConfig):
@@ -31,7 +38,7 @@ class ConvMAEConfig(AutoencoderConfig):
     code does. Results and gradients are the same."""
 
 
-class ConvMAE(MaskedAutoencoder):
+class ConvMAE(MaskedImageTask):
     """Masked autoencoder over stages. Submodules: `backbone`, `decoder`, and the two skips into the decoder.
 
     The skips bring the convolution stages to the tokens of their cell, and are thrown away with the decoder. There is
@@ -42,7 +49,7 @@ class ConvMAE(MaskedAutoencoder):
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "adamw",
-            "lr": 0.00015,
+            "lr": 1.5e-4,
             "lr_scaling": "linear",
             "lr_batch": 256,
             "betas": [0.9, 0.95],
@@ -54,7 +61,6 @@ class ConvMAE(MaskedAutoencoder):
     3072. Its authors saw losses overflow late in float16; bfloat16 (engine.precision=bf16) does not."""
     requires: ClassVar[frozenset[str]] = frozenset({"masked_stages"})
     method: ClassVar[Method] = "convmae"
-    official_prefix: ClassVar[int] = 0
     config: ConvMAEConfig
 
     def __init__(self, config: ConvMAEConfig, backbone: Backbone) -> None:
@@ -63,26 +69,60 @@ class ConvMAE(MaskedAutoencoder):
         encoder = StageEncoder(backbone)
         self.cell = encoder.cell
         grid = self.grid_of(backbone.input_size)
-        self.keep(grid)
+        self.keep(grid)  # refuses a ratio that hides nothing or all
         (first, second, last), sides = (stage.channels for stage in backbone.stages), encoder.sides
         self.stage1_output_decode = PatchConv(first, last, sides[0])
         self.stage2_output_decode = PatchConv(second, last, sides[1])
-        self._build_decoder(last, encoder.channels, grid)
-        if self.anew:
+        values = self.cell[0] * self.cell[1] * encoder.channels
+        self.decoder = TransformerDecoder(last, values, grid=grid, **config.decoder.model_dump())
+        anew = drawn_anew(config, backbone)
+        if anew:
             _init_encoder(encoder.model)
-        self._settle_positions(overwrite=self.anew)
+        settle_positions(config, backbone, self.positions(), anew=anew)
         for parameter in encoder.unreached():
             parameter.requires_grad_(False)
 
-    def latent(self, images: Tensor, masking: Masking) -> Tensor:
+    def forward(self, batch: Batch, *, noise: Tensor | None = None, visible: Tensor | None = None) -> StepOutput:
+        """Mean squared error of the hidden cells of ``batch["image"]``, and the part of their variance explained.
+
+        A uint8 picture (B, 3, H, W) is normalised here; a float one is taken as normalised already. `noise` (B, L) or
+        `visible` (bool, B, gh, gw) decides the masks; None: as `draw` gives it.
+        """
+        images = self.images_of(batch)  # (B, 3, H, W)
+        masking = self.mask(images, noise, visible)  # K of L cells stay visible
+        latent = self.encode(images, masking)  # (B, K, D)
+        predictions = self.decoder(latent, masking)  # (B, L - K, ph * pw * 3), of hidden cells alone
+        targets = cell_targets(images, self.cell, masking.ids_masked, norm_pix=self.config.norm_pix)
+        return squared_error(predictions, targets)
+
+    def encode(self, images: Tensor, masking: Masking) -> Tensor:
+        """Normalised (B, 3, H, W) → tokens of the visible cells (B, K, D), those of all three stages in sum."""
         encoder = StageEncoder(self.backbone)
         stages = encoder.encode(images, masking, self.config.execution)
+        # each skip makes one token of the places of a cell: (B, K, c, c, C) -> (B, K, 1, 1, D) -> (B, K, D)
         tokens = stages.tokens + self.stage1_output_decode(stages.first).flatten(1, 3)
-        return cast(Tensor, encoder.model.norm(tokens + self.stage2_output_decode(stages.second).flatten(1, 3)))
+        tokens = tokens + self.stage2_output_decode(stages.second).flatten(1, 3)
+        # the backbone's last norm comes after the sum, as the authors have it
+        return cast(Tensor, encoder.model.norm(tokens))
 
-    def absolute(self) -> tuple[nn.Parameter, tuple[int, int]]:
+    def reconstruct(self, images: Tensor, masking: Masking) -> Tensor:
+        predictions = self.decoder.predict_all(self.encode(images, masking), masking)  # (B, L, ph * pw * 3)
+        return cell_pictures(predictions, images, self.cell, masking.grid, norm_pix=self.config.norm_pix)
+
+    def positions(self) -> PositionTable:
+        """The backbone's table of absolute positions."""
         model = StageEncoder(self.backbone).model
-        return model.pos_embed, model.grid_size
+        return PositionTable(model.pos_embed, model.grid_size)
+
+    def fixed(self) -> set[str]:
+        """The table of positions, where it is the fixed one."""
+        return names_of_fixed(self.backbone, self.positions())
+
+    def load_official(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+        """See the class and `load_autoencoder`."""
+        found = load_autoencoder(self, state, self.positions(), file_prefix=0)  # there is no class token
+        settle_positions(self.config, self.backbone, self.positions(), anew=False)
+        return found
 
 
 def _init_encoder(model: ConvViT) -> None:

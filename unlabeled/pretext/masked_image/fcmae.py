@@ -21,7 +21,13 @@ from torch import Tensor, nn
 
 from unlabeled.pretext.common.checkpoint import load_mapped
 from unlabeled.pretext.masked_image.convnext_names import official_name
-from unlabeled.pretext.masked_image.masked_image import CellRegression, MaskedImageConfig
+from unlabeled.pretext.masked_image.masked_image import (
+    MaskedImageConfig,
+    MaskedImageTask,
+    cell_pictures,
+    cell_targets,
+    squared_error,
+)
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.masked.masking import Masking, Method
 from unlabeled.ssl.backbones.masked.sparse import SparseEncoder
@@ -49,7 +55,7 @@ class FCMAEConfig(MaskedImageConfig):
     decoder: DecoderConfig = DecoderConfig()
 
 
-class FCMAE(CellRegression):
+class FCMAE(MaskedImageTask):
     """Fully convolutional masked autoencoder. Submodules: `backbone` (the encoder) and `decoder`.
 
     A cell of the mask is one place of the encoder's last map. The backbone keeps its initial weights: timm draws those
@@ -60,7 +66,7 @@ class FCMAE(CellRegression):
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "adamw",
-            "lr": 0.00015,
+            "lr": 1.5e-4,
             "lr_scaling": "linear",
             "lr_batch": 256,
             "betas": [0.9, 0.95],
@@ -80,7 +86,7 @@ class FCMAE(CellRegression):
         super().__init__(config, backbone)
         last = backbone.stages[-1]
         self.cell = (last.stride, last.stride)
-        self.keep(self.grid_of(backbone.input_size))
+        self.keep(self.grid_of(backbone.input_size))  # refuses a ratio that hides nothing or all
         self.sparse = SparseEncoder(backbone, cell=self.cell)
         self.decoder = ConvDecoder(
             last.channels, 3 * last.stride**2, dim=config.decoder.dim, depth=config.decoder.depth
@@ -93,22 +99,21 @@ class FCMAE(CellRegression):
         A uint8 picture (B, 3, H, W) is normalised here; a float one is taken as normalised already. `noise` (B, L) or
         `visible` (bool, B, gh, gw) decides the masks; None: as `draw` gives it.
         """
-        images = self.images_of(batch)
-        masking = self.mask(images, noise, visible)
-        predictions = self.decoder(self.encode(images, masking), masking)
-        return self.score(predictions, images, masking)
+        images = self.images_of(batch)  # (B, 3, H, W)
+        masking = self.mask(images, noise, visible)  # K of L cells stay visible
+        latent = self.encode(images, masking)  # (B, K, C)
+        predictions = self.decoder(latent, masking)  # (B, L - K, ph * pw * 3), of hidden cells alone
+        targets = cell_targets(images, self.cell, masking.ids_masked, norm_pix=self.config.norm_pix)
+        return squared_error(predictions, targets)
 
     def encode(self, images: Tensor, masking: Masking) -> Tensor:
         """Normalised (B, 3, H, W) → features of the visible cells (B, K, C), in the order of `ids_keep`."""
         (last,) = self.sparse.maps(images, masking, indices=[-1])
-        return last.rows()
-
-    @property
-    def norm_pix(self) -> bool:
-        return self.config.norm_pix
+        return last.rows()  # a cell is one place of the last map
 
     def reconstruct(self, images: Tensor, masking: Masking) -> Tensor:
-        return self.pictures_of(self.decoder.predict_all(self.encode(images, masking), masking), images, masking)
+        predictions = self.decoder.predict_all(self.encode(images, masking), masking)  # (B, L, ph * pw * 3)
+        return cell_pictures(predictions, images, self.cell, masking.grid, norm_pix=self.config.norm_pix)
 
     def parameter_groups(self) -> Iterator[NamedParameter]:
         """See the base class; gains and offsets of response norms are decayed, as published.
@@ -152,8 +157,8 @@ class ConvDecoder(nn.Module):
 
     def forward(self, latent: Tensor, masking: Masking) -> Tensor:
         """Features of the visible cells (B, K, in_dim) → predictions (B, L - K, out_dim) of the cells `ids_masked`."""
-        x = self.mixed(latent, masking)
-        masked = x.gather(1, masking.ids_masked[..., None].expand(-1, -1, x.shape[-1]))
+        x = self.mixed(latent, masking)  # (B, L, dim): convolutions need every cell, the prediction does not
+        masked = x.gather(1, masking.ids_masked[..., None].expand(-1, -1, x.shape[-1]))  # (B, L - K, dim)
         prediction: Tensor = self.pred(masked)
         return prediction
 
@@ -167,9 +172,9 @@ class ConvDecoder(nn.Module):
 
         Response norms of these blocks see the whole picture.
         """
-        visible = self.proj(latent)
+        visible = self.proj(latent)  # (B, K, in_dim) -> (B, K, dim)
         hidden = self.mask_token.to(visible.dtype).expand(visible.shape[0], masking.ids_masked.shape[1], -1)
-        x = masking.restore(torch.cat([visible, hidden], dim=1))
+        x = masking.restore(torch.cat([visible, hidden], dim=1))  # (B, L, dim), raster order
         x = x.view(x.shape[0], *masking.grid, -1).permute(0, 3, 1, 2)  # (B, L, dim) -> (B, dim, gh, gw)
         return cast(Tensor, self.blocks(x)).flatten(2).transpose(1, 2)
 

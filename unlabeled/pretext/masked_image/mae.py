@@ -1,27 +1,42 @@
 """MAE: a transformer sees a quarter of the patches, a small decoder predicts the pixels of the rest.
 
 He, Chen, Xie, Li, Dollár, Girshick, "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, arXiv 2111.06377;
-code of the authors: github.com/facebookresearch/mae. Shapes as in `unlabeled.ssl.task`.
+code of the authors: github.com/facebookresearch/mae. Shapes as in `unlabeled.ssl.task`; P prefix tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar, cast
 
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from unlabeled.pretext.masked_image.autoencoder import AutoencoderConfig, MaskedAutoencoder, init_linear
+from unlabeled.pretext.common.positions import sincos_2d
+from unlabeled.pretext.masked_image.autoencoder import (
+    AutoencoderConfig,
+    PositionTable,
+    drawn_anew,
+    init_linear,
+    load_autoencoder,
+    names_of_fixed,
+    settle_positions,
+)
+from unlabeled.pretext.masked_image.masked_image import MaskedImageTask, cell_pictures, cell_targets, squared_error
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.masked.masking import Masking, Method
 from unlabeled.ssl.backbones.masked.tokens import TokenEncoder
-from unlabeled.ssl.task import Recipe, TaskConfig
+from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
 
 
 class MAEConfig(AutoencoderConfig):
     """Settings of MAE; the defaults are the paper's."""
 
 
-class MAE(MaskedAutoencoder):
+class MAE(MaskedImageTask):
     """Masked autoencoder. Submodules: `backbone` (the encoder) and `decoder`.
 
     `load_official` takes ``mae_pretrain_vit_*`` (encoder) and ``*_full`` and ``mae_visualize_*`` files (with decoder).
@@ -31,7 +46,7 @@ class MAE(MaskedAutoencoder):
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "adamw",
-            "lr": 0.00015,
+            "lr": 1.5e-4,
             "lr_scaling": "linear",
             "lr_batch": 256,
             "betas": [0.9, 0.95],
@@ -50,29 +65,147 @@ class MAE(MaskedAutoencoder):
         encoder = TokenEncoder(backbone)
         grid = encoder.grid(backbone.input_size)
         self.cell = encoder.patch_size
-        self.keep(grid)
-        self._build_decoder(encoder.dim, encoder.channels, grid)
-        if self.anew:
+        self.keep(grid)  # refuses a ratio that hides nothing or all
+        values = self.cell[0] * self.cell[1] * encoder.channels
+        self.decoder = TransformerDecoder(encoder.dim, values, grid=grid, **config.decoder.model_dump())
+        anew = drawn_anew(config, backbone)
+        if anew:
             _init_encoder(encoder)
-        self._settle_positions(overwrite=self.anew)
+        settle_positions(config, backbone, self.positions(), anew=anew)
         for parameter in encoder.unreached():
             parameter.requires_grad_(False)
 
-    def latent(self, images: Tensor, masking: Masking) -> Tensor:
+    def forward(self, batch: Batch, *, noise: Tensor | None = None, visible: Tensor | None = None) -> StepOutput:
+        """Mean squared error of the hidden patches of ``batch["image"]``, and the part of their variance explained.
+
+        A uint8 picture (B, 3, H, W) is normalised here; a float one is taken as normalised already. `noise` (B, L) or
+        `visible` (bool, B, gh, gw) decides the masks; None: as `draw` gives it.
+        """
+        images = self.images_of(batch)  # (B, 3, H, W)
+        masking = self.mask(images, noise, visible)  # K of L patches stay visible
+        latent = self.encode(images, masking)  # (B, P + K, D)
+        predictions = self.decoder(latent, masking)  # (B, L - K, ph * pw * 3), of hidden patches alone
+        targets = cell_targets(images, self.cell, masking.ids_masked, norm_pix=self.config.norm_pix)
+        return squared_error(predictions, targets)
+
+    def encode(self, images: Tensor, masking: Masking) -> Tensor:
+        """Normalised (B, 3, H, W) → tokens of prefix and visible patches (B, P + K, D), after the last norm."""
+        # not ``backbone(images)``: hidden patches are dropped before the first block, so they cost nothing
         return TokenEncoder(self.backbone).encode(images, masking.ids_keep)[0]
 
-    def absolute(self) -> tuple[nn.Parameter, tuple[int, int]] | None:
-        encoder = TokenEncoder(self.backbone)
-        return None if encoder.absolute is None else (encoder.absolute, encoder.absolute_grid)
+    def reconstruct(self, images: Tensor, masking: Masking) -> Tensor:
+        predictions = self.decoder.predict_all(self.encode(images, masking), masking)  # (B, L, ph * pw * 3)
+        return cell_pictures(predictions, images, self.cell, masking.grid, norm_pix=self.config.norm_pix)
 
-    def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
-        return TokenEncoder(self.backbone).grid(size)
+    def positions(self) -> PositionTable | None:
+        """The backbone's table of absolute positions; None where it has none."""
+        encoder = TokenEncoder(self.backbone)
+        return None if encoder.absolute is None else PositionTable(encoder.absolute, encoder.absolute_grid)
+
+    def fixed(self) -> set[str]:
+        """The table of positions, where it is the fixed one."""
+        return names_of_fixed(self.backbone, self.positions())
+
+    def require_size(self, size: tuple[int, int]) -> None:
+        TokenEncoder(self.backbone).grid(size)  # refuses sizes that the network does not take token by token
+        super().require_size(size)
+
+    def load_official(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+        """See the class and `load_autoencoder`."""
+        found = load_autoencoder(self, state, self.positions(), file_prefix=1)  # one entry for the class token
+        settle_positions(self.config, self.backbone, self.positions(), anew=False)
+        return found
+
+
+class TransformerDecoder(nn.Module):
+    """Predicts the pixels of each patch from the tokens of the visible ones.
+
+    Inside, tokens stand in the order prefix, visible, masked: attention does not mind, and the last block and the
+    prediction then run on the masked ones alone, which gives the same numbers as running them on all.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        *,
+        dim: int = 512,
+        depth: int = 8,
+        heads: int = 16,
+        mlp_ratio: float = 4.0,
+        norm_eps: float = 1e-6,
+        grid: tuple[int, int],
+    ) -> None:
+        """`in_dim` channels of the encoder, `out_dim` numbers per patch, `grid` (gh, gw) that is usual."""
+        super().__init__()
+        norm = partial(nn.LayerNorm, eps=norm_eps)
+        self.dim = dim
+        self.grid = grid
+        self.embed = nn.Linear(in_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.blocks = nn.ModuleList(
+            DecoderBlock(dim, heads, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth)
+        )
+        self.norm = norm(dim)
+        self.pred = nn.Linear(dim, out_dim)
+        # Fixed and made again from the grid: not part of checkpoints.
+        self.register_buffer("positions", sincos_2d(dim, grid)[0], persistent=False)
+        init_linear(self)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, latent: Tensor, masking: Masking) -> Tensor:
+        """Encoder tokens (B, P + K, in_dim) → predictions (B, L - K, out_dim) of the patches `ids_masked`."""
+        x = self._filled(latent, masking)  # (B, P + L, dim): prefix, visible, masked
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = block(x)
+        # nothing is asked of visible patches, so for the last block they are keys and values only
+        x = last(x, first=latent.shape[1])  # (B, L - K, dim)
+        return self.pred(self.norm(x))  # type: ignore[no-any-return]
+
+    def predict_all(self, latent: Tensor, masking: Masking) -> Tensor:
+        """Encoder tokens (B, P + K, in_dim) → predictions of all patches in raster order (B, L, out_dim)."""
+        x = self._filled(latent, masking)
+        for block in self.blocks:
+            x = block(x)
+        x = self.pred(self.norm(x))
+        return masking.restore(x[:, latent.shape[1] - masking.ids_keep.shape[1] :])
+
+    def _filled(self, latent: Tensor, masking: Masking) -> Tensor:
+        """(B, P + K, in_dim) → (B, P + L, dim): prefix without positions, visible and masked tokens with theirs."""
+        prefix = latent.shape[1] - masking.ids_keep.shape[1]
+        positions = cast(Tensor, self.positions)  # (L, dim)
+        if masking.grid != self.grid:  # pictures of another size, as a curriculum gives them
+            positions = sincos_2d(self.dim, masking.grid)[0].to(positions)
+        visible = self.embed(latent).to(positions.dtype)  # autocast gives it in half precision, positions are not
+        kept = visible[:, prefix:] + F.embedding(masking.ids_keep, positions)  # (B, K, dim)
+        masked = self.mask_token + F.embedding(masking.ids_masked, positions)  # (B, L - K, dim), one token everywhere
+        return torch.cat([visible[:, :prefix], kept, masked], dim=1)
+
+
+class DecoderBlock(Block):  # type: ignore[misc]
+    """timm's pre-norm block, which can leave out the results of leading tokens that nobody reads."""
+
+    def forward(self, x: Tensor, first: int = 0) -> Tensor:
+        """(B, N, D) → (B, N - first, D). The `first` leading tokens are keys and values only."""
+        if first == 0:
+            return super().forward(x)  # type: ignore[no-any-return]
+        attention, dim = self.attn, x.shape[-1]
+        y = self.norm1(x)
+        weight, bias = attention.qkv.weight, attention.qkv.bias
+        q = F.linear(y[:, first:], weight[:dim], bias[:dim])  # (B, N - first, D)
+        k, v = F.linear(y, weight[dim:], bias[dim:]).chunk(2, dim=-1)  # (B, N, D) each
+        q, k, v = (part.view(*part.shape[:2], attention.num_heads, -1).transpose(1, 2) for part in (q, k, v))
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x[:, first:] + attention.proj(mixed)
+        return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
 
 
 def _init_encoder(encoder: TokenEncoder) -> None:
     """Matrices as in the decoder, tokens from a normal distribution of 0.02."""
     model = encoder.backbone.model
     init_linear(model)
+    # the patch projection is a convolution, but is drawn as the matrix that it is
     nn.init.xavier_uniform_(encoder.projection.data.view(encoder.projection.shape[0], -1))
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[2] in {"cls_token", "reg_token", "dist_token"}:

@@ -1,4 +1,9 @@
-"""What all masked image models share: one crop, a mask over a grid of cells, and pictures of what was predicted."""
+"""What all masked image models share: one crop, a mask over a grid of cells, the cells' pixels as targets, and pictures
+of what was predicted.
+
+The pixels of a cell stand in the order row, column, channel: element ``(dy * pw + dx) * C + c`` is channel c of the
+pixel dy rows down and dx columns right of the cell's corner (MAE, arXiv 2111.06377; the channel runs fastest).
+"""
 
 from __future__ import annotations
 
@@ -9,9 +14,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 from torchvision.transforms import v2
-from torchvision.utils import make_grid
 
-from unlabeled.pretext.common.patches import normalize_patches, patch_statistics, patchify, unpatchify, widened
+from unlabeled.pretext.common.drawing import displayed, enlarged, tiled
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.masked.masking import (
     Masking,
@@ -23,6 +27,7 @@ from unlabeled.ssl.backbones.masked.masking import (
     masking_of,
     random_masking,
 )
+from unlabeled.ssl.backbones.masked.tokens import gather_patches
 from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.data.views import Views
@@ -30,8 +35,8 @@ from unlabeled.ssl.task import Batch, FloatPictures, PretextTask, StepOutput, Ta
 
 _PICTURES = 8
 """Rows of a visualisation."""
-_SHOWN_PIXELS = 96
-"""Smaller pictures are enlarged to about this size in a visualisation."""
+_EPS = 1e-6
+"""Added to the variance of a cell, inside the square root."""
 
 Part = Annotated[float, Field(gt=0, le=1)]
 
@@ -67,7 +72,10 @@ class CropViews:
 
 
 class MaskedImageTask(PretextTask):
-    """Base of the masked image models. A subclass sets `method` and `cell`, and implements `reconstruct`."""
+    """Base of the masked image models: everything but the method itself, whose steps stand in its `forward`.
+
+    A subclass sets `method` and `cell`, and implements `forward` and, for `visualize`, `reconstruct`.
+    """
 
     Config: ClassVar[type[TaskConfig]] = MaskedImageConfig
     method: ClassVar[Method]
@@ -109,10 +117,8 @@ class MaskedImageTask(PretextTask):
             predicted = self.reconstruct(images, masking).to(images.dtype)
         shown = masking.enlarged(self.cell)[:, None]
         columns = [images, torch.where(shown, images, 0.0), torch.where(shown, images, predicted)]
-        tiles = _to_uint8(torch.stack(columns, dim=1).flatten(0, 1), self.backbone)  # (3 B, C, H, W), row by row
-        enlarge = max(1, _SHOWN_PIXELS // min(tiles.shape[-2:]))
-        tiles = tiles.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
-        return {"reconstruction": make_grid(tiles, nrow=len(columns), padding=2, pad_value=255)}
+        tiles = displayed(torch.stack(columns, dim=1).flatten(0, 1), self.backbone)  # (3 B, C, H, W), row by row
+        return {"reconstruction": tiled(enlarged(tiles), len(columns))}
 
     def images_of(self, batch: Batch) -> Tensor:
         """``batch["image"]`` normalised, (B, 3, H, W); float pictures are taken as normalised already."""
@@ -124,7 +130,8 @@ class MaskedImageTask(PretextTask):
         if visible is not None:
             return masking_of(visible)
         grid = self.grid_of((images.shape[-2], images.shape[-1]))
-        noise = self.draw({"image": images})["noise"] if noise is None else noise
+        if noise is None:
+            noise = mask_noise(self.config.mask_pattern, images.shape[0], grid, images.device)
         return random_masking(noise, self.keep(grid), grid)
 
     def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -157,39 +164,62 @@ class MaskedImageTask(PretextTask):
         return keep
 
 
-class CellRegression(MaskedImageTask):
-    """Base of the tasks that predict the pixels of hidden cells under a squared error, each cell by itself."""
-
-    @property
-    def norm_pix(self) -> bool:
-        """Whether each cell is predicted normalised by its own mean and deviation."""
-        return True
-
-    def target(self, images: Tensor, ids: Tensor) -> Tensor:
-        """What is to be predicted for the cells `ids` (B, M): at least float32 (B, M, ph * pw * C)."""
-        patches = patchify(images, self.cell, ids)
-        return normalize_patches(patches) if self.norm_pix else widened(patches)
-
-    def score(self, predictions: Tensor, images: Tensor, masking: Masking) -> StepOutput:
-        """Mean squared error of predictions (B, L - K, ph * pw * C) of the hidden cells, and the part of their variance
-        that they explain."""
-        target = self.target(images, masking.ids_masked)
-        loss = (predictions.to(target.dtype) - target).square().mean()
-        return StepOutput(loss, {"explained": 1 - loss.detach() / (target.square().mean() + 1e-6)})
-
-    def pictures_of(self, predictions: Tensor, images: Tensor, masking: Masking) -> Tensor:
-        """Predictions of all cells (B, L, ph * pw * C) as pictures (B, C, H, W), normalised, at least float32.
-
-        With `norm_pix` each cell gets back its true mean and deviation.
-        """
-        predictions = widened(predictions)
-        if self.norm_pix:
-            mean, deviation = patch_statistics(patchify(images, self.cell))
-            predictions = predictions * deviation + mean
-        return unpatchify(predictions, self.cell, masking.grid)
+def patchify(images: Tensor, patch: tuple[int, int], ids: Tensor | None = None) -> Tensor:
+    """(B, C, H, W) → (B, L, ph * pw * C) in raster order, or the patches `ids` (B, M) only → (B, M, ph * pw * C)."""
+    if ids is not None:
+        return gather_patches(images, ids, patch).permute(0, 1, 3, 4, 2).flatten(2)
+    batch, channels, height, width = images.shape
+    cells = images.reshape(batch, channels, height // patch[0], patch[0], width // patch[1], patch[1])
+    return cells.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch[0] * patch[1] * channels)
 
 
-def _to_uint8(images: Tensor, backbone: Backbone) -> Tensor:
-    """Normalised pictures (B, C, H, W) → uint8 of the same shape."""
-    mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (backbone.mean, backbone.std))
-    return ((images * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+def unpatchify(patches: Tensor, patch: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """(B, gh * gw, ph * pw * C) → (B, C, gh * ph, gw * pw); the inverse of `patchify`."""
+    cells = patches.reshape(patches.shape[0], *grid, *patch, -1).permute(0, 5, 1, 3, 2, 4)
+    return cells.reshape(patches.shape[0], -1, grid[0] * patch[0], grid[1] * patch[1])
+
+
+def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each patch over its pixels and channels, (..., n) → two of (..., 1), at least float32.
+
+    The variance is unbiased (over n - 1) and 1e-6 is added to it.
+    """
+    # half precision is left first: it is off by more than 1 on patches of low contrast
+    wide = patches.to(torch.promote_types(patches.dtype, torch.float32))
+    variance, mean = torch.var_mean(wide, dim=-1, keepdim=True, correction=1)
+    return mean, (variance + _EPS).sqrt()
+
+
+def normalize_patches(patches: Tensor) -> Tensor:
+    """Each patch (..., n) minus its mean, over its deviation; at least float32. A constant patch becomes exactly 0."""
+    mean, deviation = patch_statistics(patches)
+    return (patches.to(mean.dtype) - mean) / deviation
+
+
+def cell_targets(images: Tensor, cell: tuple[int, int], ids: Tensor, *, norm_pix: bool = True) -> Tensor:
+    """Pixels of the cells `ids` (B, M) → (B, M, ph * pw * C); `norm_pix`: each cell by its own mean and deviation."""
+    patches = patchify(images, cell, ids)
+    return normalize_patches(patches) if norm_pix else patches
+
+
+def squared_error(predictions: Tensor, targets: Tensor) -> StepOutput:
+    """Mean squared error of predictions (B, M, n) of M cells, in at least float32.
+
+    Logs ``explained``, the part of the targets' mean square that is predicted: 0 for a prediction of zeros.
+    """
+    dtype = torch.promote_types(torch.result_type(predictions, targets), torch.float32)  # also under autocast
+    predictions, targets = predictions.to(dtype), targets.to(dtype)
+    loss = (predictions - targets).square().mean()
+    return StepOutput(loss, {"explained": 1 - loss.detach() / (targets.square().mean() + 1e-6)})
+
+
+def cell_pictures(
+    predictions: Tensor, images: Tensor, cell: tuple[int, int], grid: tuple[int, int], *, norm_pix: bool = True
+) -> Tensor:
+    """Predictions of all cells (B, L, ph * pw * C) as pictures (B, C, H, W), normalized, at least as precise as
+    `images`. With `norm_pix` each cell gets back its true mean and deviation."""
+    predictions = predictions.to(torch.promote_types(predictions.dtype, images.dtype))
+    if norm_pix:
+        mean, deviation = patch_statistics(patchify(images, cell))
+        predictions = predictions * deviation + mean
+    return unpatchify(predictions, cell, grid)

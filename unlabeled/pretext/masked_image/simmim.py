@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from unlabeled.pretext.common.checkpoint import load_mapped
-from unlabeled.pretext.common.patches import widened
 from unlabeled.pretext.masked_image.masked_image import MaskedImageConfig, MaskedImageTask, Part
 from unlabeled.pretext.masked_image.simmim_names import official_names, to_own_layout
 from unlabeled.ssl.backbones.backbone import Backbone
@@ -70,7 +69,7 @@ class SimMIM(MaskedImageTask):
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "adamw",
-            "lr": 0.0002,
+            "lr": 2e-4,
             "lr_scaling": "linear",
             "lr_batch": 512,
             "betas": [0.9, 0.999],
@@ -102,14 +101,14 @@ class SimMIM(MaskedImageTask):
         patch = (1, 1) if self.stem is None else self.stem.patch
         unit = _mask_unit(config.mask_unit, backbone, patch)
         self.cell = (unit, unit)
-        self.keep(self.grid_of(backbone.input_size))
+        self.keep(self.grid_of(backbone.input_size))  # refuses a ratio that hides nothing or all
         channels, self.stride = backbone.stages[-1]
         self.last = LevelMap(backbone, -1, task="SimMIM")
         shape = (1, 3, 1, 1) if self.stem is None else (1, 1, self.stem.dim)
         self.mask_token = nn.Parameter(torch.empty(shape))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.decoder = nn.Conv2d(channels, 3 * self.stride**2, kernel_size=1)
-        self.train_only(self.last.reached(backbone))
+        self.train_only(self.last.reached(backbone))  # not a head, nor what comes after the last map
         place = "as one colour in the picture" if self.stem is None else f"as one token after {self.stem.name}"
         logger.info("simmim: hidden cells of %d pixels enter %s %s", unit, backbone.name, place)
 
@@ -119,40 +118,47 @@ class SimMIM(MaskedImageTask):
         A uint8 picture (B, 3, H, W) is normalised here; a float one is taken as normalised already. `noise` (B, L) or
         `visible` (bool, B, gh, gw, on the cells of the mask) decides the masks; None: as `draw` gives it.
         """
-        images = self.images_of(batch)
-        masking = self.mask(images, noise, visible)
-        predicted = self.reconstruct(images, masking)
-        hidden = self.hidden_pixels(masking)
+        images = self.images_of(batch)  # (B, 3, H, W)
+        masking = self.mask(images, noise, visible)  # of cells of `mask_unit` pixels, a patch or more
+        features = self.encode(images, masking)  # (B, C, H', W')
+        predicted = self.decode(features, (images.shape[-2], images.shape[-1]))  # (B, 3, H, W)
+        hidden = self.hidden_pixels(masking)  # bool (B, 1, H, W)
         loss = masked_l1(predicted, images, hidden)
+        # what a prediction of zeros, the mean color, would get: the share of it that is gone is explained
         blank = masked_l1(torch.zeros_like(predicted), images, hidden).detach()
         return StepOutput(loss, {"explained": 1 - loss.detach() / (blank + 1e-6)})
-
-    def reconstruct(self, images: Tensor, masking: Masking) -> Tensor:
-        """See the base class. A prediction stands at every pixel, those of visible cells are not trained.
-
-        Each place of the last map gives the ``stride`` x ``stride`` pixels under it, channel by channel and each
-        channel row by row (the order of a pixel shuffle).
-        """
-        height, width = images.shape[-2:]
-        features = self.encode(images, masking)
-        grid = (math.ceil(height / self.stride), math.ceil(width / self.stride))
-        if features.shape[-2:] != grid:  # networks without padding lose places at the edge
-            features = F.interpolate(features, size=grid, mode="bilinear", align_corners=False)
-        pictures = F.pixel_shuffle(self.decoder(features), self.stride)
-        return widened(pictures[..., :height, :width])
 
     def encode(self, images: Tensor, masking: Masking) -> Tensor:
         """Normalised (B, 3, H, W) and its mask → the last map (B, C, H', W'), after the network's final norm."""
         if self.stem is None:
             images = torch.where(self.hidden_pixels(masking), self.mask_token.to(images.dtype), images)
             return self.last(self.backbone, images)
-        cells = (self.cell[0] // self.stem.patch[0], self.cell[1] // self.stem.patch[1])
-        with substituted(self.backbone.model, self.stem, masking.enlarged(cells), self.mask_token):
+        # a cell of the mask covers several patches: (B, gh, gw) cells -> patches of the stem
+        patches = (self.cell[0] // self.stem.patch[0], self.cell[1] // self.stem.patch[1])
+        with substituted(self.backbone.model, self.stem, masking.enlarged(patches), self.mask_token):
             return self.last(self.backbone, images)
+
+    def decode(self, features: Tensor, size: tuple[int, int]) -> Tensor:
+        """The last map (B, C, H', W') → predicted pictures (B, 3, H, W) of `size` (H, W), normalized.
+
+        Each place of the last map gives the ``stride`` x ``stride`` pixels under it, channel by channel and each
+        channel row by row (the order of a pixel shuffle).
+        """
+        height, width = size
+        grid = (math.ceil(height / self.stride), math.ceil(width / self.stride))
+        if features.shape[-2:] != grid:  # networks without padding lose places at the edge
+            features = F.interpolate(features, size=grid, mode="bilinear", align_corners=False)
+        pictures = F.pixel_shuffle(self.decoder(features), self.stride)
+        return pictures[..., :height, :width]  # the last places stand over where the stride does not divide the size
 
     def hidden_pixels(self, masking: Masking) -> Tensor:
         """Bool (B, 1, H, W), True where a pixel is hidden."""
         return ~masking.enlarged(self.cell)[:, None]
+
+    def reconstruct(self, images: Tensor, masking: Masking) -> Tensor:
+        """See the base class. A prediction stands at every pixel, those of visible cells are not trained."""
+        predicted = self.decode(self.encode(images, masking), (images.shape[-2], images.shape[-1]))
+        return predicted.to(torch.promote_types(predicted.dtype, images.dtype))
 
     def parameter_groups(self) -> Iterator[NamedParameter]:
         """As the base class says, and no decay for class and mask tokens and absolute positions.
@@ -183,7 +189,8 @@ def masked_l1(predicted: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
 
     The count of pixels has 1e-5 added. At least float32. Source: section 3.4 of the paper; microsoft/SimMIM.
     """
-    error = (widened(images) - widened(predicted)).abs()
+    dtype = torch.promote_types(torch.result_type(images, predicted), torch.float32)  # also under autocast
+    error = (images.to(dtype) - predicted.to(dtype)).abs()  # (B, C, H, W)
     return (error * hidden).sum() / (hidden.sum(dtype=error.dtype) + _EPS) / images.shape[1]
 
 

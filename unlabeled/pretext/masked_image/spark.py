@@ -20,9 +20,16 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from unlabeled.pretext.common.checkpoint import load_mapped
-from unlabeled.pretext.common.patches import patchify
 from unlabeled.pretext.masked_image.convnext_names import official_name
-from unlabeled.pretext.masked_image.masked_image import CellRegression, MaskedImageConfig, Part
+from unlabeled.pretext.masked_image.masked_image import (
+    MaskedImageConfig,
+    MaskedImageTask,
+    Part,
+    cell_pictures,
+    cell_targets,
+    patchify,
+    squared_error,
+)
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.masked.masking import Masking, Method
 from unlabeled.ssl.backbones.masked.sparse import MaskedMap, SparseEncoder, convert
@@ -67,14 +74,14 @@ class SparKConfig(MaskedImageConfig):
     decoder: DecoderConfig = DecoderConfig()
 
 
-class SparK(CellRegression):
+class SparK(MaskedImageTask):
     """Sparse and hierarchical masked modeling. Submodules: `backbone`, `densify` and `decoder`."""
 
     Config: ClassVar[type[TaskConfig]] = SparKConfig
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "lamb",
-            "lr": 0.0002,
+            "lr": 2e-4,
             "lr_scaling": "linear",
             "lr_batch": 256,
             "betas": [0.9, 0.95],
@@ -103,10 +110,10 @@ class SparK(CellRegression):
         super().__init__(config, backbone)
         stride = _total_stride(backbone)
         self.cell = _cell(config.mask_unit, stride, backbone.name)
-        self.keep(self.grid_of(backbone.input_size))
+        self.keep(self.grid_of(backbone.input_size))  # refuses a ratio that hides nothing or all
         self.sparse = SparseEncoder(backbone, cell=self.cell)
         self.levels = _levels(backbone, stride, config.levels)
-        widths = _widths(config.decoder.width, blocks=stride.bit_length() - 1)
+        widths = _widths(config.decoder.width, blocks=stride.bit_length() - 1)  # each doubles: log2 of the stride
         channels = [backbone.stages[index].channels for index in self.levels]
         self.densify = Densify(channels, widths, "batch" if _has_batch_norm(backbone) else "layer")
         self.decoder = LightDecoder(widths)
@@ -118,19 +125,30 @@ class SparK(CellRegression):
         A uint8 picture (B, 3, H, W) is normalised here; a float one is taken as normalised already. `noise` (B, L) or
         `visible` (bool, B, gh, gw) decides the masks; None: as `draw` gives it.
         """
-        images = self.images_of(batch)
-        masking = self.mask(images, noise, visible)
-        predictions = patchify(self.predict(images, masking), self.cell, masking.ids_masked)
-        return self.score(predictions, images, masking)
+        images = self.images_of(batch)  # (B, 3, H, W)
+        masking = self.mask(images, noise, visible)  # K of L cells stay visible
+        maps = self.encode(images, masking)  # a map of visible places a level, (B, C_i, h_i, w_i)
+        predicted = self.decode(maps)  # (B, 3, H, W)
+        predictions = patchify(predicted, self.cell, masking.ids_masked)  # (B, L - K, ph * pw * 3)
+        targets = cell_targets(images, self.cell, masking.ids_masked)
+        return squared_error(predictions, targets)
 
-    def predict(self, images: Tensor, masking: Masking) -> Tensor:
-        """Normalised (B, 3, H, W) → predictions (B, 3, H, W) in units of each cell's own mean and deviation."""
-        maps = self.sparse.maps(images, masking, indices=self.levels)
+    def encode(self, images: Tensor, masking: Masking) -> list[MaskedMap]:
+        """Normalised (B, 3, H, W) → maps of visible places (B, C_i, h_i, w_i), coarsest first."""
+        return self.sparse.maps(images, masking, indices=self.levels)
+
+    def decode(self, maps: Sequence[MaskedMap]) -> Tensor:
+        """Maps of visible places → predictions (B, 3, H, W) in units of each cell's own mean and deviation."""
         prediction: Tensor = self.decoder(self.densify(maps))
         return prediction
 
+    def predict(self, images: Tensor, masking: Masking) -> Tensor:
+        """Normalised (B, 3, H, W) → predictions (B, 3, H, W) in units of each cell's own mean and deviation."""
+        return self.decode(self.encode(images, masking))
+
     def reconstruct(self, images: Tensor, masking: Masking) -> Tensor:
-        return self.pictures_of(patchify(self.predict(images, masking), self.cell), images, masking)
+        predictions = patchify(self.predict(images, masking), self.cell)  # (B, L, ph * pw * 3)
+        return cell_pictures(predictions, images, self.cell, masking.grid)
 
     def parameter_groups(self) -> Iterator[NamedParameter]:
         """See the base class; mask embeddings and layer scales are not decayed either, as published."""
@@ -176,6 +194,7 @@ class Densify(nn.Module):
     def forward(self, maps: Sequence[MaskedMap]) -> list[Tensor]:
         """Maps of visible places (B, C_i, h_i, w_i) → whole maps (B, W / 2^i, h_i, w_i)."""
         levels = zip(maps, self.norms, self.mask_tokens, self.projs, strict=True)
+        # the norm comes before the tokens, so that its statistics are those of visible places
         return [project(fill(norm(one), token)) for one, norm, token, project in levels]
 
 
@@ -207,9 +226,9 @@ class LightDecoder(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Whole maps (B, W / 2^i, h_i, w_i), coarsest first, at most one a block → (B, 3, H, W)."""
         x, *skips = maps
-        for position, block in enumerate(self.blocks):
+        for position, block in enumerate(self.blocks):  # (B, W / 2^i, h_i, w_i) -> (B, W / 2^(i + 1), 2 h_i, 2 w_i)
             x = block(x + skips[position - 1] if 0 < position <= len(skips) else x)
-        prediction: Tensor = self.proj(x)
+        prediction: Tensor = self.proj(x)  # (B, 3, H, W)
         return prediction
 
 

@@ -12,12 +12,11 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 import torch
-import torch.distributed as dist
 from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor
 
 from unlabeled.pretext.common.teacher import cosine_momentum
-from unlabeled.ssl.core.distributed import sum_over_ranks
+from unlabeled.ssl.core.distributed import sum_over_ranks, world_size
 from unlabeled.ssl.task import TaskConfig
 
 _WEAKEST = 1e-4
@@ -78,13 +77,12 @@ def gradient_norms(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> Te
 
     The graph stays, no ``.grad`` is touched, and hooks of DDP do not fire. All ranks must call it. At least float32.
     """
-    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     norms = []
     with torch.autocast(losses[0].device.type, enabled=False):
         for loss in losses:
             gradients = torch.autograd.grad(loss * _LIFT, parameters, retain_graph=True, materialize_grads=True)
             flat = torch.cat([gradient.flatten() for gradient in gradients])
-            flat = flat.to(torch.promote_types(flat.dtype, torch.float32)) / (_LIFT * world)
+            flat = flat.to(torch.promote_types(flat.dtype, torch.float32)) / (_LIFT * world_size())
             norms.append(torch.linalg.vector_norm(sum_over_ranks(flat)))
     return torch.stack(norms)
 

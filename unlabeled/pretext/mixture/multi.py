@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from unlabeled.pretext.common.patches import widened
+from unlabeled.pretext.common.precision import widened
 from unlabeled.pretext.mixture.balance import Ramp, balanced, gradient_norms, split_rows, weight_at
 from unlabeled.pretext.mixture.mixture import MultiConfig, told_as
 from unlabeled.pretext.registry import task_class
@@ -60,7 +60,7 @@ class Multi(PretextTask):
         "task": {"tasks": [{"name": "rotation", "weight": 1}, {"name": "simmim", "weight": 1}]},
         "optim": {
             "name": "adamw",
-            "lr": 0.00015,
+            "lr": 1.5e-4,
             "lr_scaling": "linear",
             "lr_batch": 256,
             "betas": [0.9, 0.95],

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.utils import make_grid
 
+from unlabeled.pretext.common.drawing import tiled
 from unlabeled.pretext.obow.vocabulary import Distances
 
 _TILE = 96
@@ -49,5 +49,4 @@ def side_by_side(columns: Sequence[Tensor]) -> Tensor:
     tile = (height * enlarge, width * enlarge)
     tiles = [F.interpolate(one.flatten(0, 1), tile, mode="nearest").view(*one.shape[:3], *tile) for one in columns]
     rows = torch.cat(tiles, 1)
-    grid: Tensor = make_grid(rows.flatten(0, 1), nrow=rows.shape[1], padding=2, pad_value=255)
-    return grid
+    return tiled(rows.flatten(0, 1), rows.shape[1])

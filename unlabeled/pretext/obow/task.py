@@ -13,10 +13,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from unlabeled.pretext.common.checkpoint import load_mapped
-from unlabeled.pretext.common.patches import widened
+from unlabeled.pretext.common.precision import widened
 from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy
 from unlabeled.pretext.common.views import Part
-from unlabeled.pretext.obow.head import WordHead, bow_logits
 from unlabeled.pretext.obow.official import official_names
 from unlabeled.pretext.obow.pictures import nearest_words, painted, side_by_side, word_colors
 from unlabeled.pretext.obow.views import ImageCropsConfig, OBoWViews, PatchesConfig, sizes_of
@@ -26,6 +25,7 @@ from unlabeled.pretext.obow.vocabulary import (
     Pool,
     Source,
     Vocabulary,
+    WordHead,
     information,
     inner_map,
     mean_over_ranks,
@@ -113,8 +113,8 @@ class OBoW(PretextTask):
 
     Config: ClassVar[type[TaskConfig]] = OBoWConfig
     recipe: ClassVar[Recipe] = {
-        "optim": {"name": "sgd", "lr": 0.03, "lr_scaling": "none", "momentum": 0.9, "weight_decay": 0.0001},
-        "schedule": {"name": "cosine", "warmup_epochs": 10, "min_lr": 3e-05, "per_epoch": True},
+        "optim": {"name": "sgd", "lr": 0.03, "lr_scaling": "none", "momentum": 0.9, "weight_decay": 1e-4},
+        "schedule": {"name": "cosine", "warmup_epochs": 10, "min_lr": 3e-5, "per_epoch": True},
         "batch_size": 256,
         "epochs": 200,
     }
@@ -168,21 +168,21 @@ class OBoW(PretextTask):
         """``image`` (B, 3, H, W), ``crops`` (B, n, 3, h, w) and ``patches`` (B, m, 3, h', w') → sum over kinds of views
         of KL(bag || prediction), in mean over levels, pictures and views."""
         place = self.draw(batch)["place"] if place is None else place
-        features = {kind: self.student(batch[kind]) for kind in _VIEWS if kind in batch}
+        features = {kind: self.student(batch[kind]) for kind in _VIEWS if kind in batch}  # (B, n, D) each
         losses = {kind: self.scale.new_zeros(()) for kind in features}
         logs: dict[str, Tensor] = {}
         news, informed = [], []
         for level, maps in enumerate(self.teacher_maps(batch["image"])):
-            words, bags, found = self.assign(level, maps, place[:, level])
-            weights = self.heads[level](words)
+            words, bags, found = self.assign(level, maps, place[:, level])  # (K, C), (B, K)
+            weights = self.heads[level](words)  # (K, D): a classifier made anew, as the words change in every step
             for kind, pooled in features.items():
-                logits = bow_logits(pooled, weights, self.scale[level])
+                logits = bow_logits(pooled, weights, self.scale[level])  # (B, n, K)
                 losses[kind] = losses[kind] + bow_loss(logits, bags) / len(self.levels)
             news.append(found)
             informed.append(information(bags))
             logs |= self._level_logs(level, bags)
         if self.training:
-            self._news.append(news)
+            self._news.append(news)  # stored in `after_step`, so that all micro-steps use the same words
         logs |= {f"loss_{kind}": loss.detach() for kind, loss in losses.items()}
         logs["teacher_information"] = torch.stack(informed).mean()
         first = next(iter(features.values()))[:, 0].detach()
@@ -279,6 +279,15 @@ class OBoW(PretextTask):
                 "set backbone.name=resnet50 or resnet18"
             )
         return load_mapped(self, {name.removeprefix("module."): value for name, value in tensors.items()}, names)
+
+
+def bow_logits(features: Tensor, weights: Tensor, scale: Tensor) -> Tensor:
+    """Student features (..., D), as they are, and weights (K, D) → scale * f . w, (..., K), at least float32.
+
+    Outside autocast: bfloat16 would round the larger logits to whole numbers.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        return scale * F.linear(widened(features), weights)
 
 
 def bow_loss(logits: Tensor, bags: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Visual words: a queue of teacher features, and what a picture says in them.
+"""Visual words: a queue of teacher features, what a picture says in them, and the classifier made of them.
 
 Source: sections 3.1 and 3.2 of the paper and valeoai/obow. The codes of P places over K words would be the largest
 tensor of a step, so they are made for a few pictures at a time, and never leave log space before they are pooled.
@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unlabeled.pretext.common.patches import widened
-from unlabeled.ssl.core.distributed import gather_rows, sum_over_ranks
+from unlabeled.pretext.common.precision import widened
+from unlabeled.ssl.core.distributed import gather_rows, rank, sum_over_ranks, world_size
+from unlabeled.ssl.nn.batch_norm import SyncedBatchNorm1d
 
 Pool = Literal["max", "mean"]
 Source = Literal["local", "cell", "map"]
@@ -169,7 +169,7 @@ class Vocabulary(nn.Module):
         """The words (K, C) to be used with `maps` (B, C, H, W), and again as seeds where they were made of these."""
         if self.ready:
             return self.words, None
-        pictures = len(maps) * (ranks() if self.training else 1)
+        pictures = len(maps) * (world_size() if self.training else 1)
         seeds = seed_words(maps, place, window, -(-len(self.words) // pictures))
         seeds = (gather_rows(seeds) if self.training else seeds)[: len(self.words)].to(self.words.dtype)
         return seeds, seeds
@@ -197,14 +197,33 @@ class Vocabulary(nn.Module):
         self.pointer.copy_((self.pointer + len(rows)) % count)
 
 
-def ranks() -> int:
-    """Processes of this run."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+class WordHead(nn.Module):
+    """Words (K, C) → one unit vector (K, D) each: norm, linear, batch norm over the words, ReLU, linear, norm.
+
+    Source: section 3.3 of the paper; hidden width 2 D. In training each rank generates its share of the words where
+    their number divides; statistics and gradients are those of all of them, and an average of gradients over ranks (as
+    DDP takes it) is the gradient of one process that generates all.
+    """
+
+    def __init__(self, channels: int, dim: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(channels, 2 * dim, bias=False)
+        self.bn = SyncedBatchNorm1d(2 * dim)
+        self.last_layer = nn.Linear(2 * dim, dim)
+
+    def forward(self, words: Tensor) -> Tensor:
+        """(K, C) → (K, D), at least float32; with a gradient to the head's parameters only."""
+        ranks = world_size() if self.training else 1
+        shared = ranks > 1 and words.shape[0] % ranks == 0
+        own = words.chunk(ranks)[rank()] if shared else words
+        hidden = F.relu(self.bn(self.fc(F.normalize(own, dim=1))))
+        weights = F.normalize(widened(self.last_layer(hidden)), dim=1)
+        return gather_rows(weights) if shared else weights
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
     """Mean of a scalar over ranks that have equally many pictures, (1,)."""
-    return sum_over_ranks(value.detach().clone().view(1)) / ranks()
+    return sum_over_ranks(value.detach().clone().view(1)) / world_size()
 
 
 def perplexity(bag: Tensor) -> Tensor:

@@ -26,10 +26,10 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.utils import make_grid
 
 from unlabeled.pretext.common.checkpoint import load_mapped
-from unlabeled.pretext.common.patches import widened
+from unlabeled.pretext.common.drawing import RIGHT, WRONG, tiled
+from unlabeled.pretext.common.precision import widened
 from unlabeled.pretext.predictive import patch_cues
 from unlabeled.pretext.predictive.patch_grid import OFFSETS, GridLayout, GridViews, Mark, draw_grid, neighbour_pairs
 from unlabeled.ssl.backbones.backbone import Backbone
@@ -227,7 +227,7 @@ class Context(PretextTask):
             for position, guesses in enumerate(predicted.tolist())
             for shown in (patches, seen)
         ]
-        return {"positions": make_grid(torch.stack(tiles), nrow=2, padding=_MARGIN, pad_value=255)}
+        return {"positions": tiled(tiles, 2, gap=_MARGIN)}
 
     def _marks(self, guesses: list[int]) -> Iterator[Mark]:
         """Frames of the middle patch and its neighbours, from the predicted labels of all pairs (Q,) of one picture."""
@@ -237,7 +237,7 @@ class Context(PretextTask):
         pairs = zip(*(values.tolist() for values in neighbour_pairs(rows, columns)), strict=True)
         for guess, (first, second, label) in zip(guesses, pairs, strict=True):
             if first == middle:
-                yield Mark(second, (40, 170, 70) if guess == label else (210, 50, 50), guess)
+                yield Mark(second, RIGHT if guess == label else WRONG, guess)
 
     def load_official(self, state: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         """Loads the released Caffe model for `contextnet`, its blobs by name.

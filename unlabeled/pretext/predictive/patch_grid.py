@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from unlabeled.pretext.common.drawing import Color, enlarged, enlargement, framed
+
 OFFSETS = ((-1, -1), (0, -1), (1, -1), (-1, 0), (1, 0), (-1, 1), (0, 1), (1, 1))
 """Label → (columns to the right, rows down) from the first patch of a pair to the second."""
 _LONGEST = 8
@@ -113,7 +115,7 @@ class Mark(NamedTuple):
     """A frame around one patch of a drawn grid."""
 
     place: int
-    color: tuple[int, int, int]
+    color: Color
     label: int | None = None
     """A white dot sits on the frame where this label points to, as seen from the patch's middle; None: no dot."""
 
@@ -123,27 +125,25 @@ def draw_grid(layout: GridLayout, patches: Tensor, corners: Tensor, marks: Itera
 
     `patches` is uint8 (P, 3, h, w), `corners` int64 (P, 2); small patches are enlarged to about 96 pixels.
     """
-    enlarge = max(1, 96 // min(layout.patch))
+    enlarge = enlargement(layout.patch)
     frame = max(3, enlarge * min(layout.patch) // 20)
     sides = [enlarge * (extent + 2 * jitter) for extent, jitter in zip(layout.extent, layout.jitter, strict=True)]
     canvas = torch.full((3, sides[0] + 2 * frame, sides[1] + 2 * frame), _GROUND, dtype=torch.uint8)
     marked = {mark.place: mark for mark in marks}
     for place, (patch, corner) in enumerate(zip(patches, corners - corners.min(dim=0).values, strict=True)):
-        tile = patch.repeat_interleave(enlarge, 1).repeat_interleave(enlarge, 2)
+        tile = enlarged(patch, enlarge)
         top, left = (enlarge * int(pixels) + frame for pixels in corner)
         if place in marked:
-            tile, top, left = _framed(tile, frame, marked[place]), top - frame, left - frame
+            tile, top, left = _marked(tile, frame, marked[place]), top - frame, left - frame
         canvas[:, top : top + tile.shape[1], left : left + tile.shape[2]] = tile
     return canvas
 
 
-def _framed(tile: Tensor, frame: int, mark: Mark) -> Tensor:
+def _marked(tile: Tensor, frame: int, mark: Mark) -> Tensor:
     """`tile` (3, H, W) in a frame of `frame` pixels, with the dot of the mark's label on it."""
-    height, width = (length + 2 * frame for length in tile.shape[1:])
-    framed = torch.tensor(mark.color, dtype=torch.uint8).view(3, 1, 1).repeat(1, height, width)
-    framed[:, frame:-frame, frame:-frame] = tile
+    shown = framed(tile, frame, mark.color)
     if mark.label is not None:
         dot, (right, down) = 2 * frame, OFFSETS[mark.label]
-        top, left = (down + 1) * (height - dot) // 2, (right + 1) * (width - dot) // 2
-        framed[:, top : top + dot, left : left + dot] = 255
-    return framed
+        top, left = (down + 1) * (shown.shape[1] - dot) // 2, (right + 1) * (shown.shape[2] - dot) // 2
+        shown[:, top : top + dot, left : left + dot] = 255
+    return shown

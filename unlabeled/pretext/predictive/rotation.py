@@ -18,8 +18,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
-from torchvision.utils import make_grid
 
+from unlabeled.pretext.common.drawing import RIGHT, WRONG, enlarged, framed, tiled
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
@@ -96,7 +96,7 @@ class Rotation(PretextTask):
 
     Config: ClassVar[type[TaskConfig]] = RotationConfig
     recipe: ClassVar[Recipe] = {
-        "optim": {"name": "sgd", "lr": 0.1, "lr_scaling": "none", "momentum": 0.9, "weight_decay": 0.0005},
+        "optim": {"name": "sgd", "lr": 0.1, "lr_scaling": "none", "momentum": 0.9, "weight_decay": 5e-4},
         "schedule": {"name": "multistep", "warmup_epochs": 0, "milestones": [60, 120, 160], "gamma": 0.2},
         "batch_size": 128,
         "epochs": 200,
@@ -154,12 +154,10 @@ class Rotation(PretextTask):
         with modes_kept(self):
             predicted = self.eval().logits(images).argmax(1)
         right = predicted == self._labels(len(images), predicted.device)
-        enlarge = max(1, 96 // min(images.shape[-2:]))
-        pictures = rotations(images, self.config.angles).cpu()
-        pictures = pictures.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
+        pictures = enlarged(rotations(images, self.config.angles).cpu())
         quarters = (predicted * (4 // self.config.angles)).tolist()
-        framed = [_framed(*one) for one in zip(pictures, quarters, right.tolist(), strict=True)]
-        return {"rotations": make_grid(torch.stack(framed), nrow=self.config.angles, padding=2)}
+        judged = [_judged(*one) for one in zip(pictures, quarters, right.tolist(), strict=True)]
+        return {"rotations": tiled(judged, self.config.angles, ground=0)}
 
     def load_official(self, state: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         """Loads a network-in-network checkpoint of the authors' repository, ``{epoch, network}`` or its `network`."""
@@ -198,14 +196,11 @@ def _official_names(task: Rotation) -> dict[str, str]:
     return names
 
 
-def _framed(picture: Tensor, quarter: int, right: bool) -> Tensor:
+def _judged(picture: Tensor, quarter: int, right: bool) -> Tensor:
     """uint8 (3, H, W) with a frame in the colour of the verdict, and in it a bar on the side of the predicted top."""
-    color = torch.tensor([40, 170, 70] if right else [210, 50, 50], dtype=torch.uint8).view(3, 1, 1)
     # a picture turned counter-clockwise by 0, 90, 180, 270 degrees has its top above, left, below, right: the frame is
     # turned with it, so that the bar only ever has to be drawn above
-    upright = torch.rot90(picture, -quarter, (1, 2))
-    height, width = (length + 2 * _FRAME for length in upright.shape[1:])
-    framed = color.expand(3, height, width).clone()
-    framed[:, _FRAME // 4 : 3 * _FRAME // 4, width // 4 : -(width // 4)] = 255
-    framed[:, _FRAME:-_FRAME, _FRAME:-_FRAME] = upright
-    return torch.rot90(framed, quarter, (1, 2))
+    upright = framed(torch.rot90(picture, -quarter, (1, 2)), _FRAME, RIGHT if right else WRONG)
+    side = upright.shape[2] // 4
+    upright[:, _FRAME // 4 : 3 * _FRAME // 4, side:-side] = 255
+    return torch.rot90(upright, quarter, (1, 2))

@@ -6,18 +6,26 @@ ICCV 2021, arXiv 2104.14294; code of the authors: github.com/facebookresearch/di
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
+from torch import Tensor, nn
 
-from unlabeled.pretext.common.multi_crop import by_crop
+from unlabeled.pretext.common.multi_crop import GLOBALS
 from unlabeled.pretext.self_distillation.self_distillation import (
-    SelfDistillation,
     SelfDistillationConfig,
+    TeacherCenter,
+    TeacherStudent,
+    assigned_crops,
     assignment_figures,
+    by_crop,
+    create_head,
+    crops_by_size,
     cross_view_loss,
     directions,
+    log_probabilities,
 )
+from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
 
 
@@ -25,24 +33,24 @@ class DINOConfig(SelfDistillationConfig):
     """Settings of DINO; the defaults are those of its released code, with the warm-up of the teacher's temperature."""
 
 
-class DINO(SelfDistillation):
-    """Self-distillation of whole crops. Submodules: see `SelfDistillation`.
+class DINO(TeacherStudent):
+    """Self-distillation of whole crops. Submodules beside those of `TeacherStudent`: `centers` and `head`.
 
-    Shapes: B pictures, V = 2 + n crops of each, K prototypes.
+    Shapes: B pictures, V = 2 + n crops of each, D features, C channels of a direction, K prototypes.
     """
 
     Config: ClassVar[type[TaskConfig]] = DINOConfig
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "adamw",
-            "lr": 0.0005,
+            "lr": 5e-4,
             "lr_scaling": "linear",
             "lr_batch": 256,
             "betas": [0.9, 0.999],
             "weight_decay": 0.04,
             "weight_decay_end": 0.4,
         },
-        "schedule": {"name": "cosine", "warmup_epochs": 10, "min_lr": 1e-06},
+        "schedule": {"name": "cosine", "warmup_epochs": 10, "min_lr": 1e-6},
         "engine": {"clip": 3.0},
         "batch_size": 1024,
         "epochs": 100,
@@ -53,16 +61,37 @@ class DINO(SelfDistillation):
     task.local_scale=[0.05,0.14]."""
     config: DINOConfig
 
-    def forward(self, batch: Batch) -> StepOutput:
-        """``globals`` (B, 2, 3, h, w) and ``locals`` (B, n, 3, h', w'), uint8 → `cross_view_loss`.
+    def __init__(self, config: DINOConfig, backbone: Backbone) -> None:
+        """Raises CapabilityError for a backbone that does not pool, ConfigError for crops that it cannot take."""
+        super().__init__(config, backbone)
+        self.train_only(backbone.reached_by_pooled())
+        self.centers = nn.ModuleDict({"head": TeacherCenter(config.head.prototypes, config.center_momentum)})
+        self.follow("head", create_head(backbone.embed_dim, config.head))
 
-        Large and small crops pass the network apart from each other, and its head together.
-        """
-        crops = self.crops(batch)
-        pictures = len(batch["globals"])
-        with torch.no_grad():
-            teacher: Any = self.teacher["backbone"]
-            assigned = self.assigned_crops(teacher.pooled(crops[0]))  # (2, B, K)
-        units = directions(self.head, torch.cat([self.backbone.pooled(of_size) for of_size in crops]))  # (V B, ...)
-        loss = cross_view_loss(assigned, by_crop(self.log_predicted(self.head, units), pictures))
-        return StepOutput(loss, assignment_figures(assigned), units[:pictures].detach())
+    def forward(self, batch: Batch) -> StepOutput:
+        """``globals`` (B, 2, 3, h, w) and ``locals`` (B, n, 3, h', w'), uint8 → `cross_view_loss`."""
+        crops = crops_by_size(self.backbone, batch)  # [(2 B, 3, h, w), (n B, 3, h', w') if any]
+        assigned = self.assign(crops[0])  # (2, B, K): the teacher sees the large crops only
+        units, predicted = self.predict(crops)  # (V, B, C), (V, B, K): the student sees all
+        loss = cross_view_loss(assigned, predicted)
+        return StepOutput(loss, assignment_figures(assigned), units[0].detach())
+
+    @torch.no_grad()
+    def assign(self, large: Tensor) -> Tensor:
+        """The teacher's assignments (2, B, K) of the large crops (2 B, 3, h, w)."""
+        teacher: Any = self.teacher
+        center = cast(TeacherCenter, self.centers["head"])
+        return assigned_crops(teacher["head"], center, teacher["backbone"].pooled(large), self.temperature())
+
+    def predict(self, crops: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The student's directions (V, B, C) of all crops and their log-probabilities (V, B, K)."""
+        pictures = len(crops[0]) // GLOBALS
+        pooled = torch.cat([self.backbone.pooled(of_size) for of_size in crops])  # (V B, D), a pass for each size
+        units = directions(self.head, pooled)  # (V B, C), in one pass: its batch norms see all crops together
+        predicted = log_probabilities(self.head, units, self.config.student_temperature)  # (V B, K)
+        return by_crop(units, pictures), by_crop(predicted, pictures)
+
+    def after_step(self, progress: float) -> None:
+        """The centre follows the teacher's logits, the teacher follows the student."""
+        cast(TeacherCenter, self.centers["head"]).move()
+        super().after_step(progress)

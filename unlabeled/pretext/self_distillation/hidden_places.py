@@ -17,8 +17,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unlabeled.pretext.common.multi_crop import by_crop, crop_major, crop_sheet
+from unlabeled.pretext.common.multi_crop import crop_sheet
 from unlabeled.pretext.common.views import Part
+from unlabeled.pretext.self_distillation.self_distillation import by_crop, crop_major
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.level_map import LevelMap
 from unlabeled.ssl.backbones.masked.masking import Pattern, mask_noise
@@ -123,6 +124,7 @@ class HiddenPlaces:
         grid = self.grid_of(backbone, (crops.shape[-2], crops.shape[-1]))
         noise = mask_noise(self.config.mask_pattern, pictures * views, grid, crops.device)
         low, high = self.config.mask_ratio
+        # ranks of noise and not a coin for each: exactly `masked` crops of every batch have hidden places
         order = torch.rand(pictures * views, device=crops.device).argsort().argsort().view(pictures, views)
         masked = max(1, round(self.config.masked_crops * order.numel()))
         part = torch.rand(pictures, views, device=crops.device)
@@ -141,7 +143,7 @@ class HiddenPlaces:
         most = min(max(round(self.config.mask_ratio[1] * places), 1), places - 1)
         count = (part * places).round().clamp(1, most) * (part > 0)
         ranks = noise.argsort(dim=1, descending=True).argsort(dim=1)
-        masked = ranks < count[:, None]
+        masked = ranks < count[:, None]  # (V B, L); crops hide different numbers, unlike in masked autoencoders
         rows = masked.flatten().nonzero().flatten()  # waits for the device, which costs less than heads of unused rows
         weights = (1 / count.clamp(min=1))[rows // places].to(noise.dtype)
         return Hidden(~masked.view(-1, *grid), rows, weights)
@@ -157,20 +159,21 @@ class HiddenPlaces:
         model: Any = backbone.model
         masking: Any = nullcontext()
         size = (images.shape[-2], images.shape[-1])
-        if visible is not None and token is not None and self.stem is None:
-            images = torch.where(enlarged(visible, size)[:, None], images, token.to(images.dtype))
-        elif visible is not None and token is not None and self.stem is not None:
-            masking = substituted(model, self.stem, enlarged(visible, self._patches(size)), token)
+        if visible is not None and token is not None:
+            if self.stem is None:  # no layer with a token a patch: a colour in the picture instead
+                images = torch.where(enlarged(visible, size)[:, None], images, token.to(images.dtype))
+            else:
+                masking = substituted(model, self.stem, enlarged(visible, self._patches(size)), token)
         options = {"norm": True} if self.normed else {}
         with masking:
+            # not `pooled` and `map` of the backbone, which would be two passes
             features, maps = model.forward_intermediates(
                 images, indices=[len(backbone.stages) - 1], output_fmt="NCHW", **options
             )
             pooled: Tensor = model.forward_head(features, pre_logits=True)
-        places = maps[0]
-        fine = self.config.fine
+        places, fine = maps[0], self.config.fine  # (N, C, gh / fine, gw / fine)
         places = places.repeat_interleave(fine, 2).repeat_interleave(fine, 3) if fine > 1 else places
-        return pooled.flatten(1), places.flatten(2).transpose(1, 2)
+        return pooled.flatten(1), places.flatten(2).transpose(1, 2)  # (N, D), (N, L, C)
 
     def sheet(self, backbone: Backbone, batch: Batch, noise: Tensor, ratio: Tensor) -> Tensor:
         """A row a picture (the first 4): large crops, the same with hidden places in grey, small crops."""

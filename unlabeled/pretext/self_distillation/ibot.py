@@ -4,27 +4,33 @@ Zhou, Wei, Wang, Shen, Xie, Yuille, Kong, "iBOT: Image BERT Pre-Training with On
 2111.07832; code of the authors: github.com/bytedance/ibot.
 
 Shapes: B pictures, V = 2 + n crops of each, L = gh * gw places of the last feature map, M of them hidden over all
-crops, C channels there, K prototypes.
+crops, D features of a crop, C channels of a direction, K prototypes.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
-from unlabeled.pretext.common.multi_crop import by_crop
+from unlabeled.pretext.common.multi_crop import GLOBALS
 from unlabeled.pretext.self_distillation.hidden_places import Hidden, HiddenConfig, HiddenPlaces, at_places
 from unlabeled.pretext.self_distillation.self_distillation import (
     HeadConfig,
-    SelfDistillation,
     SelfDistillationConfig,
+    TeacherCenter,
+    TeacherStudent,
+    assigned_crops,
     assignment_figures,
+    by_crop,
+    create_head,
+    crops_by_size,
     cross_view_loss,
     directions,
+    log_probabilities,
     scores,
 )
 from unlabeled.ssl.backbones.backbone import Backbone
@@ -44,10 +50,10 @@ class IBOTConfig(HiddenConfig, SelfDistillationConfig):
     """Of the loss of patches; that of whole crops weighs one."""
 
 
-class IBOT(SelfDistillation):
+class IBOT(TeacherStudent):
     """Self-distillation of whole crops and hidden patches.
 
-    Submodules beside those of `SelfDistillation`: `mask_token` (see
+    Submodules beside those of `TeacherStudent`: `centers`, `head`, `mask_token` (see
     `unlabeled.pretext.self_distillation.hidden_places`), and `patch_head` where it is not shared.
     """
 
@@ -61,14 +67,14 @@ class IBOT(SelfDistillation):
         },
         "optim": {
             "name": "adamw",
-            "lr": 0.0005,
+            "lr": 5e-4,
             "lr_scaling": "linear",
             "lr_batch": 256,
             "betas": [0.9, 0.999],
             "weight_decay": 0.04,
             "weight_decay_end": 0.4,
         },
-        "schedule": {"name": "cosine", "warmup_epochs": 10, "min_lr": 1e-06},
+        "schedule": {"name": "cosine", "warmup_epochs": 10, "min_lr": 1e-6},
         "engine": {"clip": 3.0},
         "batch_size": 1024,
         "epochs": 100,
@@ -81,19 +87,20 @@ class IBOT(SelfDistillation):
     def __init__(self, config: IBOTConfig, backbone: Backbone) -> None:
         """Raises CapabilityError for a backbone without feature maps, ConfigError for sizes that do not fit."""
         super().__init__(config, backbone)
+        self.train_only(backbone.reached_by_pooled() | backbone.reached_by_maps([-1]))
+        self.centers = nn.ModuleDict({"head": TeacherCenter(config.head.prototypes, config.center_momentum)})
+        self.follow("head", create_head(backbone.embed_dim, config.head))
         channels = backbone.stages[-1].channels
         self.places = HiddenPlaces(config, backbone, task="iBOT")
         self.mask_token = self.places.new_token()
         self.shared = config.patch_head is None and channels == backbone.embed_dim
         patch_head = config.patch_head or config.head
         if not self.shared:
-            self.add_head("patch_head", channels, patch_head)
-        self.add_center("patch_head", patch_head.prototypes)
+            self.follow("patch_head", create_head(channels, patch_head))
+        # patches have a centre of their own under a shared head too: they are not distributed as whole crops are
+        self.centers["patch_head"] = TeacherCenter(patch_head.prototypes, config.center_momentum)
         heads = "share a head" if self.shared else "have heads of their own"
         logger.info("ibot: hidden places enter %s %s; crops and patches %s", backbone.name, self.places.entry, heads)
-
-    def reached(self) -> set[str]:
-        return self.backbone.reached_by_pooled() | self.backbone.reached_by_maps([-1])
 
     def draw(self, batch: Batch) -> dict[str, Tensor]:
         """``noise`` (B, 2, L): the places with the largest are hidden. ``ratio`` (B, 2): how many, 0 for none."""
@@ -108,29 +115,46 @@ class IBOT(SelfDistillation):
         """
         if noise is None or ratio is None:
             noise, ratio = self.draw(batch).values()
-        large, *small = self.crops(batch)
-        pictures = len(batch["globals"])
-        hidden = self.places.hide(self.backbone, noise, ratio, large)
-        assigned, assigned_patches = self.assigned(large, hidden)
-        pooled, patches = self.places.encode(self.backbone, large, hidden.visible, self.mask_token)
-        pooled = torch.cat([pooled, *(self.backbone.pooled(crops) for crops in small)])
-        units = directions(self.head, pooled)  # (V B, bottleneck)
-        crop_loss = cross_view_loss(assigned, by_crop(self.log_predicted(self.head, units), pictures))
-        head = self.head if self.shared else self.patch_head
-        predicted = self.log_predicted(head, directions(head, at_places(patches, hidden)))  # (M, K)
-        patch_loss = hidden_loss(assigned_patches, predicted, hidden)
+        crops = crops_by_size(self.backbone, batch)  # [(2 B, 3, h, w), (n B, 3, h', w') if any]
+        hidden = self.places.hide(self.backbone, noise, ratio, crops[0])  # M places of all large crops
+        assigned, assigned_patches = self.assign(crops[0], hidden)  # (2, B, K), (M, K): the teacher sees whole crops
+        units, predicted, predicted_patches = self.predict(crops, hidden)  # (V, B, C), (V, B, K), (M, K)
+        crop_loss = cross_view_loss(assigned, predicted)
+        patch_loss = hidden_loss(assigned_patches, predicted_patches, hidden)
+        loss = crop_loss + self.config.patch_weight * patch_loss
         logs = {"crop_loss": crop_loss.detach(), "patch_loss": patch_loss.detach(), **assignment_figures(assigned)}
-        return StepOutput(crop_loss + self.config.patch_weight * patch_loss, logs, units[:pictures].detach())
+        return StepOutput(loss, logs, units[0].detach())
 
     @torch.no_grad()
-    def assigned(self, crops: Tensor, hidden: Hidden) -> tuple[Tensor, Tensor]:
+    def assign(self, large: Tensor, hidden: Hidden) -> tuple[Tensor, Tensor]:
         """The teacher's assignments of whole large crops (2, B, K), and of the places that are hidden (M, K)."""
-        teacher: Any = self.teacher["backbone"]
-        pooled, patches = self.places.encode(teacher, crops)
-        head = self.teacher["head" if self.shared else "patch_head"]
-        units = directions(head, patches)  # (2 B, L, bottleneck)
-        self.observe(scores(head, units.mean((0, 1))[None]), "patch_head")  # of all places: logits are linear in them
-        return self.assigned_crops(pooled), self.assign(scores(head, at_places(units, hidden)), "patch_head")
+        teacher: Any = self.teacher
+        crop_center, patch_center = (cast(TeacherCenter, self.centers[name]) for name in ("head", "patch_head"))
+        pooled, patches = self.places.encode(teacher["backbone"], large)  # (2 B, D), (2 B, L, channels)
+        head = teacher["head" if self.shared else "patch_head"]
+        units = directions(head, patches)  # (2 B, L, C)
+        patch_center.observe(scores(head, units.mean((0, 1))[None]))  # of all places: logits are linear in directions
+        assigned = assigned_crops(teacher["head"], crop_center, pooled, self.temperature())
+        return assigned, patch_center.assign(scores(head, at_places(units, hidden)), self.temperature())
+
+    def predict(self, crops: list[Tensor], hidden: Hidden) -> tuple[Tensor, Tensor, Tensor]:
+        """The student's directions (V, B, C) of all crops, their log-probabilities (V, B, K), and those of the hidden
+        places (M, K)."""
+        (large, *small), temperature = crops, self.config.student_temperature
+        pooled, patches = self.places.encode(self.backbone, large, hidden.visible, self.mask_token)
+        pooled = torch.cat([pooled, *(self.backbone.pooled(of_size) for of_size in small)])  # small crops stay whole
+        units = directions(self.head, pooled)  # (V B, C)
+        predicted = log_probabilities(self.head, units, temperature)  # (V B, K)
+        head = self.head if self.shared else self.patch_head
+        patch_units = directions(head, at_places(patches, hidden))  # (M, C)
+        pictures = len(large) // GLOBALS
+        return by_crop(units, pictures), by_crop(predicted, pictures), log_probabilities(head, patch_units, temperature)
+
+    def after_step(self, progress: float) -> None:
+        """The centres follow the teacher's logits, the teacher follows the student."""
+        for center in self.centers.values():
+            cast(TeacherCenter, center).move()
+        super().after_step(progress)
 
     @torch.no_grad()
     def visualize(self, batch: Batch) -> dict[str, Tensor]:
@@ -143,5 +167,5 @@ def hidden_loss(assigned: Tensor, log_predicted: Tensor, hidden: Hidden) -> Tens
 
     `assigned` and `log_predicted` (M, K). Source: equation 2 of iBOT.
     """
-    entropies = -(assigned * log_predicted).sum(-1)
+    entropies = -(assigned * log_predicted).sum(-1)  # (M,)
     return (entropies * hidden.weights).sum() / len(hidden.visible)

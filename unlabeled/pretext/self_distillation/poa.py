@@ -15,13 +15,11 @@ import logging
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
-import torch.distributed as dist
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from unlabeled.pretext.common.multi_crop import GLOBALS, by_crop
-from unlabeled.pretext.common.patches import widened
+from unlabeled.pretext.common.multi_crop import GLOBALS
 from unlabeled.pretext.common.views import Part
 from unlabeled.pretext.self_distillation.hidden_places import Hidden, HiddenConfig, HiddenPlaces, Spread, at_places
 from unlabeled.pretext.self_distillation.poa_losses import (
@@ -38,13 +36,17 @@ from unlabeled.pretext.self_distillation.self_distillation import (
     TeacherStudent,
     TeacherStudentConfig,
     assignment_figures,
+    assignments,
+    by_crop,
     create_head,
+    crops_by_size,
     directions,
+    sinkhorn_offsets,
 )
-from unlabeled.pretext.self_distillation.sinkhorn import assignments, sinkhorn_offsets
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.elastic import Elastic, ElasticConfig, SubSize
 from unlabeled.ssl.backbones.elastic.sampler import SizeSampler
+from unlabeled.ssl.core.distributed import rank
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 from unlabeled.ssl.nn.drop_path import uniform_drop_path
 from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
@@ -113,6 +115,20 @@ class Seen(NamedTuple):
     """(M, d)."""
 
 
+class Targets(NamedTuple):
+    """What the assignments of one teacher's head follow from: made anew where they are needed, since those of all rows
+    and prototypes at once are the largest tensors of a step."""
+
+    crops: Tensor
+    """Directions (2, B, C)."""
+    places: Tensor
+    """Directions (M, C)."""
+    crop_offsets: Tensor
+    """(K,), see `sinkhorn_offsets`."""
+    place_offsets: Tensor
+    """(K,)."""
+
+
 class POA(TeacherStudent):
     """Self-distillation of an intact and an elastic student. Submodules beside those of `TeacherStudent`: `heads`, one
     for each number of prototypes, and `mask_token` (see `unlabeled.pretext.self_distillation.hidden_places`).
@@ -134,7 +150,7 @@ class POA(TeacherStudent):
             "weight_decay_end": 0.4,
             "layer_decay": 0.9,
         },
-        "schedule": {"name": "cosine", "warmup_epochs": 10, "min_lr": 2e-05},
+        "schedule": {"name": "cosine", "warmup_epochs": 10, "min_lr": 2e-5},
         "engine": {"clip": 1.5},
         "batch_size": 1600,
         "epochs": 100,
@@ -155,6 +171,7 @@ class POA(TeacherStudent):
         if config.drop_path is not None:
             uniform_drop_path(backbone.model, config.drop_path)
         super().__init__(config, backbone)
+        self.train_only(backbone.reached_by_pooled() | backbone.reached_by_maps([-1]))
         if backbone.stages[-1].channels != backbone.embed_dim:
             raise CapabilityError(
                 f"backbone: {backbone.name} cannot do POA: crops and places share heads, but its last map has "
@@ -178,9 +195,6 @@ class POA(TeacherStudent):
             len(self.sizes.sizes), self.sizes.sizes[0], self.sizes.full, self.places.entry,
         )  # fmt: skip
 
-    def reached(self) -> set[str]:
-        return self.backbone.reached_by_pooled() | self.backbone.reached_by_maps([-1])
-
     def elastic(self) -> ElasticConfig:
         return self.config.elastic
 
@@ -197,55 +211,62 @@ class POA(TeacherStudent):
         """
         if noise is None or ratio is None:
             noise, ratio = self.draw(batch).values()
-        crops = self.crops(batch)
-        hidden = self.places.hide(self.backbone, noise, ratio, crops[0])
+        crops = crops_by_size(self.backbone, batch)  # [(2 B, 3, h, w), (n B, 3, h', w') if any]
+        hidden = self.places.hide(self.backbone, noise, ratio, crops[0])  # M places of all large crops
         with torch.no_grad():
             taught = self.seen(self.teacher["backbone"], crops[:1], hidden, masked=False)
-        networks = [self.backbone] if self.alone else [self.backbone, self.sizes.take(self.backbone, self.size())]
-        students = [self.seen(network, crops, hidden) for network in networks]
-        heads, teacher_heads = cast(Any, self.heads), cast(Any, self.teacher["heads"])
-        results = [
-            self.head_terms(head, teacher, taught, students, hidden)
-            for head, teacher in zip(heads, teacher_heads, strict=True)
-        ]
+        students = [self.seen(network, crops, hidden) for network in self.students()]  # intact, and elastic
+        heads = zip(cast(Any, self.heads), cast(Any, self.teacher["heads"]), strict=True)
+        results = [self.head_terms(head, teacher, taught, students, hidden) for head, teacher in heads]
+        # of the large crops only, and before any head
         spread = torch.stack([koleo(seen.crops[:GLOBALS]) for seen in students]).sum()
         loss = torch.stack([loss for loss, _ in results]).mean() + self.config.koleo_weight * spread
         logs = {name: torch.stack([terms[name] for _, terms in results]).mean() for name in results[0][1]}
         return StepOutput(loss, logs | {"koleo": spread.detach() / len(students)}, students[0].crops[0].detach())
 
+    def students(self) -> list[Backbone]:
+        """The intact student and, unless the network holds no other size, the elastic one of this step."""
+        # the elastic one is made of slices of the intact one's parameters, so both get their gradients in one backward
+        return [self.backbone] if self.alone else [self.backbone, self.sizes.take(self.backbone, self.size())]
+
     def seen(self, network: Any, crops: list[Tensor], hidden: Hidden, *, masked: bool = True) -> Seen:
         """What `network` gives for the large crops, `masked` or whole, and for the small ones."""
         large, *small = crops
         visible = hidden.visible if masked else None
-        pooled, places = self.places.encode(network, large, visible, self.mask_token)
-        pooled = torch.cat([pooled, *(network.pooled(of_size) for of_size in small)])
+        pooled, places = self.places.encode(network, large, visible, self.mask_token)  # (2 B, d), (2 B, L, d)
+        pooled = torch.cat([pooled, *(network.pooled(of_size) for of_size in small)])  # (V B, d)
         return Seen(by_crop(pooled, len(large) // GLOBALS), at_places(places, hidden))
 
     def head_terms(
         self, head: Any, teacher: Any, taught: Seen, students: list[Seen], hidden: Hidden
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one head and its terms, with figures of the teacher's assignments."""
-        config = self.config
-        with torch.no_grad():
-            of_teacher, of_hidden = _directions(teacher, taught)
-            last = TeacherHead(prototypes_of(teacher), self.temperature())
-            crop_offsets, place_offsets = (
-                sinkhorn_offsets(units.flatten(0, -2), last.prototypes, last.temperature, chunk=config.chunk)
-                for units in (of_teacher, of_hidden)
-            )
-            logits = of_teacher.flatten(0, 1)[:_WATCHED] @ widened(last.prototypes).t()
-            figures = assignment_figures(assignments(logits, last.temperature, crop_offsets))
-        units = [_directions(head, seen) for seen in students]
+        last, targets, figures = self.assign(teacher, taught)
+        units = [_directions(head, seen) for seen in students]  # (V, B, C) and (M, C) of each
         loss, terms = head_loss(
-            Crops(of_teacher, [crops for crops, _ in units], crop_offsets),
-            Places(of_hidden, [places for _, places in units], hidden.weights, place_offsets),
+            Crops(targets.crops, [crops for crops, _ in units], targets.crop_offsets),
+            Places(targets.places, [places for _, places in units], hidden.weights, targets.place_offsets),
             last,
             prototypes_of(head),
-            weights=config.terms or TermWeights.balanced(config.intact_weight),
-            temperature=config.student_temperature,
-            chunk=config.chunk,
+            weights=self.config.terms or TermWeights.balanced(self.config.intact_weight),
+            temperature=self.config.student_temperature,
+            chunk=self.config.chunk,
         )
         return loss, terms | figures
+
+    @torch.no_grad()
+    def assign(self, teacher: Any, taught: Seen) -> tuple[TeacherHead, Targets, dict[str, Tensor]]:
+        """The teacher's assignments in one of its heads, as that head's last layer and what Sinkhorn-Knopp makes of
+        its directions; and their figures."""
+        last = TeacherHead(prototypes_of(teacher), self.temperature())
+        crops, places = _directions(teacher, taught)  # (2, B, C), (M, C)
+        crop_offsets, place_offsets = (  # apart: crops and places use prototypes differently; (K,) each
+            sinkhorn_offsets(units.flatten(0, -2), last.prototypes, last.temperature, chunk=self.config.chunk)
+            for units in (crops, places)
+        )
+        logits = crops.flatten(0, 1)[:_WATCHED] @ last.prototypes.t()
+        figures = assignment_figures(assignments(logits, last.temperature, crop_offsets))
+        return last, Targets(crops, places, crop_offsets, place_offsets), figures
 
     def size(self) -> SubSize:
         """The size of this step's sub-network, on this rank."""
@@ -258,7 +279,7 @@ class POA(TeacherStudent):
                 by_width=self.sizes.family.multiplied_by_width,
                 shared=not self.config.size_per_rank,
             )
-        return self._sampler.at(int(self.steps), dist.get_rank() if dist.is_initialized() else 0)
+        return self._sampler.at(int(self.steps), rank())
 
     def after_step(self, progress: float) -> None:
         super().after_step(progress)

@@ -1,46 +1,48 @@
 """Self-distillation with prototypes: a student learns the assignments of a teacher that is its own moving average.
 
 Caron, Touvron, Misra, Jegou, Mairal, Bojanowski, Joulin, "Emerging Properties in Self-Supervised Vision Transformers"
-(DINO), ICCV 2021, arXiv 2104.14294; code of the authors: github.com/facebookresearch/dino.
+(DINO), ICCV 2021, arXiv 2104.14294; code of the authors: github.com/facebookresearch/dino. Assignments in which all
+prototypes are used alike: Cuturi, "Sinkhorn Distances", NeurIPS 2013, arXiv 1306.0895; as a target: Caron et al.
+(SwAV), arXiv 2006.09882, and Oquab et al. (DINOv2), arXiv 2304.07193.
 
-Shapes: B pictures, V crops of each, D features, K prototypes. Rows of crops are crop by crop (see `multi_crop`).
-Head and centre are lightly's. Its DINOLoss is not used, as it moves its centre inside of each forward pass, in
-evaluation too; `cross_view_loss` gives the same numbers.
+In this order: settings, the momentum teacher, crops, heads, the teacher's assignments (`TeacherCenter`, or
+Sinkhorn-Knopp), the loss. A task's `forward` calls what it needs of them.
+
+Shapes: B pictures, V crops of each, D features, C channels of a direction, K prototypes, n rows of any kind. Batches
+hold crops picture by picture; networks get them crop by crop: the first crop of each picture, the second ... Head and
+centre are lightly's. Its DINOLoss is not used, as it moves its centre inside of each forward pass, in evaluation too;
+`cross_view_loss` gives the same numbers.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
+import torch.distributed as dist
 from lightly.models.modules.center import Center
 from lightly.models.modules.heads import DINOProjectionHead
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.dropout import _DropoutNd
 
 from unlabeled.pretext.common.multi_crop import (
     GLOBALS,
     MultiCropConfig,
     MultiCropViews,
-    by_crop,
-    crop_major,
     crop_sheet,
     local_size,
     require_crops,
 )
-from unlabeled.pretext.common.patches import widened
-from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy
+from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy, without_dropping
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.elastic.slices import Slice
+from unlabeled.ssl.core.distributed import sum_over_ranks, world_size
 from unlabeled.ssl.data.views import Views
 from unlabeled.ssl.nn.ema import ema_update
 from unlabeled.ssl.task import Batch, NamedParameter, PretextTask, TaskConfig
-
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class HeadConfig(TaskConfig):
@@ -81,12 +83,21 @@ class TeacherStudentConfig(MultiCropConfig):
     """Whose backbone is evaluated and exported; published numbers are the teacher's."""
 
 
+class SelfDistillationConfig(TeacherStudentConfig):
+    """Settings of DINO's head and centre, the defaults as published."""
+
+    head: HeadConfig = HeadConfig()
+    center_momentum: float = Field(0.9, ge=0, lt=1)
+    """Of the moving average of the teacher's logits, which its assignments are taken without."""
+
+
 class TeacherStudent(PretextTask):
     """Base of tasks whose teacher is the moving average of the student. Submodules: `backbone` and `teacher`.
 
     `teacher` holds the average of each submodule of the student under the same name; `follow` adds further ones.
     Everything that depends on the run's course follows from the progress that the engine hands over, kept in the buffer
-    `progress` for `temperature`.
+    `progress` for `temperature`. A task freezes what its loss does not reach (`train_only`), adds its heads, and has
+    the whole method in its own `forward`.
     """
 
     Config: ClassVar[type[TaskConfig]] = TeacherStudentConfig
@@ -103,7 +114,6 @@ class TeacherStudent(PretextTask):
         """Raises CapabilityError for a backbone that does not pool, ConfigError for crops that it cannot take."""
         super().__init__(config, backbone)
         require_crops(config, backbone)
-        self.train_only(self.reached())
         self.teacher = nn.ModuleDict({"backbone": without_dropping(frozen_copy(backbone))})
         self.register_buffer("progress", torch.zeros(()))
 
@@ -115,18 +125,10 @@ class TeacherStudent(PretextTask):
         """The teacher's backbone, or the student's under ``export: student``."""
         return cast(Backbone, self.teacher["backbone"]) if self.config.export == "teacher" else self.backbone
 
-    def reached(self) -> set[str]:
-        """Names of the backbone's parameters that the loss depends on."""
-        return self.backbone.reached_by_pooled()
-
     def follow(self, name: str, part: nn.Module) -> None:
         """`part` of the student as submodule `name`, and its copy in `teacher`."""
         self.add_module(name, part)
         self.teacher[name] = frozen_copy(part)
-
-    def crops(self, batch: Batch) -> list[Tensor]:
-        """Normalised crops, crop by crop: (2 B, 3, h, w) and, if there are small ones, (n B, 3, h', w')."""
-        return [self.backbone.normalize(crop_major(batch[name])) for name in ("globals", "locals") if name in batch]
 
     def temperature(self) -> Tensor:
         """The teacher's temperature at `progress`, a scalar on its device."""
@@ -137,11 +139,11 @@ class TeacherStudent(PretextTask):
         return start + (end - start) * (self.progress / config.temperature_warmup).clamp(max=1)
 
     def before_step(self, progress: float) -> None:
-        """Without gradients an optimizer leaves the prototypes alone: no momentum, no decay, no count of steps."""
+        """The prototypes stay at the start of a run."""
         if progress < self.config.freeze_prototypes:
             for head in self._heads():
                 for parameter in head.last_layer.parameters():
-                    parameter.grad = None
+                    parameter.grad = None  # not zero: an optimizer would still apply decay and momentum, and count
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
@@ -149,7 +151,7 @@ class TeacherStudent(PretextTask):
         config = self.config
         momentum = cosine_momentum(config.momentum, config.momentum_end, progress * config.momentum_stretch)
         for name, part in self.teacher.items():
-            ema_update(part, self.get_submodule(name), momentum)
+            ema_update(part, self.get_submodule(name), momentum)  # batch norms keep their own statistics
         self.progress.fill_(progress)
 
     def parameter_groups(self) -> Iterator[NamedParameter]:
@@ -167,70 +169,20 @@ class TeacherStudent(PretextTask):
         return {"crops": crop_sheet(batch[name] for name in ("globals", "locals") if name in batch)}
 
 
-class SelfDistillationConfig(TeacherStudentConfig):
-    """Settings of DINO's head and centre, the defaults as published."""
-
-    head: HeadConfig = HeadConfig()
-    center_momentum: float = Field(0.9, ge=0, lt=1)
-    """Of the moving average of the teacher's logits, which its assignments are taken without."""
+def crops_by_size(backbone: Backbone, batch: Batch) -> list[Tensor]:
+    """``globals`` (B, 2, 3, h, w) and ``locals`` (B, n, 3, h', w'), uint8 → normalised, crop by crop: (2 B, 3, h, w)
+    and, if there are small ones, (n B, 3, h', w'). Networks take the sizes apart."""
+    return [backbone.normalize(crop_major(batch[name])) for name in ("globals", "locals") if name in batch]
 
 
-class SelfDistillation(TeacherStudent):
-    """Base of DINO and iBOT. Submodules beside those of `TeacherStudent`: `head` and `centers`.
+def crop_major(crops: Tensor) -> Tensor:
+    """(B, V, 3, h, w) → (V * B, 3, h, w): the first crop of each picture, the second of each, ..."""
+    return crops.transpose(0, 1).flatten(0, 1)
 
-    A subclass may add parts and centres with `add_head` and `add_center`.
-    """
 
-    Config: ClassVar[type[TaskConfig]] = SelfDistillationConfig
-    config: SelfDistillationConfig
-
-    def __init__(self, config: SelfDistillationConfig, backbone: Backbone) -> None:
-        """Raises CapabilityError for a backbone that does not pool, ConfigError for crops that it cannot take."""
-        super().__init__(config, backbone)
-        self.centers = nn.ModuleDict()
-        self._means: dict[str, list[Tensor]] = {}
-        self.add_head("head", backbone.embed_dim, config.head)
-        self.add_center("head", config.head.prototypes)
-
-    def add_head(self, name: str, dim: int, config: HeadConfig) -> None:
-        """A head of the student as submodule `name`, and its copy in `teacher`."""
-        self.follow(name, create_head(dim, config))
-
-    def add_center(self, name: str, prototypes: int) -> None:
-        """The centre `name` of the teacher's logits, at zero."""
-        self.centers[name] = Center((1, prototypes), momentum=self.config.center_momentum)
-        self._means[name] = []
-
-    @torch.no_grad()
-    def assigned_crops(self, pooled: Tensor) -> Tensor:
-        """The teacher's pooled features (2 B, D) of the large crops → its assignments (2, B, K)."""
-        head = self.teacher["head"]
-        logits = scores(head, directions(head, pooled))
-        self.observe(logits.mean(0, keepdim=True), "head")
-        return by_crop(self.assign(logits, "head"), len(pooled) // GLOBALS)
-
-    def log_predicted(self, head: Any, units: Tensor) -> Tensor:
-        """Directions (..., bottleneck) → the student's log-probabilities (..., K)."""
-        return (scores(head, units) / self.config.student_temperature).log_softmax(-1)
-
-    def assign(self, logits: Tensor, center: str) -> Tensor:
-        """The teacher's logits (..., K) → its assignments (..., K), under the centre as it was after the last step."""
-        value: Tensor = cast(Center, self.centers[center]).value
-        return ((logits - value) / self.temperature()).softmax(-1)
-
-    def observe(self, mean: Tensor, center: str) -> None:
-        """Takes the mean (1, K) of the teacher's logits of a micro-step, for `after_step` to move the centre by."""
-        if self.training:
-            self._means[center].append(mean)
-
-    @torch.no_grad()
-    def after_step(self, progress: float) -> None:
-        """Centres follow the logits of all ranks and micro-steps."""
-        for name, means in self._means.items():
-            if means:
-                cast(Center, self.centers[name]).update(torch.cat(means))  # averages over rows and ranks
-                means.clear()
-        super().after_step(progress)
+def by_crop(rows: Tensor, pictures: int) -> Tensor:
+    """(V * B, ...), crop by crop → (V, B, ...)."""
+    return rows.view(-1, pictures, *rows.shape[1:])
 
 
 def create_head(dim: int, config: HeadConfig) -> DINOProjectionHead:
@@ -248,28 +200,142 @@ def create_head(dim: int, config: HeadConfig) -> DINOProjectionHead:
 
 
 def directions(head: Any, features: Tensor) -> Tensor:
-    """Features (..., D) → their directions in the head's bottleneck, of length one, at least float32.
+    """Features (..., D) → their directions (..., C) in the head's bottleneck, of length one, at least float32.
 
     Features of a sub-network (see `unlabeled.ssl.backbones.elastic`) are narrower than the head's first layer, which is
     sliced.
     """
-    rows, (first, *others) = features.flatten(0, -2), head.layers  # rows, as its batch norms need
-    width = rows.shape[1]
-    weight = Slice((first.out_features, width), (1, 1), first.in_features / width).of(first.weight)
+    rows, (first, *others) = features.flatten(0, -2), head.layers  # (n, D), as its batch norms need
+    weight, width = first.weight, rows.shape[1]
+    if width < first.in_features:  # scaled up, as a sum over fewer inputs is smaller
+        weight = Slice((first.out_features, width), (1, 1), first.in_features / width).of(weight)
     projected: Tensor = F.linear(rows, weight, first.bias)
     for layer in others:
         projected = layer(projected)
-    return F.normalize(widened(projected), dim=1).view(*features.shape[:-1], projected.shape[-1])
+    wide = projected.to(torch.promote_types(projected.dtype, torch.float32))  # (n, C), left by autocast in bfloat16
+    return F.normalize(wide, dim=1).view(*features.shape[:-1], wide.shape[-1])
 
 
 def scores(head: Any, units: Tensor) -> Tensor:
-    """Directions (..., bottleneck) → logits (..., K), at least float32 also under autocast.
+    """Directions (..., C) → logits (..., K), at least float32 also under autocast.
 
     Divided by a temperature of 0.04, what bfloat16 rounds off of a cosine would change assignments by a tenth.
     """
     with torch.autocast(units.device.type, enabled=False):
         logits: Tensor = head.last_layer(units)
     return logits
+
+
+def log_probabilities(head: Any, units: Tensor, temperature: float) -> Tensor:
+    """Directions (..., C) → the student's log-probabilities (..., K)."""
+    return (scores(head, units) / temperature).log_softmax(-1)
+
+
+class TeacherCenter(Center):  # type: ignore[misc]
+    """The moving average of the teacher's logits, (1, K), without which its assignments are taken.
+
+    lightly's, moved once an optimizer step: all micro-steps of one use the same centre and count in the next.
+    """
+
+    def __init__(self, prototypes: int, momentum: float) -> None:
+        super().__init__((1, prototypes), momentum=momentum)
+        self.observed: list[Tensor] = []
+        """Means (1, K) of the micro-steps since the last move."""
+
+    def assign(self, logits: Tensor, temperature: Tensor) -> Tensor:
+        """The teacher's logits (..., K) → its assignments (..., K), under the centre as it was after the last step."""
+        assigned: Tensor = ((logits - self.value) / temperature).softmax(-1)
+        return assigned
+
+    def observe(self, mean: Tensor) -> None:
+        """Takes the mean (1, K) of the teacher's logits of a micro-step in training."""
+        if self.training:
+            self.observed.append(mean)
+
+    def move(self) -> None:
+        """Follows what was observed, on all ranks and in all micro-steps."""
+        if self.observed:
+            self.update(torch.cat(self.observed))  # averages over rows and ranks
+            self.observed.clear()
+
+
+@torch.no_grad()
+def assigned_crops(head: Any, center: TeacherCenter, pooled: Tensor, temperature: Tensor) -> Tensor:
+    """The teacher's pooled features (2 B, D) of the large crops → its assignments (2, B, K); `center` observes."""
+    logits = scores(head, directions(head, pooled))  # (2 B, K)
+    center.observe(logits.mean(0, keepdim=True))
+    return by_crop(center.assign(logits, temperature), len(pooled) // GLOBALS)
+
+
+@torch.no_grad()
+def sinkhorn_offsets(
+    units: Tensor,
+    prototypes: Tensor,
+    temperature: Tensor | float,
+    *,
+    iterations: int = 3,
+    chunk: int | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Directions `units` (n, C) and `prototypes` (K, C) in their lengths → offsets (K,), the same on every rank.
+
+    The published iteration takes exp(logits / temperature) and divides in turns by the sums over rows and over
+    prototypes. Sums over prototypes come last, so a row's result is a softmax of its logits less one offset per
+    prototype: these K numbers are all that has to be kept. In logarithms nothing overflows; constants that all
+    prototypes share, like the numbers of rows and of prototypes, cancel.
+
+    Logits are made anew in each iteration for `chunk` rows at a time; None: once for all. Rows whose `weights` (n,) are
+    0 take no part; ranks may bring different numbers of rows, and none. Without a row on any rank offsets are 0.
+    At least float32, also under autocast.
+    """
+    with torch.autocast(units.device.type, enabled=False):
+        dtype = torch.promote_types(units.dtype, torch.float32)
+        rows, columns = units.to(dtype) / temperature, prototypes.to(dtype).t()  # (n, C), (C, K)
+        offsets = columns.new_zeros(columns.shape[1])
+        chunks = _Logits(rows, columns, len(rows) if chunk is None else chunk, weights)
+        for iteration in range(iterations):
+            total = torch.full_like(offsets, -torch.inf)
+            for logits, valid in chunks:
+                values = logits - offsets  # (rows of the chunk, K)
+                if iteration:  # the first turn has nothing to divide by yet
+                    values -= values.logsumexp(1, keepdim=True)
+                if valid is not None:
+                    values.masked_fill_(~valid, -torch.inf)
+                total = torch.logaddexp(total, values.logsumexp(0))
+            offsets = offsets + _logsumexp_over_ranks(total)
+    return offsets
+
+
+def assignments(logits: Tensor, temperature: Tensor | float, offsets: Tensor) -> Tensor:
+    """Logits (..., K) → their assignments (..., K) under `offsets` (K,), which sum to one."""
+    return (logits / temperature - offsets).softmax(-1)
+
+
+class _Logits:
+    """Logits of a chunk of rows, and which of them count (bool, (rows, 1)); kept where there is one chunk only."""
+
+    def __init__(self, rows: Tensor, columns: Tensor, chunk: int, weights: Tensor | None) -> None:
+        self.rows, self.columns, self.chunk = rows, columns, max(chunk, 1)
+        self.valid = None if weights is None else weights[:, None] > 0
+        self.kept = rows @ columns if len(rows) <= self.chunk else None
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        if self.kept is not None:
+            yield self.kept, self.valid
+            return
+        for start in range(0, len(self.rows), self.chunk):
+            part = slice(start, start + self.chunk)
+            yield self.rows[part] @ self.columns, None if self.valid is None else self.valid[part]
+
+
+def _logsumexp_over_ranks(values: Tensor) -> Tensor:
+    """Logarithm of the sum of exp(values) over ranks; 0 where that sum is 0."""
+    if world_size() > 1:
+        largest = values.clone()
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        largest.masked_fill_(largest == -torch.inf, 0)  # would give the difference of two infinities
+        values = largest + sum_over_ranks((values - largest).exp()).log()
+    return values.masked_fill(values == -torch.inf, 0)
 
 
 def cross_view_loss(assigned: Tensor, log_predicted: Tensor) -> Tensor:
@@ -279,8 +345,8 @@ def cross_view_loss(assigned: Tensor, log_predicted: Tensor) -> Tensor:
     which the first T are the teacher's. T V - T pairs: 18 for 2 large and 8 small crops. Source: equation 3 of DINO.
     """
     teachers, pictures = assigned.shape[:2]
-    every = (assigned.sum(0) * log_predicted).sum()
-    same = (assigned * log_predicted[:teachers]).sum()
+    every = (assigned.sum(0) * log_predicted).sum()  # all pairs at once: the sum over T comes first
+    same = (assigned * log_predicted[:teachers]).sum()  # a crop does not teach itself
     return (same - every) / (teachers * (len(log_predicted) - 1) * pictures)
 
 
@@ -293,13 +359,3 @@ def assignment_figures(assigned: Tensor) -> dict[str, Tensor]:
     entropy = torch.special.entr(rows).sum(1).mean() / most
     marginal = torch.special.entr(rows.mean(0)).sum() / most
     return {"teacher_entropy": entropy, "teacher_information": marginal - entropy}
-
-
-def without_dropping(network: ModuleT) -> ModuleT:
-    """Sets the rates of dropout and stochastic depth to zero, as teachers have none; in train mode, for batch norms."""
-    for module in network.modules():
-        names = ["drop_prob", "drop_rate", "prob"] + ["p"] * isinstance(module, _DropoutNd)
-        for name in names:
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-    return network

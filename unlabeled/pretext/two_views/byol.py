@@ -51,7 +51,7 @@ class BYOL(TwoViewTask):
             "lr_scaling": "linear",
             "lr_batch": 256,
             "momentum": 0.9,
-            "weight_decay": 1.5e-06,
+            "weight_decay": 1.5e-6,
         },
         "schedule": {"name": "cosine", "warmup_epochs": 10},
     }
@@ -74,11 +74,11 @@ class BYOL(TwoViewTask):
 
     def forward(self, batch: Batch, *args: Any, **draw: Any) -> StepOutput:
         """``views`` uint8 (B, 2, 3, h, w) → mean of 2 - 2 cos(prediction, target), summed over both directions."""
-        views = self.pair(batch)
+        views = self.pair(batch)  # (B, 3, h, w) each
         predictions = [self.predictor(self.embed(view)) for view in views]  # (B, D) each
         with torch.no_grad():
             targets = [self.teacher(view) for view in views]
-        pairs = zip(predictions, reversed(targets), strict=True)
+        pairs = zip(predictions, reversed(targets), strict=True)  # each view predicts the teacher's of the other one
         loss = torch.stack([2 + 2 * exactly(self.negative_cosine, *pair) for pair in pairs]).sum()
         return self.output(loss, predictions[0], targets[1])
 

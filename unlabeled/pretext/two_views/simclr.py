@@ -58,7 +58,7 @@ class SimCLR(TwoViewTask):
             "lr_scaling": "sqrt",
             "lr_batch": 1,
             "momentum": 0.9,
-            "weight_decay": 1e-06,
+            "weight_decay": 1e-6,
         },
         "schedule": {"name": "cosine", "warmup_epochs": 10},
     }
@@ -75,5 +75,6 @@ class SimCLR(TwoViewTask):
 
     def forward(self, batch: Batch, *args: Any, **draw: Any) -> StepOutput:
         """``views`` uint8 (B, 2, 3, h, w) → mean over 2 B views of the cross-entropy of equation 1."""
+        # one pass over 2 B views, as published: batch norm sees both views together
         first, second = self.embed(torch.cat(self.pair(batch))).chunk(2)  # (B, D) each
         return self.output(exactly(self.loss, first, second), first, second)

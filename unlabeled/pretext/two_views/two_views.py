@@ -13,9 +13,9 @@ from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
-from torchvision.utils import make_grid
 
-from unlabeled.pretext.common.patches import widened
+from unlabeled.pretext.common.drawing import RIGHT, WRONG, enlarged, framed, tiled
+from unlabeled.pretext.common.precision import widened
 from unlabeled.pretext.common.views import Chance, ColorConfig, Colors, Part, RandomCrop
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.shapes import modes_kept
@@ -27,8 +27,6 @@ _SMALL = 64
 """Pixels up to which `blur: auto` leaves views sharp."""
 _SHOWN = 8
 """Pictures that `visualize` shows."""
-_SHOWN_PIXELS = 96
-"""Smaller views are enlarged to about this size there."""
 _FRAME = 6
 """Pixels of the frame around the partner that was found."""
 
@@ -139,23 +137,14 @@ class TwoViewTask(PretextTask):
             )
         found = (first @ second.T).argmax(1)
         right = found == torch.arange(len(views), device=found.device)
-        enlarge = max(1, _SHOWN_PIXELS // min(views.shape[-2:]))
-        tiles = torch.stack([views[:, 0], views[:, 1], views[found, 1]], 1).cpu()  # (B, 3 columns, 3, h, w)
-        tiles = tiles.repeat_interleave(enlarge, -2).repeat_interleave(enlarge, -1)
+        tiles = enlarged(torch.stack([views[:, 0], views[:, 1], views[found, 1]], 1).cpu())  # (B, 3 columns, 3, h, w)
         for row, verdict in zip(tiles, right.tolist(), strict=True):
-            _frame(row[2], right=verdict)
-        return {"views": make_grid(tiles.flatten(0, 1), nrow=3, padding=2, pad_value=255)}
+            inner = row[2, :, _FRAME:-_FRAME, _FRAME:-_FRAME]  # the frame covers the edge: all tiles have one size
+            row[2] = framed(inner, _FRAME, RIGHT if verdict else WRONG)
+        return {"views": tiled(tiles.flatten(0, 1), 3)}
 
 
 def exactly(loss: Callable[..., Tensor], *features: Tensor) -> Tensor:
     """`loss` of `features` in at least float32, outside of autocast."""
     with torch.autocast(features[0].device.type, enabled=False):
         return loss(*(widened(one) for one in features))
-
-
-def _frame(tile: Tensor, *, right: bool) -> None:
-    """Paints the edge of `tile`, uint8 (3, h, w), in the colour of the verdict."""
-    inner = torch.zeros(tile.shape[1:], dtype=torch.bool)
-    inner[_FRAME:-_FRAME, _FRAME:-_FRAME] = True
-    color = torch.tensor([40, 170, 70] if right else [210, 50, 50], dtype=torch.uint8).view(3, 1, 1)
-    tile.copy_(torch.where(inner, tile, color))

@@ -15,7 +15,7 @@ from lightly.models.modules.heads import ProjectionHead
 from pydantic import Field
 from torch import nn
 
-from unlabeled.pretext.common.patches import widened
+from unlabeled.pretext.common.precision import widened
 from unlabeled.pretext.two_views.two_views import FirstColors, SecondColors, TwoViewsConfig, TwoViewTask, exactly
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
@@ -54,7 +54,7 @@ class VICReg(TwoViewTask):
             "lr_scaling": "linear",
             "lr_batch": 256,
             "momentum": 0.9,
-            "weight_decay": 1e-06,
+            "weight_decay": 1e-6,
         },
         "schedule": {"name": "cosine", "warmup_epochs": 10, "min_factor": 0.001},
     }
@@ -85,6 +85,7 @@ class VICReg(TwoViewTask):
     def forward(self, batch: Batch, *args: Any, **draw: Any) -> StepOutput:
         """``views`` uint8 (B, 2, 3, h, w) → the weighted sum of equation 6, with a mean of squares over channels too,
         as in the authors' code."""
+        # a pass for each view, as published: batch norm never mixes the two
         first, second = (self.embed(view) for view in self.pair(batch))  # (B, D) each
         output = self.output(exactly(self.loss, first, second), first, second)
         output.logs[DEVIATION] = widened(first.detach()).std(0).mean()

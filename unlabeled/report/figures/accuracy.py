@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 
 from unlabeled.eval.base import Estimate
-from unlabeled.eval.comparison import TITLES, Comparison, cut_of, percent
+from unlabeled.eval.comparison import TITLES, Comparison, percent
 from unlabeled.report.figures.style import (
     ACCENT,
     CARD,
@@ -85,20 +85,18 @@ def series_figure(series: Sequence[Series], title: str) -> Markup:
         return svg(figure, title)
 
 
-def prefix_figure(rows: Sequence[Comparison], metric: str, dimensions: Mapping[str, int], title: str) -> Markup | None:
-    """One measure of the first so many features and, hollow, of as many principal components; raw pixels as a whole are
-    a line across. None when it has no cuts."""
+def prefix_figure(rows: Sequence[Comparison], dimensions: Mapping[str, int], title: str) -> Markup | None:
+    """One measure, whose `rows` are of all features and of parts of them: of the first so many and,
+    hollow, of as many principal components. Raw pixels as a whole are a line across. None when it has no cuts."""
     lines: dict[tuple[str, bool], list[tuple[float, Estimate]]] = {}
     pixels: Estimate | None = None
     for row in rows:
-        if row.metric.partition("@")[0] == metric:
-            cut = cut_of(row.metric)
-            pixels = row.values.get("pixels") if cut is None else pixels
-            for name in [name for name in row.values if name != "pixels"]:
-                length = dimensions[name] if cut is None else int(cut.removeprefix("pca"))
-                for principal in (False, True):
-                    if cut is None or principal == cut.startswith("pca"):
-                        lines.setdefault((name, principal), []).append((length, row.values[name]))
+        pixels = row.values.get("pixels") if row.cut is None else pixels
+        for name in [name for name in row.values if name != "pixels"]:
+            length = dimensions[name] if row.cut is None else row.cut.length
+            for principal in (False, True):
+                if row.cut is None or principal == row.cut.principal:
+                    lines.setdefault((name, principal), []).append((length, row.values[name]))
     lines = {line: sorted(points, key=lambda point: point[0]) for line, points in lines.items() if len(points) > 1}
     if not lines:
         return None

@@ -1,4 +1,4 @@
-"""Which figures the section of an evaluator has: told from its measures and arrays, so that a new one gets them too."""
+"""Which figures the section of an evaluator has, by its measures and arrays, so that a new one gets them too."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import numpy.typing as npt
 from markupsafe import Markup
 
 from unlabeled.eval.base import Estimate
-from unlabeled.eval.comparison import Comparison, cut_of, measures
-from unlabeled.eval.registry import EVALUATORS
-from unlabeled.eval.results import Evidence
+from unlabeled.eval.comparison import Comparison, measures
+from unlabeled.eval.results import Evidence, of_evaluator
 from unlabeled.report.figures.accuracy import class_figure, prefix_figure, series_figure
 from unlabeled.report.figures.matrices import confusion_figure, heat_figure, spectrum_figure
-from unlabeled.report.sections import Series, find_series, is_per_class, per_class, title_of
+from unlabeled.report.sections import Series, find_series, is_per_class, per_class
 
 Figure = tuple[str, Markup]
 """Title and SVG."""
@@ -32,49 +31,52 @@ def evaluator_figures(evidence: Evidence) -> dict[str, list[Figure]]:
     """Evaluator → its figures: curves over a number, over the number of features, and of the arrays in `_arrays`."""
     rows = measures(evidence)
     found = {}
-    for name in EVALUATORS:
-        own = [row for row in rows if row.metric.startswith(f"{name}/")]
-        found[name] = [*_curves(name, own), *_prefixes(name, own, evidence), *_arrays(name, evidence)]
+    for name, judge in evidence.judges.items():
+        own = [row for row in rows if row.evaluator == name]
+        arrays = _arrays(judge.title, _arrays_of(name, evidence), evidence.classes)
+        found[name] = [*_curves(judge.title, own), *_prefixes(own, evidence), *arrays]
     return found
 
 
-def _curves(name: str, rows: Sequence[Comparison]) -> Iterator[Figure]:
+def _curves(of: str, rows: Sequence[Comparison]) -> Iterator[Figure]:
     """A figure for each number that measures differ in."""
     axes: dict[str, list[Series]] = {}
     for series in find_series(rows):
         axes.setdefault(series.axis, []).append(series)
     for axis, together in axes.items():
-        title = f"{title_of(name)} by {axis}"
+        title = f"{of} by {axis}"
         yield title, series_figure(together, title)
 
 
-def _prefixes(name: str, rows: Sequence[Comparison], evidence: Evidence) -> Iterator[Figure]:
+def _prefixes(rows: Sequence[Comparison], evidence: Evidence) -> Iterator[Figure]:
     """Of the measures to quote; of an evaluator without one, of its first that is a fraction."""
     rows = [row for row in rows if row.unit != "number"]
-    cut = dict.fromkeys(row.metric.partition("@")[0] for row in rows if cut_of(row.metric) is not None)
-    quoted = [metric for metric in cut if metric in evidence.headline] or list(cut)[:1]
+    cut = list(dict.fromkeys(row.whole for row in rows if row.cut is not None))
+    headline = {row.whole for row in rows if row.headline}
     dimensions = {encoder: found.dimension for encoder, found in evidence.encoders.items()}
-    labels = {row.metric: row.label for row in rows}
-    for metric in quoted:
-        title = f"{labels.get(metric, metric)}, by number of features"
-        if figure := prefix_figure(rows, metric, dimensions, title):
+    for label in [label for label in cut if label in headline] or cut[:1]:
+        title = f"{label}, by number of features"
+        if figure := prefix_figure([row for row in rows if row.whole == label], dimensions, title):
             yield title, figure
 
 
-def _arrays(name: str, evidence: Evidence) -> Iterator[Figure]:
+def _arrays_of(name: str, evidence: Evidence) -> Arrays:
+    found = Arrays()
+    for encoder, one in evidence.encoders.items():
+        for key, array in of_evaluator(name, one.arrays).items():
+            found.setdefault(key, {})[encoder] = array
+    return found
+
+
+def _arrays(title: str, found: Arrays, classes: Sequence[str]) -> Iterator[Figure]:
     """``confusion`` (C, C) · ``per_class*``, ``*iou`` (C,) or with the background (C + 1,) · ``singular_values`` (d,) ·
     ``cka*`` (L, L) with ``names`` (L,) of the layers · ``accuracies`` (K, S) with ``names`` (K,) and ``severities``."""
-    title, found = title_of(name), Arrays()
-    for encoder, one in evidence.encoders.items():
-        for key, array in one.arrays.items():
-            if key.startswith(f"{name}/"):
-                found.setdefault(key.removeprefix(f"{name}/"), {})[encoder] = array
     for key, arrays in found.items():
         own = arrays.get("backbone")
         if key == "confusion":
-            yield from _confusions(title, arrays, evidence.classes)
+            yield from _confusions(title, arrays, classes)
         elif is_per_class(key):
-            yield from _classes(title, key, arrays, evidence.classes)
+            yield from _classes(title, key, arrays, classes)
         elif key == "accuracies":
             yield from _severities(title, found)
         elif key == "singular_values":

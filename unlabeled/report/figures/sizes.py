@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from unlabeled.eval.comparison import label_of
 from unlabeled.eval.intervals import wilson
 from unlabeled.eval.size_curve import SizeCurve, SizeResult
 from unlabeled.report.figures.style import ACCENT, CARD, INK, SOFT, STYLE, WIDTH, percent_axis, svg
@@ -46,7 +45,7 @@ def size_figure(curve: SizeCurve, metric: str) -> Markup:
         if metric in curve.pixels:
             below.axhline(curve.pixels[metric], color=SOFT, linestyle=(0, (1, 2)), linewidth=1.2, label="raw pixels")
         figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8, labelcolor=SOFT)
-        return svg(figure, f"{label_of(metric)} of each size against its number of parameters")
+        return svg(figure, f"{curve.label(metric)} of each size against its number of parameters")
 
 
 def _size_axes(

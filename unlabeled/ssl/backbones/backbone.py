@@ -19,7 +19,14 @@ from unlabeled.ssl.backbones.layer_index import block_layers, count_blocks
 from unlabeled.ssl.backbones.outline import outline, redrawn, unfilled
 from unlabeled.ssl.backbones.shapes import Shapes, probe_shapes, reached_by_maps, reached_by_pooled
 from unlabeled.ssl.config.messages import in_short
-from unlabeled.ssl.core.errors import CapabilityError, CheckpointError, ConfigError, first_line, nearest
+from unlabeled.ssl.core.errors import (
+    CapabilityError,
+    CheckpointError,
+    ConfigError,
+    LacksCapabilityError,
+    first_line,
+    nearest,
+)
 from unlabeled.ssl.core.plain import class_path
 
 __all__ = ["CAPABILITIES", "CUSTOM", "Backbone", "Stage", "block_layers", "create_backbone"]
@@ -150,10 +157,10 @@ class Backbone(nn.Module):
         return reason
 
     def require(self, capabilities: Iterable[str], *, task: str) -> None:
-        """Raises CapabilityError naming the backbone, the task and what is missing."""
+        """Raises LacksCapabilityError naming the backbone, the task and what is missing."""
         for capability in sorted(capabilities):
             if (reason := self.lacks(capability)) is not None:
-                raise CapabilityError(f"backbone: {self.name} cannot do {task}: it lacks {capability} ({reason})")
+                raise LacksCapabilityError(f"backbone: {self.name} cannot do {task}: it lacks {capability} ({reason})")
 
     def size_step(self) -> tuple[int, int]:
         """Multiples (h, w) that sides of pictures should be: of the total stride of the maps, and of the patch."""

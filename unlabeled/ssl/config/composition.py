@@ -105,6 +105,18 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def set_within(section: str, words: Sequence[str], values: Mapping[str, Any] | None = None) -> set[str]:
+    """Names in `section` that the words and values set themselves, apart from what files say."""
+    _, nested = _split(values or {})
+    found = set(nested.get(section, ()))
+    for override in parse(words):
+        first, _, inside = override.key_or_group.partition(".")
+        if first == section:
+            value = None if inside or override.is_delete() else override.value()
+            found |= {inside.partition(".")[0]} if inside else set(value if isinstance(value, Mapping) else ())
+    return found
+
+
 def _choices_of(command: str, overrides: Sequence[Override]) -> set[tuple[str, str]]:
     """(group, name) of everything that the words, the command's file or the recipe's file choose."""
     chosen = {(override.key_or_group, str(override.value())) for override in overrides}
@@ -128,17 +140,21 @@ def _store(choices: Choices, chosen: set[tuple[str, str]]) -> None:
 def _split(values: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
     """Keyword arguments → what they choose of groups, and the rest as sections within sections.
 
-    A key with dots or double underscores reaches inside: ``optim__lr=1e-3``. A name alone stands for a section's name.
-    Raises ConfigError for a setting that is given twice.
+    A key with dots or double underscores reaches inside: ``optim__lr=1e-3``. It stands above the whole section,
+    ``optim={"lr": ...}``, in whichever order they come. A name alone stands for a section's name. Raises ConfigError
+    for one key in two spellings.
     """
     nested: dict[str, Any] = {}
-    for key, value in values.items():
-        tree = _plain(value)
-        for part in reversed(key.replace("__", ".").split(".")):
+    paths = {key: key.replace("__", ".").split(".") for key in values}
+    for key, path in sorted(paths.items(), key=lambda item: len(item[1])):
+        if other := next((one for one, its in paths.items() if its == path and one != key), None):
+            raise ConfigError(f"{'.'.join(path)}: given twice, as {key} and as {other}; give it once")
+        tree = _plain(values[key])
+        for part in reversed(path):
             tree = {part: tree}
-        for path in (*GROUPS, *_NAMED):
-            tree = _with_name(tree, path.split("."))
-        nested = _joined(nested, tree)
+        for named in (*GROUPS, *_NAMED):
+            tree = _with_name(tree, named.split("."))
+        nested = _over(nested, tree)
     chosen = {}
     for group in GROUPS:
         section = nested.get(group)
@@ -158,18 +174,18 @@ def _with_name(tree: Any, path: Sequence[str]) -> Any:
     return {**tree, path[0]: changed}
 
 
-def _joined(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Both together. Raises ConfigError for a setting that is in both."""
-    result = dict(one)
-    for key, value in other.items():
-        if key not in result:
-            result[key] = value
-        elif isinstance(value, Mapping) and isinstance(result[key], Mapping):
-            result[key] = _joined(result[key], value, f"{prefix}{key}.")
+def _over(whole: Mapping[str, Any], inside: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Both together; `inside` counts. Raises ConfigError where it reaches inside of what is no section."""
+    result = dict(whole)
+    for key, value in inside.items():
+        below = result.get(key, value)
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            result[key] = _over(below, value, f"{prefix}{key}.")
+        elif isinstance(value, Mapping):
+            shown = f"{in_short(below)} and {in_short(value)}"
+            raise ConfigError(f"{prefix}{key}: given twice, {shown}; give it once")
         else:
-            raise ConfigError(
-                f"{prefix}{key}: given twice, {in_short(result[key])} and {in_short(value)}; give it once"
-            )
+            result[key] = value
     return result
 
 

@@ -9,24 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from unlabeled.eval.settings import (
-    ClusterConfig,
-    CorruptionConfig,
-    DuplicatesConfig,
-    FewShotConfig,
-    InvarianceConfig,
-    KnnConfig,
-    LayersConfig,
-    LinearConfig,
-    LogisticConfig,
-    LowLabelConfig,
-    ObjectsConfig,
-    RetrievalConfig,
-    SegmentationConfig,
-    SpectrumConfig,
-)
 from unlabeled.ssl.config.base import Arguments, Section
 
 Size = Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
@@ -190,7 +174,13 @@ class EngineConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """Evidence: during the run and at its end."""
+    """Evidence: during the run and at its end.
+
+    Beside the fields below it takes a section of each evaluator's name, such as ``knn``, whose settings are the
+    evaluator's own: `unlabeled.eval.registry.settle` checks them.
+    """
+
+    model_config = ConfigDict(extra="allow")
 
     every: float = Field(0.0, ge=0)
     """Epochs between online kNN evaluations; 0: none."""
@@ -209,28 +199,14 @@ class EvaluateConfig(Section):
     recalibrate_pictures: int = Field(1024, ge=2)
     """Training pictures for that estimate, chosen by a fixed shuffle."""
     evaluators: Literal["all"] | tuple[str, ...] = ("knn", "linear")
-    """Which evaluators judge the features, by the names of the sections below."""
+    """Which evaluators judge the features, by name."""
     prefixes: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Also judge the first so many features, and as many principal components, by every evaluator of pooled features
     (Matryoshka representations)."""
-    embedding: Literal["tsne", "umap", "pca"] | None = "tsne"
-    """Map of the test features in the report: umap needs ``umap-learn``; None: no map."""
+    embedding: str | None = "tsne"
+    """Map of the test features in the report: tsne, umap (needs ``umap-learn``) or pca; None: no map."""
     maps: int = Field(6, ge=0)
     """Test pictures, drawn by seed, on which the report shows what the backbone looks at; 0: none."""
-    knn: KnnConfig = KnnConfig()
-    linear: LinearConfig = LinearConfig()
-    logistic: LogisticConfig = LogisticConfig()
-    few_shot: FewShotConfig = FewShotConfig()
-    low_label: LowLabelConfig = LowLabelConfig()
-    cluster: ClusterConfig = ClusterConfig()
-    retrieval: RetrievalConfig = RetrievalConfig()
-    duplicates: DuplicatesConfig = DuplicatesConfig()
-    segmentation: SegmentationConfig = SegmentationConfig()
-    objects: ObjectsConfig = ObjectsConfig()
-    spectrum: SpectrumConfig = SpectrumConfig()
-    invariance: InvarianceConfig = InvarianceConfig()
-    layers: LayersConfig = LayersConfig()
-    corruption: CorruptionConfig = CorruptionConfig()
 
 
 class LogConfig(Section):

@@ -23,20 +23,39 @@ def told_once() -> Iterator[None]:
     try:
         yield
     except UnlabeledError:
-        if int(os.environ.get("RANK", "0")) > 0:
+        if launched_rank() > 0:
             raise SystemExit(2) from None
         raise
 
 
+def rank() -> int:
+    """Number of this process among the ranks; 0 where there is no group of them."""
+    return dist.get_rank() if _grouped() else 0
+
+
+def world_size() -> int:
+    """Ranks of this run; 1 where there is no group of them."""
+    return dist.get_world_size() if _grouped() else 1
+
+
+def launched_rank() -> int:
+    """The number that a launcher gave this process: what `rank` will be, before there is a group and after it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _grouped() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def leave_ranks() -> None:
     """Takes this process out of the group of ranks, whose threads must not outlive Python's own shutdown."""
-    if dist.is_available() and dist.is_initialized():
+    if _grouped():
         dist.destroy_process_group()
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Sum of `values` over all ranks, in place; the same tensor in a single process."""
-    if dist.is_initialized():
+    if world_size() > 1:
         dist.all_reduce(values)
     return values
 
@@ -46,7 +65,7 @@ def gather_rows(rows: Tensor) -> Tensor:
 
     With a gradient: what the losses of all ranks say about a row is summed up at the rank that it came from.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if world_size() == 1:
         return rows
     gathered: Tensor = _GatherRows.apply(rows)
     return gathered
@@ -55,7 +74,7 @@ def gather_rows(rows: Tensor) -> Tensor:
 class _GatherRows(Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
-        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        parts = [torch.empty_like(rows) for _ in range(world_size())]
         dist.all_gather(parts, rows.contiguous())
         return torch.cat(parts)
 
@@ -63,13 +82,13 @@ class _GatherRows(Function):
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         summed = gradients[0].contiguous().clone()
         dist.all_reduce(summed)
-        return summed.chunk(dist.get_world_size())[dist.get_rank()]
+        return summed.chunk(world_size())[rank()]
 
 
 def gather_lists(items: list[ItemT]) -> list[ItemT]:
     """The items of all ranks, in the order of ranks, on every rank."""
-    if not dist.is_initialized():
+    if world_size() == 1:
         return items
-    parts: list[list[ItemT]] = [[] for _ in range(dist.get_world_size())]
+    parts: list[list[ItemT]] = [[] for _ in range(world_size())]
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]

@@ -22,6 +22,10 @@ class CapabilityError(UnlabeledError):
     """A backbone cannot do what a task needs of it."""
 
 
+class LacksCapabilityError(CapabilityError):
+    """A backbone lacks a capability that a task asks for by name."""
+
+
 class DivergedError(UnlabeledError):
     """The loss or the gradients are not finite any more."""
 

@@ -32,6 +32,19 @@ Key = tuple[int, int]
 """(epoch, index of the picture): together with the run's seed this fixes what the views draw."""
 
 
+def require_batch(batch_size: int, images: int, world: int, accumulation: int) -> None:
+    """Raises ConfigError when a batch is larger than the data, or cannot be split over processes and micro-steps."""
+    if batch_size > images:
+        raise ConfigError(
+            f"batch_size: {batch_size} is larger than the data ({images} images); give batch_size={images} or less"
+        )
+    if batch_size % (world * accumulation):
+        raise ConfigError(
+            f"batch_size: {batch_size} cannot be split over {world} processes x {accumulation} micro-steps; "
+            f"give a multiple of {world * accumulation}"
+        )
+
+
 class RunSampler(Sampler[list[Key]]):
     """The keys of every micro-step that one process sees, from `start_step` to the end of the run.
 
@@ -52,16 +65,7 @@ class RunSampler(Sampler[list[Key]]):
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        if batch_size > length:
-            raise ConfigError(
-                f"batch_size: {batch_size} is more than the {length} pictures of the data; "
-                f"set batch_size={length} or less, or give more pictures"
-            )
-        if batch_size % (world * accumulation):
-            raise ConfigError(
-                f"batch_size: {batch_size} does not divide by {world} processes x engine.accumulation={accumulation}; "
-                f"set batch_size to a multiple of {world * accumulation}"
-            )
+        require_batch(batch_size, length, world, accumulation)
         self.length = length
         self.batch_size = batch_size
         self.total_steps = total_steps

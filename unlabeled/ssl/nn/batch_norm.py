@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from unlabeled.ssl.core.distributed import world_size
+
 
 class SyncedBatchNorm1d(nn.BatchNorm1d):
     """nn.BatchNorm1d whose training statistics are those of all ranks' rows together."""
@@ -67,7 +69,7 @@ def synchronize(module: nn.Module) -> None:
 
 def synced() -> bool:
     """Whether there are other ranks to share statistics with."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return world_size() > 1
 
 
 def batch_norm_rows(module: _BatchNorm, rows: Tensor) -> Tensor:

@@ -41,32 +41,25 @@ def assemble(
     online: Online,
 ) -> Training:
     """A run of `task` on `dataset`, restored from `checkpoint` if there is one; its settings are in its folder then."""
+    main = accelerator.is_main_process
     curriculum = create_curriculum(config.engine.curriculum, task, plan.total_steps)
     warn_of_small_images(dataset.source, task.backbone)
     set_layout(task, config, accelerator)
     optimizer = create_optimizer(task, config.optim)
     model, optimizer = accelerator.prepare(task, optimizer)
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
-    if accelerator.is_main_process:
+    if main:
         write_config(config)
     accelerator.wait_for_everyone()
-    saver = Saver(
-        config.out,
-        accelerator,
-        model=model,
-        optimizer=optimizer,
-        every_steps=config.engine.checkpoint_steps
-        or max(round(config.engine.checkpoint_epochs * plan.steps_per_epoch), 1),
-        total_steps=plan.total_steps,
-        keep=config.engine.keep,
-    )
+    saver = create_saver(config, accelerator, plan, model, optimizer)
     meter = Meter()
     start = saver.load(checkpoint, meter) if checkpoint is not None else 0
-    schedule = Schedule(
-        config.schedule, peak_rate(config.optim, config.batch_size), plan.steps_per_epoch, plan.total_steps
-    )
+    peak = peak_rate(config.optim, config.batch_size)
+    schedule = Schedule(config.schedule, peak, plan.steps_per_epoch, plan.total_steps)
+    settings = config.model_dump(mode="json")
+    monitor = Monitor(config.out, config.log, main=main, start_step=start, total_steps=plan.total_steps, run=settings)
     announce(config, plan, schedule, task, accelerator, start)
-    if curriculum is not None and accelerator.is_main_process:
+    if curriculum is not None and main:
         logger.info("%s", curriculum)
     return Training(
         config=config,
@@ -78,27 +71,27 @@ def assemble(
         plan=plan,
         curriculum=curriculum,
         batches=iter(open_loader(config, dataset, plan, accelerator, start)),
-        bad=BadImages(
-            config.out / "bad_images.jsonl",
-            len(dataset),
-            config.data.max_bad_fraction,
-            write=accelerator.is_main_process,
-        ),
+        bad=BadImages(config.out / "bad_images.jsonl", len(dataset), config.data.max_bad_fraction, write=main),
         meter=meter,
-        monitor=Monitor(
-            config.out,
-            config.log,
-            main=accelerator.is_main_process,
-            start_step=start,
-            total_steps=plan.total_steps,
-            run=config.model_dump(mode="json"),
-        ),
+        monitor=monitor,
         saver=saver,
         online=online,
         alarm=CollapseAlarm(task.collapse_remedy),
         start_step=start,
         watch=Stopwatch(),
     )
+
+
+def create_saver(
+    config: RunConfig, accelerator: Accelerator, plan: Plan, model: torch.nn.Module, optimizer: Any
+) -> Saver:
+    """What writes the checkpoints, at the distance that the settings say."""
+    engine = config.engine
+    every_steps = engine.checkpoint_steps or max(round(engine.checkpoint_epochs * plan.steps_per_epoch), 1)
+    return Saver(
+        config.out, accelerator, model=model, optimizer=optimizer, every_steps=every_steps,
+        total_steps=plan.total_steps, keep=engine.keep,
+    )  # fmt: skip
 
 
 def build_backbone(config: BackboneConfig, given: Backbone | None = None) -> Backbone:

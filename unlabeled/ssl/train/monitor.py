@@ -76,7 +76,7 @@ class Monitor:
         with writing(str(self._path)):
             _forget_after(self._path, start_step)
         if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         if config.wandb is not None:
@@ -140,7 +140,7 @@ def _forget_after(path: Path, step: int) -> None:
 
 def _start_wandb(project: str, folder: Path, run: dict[str, Any]) -> Any:
     try:
-        import wandb
+        import wandb  # an extra
     except ImportError:
         raise ConfigError(
             "log.wandb: wandb is not installed; pip install 'unlabeled[wandb]', or log.wandb=null"

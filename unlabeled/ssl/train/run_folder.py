@@ -15,8 +15,9 @@ import yaml
 
 from unlabeled.ssl.backbones.given import require_same_module
 from unlabeled.ssl.config.schema import RunConfig
-from unlabeled.ssl.core.errors import CheckpointError, ConfigError
+from unlabeled.ssl.core.errors import CheckpointError
 from unlabeled.ssl.core.files import write_atomically, writing
+from unlabeled.ssl.data.loader import require_batch
 from unlabeled.ssl.train.checkpoint import last_checkpoint
 
 _MAY_CHANGE = frozenset(
@@ -40,16 +41,8 @@ class Plan:
     @classmethod
     def of(cls, config: RunConfig, images: int, world: int) -> Plan:
         """Raises ConfigError when a batch is larger than the data or cannot be split over processes."""
-        batch, parts = config.batch_size, world * config.engine.accumulation
-        if batch > images:
-            raise ConfigError(
-                f"batch_size: {batch} is larger than the data ({images} images); give batch_size={images} or less"
-            )
-        if batch % parts:
-            raise ConfigError(
-                f"batch_size: {batch} cannot be split over {world} processes x {config.engine.accumulation} "
-                f"micro-steps; give a multiple of {parts}"
-            )
+        batch = config.batch_size
+        require_batch(batch, images, world, config.engine.accumulation)
         per_epoch = images // batch
         return cls(images, batch, per_epoch, max(round(config.epochs * per_epoch), 1))
 

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from unlabeled.ssl.core.distributed import world_size
 from unlabeled.ssl.core.errors import CheckpointError, first_line
 from unlabeled.ssl.train.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
 from unlabeled.ssl.train.monitor import Meter
@@ -115,7 +116,7 @@ class Saver:
 
     def _share(self, failure: CheckpointError | None) -> CheckpointError | None:
         """The main process's failure, on every rank, so that all stop together."""
-        if not dist.is_initialized():
+        if world_size() == 1:
             return failure
         carried = [failure]
         dist.broadcast_object_list(carried, src=0)

@@ -9,6 +9,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from unlabeled.eval.base import Measure
+from unlabeled.eval.registry import measure_of
 from unlabeled.eval.results import EncoderEvidence
 from unlabeled.ssl.core.errors import first_line
 from unlabeled.ssl.core.files import write_atomically, writing
@@ -30,6 +32,8 @@ class CellResult(BaseModel):
     status: Literal["done", "failed"]
     reason: str = ""
     """Why it failed, in one line."""
+    measures: dict[str, Measure] = {}
+    """What those of the metrics are that tables show; empty: from before cells held it, see `measure`."""
     metrics: dict[str, float | None] = {}
     """``evaluator/key`` → value; None: not finite."""
     intervals: dict[str, tuple[float, float]] = {}
@@ -39,6 +43,12 @@ class CellResult(BaseModel):
     """Test pictures that were judged."""
     seconds: dict[str, float] = {}
     """``features`` (reading or computing them, once for all cells that share them) and ``evaluator``."""
+
+    def measure(self, metric: str) -> Measure | None:
+        """What a metric is; None for one that no table shows."""
+        if not self.measures:  # a file from before the values said so themselves
+            return measure_of(metric)
+        return self.measures.get(metric)
 
     @classmethod
     def done(cls, cell: Cell, found: EncoderEvidence, test_pictures: int, features: float) -> CellResult:
@@ -50,6 +60,7 @@ class CellResult(BaseModel):
             status="done",
             metrics={name: value if math.isfinite(value) else None for name, value in found.metrics.items()},
             intervals={name: ends for name, ends in found.intervals.items() if all(map(math.isfinite, ends))},
+            measures={name: one.measure for name, one in found.measures.items()},
             notes=found.notes,
             test_pictures=test_pictures,
             seconds={"features": round(features, 3), "evaluator": round(found.seconds.get(cell.evaluator, 0.0), 3)},

@@ -21,7 +21,7 @@ from unlabeled.ssl.core.errors import CheckpointError, UnlabeledError, first_lin
 from unlabeled.ssl.core.files import write_atomically, writing
 from unlabeled.workflows.gauntlet.cells import CellResult, CellStore
 from unlabeled.workflows.gauntlet.page import write_pages
-from unlabeled.workflows.gauntlet.plan import Cell, Entrant, GauntletPlan, Group, make_plan
+from unlabeled.workflows.gauntlet.plan import Cell, Entrant, GauntletPlan, Group, make_plan, settled
 from unlabeled.workflows.gauntlet.settings import GauntletRun
 from unlabeled.workflows.gauntlet.table import gauntlet_document
 
@@ -45,7 +45,7 @@ def run_gauntlet(run: GauntletRun, begin: Callable[[int, int], Told] | None = No
     """
     _claim(run)
     plan = make_plan(run)
-    _write_settings(run)
+    _write_settings(run.model_copy(update={"evaluate": settled(run)}))
     store = CellStore(run.out / "cells")
     results = _known(run, plan, store)
     told = begin(len({cell.key for cell in plan.cells()}), len(results)) if begin is not None else _silent

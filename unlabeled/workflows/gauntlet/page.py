@@ -144,7 +144,7 @@ def _cells(
         {
             **row,
             "cells": [
-                _cell(values.get(row["label"]), column, (row["label"], column["metric"].partition("/")[0]) in failed)
+                _cell(values.get(row["label"]), column, (row["label"], column["evaluator"]) in failed)
                 for column, values in zip(columns, by_row, strict=True)
             ],
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +16,11 @@ from unlabeled._version import __version__
 from unlabeled.eval.base import Evaluator
 from unlabeled.eval.features.cache import cache_key, data_identity, weights_identity
 from unlabeled.eval.features.recalibrate import recalibration_pictures
-from unlabeled.eval.registry import build_evaluators, measure_of
+from unlabeled.eval.registry import build_evaluators, evaluator_config, evaluator_origin, measure_of, settle
 from unlabeled.eval.suite import random_twin
 from unlabeled.report.summary import count_parameters, name_backbone
 from unlabeled.ssl.backbones.backbone import Backbone
-from unlabeled.ssl.config.schema import BackboneConfig, EvaluateRun
+from unlabeled.ssl.config.schema import BackboneConfig, EvaluateConfig, EvaluateRun
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.data.source import ImageSource, limited, open_source
 from unlabeled.workflows.evaluate import Target, masked_statistics, resolve_target
@@ -107,10 +107,9 @@ def make_plan(run: GauntletRun) -> GauntletPlan:
     Raises ConfigError, CheckpointError or DataError, in one line, as `resolve_target` and `open_source` do, and for two
     rows or data sets of one label.
     """
-    chosen = run.evaluate.model_copy(update={"evaluators": run.evaluators})
-    evaluators = {one.name: one for one in build_evaluators(chosen)}
+    evaluators = {one.name: one for one in build_evaluators(settled(run))}
     for metric in run.measures:
-        if measure_of(metric) is None or metric.partition("/")[0] not in evaluators:
+        if not _may_be_measured(metric, evaluators):
             known = ", ".join(f"{name}/..." for name in evaluators)
             raise ConfigError(f"measures: {metric!r} is not measured; give measures of {known} such as knn/k20")
     data = tuple(_labelled(entry, run.limit) for entry in run.data)
@@ -126,6 +125,18 @@ def make_plan(run: GauntletRun) -> GauntletPlan:
         for labelled in data
     ]
     return GauntletPlan(entrants, data, evaluators, tuple(groups))
+
+
+def settled(run: GauntletRun) -> EvaluateConfig:
+    """The settings of all its evaluators. Raises ConfigError, in one line, for what cannot work or has no effect."""
+    chosen = run.evaluate.model_copy(update={"evaluators": run.evaluators})
+    return settle(chosen, field="evaluators")
+
+
+def _may_be_measured(metric: str, evaluators: Mapping[str, Evaluator]) -> bool:
+    """Of a word of the user; which keys an evaluator of another package has is known once it has run."""
+    name = metric.partition("/")[0]
+    return name in evaluators and (measure_of(metric) is not None or evaluator_origin(name) != "built in")
 
 
 def _labelled(entry: GauntletData, limit: int | None) -> LabelledData:
@@ -224,7 +235,7 @@ def _key(run: GauntletRun, entrant: Entrant, data: LabelledData, evaluator: str,
         weights=entrant.weights,
         data=data.identity,
         evaluator=evaluator,
-        settings=getattr(run.evaluate, evaluator).model_dump(mode="json"),
+        settings=evaluator_config(run.evaluate, evaluator).model_dump(mode="json"),
         prefixes=run.evaluate.prefixes,
         recalibrate=entrant.recalibrate,
         seed=seed,

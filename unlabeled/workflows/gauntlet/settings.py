@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BeforeValidator, Field, model_validator
 
-from unlabeled.eval.registry import EVALUATORS
 from unlabeled.ssl.config.base import Section
 from unlabeled.ssl.config.composition import composed, parse, validate
 from unlabeled.ssl.config.schema import DataConfig, EvaluateConfig, Size
@@ -92,7 +91,7 @@ class GauntletRun(Section):
 
     @model_validator(mode="after")
     def _each_setting_has_one_place(self) -> GauntletRun:
-        for name in sorted(self.evaluate.model_fields_set - _SHARED - EVALUATORS.keys()):
+        for name in sorted(self.evaluate.model_fields_set & EvaluateConfig.model_fields.keys() - _SHARED):
             remedy = f"set {name}=... instead" if name in type(self).model_fields else "remove it"
             raise ValueError(f"evaluate.{name} has no effect in a gauntlet; {remedy}")
         for name in ("seeds", "measures"):

@@ -20,7 +20,7 @@ from unlabeled.eval.base import Measure
 from unlabeled.eval.environment import hardware, versions
 from unlabeled.eval.evaluators.knn import KnnEvaluator
 from unlabeled.eval.intervals import of_mean, wilson
-from unlabeled.eval.registry import measure_of
+from unlabeled.eval.registry import build_evaluator
 from unlabeled.workflows.gauntlet.cells import CellResult
 from unlabeled.workflows.gauntlet.plan import Cell, GauntletPlan, LabelledData
 from unlabeled.workflows.gauntlet.settings import GauntletRun
@@ -58,17 +58,15 @@ def gauntlet_document(run: GauntletRun, plan: GauntletPlan, results: Results) ->
     ``rows``      best mean rank first: ``label``, ``kind`` (given, random, pixels), ``network``, ``parameters``,
                   ``recalibrated``, ``mean_rank`` (over all columns with ``ranked``; null where one of them is missing).
     ``data``      ``label``, ``train_pictures``, ``test_pictures``, ``majority``.
-    ``columns``   one for each data set and measure: ``data``, ``metric``, ``label``, ``unit``, ``better``, ``shown``
-                  (in the table; the others are in the files alone), ``ranked`` (counts for the mean rank), ``values``
-                  (the fields of `Value`, best first).
+    ``columns``   one for each data set and measure: ``data``, ``metric``, ``evaluator``, ``label``, ``unit``,
+                  ``better``, ``shown`` (in the table; the others are in the files alone), ``ranked`` (counts for the
+                  mean rank), ``values`` (the fields of `Value`, best first).
     ``failures``  ``entrant``, ``data``, ``evaluator``, ``seed``, ``reason``.
     ``notes``     what evaluators said: ``note`` and ``where`` (rows and data sets).
     ``seeds``, ``limit``, ``versions``, ``hardware``, and ``seconds`` of all evaluators together.
     """
     columns = [
-        _column(labelled, metric, cells, results)
-        for labelled in plan.data
-        for metric, cells in _metrics(plan, labelled, results).items()
+        _column(labelled, column, results) for labelled in plan.data for column in _columns(plan, labelled, results)
     ]
     shown = _shown(run, columns)
     for column in columns:
@@ -129,34 +127,48 @@ def _ends(one: Value) -> Ends:
     return (one.value if one.low is None else one.low), (one.value if one.high is None else one.high)
 
 
-def _metrics(plan: GauntletPlan, labelled: LabelledData, results: Results) -> dict[str, list[Cell]]:
-    """Metrics of one data set that a table can show, in the order in which evaluators yield them, and their cells."""
-    found: dict[str, list[Cell]] = {}
+@dataclass(frozen=True)
+class Column:
+    """A measure of one data set."""
+
+    metric: str
+    evaluator: str
+    measure: Measure
+    cells: list[Cell]
+    """Where it was measured."""
+
+
+def _columns(plan: GauntletPlan, labelled: LabelledData, results: Results) -> list[Column]:
+    """What a table can show of one data set, in the order in which evaluators yield it."""
+    found: dict[str, Column] = {}
     done = [
         cell
         for cell in plan.cells()
         if cell.data == labelled.label and (result := results.get(cell.key)) is not None and result.status == "done"
     ]
     for evaluator in plan.evaluators:
-        for cell in done:
-            if cell.evaluator == evaluator:
-                for metric in results[cell.key].metrics:
-                    found.setdefault(metric, []).append(cell)
-    return {metric: cells for metric, cells in found.items() if measure_of(metric) is not None}
+        for cell in [cell for cell in done if cell.evaluator == evaluator]:
+            result = results[cell.key]
+            for metric in result.metrics:
+                if (measure := result.measure(metric)) is not None:
+                    found.setdefault(metric, Column(metric, evaluator, measure, [])).cells.append(cell)
+    return list(found.values())
 
 
-def _column(labelled: LabelledData, metric: str, cells: Sequence[Cell], results: Results) -> dict[str, Any]:
-    measure = measure_of(metric)
-    assert measure is not None, "of those that a table shows"
+def _column(labelled: LabelledData, column: Column, results: Results) -> dict[str, Any]:
+    metric, measure = column.metric, column.measure
     rows: dict[str, list[CellResult]] = {}
-    for cell in cells:
+    for cell in column.cells:
         if results[cell.key].metrics[metric] is not None:
             rows.setdefault(cell.entrant, []).append(results[cell.key])
     values = [_value(row, metric, measure, found) for row, found in rows.items()]
     return {
         "data": labelled.label,
         "metric": metric,
-        **asdict(measure),
+        "evaluator": column.evaluator,
+        "label": measure.text,
+        "unit": measure.unit,
+        "better": measure.better,
         "values": [asdict(value) for value in ranked(values, measure.better)],
     }
 
@@ -191,17 +203,19 @@ def _of_pictures(metric: str, measure: Measure, result: CellResult) -> Ends | No
 
 def _shown(run: GauntletRun, columns: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """Data set → metrics of the table: those asked for, else one of each evaluator: the k to quote, or its first."""
-    quoted = f"knn/k{KnnEvaluator(run.evaluate.knn).headline_k(sys.maxsize)}"
-    found: dict[str, list[str]] = {}
+    knn = build_evaluator(run.evaluate, "knn")
+    assert isinstance(knn, KnnEvaluator), "its name is taken"
+    quoted = f"knn/k{knn.headline_k(sys.maxsize)}"
+    found: dict[str, dict[str, str]] = {}
     for column in columns:
-        found.setdefault(column["data"], []).append(column["metric"])
+        found.setdefault(column["data"], {})[column["metric"]] = column["evaluator"]
     if run.measures:
         return {data: [metric for metric in run.measures if metric in metrics] for data, metrics in found.items()}
     shown: dict[str, list[str]] = {}
     for data, metrics in found.items():
         first: dict[str, str] = {}
-        for metric in metrics:
-            first.setdefault(metric.partition("/")[0], metric)
+        for metric, evaluator in metrics.items():
+            first.setdefault(evaluator, metric)
         shown[data] = [quoted if name == "knn" and quoted in metrics else metric for name, metric in first.items()]
     return shown
 

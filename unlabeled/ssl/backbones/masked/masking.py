@@ -7,7 +7,6 @@ Every picture of a batch keeps the same number K of cells, so that shapes are st
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -75,7 +74,7 @@ def random_masking(noise: Tensor, keep: int, grid: tuple[int, int]) -> Masking:
     """
     ids_shuffle = noise.argsort(dim=1)
     ranks = torch.arange(noise.shape[1], device=noise.device).expand_as(ids_shuffle)
-    ids_restore = torch.empty_like(ids_shuffle).scatter_(1, ids_shuffle, ranks)
+    ids_restore = torch.empty_like(ids_shuffle).scatter_(1, ids_shuffle, ranks)  # the inverse, without a second sort
     visible = (ids_restore < keep).view(-1, *grid)
     return Masking(ids_shuffle[:, :keep], ids_shuffle[:, keep:], ids_restore, visible)
 
@@ -92,6 +91,7 @@ def masking_of(visible: Tensor) -> Masking:
             f"visible: pictures keep {sorted(set(counts.tolist()))} of {cells} cells; give each the same number above 0"
         )
     places = torch.arange(cells, device=visible.device)
+    # noise that puts visible cells first, and leaves both kinds in raster order
     return random_masking(places + cells * ~visible.flatten(1), keep, (visible.shape[1], visible.shape[2]))
 
 
@@ -102,11 +102,9 @@ def mask_noise(pattern: Pattern, batch: int, grid: tuple[int, int], device: torc
     arXiv 2111.06377, figure 6). block: cells are masked rectangle by rectangle, of aspect 0.3 to 3.3 (BEiT, arXiv
     2106.08254, algorithm 1). Drawn from torch's global generator of `device`.
     """
-    return _PATTERNS[pattern](batch, grid, device)
-
-
-def _random_noise(batch: int, grid: tuple[int, int], device: torch.device | None) -> Tensor:
-    return torch.rand(batch, grid[0] * grid[1], device=device)
+    if pattern == "random":
+        return torch.rand(batch, grid[0] * grid[1], device=device)
+    return _grid_noise(batch, grid, device) if pattern == "grid" else _block_noise(batch, grid, device)
 
 
 def _grid_noise(batch: int, grid: tuple[int, int], device: torch.device | None) -> Tensor:
@@ -129,13 +127,6 @@ def _block_noise(batch: int, grid: tuple[int, int], device: torch.device | None)
     order = torch.arange(_RECTANGLES, 0, -1, device=device).view(1, -1, 1, 1)  # an earlier rectangle weighs more
     weight: Tensor = (inside * order).amax(1).flatten(1)  # (B, L), 0 outside of all
     return (weight + torch.rand(weight.shape, device=device)) / (_RECTANGLES + 1)
-
-
-_PATTERNS: dict[str, Callable[[int, tuple[int, int], torch.device | None], Tensor]] = {
-    "random": _random_noise,
-    "grid": _grid_noise,
-    "block": _block_noise,
-}
 
 
 def _coordinates(grid: tuple[int, int], device: torch.device | None) -> tuple[Tensor, Tensor]:

@@ -197,7 +197,7 @@ def _values(table: Dataset, column: str) -> list[Any]:
 
 def _datasets(config: DataConfig) -> Any:
     try:
-        import datasets
+        import datasets  # an extra
     except ImportError:
         raise ConfigError(
             f"data: {config.name!r} needs the package datasets; run pip install 'unlabeled[hf]'"

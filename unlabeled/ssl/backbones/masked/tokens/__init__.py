@@ -11,6 +11,6 @@ D channels, (gh, gw) grid.
 """
 
 from unlabeled.ssl.backbones.masked.tokens.encoder import TokenEncoder, lacks_token_dropping
-from unlabeled.ssl.backbones.masked.tokens.gather import gather_patches
+from unlabeled.ssl.backbones.masked.tokens.family import gather_patches
 
 __all__ = ["TokenEncoder", "gather_patches", "lacks_token_dropping"]

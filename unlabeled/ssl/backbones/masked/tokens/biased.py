@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unlabeled.ssl.backbones.masked.tokens.family import Family, Positions
-from unlabeled.ssl.backbones.masked.tokens.gather import gather_pairs, with_prefix
+from unlabeled.ssl.backbones.masked.tokens.family import Family, Positions, gather_pairs, with_prefix
 
 
 class _Biased(Family):

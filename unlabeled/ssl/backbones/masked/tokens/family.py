@@ -17,8 +17,6 @@ from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from unlabeled.ssl.backbones.masked.tokens.gather import gather_patches
-
 _MIXING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, GlobalResponseNorm)
 """Modules that let one token see others without attention."""
 
@@ -209,6 +207,27 @@ class Family:
     def finish(self, tokens: Tensor) -> Tensor:
         """What happens to all tokens after the last block."""
         return cast(Tensor, self.trunk.norm(tokens)) if hasattr(self.trunk, "norm") else tokens
+
+
+def gather_patches(x: Tensor, ids: Tensor, patch: tuple[int, int]) -> Tensor:
+    """Pixels of the patches `ids` (B, K, raster order) of (B, C, H, W) → (B, K, C, ph, pw); the rest is not read."""
+    batch, channels, height, width = x.shape
+    gh, gw = height // patch[0], width // patch[1]
+    cells = x.reshape(batch, channels, gh, patch[0], gw, patch[1]).permute(0, 2, 4, 1, 3, 5)
+    rows = torch.arange(batch, device=x.device)[:, None]
+    return cells[rows, ids // gw, ids % gw]
+
+
+def gather_pairs(table: Tensor, ids: Tensor) -> Tensor:
+    """Entries of `table` (N, N, C) for each pair of the tokens `ids` (B, K) → (B, K, K, C)."""
+    places = ids[:, :, None] * table.shape[0] + ids[:, None, :]
+    return F.embedding(places, table.flatten(0, 1))
+
+
+def with_prefix(ids: Tensor, prefix: int) -> Tensor:
+    """Indices of kept patches (B, K) → of kept tokens (B, P + K), where P prefix tokens stand first and are kept."""
+    first = torch.arange(prefix, device=ids.device).expand(ids.shape[0], -1)
+    return torch.cat([first, ids + prefix], dim=1)
 
 
 def mixing_norm(norm: nn.Module | None) -> str | None:

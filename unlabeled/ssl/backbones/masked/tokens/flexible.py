@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unlabeled.ssl.backbones.masked.tokens.family import Family, Positions, mixing_norm
-from unlabeled.ssl.backbones.masked.tokens.gather import gather_patches
+from unlabeled.ssl.backbones.masked.tokens.family import Family, Positions, gather_patches, mixing_norm
 
 
 class NaFlex(Family):

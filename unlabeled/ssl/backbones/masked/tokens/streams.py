@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unlabeled.ssl.backbones.masked.tokens.family import Family, Positions
-from unlabeled.ssl.backbones.masked.tokens.gather import gather_patches, with_prefix
+from unlabeled.ssl.backbones.masked.tokens.family import Family, Positions, gather_patches, with_prefix
 
 
 class CaiT(Family):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unlabeled.pretext.common.chunked import summed_in_chunks
+from unlabeled.pretext.self_distillation.poa_losses import summed_in_chunks
 
 ROWS, CHANNELS, COLUMNS = 11, 5, 7
 WEIGHTS = (0.8, -0.3)

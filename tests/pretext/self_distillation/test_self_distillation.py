@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from unlabeled.pretext.self_distillation.sinkhorn import assignments, sinkhorn_offsets
+from unlabeled.pretext.self_distillation.self_distillation import assignments, sinkhorn_offsets
 
 ROWS, CHANNELS, PROTOTYPES, TEMPERATURE = 23, 8, 12, 0.05
 SPLIT = {"uneven": 17, "one without any": ROWS}

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from unlabeled.pretext.common.checkpoint import load_mapped, require_fixed_table, resampled_positions
-from unlabeled.pretext.common.patches import normalize_patches, patch_statistics, patchify, unpatchify
 from unlabeled.pretext.common.positions import sincos_2d
-from unlabeled.pretext.masked_image.decoder import DecoderBlock, TransformerDecoder
+from unlabeled.pretext.masked_image.mae import DecoderBlock, TransformerDecoder
+from unlabeled.pretext.masked_image.masked_image import normalize_patches, patch_statistics, patchify, unpatchify
 from unlabeled.ssl.backbones.masked.masking import random_masking
 from unlabeled.ssl.core.errors import CheckpointError
 

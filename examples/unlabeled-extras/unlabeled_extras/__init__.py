@@ -1,0 +1,1 @@
+"""Parts of `unlabeled` in a package of their own."""
