@@ -33,7 +33,8 @@ from unlabeled.ssl.backbones.weights import load_backbone
 from unlabeled.ssl.config.composition import validate
 from unlabeled.ssl.config.schema import BackboneConfig, EvaluateRun, PretrainConfig
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
-from unlabeled.ssl.data.source import ImageSource, open_source
+from unlabeled.ssl.data.registry import open_source
+from unlabeled.ssl.data.source import ImageSource
 from unlabeled.ssl.train.checkpoint import complete
 from unlabeled.ssl.train.run_folder import read_config
 from unlabeled.workflows.evaluate import evaluate_config

@@ -50,10 +50,19 @@ _PUBLIC = {
     "OptimConfig": "unlabeled.ssl.config.schema",
     "PretrainConfig": "unlabeled.ssl.config.schema",
     "ScheduleConfig": "unlabeled.ssl.config.schema",
-    # Images.
+    # Images, and a source of one's own.
+    "DecodeError": "unlabeled.ssl.data.source",
     "ImageSource": "unlabeled.ssl.data.source",
+    "MaskSource": "unlabeled.ssl.data.source",
+    "SourceConfig": "unlabeled.ssl.data.source",
+    "Split": "unlabeled.ssl.data.source",
     "Views": "unlabeled.ssl.data.views",
-    "open_source": "unlabeled.ssl.data.source",
+    "check_source": "unlabeled.testing",
+    "decode_rgb": "unlabeled.ssl.data.decode",
+    "holdout": "unlabeled.ssl.data.sources.layout",
+    "open_source": "unlabeled.ssl.data.registry",
+    "register_source": "unlabeled.ssl.data.registry",
+    "source_names": "unlabeled.ssl.data.registry",
     # A pretext task of one's own.
     "Batch": "unlabeled.ssl.task",
     "ContractError": "unlabeled.testing",
@@ -83,7 +92,7 @@ _PUBLIC = {
     "Point": "unlabeled.eval.base",
     "Subject": "unlabeled.eval.subject",
     "Value": "unlabeled.eval.base",
-    "check_evaluator": "unlabeled.testing.check",
+    "check_evaluator": "unlabeled.testing",
     "check_features": "unlabeled.eval.base",
     "evaluator_names": "unlabeled.eval.registry",
     "register_evaluator": "unlabeled.eval.registry",
@@ -178,8 +187,16 @@ if TYPE_CHECKING:
     from unlabeled.ssl.core.errors import DivergedError as DivergedError
     from unlabeled.ssl.core.errors import UnlabeledError as UnlabeledError
     from unlabeled.ssl.core.seeds import derive as derive
+    from unlabeled.ssl.data.decode import decode_rgb as decode_rgb
+    from unlabeled.ssl.data.registry import open_source as open_source
+    from unlabeled.ssl.data.registry import register_source as register_source
+    from unlabeled.ssl.data.registry import source_names as source_names
+    from unlabeled.ssl.data.source import DecodeError as DecodeError
     from unlabeled.ssl.data.source import ImageSource as ImageSource
-    from unlabeled.ssl.data.source import open_source as open_source
+    from unlabeled.ssl.data.source import MaskSource as MaskSource
+    from unlabeled.ssl.data.source import SourceConfig as SourceConfig
+    from unlabeled.ssl.data.source import Split as Split
+    from unlabeled.ssl.data.sources.layout import holdout as holdout
     from unlabeled.ssl.data.views import Views as Views
     from unlabeled.ssl.nn.ema import ema_update as ema_update
     from unlabeled.ssl.task import Batch as Batch
@@ -190,8 +207,9 @@ if TYPE_CHECKING:
     from unlabeled.ssl.task import TaskConfig as TaskConfig
     from unlabeled.ssl.train.monitor import read_metrics as read_metrics
     from unlabeled.testing import ContractError as ContractError
+    from unlabeled.testing import check_evaluator as check_evaluator
+    from unlabeled.testing import check_source as check_source
     from unlabeled.testing import check_task as check_task
-    from unlabeled.testing.check import check_evaluator as check_evaluator
     from unlabeled.workflows.export import Exported as Exported
     from unlabeled.workflows.export import load_elastic as load_elastic
     from unlabeled.workflows.finetune.config import FinetuneConfig as FinetuneConfig

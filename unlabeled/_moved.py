@@ -15,6 +15,22 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+_WITH_SETTINGS = (
+    "cluster",
+    "corruption",
+    "duplicates",
+    "few_shot",
+    "invariance",
+    "knn",
+    "layers",
+    "linear",
+    "logistic",
+    "low_label",
+    "objects",
+    "retrieval",
+    "segmentation",
+    "spectrum",
+)
 MOVED: dict[str, str] = {
     "eval.cache": "eval.features.cache",
     "eval.command": "workflows.evaluate",
@@ -31,6 +47,7 @@ MOVED: dict[str, str] = {
     "eval.report.sections": "report.sections eval.comparison",
     "eval.report.tables": "eval.tables",
     "eval.report.verdict": "eval.comparison",
+    "eval.settings": " ".join(f"eval.evaluators.{name}" for name in _WITH_SETTINGS),
     "eval.sizes": "workflows.elastic_sizes",
     "pretext.base": "ssl.task ssl.data.views",
     "pretext.byol": "pretext.two_views.byol",
@@ -80,12 +97,12 @@ MOVED: dict[str, str] = {
     "ssl.cpu": "ssl.core.cpu",
     "ssl.curriculum": "ssl.train.curriculum",
     "ssl.data.doctor": "workflows.inspect_data",
-    "ssl.data.embedded": "ssl.data.sources.embedded",
+    "ssl.data.embedded": "ssl.data.sources.digits ssl.data.sources.shapes",
     "ssl.data.folder": "ssl.data.sources.folder",
     "ssl.data.layout": "ssl.data.sources.layout",
-    "ssl.data.table": "ssl.data.sources.table",
+    "ssl.data.table": "ssl.data.sources.parquet ssl.data.sources.hf ssl.data.sources.tables",
     "ssl.data.tar": "ssl.data.sources.tar",
-    "ssl.data.vision": "ssl.data.sources.vision",
+    "ssl.data.vision": "ssl.data.sources.torchvision",
     "ssl.data.voc": "ssl.data.sources.voc",
     "ssl.drop_path": "ssl.nn.drop_path",
     "ssl.elastic": "ssl.backbones.elastic",

@@ -120,11 +120,12 @@ def test_the_comparison_puts_quoted_metrics_first_and_knows_the_stronger_baselin
 @pytest.mark.parametrize(
     ("metric", "label"),
     [("knn/k20", "kNN, k = 20"), ("knn/k5_top5", "kNN, k = 5, top 5"), ("linear/top5", "linear probe, top 5"),
-     ("linear/lr", None), ("linear/holdout_top1", None), ("knn/kind", None)],
+     ("linear/lr", None), ("linear/holdout_top1", None), ("knn/kind", None), ("knn/k20@x", None), ("no/top1", None),
+     ("knn/k20@64", "kNN, k = 20, first 64 features"), ("linear/top1@pca8", "linear probe, 8 principal components")],
 )  # fmt: skip
 def test_values_that_no_table_shows_have_no_label(metric: str, label: str | None) -> None:
     measure = measure_of(metric)
-    assert (measure and measure.label) == label
+    assert (measure and measure.text) == label
 
 
 @pytest.mark.parametrize(

@@ -24,14 +24,15 @@ VIT = [
     "backbone.kwargs={patch_size:8,embed_dim:16,depth:1,num_heads:2}",
 ]
 TINY = [
-    *VIT, "task=mae", "task.decoder={dim:16,depth:1,heads:2}", "data=shapes", "data.count=32", "epochs=2",
-    "batch_size=8", "schedule.warmup_epochs=0", "engine.workers=0", "engine.device=cpu", "engine.checkpoint_steps=2",
+    *VIT, "task=mae", "task.decoder={dim:16,depth:1,heads:2}", "epochs=2", "batch_size=8",
+    "schedule.warmup_epochs=0", "engine.workers=0", "engine.device=cpu", "engine.checkpoint_steps=2",
     "log.tensorboard=false", "log.every=1", "evaluate.final=false",
 ]  # fmt: skip
 
 
 def pretrain(out: Path, *words: str) -> int:
-    return main(["pretrain", *TINY, f"out={out}", *words])
+    data = [] if any(word.startswith("data=") for word in words) else ["data=shapes", "data.count=32"]
+    return main(["pretrain", *TINY, *data, f"out={out}", *words])
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:
@@ -68,8 +69,12 @@ def files_of(folder: Path) -> dict[Path, bytes]:
         (["backbone.size=36"], "36x36 is not a multiple of vit_tiny_patch16_224's patch, 8; give 32 or 40"),
         (["backbone.kwargs.dept=1"], "backbone.kwargs.dept: vit_tiny_patch16_224 takes no such argument; remove it"),
         (["backbone.checkpoint=nowhere.safetensors"], "nowhere.safetensors: there is no such file"),
-        (["data=foldr"], "data: 'foldr' does not exist; did you mean 'folder'?"),
+        (["data=foldr"], "data: 'foldr' is not a data source; did you mean 'folder'?"),
         (["data=folder"], "data.path: not given"),
+        (["data=folder", "data.count=32"], "data.count: 32 has no effect with data=folder, it is a setting of sha"),
+        (["data.labels=true"], "data.labels: True has no effect with data=shapes, it is a setting of fold"),
+        (["evaluate.data=folder", "evaluate.final=true"], "data.path: not given"),
+        (["evaluate.data=foldr"], "evaluate.data: 'foldr' is not a data source; did you mean 'folder'?"),
         (["data=folder", "data.path=nowhere"], "nowhere"),
         (["data=parquet", "data.path=nowhere.parquet"], "nowhere.parquet"),
         (["recipe=cifra10"], "recipe: 'cifra10' does not exist"),

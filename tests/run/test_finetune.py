@@ -204,7 +204,11 @@ def test_a_run_brings_its_data_and_a_classifier_can_be_tuned_further(result: Fin
     settings = {"task": {"name": "mae"}, "data": {"name": "shapes", "count": 32, "limit": 8}}
     (tmp_path / "run" / "config.yaml").write_text(json.dumps(settings))
     found = finetune_config(str(tmp_path / "run"), [])
-    assert found.data == DataConfig(name="shapes", count=32, labels=True)
+    assert found.data == DataConfig(name="shapes", count=32)
+    settings["data"] = {"name": "folder", "path": "pictures", "count": 2048}
+    (tmp_path / "run" / "config.yaml").write_text(json.dumps(settings))
+    named = finetune_config(str(tmp_path / "run"), []).data.model_extra
+    assert named == {"path": Path("pictures"), "test_path": None, "test_fraction": 0.2, "labels": True}
     words = {"out": tmp_path / "more", "epochs": 1, "label_fraction": 0.1, "baseline": False}
     more = unlabeled.finetune(result.weights, "digits", **FAST | words | {"optim__lr": 1e-9})
     old, new = load_file(result.weights), load_file(more.weights)

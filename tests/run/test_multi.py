@@ -145,7 +145,7 @@ def test_the_words_of_the_command_line() -> None:
 def test_the_recipes_run(recipe: str, tmp_path: Path) -> None:
     from unlabeled.cli import main
 
-    words = [f"recipe={recipe}", "data=shapes", "data.path=null", "batch_size=8", "evaluate.every=0"]
+    words = [f"recipe={recipe}", "data=shapes", "batch_size=8", "evaluate.every=0"]
     words += ["evaluate.final=false", "log.progress=false", f"out={tmp_path}"]
     assert main(["pretrain", "--debug", *words, "debug=true"]) == 0
     rows = read_metrics(tmp_path / "metrics.jsonl")

@@ -9,6 +9,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -122,3 +123,23 @@ def test_an_evaluator_of_another_package_is_one_of_all(environment: Environment,
     done = environment.run(environment.bin / "unlabeled", *words, "evaluate.centroid.shot=1", code=2)
     fault = "evaluate.centroid.shot: there is no such setting in evaluate.centroid; did you mean 'shots'?"
     assert done.stderr == f"unlabeled: {fault}\n"
+
+
+def test_its_source_is_chosen_by_name_and_says_its_faults(environment: Environment, tmp_path: Path) -> None:
+    for split, count in (("train", 24), ("test", 8)):
+        images = np.random.default_rng(count).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+        np.save(tmp_path / f"{split}_images.npy", images)
+        np.save(tmp_path / f"{split}_labels.npy", np.arange(count) % 2)
+    command = environment.bin / "unlabeled"
+    words = ["data=npy", f"data.path={tmp_path}"]
+    assert "24" in environment.run(command, "doctor", *words, "workers=0").stdout
+    small = ["backbone.size=32", "backbone.kwargs={channels:[8,8,8,8],stem_width:8}", "batch_size=8", "debug=true"]
+    run = ["task=rotation", "backbone=resnet18", *words, *small, f"out={tmp_path / 'run'}"]
+    environment.run(command, "pretrain", *run)
+    data = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]
+    assert data == {"name": "npy", "limit": 16, "max_bad_fraction": 0.05, "path": str(tmp_path)}
+    assert "random" in (tmp_path / "run" / "report" / "report.md").read_text(), "its labels are evaluated"
+    done = environment.run(command, "doctor", "data=npy", code=2)
+    assert done.stderr == "unlabeled: data.path: not given; set data.path=...\n"
+    done = environment.run(command, "doctor", *words, "data.count=3", code=2)
+    assert done.stderr == "unlabeled: data.count: 3 has no effect with data=npy, it is a setting of shapes; remove it\n"

@@ -6,6 +6,7 @@ import ast
 import inspect
 import json
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def inner_imports(code: str) -> list[str]:
     """Modules inside the package that Python `code` imports; lines of IPython's own are left out."""
     plain = "\n".join("pass" if line.lstrip().startswith(("%", "!")) else line for line in code.splitlines())
     found = []
-    for node in ast.walk(ast.parse(plain)):
+    for node in ast.walk(ast.parse(textwrap.dedent(plain))):
         if isinstance(node, ast.ImportFrom):
             found.append(node.module or "")
         elif isinstance(node, ast.Import):

@@ -75,6 +75,16 @@ def test_only_settings_that_differ_are_listed(three: list[str], tmp_path: Path) 
     ]
 
 
+def test_an_earlier_run_differs_in_no_setting_that_its_source_did_not_read(three: list[str], tmp_path: Path) -> None:
+    file = Path(three[2]) / "report" / "report.json"
+    document = json.loads(file.read_text())
+    earlier = "name: digits\n  count: 2048\n  labels: true\n  path: null\n  limit: null\n"
+    document["run"]["config"] = document["run"]["config"].replace("name: digits\n", earlier)
+    file.write_text(json.dumps(document))
+    names = [row["name"] for row in compared([three[0], three[2]], tmp_path / "out")["settings"]]
+    assert names == ["task.name"]
+
+
 @pytest.mark.parametrize(
     ("other", "line"),
     [

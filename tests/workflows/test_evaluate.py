@@ -42,7 +42,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[DataConfig]:
 
     def open_memory(config: DataConfig, split: Split = "train") -> MemorySource:
         calls.append(config)
-        classes = None if config.name == "folder" and not config.labels else ("red", "green", "blue")
+        classes = None if config.name == "folder" and not getattr(config, "labels", False) else ("red", "green", "blue")
         return MemorySource(30 if split == "train" else 9, classes=classes, split=split)
 
     monkeypatch.setattr(command, "open_source", open_memory)

@@ -1,4 +1,5 @@
 import functools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from pydantic import ConfigDict
 from torch import nn
 
 from unlabeled.eval.evaluators.knn import KnnConfig
@@ -21,7 +23,11 @@ from unlabeled.ssl.config.schema import (
     ScheduleConfig,
 )
 from unlabeled.ssl.core.errors import ConfigError
-from unlabeled.workflows.settings import compose_settings, data_values
+from unlabeled.ssl.data.registry import REGISTRY, register_source, source_names
+from unlabeled.ssl.data.source import SourceConfig
+from unlabeled.ssl.data.sources.digits import DigitsSource
+from unlabeled.ssl.data.sources.folder import FolderConfig
+from unlabeled.workflows.settings import compose_settings, data_values, tiny
 
 
 def compose(*words: str) -> PretrainConfig:
@@ -39,7 +45,7 @@ def test_the_words_of_the_readme() -> None:
     )
     assert config.task == {"name": "mae"}
     assert config.backbone.name == "vit_small_patch16_224"
-    assert str(config.data.path) == "some/pictures"
+    assert config.data.model_extra == FolderConfig(path=Path("some/pictures")).model_dump(exclude={"limit"})
     assert str(config.out) == "runs/x"
     assert config.epochs == 100
 
@@ -71,8 +77,24 @@ def test_fields_of_a_section_can_be_set_beside_its_short_form() -> None:
         ("epochs=0", r"epochs: 0 is not possible; give greater than 0"),
         ("engine.precision=fp8", r"engine.precision: 'fp8' is not possible; choose 'fp32', 'bf16' or 'fp16'"),
         ("engine.workers=-1", r"engine.workers: -1 is not possible; give greater than or equal to 0"),
-        ("data=fodler", r"data: 'fodler' does not exist; did you mean 'folder'\?"),
+        ("data=fodler", r"data: 'fodler' is not a data source; did you mean 'folder'\?"),
         ("data=./pictures", r"data: './pictures' is a path; write data=folder data.path=./pictures"),
+        ("data.pth=x", r"^data.pth: there is no such setting in data; did you mean 'path'\?$"),
+        ("data.count=3", r"^data.count: 3 has no effect with data=folder, it is a setting of shapes; remove it$"),
+        (
+            "data.dataset=x",
+            r"^data.dataset: x has no effect .* it is a setting of hf, torchvision, voc; remove it$",
+        ),
+        ("data.labels=perhaps", r"^data.labels: 'perhaps' is not possible; give a valid boolean"),
+        ("data.path=[1]", r"^data.path: \[1\] is not possible; give "),
+        ("data.limit=0", r"^data.limit: 0 is not possible; give greater than or equal to 1$"),
+        ("evaluate.data=fodler", r"^evaluate.data: 'fodler' is not a data source; did you mean 'folder'\?$"),
+        ("evaluate.data=a/b", r"^evaluate.data: 'a/b' is a path; write evaluate.data=folder evaluate.data.path=a/b$"),
+        (
+            "evaluate.data={name: digits, cuont: 3}",
+            r"^evaluate.data.cuont: there is no such setting in evaluate.data",
+        ),
+        ("evaluate.data={name: digits, count: 3}", r"^evaluate.data.count: 3 has no effect with evaluate.data=digits"),
         ("recipe=cifar10/nothing", r"recipe: 'cifar10/nothing' does not exist"),
         ("epochs", r"'epochs' is not a setting; write key=value"),
         ("optim.lr=[1,", r"'optim.lr=\[1,' cannot be read"),
@@ -87,7 +109,7 @@ def test_a_fault_is_one_line_that_names_field_value_and_remedy(word: str, messag
 
 def test_every_option_of_every_group_composes() -> None:
     words = [(group, option) for group in GROUPS for option in options(group)]
-    words += [("task", name) for name in task_names()]
+    words += [("task", name) for name in task_names()] + [("data", name) for name in source_names()]
     assert len(words) > 8
     for group, option in words:
         compose(f"{group}={option}")
@@ -115,8 +137,8 @@ def test_python_settings_mean_the_same_as_words() -> None:
     }
     config = compose_settings("pretrain", [], PretrainConfig, values)
     assert config.task == {"name": "mae", "mask_ratio": 0.5}
-    assert str(config.data.path) == "/a b/c's"
-    assert config.data.labels
+    assert config.data.model_extra["path"] == Path("/a b/c's")
+    assert config.data.model_extra["labels"] is True
     assert config.optim.lr == 1e-3
     assert config.schedule.milestones == (1, 2)
     assert config.backbone.kwargs == {"stem_width": 32}
@@ -182,7 +204,7 @@ def test_objects_pass_and_files_name_them() -> None:
         ({"task": "a b,c"}, r"^task: 'a b,c' is not a pretext task"),
         ({"task": None}, r"^task: None is not possible"),
         ({"recipe": "x=y"}, r"^recipe: 'x=y' does not exist"),
-        ({"data": {"name": "fol=der"}}, r"^data: 'fol=der' does not exist; did you mean 'folder'\?"),
+        ({"data": {"name": "fol=der"}}, r"^data: 'fol=der' is not a data source; did you mean 'folder'\?"),
         ({"out": nn.Sequential(nn.ReLU())}, r"^out: Sequential\( \(0\): ReLU\(\) \) is not possible"),
     ],
 )
@@ -214,9 +236,71 @@ def test_data_is_a_path_a_name_or_settings() -> None:
 def test_evaluate_and_doctor_take_the_same_data_words() -> None:
     evaluated = compose_settings("evaluate", ["target=resnet18", "data=shapes", "data.count=64"], EvaluateRun)
     assert evaluated.data is not None
-    assert (evaluated.data.name, evaluated.data.count) == ("shapes", 64)
+    assert (evaluated.data.name, evaluated.data.model_extra) == ("shapes", {"count": 64})
     assert compose_settings("evaluate", ["target=runs/x"], EvaluateRun).data is None
     assert compose_settings("doctor", ["data=digits"], DoctorRun).data.name == "digits"
+
+
+def test_the_data_for_evaluation_is_a_name_alone_or_a_name_and_settings() -> None:
+    config = compose("evaluate.data=shapes", "evaluate.data.count=8")
+    assert config.evaluate.data is not None
+    assert (config.evaluate.data.name, config.evaluate.data.model_extra) == ("shapes", {"count": 8})
+    folder = compose("evaluate.data=folder", "evaluate.data.path=x", "evaluate.data.labels=true").evaluate.data
+    assert folder is not None
+    assert folder.model_extra is not None
+    assert (folder.model_extra["path"], folder.model_extra["labels"]) == (Path("x"), True)
+    assert compose().evaluate.data is None
+
+
+def test_a_run_says_all_settings_of_its_source_and_none_of_others() -> None:
+    written = compose("data=torchvision", "data.path=x", "evaluate.data=shapes").model_dump(mode="json")
+    assert written["data"] == {
+        "name": "torchvision", "limit": None, "max_bad_fraction": 0.05, "path": "x", "dataset": "CIFAR10",
+        "test_fraction": 0.2,
+    }  # fmt: skip
+    assert written["evaluate"]["data"]["count"] == 2048
+
+
+def test_a_recipe_that_begins_with_another_one_has_its_task_and_data() -> None:
+    config = compose("recipe=cifar10/rotation_resnet18_efficienttrain", "data.path=cifar10")
+    assert (config.task["name"], config.data.name, config.engine.curriculum) == (
+        "rotation", "parquet", "efficienttrain"
+    )  # fmt: skip
+
+
+def test_tiny_mode_takes_what_the_source_makes_smaller() -> None:
+    config = compose("data=shapes", "data.count=9000")
+    assert tiny(config)["data"] == DataConfig(name="shapes", limit=64, count=256)
+    assert tiny(compose("data=digits"))["data"] == DataConfig(name="digits", limit=64)
+
+
+class Opaque:
+    """A value that no word of a command line could name."""
+
+
+class OpaqueConfig(SourceConfig):
+    """Settings with such a value."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+    made_by: Opaque
+    """Required."""
+
+
+class OpaqueSource(DigitsSource):
+    Config = OpaqueConfig
+
+
+def test_a_registered_source_is_chosen_by_its_name_and_takes_objects(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(REGISTRY, "targets", dict(REGISTRY.targets))
+    monkeypatch.setitem(sys.modules, "opaque", sys.modules[__name__])
+    register_source("opaque", "opaque:OpaqueSource")
+    value = Opaque()
+    config = compose_settings("pretrain", [], PretrainConfig, {"data": {"name": "opaque", "made_by": value}})
+    assert config.data.model_extra == {"made_by": value}
+    with pytest.raises(ConfigError, match=r"^data.made_by: not given; set data.made_by=\.\.\.$"):
+        compose("data=opaque")
+    with pytest.raises(ConfigError, match=r"^data: 'opaque' is already opaque:OpaqueSource; give x:Y another name$"):
+        register_source("opaque", "x:Y")
 
 
 def test_a_word_that_hydra_would_misread_is_kept() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 from pydantic import ValidationError
 
-from unlabeled.eval.base import Evaluator, EvaluatorConfig, Measure
+from unlabeled.eval.base import Cut, Evaluator, EvaluatorConfig, Measure
 from unlabeled.eval.embedding import check_method
 from unlabeled.ssl.config.messages import explain
 from unlabeled.ssl.config.schema import EvaluateConfig
@@ -133,9 +134,14 @@ def _first(section: object) -> str:
 
 
 def measure_of(metric: str) -> Measure | None:
-    """What ``evaluator/key`` in a user's words, or in a file from before values said so themselves, is.
+    """What ``evaluator/key`` or ``evaluator/key@64`` in a user's words, or in a file from before values said so, is.
 
-    None for values that no table shows and for unknown evaluators. Everything else has its `Measure` beside it.
+    None for values that no table shows and for unknown evaluators. Everywhere else a value has its `Measure` with it.
     """
     name, _, key = metric.partition("/")
-    return evaluator_class(name).measure(key) if name in evaluator_names() else None
+    key, _, part = key.partition("@")
+    length = part.removeprefix("pca")
+    if name not in evaluator_names() or (part and not length.isdigit()):
+        return None
+    found = evaluator_class(name).measure(key)
+    return found if found is None or not part else replace(found, cut=Cut(int(length), part.startswith("pca")))

@@ -21,6 +21,7 @@ from unlabeled.report.document import clean, read_report
 from unlabeled.report.page import duration, environment
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.core.files import write_atomically, writing
+from unlabeled.ssl.train.run_folder import current
 
 SCHEMA = 1
 
@@ -48,7 +49,7 @@ class Run:
             values = yaml.safe_load(self.document["run"].get("config") or "") or {}
         except yaml.YAMLError:
             values = {}
-        flat = _flat(values) if isinstance(values, Mapping) else {}
+        flat = _flat(current(values)) if isinstance(values, Mapping) else {}
         return {name: value for name, value in flat.items() if name not in ("out", "target")}
 
     def metrics(self, encoder: str = "backbone") -> Mapping[str, float | None]:

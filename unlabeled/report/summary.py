@@ -96,8 +96,9 @@ def name_backbone(backbone: Backbone) -> str:
 
 
 def name_data(data: DataConfig) -> str:
-    """The kind of source and where it lies."""
-    return " ".join(str(part) for part in (data.name, data.dataset, data.path) if part)
+    """The kind of source and where it lies, by those of its settings that say so."""
+    settings = data.model_extra or {}
+    return " ".join(str(part) for part in (data.name, settings.get("dataset"), settings.get("path")) if part)
 
 
 def count_parameters(backbone: Backbone) -> int:

@@ -104,7 +104,8 @@ NamedT = TypeVar("NamedT", bound=Named)
 
 def run_check(check: Callable[[NamedT], None], subject: NamedT) -> None:
     """Tries one rule; the error names what breaks it, and the rule. Random state is as before afterwards."""
-    place = f"{subject.name} breaks '{check.__name__.replace('_', ' ')}'"
+    rule = getattr(check, "__name__", "a rule").replace("_", " ")
+    place = f"{subject.name} breaks '{rule}'"
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

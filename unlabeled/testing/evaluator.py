@@ -37,7 +37,7 @@ from unlabeled.ssl.config.messages import explain
 from unlabeled.ssl.core.errors import UnlabeledError
 from unlabeled.ssl.data.loader import seeded
 from unlabeled.testing.subject import ContractError, listed, require
-from unlabeled.testing.surface import undocumented
+from unlabeled.testing.surface import require_documented
 
 _CELL = 8
 """Pixels a side of a patch of the network, and of what a picture is made of."""
@@ -146,11 +146,7 @@ def class_and_settings_are_documented(case: EvaluatorCase) -> None:
     require(cls.needs in ("features", "pictures", "network"), f"needs is {cls.needs!r}", "see Evaluator.needs")
     own = issubclass(cls.Config, EvaluatorConfig)
     require(own, f"Config is {cls.Config!r}", "inherit it from unlabeled.EvaluatorConfig")
-    for documented in (cls, cls.Config):
-        said = bool((documented.__doc__ or "").strip())
-        require(said, f"{documented.__name__} has no docstring", "say what it measures, and which values it yields")
-    bare = undocumented(cls.Config)
-    require(not bare, f"no docstring under {listed(bare)}", "say there what it is, with unit and source")
+    require_documented(cls, cls.Config, "say what it measures, and which values it yields")
 
 
 def settings_go_through_json(case: EvaluatorCase) -> None:

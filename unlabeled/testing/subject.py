@@ -29,7 +29,7 @@ PICTURES = 4
 
 
 class ContractError(AssertionError):
-    """A task breaks a rule of the contract. The text says which one, what was seen, and how to mend it."""
+    """A rule of a contract is broken. The text says which one, what was seen, and how to mend it."""
 
 
 def require(kept: bool | Tensor, found: str, remedy: str) -> None:

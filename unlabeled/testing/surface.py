@@ -127,10 +127,14 @@ def foreign_checkpoints_are_refused(subject: Subject) -> None:
 
 def task_and_settings_are_documented(subject: Subject) -> None:
     """Docstrings of the task and its Config, and one under each setting that is not a documented section itself."""
-    for cls in (subject.cls, subject.cls.Config):
-        say = "its first line is what `unlabeled tasks` shows" if cls is subject.cls else "say what the defaults are of"
-        require(bool((cls.__doc__ or "").strip()), f"{cls.__name__} has no docstring", say)
-    bare = undocumented(subject.cls.Config)
+    require_documented(subject.cls, subject.cls.Config, "its first line is what `unlabeled tasks` shows")
+
+
+def require_documented(cls: Any, config: type[BaseModel], first_line: str) -> None:
+    """Raises ContractError where `cls`, its settings or one of them has no docstring; `first_line` is said of `cls`."""
+    for one, say in ((cls, first_line), (config, "say what the defaults are of")):
+        require(bool((one.__doc__ or "").strip()), f"{one.__name__} has no docstring", say)
+    bare = undocumented(config)
     require(not bare, f"no docstring under {listed(bare)}", "say there what it is, with unit and source")
 
 

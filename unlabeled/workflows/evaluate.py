@@ -30,7 +30,7 @@ from unlabeled.ssl.backbones.weights import load_backbone, load_weights
 from unlabeled.ssl.config.composition import validate
 from unlabeled.ssl.config.schema import BackboneConfig, DataConfig, EvaluateRun, PretrainConfig
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError, UnlabeledError, first_line, nearest
-from unlabeled.ssl.data.source import open_source
+from unlabeled.ssl.data.registry import labeled, open_source
 from unlabeled.ssl.train.monitor import read_metrics
 from unlabeled.ssl.train.run_folder import read_config
 from unlabeled.workflows.elastic_sizes import Alone, SizePlan, measure_sizes, plan_sizes
@@ -198,7 +198,7 @@ def _data(run: EvaluateRun, config: PretrainConfig | None) -> DataConfig:
         return run.evaluate.data
     if config is None:
         raise ConfigError("data: not given; a target that is no run folder needs labelled data, such as data=digits")
-    return config.evaluate.data or config.data.model_copy(update={"labels": True})
+    return config.evaluate.data or labeled(config.data)
 
 
 def masked_statistics(target: Target) -> bool:

@@ -20,7 +20,7 @@ from unlabeled.ssl.config.composition import validate
 from unlabeled.ssl.config.schema import DataConfig, ExportRun, PretrainConfig, Sizes
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError, nearest
 from unlabeled.ssl.core.plain import objects_in, plain
-from unlabeled.ssl.data.source import open_source
+from unlabeled.ssl.data.registry import open_source
 from unlabeled.ssl.train.run_folder import read_config
 from unlabeled.workflows.settings import compose_settings
 

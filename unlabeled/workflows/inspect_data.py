@@ -21,7 +21,8 @@ from unlabeled.ssl.config.schema import DoctorRun
 from unlabeled.ssl.data.bad import BadImage
 from unlabeled.ssl.data.decode import decode_rgb, read_bytes, read_header
 from unlabeled.ssl.data.loader import RunLoader, start_worker
-from unlabeled.ssl.data.source import DecodeError, ImageSource, encoded, limited, open_source
+from unlabeled.ssl.data.registry import open_source
+from unlabeled.ssl.data.source import DecodeError, ImageSource, encoded, limited
 from unlabeled.workflows.settings import compose_settings
 
 SMALL = 32

@@ -20,25 +20,26 @@ from unlabeled.eval.suite import evaluate_backbone, online_knn
 from unlabeled.pretext.registry import create_task, task_class, task_config
 from unlabeled.report.page import write_report
 from unlabeled.report.pictures import read_pictures, save_pictures
-from unlabeled.report.summary import summarize_run
+from unlabeled.report.summary import name_data, summarize_run
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.given import record
 from unlabeled.ssl.backbones.weights import export_backbone, read_tensors
-from unlabeled.ssl.config.composition import sweep, tiny
+from unlabeled.ssl.config.composition import sweep
 from unlabeled.ssl.config.schema import DataConfig, EvaluateConfig, PretrainConfig
 from unlabeled.ssl.core.distributed import told_once
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.core.files import writing
 from unlabeled.ssl.core.seeds import derive
 from unlabeled.ssl.data.loader import LoadedBatch, ViewDataset, collate, seeded
-from unlabeled.ssl.data.source import ImageSource, Split, open_source
+from unlabeled.ssl.data.registry import labeled, open_source
+from unlabeled.ssl.data.source import ImageSource, Split
 from unlabeled.ssl.task import PretextTask
 from unlabeled.ssl.train.accelerator import create_accelerator
 from unlabeled.ssl.train.build import assemble, build_backbone
 from unlabeled.ssl.train.loop import Training, train, whole_task
 from unlabeled.ssl.train.monitor import read_metrics
 from unlabeled.ssl.train.run_folder import Plan, claim_folder
-from unlabeled.workflows.settings import compose_settings, settle_evaluation
+from unlabeled.workflows.settings import compose_settings, settle_evaluation, tiny
 
 logger = logging.getLogger(__name__)
 
@@ -131,12 +132,12 @@ def prepare(config: PretrainConfig, backbone: Backbone | None = None) -> Trainin
     accelerator = create_accelerator(config.engine)
     checkpoint = claim_folder(config)
     source = open_source(config.data, "train")
+    named = config.evaluate.final and config.evaluate.data is not None  # its faults are told now, not after the run
+    evaluated = labelled_data(config) if config.evaluate.every or named else None
     plan = Plan.of(config, len(source), accelerator.num_processes)
     task = build_task(config, backbone)
     views = task_class(config.task["name"]).views(task_config(config.task), task.backbone)
-    early = config.evaluate.every or (config.evaluate.final and config.evaluate.data is not None)
-    labelled = labelled_data(config) if early else None  # opened for the end too, where a fault would cost the training
-    online = OnlineEvaluation(config, labelled, plan.steps_per_epoch)
+    online = OnlineEvaluation(config, evaluated, plan.steps_per_epoch)
     dataset = ViewDataset(source, views, config.engine.seed)
     return assemble(config, accelerator, checkpoint, plan, task=task, dataset=dataset, online=online)
 
@@ -224,7 +225,7 @@ def task_pictures(run: Training, task: PretextTask, count: int = 8) -> dict[str,
 
 def labelled_data(config: PretrainConfig) -> tuple[ImageSource, ImageSource] | None:
     """(train, test) sources with labels for evaluation; None, with the reason in the log, when there are none."""
-    data = config.evaluate.data or config.data.model_copy(update={"labels": True, "limit": None})
+    data = config.evaluate.data or labeled(config.data).model_copy(update={"limit": None})
     try:
         train, test = (labelled_split(data, split, config.evaluate) for split in ("train", "test"))
     except DataError as error:
@@ -240,5 +241,5 @@ def labelled_split(data: DataConfig, split: Split, evaluate: EvaluateConfig) -> 
     limit = min((value for value in (data.limit, evaluate.limit) if value is not None), default=None)
     source = open_source(data.model_copy(update={"limit": limit}), split)
     if source.labels() is None:
-        raise DataError(f"data: {data.name} {data.path or ''} has no labels; give evaluate.data=... with labels")
+        raise DataError(f"data: {name_data(data)} has no labels; give evaluate.data=... with labels")
     return source

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from pydantic import BaseModel
 from torch import nn
 
 from unlabeled.eval.registry import settle
@@ -16,9 +15,10 @@ from unlabeled.ssl.backbones.given import adopt
 from unlabeled.ssl.config.base import Section
 from unlabeled.ssl.config.composition import compose_config, set_within
 from unlabeled.ssl.config.messages import in_short
-from unlabeled.ssl.config.schema import BackboneConfig, EvaluateConfig
+from unlabeled.ssl.config.schema import BackboneConfig, DataConfig, EvaluateConfig, RunConfig
 from unlabeled.ssl.core.errors import ConfigError
-from unlabeled.ssl.data.source import SOURCES
+from unlabeled.ssl.data.registry import Sources, filled, source_names
+from unlabeled.ssl.data.registry import tiny as tiny_data
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -28,9 +28,38 @@ def compose_settings(
 ) -> SectionT:
     """The settings of `command` as `model`: its file, then the words, then Python `values` on top.
 
-    Raises ConfigError, in one line, for a word that cannot be read, an unknown setting, or an impossible value.
+    Sections of data are checked by their source, and hold all of its settings. Raises ConfigError, in one line, for a
+    word that cannot be read, an unknown setting, or an impossible value.
     """
-    return compose_config(command, words, model, values=values, choices={"task": Recipes()})
+    choices = {"task": Recipes(), "data": Sources()}
+    return with_sources(compose_config(command, words, model, values=values, choices=choices))
+
+
+def with_sources(config: SectionT, field: str = "") -> SectionT:
+    """`config` with `filled` in place of each section of data that was given, also within its sections."""
+    changed: dict[str, Any] = {}
+    for name in type(config).model_fields:
+        section = getattr(config, name)
+        if name not in config.model_fields_set or not isinstance(section, Section):
+            continue
+        inner = f"{field}{name}"
+        found = filled(section, inner) if isinstance(section, DataConfig) else with_sources(section, f"{inner}.")
+        if found is not section:
+            changed[name] = found
+    return config.model_copy(update=changed) if changed else config
+
+
+def tiny(config: RunConfig) -> dict[str, Any]:
+    """What tiny mode changes of any run."""
+    batch = min(config.batch_size, 32)
+    return {
+        "epochs": 2.0,
+        "batch_size": batch,
+        "data": tiny_data(config.data, batch * 2),
+        "engine": config.engine.model_copy(update={"workers": 0, "compile": False}),
+        "schedule": config.schedule.model_copy(update={"warmup_epochs": min(config.schedule.warmup_epochs, 0.5)}),
+        "log": config.log.model_copy(update={"every": 1}),
+    }
 
 
 def settle_evaluation(
@@ -53,12 +82,12 @@ def data_values(data: object) -> dict[str, Any]:
 
     Raises ConfigError for anything else.
     """
-    if isinstance(data, BaseModel):
+    if isinstance(data, DataConfig):
         return {name: getattr(data, name) for name in data.model_fields_set | {"name"}}
     if isinstance(data, Mapping):
         return dict(data)
     if isinstance(data, (str, Path)):
-        return {"name": data} if data in SOURCES else {"name": "folder", "path": Path(data)}
+        return {"name": data} if data in source_names() else {"name": "folder", "path": Path(data)}
     given = "a path, the name of a source, a mapping such as {'name': 'folder', 'path': ...} or a DataConfig"
     raise ConfigError(f"data: {in_short(data)} is not possible; give {given}")
 

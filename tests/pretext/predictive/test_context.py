@@ -14,9 +14,8 @@ from unlabeled.pretext.predictive.context import Context, ContextConfig, PairHea
 from unlabeled.pretext.predictive.patch_grid import neighbour_pairs
 from unlabeled.pretext.registry import create_task
 from unlabeled.ssl.backbones.backbone import create_backbone
-from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
-from unlabeled.ssl.data.sources.embedded import ShapesSource
+from unlabeled.ssl.data.sources.shapes import ShapesConfig, ShapesSource
 
 NET = {"widths": (8, 12, 16, 16, 12), "embed_dim": 20}
 
@@ -152,7 +151,7 @@ def test_a_few_pictures_can_be_learnt_by_heart():
     """A network that silences itself stays at ln 8 = 2.08 and 12.5 %."""
     torch.manual_seed(0)
     task = _task("contextnet", 32, NET, pixelate=0.0, widths=(32, 32))
-    views, source = Context.views(task.config, task.backbone), ShapesSource(DataConfig(name="shapes", count=24))
+    views, source = Context.views(task.config, task.backbone), ShapesSource(ShapesConfig(count=24))
     batch = {"patches": torch.stack([views(source.read(index))["patches"] for index in range(24)])}
     draw = task.draw(batch)
     optimizer = torch.optim.Adam(task.parameters(), 5e-3)

@@ -23,7 +23,8 @@ from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.data.bad import BadImage, BadImages
 from unlabeled.ssl.data.loader import Key, LoadedBatch, RunSampler, ViewDataset, make_loader, seeded
-from unlabeled.ssl.data.source import DecodeError, open_source
+from unlabeled.ssl.data.registry import open_source
+from unlabeled.ssl.data.source import DecodeError
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 3), (4, 1), (3, 4)]
 
@@ -228,7 +229,7 @@ def test_workers_end_with_an_iterator_that_is_dropped() -> None:
 
 LEFT_OPEN = """
 from unlabeled.ssl.data.loader import RunSampler, ViewDataset, make_loader
-from unlabeled.ssl.data.source import open_source
+from unlabeled.ssl.data.registry import open_source
 from unlabeled.ssl.config.schema import DataConfig
 
 def views(picture):

@@ -2,9 +2,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from unlabeled.ssl.config.schema import PretrainConfig
+from unlabeled.ssl.config.composition import validate
+from unlabeled.ssl.config.schema import DataConfig, PretrainConfig
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
+from unlabeled.ssl.data.registry import filled, source_config
 from unlabeled.ssl.train.checkpoint import save_checkpoint
 from unlabeled.ssl.train.run_folder import Plan, claim_folder, read_config, write_config
 
@@ -46,6 +49,59 @@ def test_another_runs_folder_is_refused(tmp_path: Path, changes: dict[str, objec
     begin(tmp_path / "x")
     with pytest.raises(CheckpointError, match=message):
         claim_folder(config(tmp_path / "x", **changes))
+
+
+ONCE_COMMON = {
+    "path": None, "test_path": None, "test_fraction": 0.2, "labels": False, "dataset": None, "image_column": None,
+    "label_column": None, "limit": None, "count": 2048, "max_bad_fraction": 0.05,
+}  # fmt: skip
+"""What every run's section of data held before sources had settings of their own."""
+
+
+def begin_earlier(out: Path, **data: object) -> None:
+    """A run's folder as earlier versions wrote it."""
+    begin(out)
+    record = yaml.safe_load((out / "config.yaml").read_text())
+    record["data"] = record["evaluate"]["data"] = {**ONCE_COMMON, **data}
+    (out / "config.yaml").write_text(yaml.safe_dump(record, sort_keys=False))
+
+
+EARLIER = [
+    ({"name": "folder", "path": "pictures", "labels": True}, {"path", "test_path", "test_fraction", "labels"}),
+    ({"name": "shapes", "count": 64, "labels": True}, {"count"}),
+    (
+        {"name": "parquet", "path": "a/*.parquet", "image_column": "img"},
+        {"path", "test_path", "test_fraction", "image_column", "label_column"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("data", "known"), EARLIER, ids=[str(data["name"]) for data, _ in EARLIER])
+def test_an_earlier_runs_folder_is_read_and_goes_on(tmp_path: Path, data: dict[str, object], known: set[str]) -> None:
+    begin_earlier(tmp_path / "x", **data)
+    stored = read_config(tmp_path / "x" / "config.yaml")
+    expected = {name: value for name, value in {**ONCE_COMMON, **data}.items() if name in known}
+    common = {"name": data["name"], "limit": None, "max_bad_fraction": 0.05}
+    assert stored["data"] == stored["evaluate"]["data"] == {**common, **expected}
+    run = validate(stored, PretrainConfig)
+    source_config(run.data)  # no setting is refused
+    assert run.evaluate.data == run.data
+    given = {name: value for name, value in data.items() if name in known | {"name"}}
+    for here in (DataConfig(**given), filled(DataConfig(**given))):
+        assert claim_folder(config(tmp_path / "x", data=here)) == tmp_path / "x" / "checkpoints" / "step_00000004"
+    with pytest.raises(CheckpointError, match=r"holds another run \(data.name: .* there, digits here\)"):
+        claim_folder(config(tmp_path / "x", data={"name": "digits"}))
+
+
+def test_a_setting_of_the_source_may_not_differ(tmp_path: Path) -> None:
+    begin_earlier(tmp_path / "x", name="shapes", count=64)
+    with pytest.raises(CheckpointError, match=r"holds another run \(data.count: 64 there, 2048 here\)"):
+        claim_folder(config(tmp_path / "x", data={"name": "shapes"}))
+
+
+def test_the_folder_of_a_source_that_is_not_installed_is_read_as_it_is(tmp_path: Path) -> None:
+    begin(tmp_path / "x", data={"name": "gone", "count": 3, "path": "x"})
+    assert read_config(tmp_path / "x" / "config.yaml")["data"]["count"] == 3
 
 
 def test_foreign_folders_and_files_are_refused(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 Hydra composes (groups ``task``, ``data``, ``recipe``; overrides; sweeps), pydantic validates. Words that Hydra would
 refuse or misread are handled here, so that each fault is one line:
 
-* ``backbone=NAME`` is short for ``backbone.name=NAME``; ``data=PATH`` is not guessed at;
+* ``backbone=NAME`` is short for ``backbone.name=NAME``;
 * any other word becomes an add-or-override, and pydantic names the setting that does not exist.
 """
 
@@ -27,12 +27,11 @@ from pydantic import BaseModel, ValidationError
 
 from unlabeled.ssl.config.base import Section
 from unlabeled.ssl.config.messages import explain, in_short
-from unlabeled.ssl.config.schema import RunConfig
 from unlabeled.ssl.core.errors import ConfigError, first_line, nearest
 from unlabeled.ssl.core.plain import number
 
 GROUPS = ("task", "data", "recipe")
-"""Folders of ``configs/`` that a word ``group=option`` chooses from."""
+"""What a word ``group=option`` chooses from: files in ``configs/``, tasks and sources."""
 
 _NAMED = ("backbone", "evaluate.data")
 """Sections for which a name alone may stand."""
@@ -121,13 +120,19 @@ def _choices_of(command: str, overrides: Sequence[Override]) -> set[tuple[str, s
     """(group, name) of everything that the words, the command's file or the recipe's file choose."""
     chosen = {(override.key_or_group, str(override.value())) for override in overrides}
     files = [config_folder() / f"{command}.yaml"]
-    files += [config_folder() / "recipe" / f"{name}.yaml" for group, name in chosen if group == "recipe"]
+    files += [_recipe_file(name) for group, name in chosen if group == "recipe"]
     for file in files:
         content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
         for entry in content.get("defaults", ()):
+            if isinstance(entry, str) and entry != "_self_":  # a recipe that begins with another one
+                files.append(_recipe_file(entry))
             pairs = entry.items() if isinstance(entry, Mapping) else ()
             chosen |= {(str(key).rpartition(" ")[2].strip("/"), str(value)) for key, value in pairs}
     return chosen
+
+
+def _recipe_file(name: str) -> Path:
+    return config_folder() / "recipe" / f"{name}.yaml"
 
 
 def _store(choices: Choices, chosen: set[tuple[str, str]]) -> None:
@@ -265,21 +270,6 @@ def _group_word(group: str, option: str, choices: Choices) -> str | None:
     known = sorted({*options(group), *choices.get(group, ())})
     if option in known:
         return f"{group}={option}"
-    if group == "data" and ("/" in option or Path(option).exists()):
-        raise ConfigError(f"data: {option!r} is a path; write data=folder data.path={option}")
     if group in choices:
         choices[group][option]  # a lookup of what is not there says so in the words of its registry
     raise ConfigError(f"{group}: {option!r} does not exist; {nearest(option, known)}")
-
-
-def tiny(config: RunConfig) -> dict[str, Any]:
-    """What tiny mode changes of any run."""
-    batch = min(config.batch_size, 32)
-    return {
-        "epochs": 2.0,
-        "batch_size": batch,
-        "data": config.data.model_copy(update={"limit": batch * 2, "count": 256}),
-        "engine": config.engine.model_copy(update={"workers": 0, "compile": False}),
-        "schedule": config.schedule.model_copy(update={"warmup_epochs": min(config.schedule.warmup_epochs, 0.5)}),
-        "log": config.log.model_copy(update={"every": 1}),
-    }

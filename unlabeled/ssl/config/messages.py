@@ -20,7 +20,11 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
     """
     faults = error.errors()
     fault = faults[0]
-    location = [part for part in fault["loc"] if isinstance(part, (str, int)) and not _is_union_tag(part)]
+    location: list[str | int] = []
+    for part in fault["loc"]:
+        section = _model_at(model, location)
+        if not _is_union_tag(part) or (section is not None and part in section.model_fields):  # "path" may be either
+            location.append(part)
     field = ".".join(str(part) for part in ([prefix] if prefix else []) + location)
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     return _phrase(fault, field, location, model, prefix) + more

@@ -53,30 +53,14 @@ class BackboneConfig(Section):
 
 
 class DataConfig(Section):
-    """Where the pictures come from."""
+    """Where the images come from. Further keys are settings of the source that `name` chooses: its own ``Config``."""
+
+    model_config = ConfigDict(extra="allow")
 
     name: str = "folder"
-    """folder, parquet, hf, tar, torchvision, digits, shapes or voc."""
-    path: Path | None = None
-    """Folder of pictures or of ``JPEGImages``, parquet or tar file or folder of them, saved Hugging Face dataset,
-    torchvision root."""
-    test_path: Path | None = None
-    """Held-out pictures of the same form; None: the source's own test split, or a part held out of `path`."""
-    test_fraction: float = Field(0.2, gt=0, lt=1)
-    """Part held out for testing where the source has no test split of its own."""
-    labels: bool = False
-    """folder only: take the name of the first sub-folder as the label."""
-    dataset: str | None = None
-    """torchvision: class name, such as ``CIFAR10``. hf: dataset name, when not given by `path`. voc: sub-folder of
-    ``ImageSets`` with the lists; None: ``Segmentation`` if there, else ``Main``."""
-    image_column: str | None = None
-    """Tables: the picture column; None: found by its type."""
-    label_column: str | None = None
-    """Tables: the label column; None: the first column of class labels, or one named ``label``."""
+    """A data source: built in, or of an installed package."""
     limit: int | None = Field(None, ge=1)
     """Use only this many pictures, chosen by a fixed shuffle."""
-    count: int = Field(2048, ge=1)
-    """shapes only: number of training pictures; a quarter as many are made for testing."""
     max_bad_fraction: float = Field(0.05, ge=0, le=1)
     """A run stops when more than this part of the data cannot be decoded."""
 

@@ -1,29 +1,42 @@
-"""The contract of a data source, and the mapping from its name to its class.
+"""The contract of a data source and of its settings.
 
 A source answers four questions about an index: the picture, its label, what to call it, and (where it has one) its
 segmentation mask. Sources are opened in the main process, pickled to loader workers, and must therefore hold paths
-and tables rather than open files.
+and tables rather than open files. A class of sources has its settings as ``Config``, a subclass of `SourceConfig`, and
+is built as ``Source(config, split)``; `unlabeled.ssl.data.registry` finds it by its name.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
+from pydantic import Field
 
-from unlabeled.ssl.core.errors import ConfigError, DataError, nearest
-
-if TYPE_CHECKING:
-    from unlabeled.ssl.config.schema import DataConfig
+from unlabeled.ssl.config.base import Section
+from unlabeled.ssl.core.errors import DataError
 
 Split = Literal["train", "test"]
 
 
 class DecodeError(DataError):
     """One picture cannot be decoded; the loader skips it, counts it and lists it."""
+
+
+class SourceConfig(Section):
+    """What every source can be told; a source adds its own settings, each with a docstring under it.
+
+    Reports call data by its settings ``dataset`` and ``path``, where there are such. A source that reads labels only
+    when it is asked to has a setting ``labels``, false by default, which evaluation and fine-tuning turn on.
+    """
+
+    debug: ClassVar[Mapping[str, Any]] = {}
+    """Settings of tiny mode (``debug=true``), such as fewer images where the source makes them."""
+
+    limit: int | None = Field(None, ge=1)
+    """Use only this many images, chosen by a fixed shuffle."""
 
 
 @runtime_checkable
@@ -40,11 +53,26 @@ class ImageSource(Protocol):
         ...
 
     def labels(self) -> torch.Tensor | None:
-        """All labels, int64 (N,), without decoding a picture; None when there are none."""
+        """All labels, int64 (N,), without decoding a picture; -1 for one that has none; None when there are none."""
         ...
 
     def describe(self, index: int) -> str:
         """What a person calls picture `index`: its path, or its row and file."""
+        ...
+
+
+class SourceClass(Protocol):
+    """A class of sources, as the registry holds it."""
+
+    Config: ClassVar[type[SourceConfig]]
+    """Its settings; defaults for all that a user need not say."""
+    __name__: str
+
+    def __call__(self, config: Any, split: Split = "train") -> ImageSource:
+        """Opens one split of what `config`, an instance of `Config`, names.
+
+        Raises ConfigError for settings that cannot be, DataError for data that is missing or lacks the split.
+        """
         ...
 
 
@@ -125,28 +153,3 @@ def annotated_boxes(source: ImageSource, index: int) -> torch.Tensor | None:
     method = getattr(source, "boxes", None)
     found: torch.Tensor | None = method(index) if method is not None else None
     return found
-
-
-SOURCES: dict[str, str] = {
-    "folder": "unlabeled.ssl.data.sources.folder:FolderSource",
-    "parquet": "unlabeled.ssl.data.sources.table:ParquetSource",
-    "hf": "unlabeled.ssl.data.sources.table:HuggingFaceSource",
-    "tar": "unlabeled.ssl.data.sources.tar:TarSource",
-    "torchvision": "unlabeled.ssl.data.sources.vision:TorchvisionSource",
-    "digits": "unlabeled.ssl.data.sources.embedded:DigitsSource",
-    "shapes": "unlabeled.ssl.data.sources.embedded:ShapesSource",
-    "voc": "unlabeled.ssl.data.sources.voc:VocSource",
-}
-
-
-def open_source(config: DataConfig, split: Split = "train") -> ImageSource:
-    """Opens split `split` of the data that `config` names.
-
-    Every source class is built as ``Source(config, split)``; `config.limit` applies to each split. Raises ConfigError
-    for an unknown name and DataError for a missing path, an empty folder, or a split that the data does not have.
-    """
-    if config.name not in SOURCES:
-        raise ConfigError(f"data: {config.name!r} is not a data source; {nearest(config.name, SOURCES)}")
-    module, _, attribute = SOURCES[config.name].partition(":")
-    source: ImageSource = getattr(importlib.import_module(module), attribute)(config, split)
-    return limited(source, config.limit)

@@ -15,9 +15,10 @@ import yaml
 
 from unlabeled.ssl.backbones.given import require_same_module
 from unlabeled.ssl.config.schema import RunConfig
-from unlabeled.ssl.core.errors import CheckpointError
+from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 from unlabeled.ssl.core.files import write_atomically, writing
 from unlabeled.ssl.data.loader import require_batch
+from unlabeled.ssl.data.registry import source_class
 from unlabeled.ssl.train.checkpoint import last_checkpoint
 
 _MAY_CHANGE = frozenset(
@@ -25,6 +26,10 @@ _MAY_CHANGE = frozenset(
     | {"engine.checkpoint_steps", "engine.device", "data.max_bad_fraction"}
 )
 """Settings that a resumed run may have otherwise than the run it goes on with."""
+_ONCE_COMMON = frozenset(
+    {"path", "test_path", "test_fraction", "labels", "dataset", "image_column", "label_column", "count"}
+)
+"""Settings that ``config.yaml`` once held for every source, before sources had settings of their own."""
 _KINDS = frozenset({"task", "target"})
 """A setting of pretraining, and one of fine-tuning: without either it is no run's configuration."""
 
@@ -89,14 +94,38 @@ def write_config(config: RunConfig) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A run's ``config.yaml``. Raises CheckpointError when it is not one."""
+    """A run's ``config.yaml``, its data as `current` has it. Raises CheckpointError when it is not one."""
     try:
         values = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         values = None
     if not isinstance(values, dict) or not _KINDS & values.keys():
         raise CheckpointError(f"{path} is not a run's configuration; restore it or choose another folder")
-    return values
+    return current(values)
+
+
+def current(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run, with those sections that say where images come from as their sources have them now.
+
+    What was added since has its default; what an earlier version wrote into every run, and this source never read, is
+    left out.
+    """
+    result = dict(values)
+    if isinstance(data := values.get("data"), Mapping):
+        result["data"] = _data_now(data)
+    if isinstance(evaluate := values.get("evaluate"), Mapping) and isinstance(data := evaluate.get("data"), Mapping):
+        result["evaluate"] = {**evaluate, "data": _data_now(data)}
+    return result
+
+
+def _data_now(data: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        config = source_class(str(data.get("name"))).Config
+    except ConfigError:  # of a package that is not installed here; whoever opens the data is told so
+        return dict(data)
+    own = config.model_fields
+    kept = {name: value for name, value in data.items() if name in own or name not in _ONCE_COMMON}
+    return {**config.model_construct().model_dump(mode="json"), **kept}
 
 
 def _difference(there: Mapping[str, Any], config: RunConfig) -> tuple[str, Any, Any] | None:
@@ -104,7 +133,7 @@ def _difference(there: Mapping[str, Any], config: RunConfig) -> tuple[str, Any, 
 
     A setting that did not exist yet when the run was started had what is its default now.
     """
-    flat_here = _flatten(config.model_dump(mode="json"))
+    flat_here = _flatten(current(config.model_dump(mode="json")))
     defaults = _flatten(type(config).model_construct().model_dump(mode="json", exclude={"task"}))
     flat_there = {key: value for key, value in defaults.items() if key in flat_here} | _flatten(there)
     for key in [*flat_here, *(flat_there.keys() - flat_here.keys())]:

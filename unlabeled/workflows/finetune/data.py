@@ -19,7 +19,8 @@ from unlabeled.eval.features.extract import EvalTransform
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.core.seeds import derive
-from unlabeled.ssl.data.source import ImageSource, Subset, limited, open_source
+from unlabeled.ssl.data.registry import open_source
+from unlabeled.ssl.data.source import ImageSource, Subset, limited
 from unlabeled.workflows.finetune.config import AugmentConfig, FinetuneConfig
 
 logger = logging.getLogger(__name__)

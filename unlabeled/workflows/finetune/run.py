@@ -17,13 +17,14 @@ from unlabeled.eval.suite import random_twin
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.given import record
 from unlabeled.ssl.backbones.weights import export_backbone
-from unlabeled.ssl.config.composition import tiny, validate
+from unlabeled.ssl.config.composition import validate
 from unlabeled.ssl.config.schema import DataConfig, EvaluateRun, PretrainConfig
 from unlabeled.ssl.core.distributed import told_once
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.core.files import writing
 from unlabeled.ssl.core.seeds import derive
 from unlabeled.ssl.data.loader import ViewDataset
+from unlabeled.ssl.data.registry import filled, labeled
 from unlabeled.ssl.train.accelerator import create_accelerator
 from unlabeled.ssl.train.build import assemble
 from unlabeled.ssl.train.loop import Training, train, whole_task
@@ -36,7 +37,7 @@ from unlabeled.workflows.finetune.data import LabelledPictures, open_labelled
 from unlabeled.workflows.finetune.network import classifier_network
 from unlabeled.workflows.finetune.report import Facts, write_report
 from unlabeled.workflows.finetune.task import Finetune, FinetuneTask
-from unlabeled.workflows.settings import compose_settings
+from unlabeled.workflows.settings import compose_settings, tiny
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def finetune_config(
     if os.path.isfile(folder / CLASSIFIER):  # unlike Path's own, it takes any text for a name
         raise ConfigError(f"target: {folder} holds a classifier; give {folder / CLASSIFIER} to fine-tune it further")
     data = config.data if "data" in config.model_fields_set else _data_of(folder)
-    config = config.model_copy(update={"data": data.model_copy(update={"labels": True})})
+    config = config.model_copy(update={"data": filled(labeled(data))})
     if not config.debug:
         return config
     changes = tiny(config)

@@ -22,7 +22,8 @@ from unlabeled.report.summary import count_parameters, name_backbone
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.config.schema import BackboneConfig, EvaluateConfig, EvaluateRun
 from unlabeled.ssl.core.errors import ConfigError, DataError
-from unlabeled.ssl.data.source import ImageSource, limited, open_source
+from unlabeled.ssl.data.registry import open_source
+from unlabeled.ssl.data.source import ImageSource, limited
 from unlabeled.workflows.evaluate import Target, masked_statistics, resolve_target
 from unlabeled.workflows.gauntlet.settings import GauntletBackbone, GauntletData, GauntletRun
 
@@ -141,7 +142,9 @@ def _may_be_measured(metric: str, evaluators: Mapping[str, Evaluator]) -> bool:
 
 def _labelled(entry: GauntletData, limit: int | None) -> LabelledData:
     train, test = limited(open_source(entry, "train"), limit), limited(open_source(entry, "test"), limit)
-    label = entry.label or entry.dataset or (entry.path.name if entry.path else entry.name)
+    settings = entry.model_extra or {}
+    place = Path(settings["path"]).name if settings.get("path") else entry.name
+    label = str(entry.label or settings.get("dataset") or place)
     names: list[list[str]] = []
     for source in (train, test):
         labels = source.labels()

@@ -13,6 +13,7 @@ from unlabeled.ssl.config.base import Section
 from unlabeled.ssl.config.composition import composed, parse, validate
 from unlabeled.ssl.config.schema import DataConfig, EvaluateConfig, Size
 from unlabeled.ssl.core.errors import ConfigError
+from unlabeled.ssl.data.registry import Sources, filled, labeled
 
 _SHARED = {"batch_size", "prefixes", "recalibrate", "recalibrate_pictures"}
 """Settings of ``evaluate`` that have an effect here, beside the sections of the evaluators."""
@@ -49,8 +50,6 @@ class GauntletData(DataConfig):
 
     label: str | None = None
     """What the table calls it; None: after the data set, its path or its name."""
-    labels: bool = True
-    """folder only: take the name of the first sub-folder as the label."""
 
 
 class GauntletRun(Section):
@@ -105,12 +104,14 @@ def gauntlet_config(words: Sequence[str]) -> GauntletRun:
     named = [word for word in words if word.startswith("data=")]
     listed = _list_in(named[-1]) if named else None
     others = [word for word in words if word not in named or (listed is None and _list_in(word) is None)]
-    composition = composed("gauntlet", others)
+    composition = composed("gauntlet", others, choices={"data": Sources()})
     if listed is not None:
         if inside := next((word for word in others if word.startswith("data.")), None):
             raise ConfigError(f"{inside}: data is a list; write it inside of one of its mappings")
         composition["data"] = listed
-    return validate(composition, GauntletRun)
+    run = validate(composition, GauntletRun)
+    entries = [filled(labeled(entry, f"data.{place}"), f"data.{place}") for place, entry in enumerate(run.data)]
+    return run.model_copy(update={"data": tuple(entries)})
 
 
 def _list_in(word: str) -> list[Any] | None:

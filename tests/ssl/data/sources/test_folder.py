@@ -14,7 +14,8 @@ from PIL import Image
 
 from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError
-from unlabeled.ssl.data.source import ImageSource, Subset, limited, open_source
+from unlabeled.ssl.data.registry import open_source
+from unlabeled.ssl.data.source import ImageSource, Subset, limited
 from unlabeled.ssl.data.sources.layout import holdout, split_named
 
 

@@ -14,7 +14,8 @@ from PIL import Image
 
 from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.errors import DataError
-from unlabeled.ssl.data.source import DecodeError, ImageSource, open_source
+from unlabeled.ssl.data.registry import open_source
+from unlabeled.ssl.data.source import DecodeError, ImageSource
 
 
 def png(shade: int) -> bytes:

@@ -12,7 +12,8 @@ from PIL import Image
 
 from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError
-from unlabeled.ssl.data.source import DecodeError, MaskSource, annotated_boxes, limited, open_source
+from unlabeled.ssl.data.registry import open_source
+from unlabeled.ssl.data.source import DecodeError, MaskSource, annotated_boxes, limited
 from unlabeled.ssl.data.sources.voc import VOC_CLASSES
 
 
@@ -146,7 +147,7 @@ def test_what_does_not_fit_is_said_in_one_line(tmp_path):
     with pytest.raises(DataError, match=r"has no folder JPEGImages; give data\.path=.*VOC2012"):
         opened(tmp_path)
     root = whole(tmp_path / "good")
-    with pytest.raises(ConfigError, match=r"data\.test_path: voc takes its splits from ImageSets"):
+    with pytest.raises(ConfigError, match=r"^data\.test_path: .* has no effect with data=voc, .*; remove it$"):
         opened(root, test_path=tmp_path)
     with pytest.raises(DataError, match=r"data\.dataset: .* has no folder Layout"):
         opened(root, dataset="Layout")

@@ -5,50 +5,44 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.errors import DataError
-from unlabeled.ssl.data.decode import EXTENSIONS, decode_rgb
-from unlabeled.ssl.data.source import Split
-from unlabeled.ssl.data.sources.layout import existing_folder, holdout, test_name
+from unlabeled.ssl.data.decode import EXTENSIONS
+from unlabeled.ssl.data.source import SourceConfig, Split
+from unlabeled.ssl.data.sources.files import FileSource
+from unlabeled.ssl.data.sources.layout import FilesConfig, existing_folder, holdout, test_name
 
 
-class FileSource:
-    """Pictures that are files of their own; subclasses give ``encoded``, the file of picture `index`, and `_labels`."""
+class FolderConfig(FilesConfig):
+    """Settings of pictures in a folder: ``data=folder data.path=FOLDER``.
 
-    _labels: torch.Tensor | None
+    Held-out pictures: sub-folders train and test (or val), ``data.test_path=FOLDER``, or with ``data.labels=true`` a
+    part of each class.
+    """
 
-    def encoded(self, index: int) -> Path:
-        """The file of picture `index`."""
-        raise NotImplementedError
-
-    def read(self, index: int) -> torch.Tensor:
-        """Picture `index`, uint8 (3, H, W). Raises DecodeError."""
-        return decode_rgb(self.encoded(index), name=self.describe(index))
-
-    def labels(self) -> torch.Tensor | None:
-        """Index of each picture's class, int64 (N,); None where there are no labels."""
-        return self._labels
-
-    def describe(self, index: int) -> str:
-        """The path, with what is not UTF-8 replaced."""
-        return os.fsencode(self.encoded(index)).decode("utf-8", "replace")
+    path: Path | None = None
+    """Folder of pictures, nested in any way."""
+    labels: bool = False
+    """Take the name of the first sub-folder as the label."""
 
 
 class FolderSource(FileSource):
-    """All pictures below `config.path`, in the order of their names.
+    """A folder of pictures at any depth: jpg, png, webp, bmp, tiff, gif; ``data.labels=true`` labels by sub-folder.
 
-    The splits, by the first rule that fits: `config.test_path` is the test split; sub-folders ``train`` and ``test``
-    (or ``val``, ``validation``) are the splits; with labels, `config.test_fraction` of each class is held out, chosen
-    by a hash of the name; without labels everything is for training and there is no test split.
+    They come in the order of their names. The splits, by the first rule that fits: `config.test_path` is the test
+    split; sub-folders ``train`` and ``test`` (or ``val``, ``validation``) are the splits; with labels,
+    `config.test_fraction` of each class is held out, chosen by a hash of the name; without labels everything is for
+    training and there is no test split.
     """
 
-    def __init__(self, config: DataConfig, split: Split = "train") -> None:
+    Config: ClassVar[type[SourceConfig]] = FolderConfig
+
+    def __init__(self, config: FolderConfig, split: Split = "train") -> None:
         train_root, test_root = _roots(config)
         if split == "test" and test_root is None and not config.labels:
             raise DataError(
@@ -90,7 +84,7 @@ class _Found(NamedTuple):
     """Files looked at, pictures or not."""
 
 
-def _roots(config: DataConfig) -> tuple[Path, Path | None]:
+def _roots(config: FolderConfig) -> tuple[Path, Path | None]:
     """Folders of the training and of the test pictures."""
     root = existing_folder(config.path, "data.path")
     given_test = existing_folder(config.test_path, "data.test_path") if config.test_path is not None else None

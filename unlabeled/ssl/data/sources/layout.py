@@ -10,15 +10,26 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import Field
 
-from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError
-from unlabeled.ssl.data.source import Split
+from unlabeled.ssl.data.source import SourceConfig, Split
 
 TEST_NAMES = ("test", "val", "validation", "valid")
 """Names of a held-out part, the preferred first."""
 
 _SPLIT = re.compile(r"(train(?:ing)?|test(?:ing)?|val(?:id(?:ation)?)?)(?![a-z])")
+
+
+class FilesConfig(SourceConfig):
+    """Where training and held-out images lie."""
+
+    path: Path | None = None
+    """What is read: a file, a pattern or a folder, as the source has it."""
+    test_path: Path | None = None
+    """Held-out images of the same form; None: the source's own test split, or a part held out of `path`."""
+    test_fraction: float = Field(0.2, gt=0, lt=1)
+    """Part held out for testing where there is no test split."""
 
 
 def given(path: Path | None, field: str, example: str) -> Path:
@@ -56,7 +67,7 @@ def test_name(names: Iterable[str]) -> str | None:
     return next((name for name in TEST_NAMES if name in found), None)
 
 
-def split_files(config: DataConfig, ending: str) -> tuple[list[Path], list[Path] | None]:
+def split_files(config: FilesConfig, ending: str) -> tuple[list[Path], list[Path] | None]:
     """Files that end in `ending` at ``data.path`` (one, a pattern or a folder): (training, test or None).
 
     Files that are named for a split (``train-0000.parquet``, ``test/0000.parquet``) belong to it; ``data.test_path``

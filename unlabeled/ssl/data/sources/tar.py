@@ -12,27 +12,40 @@ import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.data.decode import EXTENSIONS, decode_rgb
-from unlabeled.ssl.data.source import DecodeError, Split
-from unlabeled.ssl.data.sources.layout import holdout, split_files
+from unlabeled.ssl.data.source import DecodeError, SourceConfig, Split
+from unlabeled.ssl.data.sources.layout import FilesConfig, holdout, split_files
+
+
+class TarConfig(FilesConfig):
+    """Settings of tar shards: ``data=tar data.path=FILE.tar``, ``'PATTERN-*.tar'`` or a folder of them.
+
+    Labels: ``0001.cls`` (text) or ``0001.json`` (a field "label") beside ``0001.jpg``.
+    """
+
+    path: Path | None = None
+    """A tar file, a pattern or a folder. Shards named train-* and test-* (or val*) are the splits; otherwise a part of
+    each class is held out."""
 
 
 class TarSource:
-    """All pictures of the shards at `config.path`, in the order of the shards' names and of their members.
+    """Tar shards as WebDataset writes them, with labels from ``.cls`` or ``.json`` members.
 
-    Shards named for a split belong to it, `config.test_path` names test shards; otherwise `config.test_fraction` of
-    each class is held out. There are labels when every picture has one.
+    All pictures of the shards at `config.path`, in the order of the shards' names and of their members. Shards named
+    for a split belong to it, `config.test_path` names test shards; otherwise `config.test_fraction` of each class is
+    held out. There are labels when every picture has one.
     """
 
-    def __init__(self, config: DataConfig, split: Split = "train") -> None:
+    Config: ClassVar[type[SourceConfig]] = TarConfig
+
+    def __init__(self, config: TarConfig, split: Split = "train") -> None:
         train_files, test_files = split_files(config, ".tar")
         held_out = test_files is None
         train = _read_index(train_files) if split == "train" or held_out else None

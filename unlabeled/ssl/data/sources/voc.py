@@ -7,18 +7,18 @@ import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import Field
 
-from unlabeled.ssl.config.schema import DataConfig
-from unlabeled.ssl.core.errors import ConfigError, DataError
+from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.data.decode import EXTENSIONS
-from unlabeled.ssl.data.source import DecodeError, Split
-from unlabeled.ssl.data.sources.folder import FileSource
+from unlabeled.ssl.data.source import DecodeError, SourceConfig, Split
+from unlabeled.ssl.data.sources.files import FileSource
 from unlabeled.ssl.data.sources.layout import existing_folder, holdout
 
 VOC_CLASSES = (
@@ -44,9 +44,22 @@ class VocObject(NamedTuple):
         return max(right - left, 0.0) * max(bottom - top, 0.0)
 
 
-class VocSource(FileSource):
-    """A folder with ``JPEGImages``, and as far as they are there ``SegmentationClass``, ``Annotations``, ``ImageSets``.
+class VocConfig(SourceConfig):
+    """Settings of data in the form of PASCAL VOC: ``data=voc data.path=.../VOCdevkit/VOC2012``."""
 
+    path: Path | None = None
+    """The folder of ``JPEGImages``; where there are: ``SegmentationClass`` (masks), ``Annotations`` (boxes), the lists
+    ``ImageSets/Segmentation/train.txt`` and ``val.txt``, and ``classes.txt`` for other classes than VOC's."""
+    dataset: str | None = None
+    """Sub-folder of ``ImageSets`` with the lists; None: ``Segmentation`` if there, else ``Main``."""
+    test_fraction: float = Field(0.2, gt=0, lt=1)
+    """Part held out for testing where there are no lists."""
+
+
+class VocSource(FileSource):
+    """Data in the form of PASCAL VOC: masks, boxes and lists, as far as they are there.
+
+    The folder has ``JPEGImages``, and as far as they are there ``SegmentationClass``, ``Annotations``, ``ImageSets``.
     The splits are the lists ``train.txt`` and ``val.txt`` (else ``test.txt``) of ``ImageSets/Segmentation``, of
     ``ImageSets/Main`` where there is no such folder, or of ``ImageSets/{data.dataset}``. Without lists a part of all
     pictures is held out, chosen by a hash of the name.
@@ -57,9 +70,9 @@ class VocSource(FileSource):
     masks there are no labels.
     """
 
-    def __init__(self, config: DataConfig, split: Split = "train") -> None:
-        if config.test_path is not None:
-            raise ConfigError("data.test_path: voc takes its splits from ImageSets or holds a part out; remove it")
+    Config: ClassVar[type[SourceConfig]] = VocConfig
+
+    def __init__(self, config: VocConfig, split: Split = "train") -> None:
         self.root = _root(existing_folder(config.path, "data.path"))
         pictures = _by_stem(self.root / "JPEGImages", EXTENSIONS)
         if not pictures:
@@ -151,7 +164,7 @@ def _by_stem(folder: Path, extensions: Iterable[str]) -> dict[str, str]:
     return {stem: stem + kind for stem, kind in split if kind.lower() in kinds}
 
 
-def _splits(root: Path, config: DataConfig, pictures: dict[str, str]) -> dict[Split, list[str]]:
+def _splits(root: Path, config: VocConfig, pictures: dict[str, str]) -> dict[Split, list[str]]:
     """Split → stems of its pictures."""
     folders = (config.dataset,) if config.dataset is not None else ("Segmentation", "Main")
     lists = next((root / "ImageSets" / name for name in folders if (root / "ImageSets" / name).is_dir()), None)

@@ -1,4 +1,4 @@
-"""Tables of pictures through Hugging Face `datasets`: parquet files, saved data sets, and those of the Hub.
+"""Tables of pictures through Hugging Face `datasets`: what sources of such tables share.
 
 The table stays memory-mapped: a worker receives file names, not pictures. The picture column holds encoded bytes, or
 ``{bytes, path}``; it is decoded by `unlabeled.ssl.data.decode`, so that what is broken is reported like everywhere.
@@ -6,17 +6,15 @@ The table stays memory-mapped: a worker receives file names, not pictures. The p
 
 from __future__ import annotations
 
-import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError, nearest
 from unlabeled.ssl.data.decode import decode_rgb
 from unlabeled.ssl.data.source import DecodeError, Split
-from unlabeled.ssl.data.sources.layout import holdout, split_files, test_name
+from unlabeled.ssl.data.sources.layout import FilesConfig, holdout
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,16 +23,24 @@ LABEL_NAMES = ("label", "labels", "fine_label", "class")
 """Names of a label column that is not marked as one, the preferred first."""
 
 
+class TableConfig(FilesConfig):
+    """Columns of a table of pictures."""
+
+    image_column: str | None = None
+    """The picture column; None: found by its type."""
+    label_column: str | None = None
+    """The label column; None: the first column of class labels, or one named ``label``."""
+
+
 class TableSource:
-    """Rows of a `datasets.Dataset`; subclasses say which tables are the training and the test split.
+    """Rows of `datasets.Dataset`s: subclasses open `train` and, where there is one, `test`; `origin` is their name.
 
     Where there is no test table, `config.test_fraction` of each class is held out by a fixed shuffle; a table without
     labels is all for training. Labels that were found without being asked for are left out when some are missing.
     """
 
-    def __init__(self, config: DataConfig, split: Split = "train") -> None:
-        train, test = self._tables(config)
-        self.origin = str(config.path or config.dataset)
+    def __init__(self, config: TableConfig, split: Split, *, train: Dataset, test: Dataset | None, origin: str) -> None:
+        self.origin = origin
         self.classes: list[str] | None = None
         self._labels: torch.Tensor | None = None
         self._rows: torch.Tensor | None = None
@@ -55,10 +61,6 @@ class TableSource:
         self._pictures = _undecoded(table.select_columns([column]), column)
         if not len(self):
             raise DataError(f"data.path: the {split} split of {self.origin} is empty; give one with pictures")
-
-    def _tables(self, config: DataConfig) -> tuple[Dataset, Dataset | None]:
-        """The training table, and the test table when there is one."""
-        raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self._pictures) if self._rows is None else len(self._rows)
@@ -89,37 +91,7 @@ class TableSource:
         return index if self._rows is None else int(self._rows[index])
 
 
-class ParquetSource(TableSource):
-    """Parquet files: one, a pattern such as ``data/*.parquet``, or all in a folder.
-
-    Files that are named for a split (``train-0000.parquet``, ``test/0000.parquet``) belong to it.
-    """
-
-    def _tables(self, config: DataConfig) -> tuple[Dataset, Dataset | None]:
-        datasets = _datasets(config)
-        train, test = split_files(config, ".parquet")
-        return _parquet(datasets, train), _parquet(datasets, test) if test is not None else None
-
-
-class HuggingFaceSource(TableSource):
-    """A data set saved by ``save_to_disk`` or any local one (`config.path`), or one of the Hub (`config.dataset`)."""
-
-    def _tables(self, config: DataConfig) -> tuple[Dataset, Dataset | None]:
-        datasets = _datasets(config)
-        if (config.path is None) == (config.dataset is None):
-            raise ConfigError("data.path: the hf source needs either data.path=FOLDER or data.dataset=NAME")
-        loaded = _open_dataset(datasets, config.path, "data.path") if config.path else _from_hub(datasets, config)
-        tables = loaded if isinstance(loaded, dict) else {"train": loaded}
-        test_key = test_name(tables)
-        train_key = "train" if "train" in tables else next(iter(tables))
-        test = tables[test_key] if test_key is not None and test_key != train_key else None
-        if config.test_path is not None:
-            held = _open_dataset(datasets, config.test_path, "data.test_path")
-            test = held[test_name(held) or next(iter(held))] if isinstance(held, dict) else held
-        return tables[train_key], test
-
-
-def image_column(table: Dataset, config: DataConfig, origin: str) -> str:
+def image_column(table: Dataset, config: TableConfig, origin: str) -> str:
     """Name of the picture column: the one that was asked for, or the first of the type of pictures."""
     kinds: dict[str, str] = {name: _kind(feature) for name, feature in table.features.items()}
     listed = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in table.features.items())
@@ -151,7 +123,7 @@ def _undecoded(table: Dataset, column: str) -> Dataset:
     return table.cast_column(column, type(feature)(decode=False))
 
 
-def _label_column(table: Dataset, config: DataConfig, origin: str) -> str | None:
+def _label_column(table: Dataset, config: TableConfig, origin: str) -> str | None:
     names = table.column_names
     if config.label_column is not None:
         if config.label_column not in names:
@@ -195,34 +167,17 @@ def _values(table: Dataset, column: str) -> list[Any]:
     return list(table[:][column]) if table.num_columns == 1 else list(table.select_columns([column])[:][column])
 
 
-def _datasets(config: DataConfig) -> Any:
+def datasets_package(source: str) -> Any:
+    """Hugging Face `datasets`. Raises ConfigError, naming the source that needs it, where it is not installed."""
     try:
         import datasets  # an extra
     except ImportError:
-        raise ConfigError(
-            f"data: {config.name!r} needs the package datasets; run pip install 'unlabeled[hf]'"
-        ) from None
+        raise ConfigError(f"data: {source!r} needs the package datasets; run pip install 'unlabeled[hf]'") from None
     return datasets
 
 
-def _parquet(datasets: Any, files: list[Path]) -> Any:
-    # not load_dataset("parquet"): that counts its uses on the Hub's server, and waits for it where there is no network
-    return _loaded(datasets.Dataset.from_parquet, [glob.escape(str(file)) for file in files])
-
-
-def _open_dataset(datasets: Any, path: Path, field: str) -> Any:
-    folder = path.expanduser()
-    if not folder.exists():
-        raise DataError(f"{field}: {folder} does not exist; give a saved data set")
-    saved = any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))
-    return _loaded(datasets.load_from_disk if saved else datasets.load_dataset, str(folder))
-
-
-def _from_hub(datasets: Any, config: DataConfig) -> Any:
-    return _loaded(datasets.load_dataset, str(config.dataset))
-
-
-def _loaded(load: Any, what: str | list[str]) -> Any:
+def load_table(load: Any, what: str | list[str]) -> Any:
+    """What `load`, a function of `datasets`, makes of `what`; raises DataError where it cannot."""
     try:
         return load(what)
     except Exception as error:  # datasets raises dozens of kinds, from its own to pyarrow's and the network's

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 import torchvision
+from pydantic import Field
 
-from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError, nearest
 from unlabeled.ssl.data.decode import rgb_tensor
-from unlabeled.ssl.data.source import DecodeError, Split
+from unlabeled.ssl.data.source import DecodeError, SourceConfig, Split
 from unlabeled.ssl.data.sources.layout import existing_folder, holdout
 
 _SPLITS: dict[Split, tuple[str, ...]] = {
@@ -24,12 +25,28 @@ _EXTRA: dict[str, dict[str, Any]] = {"EMNIST": {"split": "balanced"}}
 """Arguments that a constructor cannot do without."""
 
 
-class TorchvisionSource:
-    """``data.dataset=CIFAR10 data.path=root``; where the class knows no splits, a part of each class is held out."""
+class TorchvisionConfig(SourceConfig):
+    """Settings of a data set of torchvision: ``data=torchvision data.dataset=CIFAR10 data.path=ROOT``."""
 
-    def __init__(self, config: DataConfig, split: Split = "train") -> None:
+    path: Path | None = None
+    """torchvision's root. Nothing is downloaded."""
+    dataset: str = "CIFAR10"
+    """A class of ``torchvision.datasets``."""
+    test_fraction: float = Field(0.2, gt=0, lt=1)
+    """Part held out for testing where the class knows no splits."""
+
+
+class TorchvisionSource:
+    """Any labelled data set of torchvision that is on disk, such as ``data.dataset=CIFAR10``; nothing is downloaded.
+
+    Where the class knows no splits, a part of each class is held out.
+    """
+
+    Config: ClassVar[type[SourceConfig]] = TorchvisionConfig
+
+    def __init__(self, config: TorchvisionConfig, split: Split = "train") -> None:
         constructor = _constructor(config.dataset)
-        self.name = str(config.dataset)
+        self.name = config.dataset
         root = existing_folder(config.path, "data.path")
         self._dataset, has_split = _opened(constructor, self.name, str(root), split)
         labels = _labels(self._dataset)
@@ -49,8 +66,9 @@ class TorchvisionSource:
 
     def read(self, index: int) -> torch.Tensor:
         """Picture `index`, uint8 (3, H, W). Raises DecodeError."""
+        row = self._row(index)
         try:
-            return rgb_tensor(self._dataset[self._row(index)][0])
+            return rgb_tensor(self._dataset[row][0])
         except Exception as error:  # what a damaged file raises is up to each of torchvision's classes
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DecodeError(f"{self.describe(index)}: cannot be decoded ({reason})") from error
@@ -64,13 +82,13 @@ class TorchvisionSource:
         return f"picture {self._row(index)} of {self.name}"
 
     def _row(self, index: int) -> int:
+        if index >= len(self):  # of torchvision's classes, some would raise something else
+            raise IndexError(f"{self.name} has {len(self)} pictures, and no {index}")
         return index if self._rows is None else int(self._rows[index])
 
 
-def _constructor(name: str | None) -> Any:
+def _constructor(name: str) -> Any:
     known = [item for item in torchvision.datasets.__all__ if item[0].isupper()]
-    if name is None:
-        raise ConfigError("data.dataset: not given; set data.dataset=CIFAR10 or another class of torchvision.datasets")
     if name not in known:
         raise ConfigError(f"data.dataset: {name!r} is not a class of torchvision.datasets; {nearest(name, known)}")
     return getattr(torchvision.datasets, name)

@@ -1,67 +1,48 @@
-"""Pictures that need no files: scikit-learn's digits, and drawn shapes with labels and masks."""
+"""Drawn shapes with labels and masks, which need no files."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from sklearn.datasets import load_digits
+from pydantic import Field
 
-from unlabeled.ssl.config.schema import DataConfig
-from unlabeled.ssl.data.source import Split
-from unlabeled.ssl.data.sources.layout import holdout
+from unlabeled.ssl.data.source import SourceConfig, Split
 
 Array = npt.NDArray[np.float32]
 _Draw = Callable[[Array, Array], Any]
 """Signed distance to a shape's edge at its own coordinates u and v: negative inside, in units of its radius."""
 
 
-class DigitsSource:
-    """1797 hand-written digits of 8 x 8 pixels in 10 classes (scikit-learn's ``load_digits``), a quarter held out."""
+class ShapesConfig(SourceConfig):
+    """Settings of drawn shapes: ``data=shapes``; no files needed."""
 
-    def __init__(self, config: DataConfig, split: Split = "train") -> None:
-        digits = load_digits()
-        labels = torch.from_numpy(digits.target).long()
-        rows = holdout(labels, 0.25, split)
-        scaled = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8))
-        self._images = scaled[rows]
-        self._labels = labels[rows]
-        self._split = split
-        self.classes = [str(name) for name in digits.target_names]
+    debug: ClassVar[Mapping[str, Any]] = {"count": 256}
 
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def read(self, index: int) -> torch.Tensor:
-        """Digit `index`, uint8 (3, 8, 8)."""
-        return self._images[index].expand(3, -1, -1).contiguous()
-
-    def labels(self) -> torch.Tensor:
-        """The digits, int64 (N,)."""
-        return self._labels
-
-    def describe(self, index: int) -> str:
-        """Such as ``train digit 7``."""
-        return f"{self._split} digit {index}"
+    count: int = Field(2048, ge=1)
+    """Number of training pictures; a quarter as many are made for testing."""
 
 
 class ShapesSource:
-    """Drawn shapes: RGB 64 x 64, label and mask; `config.count` for training, a quarter as many for testing.
+    """Drawn shapes, 64 x 64 pixels in 8 classes, with labels and masks; no files needed.
 
-    Picture `index` of a split is always the same. The shape alone makes the class: size, place, tilt, colours and light
-    are random, and a raw-pixel neighbour knows little. Every shape has a top and stands upright within 20 degrees, and
-    nothing else in the picture tells what is up: whoever can say how it was rotated knows the shapes.
+    `config.count` for training, a quarter as many for testing. Picture `index` of a split is always the same. The shape
+    alone makes the class: size, place, tilt, colours and light are random, and a raw-pixel neighbour knows little.
+    Every shape has a top and stands upright within 20 degrees, and nothing else in the picture tells what is up:
+    whoever can say how it was rotated knows the shapes.
     """
 
     size = 64
     classes = ["arrow", "house", "mushroom", "heart", "key", "flag", "fish", "moon"]
 
-    def __init__(self, config: DataConfig, split: Split = "train") -> None:
+    Config: ClassVar[type[SourceConfig]] = ShapesConfig
+
+    def __init__(self, config: ShapesConfig, split: Split = "train") -> None:
         self._split = split
         self._count = config.count if split == "train" else max(config.count // 4, 1)
 
@@ -70,9 +51,9 @@ class ShapesSource:
 
     def read(self, index: int) -> torch.Tensor:
         """Picture `index`, uint8 (3, 64, 64)."""
-        random = self._random(index)
+        draw, random = self._draw(index), self._random(index)
         pose = _pose(random)
-        picture = _paint(random, pose, _coverage(self._draw(index), pose, self.size), self.size)
+        picture = _paint(random, pose, _coverage(draw, pose, self.size), self.size)
         return torch.from_numpy((picture * 255 + 0.5).astype(np.uint8))
 
     def mask(self, index: int) -> torch.Tensor:
@@ -89,6 +70,8 @@ class ShapesSource:
         return f"{self._split} shape {index} ({self.classes[self._label(index)]})"
 
     def _label(self, index: int) -> int:
+        if index >= self._count:  # any number would make a picture
+            raise IndexError(f"there are {self._count} shapes, and no {index}")
         return index % len(self.classes)
 
     def _draw(self, index: int) -> _Draw:

@@ -16,7 +16,8 @@ from PIL import Image
 
 from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError
-from unlabeled.ssl.data.source import DecodeError, ImageSource, open_source
+from unlabeled.ssl.data.registry import open_source
+from unlabeled.ssl.data.source import DecodeError, ImageSource
 
 datasets = pytest.importorskip("datasets")
 

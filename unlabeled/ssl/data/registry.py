@@ -1,0 +1,151 @@
+"""Name → source class. A new source is one line here, its file and its test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from pydantic import ValidationError
+
+from unlabeled.ssl.config.messages import explain
+from unlabeled.ssl.config.schema import DataConfig
+from unlabeled.ssl.core.errors import ConfigError
+from unlabeled.ssl.core.registry import Registry
+from unlabeled.ssl.data.source import ImageSource, SourceClass, SourceConfig, Split, limited
+
+SOURCES: dict[str, str] = {
+    "folder": "unlabeled.ssl.data.sources.folder:FolderSource",
+    "parquet": "unlabeled.ssl.data.sources.parquet:ParquetSource",
+    "hf": "unlabeled.ssl.data.sources.hf:HuggingFaceSource",
+    "tar": "unlabeled.ssl.data.sources.tar:TarSource",
+    "torchvision": "unlabeled.ssl.data.sources.torchvision:TorchvisionSource",
+    "digits": "unlabeled.ssl.data.sources.digits:DigitsSource",
+    "shapes": "unlabeled.ssl.data.sources.shapes:ShapesSource",
+    "voc": "unlabeled.ssl.data.sources.voc:VocSource",
+}
+
+GROUP = "unlabeled.sources"
+"""Entry-point group in which installed packages name their sources."""
+
+REGISTRY = Registry("data", "a data source", group=GROUP, targets=SOURCES)
+
+DataConfigT = TypeVar("DataConfigT", bound=DataConfig)
+
+
+def register_source(name: str, target: str) -> None:
+    """Adds source `name` as ``"module:Class"``. Raises ConfigError when the name is taken."""
+    REGISTRY.register(name, target)
+
+
+def source_names() -> list[str]:
+    """All names of sources: built in, registered, and from installed packages (entry-point group `GROUP`)."""
+    return REGISTRY.names()
+
+
+def source_origin(name: str) -> str:
+    """Who brings source `name`: "built in", a distribution and its version, or the module that registered it."""
+    return REGISTRY.origin(name)
+
+
+def source_class(name: str) -> SourceClass:
+    """The class of source `name`, imported on demand.
+
+    Raises ConfigError naming the nearest known sources, or saying why a plugin's source cannot be imported.
+    """
+    return cast(SourceClass, REGISTRY.load(name))
+
+
+def source_config(data: DataConfig, field: str = "data") -> SourceConfig:
+    """The settings of the source that `data`, the section `field`, names, by that source's own `Config`.
+
+    Raises ConfigError, in one line, for an unknown name, a setting that the source does not have, an impossible value.
+    """
+    cls = _named(data.name, field)
+    try:
+        return cls.Config.model_validate({"limit": data.limit, **(data.model_extra or {})})
+    except ValidationError as error:
+        raise ConfigError(_without_effect(error, data.name, field) or explain(error, cls.Config, field)) from None
+
+
+def filled(data: DataConfigT, field: str = "data") -> DataConfigT:
+    """`data` with every setting of its source: what was not given has the source's default. Raises as `source_config`.
+
+    So the settings that a run writes down say all that it did.
+    """
+    return data.model_copy(update=_values(source_config(data, field)))
+
+
+def labeled(data: DataConfigT, field: str = "data") -> DataConfigT:
+    """`data` with its labels, where its source reads them only when it is asked to."""
+    asked = "labels" in _named(data.name, field).Config.model_fields
+    return data.model_copy(update={"labels": True}) if asked else data
+
+
+def tiny(data: DataConfigT, limit: int) -> DataConfigT:
+    """`data` as tiny mode has it: at most `limit` images, and what the source itself makes smaller."""
+    return data.model_copy(update={"limit": limit, **source_class(data.name).Config.debug})
+
+
+def open_source(data: DataConfig, split: Split = "train") -> ImageSource:
+    """Opens split `split` of the data that `data` names; ``data.limit`` applies to each split.
+
+    Raises ConfigError for an unknown name and settings that the source does not have, DataError for a missing path, an
+    empty folder, or a split that the data does not have.
+    """
+    config = source_config(data)
+    return limited(source_class(data.name)(config, split), config.limit)
+
+
+class Sources(Mapping[str, Mapping[str, Any]]):
+    """Source → what ``data=NAME`` stands for; an unknown name raises ConfigError, with what may have been meant."""
+
+    def __getitem__(self, name: str) -> Mapping[str, Any]:
+        _named(name, "data")
+        return {"data": {"name": name}}
+
+    def __contains__(self, name: object) -> bool:
+        return name in source_names()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(source_names())
+
+    def __len__(self) -> int:
+        return len(source_names())
+
+
+def _named(name: str, field: str) -> SourceClass:
+    """`source_class`, with `field` in what its errors say, and a hint for a path in place of a name."""
+    try:
+        return source_class(name)
+    except ConfigError as error:
+        if name not in REGISTRY.targets and ("/" in name or Path(name).exists()):
+            raise ConfigError(f"{field}: {name!r} is a path; write {field}=folder {field}.path={name}") from None
+        raise ConfigError(field + str(error).removeprefix(REGISTRY.field)) from None
+
+
+def _without_effect(error: ValidationError, name: str, field: str) -> str | None:
+    """What is said of a setting of other sources; None when the first fault is something else."""
+    fault = error.errors()[0]
+    setting = str(fault["loc"][0]) if fault["loc"] else ""
+    if fault["type"] != "extra_forbidden" or len(fault["loc"]) > 1:
+        return None
+    owners = [other for other in source_names() if setting in _settings_of(other)]
+    if not owners:
+        return None
+    return (
+        f"{field}.{setting}: {str(fault['input'])[:80]} has no effect with {field}={name}, it is a setting of "
+        f"{', '.join(owners)}; remove it"
+    )
+
+
+def _settings_of(name: str) -> Mapping[str, Any]:
+    try:
+        return source_class(name).Config.model_fields
+    except (ConfigError, ImportError):  # of a package that cannot be imported here
+        return {}
+
+
+def _values(config: SourceConfig) -> dict[str, Any]:
+    """Objects as they are: a dump would make them words."""
+    return {name: getattr(config, name) for name in type(config).model_fields}

@@ -1,0 +1,370 @@
+"""The contract of a data source as rules, and `check_source`, which tries them on one.
+
+`docs/write-a-source.md` says what the rules are for.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from unlabeled.ssl.config.messages import explain
+from unlabeled.ssl.config.schema import DataConfig
+from unlabeled.ssl.core.errors import DataError, first_line
+from unlabeled.ssl.data.decode import decode_rgb
+from unlabeled.ssl.data.registry import source_class
+from unlabeled.ssl.data.source import (
+    DecodeError,
+    ImageSource,
+    MaskSource,
+    SourceClass,
+    SourceConfig,
+    Split,
+    annotated_boxes,
+    encoded,
+)
+from unlabeled.testing.check import run_check
+from unlabeled.testing.subject import ContractError, listed, require
+from unlabeled.testing.surface import require_documented
+
+_SAMPLE = 8
+"""Images that are read, spread over the source."""
+_DESCRIBED = 2000
+"""Images that are described."""
+_UNKNOWN = 255
+"""Of masks: pixels that nobody knows."""
+_PLAIN = "hold paths and tables, open files in read, and let the class lie at module level"
+
+_THERE = """
+import hashlib, pickle, sys
+path, given = pickle.loads(open(sys.argv[1], "rb").read())
+sys.path[:] = path
+found = []
+for content, indices in given:
+    try:
+        source = pickle.loads(content)
+        found.append([hashlib.sha256(source.read(index).numpy().tobytes()).hexdigest() for index in indices])
+    except Exception as error:
+        found.append(f"{type(error).__name__}: {error}")
+open(sys.argv[2], "wb").write(pickle.dumps(found))
+"""
+"""What a fresh process does: it reads images of the sources that it is handed."""
+
+
+@dataclass(frozen=True)
+class SourceSubject:
+    """A source class, its settings as given and validated, and its training split, opened once."""
+
+    name: str
+    cls: SourceClass
+    settings: Mapping[str, Any]
+    config: SourceConfig
+    train: ImageSource
+
+    @classmethod
+    def of(cls, source: str | type[Any], settings: Mapping[str, Any] | None = None) -> SourceSubject:
+        """`source`: a registered name or the class itself.
+
+        Raises ContractError when the settings do not fit, ConfigError for a name that is not registered, and what the
+        source itself raises when it is opened.
+        """
+        found = source_class(source) if isinstance(source, str) else cast(SourceClass, source)
+        name = source if isinstance(source, str) else source.__name__
+        given = dict(settings or {})
+        try:
+            config = found.Config.model_validate(given)
+        except ValidationError as error:
+            raise ContractError(f"{name}: settings: {explain(error, found.Config)}") from None
+        return cls(name, found, given, config, found(config, "train"))
+
+    def open(self, split: Split = "train") -> ImageSource:
+        """Opens `split` anew."""
+        return self.cls(self.config, split)
+
+    def sample(self) -> list[int]:
+        """Indices of training images, the first and the last among them."""
+        return spread(len(self.train), _SAMPLE)
+
+
+def spread(length: int, count: int) -> list[int]:
+    """`count` indices below `length`, or all, at equal distances from the first to the last."""
+    return sorted({round(place * (length - 1) / max(count - 1, 1)) for place in range(min(count, length))})
+
+
+def source_and_settings_are_documented(subject: SourceSubject) -> None:
+    """Docstrings of the source and its Config, and one under each setting."""
+    require_documented(subject.cls, subject.cls.Config, "say what it reads")
+
+
+def unknown_settings_are_refused(subject: SourceSubject) -> None:
+    """A misspelt setting is a fault, and not a default; names of all sources' settings are not taken."""
+    config = subject.cls.Config
+    require(issubclass(config, SourceConfig), f"Config is {config.__name__}", "derive it from SourceConfig")
+    taken = sorted({"name", "max_bad_fraction"} & config.model_fields.keys())
+    require(not taken, f"{listed(taken)} is a setting of all data already", "choose another name; it would not arrive")
+    try:
+        config.model_validate({**subject.settings, "no_such_field": 1})
+    except ValidationError:
+        return
+    require(False, "an unknown setting is taken without a word", 'leave SourceConfig\'s extra="forbid" as it is')
+
+
+def settings_survive_json(subject: SourceSubject) -> None:
+    """A run writes its settings down and reads them back."""
+    try:
+        text = json.dumps(subject.config.model_dump(mode="json"))
+    except Exception as error:  # whatever a serializer raises
+        require(False, f"the settings cannot be written ({first_line(error)})", "use types that pydantic can write")
+    found = subject.cls.Config.model_validate(json.loads(text))
+    require(found == subject.config, f"the settings are read back as {found!r}", "use types that pydantic can write")
+
+
+def it_is_a_source_of_images(subject: SourceSubject) -> None:
+    """Its members are there, and it is not empty."""
+    members = ("classes", "__len__", "read", "labels", "describe")
+    missing = [name for name in members if not hasattr(subject.train, name)]
+    require(not missing, f"it has no {listed(missing)}", "write what the contract names; classes may be None")
+    length = len(subject.train)
+    require(length > 0, f"its length is {length}", "raise DataError, saying where no images were found")
+
+
+def images_are_uint8_rgb(subject: SourceSubject) -> None:
+    """uint8 (3, H, W), also for grey images."""
+    for index in subject.sample():
+        image = subject.train.read(index)
+        require(isinstance(image, Tensor), f"read gives a {type(image).__name__}", "give a torch.Tensor")
+        found = f"image {index} is {image.dtype} {tuple(image.shape)}"
+        rgb = image.ndim == 3 and image.shape[0] == 3 and image.numel() > 0
+        require(rgb, found, "give (3, H, W), channels first; grey images have three equal channels")
+        require(image.dtype == torch.uint8, found, "give uint8, 0..255")
+
+
+def an_image_is_always_the_same(subject: SourceSubject) -> None:
+    """The same index gives the same pixels, and a source that is opened again has the same order."""
+    sample, again = subject.sample(), subject.open()
+    first = digests(subject.train, sample)
+    require(first == digests(subject.train, sample), "an index gives other pixels the second time", "draw nothing here")
+    order = "sort what a folder, a glob or a set gives"
+    require(len(again) == len(subject.train), "opened again, it has another length", order)
+    require(first == digests(again, sample), "opened again, an index gives another image", order)
+    require(described(again) == described(subject.train), "opened again, images are described otherwise", order)
+    one, other = subject.train.labels(), again.labels()
+    same = other is None if one is None else other is not None and torch.equal(one, other)
+    require(same, "opened again, the labels are others", order)
+
+
+def labels_number_the_classes(subject: SourceSubject) -> None:
+    """int64 (N,), below the number of classes; -1 for an image without one. No labels and no classes go together."""
+    for split, source in _splits(subject):
+        labels, classes = source.labels(), source.classes
+        both = (labels is None) == (classes is None)
+        require(both, f"{split}: labels are {_kind(labels)}, classes {_kind(classes)}", "give both, or None for both")
+        if labels is None or classes is None:
+            continue
+        require(isinstance(labels, Tensor), f"labels are a {type(labels).__name__}", "give a torch.Tensor")
+        found = f"{split}: labels are {labels.dtype} {tuple(labels.shape)}, and there are {len(source)} images"
+        require(labels.dtype == torch.int64 and labels.shape == (len(source),), found, "give int64 (N,)")
+        low, high = int(labels.min()), int(labels.max())
+        inside = low >= -1 and high < len(classes)
+        require(
+            inside, f"{split}: labels go from {low} to {high} for {len(classes)} classes", "label = place in classes"
+        )
+        names = [name for name in classes if not isinstance(name, str)]
+        require(not names, f"class {names and names[0]!r} is no text", "give names as str")
+        require(len(set(classes)) == len(classes), f"{split}: two classes have one name", "give each its own")
+
+
+def descriptions_tell_images_apart(subject: SourceSubject) -> None:
+    """What errors and lists of bad images call them."""
+    found = described(subject.train)
+    empty = [index for index, text in enumerate(found) if not isinstance(text, str) or not text.strip()]
+    require(not empty, f"image {empty and empty[0]} has no description", "give its path, or its row and file")
+    twice = sorted({text for text in found if found.count(text) > 1}) if len(set(found)) < len(found) else []
+    require(not twice, f"{listed(twice)} stands for several images", "give the path, or the row and file")
+
+
+def an_index_beyond_the_end_raises(subject: SourceSubject) -> None:
+    """IndexError: what is no image must not be counted as a broken one."""
+    remedy = "raise IndexError"
+    try:
+        subject.train.read(len(subject.train))
+    except IndexError:
+        return
+    except Exception as error:  # whatever it is, it is another one
+        require(False, f"an index beyond the end raises {type(error).__name__}", remedy)
+    require(False, "an index beyond the end gives an image", remedy)
+
+
+def splits_are_apart(subject: SourceSubject) -> None:
+    """No training image is in the test split; where there is no such split, opening it raises DataError."""
+    splits = dict(_splits(subject))
+    if "test" not in splits:
+        return
+    train, test = splits["train"], splits["test"]
+    require(len(test) > 0, "the test split is empty", "raise DataError, saying how to get one")
+    numbers = {text: index for index, text in enumerate(described(train))}
+    # two tables may describe their rows alike: then it is the pixels that tell
+    alike = [(numbers[text], index) for index, text in enumerate(described(test)) if text in numbers][:_SAMPLE]
+    both = [one for one, other in alike if digests(train, [one]) == digests(test, [other])]
+    shown = train.describe(both[0]) if both else ""
+    require(not both, f"{shown} is in the training and in the test split", "hold out by unlabeled.holdout")
+
+
+def encoded_content_is_the_image(subject: SourceSubject) -> None:
+    """Where a source gives the bytes or the file behind an image, `unlabeled.decode_rgb` makes the image of them."""
+    for index in subject.sample():
+        content = encoded(subject.train, index)
+        if content is None:
+            return
+        fits = isinstance(content, (bytes, Path))
+        require(fits, f"encoded gives a {type(content).__name__}", "give bytes, a Path, or None")
+        same = torch.equal(decode_rgb(content, subject.train.describe(index)), subject.train.read(index))
+        require(same, f"image {index} is not what encoded gives", "read it as decode_rgb(self.encoded(index), name)")
+
+
+def what_cannot_be_decoded_is_a_decode_error(subject: SourceSubject) -> None:
+    """Tried where `read` goes through ``encoded``. The loader skips, counts and lists what raises DecodeError."""
+    if not hasattr(subject.train, "encoded"):
+        return
+    broken: Any = copy.copy(subject.train)
+    try:
+        broken.encoded = lambda index: b"not an image"
+        broken.read(0)
+    except DecodeError as error:
+        name = broken.describe(0)
+        require(name in str(error), f"DecodeError does not name the image ({error})", "begin it with describe(index)")
+    except Exception as error:  # that is the rule
+        raised = f"an image that cannot be decoded raises {type(error).__name__}"
+        require(False, raised, "raise DecodeError, as unlabeled.decode_rgb does")
+
+
+def masks_fit_the_images(subject: SourceSubject) -> None:
+    """uint8 (H, W): 0 is background, class c is c + 1, 255 unknown."""
+    source = subject.train
+    if not isinstance(source, MaskSource):
+        return
+    for index in subject.sample():
+        mask, image = source.mask(index), source.read(index)
+        found = f"mask {index} is {mask.dtype} {tuple(mask.shape)} for an image {tuple(image.shape)}"
+        require(mask.dtype == torch.uint8 and mask.shape == image.shape[1:], found, "give uint8 (H, W)")
+        largest = int(torch.where(mask == _UNKNOWN, 0, mask).max())
+        count = len(source.classes or ())
+        require(largest <= count, f"mask {index} has value {largest} for {count} classes", "class c is c + 1")
+
+
+def boxes_fit_the_images(subject: SourceSubject) -> None:
+    """float32 (N, 4): left, top, right, bottom in pixels from the corner; None where nobody drew any."""
+    for index in subject.sample():
+        boxes = annotated_boxes(subject.train, index)
+        if boxes is None:
+            continue
+        found = f"boxes of image {index} are {boxes.dtype} {tuple(boxes.shape)}"
+        fits = boxes.dtype == torch.float32 and boxes.ndim == 2 and boxes.shape[1] == 4
+        require(fits, found, "give float32 (N, 4)")
+        height, width = subject.train.read(index).shape[1:]
+        left, top, right, bottom = boxes.unbind(1)
+        inside = (left >= 0) & (top >= 0) & (right <= width) & (bottom <= height) & (left <= right) & (top <= bottom)
+        require(
+            bool(inside.all()), f"a box of image {index} is not within it", "give left, top, right, bottom in pixels"
+        )
+
+
+def another_process_reads_the_same(subject: SourceSubject) -> None:
+    """It pickles, as it does to loader workers; the class must be importable there. Starts a process: some seconds."""
+    compare_with_another(subject, read_in_another_process([subject])[0])
+
+
+def read_in_another_process(subjects: Sequence[SourceSubject]) -> list[list[str] | str]:
+    """Of each subject, what a fresh process finds: the digests of its `sample`, or the error in words."""
+    given = [(_pickled(subject), subject.sample()) for subject in subjects]
+    with tempfile.TemporaryDirectory() as folder:
+        there, back = Path(folder, "there"), Path(folder, "back")
+        there.write_bytes(pickle.dumps((sys.path, given)))
+        subprocess.run([sys.executable, "-c", _THERE, str(there), str(back)], check=True)
+        found: list[list[str] | str] = pickle.loads(back.read_bytes())
+    return found
+
+
+def compare_with_another(subject: SourceSubject, found: list[str] | str) -> None:
+    """Raises ContractError where another process found an error or other pixels."""
+    require(isinstance(found, list), f"another process cannot read it ({found})", _PLAIN)
+    require(found == digests(subject.train, subject.sample()), "another process reads other pixels", _PLAIN)
+
+
+def _pickled(subject: SourceSubject) -> bytes:
+    try:
+        return pickle.dumps(subject.train)
+    except Exception as error:  # whatever a __reduce__ raises
+        raise ContractError(f"it does not pickle ({type(error).__name__}: {error}); {_PLAIN}") from None
+
+
+SourceCheck = Callable[[SourceSubject], None]
+"""Raises ContractError when the rule that its name states is broken."""
+
+SOURCE_CHECKS: tuple[SourceCheck, ...] = (
+    source_and_settings_are_documented,
+    unknown_settings_are_refused,
+    settings_survive_json,
+    it_is_a_source_of_images,
+    images_are_uint8_rgb,
+    an_image_is_always_the_same,
+    labels_number_the_classes,
+    descriptions_tell_images_apart,
+    an_index_beyond_the_end_raises,
+    splits_are_apart,
+    encoded_content_is_the_image,
+    what_cannot_be_decoded_is_a_decode_error,
+    masks_fit_the_images,
+    boxes_fit_the_images,
+)
+"""Every rule that needs no other process, those first on which others build."""
+
+
+def check_source(source: str | type[Any] | DataConfig, settings: Mapping[str, Any] | None = None) -> None:
+    """Tries every rule of the contract on `source`; some seconds, most of them for a process that reads it too.
+
+    `source`: a registered name, the class itself, or a section of data with its settings; `settings`: fields of its
+    Config, such as where its images lie. Its images must be readable.
+
+    Raises ContractError, an AssertionError, for the first rule that is broken.
+    """
+    if isinstance(source, DataConfig):
+        settings = {"limit": source.limit, **(source.model_extra or {}), **(settings or {})}
+        source = source.name
+    subject = SourceSubject.of(source, settings)
+    for check in (*SOURCE_CHECKS, another_process_reads_the_same):
+        run_check(check, subject)
+
+
+def digests(source: ImageSource, indices: Iterable[int]) -> list[str]:
+    """Hashes of the pixels of images."""
+    return [hashlib.sha256(source.read(index).numpy().tobytes()).hexdigest() for index in indices]
+
+
+def described(source: ImageSource) -> list[str]:
+    """What images are called, the first `_DESCRIBED` of them."""
+    return [source.describe(index) for index in range(min(len(source), _DESCRIBED))]
+
+
+def _splits(subject: SourceSubject) -> list[tuple[Split, ImageSource]]:
+    try:
+        return [("train", subject.train), ("test", subject.open("test"))]
+    except DataError:
+        return [("train", subject.train)]
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else "there"
