@@ -143,12 +143,14 @@ def test_its_own_tests_pass(environment: Environment, example: Path, tmp_path: P
 def test_a_debug_run_leaves_what_any_run_leaves(environment: Environment, tmp_path: Path) -> None:
     words = [
         "task=jigsaw", "task.grid=2", "task.permutations=24", "data=shapes", "backbone=resnet18", "backbone.size=32",
-        "backbone.kwargs={channels:[8,8,8,8],stem_width:8}", "optim.name=sgd", "debug=true", f"out={tmp_path / 'run'}",
+        "backbone.kwargs={channels:[8,8,8,8],stem_width:8}", "debug=true", f"out={tmp_path / 'run'}",
     ]  # fmt: skip
     environment.fork(environment.bin / "unlabeled", "pretrain", *words)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 4
     assert all({"loss", "accuracy", "grad_norm"} <= row.keys() for row in rows)
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (config["optim"]["name"], config["optim"]["lr"]) == ("sgd", 0.01), "the recipe that the task brings"
     assert (tmp_path / "run" / "backbone.safetensors").is_file()
     assert (tmp_path / "run" / "report" / "report.html").is_file()
 

@@ -37,7 +37,12 @@ APART = [("unlabeled.pretext", "unlabeled.eval"), ("unlabeled.report", "unlabele
 """Rooms that do not know each other though their floors would allow it, in either direction for the first."""
 THIN = {
     "unlabeled.cli": ("unlabeled.cli", "unlabeled.workflows", "unlabeled.ssl.core", "unlabeled._version"),
-    "unlabeled.api": ("unlabeled.workflows", "unlabeled.eval.results", "unlabeled.ssl.backbones"),
+    "unlabeled.api": (
+        "unlabeled.workflows",
+        "unlabeled.eval.results",
+        "unlabeled.ssl.backbones",
+        "unlabeled.ssl.config.schema",
+    ),
 }
 """Rooms that may import these alone: what they do is in the workflows."""
 

@@ -1,18 +1,33 @@
+import functools
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+import yaml
 from pydantic import ConfigDict
+from torch import nn
 
+from unlabeled.eval.evaluators.knn import KnnConfig
 from unlabeled.pretext.registry import task_names
 from unlabeled.ssl.config.composition import GROUPS, config_folder, options, parse, sweep
-from unlabeled.ssl.config.schema import DataConfig, DoctorRun, EvaluateRun, PretrainConfig, ScheduleConfig
+from unlabeled.ssl.config.schema import (
+    DataConfig,
+    DoctorRun,
+    EvaluateConfig,
+    EvaluateRun,
+    OptimConfig,
+    PretrainConfig,
+    ScheduleConfig,
+)
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.data.registry import REGISTRY, register_source, source_names
 from unlabeled.ssl.data.source import SourceConfig
 from unlabeled.ssl.data.sources.digits import DigitsSource
 from unlabeled.ssl.data.sources.folder import FolderConfig
-from unlabeled.workflows.settings import compose_settings, tiny
+from unlabeled.workflows.settings import compose_settings, data_values, tiny
 
 
 def compose(*words: str) -> PretrainConfig:
@@ -127,6 +142,95 @@ def test_python_settings_mean_the_same_as_words() -> None:
     assert config.optim.lr == 1e-3
     assert config.schedule.milestones == (1, 2)
     assert config.backbone.kwargs == {"stem_width": 32}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["plain", "with space", 'it\'s "quoted"', "grün/日本", "two\nlines", "a=b", "a,b", "${x}", "[1", "~x", "1e-3"],
+)
+def test_any_path_passes(name: str) -> None:
+    for path in (Path(name), name):
+        config = compose_settings("pretrain", [], PretrainConfig, {"out": path, "data": {"path": path}})
+        assert (config.out, config.data.path) == (Path(name), Path(name))
+
+
+def test_values_are_never_parsed() -> None:
+    config = compose_settings(
+        "pretrain",
+        [],
+        PretrainConfig,
+        {
+            "log": {"wandb": "1e-3"},
+            "engine.clip": None,
+            "epochs": np.float32(2),
+            "batch_size": np.int64(8),
+            "optim": OptimConfig(betas=(0.9, 0.99), kwargs={"eps": np.float64(1e-6)}),
+            "optim__lr": torch.tensor(0.5),
+            "evaluate": EvaluateConfig(knn=KnnConfig(k=(5,)), evaluators=("knn",)),
+            "evaluate__data": "digits",
+            "task": {"name": "multi", "tasks": ({"name": "mae"}, {"name": "rotation"})},
+        },
+    )
+    assert config.log.wandb == "1e-3"
+    assert (config.epochs, config.batch_size, config.optim.lr, config.optim.betas) == (2, 8, 0.5, (0.9, 0.99))
+    assert type(config.optim.kwargs["eps"]) is float
+    assert config.evaluate.data is not None
+    assert (config.evaluate.data.name, config.evaluate.evaluators) == ("digits", ("knn",))
+    assert config.evaluate.model_extra == {"knn": {"k": (5,)}}, "checked by the evaluator itself"
+    assert [task["name"] for task in config.task["tasks"]] == ["mae", "rotation"]
+
+
+def test_objects_pass_and_files_name_them() -> None:
+    smooth = functools.partial(nn.LayerNorm, eps=1e-5)
+    kwargs = {"norm_layer": smooth, "act_layer": nn.GELU, "init": Path("x"), "depths": (1, 2), "made": object()}
+    config = compose_settings("pretrain", [], PretrainConfig, {"backbone": {"name": "test_vit", "kwargs": kwargs}})
+    assert config.backbone.kwargs["norm_layer"] is smooth
+    written = yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))["backbone"]["kwargs"]
+    assert written["act_layer"] == "python:torch.nn.modules.activation:GELU"
+    assert written["norm_layer"].startswith("python:functools:partial functools.partial(<class 'torch.nn.modules.nor")
+    assert (written["init"], written["depths"], written["made"]) == ("x", [1, 2], "python:builtins:object")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"optim__lr": 1, "optim.lr": 2}, r"^optim.lr: given twice, as optim__lr and as optim.lr; give it once$"),
+        ({"optim": 5, "optim__lr": 1}, r"^optim: given twice, 5 and \{'lr': 1\}; give it once$"),
+        ({"optim": 5}, r"^optim: 5 is not possible; give a valid dictionary"),
+        ({"optim": {1: 2}}, r"^optim.1: 1 is no name of a setting; names are text"),
+        ({"optim": {"lrr": 1}}, r"^optim.lrr: there is no such setting in optim; did you mean 'lr'\?"),
+        ({"optim__": 1}, r"^optim.: there is no such setting in optim"),
+        ({"optm__lr": 1}, r"^optm: there is no such setting; did you mean 'optim'\?"),
+        ({"task": "a b,c"}, r"^task: 'a b,c' is not a pretext task"),
+        ({"task": None}, r"^task: None is not possible"),
+        ({"recipe": "x=y"}, r"^recipe: 'x=y' does not exist"),
+        ({"data": {"name": "fol=der"}}, r"^data: 'fol=der' is not a data source; did you mean 'folder'\?"),
+        ({"out": nn.Sequential(nn.ReLU())}, r"^out: Sequential\( \(0\): ReLU\(\) \) is not possible"),
+    ],
+)
+def test_a_fault_of_python_values_is_one_line(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        compose_settings("pretrain", [], PretrainConfig, values)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_reaches_inside_stands_above_the_section() -> None:
+    section, inside = {"optim": OptimConfig(lr=2, name="sgd")}, {"optim__lr": 1}
+    for values in ({**section, **inside}, {**inside, **section}):
+        config = compose_settings("pretrain", [], PretrainConfig, values)
+        assert (config.optim.lr, config.optim.name) == (1, "sgd")
+    both = {"backbone": "resnet18", "backbone__name": "resnet34", "task__mask_ratio": 0.5, "task": "mae"}
+    config = compose_settings("pretrain", [], PretrainConfig, both)
+    assert (config.backbone.name, config.task) == ("resnet34", {"name": "mae", "mask_ratio": 0.5})
+
+
+def test_data_is_a_path_a_name_or_settings() -> None:
+    assert data_values("digits") == {"name": "digits"}
+    assert data_values("a folder") == data_values(Path("a folder")) == {"name": "folder", "path": Path("a folder")}
+    assert data_values(DataConfig(name="shapes", count=3)) == {"name": "shapes", "count": 3}
+    assert data_values(DataConfig(labels=True)) == {"name": "folder", "labels": True}
+    with pytest.raises(ConfigError, match=r"data: \['a', 'b'\] is not possible; give a path, the name of a source"):
+        data_values(["a", "b"])
 
 
 def test_evaluate_and_doctor_take_the_same_data_words() -> None:

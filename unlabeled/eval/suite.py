@@ -76,6 +76,8 @@ def evaluate_backbone(
     if "random" in wanted:
         try:
             encode("random", random_twin(backbone, seed))
+            if backbone.custom:
+                notes["random"] = "drawn by the layers' own reset_parameters; buffers are those of the given network"
         except ConfigError as error:
             notes["backbone"] = f"no baseline with random weights: {error}"
     if not is_main_process():
@@ -150,7 +152,7 @@ def judged(subject: Subject, evaluator: Evaluator, prefixes: Sequence[int] = ())
 def random_twin(backbone: Backbone, seed: int) -> Backbone:
     """The same architecture with fresh random weights drawn under `seed`; the global random state is left alone.
 
-    Raises ConfigError when the network was not built from a timm name.
+    Raises ConfigError for a network without a timm name whose layers cannot draw all of its parameters.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -70,7 +70,7 @@ def encoder_loads_into_timm(subject: Subject) -> None:
         features = encoder.pooled(x)
     wrong = f"it gives features {tuple(features.shape)}"
     require(features.shape == (2, encoder.embed_dim), wrong, "leave the backbone's head as it was")
-    if not timm.is_model(encoder.name):  # a network of the caller's own
+    if encoder.custom or not timm.is_model(encoder.name):  # a network of the caller's own
         return
     with tempfile.TemporaryDirectory() as folder:
         state = load_file(export_backbone(encoder, Path(folder)))
@@ -99,7 +99,7 @@ def visualize_gives_pictures(subject: Subject) -> None:
         )
         require(fits and picture.shape[0] == 3, found, "give uint8 (3, H, W)")
     kept = modes == [module.training for module in task.modules()]
-    require(kept, "visualize leaves modules in another mode", "use unlabeled.ssl.backbones.shapes.modes_kept")
+    require(kept, "visualize leaves modules in another mode", "use unlabeled.modes_kept")
     moved = changed(before, task.state_dict())
     require(not moved, f"visualize moves {listed(moved)}", "call self.eval() inside modes_kept(self)")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from unlabeled.report.page import render_report
 from unlabeled.report.pictures import read_pictures
 from unlabeled.report.summary import RunSummary, count_parameters, name_backbone, name_data, summarize_run
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.given import fill_adopted, record, require_given
 from unlabeled.ssl.backbones.weights import load_backbone, load_weights
 from unlabeled.ssl.config.composition import validate
 from unlabeled.ssl.config.schema import BackboneConfig, DataConfig, EvaluateRun, PretrainConfig
@@ -53,21 +55,29 @@ class Target:
 
 
 def evaluate_config(
-    target: str | Path, words: Sequence[str] = (), values: Mapping[str, Any] | None = None
+    target: str | Path,
+    words: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+    backbone: Backbone | None = None,
 ) -> EvaluateRun:
-    """The validated settings of ``unlabeled evaluate TARGET``."""
+    """The validated settings of ``unlabeled evaluate TARGET``.
+
+    `backbone`: a network that is given from Python: the target itself, or what the target's weights belong to.
+    """
     run = compose_settings("evaluate", words, EvaluateRun, {**(values or {}), "target": str(target)})
     also = ("knn", "linear") if run.sizes is not None else ()  # what the sizes are judged by
-    return run.model_copy(update={"evaluate": settle_evaluation(run.evaluate, words, values, also=also)})
+    run = run.model_copy(update={"evaluate": settle_evaluation(run.evaluate, words, values, also=also)})
+    return run if backbone is None else run.model_copy(update={"backbone": record(backbone)})
 
 
-def evaluate_target(run: EvaluateRun) -> Evidence:
+def evaluate_target(run: EvaluateRun, backbone: Backbone | None = None) -> Evidence:
     """Evaluates what `run.target` names, its sizes too if they are asked for, writes the report, returns the evidence.
 
+    `backbone` as in `evaluate_config`; the weights that the target names are loaded into it.
     Raises, each in one line, ConfigError for an unknown target or missing data, CheckpointError for weights that
     cannot be read or do not fit, DataError for data without labels.
     """
-    target = resolve_target(run)
+    target = resolve_target(run, backbone)
     plan = _size_plan(run, target)
     data = _data(run, target.config)
     device = torch.device("cuda" if run.device == "auto" and torch.cuda.is_available() else "cpu")
@@ -86,13 +96,22 @@ def evaluate_target(run: EvaluateRun) -> Evidence:
     return evidence
 
 
-def resolve_target(run: EvaluateRun) -> Target:
-    """Builds and fills the backbone that `run.target` names: a run folder, a file of weights or a timm model."""
+def resolve_target(run: EvaluateRun, given: Backbone | None = None) -> Target:
+    """Builds and fills the backbone that `run.target` names: a run folder, a file of weights or a timm model.
+
+    `given`: the network, where it comes from Python; it is filled with the weights of the folder or file.
+    """
+    if run.backbone is not None:
+        require_given(run.backbone, given)
+    if given is not None and run.target == given.origin:
+        return Target(given, given.name)
     path = Path(run.target).expanduser()
-    if path.is_dir():
-        return _from_folder(path)
-    if path.is_file():
-        return _from_file(path, run.backbone)
+    if os.path.isdir(path):  # unlike Path's own, it takes any text for a name
+        return _from_folder(path, given)
+    if os.path.isfile(path):
+        return _from_file(path, run.backbone, given)
+    if given is not None:
+        raise ConfigError(f"target: {run.target!r} does not exist; give a run folder or a file of weights")
     if timm.is_model(run.target.partition(".")[0]) and path.suffix not in _WEIGHTS:
         return _from_timm(run)
     if path.suffix in _WEIGHTS or len(path.parts) > 1:
@@ -101,28 +120,31 @@ def resolve_target(run: EvaluateRun) -> Target:
     raise ConfigError(f"target: {run.target!r} is no run folder, file of weights or timm model; {near}")
 
 
-def _from_folder(folder: Path) -> Target:
+def _from_folder(folder: Path, given: Backbone | None = None) -> Target:
     if not (folder / "backbone.safetensors").is_file() or not (folder / "backbone.json").is_file():
         raise CheckpointError(
             f"target: {folder} holds no backbone.safetensors with its backbone.json; give the folder of a finished run"
         )
     config = _read_config(folder / "config.yaml")
-    return Target(load_backbone(folder), folder.resolve().name, config, folder)
+    backbone = load_backbone(folder) if given is None else fill_adopted(given, folder)
+    return Target(backbone, folder.resolve().name, config, folder)
 
 
-def _from_file(file: Path, config: BackboneConfig | None) -> Target:
-    if config is None and file.suffix == ".safetensors" and file.with_suffix(".json").is_file():
-        return Target(load_backbone(file), file.name)
-    if config is None:
-        raise ConfigError(f"backbone.name: not given; weights such as {file.name} need backbone.name=<timm name>")
-    backbone = create_backbone(config.name, size=config.size, **config.kwargs)
+def _from_file(file: Path, config: BackboneConfig | None, given: Backbone | None) -> Target:
+    backbone = given
+    if backbone is None:
+        if config is None and file.suffix == ".safetensors" and file.with_suffix(".json").is_file():
+            return Target(load_backbone(file), file.name)
+        if config is None:
+            raise ConfigError(f"backbone.name: not given; weights such as {file.name} need backbone.name=<timm name>")
+        backbone = create_backbone(config.name, size=config.size, **config.kwargs)
     missing = load_weights(backbone, file).missing
     if missing:
         raise CheckpointError(
-            f"target: {file} lacks {len(missing)} tensors of {config.name}, such as {missing[0]}; "
+            f"target: {file} lacks {len(missing)} tensors of {backbone.name}, such as {missing[0]}; "
             "check backbone.name, backbone.size and backbone.kwargs"
         )
-    return Target(backbone, f"{file.name} in {config.name}")
+    return Target(backbone, f"{file.name} in {backbone.name}")
 
 
 def _from_timm(run: EvaluateRun) -> Target:
@@ -227,4 +249,6 @@ def _report_folder(run: EvaluateRun, target: Target) -> Path:
         return run.out
     if target.folder is not None:
         return target.folder / "report"
-    return Path("reports") / re.sub(r"[^\w.-]+", "_", Path(run.target).name)
+    given = run.backbone is not None and run.target == run.backbone.module
+    name = target.backbone.name if given else Path(run.target).name
+    return Path("reports") / re.sub(r"[^\w.-]+", "_", name)

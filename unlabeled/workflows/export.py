@@ -14,10 +14,12 @@ from unlabeled.eval.features.recalibrate import batch_norms, recalibrated
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.backbones.elastic import Elastic, ElasticConfig, SubSize
 from unlabeled.ssl.backbones.elastic.sizes import find
+from unlabeled.ssl.backbones.given import fill_adopted
 from unlabeled.ssl.backbones.weights import describe, export_backbone, export_files, load_backbone
 from unlabeled.ssl.config.composition import validate
 from unlabeled.ssl.config.schema import DataConfig, ExportRun, PretrainConfig, Sizes
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError, nearest
+from unlabeled.ssl.core.plain import objects_in, plain
 from unlabeled.ssl.data.registry import open_source
 from unlabeled.ssl.train.run_folder import read_config
 from unlabeled.workflows.settings import compose_settings
@@ -78,15 +80,16 @@ def export_config(run: str | Path, words: Sequence[str] = (), values: Mapping[st
     return compose_settings("export", words, ExportRun, {**(values or {}), "run": Path(run)})
 
 
-def export_run(run: ExportRun) -> list[Exported]:
+def export_run(run: ExportRun, given: Backbone | None = None) -> list[Exported]:
     """Writes the network or the sub-networks that `run` asks for; each is loaded into timm's own model first.
 
+    `given`: the network that the run's weights belong to, where only Python can build it.
     Raises, each in one line, ConfigError for sizes that there are not, and CheckpointError for a run that cannot be
     read or a place that cannot be written.
     """
     _check_out(run)
     if run.width is None and run.depth is None and run.sizes is None and run.like is None:
-        backbone = load_backbone(run.run)
+        backbone = load_backbone(run.run) if given is None else fill_adopted(given, run.run)
         file = export_backbone(backbone, run.out, elastic=describe(run.run).elastic)
         return [Exported(file, timm_line(backbone, file))]
     whole = load_elastic(run.run)
@@ -105,10 +108,14 @@ def extract(whole: ElasticRun, size: SubSize) -> Backbone:
 
 def timm_line(backbone: Backbone, file: Path) -> str:
     """Python that builds `backbone` and loads `file` with nothing but timm (and this package, for its own networks)."""
+    if backbone.custom or objects_in(plain(backbone.kwargs), "kwargs") is not None:
+        return (
+            f"import unlabeled; unlabeled.load_weights(module, {str(file)!r})  # module: {backbone.origin}, as it was"
+        )
     ours = type(backbone.model).__module__.startswith("unlabeled.")
     arguments = "".join(f", {key}={value!r}" for key, value in backbone.kwargs.items())
     create = f"timm.create_model({backbone.name!r}, checkpoint_path={str(file)!r}{arguments})"
-    return f"import timm{', unlabeled.ssl.backbones.networks' if ours else ''}; model = {create}"
+    return f"import timm{', unlabeled; unlabeled.register_networks()' if ours else ''}; model = {create}"
 
 
 def _export(run: ExportRun, whole: ElasticRun, size: SubSize, out: Path, *, like: str | None = None) -> Exported:

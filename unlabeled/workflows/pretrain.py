@@ -22,6 +22,7 @@ from unlabeled.report.page import write_report
 from unlabeled.report.pictures import read_pictures, save_pictures
 from unlabeled.report.summary import name_data, summarize_run
 from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.backbones.given import record
 from unlabeled.ssl.backbones.weights import export_backbone, read_tensors
 from unlabeled.ssl.config.composition import sweep
 from unlabeled.ssl.config.schema import DataConfig, EvaluateConfig, PretrainConfig
@@ -61,10 +62,17 @@ class PretrainResult:
     """The signal that stopped the run early; None when it is complete."""
 
 
-def pretrain_config(words: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> PretrainConfig:
-    """The validated configuration of a pretraining run, its task's own settings and debug mode included."""
+def pretrain_config(
+    words: Sequence[str] = (), values: Mapping[str, Any] | None = None, backbone: Backbone | None = None
+) -> PretrainConfig:
+    """The validated configuration of a pretraining run, its task's own settings and debug mode included.
+
+    `backbone`: the network that is given from Python, in place of one that the settings name.
+    """
     config = compose_settings("pretrain", words, PretrainConfig, values)
     task_config(config.task)
+    if backbone is not None:
+        config = config.model_copy(update={"backbone": record(backbone)})
     config = config.model_copy(update={"evaluate": settle_evaluation(config.evaluate, words, values)})
     return shrink(config) if config.debug else config
 
@@ -88,10 +96,13 @@ def shrink(config: PretrainConfig) -> PretrainConfig:
     return config.model_copy(update={**tiny(config), "evaluate": evaluate})
 
 
-def pretrain_from(config: PretrainConfig) -> PretrainResult:
-    """Pretrains under a validated configuration, exports the backbone, evaluates it and writes the report."""
+def pretrain_from(config: PretrainConfig, backbone: Backbone | None = None) -> PretrainResult:
+    """Pretrains under a validated configuration, exports the backbone, evaluates it and writes the report.
+
+    `backbone`: the network to train, where it is given from Python; it is the run's own from here on.
+    """
     with told_once():
-        run = prepare(config)
+        run = prepare(config, backbone)
     try:
         stopped = train(run)
     finally:
@@ -113,7 +124,7 @@ def pretrain_from(config: PretrainConfig) -> PretrainResult:
     )
 
 
-def prepare(config: PretrainConfig) -> Training:
+def prepare(config: PretrainConfig, backbone: Backbone | None = None) -> Training:
     """Builds everything a run needs and restores the newest checkpoint of its folder, if there is one.
 
     Raises ConfigError, DataError, CapabilityError or CheckpointError, in one line, before anything is written.
@@ -124,17 +135,17 @@ def prepare(config: PretrainConfig) -> Training:
     named = config.evaluate.final and config.evaluate.data is not None  # its faults are told now, not after the run
     evaluated = labelled_data(config) if config.evaluate.every or named else None
     plan = Plan.of(config, len(source), accelerator.num_processes)
-    task = build_task(config)
+    task = build_task(config, backbone)
     views = task_class(config.task["name"]).views(task_config(config.task), task.backbone)
     online = OnlineEvaluation(config, evaluated, plan.steps_per_epoch)
     dataset = ViewDataset(source, views, config.engine.seed)
     return assemble(config, accelerator, checkpoint, plan, task=task, dataset=dataset, online=online)
 
 
-def build_task(config: PretrainConfig) -> PretextTask:
+def build_task(config: PretrainConfig, backbone: Backbone | None = None) -> PretextTask:
     """The task around its backbone, initialised from ``engine.seed``, with the weights that were asked for."""
     torch.manual_seed(derive("weights", config.engine.seed))
-    task = create_task(config.task, build_backbone(config.backbone))
+    task = create_task(config.task, build_backbone(config.backbone, backbone))
     if config.official is not None:
         missing, unexpected = task.load_official(read_tensors(config.official))
         logger.info(

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
+
+from torch import nn
 
 from unlabeled.eval.registry import settle
 from unlabeled.pretext.registry import Recipes
+from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.backbones.given import adopt
 from unlabeled.ssl.config.base import Section
 from unlabeled.ssl.config.composition import compose_config, set_within
-from unlabeled.ssl.config.schema import DataConfig, EvaluateConfig, RunConfig
+from unlabeled.ssl.config.messages import in_short
+from unlabeled.ssl.config.schema import BackboneConfig, DataConfig, EvaluateConfig, RunConfig
+from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.data.registry import Sources, filled, source_names
 from unlabeled.ssl.data.registry import tiny as tiny_data
 
@@ -71,8 +77,66 @@ def settle_evaluation(
     return settle(evaluate, given=set_within("evaluate", words, values), also=also)
 
 
-def data_values(data: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """What Python functions take as ``data``: the name of a source, a folder of images, or a mapping of settings."""
+def data_values(data: object) -> dict[str, Any]:
+    """What Python functions take as ``data``: the name of a source, a folder of images, or settings of a source.
+
+    Raises ConfigError for anything else.
+    """
+    if isinstance(data, DataConfig):
+        return {name: getattr(data, name) for name in data.model_fields_set | {"name"}}
     if isinstance(data, Mapping):
         return dict(data)
-    return {"name": data} if data in source_names() else {"name": "folder", "path": Path(data)}
+    if isinstance(data, (str, Path)):
+        return {"name": data} if data in source_names() else {"name": "folder", "path": Path(data)}
+    given = "a path, the name of a source, a mapping such as {'name': 'folder', 'path': ...} or a DataConfig"
+    raise ConfigError(f"data: {in_short(data)} is not possible; give {given}")
+
+
+def given_backbone(backbone: object, values: Mapping[str, Any], *, beside: str | Path | None = None) -> Backbone | None:
+    """The run's own copy of `backbone` where that is a network itself; None where it is a name or settings.
+
+    `values`: the other settings, none of which may be of the backbone beside a network. `beside`: see `adopt`. Raises
+    ConfigError or CapabilityError for what is no backbone.
+    """
+    if backbone is None or isinstance(backbone, (str, Mapping, BackboneConfig)):
+        return None
+    if isinstance(backbone, type) or not isinstance(backbone, nn.Module):
+        wanted = "a timm name, a mapping such as {'name': ..., 'size': ...}, an nn.Module or an unlabeled.Backbone"
+        remedy = f"build it: {backbone.__name__}(...)" if isinstance(backbone, type) else f"give {wanted}"
+        raise ConfigError(f"backbone: {in_short(backbone)} is not possible; {remedy}")
+    for key in values:
+        if key.replace("__", ".").startswith("backbone."):
+            raise ConfigError(
+                f"{key.replace('__', '.')}: has no effect on a module; give unlabeled.Backbone(module, size=(h, w)), "
+                "and weights with unlabeled.load_weights(module, file)"
+            )
+    return adopt(backbone, beside=beside)
+
+
+class Request(NamedTuple):
+    """What a function such as `unlabeled.evaluate` is to work on."""
+
+    target: str | Path
+    """A run folder, a timm name or a file of weights; of a network that is given itself, its class."""
+    backbone: Backbone | None
+    """The network, where it is given from Python."""
+    values: dict[str, Any]
+    """The other settings."""
+
+
+def read_request(target: object, data: object, settings: Mapping[str, Any]) -> Request:
+    """Arguments of `unlabeled.evaluate` and `unlabeled.finetune`. Raises ConfigError or CapabilityError."""
+    values = dict(settings) if data is None else {"data": data_values(data), **settings}
+    if isinstance(target, (str, Path)):
+        own = given_backbone(values.get("backbone"), values, beside=target)
+        if own is not None:
+            del values["backbone"]
+        return Request(target, own, values)
+    if not isinstance(target, nn.Module):
+        wanted = "a run folder, a timm name, a file of weights, an nn.Module or an unlabeled.Backbone"
+        raise ConfigError(f"target: {in_short(target)} is not possible; give {wanted}")
+    if "backbone" in values:
+        raise ConfigError("backbone: has no effect beside a target that is a network itself; leave it out")
+    own = given_backbone(target, values)
+    assert own is not None, "an nn.Module is a network"
+    return Request(own.origin, own, values)

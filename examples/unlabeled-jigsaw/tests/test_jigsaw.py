@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from unlabeled.ssl.core.errors import ConfigError
+import unlabeled
+from unlabeled import ConfigError
 from unlabeled.testing import Subject, check_task
 from unlabeled_jigsaw.orders import distant_orders, shuffled
 from unlabeled_jigsaw.task import Jigsaw, JigsawConfig, JigsawViews
@@ -17,6 +20,22 @@ SMALL = {"grid": 2, "permutations": 24}
 
 def test_contract() -> None:
     check_task(Jigsaw, settings=SMALL)
+
+
+def test_it_trains_with_its_own_recipe(tmp_path: Path) -> None:
+    unlabeled.register_task("jigsaw", "unlabeled_jigsaw.task:Jigsaw")
+    result = unlabeled.pretrain(
+        task={"name": "jigsaw", **SMALL},
+        backbone={"name": "resnet18", "size": 32, "kwargs": {"channels": [8, 8, 8, 8], "stem_width": 8}},
+        data={"name": "shapes", "count": 64},
+        out=tmp_path / "run",
+        debug=True,
+        optim__weight_decay=1e-4,
+    )
+    assert len(result.metrics) == 4
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (config["optim"]["name"], config["optim"]["lr"], config["schedule"]["gamma"]) == ("sgd", 0.01, 0.1)
+    assert config["optim"]["weight_decay"] == 1e-4, "what is set counts more"
 
 
 def test_a_tile_is_where_its_order_says() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unlabeled.ssl.core.errors import ConfigError
+from unlabeled import ConfigError
 
 
 def shuffled(tiles: Tensor, orders: Tensor) -> Tensor:

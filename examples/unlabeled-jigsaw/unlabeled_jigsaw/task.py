@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 from torchvision.utils import make_grid
 
-from unlabeled import Backbone, PretextTask, StepOutput, TaskConfig
-from unlabeled.ssl.backbones.shapes import modes_kept
-from unlabeled.ssl.task import Batch
+from unlabeled import Backbone, Batch, PretextTask, Recipe, StepOutput, TaskConfig, modes_kept
 from unlabeled_jigsaw.orders import distant_orders, shuffled
 
 
@@ -53,6 +51,14 @@ class Jigsaw(PretextTask):
     """Tells in which order the tiles of a picture lie."""
 
     Config: ClassVar[type[TaskConfig]] = JigsawConfig
+    recipe: ClassVar[Recipe] = {
+        "optim": {"name": "sgd", "lr": 0.01, "lr_scaling": "none", "momentum": 0.9, "weight_decay": 5e-4},
+        "schedule": {"name": "multistep", "warmup_epochs": 0, "milestones": [20, 40, 60], "gamma": 0.1},
+        "batch_size": 256,
+        "epochs": 70,
+    }
+    """The authors' solver (solver_cfn_jps.prototxt of github.com/MehdiNoroozi/JigsawPuzzleSolver): 350,000 steps of 256
+    pictures, a tenth of the rate every 100,000; that many steps are 70 and 20 epochs of ImageNet."""
     requires: ClassVar[frozenset[str]] = frozenset({"pooled"})
     orders: Tensor
 

@@ -152,7 +152,7 @@ def test_own_module_needs_timms_surface():
     assert (backbone.embed_dim, backbone.stages, backbone.depth) == (6, [], 0)
     assert backbone.lacks("pooled") is None
     assert backbone.lacks("dense_map") == "no forward_intermediates"
-    with pytest.raises(CapabilityError, match="custom has 0 feature maps"):
+    with pytest.raises(CapabilityError, match="Tiny has 0 feature maps"):
         backbone.map(torch.randn(1, 3, 16, 16))
     with pytest.raises(
         CapabilityError, match=r"Linear has no forward_features; a backbone needs forward_features\(x\)"

@@ -74,8 +74,22 @@ def test_export_replaces_an_older_one_whole(tmp_path, monkeypatch):
 
 def test_arguments_that_json_cannot_hold(tmp_path):
     backbone = create_backbone("test_vit", size=32, norm_layer=nn.LayerNorm)
-    with pytest.raises(CheckpointError, match=r"backbone.kwargs: .* cannot be written as JSON"):
-        export_backbone(backbone, tmp_path)
+    file = export_backbone(backbone, tmp_path)
+    description = json.loads((tmp_path / "backbone.json").read_text())
+    assert description["kwargs"]["norm_layer"] == "python:torch.nn.modules.normalization:LayerNorm"
+    assert "unlabeled.load_weights(module, 'backbone.safetensors')" in description["load"]
+    with pytest.raises(CheckpointError, match=r"kwargs.norm_layer is an object of Python, which no file holds; bu"):
+        load_backbone(tmp_path)
+    again = create_backbone("test_vit", size=32, norm_layer=nn.LayerNorm)
+    assert load_weights(again, file).missing == []
+    assert _same(again, backbone, (32, 32))
+
+
+def test_a_bare_module_is_filled_too(tmp_path):
+    trained, model = create_backbone("test_resnet", size=32), timm.create_model("test_resnet", num_classes=3)
+    report = load_weights(model, export_backbone(trained, tmp_path))
+    assert report.missing == ["fc.weight", "fc.bias"]
+    assert torch.equal(model.conv1[0].weight, trained.model.conv1[0].weight)
 
 
 def test_load_weights_reports_every_tensor(tmp_path):

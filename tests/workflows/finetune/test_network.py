@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from own_networks import Scaled, TinyConv
 from torch import nn
 
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
@@ -84,8 +85,22 @@ def test_faults_are_told_by_the_settings_that_caused_them() -> None:
         classifier_network(create_backbone("nin_cifar", size=16), 3, NetworkConfig(drop_path=0.1))
     with pytest.raises(CheckpointError, match=r"^target: .*has shape .* needs"):
         classifier_network(vit(), 3, NetworkConfig(kwargs={"embed_dim": 24}))
-    with pytest.raises(ConfigError, match="a module of your own has no timm name"):
-        classifier_network(Backbone(vit().model, size=(16, 16)), 3, NetworkConfig())
+    with pytest.raises(ConfigError, match=r"^network.drop_path: VisionTransformer is not built by its name"):
+        classifier_network(Backbone(vit().model, size=(16, 16)), 3, NetworkConfig(drop_path=0.1))
+
+
+def test_a_network_of_ones_own_gets_its_own_classifier_or_a_linear_layer() -> None:
+    given, target = vit(), Backbone(vit().model, size=(16, 16))
+    by_itself = classifier_network(target, 3, NetworkConfig())
+    assert type(by_itself.model) is type(target.model), "it has reset_classifier"
+    before = given.model.state_dict()
+    linear = classifier_network(Backbone(TinyConv(), size=(16, 16), mean=(0.1,) * 3), 3, NetworkConfig())
+    assert (linear.name, linear.origin, linear.mean) == ("TinyConv", "own_networks:TinyConv", (0.1,) * 3)
+    assert classifier_parameters(linear) == {"model.head.weight", "model.head.bias"}
+    assert linear.model(torch.zeros(2, 3, 16, 16)).shape == (2, 3)
+    assert all(torch.equal(before[name], tensor) for name, tensor in given.model.state_dict().items())
+    with pytest.raises(ConfigError, match=r"backbone: Scaled has no timm name, and no reset_parameters.* draws scale"):
+        classifier_network(Backbone(Scaled(), size=(16, 16)), 3, NetworkConfig(), weights=False)
 
 
 def test_a_network_without_a_classifier_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from unlabeled.eval.base import FeatureSplit
 from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled.ssl.data.source import DecodeError, ImageSource
 
 _SAMPLED = 16
@@ -37,11 +38,22 @@ def weights_identity(backbone: Backbone) -> str:
     kwargs = sorted((key, tuple(value) if isinstance(value, list) else value) for key, value in backbone.kwargs.items())
     built = (backbone.name, kwargs, backbone.mean, backbone.std)
     digest.update(repr((*built, type(backbone.model).__qualname__)).encode())
+    if backbone.custom:  # nothing names its code: what it computes of some noise does
+        digest.update(repr((backbone.origin, backbone.model)).encode() + _answer(backbone))
     for name, value in backbone.state_dict().items():
         array = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(array.numpy().data)
     return digest.hexdigest()
+
+
+@torch.no_grad()
+def _answer(backbone: Backbone) -> bytes:
+    """The features of one picture of noise."""
+    device = next((tensor.device for tensor in backbone.buffers()), torch.device("cpu"))
+    noise = torch.randn(1, 3, *backbone.input_size, generator=torch.Generator().manual_seed(0)).to(device)
+    with modes_kept(backbone.model):
+        return backbone.eval().pooled(noise).cpu().numpy().tobytes()
 
 
 def data_identity(source: ImageSource) -> str:

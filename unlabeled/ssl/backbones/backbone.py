@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import timm
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 import unlabeled.ssl.backbones.networks  # noqa: F401  registers our own networks with timm
 from unlabeled.ssl.backbones.layer_index import block_layers, count_blocks
+from unlabeled.ssl.backbones.outline import outline, redrawn, unfilled
 from unlabeled.ssl.backbones.shapes import Shapes, probe_shapes, reached_by_maps, reached_by_pooled
+from unlabeled.ssl.config.messages import in_short
 from unlabeled.ssl.core.errors import (
     CapabilityError,
     CheckpointError,
@@ -25,8 +27,9 @@ from unlabeled.ssl.core.errors import (
     first_line,
     nearest,
 )
+from unlabeled.ssl.core.plain import class_path
 
-__all__ = ["CAPABILITIES", "Backbone", "Stage", "block_layers", "create_backbone"]
+__all__ = ["CAPABILITIES", "CUSTOM", "Backbone", "Stage", "block_layers", "create_backbone"]
 
 CAPABILITIES: dict[str, str] = {
     "pooled": "unlabeled.ssl.backbones.backbone:_lacks_pooled",
@@ -38,6 +41,8 @@ CAPABILITIES: dict[str, str] = {
 }
 """Capability → ``"module:function"``; the function takes a Backbone and says in a few words why it lacks it."""
 
+CUSTOM = "custom"
+"""What files say in place of a timm name."""
 _USUAL_STRIDE = 32
 """Pixels per place of the last map, where a network has no maps to measure."""
 
@@ -51,15 +56,21 @@ class Stage(NamedTuple):
 
 
 class Backbone(nn.Module):
-    """A timm model (or any module with timm's surface) as a feature extractor without a head.
+    """A timm model, or any module with timm's surface, as a feature extractor without a head.
+
+    >>> backbone = unlabeled.Backbone(MyNet(), size=(64, 64), mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
 
     The surface: ``forward_features(x)`` and ``forward_head(features, pre_logits=True)``, which give the pooled
     features; for feature maps also ``feature_info`` and ``forward_intermediates(x, indices, output_fmt,
     intermediates_only)``. Widths and strides are measured, not believed (see `unlabeled.ssl.backbones.shapes`).
 
-    Attributes: `model`, `name` and `kwargs` (what ``timm.create_model`` needs to build it again), `embed_dim`,
-    `stages` (empty without feature maps), `input_size` (h, w), `depth` (number of blocks), `mean` and `std` (of the
-    pictures, for 0..1 values).
+    `name` and `kwargs` are what ``timm.create_model`` built the model by; None: it is a module of the user's own.
+    `size` in pixels, one number or (h, w), `mean` and `std` of 0..1 values; None: those of the model's
+    ``pretrained_cfg``, else 224 and ImageNet's.
+
+    Attributes: `model`, `name` (of the class, where it has none of timm), `custom` (whether it has none), `origin`
+    (``package.module:Class``), `kwargs`, `embed_dim`, `stages` (empty without feature maps), `input_size` (h, w),
+    `depth` (number of blocks), `mean`, `std`.
 
     Raises CapabilityError for a module without that surface and ConfigError for a size that it cannot take.
     """
@@ -67,28 +78,32 @@ class Backbone(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        name: str = "custom",
+        name: str | None = None,
         kwargs: dict[str, Any] | None = None,
-        size: tuple[int, int] | None = None,
+        size: int | tuple[int, int] | None = None,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        for method in ("forward_features", "forward_head"):
-            if not callable(getattr(model, method, None)):
-                surface = "forward_features(x) and forward_head(features, pre_logits=True), as timm's models have"
-                raise CapabilityError(f"backbone: {type(model).__name__} has no {method}; a backbone needs {surface}")
+        _check_surface(model)
         self.model = model
-        self.name = name
+        self.custom = name is None or name == CUSTOM
+        self.name = type(model).__name__ if name is None or self.custom else name
+        self.origin = class_path(type(model))
         self.kwargs = dict(kwargs or {})
         self.trained = False
         """Whether it starts from trained weights, which a task then keeps."""
         data = resolve_model_data_config(model)
-        self.input_size: tuple[int, int] = size or (int(data["input_size"][-2]), int(data["input_size"][-1]))
-        self.mean: tuple[float, ...] = tuple(data["mean"])
-        self.std: tuple[float, ...] = tuple(data["std"])
-        self._shapes = _measure(model, name, self.input_size)
+        self.input_size: tuple[int, int] = _pixels(size) or (int(data["input_size"][-2]), int(data["input_size"][-1]))
+        self.mean = _statistics("mean", data["mean"] if mean is None else mean)
+        self.std = _statistics("std", data["std"] if std is None else std)
+        self._shapes = _measure(model, self.name, self.input_size, self.custom)
         self.embed_dim: int = self._shapes.pooled[0]
         self.stages: list[Stage] = _stages(model, self._shapes, self.input_size)
         self.depth = count_blocks(name for name, _ in model.named_parameters())
+        # in a tuple, so that it is no part of this module; before a task changes the network
+        self._outline: tuple[nn.Module, ...] = (outline(model),) if self.custom else ()
         self.register_buffer("_mean", torch.tensor(self.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("_std", torch.tensor(self.std).view(1, -1, 1, 1), persistent=False)
 
@@ -170,11 +185,23 @@ class Backbone(nn.Module):
     def twin(self) -> Backbone:
         """The same architecture with fresh random weights and the same statistics of the pictures.
 
-        Raises ConfigError when the network was not built from a timm name.
+        A module without a timm name is drawn by its layers' own ``reset_parameters``. Raises ConfigError when that
+        leaves some of its parameters out.
         """
-        twin = create_backbone(self.name, size=self.input_size, **self.kwargs)
-        twin.set_statistics(self.mean, self.std)
-        return twin
+        return self._again(redrawn(self._outline[0], self.name)) if self.custom else self.unfilled()
+
+    def unfilled(self) -> Backbone:
+        """The same architecture with weights that have yet to be loaded."""
+        if self.custom:
+            return self._again(unfilled(self._outline[0]))
+        again = create_backbone(self.name, size=self.input_size, **self.kwargs)
+        again.set_statistics(self.mean, self.std)
+        return again
+
+    def _again(self, model: nn.Module) -> Backbone:
+        again = Backbone(model, size=self.input_size, mean=self.mean, std=self.std)
+        again.name, again.origin = self.name, self.origin
+        return again
 
     def reached_by_pooled(self) -> set[str]:
         """Names of the parameters (relative to this module) that the pooled features depend on."""
@@ -244,7 +271,31 @@ def _build(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _measure(model: nn.Module, name: str, size: tuple[int, int]) -> Shapes:
+def _check_surface(model: Any) -> None:
+    """Raises CapabilityError unless `model` has timm's surface."""
+    if isinstance(model, type) or not isinstance(model, nn.Module):
+        raise CapabilityError(
+            f"backbone: {in_short(model)} is no nn.Module; build one, or give a timm name to create_backbone"
+        )
+    for method in ("forward_features", "forward_head"):
+        if not callable(getattr(model, method, None)):
+            surface = "forward_features(x) and forward_head(features, pre_logits=True), as timm's models have"
+            raise CapabilityError(f"backbone: {type(model).__name__} has no {method}; a backbone needs {surface}")
+
+
+def _statistics(field: str, values: Sequence[float]) -> tuple[float, ...]:
+    """`values` as one number for each channel. Raises ConfigError for anything else."""
+    try:
+        found = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        found = ()
+    if len(found) != 3 or (field == "std" and min(found) <= 0):
+        sign = "positive numbers" if field == "std" else "numbers"
+        raise ConfigError(f"backbone.{field}: {values!r} is not possible; give three {sign}, one a channel")
+    return found
+
+
+def _measure(model: nn.Module, name: str, size: tuple[int, int], custom: bool) -> Shapes:
     """Shapes of what the model gives at `size`. Raises ConfigError when it cannot take that size."""
     shown = f"{size[0]}x{size[1]}"
     patches = getattr(model, "patch_embed", None)
@@ -257,6 +308,11 @@ def _measure(model: nn.Module, name: str, size: tuple[int, int]) -> Shapes:
     try:
         return probe_shapes(model, size)
     except Exception as error:  # whatever a network's forward raises: it is told in one line, with its cause
+        if custom:
+            raise ConfigError(
+                f"backbone: {name} fails on a picture of 3x{shown} ({first_line(error)}); give the size that it takes, "
+                "as unlabeled.Backbone(module, size=(h, w)), or mend its forward_features and forward_head"
+            ) from error
         raise ConfigError(
             f"backbone.size: {name} cannot take pictures of {shown} ({first_line(error)}); give another backbone.size"
         ) from error
@@ -279,10 +335,15 @@ def _stages(model: nn.Module, shapes: Shapes, size: tuple[int, int]) -> list[Sta
 
 
 def _pixels(size: Any) -> tuple[int, int] | None:
-    if size is None or isinstance(size, int):
-        return None if size is None else (size, size)
-    height, width = size
-    return int(height), int(width)
+    if size is None:
+        return None
+    try:
+        height, width = (size, size) if isinstance(size, int) else (int(side) for side in size)
+    except (TypeError, ValueError):
+        height = width = 0
+    if min(height, width) < 1:
+        raise ConfigError(f"backbone.size: {size!r} is not possible; give pixels, one number or (height, width)")
+    return height, width
 
 
 def _lacks_pooled(backbone: Backbone) -> str | None:

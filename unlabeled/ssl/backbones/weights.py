@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.backbone import CUSTOM, Backbone, create_backbone
 from unlabeled.ssl.backbones.elastic.config import ElasticConfig
 from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError, first_line
 from unlabeled.ssl.core.files import replace_atomically
+from unlabeled.ssl.core.plain import objects_in, plain
 
 WEIGHTS = "backbone.safetensors"
 DESCRIPTION = "backbone.json"
@@ -62,9 +63,19 @@ class Description(NamedTuple):
     std: tuple[float, ...]
     elastic: ElasticConfig | None
     """Which sizes the network holds, if it was trained to hold some."""
+    module: str | None
+    """``package.module:Class`` of a network that has no timm name."""
 
     def build(self) -> Backbone:
-        """The network with random weights. Raises ConfigError for arguments that timm does not take."""
+        """The network with random weights.
+
+        Raises ConfigError for a network that only Python can build, and for arguments that timm does not take.
+        """
+        how = "build it as it was, and give it: unlabeled.load_backbone(path, module), or backbone=module from Python"
+        if self.name == CUSTOM:
+            raise ConfigError(f"it is a module of your own ({self.module or 'of an unknown class'}); {how}")
+        if (field := objects_in(self.kwargs, "kwargs")) is not None:
+            raise ConfigError(f"{field} is an object of Python, which no file holds; {how}")
         arguments: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in self.kwargs.items()
         }
@@ -79,13 +90,14 @@ def export_backbone(
     """Writes the two files, each atomically; returns the weights' path.
 
     `path` is a folder (made if need be), or the name of the weights, ``x.safetensors``, beside which lies ``x.json``.
-    `elastic` says which sizes the network holds, `classes` what the outputs of a classifier are. Raises CheckpointError
-    when an argument of the backbone cannot be written as JSON, or the disk refuses.
+    `elastic` says which sizes the network holds, `classes` what the outputs of a classifier are. The description of a
+    network that only Python can build says how to load it. Raises CheckpointError when the disk refuses.
     """
     weights, beside = export_files(path)
+    kwargs = plain(backbone.kwargs)
     description: dict[str, Any] = {
-        "name": backbone.name,
-        "kwargs": backbone.kwargs,
+        "name": CUSTOM if backbone.custom else backbone.name,
+        "kwargs": kwargs,
         "size": list(backbone.input_size),
         "mean": list(backbone.mean),
         "std": list(backbone.std),
@@ -96,10 +108,9 @@ def export_backbone(
         description["elastic"] = elastic.model_dump(mode="json")
     if classes is not None:
         description["classes"] = list(classes)
-    try:
-        text = json.dumps(description, indent=2) + "\n"
-    except TypeError as error:
-        raise CheckpointError(f"backbone.kwargs: {backbone.kwargs} cannot be written as JSON ({error})") from error
+    if backbone.custom or objects_in(kwargs, "kwargs") is not None:
+        description |= {"module": backbone.origin, "load": _how_to_load(backbone, weights.name, classes)}
+    text = json.dumps(description, indent=2) + "\n"
     # clones, since safetensors refuses tensors that share memory
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in backbone.model.state_dict().items()}
     try:
@@ -109,6 +120,14 @@ def export_backbone(
     except OSError as error:
         raise CheckpointError(f"{path}: the backbone cannot be written ({first_line(error)})") from error
     return weights
+
+
+def _how_to_load(backbone: Backbone, file: str, classes: Sequence[str] | None) -> str:
+    """Python that loads the weights `file` of a network that no file can build."""
+    if classes is not None:
+        made = f"network = unlabeled.create_classifier(module, classes={len(classes)})"
+        return f"build a {backbone.origin} as it was, as `module`; {made}; unlabeled.load_weights(network, '{file}')"
+    return f"build a {backbone.origin} as it was, as `module`; unlabeled.load_weights(module, '{file}')"
 
 
 def export_files(path: str | Path) -> tuple[Path, Path]:
@@ -131,6 +150,7 @@ def describe(path: str | Path) -> Description:
             mean=tuple(found["mean"]),
             std=tuple(found["std"]),
             elastic=ElasticConfig.model_validate(found["elastic"]) if found.get("elastic") else None,
+            module=found.get("module"),
         )
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: there is no {file.name}; give a run folder or an exported backbone") from error
@@ -145,22 +165,28 @@ def load_backbone(path: str | Path) -> Backbone:
 
     Raises CheckpointError when the files are missing, unreadable, or do not fit each other.
     """
-    weights, file = export_files(path)
-    description = describe(path)
-    if description.name == "custom":
-        raise CheckpointError(f"{file}: the backbone is a module of your own; build it and call load_weights on it")
+    file = export_files(path)[1]
     try:
-        backbone = description.build()
+        backbone = describe(path).build()
     except ConfigError as error:
         raise CheckpointError(f"{file}: the backbone cannot be built again: {error}") from error
-    report = load_weights(backbone, weights)
-    if faults := report.missing + report.unexpected:
-        raise CheckpointError(f"{weights}: does not fit {file.name} in {len(faults)} tensors: {faults[0]}")
+    fill_whole(backbone, path)
     return backbone
 
 
-def load_weights(backbone: Backbone, path: str | Path) -> LoadReport:
-    """Fills `backbone` from a run folder, a safetensors file, or a PyTorch file of tensors (``.pth``, ``.bin``).
+def fill_whole(backbone: Backbone, path: str | Path) -> None:
+    """Fills `backbone` with the export at `path`, which has to be of this very network.
+
+    Raises CheckpointError when a tensor is missing, left over, or does not fit.
+    """
+    weights, file = export_files(path)
+    report = load_weights(backbone, weights)
+    if faults := report.missing + report.unexpected:
+        raise CheckpointError(f"{weights}: does not fit {file.name} in {len(faults)} tensors: {faults[0]}")
+
+
+def load_weights(backbone: Backbone | nn.Module, path: str | Path) -> LoadReport:
+    """Fills `backbone`, or a bare module, from a run folder, a safetensors file or a PyTorch file of tensors (.pth).
 
     Unwraps what others wrap around a state dict (``model``, ``teacher``, ``module.``, ``encoder.``) and lets timm
     convert foreign layouts and resample positions to the backbone's size.
@@ -173,25 +199,28 @@ def load_weights(backbone: Backbone, path: str | Path) -> LoadReport:
     return fill_backbone(backbone, read_tensors(file), str(file))
 
 
-def fill_backbone(backbone: Backbone, content: State, file: str) -> LoadReport:
+def fill_backbone(backbone: Backbone | nn.Module, content: State, file: str) -> LoadReport:
     """`load_weights` for tensors that are in memory already; messages name them `file`."""
-    target = backbone.model.state_dict()
+    model: nn.Module = backbone.model if isinstance(backbone, Backbone) else backbone
+    called = backbone.name if isinstance(backbone, Backbone) else type(model).__name__
+    target = model.state_dict()
     prefix = _prefix(content, target)
     found = {name.removeprefix(prefix): tensor for name, tensor in content.items() if name.startswith(prefix)}
-    converted = _convert(found, backbone)
-    state = _without_classifier(converted, backbone)
+    converted = _convert(found, model)
+    state = _without_classifier(converted, model)
     loaded = [name for name in target if name in state]
     if not loaded:
         names = ", ".join(list(content)[:3])
-        raise CheckpointError(f"{file}: no tensor ({names}, ...) belongs to {backbone.name}; check backbone.name")
+        raise CheckpointError(f"{file}: no tensor ({names}, ...) belongs to {called}; check backbone.name")
     for name in loaded:
         ours, theirs = list(target[name].shape), list(state[name].shape)
         if ours != theirs:
-            fault = f"{name} has shape {theirs}, {backbone.name} needs {ours}"
+            fault = f"{name} has shape {theirs}, {called} needs {ours}"
             raise CheckpointError(f"{file}: {fault}; check backbone.name, size and kwargs")
-    with modes_kept(backbone.model):  # forgets what was computed from the old weights
-        backbone.model.load_state_dict({name: state[name] for name in loaded}, strict=False)
-    backbone.trained = True
+    with modes_kept(model):  # forgets what was computed from the old weights
+        model.load_state_dict({name: state[name] for name in loaded}, strict=False)
+    if isinstance(backbone, Backbone):
+        backbone.trained = True
     return LoadReport(
         loaded=loaded,
         missing=[name for name in target if name not in state],
@@ -246,15 +275,15 @@ def _prefix(content: State, target: Mapping[str, Tensor]) -> str:
     return "module." if all(name.startswith("module.") for name in content) else ""
 
 
-def _convert(found: State, backbone: Backbone) -> State:
+def _convert(found: State, model: nn.Module) -> State:
     """`found` as timm's own converter for this architecture makes it, where that fits the backbone better.
 
     The converter sees once the tensors with the backbone's names (it resamples positions, and reads tokens of other
     methods as a sign of a foreign layout) and once all of them (it renames foreign layouts).
     """
-    target = backbone.model.state_dict()
+    target = model.state_dict()
     convert: Callable[[State, Any], State] | None = getattr(
-        sys.modules[type(backbone.model).__module__], "checkpoint_filter_fn", None
+        sys.modules[type(model).__module__], "checkpoint_filter_fn", None
     )
 
     def fit(state: State) -> int:
@@ -265,7 +294,7 @@ def _convert(found: State, backbone: Backbone) -> State:
     options = [found]
     for given in ({name: tensor for name, tensor in found.items() if name in target}, found):
         try:
-            converted = convert(dict(given), backbone.model)
+            converted = convert(dict(given), model)
         except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError, AssertionError):
             continue  # it presumes its authors' layout; what does not fit without it is reported by name
         rest = {} if given is found else {name: tensor for name, tensor in found.items() if name not in target}
@@ -273,10 +302,10 @@ def _convert(found: State, backbone: Backbone) -> State:
     return max(options, key=fit)
 
 
-def _without_classifier(state: State, backbone: Backbone) -> State:
+def _without_classifier(state: State, model: nn.Module) -> State:
     """Leaves out a classifier for other classes than the backbone has."""
-    target = backbone.model.state_dict()
-    named = getattr(backbone.model, "pretrained_cfg", {}).get("classifier") or ()
+    target = model.state_dict()
+    named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     heads = tuple(f"{head}." for head in ([named] if isinstance(named, str) else named))
     return {
         name: tensor

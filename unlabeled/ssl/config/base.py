@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, PlainSerializer
+
+from unlabeled.ssl.core.plain import plain
+
+Arguments = Annotated[dict[str, Any], PlainSerializer(plain, when_used="json")]
+"""Settings that are passed on, such as ``kwargs``: any object of Python, which a file names where it cannot hold it."""
 
 
 class Section(BaseModel):

@@ -26,8 +26,9 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from unlabeled.ssl.config.base import Section
-from unlabeled.ssl.config.messages import explain
+from unlabeled.ssl.config.messages import explain, in_short
 from unlabeled.ssl.core.errors import ConfigError, first_line, nearest
+from unlabeled.ssl.core.plain import number
 
 GROUPS = ("task", "data", "recipe")
 """What a word ``group=option`` chooses from: files in ``configs/``, tasks and sources."""
@@ -77,12 +78,14 @@ def composed(
     """As `compose_config`, before validation: mappings, lists and plain values.
 
     `choices`: what a word such as ``task=NAME`` may name beside the files in ``configs/``. `values` are Python objects
-    that stand above everything else; a mapping is merged into the section of its name, anything else replaces it.
+    that stand above everything else and are never parsed; a mapping is merged into the section of its name, anything
+    else replaces it.
     """
     chosen, given = _split(values or {})
-    overrides = parse([*chosen, *words])
-    _store(choices or {}, _choices_of(command, overrides))
-    lines = [_to_hydra(override, choices or {}) for override in overrides]
+    overrides = parse(words)
+    _store(choices or {}, _choices_of(command, overrides) | set(chosen.items()))
+    lines = [_group_word(group, name, choices or {}) for group, name in chosen.items()]
+    lines += [_to_hydra(override, choices or {}) for override in overrides]
     try:
         with initialize_config_dir(str(config_folder()), version_base=None):
             config = compose(command, overrides=[line for line in lines if line is not None])
@@ -139,35 +142,64 @@ def _store(choices: Choices, chosen: set[tuple[str, str]]) -> None:
             ConfigStore.instance().store(group=group, name=name, node=dict(choices[group][name]), package="_global_")
 
 
-def _split(values: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """Keyword arguments → words that choose of a group, and the rest as sections within sections.
+def _split(values: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Keyword arguments → what they choose of groups, and the rest as sections within sections.
 
-    A key with dots or double underscores reaches inside: ``optim__lr=1e-3``. A name alone stands for a section's name.
+    A key with dots or double underscores reaches inside: ``optim__lr=1e-3``. It stands above the whole section,
+    ``optim={"lr": ...}``, in whichever order they come. A name alone stands for a section's name. Raises ConfigError
+    for one key in two spellings.
     """
-    words: list[str] = []
     nested: dict[str, Any] = {}
-    for key, value in values.items():
-        path = key.replace("__", ".").split(".")
-        value = _plain(value)
-        name = ".".join(path)
-        if isinstance(value, str) and name in (*GROUPS, *_NAMED):
-            value = {"name": value}
-        if name in GROUPS and isinstance(value, Mapping) and "name" in value:
-            words.append(f"{name}={value['name']}")
-            value = {field: inner for field, inner in value.items() if field != "name"}
-        if name == "recipe":  # all there is of it is its name
-            continue
+    paths = {key: key.replace("__", ".").split(".") for key in values}
+    for key, path in sorted(paths.items(), key=lambda item: len(item[1])):
+        if other := next((one for one, its in paths.items() if its == path and one != key), None):
+            raise ConfigError(f"{'.'.join(path)}: given twice, as {key} and as {other}; give it once")
+        tree = _plain(values[key])
         for part in reversed(path):
-            value = {part: value}
-        nested = merged(nested, value)
-    return words, nested
+            tree = {part: tree}
+        for named in (*GROUPS, *_NAMED):
+            tree = _with_name(tree, named.split("."))
+        nested = _over(nested, tree)
+    chosen = {}
+    for group in GROUPS:
+        section = nested.get(group)
+        if isinstance(section, Mapping) and "name" in section:
+            chosen[group] = str(section["name"])
+            nested[group] = {field: inner for field, inner in section.items() if field != "name"}
+    nested.pop("recipe", None)  # all there is of it is its name
+    return chosen, nested
+
+
+def _with_name(tree: Any, path: Sequence[str]) -> Any:
+    """`tree` in which a text at `path` is the name of the section there."""
+    if not isinstance(tree, Mapping) or path[0] not in tree:
+        return tree
+    inner, rest = tree[path[0]], path[1:]
+    changed = _with_name(inner, rest) if rest else {"name": inner} if isinstance(inner, str) else inner
+    return {**tree, path[0]: changed}
+
+
+def _over(whole: Mapping[str, Any], inside: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Both together; `inside` counts. Raises ConfigError where it reaches inside of what is no section."""
+    result = dict(whole)
+    for key, value in inside.items():
+        below = result.get(key, value)
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            result[key] = _over(below, value, f"{prefix}{key}.")
+        elif isinstance(value, Mapping):
+            shown = f"{in_short(below)} and {in_short(value)}"
+            raise ConfigError(f"{prefix}{key}: given twice, {shown}; give it once")
+        else:
+            result[key] = value
+    return result
 
 
 def _plain(value: Any) -> Any:
-    """A section of settings as the mapping of what was set of it; anything else as it is."""
+    """A section of settings as the mapping of what was set of it, a scalar of numpy or torch as a number; anything else
+    as it is."""
     if isinstance(value, BaseModel):
         return {name: _plain(getattr(value, name)) for name in value.model_fields_set}
-    return {key: _plain(inner) for key, inner in value.items()} if isinstance(value, Mapping) else value
+    return {key: _plain(inner) for key, inner in value.items()} if isinstance(value, Mapping) else number(value)
 
 
 def validate(values: Any, model: type[SectionT]) -> SectionT:

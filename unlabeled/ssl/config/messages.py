@@ -32,13 +32,15 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
 
 def _phrase(fault: Any, field: str, location: list[str | int], model: type[BaseModel], prefix: str) -> str:
     kind, value = fault["type"], fault["input"]
-    shown = repr(value) if len(repr(value)) <= _SHOWN else repr(value)[:_SHOWN] + "..."
+    shown = in_short(value)
     if kind == "extra_forbidden":
         section = _model_at(model, location[:-1])
         known = list(section.model_fields) if section else []
         where = ".".join(([prefix] if prefix else []) + [str(part) for part in location[:-1]])
         near = nearest(str(location[-1]), known)
         return f"{field}: there is no such setting{f' in {where}' if where else ''}; {near}"
+    if kind == "invalid_key":
+        return f"{field}: {shown} is no name of a setting; names are text"
     if kind == "missing":
         return f"{field}: not given; set {field}=..."
     if kind == "literal_error":
@@ -47,6 +49,12 @@ def _phrase(fault: Any, field: str, location: list[str | int], model: type[BaseM
         return f"{field or 'config'}: {str(fault['ctx']['error']).replace(chr(10), ' ')}"
     wanted = fault["msg"].removeprefix("Input should be ")
     return f"{field}: {shown} is not possible; give {wanted[0].lower() + wanted[1:]}"
+
+
+def in_short(value: object) -> str:
+    """`value` in one line of a message."""
+    text = value.__name__ if isinstance(value, type) else " ".join(repr(value).split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _is_union_tag(part: str | int) -> bool:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from unlabeled.ssl.config.base import Section
+from unlabeled.ssl.config.base import Arguments, Section
 
 Size = Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
 Depth = Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], ...]
@@ -43,8 +43,13 @@ class BackboneConfig(Section):
     """Start from this file: a run's ``backbone.safetensors``, a run folder, or a timm or safetensors state dict."""
     size: Size | None = None
     """Pixels of the pictures that the network sees, one number or [height, width]; None: the model's own."""
-    kwargs: dict[str, Any] = Field(default_factory=dict)
+    kwargs: Arguments = Field(default_factory=dict)
     """Further arguments for ``timm.create_model``, such as ``{patch_size: 4}``."""
+    module: str | None = None
+    """Written by a run that was given its network from Python, as an ``nn.Module`` or `Backbone`: the class of that.
+    Such a run goes on when it is given again; `name` is ``custom`` unless timm built it."""
+    fingerprint: str | None = None
+    """Written beside `module`: a hash of its tensors' names and shapes, and of its size, mean and deviation."""
 
 
 class DataConfig(Section):
@@ -79,7 +84,7 @@ class OptimConfig(Section):
     """Learning rate of layer i is multiplied by layer_decay^(depth + 1 - i); None: no layer-wise decay."""
     patch_embed_lr: float = Field(1.0, gt=0)
     """Learning rate of the backbone's patch embedding is multiplied by this, on top of `layer_decay` (DINOv2: 0.2)."""
-    kwargs: dict[str, Any] = Field(default_factory=dict)
+    kwargs: Arguments = Field(default_factory=dict)
     """Further arguments of the optimizer."""
 
 
@@ -222,7 +227,7 @@ class RunConfig(Section):
 class PretrainConfig(RunConfig):
     """One pretraining run."""
 
-    task: dict[str, Any] = Field(default_factory=lambda: {"name": "mae"})
+    task: Arguments = Field(default_factory=lambda: {"name": "mae"})
     """``name`` and the fields of that task's own ``Config``."""
     backbone: BackboneConfig = BackboneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.given import require_given, require_same_weights
 from unlabeled.ssl.backbones.weights import load_weights
 from unlabeled.ssl.config.schema import BackboneConfig, RunConfig
 from unlabeled.ssl.data.bad import BadImages
@@ -93,8 +94,12 @@ def create_saver(
     )  # fmt: skip
 
 
-def build_backbone(config: BackboneConfig) -> Backbone:
-    """The network that `config` names, with the weights that it asks for."""
+def build_backbone(config: BackboneConfig, given: Backbone | None = None) -> Backbone:
+    """The network that `config` names, with the weights that it asks for; `given`, where it comes from Python."""
+    require_given(config, given)
+    if given is not None:
+        require_same_weights(given)
+        return given
     backbone = create_backbone(config.name, pretrained=config.pretrained, size=config.size, **config.kwargs)
     if config.checkpoint is not None:
         report = load_weights(backbone, config.checkpoint)

@@ -226,7 +226,7 @@ def whole_task(run: Training) -> PretextTask:
     """The task for use outside of training: itself, or under FSDP an unsharded copy. All ranks must call it."""
     if not run.saver.sharded:
         return run.task
-    copy = type(run.task)(run.task.config, run.task.backbone.twin()).to(run.accelerator.device)
+    copy = type(run.task)(run.task.config, run.task.backbone.unfilled()).to(run.accelerator.device)
     state = [run.saver.whole_model()]  # complete on the main process only
     dist.broadcast_object_list(state, src=0)
     copy.load_state_dict(state[0])

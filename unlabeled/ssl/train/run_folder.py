@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from unlabeled.ssl.backbones.given import require_same_module
 from unlabeled.ssl.config.schema import RunConfig
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 from unlabeled.ssl.core.files import write_atomically, writing
@@ -67,7 +68,9 @@ def claim_folder(config: RunConfig) -> Path | None:
         if out.is_dir() and any(out.iterdir()):
             raise CheckpointError(f"out: {out} is not empty and holds no run; choose another folder")
         return None
-    difference = _difference(read_config(record), config)
+    written = read_config(record)
+    require_same_module(out, written, getattr(config, "backbone", None))
+    difference = _difference(written, config)
     if difference is not None:
         key, there, here = difference
         raise CheckpointError(

@@ -7,11 +7,11 @@ arXiv 2111.06377 has others for its TensorFlow code), for a batch of any size; s
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from unlabeled.ssl.config.base import Section
+from unlabeled.ssl.config.base import Arguments, Section
 from unlabeled.ssl.config.schema import BackboneConfig, OptimConfig, RunConfig, ScheduleConfig, Size
 
 Part = Annotated[float, Field(gt=0, le=1)]
@@ -26,7 +26,7 @@ class NetworkConfig(Section):
     where timm does so."""
     drop_path: float = Field(0.0, ge=0, lt=1)
     """Largest rate of stochastic depth, which grows with depth (MAE: 0.1 for ViT-B, 0.2 for ViT-L)."""
-    kwargs: dict[str, Any] = Field(default_factory=dict)
+    kwargs: Arguments = Field(default_factory=dict)
     """Further arguments for ``timm.create_model``, over those of the target, such as ``{global_pool: avg}``."""
 
 

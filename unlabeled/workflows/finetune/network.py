@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any, cast
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
+from unlabeled.ssl.backbones.given import adopt
 from unlabeled.ssl.backbones.shapes import probed, reached_by
 from unlabeled.ssl.backbones.weights import fill_backbone
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
@@ -28,7 +30,7 @@ def classifier_network(target: Backbone, classes: int, config: NetworkConfig, *,
     torch's global generator. Raises ConfigError for arguments that the model does not take, CapabilityError for one
     that has no classifier, CheckpointError for weights that do not fit.
     """
-    network = _build(target, classes, config)
+    network = _extend(target, classes, config, weights) if target.custom else _build(target, classes, config)
     head = classifier_parameters(network)
     shape = probed(network.model, network.input_size, lambda model, x: tuple(model(x).shape))
     if not head or shape != (1, classes):
@@ -36,7 +38,7 @@ def classifier_network(target: Backbone, classes: int, config: NetworkConfig, *,
             f"target: {network.name} gives {list(shape[1:])} for a picture instead of {classes} classes; "
             "give a network with a classifier"
         )
-    if weights:
+    if weights and not target.custom:
         names = {name.removeprefix("model.") for name in head}
         state = {name: tensor for name, tensor in target.model.state_dict().items() if name not in names}
         report = fill_backbone(network, state, f"target: {target.name}")
@@ -49,8 +51,6 @@ def classifier_network(target: Backbone, classes: int, config: NetworkConfig, *,
 
 
 def _build(target: Backbone, classes: int, config: NetworkConfig) -> Backbone:
-    if target.name == "custom":
-        raise ConfigError("target: a module of your own has no timm name to build its classifier by; give a timm model")
     kwargs: dict[str, Any] = {**target.kwargs, **config.kwargs, "num_classes": classes}
     if config.drop_path:
         kwargs["drop_path_rate"] = config.drop_path
@@ -63,6 +63,62 @@ def _build(target: Backbone, classes: int, config: NetworkConfig) -> Backbone:
         raise ConfigError(told.replace("backbone.size", "network.size").replace("backbone.k", "network.k")) from error
     network.set_statistics(target.mean, target.std)
     return network
+
+
+def _extend(target: Backbone, classes: int, config: NetworkConfig, weights: bool) -> Backbone:
+    """A copy of a network without a timm name, or its random twin, with a classifier."""
+    if config.kwargs or config.drop_path:
+        field = "network.kwargs" if config.kwargs else "network.drop_path"
+        raise ConfigError(f"{field}: {target.name} is not built by its name; set this where you build the module")
+    model = copy.deepcopy(target.model) if weights else target.twin().model
+    classifier = model
+    if callable(getattr(model, "reset_classifier", None)) and callable(getattr(model, "get_classifier", None)):
+        cast(Any, model).reset_classifier(classes)
+    else:
+        classifier = Classifier(model, target.embed_dim, classes)
+    network = Backbone(classifier, size=config.size or target.input_size, mean=target.mean, std=target.std)
+    network.name, network.origin = target.name, target.origin
+    return network
+
+
+class Classifier(nn.Module):
+    """A network of timm's surface with one linear layer on its pooled features."""
+
+    def __init__(self, model: nn.Module, width: int, classes: int) -> None:
+        super().__init__()
+        self.model = model
+        self.head = nn.Linear(width, classes)
+
+    def forward_features(self, x: Tensor) -> Any:
+        """As `model`."""
+        return cast(Any, self.model).forward_features(x)
+
+    def forward_head(self, features: Any, pre_logits: bool = False) -> Tensor:
+        """Logits (B, classes); with `pre_logits` the pooled features (B, D)."""
+        pooled: Tensor = cast(Any, self.model).forward_head(features, pre_logits=True).flatten(1)
+        return pooled if pre_logits else self.head(pooled)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised (B, 3, h, w) → (B, classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def get_classifier(self) -> nn.Module:
+        """The linear layer, as timm's models give it."""
+        return self.head
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that `model` excepts from weight decay."""
+        excepted = getattr(self.model, "no_weight_decay", None)
+        return {f"model.{name}" for name in excepted()} if callable(excepted) else set()
+
+
+def create_classifier(module: nn.Module, classes: int) -> Backbone:
+    """A copy of `module`, a `Backbone` or a module with timm's surface, with a new classifier of `classes` outputs.
+
+    It is what `unlabeled.finetune` trains; ``load_weights(classifier, "classifier.safetensors")`` brings a fine-tuned
+    one back. Its ``.model(x)`` gives logits (B, classes). Raises CapabilityError for a module that cannot be one.
+    """
+    return classifier_network(adopt(module), classes, NetworkConfig())
 
 
 def classifier_parameters(network: Backbone) -> set[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +13,9 @@ from typing import Any
 
 import torch
 
+from unlabeled.eval.suite import random_twin
 from unlabeled.ssl.backbones.backbone import Backbone
+from unlabeled.ssl.backbones.given import record
 from unlabeled.ssl.backbones.weights import export_backbone
 from unlabeled.ssl.config.composition import validate
 from unlabeled.ssl.config.schema import DataConfig, EvaluateRun, PretrainConfig
@@ -82,12 +86,20 @@ class _Trained:
 
 
 def finetune_config(
-    target: str | Path, words: Sequence[str] = (), values: Mapping[str, Any] | None = None
+    target: str | Path,
+    words: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+    backbone: Backbone | None = None,
 ) -> FinetuneConfig:
-    """The validated settings under the given words; without data those of the run, which needs labels."""
+    """The validated settings under the given words; without data those of the run, which needs labels.
+
+    `backbone`: a network that is given from Python: the target itself, or what the target's weights belong to.
+    """
     config = compose_settings("finetune", words, FinetuneConfig, {**(values or {}), "target": str(target)})
+    if backbone is not None:
+        config = config.model_copy(update={"backbone": record(backbone)})
     folder = Path(target).expanduser()
-    if (folder / CLASSIFIER).is_file():
+    if os.path.isfile(folder / CLASSIFIER):  # unlike Path's own, it takes any text for a name
         raise ConfigError(f"target: {folder} holds a classifier; give {folder / CLASSIFIER} to fine-tune it further")
     data = config.data if "data" in config.model_fields_set else _data_of(folder)
     config = config.model_copy(update={"data": filled(labeled(data))})
@@ -100,24 +112,25 @@ def finetune_config(
 
 def _data_of(folder: Path) -> DataConfig:
     """What the run in `folder` names for evaluation, else its own data, whole."""
-    if not (folder / "config.yaml").is_file():
+    if not os.path.isfile(folder / "config.yaml"):
         raise ConfigError("data: not given; a target that is no run folder needs labelled data, such as data=digits")
     run = validate(read_config(folder / "config.yaml"), PretrainConfig)
     return run.evaluate.data or run.data.model_copy(update={"limit": None})
 
 
-def finetune_from(config: FinetuneConfig) -> FinetuneResult:
+def finetune_from(config: FinetuneConfig, backbone: Backbone | None = None) -> FinetuneResult:
     """Fine-tunes under validated settings, then trains the baseline, exports the classifier and writes the report.
 
-    The same command goes on after a signal, in whichever of the two it stopped.
+    The same command goes on after a signal, in whichever of the two it stopped. `backbone` as in `finetune_config`.
     """
-    own = _train(config)
+    wanted = config.baseline and (backbone is None or _can_be_random(backbone))
+    own = _train(config, backbone)
     baseline = None
     if own.main and not own.stopped:
         export_backbone(own.network, config.out / CLASSIFIER, classes=own.train.classes)
-    if config.baseline and own.pretrained and not own.stopped:
+    if wanted and own.pretrained and not own.stopped:
         logger.info("baseline: the same network from random weights")
-        baseline = _train(baseline_of(config))
+        baseline = _train(baseline_of(config), backbone)
     stopped = own.stopped or (baseline.stopped if baseline is not None else None)
     report = None
     if own.main and not stopped:
@@ -143,13 +156,22 @@ def baseline_of(config: FinetuneConfig) -> FinetuneConfig:
     return config.model_copy(update={"scratch": True, "optim": optim, "out": config.out / "scratch"})
 
 
-def _train(config: FinetuneConfig) -> _Trained:
+def _can_be_random(backbone: Backbone) -> bool:
+    """Whether there is a baseline of `backbone` from random weights; told before the training if not."""
+    try:
+        random_twin(backbone, seed=0)
+    except ConfigError as error:
+        logger.info("no baseline with random weights: %s", error)
+        return False
+    return True
+
+
+def _train(config: FinetuneConfig, backbone: Backbone | None) -> _Trained:
     with told_once():
-        target = resolve_target(
-            EvaluateRun(
-                target=config.target, backbone=config.backbone, pretrained=config.pretrained, seed=config.engine.seed
-            )
+        wanted = EvaluateRun(
+            target=config.target, backbone=config.backbone, pretrained=config.pretrained, seed=config.engine.seed
         )
+        target = resolve_target(wanted, copy.deepcopy(backbone))  # the baseline begins from it too
         data = open_labelled(config)
         run = prepare(config, target, data)
     begin = time.perf_counter()

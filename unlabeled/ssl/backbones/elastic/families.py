@@ -69,7 +69,7 @@ def lacks_elastic(backbone: Backbone) -> str | None:
     model = backbone.model
     if type(model) not in {family.kind for family in FAMILIES}:
         return f"networks of its kind have no known sub-networks, those of {_KNOWN} have"
-    if backbone.name == "custom":
+    if backbone.custom:
         return "a module of your own is not built by name; give the name of a timm model"
     return _obstacle(model)
 

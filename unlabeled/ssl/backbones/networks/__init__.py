@@ -13,4 +13,13 @@ __all__ = [
     "convmae_large",
     "convmae_small",
     "nin_cifar",
+    "register_networks",
 ]
+
+
+def register_networks() -> None:
+    """Makes timm know our own networks (``nin_cifar``, ``convmae_small``, ...), as any other function of ours does.
+
+    Only for Python that uses nothing but timm afterwards: ``timm.create_model("nin_cifar", checkpoint_path=...)``.
+    """
+    # nothing to do: they were registered when this package was imported
