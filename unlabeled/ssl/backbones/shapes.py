@@ -40,12 +40,12 @@ def probe_shapes(model: nn.Module, size: tuple[int, int]) -> Shapes:
 
     Raises whatever the network raises for a picture that it cannot take.
     """
-    if _small(model, size):
-        with torch.random.fork_rng(devices=[]):
-            return _run(_copy(model), size, torch.device("cpu"))
     try:
+        if _small(model, size):
+            with torch.random.fork_rng(devices=[]):
+                return _run(_copy(model), size, torch.device("cpu"))
         return _run(ghost(model), size, torch.device("meta"))
-    except Exception:  # not every operation has a meta kernel; the network itself then says what is wrong, or works
+    except Exception:  # not all can be copied or has a meta kernel; the network itself says what is wrong, or works
         return _run_real(model, size)
 
 
