@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 
 from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.backbones.elastic import Elastic, ElasticConfig, SubSize
@@ -39,9 +42,15 @@ def test_alternating_blocks_keep_their_parity() -> None:
             assert all(abs(a - b) <= 1 for a, b in zip(numbers, evenly(kept, blocks), strict=True))
 
 
+def elastic_of(name: str, arguments: dict[str, Any], **config: Any) -> Elastic:
+    """Of a network without values, which are not looked at and take long to draw."""
+    with torch.device("meta"):
+        return Elastic(create_backbone(name, **arguments), ElasticConfig(**config))
+
+
 @pytest.fixture(scope="module")
 def vit_large() -> Elastic:
-    return Elastic(create_backbone("vit_large_patch16_224", size=32), ElasticConfig(width=384, depth=12))
+    return elastic_of("vit_large_patch16_224", {"size": 32}, width=384, depth=12)
 
 
 def test_the_published_vit_holds_143_sizes_and_draws_572(vit_large: Elastic) -> None:
@@ -54,16 +63,16 @@ def test_the_published_vit_holds_143_sizes_and_draws_572(vit_large: Elastic) -> 
 
 
 def test_the_published_swin_holds_39_sizes() -> None:
-    backbone = create_backbone("swin_base_patch4_window7_224", num_heads=(8, 16, 32, 64))
-    elastic = Elastic(backbone, ElasticConfig(width=96, depth=(2, 2, 6, 2)))
+    heads = {"num_heads": (8, 16, 32, 64)}
+    elastic = elastic_of("swin_base_patch4_window7_224", heads, width=96, depth=(2, 2, 6, 2))
     assert len(elastic.sizes) == 39
     assert [sum(multiplicities(elastic.sizes, scale)) for scale in (2, 3)] == [89, 157]
     assert elastic.sizes[0] == SubSize(96, (2, 2, 6, 2))
 
 
 def test_the_published_resnet_holds_465_sizes() -> None:
-    backbone = create_backbone("resnet152", size=32, base_width=128, norm_layer="groupnorm")
-    elastic = Elastic(backbone, ElasticConfig(width=64, depth=(3, 4, 6, 3)))
+    wide = {"size": 32, "base_width": 128, "norm_layer": "groupnorm"}
+    elastic = elastic_of("resnet152", wide, width=64, depth=(3, 4, 6, 3))
     assert len(elastic.sizes) == 465
     assert [sum(multiplicities(elastic.sizes, scale, by_width=False)) for scale in (2, 3)] == [699, 930]
 
