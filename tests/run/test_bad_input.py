@@ -85,6 +85,8 @@ def files_of(folder: Path) -> dict[Path, bytes]:
         (["epochs=0"], "epochs: 0 is not possible; give greater than 0"),
         (["batch_size=64"], "batch_size: 64 is larger than the data (32 images); give batch_size=32 or less"),
         (["engine.accumulation=3"], "batch_size: 8 cannot be split over 1 processes x 3 micro-steps"),
+        (["evaluate.final=true", "data=digits", "evaluate.evaluators=[knn,segmentation]"],
+         "evaluate.data: the data has no masks; give data=voc or data=shapes"),
         (["evaluate.evaluators=[knn,liner]"], "evaluate.evaluators: 'liner' is not an evaluator; did you mean 'linear"),
         (["evaluate.knn.kk=3"], "evaluate.knn.kk: there is no such setting in evaluate.knn; did you mean 'k'?"),
         (["evaluate.knn.k=[0]"], "evaluate.knn.k: [0] is not possible; give whole numbers from 1"),

@@ -17,6 +17,7 @@ from unlabeled.ssl.core.errors import DataError
 
 if TYPE_CHECKING:
     from unlabeled.eval.subject import Subject
+    from unlabeled.ssl.data.source import ImageSource
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -153,6 +154,12 @@ class Evaluator(ABC):
     def __init__(self, config: Any) -> None:
         """`config`: an instance of `Config`. Raises ConfigError for settings that are not possible."""
         self.config = config
+
+    def check_sources(self, train: ImageSource, test: ImageSource) -> None:
+        """Raises DataError for data that it cannot judge, as far as that shows before anything is computed.
+
+        A run asks at its start, so that nothing is trained for an evaluation that cannot be had.
+        """
 
     @abstractmethod
     def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:

@@ -13,6 +13,7 @@ from unlabeled.ssl.config.messages import explain
 from unlabeled.ssl.config.schema import EvaluateConfig
 from unlabeled.ssl.core.errors import ConfigError, nearest
 from unlabeled.ssl.core.registry import Registry
+from unlabeled.ssl.data.source import ImageSource
 
 EVALUATORS: dict[str, str] = {
     "knn": "unlabeled.eval.evaluators.knn:KnnEvaluator",
@@ -122,6 +123,19 @@ def settle(
     for name in whole:
         build_evaluator(evaluate, name)
     return evaluate.model_copy(update=whole)
+
+
+def check_sources(evaluate: EvaluateConfig, train: ImageSource, test: ImageSource) -> None:
+    """Raises DataError for data that an evaluator which was chosen by name cannot judge, before anything is
+    computed."""
+    if evaluate.evaluators != "all":  # of all of them those that cannot judge the data are passed over, with a note
+        for evaluator in build_evaluators(evaluate):
+            evaluator.check_sources(train, test)
+
+
+def looks_at_sources(evaluate: EvaluateConfig) -> bool:
+    """Whether an evaluator that was chosen asks something of the data beside labels."""
+    return any(type(one).check_sources is not Evaluator.check_sources for one in build_evaluators(evaluate))
 
 
 def _first(section: object) -> str:

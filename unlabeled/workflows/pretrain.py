@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unlabeled.eval.comparison import judge
 from unlabeled.eval.features.extract import evaluating
-from unlabeled.eval.registry import chosen_evaluators, evaluator_config
+from unlabeled.eval.registry import check_sources, chosen_evaluators, evaluator_config, looks_at_sources
 from unlabeled.eval.results import Evidence
 from unlabeled.eval.suite import evaluate_backbone, online_knn
 from unlabeled.pretext.registry import create_task, task_class, task_config
@@ -132,8 +132,7 @@ def prepare(config: PretrainConfig, backbone: Backbone | None = None) -> Trainin
     accelerator = create_accelerator(config.engine)
     checkpoint = claim_folder(config)
     source = open_source(config.data, "train")
-    named = config.evaluate.final and config.evaluate.data is not None  # its faults are told now, not after the run
-    evaluated = labelled_data(config) if config.evaluate.every or named else None
+    evaluated = data_for_evaluation(config)
     plan = Plan.of(config, len(source), accelerator.num_processes)
     task = build_task(config, backbone)
     views = task_class(config.task["name"]).views(task_config(config.task), task.backbone)
@@ -152,6 +151,19 @@ def build_task(config: PretrainConfig, backbone: Backbone | None = None) -> Pret
             "task: read %s (missing: %s; not used: %s)", config.official, missing or "none", unexpected or "none"
         )
     return task
+
+
+def data_for_evaluation(config: PretrainConfig) -> tuple[ImageSource, ImageSource] | None:
+    """`labelled_data` where it is needed while the run goes, or where the evaluation at its end may find a fault in it.
+
+    Raises DataError for what the end would refuse.
+    """
+    evaluate = config.evaluate
+    asked = evaluate.data is not None or looks_at_sources(evaluate)
+    found = labelled_data(config) if evaluate.every or (evaluate.final and asked) else None
+    if found is not None and evaluate.final:
+        check_sources(evaluate, *found)
+    return found
 
 
 class OnlineEvaluation:

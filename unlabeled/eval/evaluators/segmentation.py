@@ -83,6 +83,10 @@ class SegmentationEvaluator(Evaluator):
     def measure(cls, key: str) -> Measure | None:
         return _MEASURES.get(key)
 
+    def check_sources(self, train: ImageSource, test: ImageSource) -> None:
+        for source in (train, test):
+            with_masks(source)
+
     def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         train, test = (with_masks(source) for source in subject.pictures())
         places = Places(subject, self.name, self.config.level)
