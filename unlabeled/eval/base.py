@@ -155,7 +155,7 @@ class Evaluator(ABC):
         """`config`: an instance of `Config`. Raises ConfigError for settings that are not possible."""
         self.config = config
 
-    def check_sources(self, train: ImageSource, test: ImageSource) -> None:
+    def check_sources(self, train: ImageSource, test: ImageSource) -> None:  # noqa: B027  # most ask nothing
         """Raises DataError for data that it cannot judge, as far as that shows before anything is computed.
 
         A run asks at its start, so that nothing is trained for an evaluation that cannot be had.
