@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -252,6 +253,7 @@ def _judged(
     """
     found = EncoderEvidence({}, dimension=subject.features.train.features.shape[1])
     notes = [note] if note else []
+    components = functools.cache(functools.partial(principal, subject))  # once, whoever judges them
     for evaluator in evaluators:
         if subject.backbone is None and evaluator.needs == "network":
             continue
@@ -260,7 +262,7 @@ def _judged(
                 for key, value in evaluator.run(subject):
                     _take(found, notes, evaluator.name, key, value)
                 if evaluator.needs == "features":
-                    _judge_prefixes(found, evaluator, subject, prefixes)
+                    _judge_prefixes(found, evaluator, subject, components, prefixes)
             except (DataError, CapabilityError) as error:
                 if strict:
                     raise
@@ -287,14 +289,20 @@ def _take(found: EncoderEvidence, notes: list[str], evaluator: str, key: str, va
         found.metrics[metric] = float(value)
 
 
-def _judge_prefixes(found: EncoderEvidence, evaluator: Evaluator, subject: Subject, prefixes: Sequence[int]) -> None:
+def _judge_prefixes(
+    found: EncoderEvidence,
+    evaluator: Evaluator,
+    subject: Subject,
+    components: Callable[[int], Subject],
+    prefixes: Sequence[int],
+) -> None:
     """``knn/k20@64`` for the first 64 features, ``knn/k20@pca64`` for as many principal components."""
     own = [metric for metric in found.metrics if metric.startswith(f"{evaluator.name}/") and "@" not in metric]
     shown = [metric for metric in own if measure_of(metric)]
     lengths = sorted({length for length in prefixes if length < found.dimension})
-    components = principal(subject, lengths[-1]) if lengths else subject
     for length in lengths:
-        for cut, part in ((str(length), subject.first(length)), (f"pca{length}", components.first(length))):
+        principal_part = components(lengths[-1]).first(length)
+        for cut, part in ((str(length), subject.first(length)), (f"pca{length}", principal_part)):
             for key, value in evaluator.run(part):
                 metric = f"{evaluator.name}/{key}"
                 if metric in shown and isinstance(value, (int, float, Estimate)):
