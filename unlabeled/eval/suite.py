@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -205,6 +206,7 @@ def _judged(
     """
     found = EncoderEvidence({}, dimension=subject.features.train.features.shape[1])
     notes = [note] if note else []
+    components = functools.cache(functools.partial(principal, subject))  # once, whoever judges them
     for evaluator in evaluators:
         if subject.backbone is None and evaluator.needs == "network":
             continue
@@ -213,7 +215,7 @@ def _judged(
                 for key, value in evaluator.run(subject):
                     _take(found, notes, evaluator, key, value)
                 if evaluator.needs == "features":
-                    _judge_prefixes(found, evaluator, subject, prefixes)
+                    _judge_prefixes(found, evaluator, subject, components, prefixes)
             except (DataError, CapabilityError) as error:
                 if strict:
                     raise
@@ -241,16 +243,19 @@ def _take(found: EncoderEvidence, notes: list[str], evaluator: Evaluator, key: s
         found.metrics[metric] = float(value)
 
 
-def _judge_prefixes(found: EncoderEvidence, evaluator: Evaluator, subject: Subject, prefixes: Sequence[int]) -> None:
+def _judge_prefixes(
+    found: EncoderEvidence,
+    evaluator: Evaluator,
+    subject: Subject,
+    components: Callable[[int], Subject],
+    prefixes: Sequence[int],
+) -> None:
     """``knn/k20@64`` for the first 64 features, ``knn/k20@pca64`` for as many principal components."""
     whole = {one.key for one in found.measures.values() if one.evaluator == evaluator.name and one.measure.cut is None}
     lengths = sorted({length for length in prefixes if length < found.dimension})
-    components = principal(subject, lengths[-1]) if lengths else subject
     for length in lengths:
-        for cut, part in (
-            (Cut(length), subject.first(length)),
-            (Cut(length, principal=True), components.first(length)),
-        ):
+        principal_part = components(lengths[-1]).first(length)
+        for cut, part in ((Cut(length), subject.first(length)), (Cut(length, principal=True), principal_part)):
             for key, value in evaluator.run(part):
                 if key in whole and isinstance(value, Measured):
                     metric = f"{evaluator.name}/{key}@{cut}"
