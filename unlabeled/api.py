@@ -22,7 +22,7 @@ from unlabeled.workflows.evaluate import evaluate_config, evaluate_target
 from unlabeled.workflows.export import Exported, export_config, export_run
 from unlabeled.workflows.finetune.run import FinetuneResult, finetune_config, finetune_from
 from unlabeled.workflows.pretrain import PretrainResult, pretrain_config, pretrain_from
-from unlabeled.workflows.settings import data_values, given_backbone, read_request
+from unlabeled.workflows.settings import data_values, given_backbone, read_request, run_folder
 
 
 def pretrain(
@@ -83,8 +83,9 @@ def export(run: str | Path, out: str | Path, backbone: nn.Module | None = None, 
 
     A run of a network that has no timm name needs it again, as `backbone`. Returns each file with Python that loads it.
     """
-    own = given_backbone(backbone, settings, beside=run)
-    return export_run(export_config(run, values={"out": out, **settings}), own)
+    folder = run_folder(run)
+    own = given_backbone(backbone, settings, beside=folder)
+    return export_run(export_config(folder, values={"out": out, **settings}), own)
 
 
 def load_backbone(path: str | Path, module: nn.Module | None = None) -> Backbone:

@@ -110,6 +110,38 @@ def test_the_order_is_that_of_the_report() -> None:
     assert every == evaluator_names()
 
 
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (Halves, rf"'quarters' cannot be <class '{__name__}\.Halves'>; give text: '{__name__}:Halves'$"),
+        ("halves.Halves", "'quarters' cannot be 'halves.Halves'; give text: 'module:Class'$"),
+    ],
+)
+def test_only_module_and_class_can_be_registered(target: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^evaluate.evaluators: {message}"):
+        register_evaluator("quarters", target)
+    assert "quarters" not in evaluator_names()
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("no_such:Class", r"cannot be imported \(.*\); register what can be imported, not 'no_such:Class'$"),
+        ("json:JSONDecoder", "is json:JSONDecoder, no class with a Config; name the class of an evaluator$"),
+        (
+            "unlabeled.eval.evaluators.knn:KnnEvaluator",
+            "is the class KnnEvaluator, whose name is 'knn'; give both one name$",
+        ),
+    ],
+)
+def test_what_is_no_evaluator_of_that_name_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, target: str, message: str
+) -> None:
+    monkeypatch.setattr(REGISTRY, "targets", {**REGISTRY.targets, "quarters": target})
+    with pytest.raises(ConfigError, match=f"^evaluate.evaluators: 'quarters' {message}"):
+        evaluator_class("quarters")
+
+
 def test_settings_are_the_evaluators_own() -> None:
     assert evaluator_config(EvaluateConfig(), "knn") == KnnConfig()
     given = EvaluateConfig.model_validate({"knn": {"k": [3]}})
@@ -121,8 +153,10 @@ def test_settings_are_the_evaluators_own() -> None:
     assert settle(EvaluateConfig.model_validate(stored)) == settle(given)
     with pytest.raises(ConfigError, match=r"^evaluate\.knn\.k\.0: 'x' is not possible; give a valid integer"):
         settle(EvaluateConfig.model_validate({"knn": {"k": ["x"]}}))
-    with pytest.raises(ConfigError, match=r"^evaluate\.knn: 3 is not possible; give a valid dictionary"):
+    with pytest.raises(ConfigError, match=r"^evaluate\.knn: 3 is not possible; give a mapping of settings"):
         settle(EvaluateConfig.model_validate({"knn": 3}))
+    with pytest.raises(ConfigError, match=r"^evaluate\.knn\.k: 3 is not possible; give a list$"):
+        settle(EvaluateConfig.model_validate({"knn": {"k": 3}}))
 
 
 def test_what_was_set_is_told_from_words_and_values() -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,7 +15,8 @@ from pydantic import ConfigDict
 
 from unlabeled.eval.base import Evaluator, EvaluatorConfig, Measure, Value, check_features
 from unlabeled.eval.subject import Subject
-from unlabeled.testing import ContractError, check_evaluator
+from unlabeled.ssl.core.errors import ConfigError
+from unlabeled.testing import ContractError, check_evaluator, check_source, check_task
 
 WIDTH = Measure("mean width", "number", None)
 
@@ -177,6 +179,13 @@ def test_a_sound_one_passes() -> None:
     check_evaluator("few_shot", settings={"episodes": 5, "ways": 2})
 
 
+class Picky(Sound):
+    """Refuses its settings."""
+
+    def __init__(self, config: EvaluatorConfig) -> None:
+        raise ConfigError("evaluate.picky.width: 0 is not possible; give 1")
+
+
 @pytest.mark.parametrize(
     ("evaluator", "message"),
     [
@@ -195,7 +204,7 @@ def test_a_sound_one_passes() -> None:
         (InPlace, r"'what was encoded stays as it was': features or labels were changed in place"),
         (Pictures, r"'needs are true': features alone: evaluate: this evaluator looks at pictures"),
         (Careless, r"'what cannot be judged is said': no labels ends in ValueError: .* raise DataError in one line"),
-        (Nan, r"'what cannot be judged is said': NaN among the features makes mean "),
+        (Nan, r"'what cannot be judged is said': NaN among the features makes mean nan; raise DataError"),
         (Lucky, r"'other weights are measured too': random weights lack luck"),
     ],
 )
@@ -208,3 +217,15 @@ def test_a_broken_rule_is_named(evaluator: type[Evaluator], message: str) -> Non
 def test_settings_that_do_not_fit_are_said() -> None:
     with pytest.raises(ContractError, match=r"knn: settings: kk: there is no such setting; did you mean 'k'\?"):
         check_evaluator("knn", settings={"kk": 3})
+    with pytest.raises(ContractError, match=r"^Picky: settings: evaluate.picky.width: 0 is not possible; give 1$"):
+        check_evaluator(Picky)
+
+
+@pytest.mark.parametrize("check", [check_evaluator, check_source, check_task])
+def test_what_is_no_class_with_settings_is_said(check: Callable[[Any], None]) -> None:
+    with pytest.raises(
+        ContractError, match=r"^JSONDecoder is no class with a Config; give the class of an? \w+, or its"
+    ):
+        check(json.JSONDecoder)
+    with pytest.raises(ContractError, match=r"^3 is no class with a Config"):
+        check(3)

@@ -10,6 +10,7 @@ import yaml
 from pydantic import ConfigDict
 from torch import nn
 
+import unlabeled
 from unlabeled.eval.evaluators.knn import KnnConfig
 from unlabeled.pretext.registry import task_names
 from unlabeled.ssl.config.composition import GROUPS, config_folder, options, parse, sweep
@@ -95,6 +96,9 @@ def test_fields_of_a_section_can_be_set_beside_its_short_form() -> None:
             r"^evaluate.data.cuont: there is no such setting in evaluate.data",
         ),
         ("evaluate.data={name: digits, count: 3}", r"^evaluate.data.count: 3 has no effect with evaluate.data=digits"),
+        ("evaluate.evaluators=knn", r"^evaluate.evaluators: 'knn' is not possible; choose 'all' or a list$"),
+        ("evaluate.recalibrate=x", r"^evaluate.recalibrate: 'x' is not possible; choose 'auto' or a valid boolean$"),
+        ("evaluate.evaluators=[3]", r"^evaluate.evaluators.0: 3 is not possible; give a valid string$"),
         ("recipe=cifar10/nothing", r"recipe: 'cifar10/nothing' does not exist"),
         ("epochs", r"'epochs' is not a setting; write key=value"),
         ("optim.lr=[1,", r"'optim.lr=\[1,' cannot be read"),
@@ -196,7 +200,7 @@ def test_objects_pass_and_files_name_them() -> None:
     [
         ({"optim__lr": 1, "optim.lr": 2}, r"^optim.lr: given twice, as optim__lr and as optim.lr; give it once$"),
         ({"optim": 5, "optim__lr": 1}, r"^optim: given twice, 5 and \{'lr': 1\}; give it once$"),
-        ({"optim": 5}, r"^optim: 5 is not possible; give a valid dictionary"),
+        ({"optim": 5}, r"^optim: 5 is not possible; give a mapping of settings"),
         ({"optim": {1: 2}}, r"^optim.1: 1 is no name of a setting; names are text"),
         ({"optim": {"lrr": 1}}, r"^optim.lrr: there is no such setting in optim; did you mean 'lr'\?"),
         ({"optim__": 1}, r"^optim.: there is no such setting in optim"),
@@ -231,6 +235,21 @@ def test_data_is_a_path_a_name_or_settings() -> None:
     assert data_values(DataConfig(labels=True)) == {"name": "folder", "labels": True}
     with pytest.raises(ConfigError, match=r"data: \['a', 'b'\] is not possible; give a path, the name of a source"):
         data_values(["a", "b"])
+
+
+def test_what_is_no_network_no_run_and_no_data_is_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"^target: Linear is not possible; build it: Linear\(\.\.\.\)$"):
+        unlabeled.evaluate(nn.Linear)  # type: ignore[arg-type]
+    with pytest.raises(
+        ConfigError, match=r"^run: Linear\(.*\) is not possible; give a run's folder, and its network as"
+    ):
+        unlabeled.export(nn.Linear(2, 2), "x.safetensors")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^backbone: \[\] is no nn.Module; build it, and give that$"):
+        unlabeled.load_weights([], "x.safetensors")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^classes: 0 is not possible; give a number from 1$"):
+        unlabeled.create_classifier(nn.Linear(2, 2), classes=0)
+    with pytest.raises(ConfigError, match=r"^data: \{'name': 'shapes'\} is not possible; give an unlabeled.DataConfig"):
+        unlabeled.open_source({"name": "shapes"})  # type: ignore[arg-type]
 
 
 def test_evaluate_and_doctor_take_the_same_data_words() -> None:

@@ -59,9 +59,15 @@ def evaluator_origin(name: str) -> str:
 def evaluator_class(name: str) -> type[Evaluator]:
     """The class of evaluator `name`, imported on demand.
 
-    Raises ConfigError naming the nearest known ones, or saying why a plugin's evaluator cannot be imported.
+    Raises ConfigError naming the nearest known ones, or saying why a plugin's evaluator cannot be imported; and for a
+    class that calls itself something else, since what it yields would stand under that.
     """
     found: type[Evaluator] = REGISTRY.load(name)
+    own = getattr(found, "name", None)
+    if own != name:
+        raise ConfigError(
+            f"evaluate.evaluators: {name!r} is the class {found.__name__}, whose name is {own!r}; give both one name"
+        )
     return found
 
 

@@ -34,9 +34,9 @@ from unlabeled.eval.subject import Loading, Subject
 from unlabeled.eval.suite import random_twin, subject_of
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.config.messages import explain
-from unlabeled.ssl.core.errors import UnlabeledError
+from unlabeled.ssl.core.errors import ConfigError, UnlabeledError
 from unlabeled.ssl.data.loader import seeded
-from unlabeled.testing.subject import ContractError, listed, require
+from unlabeled.testing.subject import ContractError, checked_class, listed, require
 from unlabeled.testing.surface import require_documented
 
 _CELL = 8
@@ -98,12 +98,15 @@ class EvaluatorCase:
     @classmethod
     def of(cls, evaluator: str | type[Evaluator], settings: Mapping[str, Any] | None = None) -> EvaluatorCase:
         """Raises ContractError for settings that do not fit, and ConfigError for a name that is not registered."""
-        found = evaluator_class(evaluator) if isinstance(evaluator, str) else evaluator
+        found = evaluator_class(evaluator) if isinstance(evaluator, str) else checked_class(evaluator, "an evaluator")
         name = evaluator if isinstance(evaluator, str) else found.__name__
         try:
             config = found.Config.model_validate(dict(settings or {}))
+            found(config)
         except ValidationError as error:
             raise ContractError(f"{name}: settings: {explain(error, found.Config)}") from None
+        except ConfigError as error:
+            raise ContractError(f"{name}: settings: {error}") from None
         return cls(name, found, config, made_up(tiny_network()))
 
     def run(self, subject: Subject | None = None) -> Pairs:
@@ -244,8 +247,12 @@ def what_cannot_be_judged_is_said(case: EvaluatorCase) -> None:
             remedy = "raise DataError in one line, or yield a note; check_features(subject.features) does most of it"
             require(False, f"{what} ends in {type(error).__name__}: {error}", remedy)
         for key, value in found if isinstance(found, list) else ():
-            finite = not isinstance(value, Measured) or math.isfinite(value.value)
-            require(finite, f"{what} makes {key} {value}", "raise DataError, or yield a note in its place")
+            measured = value.value if isinstance(value, Measured) else 0.0
+            require(
+                math.isfinite(measured),
+                f"{what} makes {key} {measured}",
+                "raise DataError, or yield a note in its place",
+            )
 
 
 def other_weights_are_measured_too(case: EvaluatorCase) -> None:

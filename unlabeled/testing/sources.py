@@ -37,7 +37,7 @@ from unlabeled.ssl.data.source import (
     encoded,
 )
 from unlabeled.testing.check import run_check
-from unlabeled.testing.subject import ContractError, listed, require
+from unlabeled.testing.subject import ContractError, checked_class, listed, require
 from unlabeled.testing.surface import require_documented
 
 _SAMPLE = 8
@@ -81,7 +81,9 @@ class SourceSubject:
         Raises ContractError when the settings do not fit, ConfigError for a name that is not registered, and what the
         source itself raises when it is opened.
         """
-        found = source_class(source) if isinstance(source, str) else cast(SourceClass, source)
+        found = (
+            source_class(source) if isinstance(source, str) else cast(SourceClass, checked_class(source, "a source"))
+        )
         name = source if isinstance(source, str) else source.__name__
         given = dict(settings or {})
         try:

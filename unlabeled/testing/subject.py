@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unlabeled.pretext.registry import task_class
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
-from unlabeled.ssl.config.messages import explain
+from unlabeled.ssl.config.messages import explain, in_short
 from unlabeled.ssl.data.loader import seeded
 from unlabeled.ssl.task import PretextTask, TaskConfig
 
@@ -43,6 +43,13 @@ def listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+def checked_class(given: Any, noun: str) -> Any:
+    """`given`, where it is a class with settings; raises ContractError for an object, or a class of something else."""
+    possible = isinstance(given, type) and hasattr(given, "Config")
+    require(possible, f"{in_short(given)} is no class with a Config", f"give the class of {noun}, or its name")
+    return given
+
+
 @dataclass(frozen=True)
 class Subject:
     """A task class, its settings (as given, and validated) and an untouched backbone."""
@@ -66,7 +73,7 @@ class Subject:
         Raises ContractError when the settings do not fit or no tiny backbone can do the task, and ConfigError for a
         name that is not registered.
         """
-        found = task_class(task) if isinstance(task, str) else task
+        found = task_class(task) if isinstance(task, str) else checked_class(task, "a task")
         name = task if isinstance(task, str) else task.__name__
         given = dict(settings or {})
         try:

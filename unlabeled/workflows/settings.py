@@ -92,6 +92,13 @@ def data_values(data: object) -> dict[str, Any]:
     raise ConfigError(f"data: {in_short(data)} is not possible; give {given}")
 
 
+def run_folder(run: object) -> Path:
+    """What Python functions take as a run. Raises ConfigError for anything but a path, such as the network itself."""
+    if isinstance(run, (str, Path)):
+        return Path(run)
+    raise ConfigError(f"run: {in_short(run)} is not possible; give a run's folder, and its network as backbone=...")
+
+
 def given_backbone(backbone: object, values: Mapping[str, Any], *, beside: str | Path | None = None) -> Backbone | None:
     """The run's own copy of `backbone` where that is a network itself; None where it is a name or settings.
 
@@ -102,8 +109,7 @@ def given_backbone(backbone: object, values: Mapping[str, Any], *, beside: str |
         return None
     if isinstance(backbone, type) or not isinstance(backbone, nn.Module):
         wanted = "a timm name, a mapping such as {'name': ..., 'size': ...}, an nn.Module or an unlabeled.Backbone"
-        remedy = f"build it: {backbone.__name__}(...)" if isinstance(backbone, type) else f"give {wanted}"
-        raise ConfigError(f"backbone: {in_short(backbone)} is not possible; {remedy}")
+        raise ConfigError(f"backbone: {in_short(backbone)} is not possible; {_instead(backbone, wanted)}")
     for key in values:
         if key.replace("__", ".").startswith("backbone."):
             raise ConfigError(
@@ -111,6 +117,11 @@ def given_backbone(backbone: object, values: Mapping[str, Any], *, beside: str |
                 "and weights with unlabeled.load_weights(module, file)"
             )
     return adopt(backbone, beside=beside)
+
+
+def _instead(given: object, wanted: str) -> str:
+    """The remedy for what is no network; a class is one that was not built."""
+    return f"build it: {given.__name__}(...)" if isinstance(given, type) else f"give {wanted}"
 
 
 class Request(NamedTuple):
@@ -134,7 +145,7 @@ def read_request(target: object, data: object, settings: Mapping[str, Any]) -> R
         return Request(target, own, values)
     if not isinstance(target, nn.Module):
         wanted = "a run folder, a timm name, a file of weights, an nn.Module or an unlabeled.Backbone"
-        raise ConfigError(f"target: {in_short(target)} is not possible; give {wanted}")
+        raise ConfigError(f"target: {in_short(target)} is not possible; {_instead(target, wanted)}")
     if "backbone" in values:
         raise ConfigError("backbone: has no effect beside a target that is a network itself; leave it out")
     own = given_backbone(target, values)

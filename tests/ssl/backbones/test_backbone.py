@@ -173,6 +173,13 @@ def test_unknown_capability():
         Backbone(Tiny(), size=(16, 16)).lacks("dense_mop")
 
 
+def test_a_class_and_a_size_in_words_are_refused():
+    with pytest.raises(CapabilityError, match=r"^backbone: Tiny is a class; build it: Tiny\(\.\.\.\)$"):
+        Backbone(Tiny)
+    with pytest.raises(ConfigError, match=r"^backbone.size: '64' is not possible; give pixels, one number or"):
+        Backbone(Tiny(), size="64")
+
+
 def test_capability_error_tells_which_tasks_would_do(monkeypatch):
     module = ModuleType("tasks_for_this_test")
     for name, requires in (("Easy", {"pooled"}), ("Hard", {"pooled", "impossible"})):

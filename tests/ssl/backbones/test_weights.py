@@ -209,6 +209,12 @@ def test_weights_of_another_network(tmp_path):
     save_file(create_backbone("test_vit", patch_size=8, embed_dim=32).model.state_dict(), tmp_path / "w.safetensors")
     with pytest.raises(CheckpointError, match=r"cls_token has shape \[1, 1, 32\], test_vit needs \[1, 1, 64\]; check"):
         load_weights(create_backbone("test_vit"), tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match=r"no tensor \(.*\) belongs to Linear; build it as it was$"):
+        load_weights(nn.Linear(2, 2), tmp_path / "vit")
+    with pytest.raises(
+        CheckpointError, match=r"cls_token has shape .*, VisionTransformer needs .*; build it as it was$"
+    ):
+        load_weights(create_backbone("test_vit").model, tmp_path / "w.safetensors")
 
 
 def test_folders_that_are_not_exports(tmp_path):

@@ -273,7 +273,9 @@ def _build(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
 
 def _check_surface(model: Any) -> None:
     """Raises CapabilityError unless `model` has timm's surface."""
-    if isinstance(model, type) or not isinstance(model, nn.Module):
+    if isinstance(model, type):
+        raise CapabilityError(f"backbone: {in_short(model)} is a class; build it: {model.__name__}(...)")
+    if not isinstance(model, nn.Module):
         raise CapabilityError(
             f"backbone: {in_short(model)} is no nn.Module; build one, or give a timm name to create_backbone"
         )
@@ -338,7 +340,8 @@ def _pixels(size: Any) -> tuple[int, int] | None:
     if size is None:
         return None
     try:
-        height, width = (size, size) if isinstance(size, int) else (int(side) for side in size)
+        sides = (size, size) if isinstance(size, int) else () if isinstance(size, str) else size  # "64" is not 6 x 4
+        height, width = (int(side) for side in sides)
     except (TypeError, ValueError):
         height = width = 0
     if min(height, width) < 1:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from unlabeled.ssl.backbones.backbone import CUSTOM, Backbone, create_backbone
 from unlabeled.ssl.backbones.elastic.config import ElasticConfig
 from unlabeled.ssl.backbones.shapes import modes_kept
+from unlabeled.ssl.config.messages import in_short
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError, first_line
 from unlabeled.ssl.core.files import replace_atomically
 from unlabeled.ssl.core.plain import objects_in, plain
@@ -194,6 +195,8 @@ def load_weights(backbone: Backbone | nn.Module, path: str | Path) -> LoadReport
     Raises CheckpointError when the file is missing or unreadable, when a tensor does not fit, and when not a single
     name does.
     """
+    if not isinstance(backbone, nn.Module):
+        raise ConfigError(f"backbone: {in_short(backbone)} is no nn.Module; build it, and give that")
     path = Path(path)
     file = path / WEIGHTS if path.is_dir() else path
     return fill_backbone(backbone, read_tensors(file), str(file))
@@ -202,6 +205,7 @@ def load_weights(backbone: Backbone | nn.Module, path: str | Path) -> LoadReport
 def fill_backbone(backbone: Backbone | nn.Module, content: State, file: str) -> LoadReport:
     """`load_weights` for tensors that are in memory already; messages name them `file`."""
     model: nn.Module = backbone.model if isinstance(backbone, Backbone) else backbone
+    own = not isinstance(backbone, Backbone) or backbone.custom
     called = backbone.name if isinstance(backbone, Backbone) else type(model).__name__
     target = model.state_dict()
     prefix = _prefix(content, target)
@@ -211,12 +215,14 @@ def fill_backbone(backbone: Backbone | nn.Module, content: State, file: str) -> 
     loaded = [name for name in target if name in state]
     if not loaded:
         names = ", ".join(list(content)[:3])
-        raise CheckpointError(f"{file}: no tensor ({names}, ...) belongs to {called}; check backbone.name")
+        remedy = "build it as it was" if own else "check backbone.name"
+        raise CheckpointError(f"{file}: no tensor ({names}, ...) belongs to {called}; {remedy}")
     for name in loaded:
         ours, theirs = list(target[name].shape), list(state[name].shape)
         if ours != theirs:
             fault = f"{name} has shape {theirs}, {called} needs {ours}"
-            raise CheckpointError(f"{file}: {fault}; check backbone.name, size and kwargs")
+            remedy = "build it as it was" if own else "check backbone.name, size and kwargs"
+            raise CheckpointError(f"{file}: {fault}; {remedy}")
     with modes_kept(model):  # forgets what was computed from the old weights
         model.load_state_dict({name: state[name] for name in loaded}, strict=False)
     if isinstance(backbone, Backbone):

@@ -12,22 +12,36 @@ from unlabeled.ssl.core.errors import nearest
 
 _SHOWN = 80
 
+_MAPPINGS = {"dict_type", "model_type", "model_attributes_type"}
+_LISTS = {"list_type", "tuple_type"}
+
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
     """One line for the first fault in `error`; says how many others there are.
 
     `prefix` is the section that `model` stands in, such as ``task``; it is put before the field's name.
     """
-    faults = error.errors()
-    fault = faults[0]
+    faults = [(fault, _location(fault, model)) for fault in error.errors()]
+    fault, location = faults[0]
+    same, either = [fault], ""
+    if fault["type"] == "literal_error":  # a word, or something else: the fault within a list is told
+        same = [other for other, where in faults if where[: len(location)] == location]
+        fault, location = next((pair for pair in faults if pair[1][:-1] == location), faults[0])
+        if fault is same[0]:
+            either = "".join(f" or {_wanted(other).split(',')[0]}" for other in same[1:])
+    field = ".".join(str(part) for part in ([prefix] if prefix else []) + location)
+    more = f" (and {len(faults) - len(same)} more)" if len(faults) > len(same) else ""
+    return _phrase(fault, field, location, model, prefix) + either + more
+
+
+def _location(fault: Any, model: type[BaseModel]) -> list[str | int]:
+    """Where the fault is, without pydantic's names of the members of a union."""
     location: list[str | int] = []
     for part in fault["loc"]:
         section = _model_at(model, location)
         if not _is_union_tag(part) or (section is not None and part in section.model_fields):  # "path" may be either
             location.append(part)
-    field = ".".join(str(part) for part in ([prefix] if prefix else []) + location)
-    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-    return _phrase(fault, field, location, model, prefix) + more
+    return location
 
 
 def _phrase(fault: Any, field: str, location: list[str | int], model: type[BaseModel], prefix: str) -> str:
@@ -47,8 +61,16 @@ def _phrase(fault: Any, field: str, location: list[str | int], model: type[BaseM
         return f"{field}: {shown} is not possible; choose {fault['ctx']['expected']}"
     if kind == "value_error":
         return f"{field or 'config'}: {str(fault['ctx']['error']).replace(chr(10), ' ')}"
-    wanted = fault["msg"].removeprefix("Input should be ")
-    return f"{field}: {shown} is not possible; give {wanted[0].lower() + wanted[1:]}"
+    return f"{field}: {shown} is not possible; give {_wanted(fault)}"
+
+
+def _wanted(fault: Any) -> str:
+    if fault["type"] in _MAPPINGS:
+        return "a mapping of settings"
+    if fault["type"] in _LISTS:
+        return "a list"
+    wanted: str = fault["msg"].removeprefix("Input should be ")
+    return wanted[0].lower() + wanted[1:]
 
 
 def in_short(value: object) -> str:

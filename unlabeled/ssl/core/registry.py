@@ -21,15 +21,16 @@ class Registry:
         self.field, self.noun, self.group, self.targets = field, noun, group, targets
 
     def register(self, name: str, target: str) -> None:
-        """Adds `name` as ``"module:Class"``. Raises ConfigError when the name is taken."""
-        if name in self.targets and self.targets[name] != target:
-            raise ConfigError(f"{self.field}: {name!r} is already {self.targets[name]}; give {target} another name")
-        self.targets[name] = target
+        """Adds `name` as ``"module:Class"``. Raises ConfigError for another form, and for a name that is taken."""
+        if not isinstance(target, str) or not all(target.partition(":")):
+            form = f"{target.__module__}:{target.__qualname__}" if isinstance(target, type) else "module:Class"
+            raise ConfigError(f"{self.field}: {name!r} cannot be {target!r}; give text: {form!r}")
+        self._add(name, target)
 
     def names(self) -> list[str]:
         """Every name: built in, registered, and from installed packages."""
         for point in sorted(entry_points(group=self.group), key=lambda point: point.name):
-            self.register(point.name, point.value)
+            self._add(point.name, point.value)
         return list(self.targets)
 
     def origin(self, name: str) -> str:
@@ -48,11 +49,22 @@ class Registry:
         names = self.names()
         if name not in names:
             raise ConfigError(f"{self.field}: {name!r} is not {self.noun}; {nearest(name, names)}")
-        module, _, attribute = self.targets[name].partition(":")
+        target = self.targets[name]
+        module, _, attribute = target.partition(":")
         try:
             loaded: type[Any] = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
             if (origin := self.origin(name)) == "built in":  # a fault of this package, which needs its traceback
                 raise
-            raise ConfigError(f"{self.field}: {name!r} cannot be imported ({error}); install {origin} again") from error
+            remedy = f"install {origin} again" if " " in origin else f"register what can be imported, not {target!r}"
+            raise ConfigError(f"{self.field}: {name!r} cannot be imported ({error}); {remedy}") from error
+        if not (isinstance(loaded, type) and hasattr(loaded, "Config")):
+            raise ConfigError(
+                f"{self.field}: {name!r} is {target}, no class with a Config; name the class of {self.noun}"
+            )
         return loaded
+
+    def _add(self, name: str, target: str) -> None:
+        if name in self.targets and self.targets[name] != target:
+            raise ConfigError(f"{self.field}: {name!r} is already {self.targets[name]}; give {target} another name")
+        self.targets[name] = target

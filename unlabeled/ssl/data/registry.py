@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
 
-from unlabeled.ssl.config.messages import explain
+from unlabeled.ssl.config.messages import explain, in_short
 from unlabeled.ssl.config.schema import DataConfig
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.core.registry import Registry
@@ -93,6 +93,9 @@ def open_source(data: DataConfig, split: Split = "train") -> ImageSource:
     Raises ConfigError for an unknown name and settings that the source does not have, DataError for a missing path, an
     empty folder, or a split that the data does not have.
     """
+    if not isinstance(data, DataConfig):
+        given = "an unlabeled.DataConfig, such as DataConfig(name='folder', path=...)"
+        raise ConfigError(f"data: {in_short(data)} is not possible; give {given}")
     config = source_config(data)
     return limited(source_class(data.name)(config, split), config.limit)
 

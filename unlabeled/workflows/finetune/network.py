@@ -118,6 +118,8 @@ def create_classifier(module: nn.Module, classes: int) -> Backbone:
     It is what `unlabeled.finetune` trains; ``load_weights(classifier, "classifier.safetensors")`` brings a fine-tuned
     one back. Its ``.model(x)`` gives logits (B, classes). Raises CapabilityError for a module that cannot be one.
     """
+    if classes < 1:
+        raise ConfigError(f"classes: {classes} is not possible; give a number from 1")
     return classifier_network(adopt(module), classes, NetworkConfig())
 
 
