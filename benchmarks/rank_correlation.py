@@ -40,6 +40,9 @@ from unlabeled.ssl.train.run_folder import read_config
 from unlabeled.workflows.evaluate import evaluate_config
 from unlabeled.workflows.pretrain import build_task
 
+EVALUATORS = ("knn", "spectrum", "invariance")
+"""What is measured of each run."""
+
 log = logging.getLogger(__name__)
 
 MEASURES = {
@@ -124,9 +127,7 @@ def _encoder_at(config: PretrainConfig, step: Path) -> Backbone:
 
 def measured(encoder: Encoder, sources: tuple[ImageSource, ImageSource], run: EvaluateRun, work: Path) -> Values:
     """``evaluator/key`` → value, kNN among them."""
-    settings = run.evaluate.model_copy(
-        update={"evaluators": ("knn", "spectrum", "invariance"), "baselines": False, "prefixes": ()}
-    )
+    settings = run.evaluate.model_copy(update={"evaluators": EVALUATORS, "baselines": False, "prefixes": ()})
     evidence = evaluate_backbone(
         encoder.backbone, *sources, settings, work=work, seed=run.seed, workers=run.workers,
         masked_statistics=encoder.masked_statistics,
@@ -193,7 +194,7 @@ def main(words: list[str] | None = None) -> list[str]:
     if not folders:
         raise ConfigError("RUN: not given; name the folders of finished runs")
     settings = [word for word in options.words if "=" in word]
-    run = evaluate_config("runs", settings)
+    run = evaluate_config("runs", [*settings, f"evaluate.evaluators=[{','.join(EVALUATORS)}]"])
     if run.data is None:
         raise ConfigError("data: not given; all runs are measured on the same labelled data, such as data=digits")
     sources = open_source(run.data, "train"), open_source(run.data, "test")

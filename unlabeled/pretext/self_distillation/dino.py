@@ -40,6 +40,10 @@ class DINO(TeacherStudent):
     """
 
     Config: ClassVar[type[TaskConfig]] = DINOConfig
+    small_settings: ClassVar[dict[str, Any]] = {
+        "locals": 0,
+        "head": {"prototypes": 64, "hidden": 64, "bottleneck": 32},
+    }
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "adamw",

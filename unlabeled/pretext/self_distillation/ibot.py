@@ -58,6 +58,10 @@ class IBOT(TeacherStudent):
     """
 
     Config: ClassVar[type[TaskConfig]] = IBOTConfig
+    small_settings: ClassVar[dict[str, Any]] = {
+        "locals": 0,
+        "head": {"prototypes": 64, "hidden": 64, "bottleneck": 32},
+    }
     recipe: ClassVar[Recipe] = {
         "task": {
             "locals": 10,
