@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing import start_processes
 
 from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.errors import ConfigError
@@ -20,6 +21,7 @@ from unlabeled.testing import (
     Subject,
     check_task,
     compare_with_one,
+    parity,
     run_check,
     run_two_processes,
 )
@@ -176,7 +178,9 @@ def test_random_state_is_as_before():
 
 
 @pytest.mark.slow
-def test_two_processes_tell_what_spans_the_ranks():
+def test_two_processes_tell_what_spans_the_ranks(monkeypatch):
+    # forks of a process that has imported torch; the contract tests of the tasks spawn theirs, as users do
+    monkeypatch.setattr(parity, "spawn", functools.partial(start_processes, start_method="forkserver"))
     names = (tasks.Brightness, tasks.Centred, tasks.AlwaysTheSame)
     good, centred, fixed = (Subject.of(task, backbone=backbone()) for task in names)
     found = run_two_processes([good, centred, fixed])

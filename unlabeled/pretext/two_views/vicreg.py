@@ -60,6 +60,7 @@ class VICReg(TwoViewTask):
     }
     """VICReg (Bardes et al., ICLR 2022, arXiv 2105.04906): the published recipe, 100 or 1000 epochs of batches of
     2048."""
+    small_settings: ClassVar[dict[str, Any]] = {"hidden": 64, "dim": 32}
     per_picture: ClassVar[bool] = False
     collapse_remedy: ClassVar[str] = "raise task.variance_weight, or lower optim.lr"
     config: VICRegConfig
