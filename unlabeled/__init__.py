@@ -108,7 +108,7 @@ _PUBLIC = {
     "extract_features": "unlabeled.eval.features.extract",
     "judge": "unlabeled.eval.comparison",
     "map_pictures": "unlabeled.eval.dense.maps",
-    "random_twin": "unlabeled.eval.suite",
+    "random_twin": "unlabeled.eval.subject",
     "read_metrics": "unlabeled.ssl.train.monitor",
     "read_report": "unlabeled.report.document",
     # Faults of the input, each told in one line.
@@ -155,8 +155,8 @@ if TYPE_CHECKING:
     from unlabeled.eval.results import EncoderEvidence as EncoderEvidence
     from unlabeled.eval.results import Evidence as Evidence
     from unlabeled.eval.subject import Subject as Subject
+    from unlabeled.eval.subject import random_twin as random_twin
     from unlabeled.eval.suite import evaluate_backbone as evaluate_backbone
-    from unlabeled.eval.suite import random_twin as random_twin
     from unlabeled.pretext.common.teacher import cosine_momentum as cosine_momentum
     from unlabeled.pretext.common.teacher import frozen_copy as frozen_copy
     from unlabeled.pretext.registry import create_task as create_task

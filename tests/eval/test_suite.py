@@ -17,7 +17,8 @@ from unlabeled.eval.base import FeatureSplit
 from unlabeled.eval.dense.maps import CAPTIONS
 from unlabeled.eval.evaluators.knn import KnnConfig
 from unlabeled.eval.evaluators.linear import LinearConfig
-from unlabeled.eval.suite import evaluate_backbone, online_knn, random_twin
+from unlabeled.eval.subject import random_twin
+from unlabeled.eval.suite import evaluate_backbone, online_knn
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.config.schema import EvaluateConfig
 from unlabeled.ssl.core.errors import DataError

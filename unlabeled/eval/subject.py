@@ -115,3 +115,13 @@ def mapped(data: FeatureSet, function: Callable[[FloatArray], FloatArray]) -> Fe
         return replace(split, features=np.ascontiguousarray(function(split.features)))
 
     return replace(data, train=of(data.train), test=of(data.test))
+
+
+def random_twin(backbone: Backbone, seed: int) -> Backbone:
+    """The same architecture with fresh random weights drawn under `seed`; the global random state is left alone.
+
+    Raises ConfigError for a network without a timm name whose layers cannot draw all of its parameters.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return backbone.twin()

@@ -26,7 +26,7 @@ from unlabeled.eval.features.recalibrate import recalibrated, recalibration_pict
 from unlabeled.eval.gallery import GalleryRow, nearest_gallery
 from unlabeled.eval.registry import build_evaluator, build_evaluators, settle
 from unlabeled.eval.results import EncoderEvidence, Evidence, Judge, Metric
-from unlabeled.eval.subject import Loading, Subject, principal
+from unlabeled.eval.subject import Loading, Subject, principal, random_twin
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.config.schema import EvaluateConfig
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError, DataError
@@ -148,16 +148,6 @@ def subject_of(
 def judged(subject: Subject, evaluator: Evaluator, prefixes: Sequence[int] = ()) -> EncoderEvidence:
     """What one evaluator says of `subject`. Raises what the evaluator raises."""
     return _judged(subject, [evaluator], prefixes, strict=True)
-
-
-def random_twin(backbone: Backbone, seed: int) -> Backbone:
-    """The same architecture with fresh random weights drawn under `seed`; the global random state is left alone.
-
-    Raises ConfigError for a network without a timm name whose layers cannot draw all of its parameters.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return backbone.twin()
 
 
 def _classes(train: ImageSource) -> tuple[str, ...]:

@@ -30,8 +30,8 @@ from unlabeled.eval.base import (
     Value,
 )
 from unlabeled.eval.registry import evaluator_class
-from unlabeled.eval.subject import Loading, Subject
-from unlabeled.eval.suite import random_twin, subject_of
+from unlabeled.eval.subject import Loading, Subject, random_twin
+from unlabeled.eval.suite import subject_of
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.config.messages import explain
 from unlabeled.ssl.core.errors import ConfigError, UnlabeledError

@@ -15,7 +15,7 @@ from unlabeled.eval.base import Evaluator, EvaluatorConfig, FloatArray, IntArray
 from unlabeled.eval.evaluators.spectrum import chosen
 from unlabeled.eval.features.extract import extract_features
 from unlabeled.eval.metrics import Array, cka_map
-from unlabeled.eval.subject import Loading, Subject
+from unlabeled.eval.subject import Loading, Subject, random_twin
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.core.seeds import derive
@@ -66,8 +66,6 @@ class LayersEvaluator(Evaluator):
         return _RANDOM if key == "random" else None
 
     def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
-        from unlabeled.eval.suite import random_twin  # which runs the evaluators
-
         backbone, train = subject.network(), subject.features.train
         if not backbone.stages:
             yield "note", f"{backbone.name} gives no feature maps, so its layers cannot be compared"

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from unlabeled.eval.suite import random_twin
+from unlabeled.eval.subject import random_twin
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.given import record
 from unlabeled.ssl.backbones.weights import export_backbone

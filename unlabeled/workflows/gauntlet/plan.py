@@ -17,7 +17,7 @@ from unlabeled.eval.base import Evaluator
 from unlabeled.eval.features.cache import cache_key, data_identity, weights_identity
 from unlabeled.eval.features.recalibrate import recalibration_pictures
 from unlabeled.eval.registry import build_evaluators, evaluator_config, evaluator_origin, measure_of, settle
-from unlabeled.eval.suite import random_twin
+from unlabeled.eval.subject import random_twin
 from unlabeled.report.summary import count_parameters, name_backbone
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.config.schema import BackboneConfig, EvaluateConfig, EvaluateRun
