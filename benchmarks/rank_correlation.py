@@ -32,7 +32,7 @@ from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.weights import load_backbone
 from unlabeled.ssl.config.composition import validate
 from unlabeled.ssl.config.schema import BackboneConfig, EvaluateRun, PretrainConfig
-from unlabeled.ssl.core.errors import CheckpointError, ConfigError
+from unlabeled.ssl.core.errors import CheckpointError, ConfigError, first_line
 from unlabeled.ssl.data.registry import open_source
 from unlabeled.ssl.data.source import ImageSource
 from unlabeled.ssl.train.checkpoint import complete
@@ -121,7 +121,7 @@ def _encoder_at(config: PretrainConfig, step: Path) -> Backbone:
     try:
         task.load_state_dict(load_file(step / "model.safetensors"))
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{step}: does not fit the run's config.yaml ({str(error).splitlines()[0]})") from error
+        raise CheckpointError(f"{step}: does not fit the run's config.yaml ({first_line(error)})") from error
     return task.encoder()
 
 

@@ -1,5 +1,6 @@
 """One thread per test process, no network, and helpers that can be imported, by processes that tests spawn too."""
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -22,6 +23,12 @@ multiprocessing.set_forkserver_preload(
         "unlabeled.testing",
     ]
 )
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays to the end: the garbage collector need not walk it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

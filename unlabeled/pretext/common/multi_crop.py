@@ -15,8 +15,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import v2
-from torchvision.utils import make_grid
 
+from unlabeled.pretext.common.drawing import enlarged, tiled
 from unlabeled.pretext.common.views import ColorConfig, Colors, Part, RandomCrop
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.shapes import probe_shapes
@@ -30,8 +30,6 @@ _LOCAL_PART = 96 / 224
 """Side of a small crop over that of a large one, as published."""
 _SHOWN = 4
 """Pictures of a sheet."""
-_SHOWN_PIXELS = 96
-"""Smaller crops are enlarged to about this size on a sheet."""
 _ANY_SIZE = "dynamic_img_size"
 """Argument of timm's transformers that lets them take pictures of another size than their own."""
 
@@ -131,13 +129,9 @@ def crop_sheet(kinds: Iterable[Tensor]) -> Tensor:
     rows = list(zip(*(kind[:_SHOWN].cpu() for kind in kinds), strict=True))
     crops = [crop for row in rows for kind in row for crop in kind]
     height, width = (max(crop.shape[axis] for crop in crops) for axis in (1, 2))
-    enlarge = max(1, _SHOWN_PIXELS // min(height, width))
 
-    def tile(crop: Tensor) -> Tensor:
+    def centered(crop: Tensor) -> Tensor:
         above, left = (height - crop.shape[1]) // 2, (width - crop.shape[2]) // 2
-        edges = (left, width - crop.shape[2] - left, above, height - crop.shape[1] - above)
-        return F.pad(crop, edges, value=255).repeat_interleave(enlarge, 1).repeat_interleave(enlarge, 2)
+        return F.pad(crop, (left, width - crop.shape[2] - left, above, height - crop.shape[1] - above), value=255)
 
-    tiles = torch.stack([tile(crop) for crop in crops])
-    sheet: Tensor = make_grid(tiles, nrow=len(crops) // len(rows), padding=2, pad_value=255)
-    return sheet
+    return tiled(enlarged(torch.stack([centered(crop) for crop in crops])), columns=len(crops) // len(rows))

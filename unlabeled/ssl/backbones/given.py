@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from unlabeled.ssl.backbones.backbone import CUSTOM, Backbone
 from unlabeled.ssl.backbones.weights import describe, export_files, fill_whole
 from unlabeled.ssl.config.schema import BackboneConfig
-from unlabeled.ssl.core.distributed import gather_lists
+from unlabeled.ssl.core.distributed import gather_lists, world_size
 from unlabeled.ssl.core.errors import CapabilityError, CheckpointError, ConfigError, first_line
 from unlabeled.ssl.core.plain import plain
 
@@ -100,7 +99,7 @@ def require_given(config: BackboneConfig, given: Backbone | None) -> None:
 
 def require_same_weights(backbone: Backbone) -> None:
     """Raises ConfigError, on all ranks, when processes were given networks with other weights; all must call it."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if world_size() == 1:
         return
     digest = hashlib.sha256()
     for tensor in backbone.model.state_dict().values():
