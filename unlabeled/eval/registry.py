@@ -126,8 +126,8 @@ def settle(
             )
     check_method(evaluate.embedding)
     whole = {name: evaluator_config(evaluate, name) for name in names if name in runs or name in sections}
-    for name in whole:
-        build_evaluator(evaluate, name)
+    for name, config in whole.items():
+        evaluator_class(name)(config)  # which refuses what types cannot exclude
     return evaluate.model_copy(update=whole)
 
 

@@ -135,7 +135,7 @@ def prepare(config: PretrainConfig, backbone: Backbone | None = None) -> Trainin
     evaluated = data_for_evaluation(config)
     plan = Plan.of(config, len(source), accelerator.num_processes)
     task = build_task(config, backbone)
-    views = task_class(config.task["name"]).views(task_config(config.task), task.backbone)
+    views = type(task).views(task.config, task.backbone)
     online = OnlineEvaluation(config, evaluated, plan.steps_per_epoch)
     dataset = ViewDataset(source, views, config.engine.seed)
     return assemble(config, accelerator, checkpoint, plan, task=task, dataset=dataset, online=online)
@@ -198,7 +198,6 @@ def conclude(config: PretrainConfig, run: Training, task: PretextTask) -> tuple[
 
     `task` is the trained task, unsharded. Its pictures stay in ``pictures/`` of the run's folder, for later reports.
     """
-
     encoder, device = task.encoder(), run.accelerator.device
     if not config.evaluate.final:
         return None, None
