@@ -1,5 +1,5 @@
 # make demo: from a fresh clone to a report.   make test: all tests.   make check: what the continuous integration runs.
-# make matrix: try every task on every architecture and write docs/matrix.md.
+# make matrix: try every task on every architecture and write docs/reference/matrix.md.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -31,4 +31,4 @@ lint: install
 check: lint test
 
 matrix: install
-	$(BIN)/unlabeled matrix out=docs/matrix.md
+	$(BIN)/unlabeled matrix out=docs/reference/matrix.md

@@ -35,7 +35,7 @@ _PICTURES = 2
 
 
 class MatrixRun(Section):
-    """``unlabeled matrix task=mae module=vision_transformer out=docs/matrix.md``."""
+    """``unlabeled matrix task=mae module=vision_transformer out=docs/reference/matrix.md``."""
 
     task: tuple[str, ...] | None = None
     """Tasks, one name or a list; None: all."""
@@ -49,7 +49,7 @@ class MatrixRun(Section):
     @classmethod
     def _is_a_page(cls, out: Path | None) -> Path | None:
         if out is not None and out.suffix != ".md":
-            raise ValueError(f"{out} is no Markdown file; give a name such as docs/matrix.md")
+            raise ValueError(f"{out} is no Markdown file; give a name such as docs/reference/matrix.md")
         return out
 
 
