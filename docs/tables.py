@@ -1,0 +1,192 @@
+"""Writes the generated parts of README and the pages: ``make docs-tables``, or ``python docs/tables.py``.
+
+A page asks for a part with a pair of comments, and everything between them is replaced::
+
+    <!-- generated: settings task=mae -->
+    <!-- end -->
+
+What can be asked for is in `PARTS`. `tests/structure/test_generated_tables.py` holds the committed text current.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from docs.api_listing import api_listing
+
+from unlabeled.eval.registry import evaluator_class, evaluator_names
+from unlabeled.pretext.registry import task_class, task_names
+from unlabeled.ssl.config.docstrings import first_sentence
+from unlabeled.ssl.data.registry import source_class, source_names
+from unlabeled.workflows.compatibility.measure import Matrix
+from unlabeled.workflows.describe_settings import GROUPS, Setting, describe
+
+_MARKED = re.compile(r"(?P<begin><!-- generated: (?P<what>[^>]*?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
+_GROUP_HINT = re.compile(r" ?See: unlabeled settings (\w+)$")
+
+
+def pages() -> list[Path]:
+    """README and every page of the docs."""
+    return [ROOT / "README.md", *sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)]
+
+
+def update(text: str, page: Path) -> str:
+    """`text` of `page` with every generated part written again. Raises ValueError for an unknown part."""
+    return _MARKED.sub(lambda match: match["begin"] + _part(match["what"], page) + match["end"], text)
+
+
+def asked_for(text: str) -> list[str]:
+    """The generated parts in a page, such as ``settings task=mae``."""
+    return [match["what"] for match in _MARKED.finditer(text)]
+
+
+def _part(what: str, page: Path) -> str:
+    name, _, rest = what.partition(" ")
+    if name not in PARTS:
+        raise ValueError(f"{page.name}: {what!r} cannot be generated; known: {', '.join(PARTS)}")
+    return "\n".join(PARTS[name](rest, page)).strip("\n") + "\n"
+
+
+def settings(what: str, page: Path) -> Iterator[str]:
+    """The settings of a group, a command, or of ``task=``, ``evaluator=`` or ``data=NAME``."""
+    tables = describe(what)
+    for table in tables:
+        if len(tables) > 1:
+            yield from ("", f"**`{table.title}`**")
+        yield from ("", *_settings_table(table.settings, page))
+        if table.recipe:
+            yield from ("", f"`{what}` also sets, unless you set it yourself:", "")
+            yield from _rows(("setting", "value"), ([_code(key), _code(value)] for key, value in table.recipe))
+
+
+def evaluator_settings(_: str, page: Path) -> Iterator[str]:
+    """A section for each evaluator: what it measures and its settings."""
+    for name in evaluator_names():
+        evaluator = evaluator_class(name)
+        yield from ("", f"### {name}", "", f"{evaluator.title}. {first_sentence(evaluator.__doc__)}")
+        yield from settings(f"evaluator={name}", page)
+
+
+def source_settings(_: str, page: Path) -> Iterator[str]:
+    """A section for each data source: what it reads and its settings."""
+    for name in source_names():
+        yield from ("", f"### {name}", "", _whole(first_sentence(source_class(name).__doc__)))
+        yield from settings(f"data={name}", page)
+
+
+def _settings_table(found: Sequence[Setting], page: Path) -> Iterator[str]:
+    if not found:
+        yield "No settings."
+        return
+    rows = ([_code(one.name), _type(one), _code(one.default), _meaning(one.meaning, page)] for one in found)
+    yield from _rows(("setting", "type", "default", "meaning"), rows)
+
+
+def _type(setting: Setting) -> str:
+    return _cell(f"{setting.type} [{setting.unit}]" if setting.unit else setting.type)
+
+
+def _meaning(text: str, page: Path) -> str:
+    """A setting that stands for a whole group links to it."""
+    match = _GROUP_HINT.search(text)
+    if match is None or match[1] not in GROUPS:
+        return _cell(text)
+    link = f"[Settings of `{match[1]}`]({_relative(DOCS / 'reference/settings.md', page)}#{match[1]})"
+    return f"{_cell(text[: match.start()])} {link}.".strip()
+
+
+def tasks(_: str, page: Path) -> Iterator[str]:
+    """A row for each pretext task."""
+    matrix = Matrix.loads((DOCS / "reference/matrix.json").read_text(encoding="utf-8"))
+    rows = []
+    for name in task_names():
+        task = task_class(name)
+        cells = [row[name] for row in matrix.cells.values() if name in row]
+        able = f"{sum(cell.status == 'runs' for cell in cells)} of {len(cells)}"
+        paper = f"[{task.paper.year}]({task.paper.url})" if task.paper else "–"
+        link = f"[`{name}`]({_relative(DOCS / f'methods/{name}.md', page)})"
+        rows.append([link, _cell(first_sentence(task.__doc__)), _cell(task.good_for), able, paper])
+    yield from _rows(("task", "what it does", "good for", "runs on", "paper"), rows)
+
+
+def evaluators(_: str, page: Path) -> Iterator[str]:
+    """A row for each evaluator."""
+    target = _relative(DOCS / "reference/evaluators.md", page)
+    rows = []
+    for name in evaluator_names():
+        evaluator = evaluator_class(name)
+        needs = {"features": "features", "network": "the backbone"}.get(evaluator.needs, "features and images")
+        rows.append([f"[`{name}`]({target}#{name})", _cell(first_sentence(evaluator.__doc__)), needs])
+    yield from _rows(("evaluator", "what it measures", "works on"), rows)
+
+
+def sources(_: str, page: Path) -> Iterator[str]:
+    """A row for each data source."""
+    rows = []
+    for name in source_names():
+        source = source_class(name)
+        path = " data.path=…" if "path" in source.Config.model_fields else ""
+        rows.append([_code(f"data={name}{path}"), (source.__doc__ or "").splitlines()[0].replace("``", "`")])
+    yield from _rows(("data", "what it reads"), rows)
+
+
+def api(_: str, page: Path) -> Iterator[str]:
+    """Every public name, by section, as directives of autodoc."""
+    yield from api_listing()
+
+
+PARTS: dict[str, Callable[[str, Path], Iterator[str]]] = {
+    "api": api,
+    "evaluator-settings": evaluator_settings,
+    "evaluators": evaluators,
+    "settings": settings,
+    "source-settings": source_settings,
+    "sources": sources,
+    "tasks": tasks,
+}
+
+
+def _rows(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    yield "| " + " | ".join(head) + " |"
+    yield "| " + " | ".join("---" for _ in head) + " |"
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"
+
+
+def _cell(text: str) -> str:
+    """Plain text in a table: bars would end the cell, stars and underscores would be read as Markdown."""
+    return re.sub(r"(?<!\\)([|*<])|(?<=\w)(_)(?=\w)", lambda match: "\\" + match[0], " ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    return f"`{text}`".replace("|", "\\|") if text else ""
+
+
+def _whole(sentence: str) -> str:
+    return sentence if sentence.endswith((".", "!", "?")) else f"{sentence}."
+
+
+def _relative(target: Path, page: Path) -> str:
+    return Path(os.path.relpath(target, page.parent)).as_posix()
+
+
+def main() -> None:
+    """Rewrites the pages whose generated parts are not current, and names them."""
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        if (current := update(text, page)) != text:
+            page.write_text(current, encoding="utf-8")
+            sys.stdout.write(f"{page.relative_to(ROOT)}\n")
+
+
+if __name__ == "__main__":
+    main()
