@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from unlabeled.pretext.common.precision import widened
 from unlabeled.pretext.dense_contrast.pixel_pairs import PixelPairs, PixelPairsConfig, overlap_logs
-from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, Paper, Recipe, StepOutput, TaskConfig
 
 
 class PixContrastConfig(PixelPairsConfig):
@@ -27,9 +27,17 @@ class PixContrastConfig(PixelPairsConfig):
 
 
 class PixContrast(PixelPairs):
-    """Contrast of the cells of one picture. Submodules: `backbone`, `projector`, and a `teacher` that follows both."""
+    """Pulls together nearby cells of two views of an image and pushes distant cells apart.
+
+    Submodules: `backbone`, `projector`, and a `teacher` that follows both."""
 
     Config: ClassVar[type[TaskConfig]] = PixContrastConfig
+    paper = Paper(
+        "Propagate Yourself: Exploring Pixel-Level Consistency for Unsupervised Visual Representation Learning",
+        2021,
+        "https://arxiv.org/abs/2011.10043",
+    )
+    good_for = "dense features for detection and segmentation; the contrastive baseline of PixPro"
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "larspixpro",

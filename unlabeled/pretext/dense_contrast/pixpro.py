@@ -19,7 +19,7 @@ from unlabeled.pretext.common.checkpoint import load_mapped
 from unlabeled.pretext.common.precision import widened
 from unlabeled.pretext.dense_contrast.pixel_pairs import PixelMLP, PixelPairs, PixelPairsConfig, overlap_logs
 from unlabeled.ssl.backbones.backbone import Backbone
-from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, Paper, Recipe, StepOutput, TaskConfig
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +70,18 @@ class PixelPropagation(nn.Module):
 
 
 class PixPro(PixelPairs):
-    """Pixel-level consistency. Submodules: `backbone`, `projector`, `propagation`; with an `instance_weight` also
+    """Makes each smoothed cell of one view agree with the nearby cells of another view.
+
+    Submodules: `backbone`, `projector`, `propagation`; with an `instance_weight` also
     `instance_projector` and `predictor`; `teacher` holds momentum copies of the backbone and the projectors."""
 
     Config: ClassVar[type[TaskConfig]] = PixProConfig
+    paper = Paper(
+        "Propagate Yourself: Exploring Pixel-Level Consistency for Unsupervised Visual Representation Learning",
+        2021,
+        "https://arxiv.org/abs/2011.10043",
+    )
+    good_for = "dense features for detection and segmentation, with convolutional networks above all"
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "larspixpro",

@@ -27,7 +27,7 @@ from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.masked.masking import Masking, Method
 from unlabeled.ssl.backbones.masked.stages import Execution, StageEncoder
 from unlabeled.ssl.backbones.networks.convmae import ConvViT, PatchConv
-from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, Paper, Recipe, StepOutput, TaskConfig
 
 
 class ConvMAEConfig(AutoencoderConfig):
@@ -39,13 +39,17 @@ class ConvMAEConfig(AutoencoderConfig):
 
 
 class ConvMAE(MaskedImageTask):
-    """Masked autoencoder over stages. Submodules: `backbone`, `decoder`, and the two skips into the decoder.
+    """Reconstructs masked cells with a backbone of convolution stages followed by a transformer.
+
+    Submodules: `backbone`, `decoder`, and the two skips into the decoder.
 
     The skips bring the convolution stages to the tokens of their cell, and are thrown away with the decoder. There is
     no class token. `load_official` takes the authors' pretraining files, with or without skips and decoder.
     """
 
     Config: ClassVar[type[TaskConfig]] = ConvMAEConfig
+    paper = Paper("MCMAE: Masked Convolution Meets Masked Autoencoders", 2022, "https://arxiv.org/abs/2205.03892")
+    good_for = "hybrid backbones that you will fine-tune, for detection and segmentation above all"
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "adamw",

@@ -31,7 +31,7 @@ from unlabeled.pretext.masked_image.masked_image import (
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.masked.masking import Masking, Method
 from unlabeled.ssl.backbones.masked.sparse import SparseEncoder
-from unlabeled.ssl.task import Batch, NamedParameter, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, NamedParameter, Paper, Recipe, StepOutput, TaskConfig
 
 _STD = 0.02
 """Of all initial weights of the decoder."""
@@ -56,13 +56,21 @@ class FCMAEConfig(MaskedImageConfig):
 
 
 class FCMAE(MaskedImageTask):
-    """Fully convolutional masked autoencoder. Submodules: `backbone` (the encoder) and `decoder`.
+    """Reconstructs the masked cells of an image with a fully convolutional autoencoder.
+
+    Submodules: `backbone` (the encoder) and `decoder`.
 
     A cell of the mask is one place of the encoder's last map. The backbone keeps its initial weights: timm draws those
     of ConvNeXt with a deviation of 0.02. (The authors' PyTorch code draws some of them again with a deviation of 1.)
     """
 
     Config: ClassVar[type[TaskConfig]] = FCMAEConfig
+    paper = Paper(
+        "ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders",
+        2023,
+        "https://arxiv.org/abs/2301.00808",
+    )
+    good_for = "ConvNeXt V2 and similar convolutional networks that you will fine-tune; a cheap step"
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "adamw",

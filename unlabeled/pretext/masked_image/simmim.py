@@ -25,7 +25,7 @@ from unlabeled.ssl.backbones.level_map import LevelMap
 from unlabeled.ssl.backbones.masked.masking import Masking, Method
 from unlabeled.ssl.backbones.stem import find_stem, substituted
 from unlabeled.ssl.core.errors import ConfigError
-from unlabeled.ssl.task import Batch, NamedParameter, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, NamedParameter, Paper, Recipe, StepOutput, TaskConfig
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,9 @@ class SimMIMConfig(MaskedImageConfig):
 
 
 class SimMIM(MaskedImageTask):
-    """Masked image modelling with nearly any backbone. Submodules: `backbone` and `decoder` (one 1x1 convolution).
+    """Predicts the raw pixels of masked cells with one linear layer on top of the whole backbone.
+
+    Submodules: `backbone` and `decoder` (one 1x1 convolution).
 
     Where the backbone turns each patch into a token of its own (see `unlabeled.ssl.backbones.stem`), `mask_token` (1,
     1, D) takes the place of the tokens of hidden cells, after the patch embedding and its norm and before positions and
@@ -66,6 +68,8 @@ class SimMIM(MaskedImageTask):
     """
 
     Config: ClassVar[type[TaskConfig]] = SimMIMConfig
+    paper = Paper("SimMIM: A Simple Framework for Masked Image Modeling", 2022, "https://arxiv.org/abs/2111.09886")
+    good_for = "Swin and nearly any other backbone that you will fine-tune, where MAE does not apply"
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "adamw",

@@ -35,7 +35,7 @@ from unlabeled.ssl.backbones.masked.masking import Masking, Method
 from unlabeled.ssl.backbones.masked.sparse import MaskedMap, SparseEncoder, convert
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 from unlabeled.ssl.nn.batch_norm import SyncedBatchNorm2d
-from unlabeled.ssl.task import Batch, NamedParameter, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, NamedParameter, Paper, Recipe, StepOutput, TaskConfig
 
 _UNDECAYED = re.compile(r"cls_token|pos_embed|mask_token|gamma")
 """Parameters that the authors do not decay, besides one-dimensional ones and biases."""
@@ -75,9 +75,17 @@ class SparKConfig(MaskedImageConfig):
 
 
 class SparK(MaskedImageTask):
-    """Sparse and hierarchical masked modeling. Submodules: `backbone`, `densify` and `decoder`."""
+    """Reconstructs masked cells from the sparse feature maps of a convolutional network at several scales.
+
+    Submodules: `backbone`, `densify` and `decoder`."""
 
     Config: ClassVar[type[TaskConfig]] = SparKConfig
+    paper = Paper(
+        "Designing BERT for Convolutional Networks: Sparse and Hierarchical Masked Modeling",
+        2023,
+        "https://arxiv.org/abs/2301.03580",
+    )
+    good_for = "ResNets and other convolutional networks that you will fine-tune"
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "lamb",

@@ -38,7 +38,7 @@ from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 from unlabeled.ssl.data.views import Views
 from unlabeled.ssl.nn.ema import ema_update
-from unlabeled.ssl.task import Batch, NamedParameter, PretextTask, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, NamedParameter, Paper, PretextTask, Recipe, StepOutput, TaskConfig
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,9 @@ class OBoWConfig(TaskConfig):
 
 
 class OBoW(PretextTask):
-    """Online bag of visual words. Submodules: `backbone` (the student), `teacher`, `vocabularies`, `heads`.
+    """Predicts which visual words a teacher finds in the image, from small crops and patches of it.
+
+    Submodules: `backbone` (the student), `teacher`, `vocabularies`, `heads`.
 
     Order of a step: codes, bags and predictions all use the words as they were before it; the teacher's momentum, new
     words and the running mean distance follow in `after_step` (the authors move the teacher within the next step, by
@@ -112,6 +114,12 @@ class OBoW(PretextTask):
     """
 
     Config: ClassVar[type[TaskConfig]] = OBoWConfig
+    paper = Paper(
+        "OBoW: Online Bag-of-Visual-Words Generation for Self-Supervised Learning",
+        2021,
+        "https://arxiv.org/abs/2012.11552",
+    )
+    good_for = "ResNets at moderate batch sizes; good frozen features after few epochs"
     recipe: ClassVar[Recipe] = {
         "optim": {"name": "sgd", "lr": 0.03, "lr_scaling": "none", "momentum": 0.9, "weight_decay": 1e-4},
         "schedule": {"name": "cosine", "warmup_epochs": 10, "min_lr": 3e-5, "per_epoch": True},

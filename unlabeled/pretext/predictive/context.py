@@ -36,7 +36,7 @@ from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.networks.context import caffe_xavier_
 from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled.ssl.data.views import Views
-from unlabeled.ssl.task import Batch, FloatPictures, PretextTask, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, FloatPictures, Paper, PretextTask, Recipe, StepOutput, TaskConfig
 
 Count = Annotated[int, Field(ge=1)]
 Part = Annotated[float, Field(gt=0, le=1)]
@@ -120,9 +120,17 @@ class PairHead(nn.Module):
 
 
 class Context(PretextTask):
-    """Classifies the place of each patch as seen from each of its neighbours. Submodules: `backbone` and `head`."""
+    """Classifies where one patch lies relative to a neighboring patch of the same image.
+
+    Submodules: `backbone` and `head`."""
 
     Config: ClassVar[type[TaskConfig]] = ContextConfig
+    paper = Paper(
+        "Unsupervised Visual Representation Learning by Context Prediction",
+        2015,
+        "https://arxiv.org/abs/1505.05192",
+    )
+    good_for = "a classic baseline on the layout of objects; needs images larger than its patches"
     recipe: ClassVar[Recipe] = {
         "optim": {"name": "momentum", "lr": 0.023, "lr_scaling": "none", "momentum": 0.0, "weight_decay": 0.0},
         "schedule": {"name": "constant", "warmup_epochs": 0},

@@ -24,7 +24,7 @@ from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 from unlabeled.ssl.data.views import Views
-from unlabeled.ssl.task import Batch, NamedParameter, PretextTask, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, NamedParameter, Paper, PretextTask, Recipe, StepOutput, TaskConfig
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Ratio = Annotated[float, Field(gt=0)]
@@ -92,9 +92,17 @@ def _check_square(height: int, width: int, angles: int) -> None:
 
 
 class Rotation(PretextTask):
-    """Classifies the rotation of each picture from the pooled features, with one linear layer."""
+    """Predicts by how many right angles an image was rotated.
+
+    One linear layer classifies the pooled features."""
 
     Config: ClassVar[type[TaskConfig]] = RotationConfig
+    paper = Paper(
+        "Unsupervised Representation Learning by Predicting Image Rotations",
+        2018,
+        "https://arxiv.org/abs/1803.07728",
+    )
+    good_for = "a quick first baseline on any backbone, for images that have an upright orientation"
     recipe: ClassVar[Recipe] = {
         "optim": {"name": "sgd", "lr": 0.1, "lr_scaling": "none", "momentum": 0.9, "weight_decay": 5e-4},
         "schedule": {"name": "multistep", "warmup_epochs": 0, "milestones": [60, 120, 160], "gamma": 0.2},

@@ -34,7 +34,7 @@ from unlabeled.pretext.self_distillation.self_distillation import (
     scores,
 )
 from unlabeled.ssl.backbones.backbone import Backbone
-from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, Paper, Recipe, StepOutput, TaskConfig
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +51,15 @@ class IBOTConfig(HiddenConfig, SelfDistillationConfig):
 
 
 class IBOT(TeacherStudent):
-    """Self-distillation of whole crops and hidden patches.
+    """Combines DINO's loss on whole crops with the same distillation for each masked patch.
 
-    Submodules beside those of `TeacherStudent`: `centers`, `head`, `mask_token` (see
+    Submodules on top of those of `TeacherStudent`: `centers`, `head`, `mask_token` (see
     `unlabeled.pretext.self_distillation.hidden_places`), and `patch_head` where it is not shared.
     """
 
     Config: ClassVar[type[TaskConfig]] = IBOTConfig
+    paper = Paper("iBOT: Image BERT Pre-Training with Online Tokenizer", 2022, "https://arxiv.org/abs/2111.07832")
+    good_for = "frozen features for whole images and for patches (segmentation); costs slightly more than DINO"
     small_settings: ClassVar[dict[str, Any]] = {
         "locals": 0,
         "head": {"prototypes": 64, "hidden": 64, "bottleneck": 32},

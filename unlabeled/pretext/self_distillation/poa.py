@@ -49,7 +49,7 @@ from unlabeled.ssl.backbones.elastic.sampler import SizeSampler
 from unlabeled.ssl.core.distributed import rank
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 from unlabeled.ssl.nn.drop_path import uniform_drop_path
-from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, Paper, Recipe, StepOutput, TaskConfig
 
 logger = logging.getLogger(__name__)
 
@@ -130,14 +130,18 @@ class Targets(NamedTuple):
 
 
 class POA(TeacherStudent):
-    """Self-distillation of an intact and an elastic student. Submodules beside those of `TeacherStudent`: `heads`, one
-    for each number of prototypes, and `mask_token` (see `unlabeled.pretext.self_distillation.hidden_places`).
+    """Distills a teacher into a full student and into a sub-network that changes with each step.
+
+    Submodules on top of those of `TeacherStudent`: `heads`, one for each number of prototypes,
+    and `mask_token` (see `unlabeled.pretext.self_distillation.hidden_places`).
 
     The sub-network of a step follows from the number of steps done, the buffer `steps`, and a seed drawn when the task
     is built, the buffer `seed`.
     """
 
     Config: ClassVar[type[TaskConfig]] = POAConfig
+    paper = Paper("POA: Pre-training Once for Models of All Sizes", 2024, "https://arxiv.org/abs/2408.01031")
+    good_for = "getting models of many sizes from one run"
     recipe: ClassVar[Recipe] = {
         "task": {"mask_pattern": "block"},
         "optim": {

@@ -17,7 +17,7 @@ from pydantic import Field
 from unlabeled.pretext.common.views import Chance, ColorConfig
 from unlabeled.pretext.two_views.two_views import TwoViewsConfig, TwoViewTask, exactly
 from unlabeled.ssl.backbones.backbone import Backbone
-from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, Paper, Recipe, StepOutput, TaskConfig
 
 
 class SimCLRColors(ColorConfig):
@@ -44,13 +44,21 @@ class SimCLRConfig(TwoViewsConfig):
 
 
 class SimCLR(TwoViewTask):
-    """NT-Xent over the two views of all pictures, those of other ranks included.
+    """Finds the other view of an image among all views in the batch.
+
+    The loss is NT-Xent over the views of all ranks.
 
     lightly's gather passes on the gradients of all ranks' losses, and DDP takes the mean over ranks: together the exact
     gradient of one process with the whole batch.
     """
 
     Config: ClassVar[type[TaskConfig]] = SimCLRConfig
+    paper = Paper(
+        "A Simple Framework for Contrastive Learning of Visual Representations",
+        2020,
+        "https://arxiv.org/abs/2002.05709",
+    )
+    good_for = "a simple contrastive baseline, if you can afford large batches"
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "lars",

@@ -18,7 +18,7 @@ from torch import nn
 from unlabeled.pretext.common.precision import widened
 from unlabeled.pretext.two_views.two_views import FirstColors, SecondColors, TwoViewsConfig, TwoViewTask, exactly
 from unlabeled.ssl.backbones.backbone import Backbone
-from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, Paper, Recipe, StepOutput, TaskConfig
 from unlabeled.ssl.train.collapse import DEVIATION
 
 
@@ -40,13 +40,21 @@ class VICRegConfig(TwoViewsConfig):
 
 
 class VICReg(TwoViewTask):
-    """Three terms on the projections of both views; variance and covariance are those of all ranks' pictures.
+    """Makes two views agree, while each feature varies over images and features stay uncorrelated.
+
+    Variance and covariance are those of all ranks' images.
 
     lightly's gather passes on the gradients of all ranks' losses, and DDP takes the mean over ranks: together the exact
     gradient of one process with the whole batch.
     """
 
     Config: ClassVar[type[TaskConfig]] = VICRegConfig
+    paper = Paper(
+        "VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning",
+        2022,
+        "https://arxiv.org/abs/2105.04906",
+    )
+    good_for = "frozen features without negatives or a teacher; its loss terms show why a run fails"
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "lars",
