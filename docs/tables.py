@@ -163,8 +163,8 @@ def _rows(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
 
 
 def _cell(text: str) -> str:
-    """Plain text in a table: bars would end the cell, stars and underscores would be read as Markdown."""
-    return re.sub(r"(?<!\\)([|*<])|(?<=\w)(_)(?=\w)", lambda match: "\\" + match[0], " ".join(text.split()))
+    """Plain text in a table: bars would end the cell, stars and angles would be read as Markdown."""
+    return re.sub(r"(?<!\\)[|*<]", lambda match: "\\" + match[0], " ".join(text.split()))
 
 
 def _code(text: str) -> str:
