@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 from pydantic import BaseModel
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from unlabeled._version import __version__
 
@@ -22,7 +20,7 @@ source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build"]
 suppress_warnings = ["config.cache"]  # the hooks below cannot be pickled, which is fine
 
-myst_enable_extensions = ["colon_fence", "deflist", "substitution"]
+myst_enable_extensions = ["alert", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4
 
 default_role = "py:obj"
@@ -34,6 +32,8 @@ python_maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
 add_module_names = False
 
+html_math_renderer = "mathml"
+"""Formulas are MathML, which browsers draw themselves: no script from elsewhere."""
 html_theme = "furo"
 html_title = "unlabeled"
 html_static_path = ["_static"]
@@ -53,6 +53,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 def setup(app: Any) -> None:
     """Called by Sphinx."""
     app.connect("autodoc-process-signature", _signature)
+    app.add_html_math_renderer("mathml", (_inline_math, None), (_block_math, None))
 
 
 def _signature(
@@ -62,3 +63,13 @@ def _signature(
     if kind == "class" and isinstance(found, type) and issubclass(found, BaseModel):
         return "", None
     return signature, returns
+
+
+def _inline_math(writer: Any, node: nodes.Node) -> None:
+    writer.body.append(tex2mathml(node.astext()))
+    raise nodes.SkipNode
+
+
+def _block_math(writer: Any, node: nodes.Node) -> None:
+    writer.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>')
+    raise nodes.SkipNode

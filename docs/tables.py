@@ -10,19 +10,18 @@ What can be asked for is in `PARTS`. `tests/structure/test_generated_tables.py` 
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-DOCS = ROOT / "docs"
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+from pydantic import BaseModel
 
-from docs.api_listing import api_listing
-
+import unlabeled
 from unlabeled.eval.registry import evaluator_class, evaluator_names
 from unlabeled.pretext.registry import task_class, task_names
 from unlabeled.ssl.config.docstrings import first_sentence
@@ -30,7 +29,12 @@ from unlabeled.ssl.data.registry import source_class, source_names
 from unlabeled.workflows.compatibility.measure import Matrix
 from unlabeled.workflows.describe_settings import GROUPS, Setting, describe
 
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+
 _MARKED = re.compile(r"(?P<begin><!-- generated: (?P<what>[^>]*?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
+_SECTION = re.compile(r"^    # (?P<title>.+?)\.?$")
+_NAME = re.compile(r'^    "(?P<name>\w+)": ')
 _GROUP_HINT = re.compile(r" ?See: unlabeled settings (\w+)$")
 
 
@@ -139,9 +143,64 @@ def sources(_: str, page: Path) -> Iterator[str]:
     yield from _rows(("data", "what it reads"), rows)
 
 
+def public_sections() -> dict[str, list[str]]:
+    """Section → public names: the comments in the table of `unlabeled` are its sections."""
+    found: dict[str, list[str]] = {}
+    lines = Path(unlabeled.__file__).read_text(encoding="utf-8").split("_PUBLIC = {\n")[1].split("\n}\n")[0]
+    section: list[str] = []
+    for line in lines.splitlines():
+        if title := _SECTION.match(line):
+            section = found.setdefault(title["title"], [])
+        elif name := _NAME.match(line):
+            section.append(name["name"])
+    return found
+
+
 def api(_: str, page: Path) -> Iterator[str]:
     """Every public name, by section, as directives of autodoc."""
-    yield from api_listing()
+    for title, names in public_sections().items():
+        yield from ("", f"## {title}", "", "```{eval-rst}")
+        for name in names:
+            yield from _directive(name)
+        yield "```"
+
+
+def _directive(name: str) -> Iterator[str]:
+    found = getattr(unlabeled, name)
+    if inspect.isfunction(found):
+        yield f".. autofunction:: unlabeled.{name}"
+    elif not inspect.isclass(found):
+        yield from _data(name)
+    elif issubclass(found, Exception):
+        yield from (f".. autoexception:: unlabeled.{name}", "   :show-inheritance:")
+    elif issubclass(found, BaseModel) and found.model_fields:
+        yield from (f".. autoclass:: unlabeled.{name}", "   :no-members:", "")
+        yield "   Its fields are in :doc:`/reference/settings`."
+    else:
+        yield f".. autoclass:: unlabeled.{name}"
+    yield ""
+
+
+def _data(name: str) -> Iterator[str]:
+    """A constant or a type: autodoc would not find its docstring where it is exported again."""
+    value, text = _assigned(name)
+    yield from (f".. py:data:: unlabeled.{name}", "")
+    if len(value) < 100:
+        yield from (f"   ``{value}``", "")
+    yield from (f"   {line}".rstrip() for line in text.splitlines())
+
+
+def _assigned(name: str) -> tuple[str, str]:
+    """What is assigned to `name` in the module that defines it, and the string that follows."""
+    body = ast.parse(inspect.getsource(importlib.import_module(unlabeled._PUBLIC[name]))).body
+    for statement, following in zip(body, [*body[1:], None], strict=True):
+        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            text = following.value if isinstance(following, ast.Expr) else None
+            documented = isinstance(text, ast.Constant) and isinstance(text.value, str)
+            value = ast.unparse(statement.value) if isinstance(statement, (ast.Assign, ast.AnnAssign)) else ""
+            return value, inspect.cleandoc(text.value) if documented else ""
+    raise LookupError(f"{name} is not assigned in {unlabeled._PUBLIC[name]}")
 
 
 PARTS: dict[str, Callable[[str, Path], Iterator[str]]] = {
