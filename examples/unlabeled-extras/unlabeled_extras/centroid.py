@@ -16,7 +16,7 @@ class CentroidConfig(EvaluatorConfig):
     unit_length: bool = True
     """Scale features to unit length first, so that directions are compared."""
     shots: tuple[int, ...] = ()
-    """Also with the means of so many training pictures of each class, drawn by the seed."""
+    """Also use the means of only this many training images of each class, drawn with the seed. [images]"""
 
 
 class Centroid(Evaluator):
