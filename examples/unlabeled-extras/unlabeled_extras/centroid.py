@@ -16,7 +16,7 @@ class CentroidConfig(EvaluatorConfig):
     unit_length: bool = True
     """Scale features to unit length first, so that directions are compared."""
     shots: tuple[int, ...] = ()
-    """Also use the means of only this many training images of each class, drawn with the seed. [images]"""
+    """Also with the means of so many training pictures of each class, drawn by the seed."""
 
 
 class Centroid(Evaluator):

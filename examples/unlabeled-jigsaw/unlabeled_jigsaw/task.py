@@ -22,14 +22,13 @@ class JigsawConfig(TaskConfig):
     """Settings of jigsaw puzzles; the defaults are the paper's."""
 
     grid: int = Field(3, ge=2, le=4)
-    """Tiles along each side. [tiles]"""
+    """Tiles along each side."""
     permutations: int = Field(1000, ge=2)
-    """Orders to tell apart; 2x2 tiles have only 24. [orders]"""
+    """Orders to tell apart. Of 2x2 tiles there are only 24."""
     gap: float = Field(75 / 64, ge=1)
-    """Side of a cell relative to the tile that is cut from it at random, so that edges do not fit together. [tile
-    sides]"""
+    """Side of a cell over the side of the tile that is cut from it at random, so that edges do not fit together."""
     gray: float = Field(0.3, ge=0, le=1)
-    """Probability that an image loses its colors, whose fringes would give the order away."""
+    """Probability that a picture loses its colours, whose fringes would give the order away."""
 
 
 class JigsawViews:
