@@ -20,10 +20,10 @@ from unlabeled.ssl.task import Batch, Paper, Recipe, StepOutput, TaskConfig
 
 
 class PixContrastConfig(PixelPairsConfig):
-    """Settings of PixContrast; what it shares with PixPro is as there."""
+    """Settings of PixContrast; those shared with PixPro have the same defaults."""
 
     temperature: float = Field(0.3, gt=0)
-    """Cosines are divided by it."""
+    """Temperature of the contrastive loss: cosine similarities are divided by it."""
 
 
 class PixContrast(PixelPairs):

@@ -33,12 +33,11 @@ class PixProConfig(PixelPairsConfig):
     """Settings of PixPro; the defaults are those of the paper and the released recipe."""
 
     gamma: float = Field(2.0, gt=0)
-    """Power of the similarity by which cells are smoothed."""
+    """Sharpness of the smoothing: similarities between cells are raised to this power."""
     transform_layers: Literal[0, 1, 2] = 1
-    """Layers of what is summed up when a cell is smoothed; 0: its projection itself."""
+    """Layers of the transform that is applied to cells before they are averaged; 0: none. [layers]"""
     instance_weight: float = Field(0.0, ge=0)
-    """Weight of the loss on whole pictures (BYOL's), which shares the backbone; 0: there is no such branch. The paper's
-    results with it have 1."""
+    """Weight of an additional BYOL loss on whole images; 0: no such branch. The paper's results with it use 1."""
 
 
 class PixelPropagation(nn.Module):

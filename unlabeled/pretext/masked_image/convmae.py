@@ -34,8 +34,8 @@ class ConvMAEConfig(AutoencoderConfig):
     """Settings of ConvMAE; the defaults are those of the authors' command."""
 
     execution: Execution = "gathered"
-    """gathered: the convolution stages compute visible cells only. dense: they compute all and mask, as the authors'
-    code does. Results and gradients are the same."""
+    """How the convolution stages run. gathered: on visible cells only. dense: on all cells, then masked, as in the
+    authors' code. Results and gradients are the same; gathered is faster."""
 
 
 class ConvMAE(MaskedImageTask):

@@ -38,12 +38,12 @@ _STD = 0.02
 
 
 class DecoderConfig(TaskConfig):
-    """The decoder, thrown away after pretraining. Source of the defaults: the paper's comparison of decoders."""
+    """The decoder, which is discarded after pretraining; the defaults are the best of the paper's comparison."""
 
     dim: int = Field(512, ge=1)
-    """Channels."""
+    """Width of the decoder. [channels]"""
     depth: int = Field(1, ge=1)
-    """ConvNeXt V2 blocks; more cost time and gain nothing."""
+    """ConvNeXt V2 blocks; more cost time without improving results. [blocks]"""
 
 
 class FCMAEConfig(MaskedImageConfig):
@@ -51,8 +51,10 @@ class FCMAEConfig(MaskedImageConfig):
 
     mask_ratio: float = Field(0.6, gt=0, lt=1)
     norm_pix: bool = True
-    """Predict each cell normalised by its own mean and deviation; False: the pixels of the normalised picture."""
+    """Predict each cell after normalizing it by its own mean and deviation; false: predict the pixels of the normalized
+    image."""
     decoder: DecoderConfig = DecoderConfig()
+    """The decoder, which is discarded after pretraining."""
 
 
 class FCMAE(MaskedImageTask):

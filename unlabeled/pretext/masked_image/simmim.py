@@ -44,12 +44,12 @@ class SimMIMConfig(MaskedImageConfig):
     """Settings of SimMIM; the defaults are the paper's (section 4.1.1)."""
 
     mask_ratio: float = Field(0.6, gt=0, lt=1)
-    """Part of the cells that is hidden."""
+    """Fraction of the cells that is masked. [fraction]"""
     mask_unit: int | None = Field(None, ge=1)
-    """Pixels along a side of one cell of the mask, a multiple of the network's patch. None: 32 where that leaves 4
-    cells along each side, else the largest that does, down to 4."""
+    """Side of one cell of the mask, a multiple of the network's patch size; null: 32 if that leaves 4 cells along each
+    side, else the largest size that does, down to 4. [pixels]"""
     crop_scale: tuple[Part, Part] = (0.67, 1.0)
-    """Part of the picture's area that a crop covers, smallest and largest."""
+    """Smallest and largest fraction of the image area that a crop covers. [fraction]"""
 
 
 class SimMIM(MaskedImageTask):

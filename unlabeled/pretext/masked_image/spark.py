@@ -55,11 +55,11 @@ _UNUSED = frozenset({"imn_m", "imn_s", "norm_black"})
 
 
 class DecoderConfig(TaskConfig):
-    """The decoder, thrown away after pretraining."""
+    """The decoder, which is discarded after pretraining."""
 
     width: int = Field(768, ge=2)
-    """Channels at the coarsest level; each block halves them. Narrower is much faster: at 768 the decoder of a
-    ResNet-50 costs three times the encoder."""
+    """Channels at the coarsest level; each further level has half as many. Narrower is much faster: at 768, the decoder
+    costs three times as much as a ResNet-50. [channels]"""
 
 
 class SparKConfig(MaskedImageConfig):
@@ -68,10 +68,13 @@ class SparKConfig(MaskedImageConfig):
     mask_ratio: float = Field(0.6, gt=0, lt=1)
     crop_scale: tuple[Part, Part] = (0.67, 1.0)
     mask_unit: int | None = Field(None, ge=1)
-    """Pixels of the side of a cell, a multiple of the network's total stride; None: that stride, as published."""
+    """Side of one cell of the mask, a multiple of the network's total stride; null: that stride, as published.
+    [pixels]"""
     levels: int = Field(4, ge=1)
-    """Feature maps that the decoder receives, from the coarsest on; fewer where the network has fewer."""
+    """Feature maps that the decoder receives, starting with the coarsest; fewer if the network has fewer. [feature
+    maps]"""
     decoder: DecoderConfig = DecoderConfig()
+    """The decoder, which is discarded after pretraining."""
 
 
 class SparK(MaskedImageTask):

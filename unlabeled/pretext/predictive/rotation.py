@@ -43,20 +43,21 @@ class RotationConfig(TaskConfig):
     """Settings of rotation prediction; the defaults are those of the released code."""
 
     angles: Literal[2, 4] = 4
-    """Rotations per picture: 4 (0, 90, 180, 270 degrees) or 2 (0, 180), the only ones that keep a non-square shape."""
+    """Rotations of each image: 4 (0, 90, 180, 270 degrees), or 2 (0, 180), which also suits images that are not square.
+    [rotations]"""
     crop: Literal["auto", "pad", "resized"] = "auto"
-    """pad: shift by up to `pad` pixels (the CIFAR recipe); resized: random part of the picture (the ImageNet recipe);
-    auto: pad for pictures of up to 64 pixels."""
+    """pad: pad the image by `pad` pixels, then crop (the CIFAR recipe). resized: crop a random region and resize it
+    (the ImageNet recipe). auto: pad for images of up to 64 pixels."""
     pad: int = Field(4, ge=0)
-    """Pixels of zeros on each side before the crop of `crop: pad`."""
+    """For crop=pad: zeros on each side before the crop. [pixels]"""
     scale: tuple[Fraction, Fraction] = (0.08, 1.0)
-    """Smallest and largest part of the area that `crop: resized` keeps."""
+    """For crop=resized: smallest and largest fraction of the image area. [fraction]"""
     ratio: tuple[Ratio, Ratio] = (3 / 4, 4 / 3)
-    """Narrowest and widest width over height of that part."""
+    """For crop=resized: narrowest and widest aspect ratio (width / height)."""
     flip: float = Field(0.5, ge=0, le=1)
     """Probability of a horizontal flip."""
     decay_all: bool = True
-    """Weight decay on every parameter, norms and biases too, as published; False: not on these."""
+    """Apply weight decay to every parameter, as published; false: not to norms and biases."""
 
 
 class RotationViews:

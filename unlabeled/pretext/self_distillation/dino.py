@@ -30,7 +30,7 @@ from unlabeled.ssl.task import Batch, Paper, Recipe, StepOutput, TaskConfig
 
 
 class DINOConfig(SelfDistillationConfig):
-    """Settings of DINO; the defaults are those of its released code, with the warm-up of the teacher's temperature."""
+    """Settings of DINO; the defaults are those of its released code, with a warmup of the teacher's temperature."""
 
 
 class DINO(TeacherStudent):

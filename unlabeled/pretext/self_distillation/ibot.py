@@ -44,10 +44,10 @@ class IBOTConfig(HiddenConfig, SelfDistillationConfig):
 
     head: HeadConfig = HeadConfig(prototypes=8192)
     patch_head: HeadConfig | None = None
-    """Head of the patches. None: they share that of whole crops, as published, or have one like it where the last map
-    has another number of channels than pooled features."""
+    """Head for patches; null: share the head of whole crops, as published (or use a separate one like it, if the last
+    feature map has another number of channels than the pooled features)."""
     patch_weight: float = Field(1.0, gt=0)
-    """Of the loss of patches; that of whole crops weighs one."""
+    """Weight of the loss on masked patches; the loss on whole crops has weight 1."""
 
 
 class IBOT(TeacherStudent):

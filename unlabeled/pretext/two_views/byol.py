@@ -27,11 +27,12 @@ class BYOLConfig(TwoViewsConfig):
     """Settings of BYOL; the defaults are those of the run of 1000 epochs."""
 
     momentum: float = Field(0.996, ge=0, le=1)
-    """Of the teacher at the start; it rises to 1 by half a cosine. 0.99 for 300 epochs and fewer (appendix C)."""
+    """Decay rate of the teacher's weights at the start; it rises to 1 along a half cosine. Use 0.99 for 300 epochs or
+    fewer (appendix C)."""
     hidden: int = Field(4096, ge=1)
-    """Width of the hidden layer of projector and predictor."""
+    """Width of the hidden layer of projector and predictor. [channels]"""
     dim: int = Field(256, ge=1)
-    """Channels of projections and predictions."""
+    """Width of projections and predictions. [channels]"""
     first: FirstColors = FirstColors()
     second: SecondColors = SecondColors()
 

@@ -21,7 +21,7 @@ from unlabeled.ssl.task import Batch, Paper, Recipe, StepOutput, TaskConfig
 
 
 class SimCLRColors(ColorConfig):
-    """Colours of both views, of strength 1 (appendix A); half of it suits CIFAR (appendix B.9)."""
+    """Color augmentation of both views at strength 1 (appendix A); half of it suits CIFAR (appendix B.9)."""
 
     brightness: float = Field(0.8, ge=0)
     contrast: float = Field(0.8, ge=0)
@@ -34,11 +34,12 @@ class SimCLRConfig(TwoViewsConfig):
     """Settings of SimCLR; the defaults are those for ImageNet."""
 
     temperature: float = Field(0.1, gt=0)
-    """Divides the cosines; 0.5 for CIFAR (appendix B.9)."""
+    """Temperature of the contrastive loss; 0.5 for CIFAR (appendix B.9)."""
     hidden: int = Field(2048, ge=1)
-    """Width of the projection head's hidden layer; the authors take the backbone's, 2048 for a ResNet-50."""
+    """Width of the projection head's hidden layer; the authors use that of the backbone, 2048 for a ResNet-50.
+    [channels]"""
     dim: int = Field(128, ge=1)
-    """Channels of the projections that are compared."""
+    """Width of the projections that the loss compares. [channels]"""
     first: SimCLRColors = SimCLRColors()
     second: SimCLRColors = SimCLRColors()
 

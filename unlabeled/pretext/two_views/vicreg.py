@@ -26,15 +26,16 @@ class VICRegConfig(TwoViewsConfig):
     """Settings of VICReg; the defaults are the paper's."""
 
     invariance_weight: float = Field(25.0, ge=0)
-    """Of the mean squared difference of the two views."""
+    """Weight of the mean squared difference between the two views."""
     variance_weight: float = Field(25.0, ge=0)
-    """Of the hinge that keeps each channel's standard deviation at 1 or above; without it features collapse."""
+    """Weight of the hinge loss that keeps the standard deviation of each feature at 1 or above; without it, features
+    collapse."""
     covariance_weight: float = Field(1.0, ge=0)
-    """Of the squared covariances of different channels."""
+    """Weight of the squared covariances between features."""
     hidden: int = Field(8192, ge=1)
-    """Width of the expander's two hidden layers."""
+    """Width of the expander's two hidden layers. [channels]"""
     dim: int = Field(8192, ge=1)
-    """Channels of the projections that are compared."""
+    """Width of the projections that the loss compares. [channels]"""
     first: FirstColors = FirstColors()
     second: SecondColors = SecondColors()
 

@@ -70,7 +70,7 @@ def _single(annotation: Any) -> str:
         return "path"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "settings"
-    return "mapping" if annotation is dict else "any value"
+    return "mapping" if annotation is dict or hasattr(annotation, "_fields") else "any value"
 
 
 def _plural(name: str) -> str:
