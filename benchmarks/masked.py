@@ -132,7 +132,7 @@ def agreement(duel: Duel, device: torch.device) -> dict[str, float]:
 
 
 def measure(model: Model, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One row of results: speed, memory and operations of both sides; see ``docs/results/benchmarks.md`` for their meaning."""
+    """One row of results: speed, memory and operations of both sides; ``docs/results/benchmarks.md`` explains them."""
     device = torch.device(options.device)
     duel = set_up(model, device, compiled=options.compile, kernels=options.cpu_kernels)
     agreed = agreement(duel, device)

@@ -20,7 +20,7 @@ source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build"]
 suppress_warnings = ["config.cache"]  # the hooks below cannot be pickled, which is fine
 
-myst_enable_extensions = ["alert", "colon_fence", "deflist", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4
 
 default_role = "py:obj"
@@ -71,5 +71,6 @@ def _inline_math(writer: Any, node: nodes.Node) -> None:
 
 
 def _block_math(writer: Any, node: nodes.Node) -> None:
-    writer.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>')
+    formula = tex2mathml(node.astext()).replace("<math", '<math display="block"', 1)
+    writer.body.append(f'<div class="math">{formula}</div>')
     raise nodes.SkipNode

@@ -22,10 +22,10 @@ from pathlib import Path
 from pydantic import BaseModel
 
 import unlabeled
-from unlabeled.eval.registry import evaluator_class, evaluator_names
-from unlabeled.pretext.registry import task_class, task_names
+from unlabeled.eval.registry import evaluator_class, evaluator_names, evaluator_origin
+from unlabeled.pretext.registry import task_class, task_names, task_origin
 from unlabeled.ssl.config.docstrings import first_sentence
-from unlabeled.ssl.data.registry import source_class, source_names
+from unlabeled.ssl.data.registry import source_class, source_names, source_origin
 from unlabeled.workflows.compatibility.measure import Matrix
 from unlabeled.workflows.describe_settings import GROUPS, Setting, describe
 
@@ -60,6 +60,11 @@ def _part(what: str, page: Path) -> str:
     return "\n".join(PARTS[name](rest, page)).strip("\n") + "\n"
 
 
+def built_in(names: Iterable[str], origin: Callable[[str], str]) -> list[str]:
+    """Those that this package brings: what else is installed or registered here must not show in its pages."""
+    return [name for name in names if origin(name) == "built in"]
+
+
 def settings(what: str, page: Path) -> Iterator[str]:
     """The settings of a group, a command, or of ``task=``, ``evaluator=`` or ``data=NAME``."""
     tables = describe(what)
@@ -74,7 +79,7 @@ def settings(what: str, page: Path) -> Iterator[str]:
 
 def evaluator_settings(_: str, page: Path) -> Iterator[str]:
     """A section for each evaluator: what it measures and its settings."""
-    for name in evaluator_names():
+    for name in built_in(evaluator_names(), evaluator_origin):
         evaluator = evaluator_class(name)
         yield from ("", f"### {name}", "", f"{evaluator.title}. {first_sentence(evaluator.__doc__)}")
         yield from settings(f"evaluator={name}", page)
@@ -82,7 +87,7 @@ def evaluator_settings(_: str, page: Path) -> Iterator[str]:
 
 def source_settings(_: str, page: Path) -> Iterator[str]:
     """A section for each data source: what it reads and its settings."""
-    for name in source_names():
+    for name in built_in(source_names(), source_origin):
         yield from ("", f"### {name}", "", _whole(first_sentence(source_class(name).__doc__)))
         yield from settings(f"data={name}", page)
 
@@ -112,7 +117,7 @@ def tasks(_: str, page: Path) -> Iterator[str]:
     """A row for each pretext task."""
     matrix = Matrix.loads((DOCS / "reference/matrix.json").read_text(encoding="utf-8"))
     rows = []
-    for name in task_names():
+    for name in built_in(task_names(), task_origin):
         task = task_class(name)
         cells = [row[name] for row in matrix.cells.values() if name in row]
         able = f"{sum(cell.status == 'runs' for cell in cells)} of {len(cells)}"
@@ -126,7 +131,7 @@ def evaluators(_: str, page: Path) -> Iterator[str]:
     """A row for each evaluator."""
     target = _relative(DOCS / "reference/evaluators.md", page)
     rows = []
-    for name in evaluator_names():
+    for name in built_in(evaluator_names(), evaluator_origin):
         evaluator = evaluator_class(name)
         needs = {"features": "features", "network": "the backbone"}.get(evaluator.needs, "features and images")
         rows.append([f"[`{name}`]({target}#{name})", _cell(first_sentence(evaluator.__doc__)), needs])
@@ -136,7 +141,7 @@ def evaluators(_: str, page: Path) -> Iterator[str]:
 def sources(_: str, page: Path) -> Iterator[str]:
     """A row for each data source."""
     rows = []
-    for name in source_names():
+    for name in built_in(source_names(), source_origin):
         source = source_class(name)
         path = " data.path=…" if "path" in source.Config.model_fields else ""
         rows.append([_code(f"data={name}{path}"), (source.__doc__ or "").splitlines()[0].replace("``", "`")])
