@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import itertools
 import os
 import re
 import sys
@@ -198,13 +199,17 @@ def _data(name: str) -> Iterator[str]:
 def _assigned(name: str) -> tuple[str, str]:
     """What is assigned to `name` in the module that defines it, and the string that follows."""
     body = ast.parse(inspect.getsource(importlib.import_module(unlabeled._PUBLIC[name]))).body
-    for statement, following in zip(body, [*body[1:], None], strict=True):
-        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
-        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+    for statement, following in itertools.pairwise([*body, ast.Pass()]):
+        if isinstance(statement, ast.Assign):
+            targets: list[ast.expr] = statement.targets
+        elif isinstance(statement, ast.AnnAssign):
+            targets = [statement.target]
+        else:
+            continue
+        if statement.value is not None and name in [ast.unparse(target) for target in targets]:
             text = following.value if isinstance(following, ast.Expr) else None
             documented = isinstance(text, ast.Constant) and isinstance(text.value, str)
-            value = ast.unparse(statement.value) if isinstance(statement, (ast.Assign, ast.AnnAssign)) else ""
-            return value, inspect.cleandoc(text.value) if documented else ""
+            return ast.unparse(statement.value), inspect.cleandoc(ast.literal_eval(text)) if text and documented else ""
     raise LookupError(f"{name} is not assigned in {unlabeled._PUBLIC[name]}")
 
 
