@@ -138,10 +138,10 @@ def clustered(count: int, width: int, classes: int, seed: int) -> FeatureSplit:
     """Five clusters a class, in directions of falling variance, with noise: roughly what a trained network gives."""
     shared, own = np.random.default_rng(0), np.random.default_rng(seed)
     scales = np.arange(1, width + 1) ** -0.5
-    centres = shared.normal(size=(classes * 5, width)) * scales
+    centers = shared.normal(size=(classes * 5, width)) * scales
     mixing = np.linalg.qr(shared.normal(size=(width, width)))[0]
     labels = own.integers(0, classes, count)
-    rows = centres[labels * 5 + own.integers(0, 5, count)] + 3 * own.normal(size=(count, width)) * scales
+    rows = centers[labels * 5 + own.integers(0, 5, count)] + 3 * own.normal(size=(count, width)) * scales
     return FeatureSplit((rows @ mixing * 3 + 0.5).astype(np.float32), labels)
 
 

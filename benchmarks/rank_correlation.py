@@ -96,9 +96,9 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> RankCor
     spearman, kendall = stats.spearmanr(first, second), stats.kendalltau(first, second)
     rho = float(spearman.statistic)
     half = 1.96 * math.sqrt((1 + rho**2 / 2) / (count - 3))
-    centre = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, rho)))
+    center = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, rho)))
     return RankCorrelation(
-        count, rho, math.tanh(centre - half), math.tanh(centre + half), float(spearman.pvalue),
+        count, rho, math.tanh(center - half), math.tanh(center + half), float(spearman.pvalue),
         float(kendall.statistic), float(kendall.pvalue),
     )  # fmt: skip
 
@@ -196,7 +196,7 @@ def main(words: list[str] | None = None) -> list[str]:
     settings = [word for word in options.words if "=" in word]
     run = evaluate_config("runs", [*settings, f"evaluate.evaluators=[{','.join(EVALUATORS)}]"])
     if run.data is None:
-        raise ConfigError("data: not given; all runs are measured on the same labelled data, such as data=digits")
+        raise ConfigError("data: not given; all runs are measured on the same labeled data, such as data=digits")
     sources = open_source(run.data, "train"), open_source(run.data, "test")
     found: dict[str, Values] = {}
     for folder in folders:

@@ -20,7 +20,7 @@ NAMES = get_args(CorruptionName)
 
 
 def picture(side: int = 32, width: int | None = None) -> Tensor:
-    """Smooth colours with a sharp edge."""
+    """Smooth colors with a sharp edge."""
     ramp = torch.linspace(0, 1, width or side).expand(side, -1)
     edge = (torch.arange(side) > side // 2).float()[:, None] * 0.5
     image = torch.stack([ramp, 1 - ramp, 0.2 * ramp]) * 0.5 + edge
@@ -66,11 +66,11 @@ def test_strengths_are_the_authors_at_both_ends_and_between() -> None:
 
 
 def test_noise_has_the_deviation_asked_for_and_another_one_for_another_seed() -> None:
-    grey = torch.full((3, 224, 224), 128, dtype=torch.uint8)
-    found = corrupt(grey, "gaussian_noise", 1, seed=0).float() / 255
+    gray = torch.full((3, 224, 224), 128, dtype=torch.uint8)
+    found = corrupt(gray, "gaussian_noise", 1, seed=0).float() / 255
     assert float(found.std()) == pytest.approx(0.08, rel=0.02)
     assert float(found.mean()) == pytest.approx(128 / 255, abs=2e-3)
-    assert not torch.equal(corrupt(grey, "gaussian_noise", 1, 1), corrupt(grey, "gaussian_noise", 1, 0))
+    assert not torch.equal(corrupt(gray, "gaussian_noise", 1, 1), corrupt(gray, "gaussian_noise", 1, 0))
 
 
 def test_blur_is_a_gaussian_filter() -> None:
@@ -98,7 +98,7 @@ def test_brightness_adds_to_the_value_and_keeps_the_hue() -> None:
     added = round(0.3 * 255)
     bright = 60 + added
     assert found[0] == pytest.approx([bright, bright / 2, 0], abs=1)
-    assert found[1] == pytest.approx([added] * 3, abs=1), "black becomes grey"
+    assert found[1] == pytest.approx([added] * 3, abs=1), "black becomes gray"
     assert found[2] == pytest.approx([255, 127.5, 51], abs=1)
 
 
@@ -119,7 +119,7 @@ def test_a_corrupted_source_reads_the_pictures_asked_for_in_that_order() -> None
     again = CorruptedSource(source, [2], EvalTransform((32, 32)), "gaussian_noise", 3, seed=5)
     assert len(corrupted) == 2
     assert corrupted.read(0).shape == (3, 32, 32)
-    assert torch.equal(corrupted.read(1), again.read(0)), "a picture's noise does not depend on its neighbours"
+    assert torch.equal(corrupted.read(1), again.read(0)), "a picture's noise does not depend on its neighbors"
     assert corrupted.describe(0).startswith("train-7.png, gaussian_noise 3")
     assert not torch.equal(
         corrupted.read(0), CorruptedSource(source, [7], corrupted.prepare, "gaussian_noise", 3, seed=6).read(0)

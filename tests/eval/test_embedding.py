@@ -24,7 +24,7 @@ def groups(count: int, kinds: int = 3, width: int = 16) -> FeatureSplit:
 
 
 @pytest.mark.parametrize("method", ["tsne", "pca"])
-def test_neighbours_of_the_plane_are_of_the_same_group(method: str) -> None:
+def test_neighbors_of_the_plane_are_of_the_same_group(method: str) -> None:
     found = embed(groups(60), method)
     assert found.points.shape == (60, 2)
     assert found.points.dtype == np.float32
@@ -50,7 +50,7 @@ def test_at_most_so_many_pictures_drawn_by_seed_and_said() -> None:
     assert not np.array_equal(one.labels, other.labels) or not np.array_equal(one.points, other.points)
     assert (
         one.method
-        == "The first two principal components of 100 test pictures drawn at random, on L2-normalised features, seed 1"
+        == "The first two principal components of 100 test pictures drawn at random, on L2-normalized features, seed 1"
     )
 
 

@@ -1,4 +1,4 @@
-"""The whole evaluation on pictures whose classes are colours."""
+"""The whole evaluation on pictures whose classes are colors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_backbone_pixels_and_random_weights_are_measured_alike(tmp_path: Path) -
         assert encoder.arrays["linear/confusion"].sum() == evidence.test_pictures == 19
         assert set(encoder.seconds) == {"features", "knn", "linear"}
     assert [encoder.dimension for encoder in evidence.encoders.values()] == [32, 3072, 32]
-    assert evidence.encoders["pixels"].metrics["knn/k5"] == 1.0, "the classes are colours"
+    assert evidence.encoders["pixels"].metrics["knn/k5"] == 1.0, "the classes are colors"
     assert evidence.skipped == {"train": ("train-2.png", "train-4.png"), "test": ("test-2.png", "test-4.png")}
     assert evidence.train_pictures == 46
     assert evidence.majority == pytest.approx(7 / 19)
@@ -52,7 +52,7 @@ def test_backbone_pixels_and_random_weights_are_measured_alike(tmp_path: Path) -
     assert len(list((tmp_path / "features").iterdir())) == 6
 
 
-def test_the_gallery_shows_the_true_neighbours_past_a_corrupt_picture() -> None:
+def test_the_gallery_shows_the_true_neighbors_past_a_corrupt_picture() -> None:
     train, test = sources(corrupt=(0, 1))
     evidence = evaluate_backbone(tiny_vit(), train, test, CONFIG)
     assert evidence is not None
@@ -61,10 +61,10 @@ def test_the_gallery_shows_the_true_neighbours_past_a_corrupt_picture() -> None:
         number = int(row.query.name.removeprefix("test-").removesuffix(".png"))
         assert torch.equal(row.query.image, test._images[number])
         assert row.query.label == number % 3
-        assert len(row.neighbours) == 5
-        similarities = [near.similarity for near in row.neighbours]
+        assert len(row.neighbors) == 5
+        similarities = [near.similarity for near in row.neighbors]
         assert similarities == sorted(similarities, reverse=True)
-        for near in row.neighbours:
+        for near in row.neighbors:
             index = int(near.name.removeprefix("train-").removesuffix(".png"))
             assert torch.equal(near.image, train._images[index])
             assert near.label == index % 3

@@ -16,7 +16,7 @@ COLOURS = torch.tensor([[20, 120, 20], [250, 20, 20], [20, 20, 250]], dtype=torc
 
 
 class BlockSource:
-    """Pictures in which each place of a grid has the plain colour of what it shows, with a mask of the same blocks."""
+    """Pictures in which each place of a grid has the plain color of what it shows, with a mask of the same blocks."""
 
     classes = ("red", "blue")
 

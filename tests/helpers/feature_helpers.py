@@ -11,10 +11,10 @@ from unlabeled.eval.subject import Subject
 
 
 def clouds(count: int, classes: int, *, spread: float = 1.0, seed: int = 0, width: int = 16) -> FeatureSplit:
-    """Normal clouds around fixed centres, the classes in turn."""
-    centres = np.random.default_rng(7).normal(size=(classes, width))
+    """Normal clouds around fixed centers, the classes in turn."""
+    centers = np.random.default_rng(7).normal(size=(classes, width))
     labels = np.arange(count) % classes
-    features = centres[labels] + spread * np.random.default_rng(seed).normal(size=(count, width))
+    features = centers[labels] + spread * np.random.default_rng(seed).normal(size=(count, width))
     return FeatureSplit(features.astype(np.float32), labels)
 
 
@@ -24,7 +24,7 @@ def subject(train: FeatureSplit, test: FeatureSplit, *, seed: int = 0) -> Subjec
     return Subject(FeatureSet(train, test, tuple(f"class {n}" for n in range(classes))), seed=seed)
 
 
-def labelled(split: FeatureSplit, *labels: int) -> FeatureSplit:
+def labeled(split: FeatureSplit, *labels: int) -> FeatureSplit:
     """`split` with these labels in turn."""
     return replace(split, labels=np.resize(np.array(labels), len(split)))
 

@@ -50,7 +50,7 @@ def evidence(
         test_labels=np.zeros(count, dtype=np.int64), train_pictures=5000, test_pictures=count, majority=0.34,
         skipped={"train": (), "test": ("bad.png",)}, seeds={"random weights": 7}, hardware={"device": "cpu"},
         gallery=(row,), seconds=12.5,
-        judges={"knn": Judge("Nearest neighbours"), "linear": Judge("Linear probe")},
+        judges={"knn": Judge("Nearest neighbors"), "linear": Judge("Linear probe")},
     )  # fmt: skip
 
 

@@ -66,7 +66,7 @@ def test_report_json_round_trips_and_is_strict(tmp_path: Path) -> None:
     assert document["schema"] == 2
     assert document["evidence"]["encoders"]["backbone"]["metrics"]["linear/loss"] is None
     knn, linear = document["evaluators"]
-    assert (knn["title"], linear["title"]) == ("Nearest neighbours", "Linear probe")
+    assert (knn["title"], linear["title"]) == ("Nearest neighbors", "Linear probe")
     assert linear["arrays"]["confusion"]["random"][0] == [90, 10, 10]
     assert document["run"]["parameters"] == 1_234_567
     assert document["training"]["online"] == [[2.0, 0.5], [4.0, 0.5]]
@@ -193,7 +193,7 @@ def test_hostile_names_do_not_leave_the_text(tmp_path: Path) -> None:
     page = Page(file.read_text(encoding="utf-8"))
     assert "script" not in page.tags
     assert not [name for name, _ in page.attributes if name.startswith("on")]
-    assert page.tags.count("img") == 4, "the query, its two neighbours and the task's picture"
+    assert page.tags.count("img") == 4, "the query, its two neighbors and the task's picture"
     assert page.tags.count("svg") == page.tags.count("figure") - 2, "all but the gallery and the task's picture"
     text = "".join(page.words)
     assert HOSTILE[0] in text
@@ -230,7 +230,7 @@ def test_every_link_of_the_contents_leads_somewhere(tmp_path: Path) -> None:
     page = Page(write_report(tmp_path, RUN, evidence(), rows(), None).read_text(encoding="utf-8"))
     links = [value[1:] for name, value in page.attributes if name == "href" and value.startswith("#")]
     places = [value for name, value in page.attributes if name == "id"]
-    assert {"baselines", "eval-knn", "eval-linear", "neighbours", "training", "run", "notes"} <= set(links)
+    assert {"baselines", "eval-knn", "eval-linear", "neighbors", "training", "run", "notes"} <= set(links)
     assert set(links) <= set(places)
     headings = [value for value in places if value in links]
     assert len(headings) == len(set(headings))

@@ -199,7 +199,7 @@ def test_curves_by_number_of_features(found: Evidence) -> None:
         if name == "pixels":
             measured(encoder, "knn", {"k10": 0.3}, Cut(8))
     figures = dict(evaluator_figures(found)["knn"])
-    assert list(figures) == ["Nearest neighbours by k", "kNN, k = 20, by number of features"]
+    assert list(figures) == ["Nearest neighbors by k", "kNN, k = 20, by number of features"]
     svg = figures["kNN, k = 20, by number of features"]
     for part in ("this backbone, PCA", "random weights", "raw pixels", ">8<", ">16<", ">32<"):
         assert part in svg, part

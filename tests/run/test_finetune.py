@@ -236,7 +236,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "data: not given; a target that is no run folder needs labelled data"),
+        ([], "data: not given; a target that is no run folder needs labeled data"),
         (["data=digits", "label_fraction=0.001"], "label_fraction: 0.001 leaves none of the"),
         (["data=digits", "label_fraction=2"], "label_fraction: 2 is not possible; give less than or equal to 1"),
         (["data=digits", "batch_size=63"], "batch_size: mixup pairs pictures, and 63 a micro-step is odd"),

@@ -200,11 +200,11 @@ def test_continued_pretraining_starts_from_the_given_weights(
     assert all(torch.allclose(after[name], before[name], atol=1e-6) for name in before)
 
 
-@pytest.mark.parametrize("labelled", [False, True])
-def test_pictures_in_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture, labelled: bool) -> None:
+@pytest.mark.parametrize("labeled", [False, True])
+def test_pictures_in_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture, labeled: bool) -> None:
     """Without labels there is a report without evidence; sub-folders are labels."""
     for index in range(48):
-        path = tmp_path / "pictures" / (f"class{index % 2}" if labelled else ".") / f"{index}.png"
+        path = tmp_path / "pictures" / (f"class{index % 2}" if labeled else ".") / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.effect_noise((40, 48), 20 + 60 * (index % 2)).save(path)
     words = settings("rotation") | {"data": tmp_path / "pictures", "evaluate": {"linear": {"epochs": 2}}}
@@ -212,8 +212,8 @@ def test_pictures_in_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture, 
         result = unlabeled.pretrain(**words, out=tmp_path / "run")
     assert result.report is not None
     assert result.report.is_file()
-    assert (result.evidence is not None) == labelled
-    assert ("no evaluation: " in caplog.text) != labelled
+    assert (result.evidence is not None) == labeled
+    assert ("no evaluation: " in caplog.text) != labeled
 
 
 def test_evaluating_a_run_again_gives_the_same_numbers(results: dict[str, unlabeled.PretrainResult]) -> None:

@@ -372,7 +372,7 @@ class Impossible(Brightness):
     requires = frozenset({"token_dropping", "sparse_convs"})
 
 
-class Centred(Brightness):
+class Centered(Brightness):
     """Compares the pictures of one rank only."""
 
     per_picture = False

@@ -181,14 +181,14 @@ def test_random_state_is_as_before():
 def test_two_processes_tell_what_spans_the_ranks(monkeypatch):
     # forks of a process that has imported torch; the contract tests of the tasks spawn theirs, as users do
     monkeypatch.setattr(parity, "spawn", functools.partial(start_processes, start_method="forkserver"))
-    names = (tasks.Brightness, tasks.Centred, tasks.AlwaysTheSame)
-    good, centred, fixed = (Subject.of(task, backbone=backbone()) for task in names)
-    found = run_two_processes([good, centred, fixed])
+    names = (tasks.Brightness, tasks.Centered, tasks.AlwaysTheSame)
+    good, centered, fixed = (Subject.of(task, backbone=backbone()) for task in names)
+    found = run_two_processes([good, centered, fixed])
     compare_with_one(good, found[0])
     with pytest.raises(
         ContractError, match=r"the loss is .* in one process, .* in two; what is compared .*gather_rows"
     ):
-        compare_with_one(centred, found[1])
+        compare_with_one(centered, found[1])
     with pytest.raises(ContractError, match=r"draw\['factor'\] is the same on both ranks; draw from torch's global"):
         compare_with_one(fixed, found[2])
 

@@ -188,7 +188,7 @@ def test_impossible_arguments_of_the_backbone_are_one_line() -> None:
 
 
 def test_missing_data_and_missing_labels_are_said(opened: list[DataConfig]) -> None:
-    with pytest.raises(ConfigError, match=r"^data: not given; a target that is no run folder needs labelled data"):
+    with pytest.raises(ConfigError, match=r"^data: not given; a target that is no run folder needs labeled data"):
         evaluate_target(request("vit_tiny_patch16_224", pretrained=False, backbone=TINY))
     with pytest.raises(DataError, match="the data has no labels"):
         evaluate_target(

@@ -27,13 +27,13 @@ def save(path: Path, size: tuple[int, int], mode: str = "RGB", seed: int = 0) ->
 def mixed_folder(tmp_path: Path) -> Path:
     for index in range(24):
         save(tmp_path / "many" / f"{index:02}.png", (48, 40), seed=index)
-    save(tmp_path / "few" / "grey.jpg", (64, 64), mode="L")
+    save(tmp_path / "few" / "gray.jpg", (64, 64), mode="L")
     save(tmp_path / "few" / "wide.png", (300, 40), mode="RGBA")
     save(tmp_path / "other" / "tiny.bmp", (16, 20))
     save(tmp_path / "other" / "print.jpg", (50, 60), mode="CMYK")
     shutil.copy(tmp_path / "many" / "03.png", tmp_path / "other" / "again.png")
     (tmp_path / "other" / "empty.jpg").write_bytes(b"")
-    (tmp_path / "other" / "[red]torn.jpg").write_bytes((tmp_path / "few" / "grey.jpg").read_bytes()[:900])
+    (tmp_path / "other" / "[red]torn.jpg").write_bytes((tmp_path / "few" / "gray.jpg").read_bytes()[:900])
     return tmp_path
 
 

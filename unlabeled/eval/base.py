@@ -30,7 +30,7 @@ class FeatureSplit:
     """Features and labels of one split."""
 
     features: FloatArray
-    """float32 (N, D), as the encoder gives them (not normalised)."""
+    """float32 (N, D), as the encoder gives them (not normalized)."""
     labels: IntArray
     """int64 (N,); -1 where the source has no labels."""
     indices: IntArray | None = None

@@ -105,7 +105,7 @@ def judge(evidence: Evidence | None) -> Verdict:
     A difference counts as one when its 95 % interval does not hold zero.
     """
     if evidence is None:
-        return Verdict("none", "No evidence: the representation was not measured on labelled data.")
+        return Verdict("none", "No evidence: the representation was not measured on labeled data.")
     quoted = [comparison for comparison in compare(evidence) if comparison.headline]
     details = [_detail(comparison, evidence.test_pictures) for comparison in quoted]
     low = [c.label for c in quoted if c.values["backbone"].low <= evidence.majority]

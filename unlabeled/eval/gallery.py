@@ -34,12 +34,12 @@ class GalleryRow:
     """A test picture and its nearest training pictures, most similar first."""
 
     query: Thumbnail
-    neighbours: tuple[Thumbnail, ...]
+    neighbors: tuple[Thumbnail, ...]
 
 
 def nearest_gallery(
     data: FeatureSet,
-    neighbours: IntArray,
+    neighbors: IntArray,
     similarities: FloatArray,
     sources: tuple[ImageSource, ImageSource],
     *,
@@ -47,9 +47,9 @@ def nearest_gallery(
     columns: int = 5,
     seed: int = 0,
 ) -> tuple[GalleryRow, ...]:
-    """`rows` test pictures, drawn by `seed` and not picked for looks, with their `columns` nearest neighbours.
+    """`rows` test pictures, drawn by `seed` and not picked for looks, with their `columns` nearest neighbors.
 
-    `neighbours` int64 (N, k) are rows of the training split, `similarities` float32 (N, k); `sources` is (train, test).
+    `neighbors` int64 (N, k) are rows of the training split, `similarities` float32 (N, k); `sources` is (train, test).
     """
     train, test = sources
     drawn = np.sort(np.random.default_rng(seed).permutation(len(data.test))[:rows])
@@ -58,7 +58,7 @@ def nearest_gallery(
             _thumbnail(test, data.test, int(row)),
             tuple(
                 _thumbnail(train, data.train, int(near), float(cosine))
-                for near, cosine in zip(neighbours[row, :columns], similarities[row, :columns], strict=True)
+                for near, cosine in zip(neighbors[row, :columns], similarities[row, :columns], strict=True)
             ),
         )
         for row in drawn

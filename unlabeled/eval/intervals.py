@@ -27,9 +27,9 @@ def wilson(accuracy: float, count: int) -> tuple[float, float]:
     if count < 1:
         return 0.0, 1.0
     square = _Z95**2
-    centre = (accuracy + square / (2 * count)) / (1 + square / count)
+    center = (accuracy + square / (2 * count)) / (1 + square / count)
     half = _Z95 / (1 + square / count) * math.sqrt(accuracy * (1 - accuracy) / count + square / (4 * count**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def difference(first: float, second: float, count: int) -> tuple[float, float]:

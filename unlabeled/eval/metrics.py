@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from unlabeled.eval.evaluators.knn import nearest_neighbours
+from unlabeled.eval.evaluators.knn import nearest_neighbors
 from unlabeled.eval.neighbors.faiss_threads import faiss_threads
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.core.seeds import derive
@@ -28,16 +28,16 @@ Array = npt.NDArray[np.float64]
 _ROWS = 1024
 """Pictures taken at a time; bounds the memory of copies in double precision."""
 _CANDIDATES = 10
-"""Neighbours that single precision proposes, of which double precision finds the nearest two."""
+"""Neighbors that single precision proposes, of which double precision finds the nearest two."""
 
 
 @dataclass(frozen=True)
 class Spectrum:
     """Singular values of features, largest first, min(N, D) of them; those that are rounding alone are 0."""
 
-    uncentred: Array
+    uncentered: Array
     """Of the features as they are."""
-    centred: Array
+    centered: Array
     """Of the features less their mean; squared and divided by N: the eigenvalues of their covariance."""
     count: int
     """N."""
@@ -58,25 +58,25 @@ class Spectrum:
             # a sum loses nothing, while taking the mean's part away from the raw product would
             return cls(_roots(scatter + count * np.outer(mean, mean), count), _roots(scatter, count), count)
         wide = features.astype(np.float64)
-        centred = wide - mean
-        return cls(_roots(wide @ wide.T, width), _roots(centred @ centred.T, width), count)
+        centered = wide - mean
+        return cls(_roots(wide @ wide.T, width), _roots(centered @ centered.T, width), count)
 
 
 def rankme(spectrum: Spectrum) -> float:
-    """RankMe: exp of the entropy of the uncentred singular values, from 1 to min(N, D); 0 for features that are all 0.
+    """RankMe: exp of the entropy of the uncentered singular values, from 1 to min(N, D); 0 for features that are all 0.
 
     Garrido et al. 2023, 2210.02885, eq. 1: p = σ / Σσ + 1e-7; the paper takes 25,600 training pictures. A mean that is
     large beside the spread makes it small.
     """
-    return _entropy_rank(spectrum.uncentred, 1e-7)
+    return _entropy_rank(spectrum.uncentered, 1e-7)
 
 
 def effective_rank(spectrum: Spectrum) -> float:
-    """exp of the entropy of the centred singular values (Roy & Vetterli 2007), from 1 to min(N - 1, D).
+    """exp of the entropy of the centered singular values (Roy & Vetterli 2007), from 1 to min(N - 1, D).
 
     0 for features that do not vary.
     """
-    return _entropy_rank(spectrum.centred, 0.0)
+    return _entropy_rank(spectrum.centered, 0.0)
 
 
 def alpha_req(spectrum: Spectrum, *, first: int = 5, last: int = 100) -> float:
@@ -86,7 +86,7 @@ def alpha_req(spectrum: Spectrum, *, first: int = 5, last: int = 100) -> float:
     The range is not in the paper; it ends before the first eigenvalue that is 0. Raises DataError when it holds fewer
     than three.
     """
-    positive = spectrum.centred[spectrum.centred > 0]
+    positive = spectrum.centered[spectrum.centered > 0]
     index = np.arange(first, min(last, len(positive)) + 1)
     if len(index) < 3:
         raise DataError(
@@ -100,10 +100,10 @@ def alpha_req(spectrum: Spectrum, *, first: int = 5, last: int = 100) -> float:
 def two_nn(features: Features, *, discard: float = 0.1) -> float:
     """TwoNN intrinsic dimension of features (N, D), without their duplicates.
 
-    Facco et al. 2017, Scientific Reports 7:12140: with μ = r2 / r1 of the distances to the two nearest neighbours and
+    Facco et al. 2017, Scientific Reports 7:12140: with μ = r2 / r1 of the distances to the two nearest neighbors and
     its empirical distribution F, the slope through the origin of -log(1 - F) on log μ, less the largest `discard` of
     the points. It grows with N where the data has structure at small distances. Raises DataError for fewer than three
-    distinct points, and where each point is as far from its second neighbour as from its first, as on a grid.
+    distinct points, and where each point is as far from its second neighbor as from its first, as on a grid.
     """
     points = _distinct(_checked(features))
     if len(points) < 3:
@@ -113,14 +113,14 @@ def two_nn(features: Features, *, discard: float = 0.1) -> float:
     x = ratios[: int(len(ratios) * (1 - discard))]
     y = -np.log1p(-np.arange(1, len(x) + 1) / len(ratios))
     if not x.any():
-        raise DataError("evaluate: TwoNN has no value where all points are as far from two neighbours as from one")
+        raise DataError("evaluate: TwoNN has no value where all points are as far from two neighbors as from one")
     return float(x @ y / (x @ x))
 
 
 def cluster_learnability(features: Features, *, seed: int) -> float:
-    """How well the nearest neighbour (cosine) tells the cluster of a picture: accuracy from 0 to 1.
+    """How well the nearest neighbor (cosine) tells the cluster of a picture: accuracy from 0 to 1.
 
-    Of CLID (Lu et al. 2022, 2206.01251): round(√N) clusters by k-means of the normalised features; one random half of
+    Of CLID (Lu et al. 2022, 2206.01251): round(√N) clusters by k-means of the normalized features; one random half of
     the pictures is told by the other. A single cluster is told perfectly, so 1 can be the sign of a collapse. Raises
     DataError for fewer than four pictures and when all end in one cluster.
     """
@@ -141,23 +141,23 @@ def cluster_learnability(features: Features, *, seed: int) -> float:
         raise DataError("evaluate: all features fall into one cluster; there is nothing to learn")
     order = np.random.default_rng(derive("clid halves", seed)).permutation(len(points))
     known, asked = order[: len(order) // 2], order[len(order) // 2 :]
-    neighbours, _ = nearest_neighbours(points[known], points[asked], 1)
-    return float((labels[known][neighbours[:, 0]] == labels[asked]).mean())
+    neighbors, _ = nearest_neighbors(points[known], points[asked], 1)
+    return float((labels[known][neighbors[:, 0]] == labels[asked]).mean())
 
 
 def clid(learnability: Sequence[float], dimension: Sequence[float]) -> Array:
-    """CLID of each of M encoders: cluster learnability plus intrinsic dimension, each standardised over the M.
+    """CLID of each of M encoders: cluster learnability plus intrinsic dimension, each standardized over the M.
 
     A single encoder has none: what it gives then is 0 (Lu et al. 2022, 2206.01251).
     """
 
-    def standardised(values: Sequence[float]) -> Array:
+    def standardized(values: Sequence[float]) -> Array:
         array = np.asarray(values, dtype=np.float64)
         varies = len(set(values)) > 1
         scores: Array = (array - array.mean()) / array.std() if varies else np.zeros_like(array)
         return scores
 
-    return standardised(learnability) + standardised(dimension)
+    return standardized(learnability) + standardized(dimension)
 
 
 def alignment(views: Features) -> float:
@@ -234,20 +234,20 @@ def linear_cka(first: Features, second: Features, *, debiased: bool | None = Non
     width, count = max(first.shape[1], second.shape[1]), len(first)
     debiased = width >= count if debiased is None else debiased
     if debiased or width >= count:
-        return float((centred_gram(first, debiased=debiased) * centred_gram(second, debiased=debiased)).sum())
-    x, y = _centred(first), _centred(second)
+        return float((centered_gram(first, debiased=debiased) * centered_gram(second, debiased=debiased)).sum())
+    x, y = _centered(first), _centered(second)
     norms = float(np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y))
     return float(np.linalg.norm(y.T @ x) ** 2 / norms) if norms > 0 else 0.0
 
 
-def centred_gram(features: Features, *, debiased: bool) -> Array:
-    """Similarities (N, N) of features (N, D), centred, of unit norm: the sum of products of two of them is their CKA.
+def centered_gram(features: Features, *, debiased: bool) -> Array:
+    """Similarities (N, N) of features (N, D), centered, of unit norm: the sum of products of two of them is their CKA.
 
-    All 0 for features that do not vary. Debiased ones are centred so that rows sum to 0 without the diagonal, which is
+    All 0 for features that do not vary. Debiased ones are centered so that rows sum to 0 without the diagonal, which is
     0 (Székely & Rizzo 2014); their products are N(N - 3) times Song's unbiased HSIC.
     """
-    centred = _centred(features)
-    gram: Array = centred @ centred.T
+    centered = _centered(features)
+    gram: Array = centered @ centered.T
     before, count = float(np.linalg.norm(gram)), len(gram)
     if debiased:
         if count < 4:
@@ -265,8 +265,8 @@ def centred_gram(features: Features, *, debiased: bool) -> Array:
 
 def cka_map(first: Sequence[Features], second: Sequence[Features], *, debiased: bool = True) -> Array:
     """Linear CKA of each of L1 representations with each of L2, (L1, L2); memory is that of L1 matrices N x N."""
-    kept = [centred_gram(features, debiased=debiased) for features in first]
-    columns = (centred_gram(features, debiased=debiased) for features in second)
+    kept = [centered_gram(features, debiased=debiased) for features in first]
+    columns = (centered_gram(features, debiased=debiased) for features in second)
     values: Array = np.array([[float(np.vdot(one, other)) for one in kept] for other in columns]).T
     return values
 
@@ -313,12 +313,12 @@ def _unit(features: Features) -> Array:
     return wide / np.where(lengths > 0, lengths, 1)
 
 
-def _centred(features: Features) -> Array:
+def _centered(features: Features) -> Array:
     """(N, D) less its mean; exactly 0 where nothing but rounding is left."""
     wide = _checked(features).astype(np.float64)
-    centred = wide - wide.mean(axis=0)
-    varies = np.linalg.norm(centred) > 1e-10 * np.linalg.norm(wide)
-    return centred if varies else np.zeros_like(centred)
+    centered = wide - wide.mean(axis=0)
+    varies = np.linalg.norm(centered) > 1e-10 * np.linalg.norm(wide)
+    return centered if varies else np.zeros_like(centered)
 
 
 def _distinct(features: Features) -> Features:

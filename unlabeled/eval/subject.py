@@ -31,7 +31,7 @@ class Loading:
 
 @dataclass(frozen=True)
 class Subject:
-    """One encoder on labelled data.
+    """One encoder on labeled data.
 
     Labels are those of `features`: the test source may number its classes differently. ``features.train.indices`` says
     which picture of ``sources[0]`` a row belongs to.
@@ -73,7 +73,7 @@ class Subject:
         transform: PictureTransform | None = None,
         cached: bool = True,
     ) -> FeatureSplit:
-        """What `outputs` (backbone, normalised images (B, 3, h, w)) → (B, F) gives for `source`, float32 (N, F).
+        """What `outputs` (backbone, normalized images (B, 3, h, w)) → (B, F) gives for `source`, float32 (N, F).
 
         None: pooled features. `named` says in the cache what `outputs` and its settings are. `transform` replaces the
         evaluation transform: uint8 (3, H, W) → uint8 (3, h, w), the same for the same picture, with a telling `repr`.

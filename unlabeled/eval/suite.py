@@ -48,7 +48,7 @@ def evaluate_backbone(
     precision: Precision = "fp32",
     masked_statistics: bool = False,
 ) -> Evidence | None:
-    """Measures `backbone` (trained here or anywhere) on labelled data; features are cached in ``work/features``.
+    """Measures `backbone` (trained here or anywhere) on labeled data; features are cached in ``work/features``.
 
     `masked_statistics` says that its batch norms saw masked pictures only, which ``config.recalibrate`` may answer.
     Under torch.distributed every process must call it and takes part in computing features; all but the first receive
@@ -257,10 +257,8 @@ def _evidence(encoders: dict[str, EncoderEvidence], subject: Subject, config: Ev
     data, sources, arrays = subject.features, subject.pictures(), encoders["backbone"].arrays
     commonest = np.bincount(data.train.labels, minlength=len(data.classes)).argmax()
     gallery: tuple[GalleryRow, ...] = ()
-    if "knn/neighbours" in arrays:
-        gallery = nearest_gallery(
-            data, arrays["knn/neighbours"], arrays["knn/similarities"], sources, seed=subject.seed
-        )
+    if "knn/neighbors" in arrays:
+        gallery = nearest_gallery(data, arrays["knn/neighbors"], arrays["knn/similarities"], sources, seed=subject.seed)
     return Evidence(
         encoders=encoders,
         headline=_headline(encoders["backbone"].measures, _knn(config).headline_k(len(data.train))),

@@ -133,7 +133,7 @@ def _gallery(evidence: Evidence | None) -> list[dict[str, Any]]:
     return [
         {
             "query": shown(row.query, row.query.label),
-            "neighbours": [shown(near, row.query.label) for near in row.neighbours],
+            "neighbors": [shown(near, row.query.label) for near in row.neighbors],
         }
         for row in evidence.gallery
     ]

@@ -59,7 +59,7 @@ def css_class(image: Tensor) -> str:
 
 
 def data_uri(image: Tensor) -> str:
-    """uint8 (3, H, W) → ``data:image/...;base64,...``: PNG when it is small or has few colours, else JPEG."""
+    """uint8 (3, H, W) → ``data:image/...;base64,...``: PNG when it is small or has few colors, else JPEG."""
     picture = _pillow(image)
     small = picture.height <= PIXELATED and picture.width <= 8 * PIXELATED
     kind = "PNG" if small or picture.getcolors(_COLORS) else "JPEG"

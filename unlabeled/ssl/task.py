@@ -22,8 +22,8 @@ from unlabeled.ssl.data.views import Views
 Batch = Mapping[str, Tensor]
 Recipe = Mapping[str, Any]
 """Settings of a run as its ``config.yaml`` has them, such as ``{"optim": {"lr": 1e-3}, "epochs": 100}``."""
-FloatPictures = Literal["unit", "bytes", "normalised"]
-"""Floating pictures of values 0..1, of 0..255, or normalised with the backbone's mean and deviation."""
+FloatPictures = Literal["unit", "bytes", "normalized"]
+"""Floating pictures of values 0..1, of 0..255, or normalized with the backbone's mean and deviation."""
 
 
 class StepOutput(NamedTuple):

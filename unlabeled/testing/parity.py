@@ -96,7 +96,7 @@ def _work(rank: int, folder: str, subjects: list[Subject]) -> None:
 
 
 def _prepared(subject: Subject) -> PretextTask:
-    """In double precision and without dropout; batch norms that are not synchronised take their stored statistics."""
+    """In double precision and without dropout; batch norms that are not synchronized take their stored statistics."""
     task = subject.task().double()
     without_dropout(task)
     if not task.synced_statistics:

@@ -112,7 +112,7 @@ def source_and_settings_are_documented(subject: SourceSubject) -> None:
 
 
 def unknown_settings_are_refused(subject: SourceSubject) -> None:
-    """A misspelt setting is a fault, and not a default; names of all sources' settings are not taken."""
+    """A misspelled setting is a fault, and not a default; names of all sources' settings are not taken."""
     config = subject.cls.Config
     require(issubclass(config, SourceConfig), f"Config is {config.__name__}", "derive it from SourceConfig")
     taken = sorted({"name", "max_bad_fraction"} & config.model_fields.keys())
@@ -144,13 +144,13 @@ def it_is_a_source_of_images(subject: SourceSubject) -> None:
 
 
 def images_are_uint8_rgb(subject: SourceSubject) -> None:
-    """uint8 (3, H, W), also for grey images."""
+    """uint8 (3, H, W), also for gray images."""
     for index in subject.sample():
         image = subject.train.read(index)
         require(isinstance(image, Tensor), f"read gives a {type(image).__name__}", "give a torch.Tensor")
         found = f"image {index} is {image.dtype} {tuple(image.shape)}"
         rgb = image.ndim == 3 and image.shape[0] == 3 and image.numel() > 0
-        require(rgb, found, "give (3, H, W), channels first; grey images have three equal channels")
+        require(rgb, found, "give (3, H, W), channels first; gray images have three equal channels")
         require(image.dtype == torch.uint8, found, "give uint8, 0..255")
 
 

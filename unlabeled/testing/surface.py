@@ -105,7 +105,7 @@ def visualize_gives_pictures(subject: Subject) -> None:
 
 
 def unknown_settings_are_refused(subject: Subject) -> None:
-    """A misspelt setting is a fault, and not a default."""
+    """A misspelled setting is a fault, and not a default."""
     config = subject.cls.Config
     require(issubclass(config, TaskConfig), f"Config is {config.__name__}", "derive it from TaskConfig")
     try:

@@ -191,13 +191,13 @@ def _size_plan(run: EvaluateRun, target: Target) -> SizePlan | None:
 
 
 def _data(run: EvaluateRun, config: PretrainConfig | None) -> DataConfig:
-    """The labelled data: the command's, else what the run names for evaluation, else its own with labels."""
+    """The labeled data: the command's, else what the run names for evaluation, else its own with labels."""
     if run.data is not None:
         return run.data
     if run.evaluate.data is not None:
         return run.evaluate.data
     if config is None:
-        raise ConfigError("data: not given; a target that is no run folder needs labelled data, such as data=digits")
+        raise ConfigError("data: not given; a target that is no run folder needs labeled data, such as data=digits")
     return config.evaluate.data or labeled(config.data)
 
 

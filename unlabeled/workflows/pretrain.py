@@ -142,7 +142,7 @@ def prepare(config: PretrainConfig, backbone: Backbone | None = None) -> Trainin
 
 
 def build_task(config: PretrainConfig, backbone: Backbone | None = None) -> PretextTask:
-    """The task around its backbone, initialised from ``engine.seed``, with the weights that were asked for."""
+    """The task around its backbone, initialized from ``engine.seed``, with the weights that were asked for."""
     torch.manual_seed(derive("weights", config.engine.seed))
     task = create_task(config.task, build_backbone(config.backbone, backbone))
     if config.official is not None:
@@ -154,20 +154,20 @@ def build_task(config: PretrainConfig, backbone: Backbone | None = None) -> Pret
 
 
 def data_for_evaluation(config: PretrainConfig) -> tuple[ImageSource, ImageSource] | None:
-    """`labelled_data` where it is needed while the run goes, or where the evaluation at its end may find a fault in it.
+    """`labeled_data` where it is needed while the run goes, or where the evaluation at its end may find a fault in it.
 
     Raises DataError for what the end would refuse.
     """
     evaluate = config.evaluate
     asked = evaluate.data is not None or looks_at_sources(evaluate)
-    found = labelled_data(config) if evaluate.every or (evaluate.final and asked) else None
+    found = labeled_data(config) if evaluate.every or (evaluate.final and asked) else None
     if found is not None and evaluate.final:
         check_sources(evaluate, *found)
     return found
 
 
 class OnlineEvaluation:
-    """kNN on held-out labelled pictures every few epochs; never due when there are none."""
+    """kNN on held-out labeled pictures every few epochs; never due when there are none."""
 
     def __init__(
         self, config: PretrainConfig, data: tuple[ImageSource, ImageSource] | None, steps_per_epoch: int
@@ -201,10 +201,10 @@ def conclude(config: PretrainConfig, run: Training, task: PretextTask) -> tuple[
     encoder, device = task.encoder(), run.accelerator.device
     if not config.evaluate.final:
         return None, None
-    data = labelled_data(config)
+    data = labeled_data(config)
     evidence = None
     if data is not None:
-        logger.info("evaluating: %d labelled training pictures, %d for testing", len(data[0]), len(data[1]))
+        logger.info("evaluating: %d labeled training pictures, %d for testing", len(data[0]), len(data[1]))
         evidence = evaluate_backbone(
             encoder, *data, config.evaluate, work=config.out, device=device, seed=config.engine.seed,
             workers=config.engine.workers, masked_statistics=masked_statistics(config),
@@ -234,11 +234,11 @@ def task_pictures(run: Training, task: PretextTask, count: int = 8) -> dict[str,
         return task.visualize({name: tensor.to(device) for name, tensor in batch.tensors.items()})
 
 
-def labelled_data(config: PretrainConfig) -> tuple[ImageSource, ImageSource] | None:
+def labeled_data(config: PretrainConfig) -> tuple[ImageSource, ImageSource] | None:
     """(train, test) sources with labels for evaluation; None, with the reason in the log, when there are none."""
     data = config.evaluate.data or labeled(config.data).model_copy(update={"limit": None})
     try:
-        train, test = (labelled_split(data, split, config.evaluate) for split in ("train", "test"))
+        train, test = (labeled_split(data, split, config.evaluate) for split in ("train", "test"))
     except DataError as error:
         if config.evaluate.data is not None:
             raise
@@ -247,7 +247,7 @@ def labelled_data(config: PretrainConfig) -> tuple[ImageSource, ImageSource] | N
     return train, test
 
 
-def labelled_split(data: DataConfig, split: Split, evaluate: EvaluateConfig) -> ImageSource:
+def labeled_split(data: DataConfig, split: Split, evaluate: EvaluateConfig) -> ImageSource:
     """One split with labels, of at most ``evaluate.limit`` pictures. Raises DataError when it has no labels."""
     limit = min((value for value in (data.limit, evaluate.limit) if value is not None), default=None)
     source = open_source(data.model_copy(update={"limit": limit}), split)

@@ -28,7 +28,7 @@ class JigsawConfig(TaskConfig):
     gap: float = Field(75 / 64, ge=1)
     """Side of a cell over the side of the tile that is cut from it at random, so that edges do not fit together."""
     gray: float = Field(0.3, ge=0, le=1)
-    """Probability that a picture loses its colours, whose fringes would give the order away."""
+    """Probability that a picture loses its colors, whose fringes would give the order away."""
 
 
 class JigsawViews:

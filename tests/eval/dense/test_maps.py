@@ -8,7 +8,7 @@ import torch
 from dense_helpers import small_vit
 
 from unlabeled.eval.dense.maps import CAPTIONS, components, map_pictures, similarity
-from unlabeled.eval.dense.tiles import class_colours, heat, tiled
+from unlabeled.eval.dense.tiles import class_colors, heat, tiled
 from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.errors import CapabilityError
 
@@ -94,8 +94,8 @@ def test_places_lie_where_they_are_in_the_picture():
     warm = heat(torch.tensor([[0.0, 0, 0], [0, 0, 1]]), image).float().sum(0)
     assert float(warm[4:, 8:].min()) > float(warm[:4].max())
     assert float(warm[4:, 8:].min()) > float(warm[:, :8].max())
-    colours = class_colours(torch.tensor([[0, 1, 255]], dtype=torch.uint8), torch.zeros(3, 1, 3, dtype=torch.uint8))
-    assert not colours[:, 0, 0].any()
-    assert colours[:, 0, 1].any()
-    assert colours[:, 0, 2].tolist() == [178, 178, 178]  # 0.7 of white
+    colors = class_colors(torch.tensor([[0, 1, 255]], dtype=torch.uint8), torch.zeros(3, 1, 3, dtype=torch.uint8))
+    assert not colors[:, 0, 0].any()
+    assert colors[:, 0, 1].any()
+    assert colors[:, 0, 2].tolist() == [178, 178, 178]  # 0.7 of white
     assert tiled([[image, image], [image, image]]).shape == (3, 2 * 96 + 6, 2 * 144 + 6)

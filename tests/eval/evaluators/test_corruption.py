@@ -69,7 +69,7 @@ def test_clean_accuracy_is_that_of_the_usual_evaluation_and_values_repeat() -> N
 
 def test_raw_pixels_meet_the_linear_probe_fitted_to_clean_ones() -> None:
     judged = subject(None, shape=(40, 36))
-    judged.features.train.labels[:] = np.arange(60) // 3 % 3  # not to be told from the colours: accuracies near chance
+    judged.features.train.labels[:] = np.arange(60) // 3 % 3  # not to be told from the colors: accuracies near chance
     found = plain_values(CorruptionEvaluator(CONFIG.model_copy(update={"classifier": "linear"})).run(judged))
     assert found["examples"].dtype == torch.uint8
     assert found["examples"].shape == (3, 3 * 64, 3 * 96)

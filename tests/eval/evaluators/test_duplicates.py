@@ -1,4 +1,4 @@
-"""Near duplicates: planted copies are found and ordinary neighbours are not, whatever the features look like."""
+"""Near duplicates: planted copies are found and ordinary neighbors are not, whatever the features look like."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Pictures:
 
 
 def smooth(count: int, seed: int) -> list[Tensor]:
-    """Pictures of soft coloured blots, uint8 (3, 32, 32)."""
+    """Pictures of soft colored blots, uint8 (3, 32, 32)."""
     coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) * 255
     fine = torch.nn.functional.interpolate(coarse, size=32, mode="bicubic").clamp(0, 255)
     return list(fine.to(torch.uint8))
@@ -68,7 +68,7 @@ def judged(train: Pictures, test: Pictures, offset: float = 0.0, config: Duplica
 
 
 @pytest.mark.parametrize("offset", [0.0, 60.0])
-def test_planted_copies_are_found_and_neighbours_are_not(offset: float) -> None:
+def test_planted_copies_are_found_and_neighbors_are_not(offset: float) -> None:
     pictures = smooth(300, seed=1)
     train = Pictures([*pictures, jpeg(pictures[7]), pictures[8]], "train")
     test = Pictures([*smooth(50, seed=2), *(jpeg(pictures[n], 30 + 5 * n) for n in range(10)), pictures[20]], "test")

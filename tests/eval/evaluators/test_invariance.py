@@ -60,11 +60,11 @@ def test_a_view_is_a_function_of_seed_picture_and_number() -> None:
 
 
 def test_features_of_views_come_picture_after_picture() -> None:
-    """A network that reads the mean colour: the views of a picture are near each other, the classes far apart."""
+    """A network that reads the mean color: the views of a picture are near each other, the classes far apart."""
     found = subject(tiny_vit())
     source = ViewSource(found.pictures()[0], [1, 2, 3], 4, augmentation((32, 32), 0.2), 0)
-    colours = found.encode(source, lambda _, images: images.mean(dim=(2, 3)), named="colours")
-    views = colours.features.reshape(3, 4, 3)
+    colors = found.encode(source, lambda _, images: images.mean(dim=(2, 3)), named="colors")
+    views = colors.features.reshape(3, 4, 3)
     assert alignment(views) < 0.6 * alignment(views.transpose(1, 0, 2))
     assert lidar(views) < 3
 

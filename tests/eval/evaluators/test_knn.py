@@ -11,7 +11,7 @@ from eval_helpers import plain_values
 from sklearn.neighbors import KNeighborsClassifier
 
 from unlabeled.eval.base import Estimate, FeatureSet, FeatureSplit, Measured, Point
-from unlabeled.eval.evaluators.knn import KnnConfig, KnnEvaluator, best_classes, class_scores, nearest_neighbours
+from unlabeled.eval.evaluators.knn import KnnConfig, KnnEvaluator, best_classes, class_scores, nearest_neighbors
 from unlabeled.eval.intervals import over_draws
 from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import ConfigError, DataError
@@ -22,11 +22,11 @@ def names(count: int) -> tuple[str, ...]:
 
 
 def clusters(count: int, classes: int, *, spread: float = 1.0, seed: int = 0) -> FeatureSplit:
-    """Normal clouds around fixed centres in 16 dimensions."""
-    centres = np.random.default_rng(7).normal(size=(classes, 16))
+    """Normal clouds around fixed centers in 16 dimensions."""
+    centers = np.random.default_rng(7).normal(size=(classes, 16))
     generator = np.random.default_rng(seed)
     labels = np.arange(count) % classes
-    features = centres[labels] + spread * generator.normal(size=(count, 16))
+    features = centers[labels] + spread * generator.normal(size=(count, 16))
     return FeatureSplit(features.astype(np.float32), labels)
 
 
@@ -52,7 +52,7 @@ def test_accuracy_and_scores_are_those_of_brute_force(k: int) -> None:
     found = plain_values(KnnEvaluator(KnnConfig(k=(k, 30))).run(Subject(FeatureSet(train, test, names(8)))))
     assert found[f"k{k}"] == pytest.approx((expected.argmax(1) == test.labels).mean())
     np.testing.assert_array_equal(found["predictions"], expected.argmax(1))
-    indices, similarities = nearest_neighbours(train.features, test.features, k)
+    indices, similarities = nearest_neighbors(train.features, test.features, k)
     ((_, scores),) = class_scores(train.labels[indices], similarities, [k], 0.07, 8)
     np.testing.assert_allclose(scores, expected, atol=1e-5)
     ranked = np.sort(np.argsort(-expected, axis=1)[:, :5], axis=1)
@@ -61,7 +61,7 @@ def test_accuracy_and_scores_are_those_of_brute_force(k: int) -> None:
         assert found["k30_top5"] == pytest.approx(np.mean(guessed))
 
 
-def test_a_near_neighbour_outvotes_two_far_ones_exactly_as_the_temperature_says() -> None:
+def test_a_near_neighbor_outvotes_two_far_ones_exactly_as_the_temperature_says() -> None:
     train = FeatureSplit(np.array([[1, 0], [0, 1], [0, 1]], np.float32), np.array([0, 1, 1]))
     ((_, scores),) = class_scores(np.array([[0, 1, 1]]), np.array([[0.8, 0.6, 0.6]], np.float32), [3], 0.1, 2)
     np.testing.assert_allclose(scores[0, 0], 1 / (1 + 2 * np.exp(-2)), rtol=1e-6)
@@ -84,8 +84,8 @@ def test_top5_only_with_more_than_five_classes_and_headline_is_k20_or_the_first(
     data = FeatureSet(clusters(60, 5), clusters(20, 5, seed=9), names(5))
     found = plain_values(KnnEvaluator(KnnConfig(k=(3, 20))).run(Subject(data)))
     assert {key for key in found if key.startswith("k")} == {"k3", "k20"}
-    assert found["neighbours"].shape == found["similarities"].shape == (20, 20)
-    assert plain_values(KnnEvaluator(KnnConfig(k=(3, 5))).run(Subject(data)))["neighbours"].shape == (20, 3)
+    assert found["neighbors"].shape == found["similarities"].shape == (20, 20)
+    assert plain_values(KnnEvaluator(KnnConfig(k=(3, 5))).run(Subject(data)))["neighbors"].shape == (20, 3)
 
 
 def test_k_beyond_the_training_set_is_cut_and_said() -> None:
@@ -93,7 +93,7 @@ def test_k_beyond_the_training_set_is_cut_and_said() -> None:
     found = plain_values(KnnEvaluator(KnnConfig(k=(10, 20, 100))).run(Subject(data)))
     assert found["note"] == "k was cut to 15, the number of training pictures"
     assert {key for key in found if key.startswith("k")} == {"k10", "k15"}
-    assert found["neighbours"].shape == (6, 15)
+    assert found["neighbors"].shape == (6, 15)
 
 
 def test_zero_and_huge_vectors_are_safe() -> None:
@@ -203,7 +203,7 @@ def test_an_approximate_search_says_so() -> None:
     data = FeatureSet(clusters(3000, 6, spread=3, seed=7), clusters(50, 6, spread=3, seed=8), names(6))
     found = plain_values(KnnEvaluator(KnnConfig(k=(20,), search="ivf", effort=1)).run(Subject(data)))
     exact = plain_values(KnnEvaluator(KnnConfig(k=(20,))).run(Subject(data)))
-    hits = [len(set(a) & set(b)) for a, b in zip(found["neighbours"], exact["neighbours"], strict=True)]
+    hits = [len(set(a) & set(b)) for a, b in zip(found["neighbors"], exact["neighbors"], strict=True)]
     assert found["recall"] == pytest.approx(np.mean(hits) / 20)
     assert found["note"].startswith("ivf is approximate: it found ")
     assert "recall" not in exact

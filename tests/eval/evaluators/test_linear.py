@@ -24,10 +24,10 @@ FAST = LinearConfig(epochs=20, batch_size=64)
 
 def clouds(count: int, *, spread: float, seed: int, classes: int = 4) -> FeatureSplit:
     """Normal clouds in 20 dimensions of very unlike scales and offsets."""
-    centres = np.random.default_rng(3).normal(size=(classes, 20))
+    centers = np.random.default_rng(3).normal(size=(classes, 20))
     generator = np.random.default_rng(seed)
     labels = generator.permutation(np.arange(count) % classes)
-    features = centres[labels] + spread * generator.normal(size=(count, 20))
+    features = centers[labels] + spread * generator.normal(size=(count, 20))
     return FeatureSplit((features * np.logspace(-2, 2, 20) + 5).astype(np.float32), labels)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from eval_helpers import plain_pairs, plain_values
-from feature_helpers import broken, clouds, labelled, same, subject
+from feature_helpers import broken, clouds, labeled, same, subject
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.pipeline import make_pipeline
@@ -57,7 +57,7 @@ def test_scale_offset_and_a_constant_feature_change_nothing() -> None:
 
 
 def test_more_pictures_than_the_limit_are_drawn_class_by_class_and_said() -> None:
-    train = labelled(clouds(100, 4), *[0] * 90, *[1] * 8, 2, 3)
+    train = labeled(clouds(100, 4), *[0] * 90, *[1] * 8, 2, 3)
     notes, values = notes_and_values(LogisticConfig(limit=20, C=(0.1,)), train, clouds(12, 4, seed=3))
     assert notes == ["fitted on 22 of 100 training pictures (evaluate.logistic.limit)"]
     assert set(values["predictions"]) <= {0, 1, 2, 3}
@@ -86,13 +86,13 @@ def test_a_class_without_training_pictures_is_never_guessed() -> None:
     assert found.shape == (9, 6)
     assert (found[:, [1, 3, 5]] == 0).all()
     np.testing.assert_allclose(found.sum(1), 1)
-    _, values = notes_and_values(LogisticConfig(C=(1.0,)), labelled(clouds(30, 3), 0, 2), labelled(clouds(8, 3), 1))
+    _, values = notes_and_values(LogisticConfig(C=(1.0,)), labeled(clouds(30, 3), 0, 2), labeled(clouds(8, 3), 1))
     assert values["top1"] == 0
 
 
 def test_features_that_say_nothing_give_the_commonest_class() -> None:
-    train = labelled(same(clouds(40, 2)), 0, 1, 1, 1)
-    _, values = notes_and_values(LogisticConfig(), train, labelled(same(clouds(10, 2)), 0, 1))
+    train = labeled(same(clouds(40, 2)), 0, 1, 1, 1)
+    _, values = notes_and_values(LogisticConfig(), train, labeled(same(clouds(10, 2)), 0, 1))
     assert (values["predictions"] == 1).all()
     assert values["top1"] == 0.5
 
@@ -115,4 +115,4 @@ def test_what_cannot_be_fitted_is_refused() -> None:
     with pytest.raises(DataError, match="1 of 9 training features are NaN"):
         plain_values(evaluator.run(subject(broken(good), good)))
     with pytest.raises(DataError, match="all training pictures are of class 'class 0'"):
-        plain_values(evaluator.run(subject(labelled(good, 0), good)))
+        plain_values(evaluator.run(subject(labeled(good, 0), good)))

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 from eval_helpers import plain_pairs, plain_values
-from feature_helpers import broken, clouds, labelled, subject
+from feature_helpers import broken, clouds, labeled, subject
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
@@ -78,7 +78,7 @@ def test_what_cannot_be_judged_is_refused() -> None:
     with pytest.raises(DataError, match="1 of 200 training features are NaN"):
         run(LowLabelConfig(), broken(TRAIN))
     with pytest.raises(DataError, match="all training pictures are of class 'class 1'"):
-        run(LowLabelConfig(), labelled(TRAIN, 1))
+        run(LowLabelConfig(), labeled(TRAIN, 1))
     for fractions in ((), (0.0,), (0.5, 1.5)):
         with pytest.raises(ConfigError, match=r"evaluate\.low_label\.fractions: \["):
             LowLabelEvaluator(LowLabelConfig(fractions=fractions))

@@ -21,8 +21,8 @@ from unlabeled.ssl.data.source import limited
 def two_clusters(inside, *, noise=0.05, seed=0):
     """Features (8, gh, gw) near one direction inside of a boolean map and near another outside."""
     random = np.random.default_rng(seed)
-    centres = np.linalg.qr(random.normal(size=(8, 2)))[0].T
-    return np.moveaxis(centres[inside.astype(int)] + noise * random.normal(size=(*inside.shape, 8)), 2, 0)
+    centers = np.linalg.qr(random.normal(size=(8, 2)))[0].T
+    return np.moveaxis(centers[inside.astype(int)] + noise * random.normal(size=(*inside.shape, 8)), 2, 0)
 
 
 def block(grid, top, left, bottom, right):
@@ -59,7 +59,7 @@ def test_only_what_is_connected_to_the_seed_is_the_object():
     assert found.object.sum() in (9, 4, 1)  # (4, 4) touches (3, 3) at a corner only
 
 
-def test_the_vector_solves_the_generalised_problem():
+def test_the_vector_solves_the_generalized_problem():
     random = np.random.default_rng(0)
     weights = np.where(random.random((30, 30)) > 0.6, 1.0, 1e-5)
     weights = np.maximum(weights, weights.T)
@@ -253,7 +253,7 @@ def test_native_pictures_are_padded_and_boxes_cut_to_them():
         run(subject(source, source, fixed), native=True)
 
 
-def test_maps_of_networks_without_keys_are_centred():
+def test_maps_of_networks_without_keys_are_centered():
     """After a rectifier all places are alike by the threshold; the box would always be the whole picture."""
     torch.manual_seed(0)
     network = create_backbone("resnet10t", size=64)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from eval_helpers import plain_pairs, plain_values
-from feature_helpers import broken, clouds, labelled, same, subject
+from feature_helpers import broken, clouds, labeled, same, subject
 from sklearn.metrics import average_precision_score
 
 from unlabeled.eval.base import Estimate, FeatureSplit
@@ -44,7 +44,7 @@ def brute_force(split: FeatureSplit, ks: tuple[int, ...]) -> dict[str, float]:
 
 
 def test_all_scores_are_those_of_brute_force() -> None:
-    test = labelled(clouds(70, 5, spread=2, seed=3), *range(5), 0, 0, 1)
+    test = labeled(clouds(70, 5, spread=2, seed=3), *range(5), 0, 0, 1)
     found = run(test, k=(1, 3, 10))
     expected = brute_force(test, (1, 3, 10))
     assert {key: value.value if isinstance(value, Estimate) else value for key, value in found.items()} == {
@@ -84,7 +84,7 @@ def test_clear_and_meaningless_features() -> None:
 
 
 def test_classes_of_one_picture_and_k_beyond_the_split_are_said() -> None:
-    test = labelled(clouds(7, 2, spread=2), 0, 0, 1, 1, 1, 2, 3)
+    test = labeled(clouds(7, 2, spread=2), 0, 0, 1, 1, 1, 2, 3)
     pairs = plain_pairs(RetrievalEvaluator(RetrievalConfig(k=(2, 10, 20))).run(subject(TRAIN, test)))
     assert [value for key, value in pairs if key == "note"] == [
         "2 test pictures are the only one of their class and were not used as queries",
@@ -101,7 +101,7 @@ def test_what_cannot_be_judged_is_refused() -> None:
     with pytest.raises(DataError, match="no test class has two pictures"):
         run(clouds(5, 5))
     with pytest.raises(DataError, match="all test pictures are of one class"):
-        run(labelled(clouds(5, 5), 1))
+        run(labeled(clouds(5, 5), 1))
     with pytest.raises(DataError, match="1 of 9 test features are NaN"):
         run(broken(clouds(9, 3)))
     for k in ((), (0,)):

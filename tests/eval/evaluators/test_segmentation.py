@@ -12,7 +12,7 @@ from sklearn.metrics import accuracy_score, jaccard_score
 
 from unlabeled.eval.dense.miou import Overlap, class_iou, estimates, joined, mean_iou, overlap
 from unlabeled.eval.dense.places import Places, fine_level, masked_batches, place_labels, resized_mask
-from unlabeled.eval.dense.probes import LabelledPlaces, LinearPlaces, NearestPlaces, soft_miou
+from unlabeled.eval.dense.probes import LabeledPlaces, LinearPlaces, NearestPlaces, soft_miou
 from unlabeled.eval.evaluators.segmentation import SegmentationConfig, SegmentationEvaluator, best_classes, rows_of
 from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError, DataError
@@ -70,10 +70,10 @@ def test_labels_of_places_are_shares_of_their_known_pixels(size):
                     for x in range(size[1])
                     if int((y + 0.5) * 4 / size[0]) == row and int((x + 0.5) * 5 / size[1]) == column
                 ]
-                labelled = [value for value in inside if value != 255]
-                expected = [labelled.count(value) / max(len(labelled), 1) for value in range(3)]
+                labeled = [value for value in inside if value != 255]
+                expected = [labeled.count(value) / max(len(labeled), 1) for value in range(3)]
                 np.testing.assert_allclose(shares[picture, row, column], expected, atol=1e-6)
-                assert float(known[picture, row, column]) == pytest.approx(len(labelled) / len(inside))
+                assert float(known[picture, row, column]) == pytest.approx(len(labeled) / len(inside))
     assert float(known[0, 0, 0]) == 0
 
 
@@ -103,7 +103,7 @@ def places_of(count, channels, classes, *, seed=0, pictures=10):
     labels = random.integers(classes, size=count)
     features = np.random.default_rng(5).normal(size=(classes, channels))[labels] + random.normal(size=(count, channels))
     rows, shares = torch.from_numpy(features).float(), torch.eye(classes)[labels]
-    return LabelledPlaces(rows, shares, torch.ones(count), torch.arange(count) % pictures), labels
+    return LabeledPlaces(rows, shares, torch.ones(count), torch.arange(count) % pictures), labels
 
 
 def test_the_linear_probe_is_as_good_as_logistic_regression_and_indifferent_to_scale():
@@ -115,7 +115,7 @@ def test_the_linear_probe_is_as_good_as_logistic_regression_and_indifferent_to_s
     guess = probe.scores(test.features).argmax(1)
     assert float((guess.numpy() == truth).mean()) == pytest.approx(reference, abs=0.02)
     scales, offsets = torch.logspace(-3, 3, 12), torch.linspace(-50, 50, 12)
-    moved = LabelledPlaces((train.features * scales + offsets), train.shares, train.known, train.pictures)
+    moved = LabeledPlaces((train.features * scales + offsets), train.shares, train.known, train.pictures)
     again = LinearPlaces(moved, SegmentationConfig(), seed=0).scores(test.features * scales + offsets).argmax(1)
     assert float((again == guess).float().mean()) > 0.98
 
@@ -124,7 +124,7 @@ def test_unknown_parts_weigh_nothing():
     """Wrong labels on places that are hardly known do not move the probe."""
     train, _ = places_of(600, 8, 3)
     wrong, _ = places_of(600, 8, 3, seed=2)
-    mixed = LabelledPlaces(
+    mixed = LabeledPlaces(
         torch.cat([train.features, wrong.features]), torch.cat([train.shares, wrong.shares.roll(1, 1)]),
         torch.cat([train.known, torch.full((600,), 1e-4)]), torch.cat([train.pictures, wrong.pictures]),
     )  # fmt: skip
@@ -141,11 +141,11 @@ def test_degenerate_features_of_places():
     train.features[:, 2] = 1e4 + 1 / 3  # zero variance
     probe = LinearPlaces(train, FAST, 0)
     assert bool(probe.scores(train.features).isfinite().all())
-    equal = LabelledPlaces(torch.zeros(60, 6), train.shares, train.known, train.pictures)
+    equal = LabeledPlaces(torch.zeros(60, 6), train.shares, train.known, train.pictures)
     nearest = NearestPlaces(equal, 100, 0.02)
     assert nearest.k == 60
     torch.testing.assert_close(nearest.scores(torch.zeros(3, 6)), train.shares.mean(0).expand(3, -1))
-    single = LabelledPlaces(train.features, train.shares, train.known, torch.zeros(60, dtype=torch.int64))
+    single = LabeledPlaces(train.features, train.shares, train.known, torch.zeros(60, dtype=torch.int64))
     with pytest.raises(DataError, match="single training picture are too few"):
         LinearPlaces(single, FAST, 0)
     with pytest.raises(DataError, match=r"evaluate\.segmentation\.lr: all 1 diverged"):
@@ -157,7 +157,7 @@ def test_degenerate_features_of_places():
 def test_nearest_places_are_those_of_brute_force():
     train, _ = places_of(50, 7, 3)
     soft = torch.softmax(torch.randn(50, 3, generator=torch.Generator().manual_seed(0)), dim=1)
-    bank = LabelledPlaces(train.features, soft, train.known, train.pictures)
+    bank = LabeledPlaces(train.features, soft, train.known, train.pictures)
     queries = places_of(11, 7, 3, seed=4)[0].features
     found = NearestPlaces(bank, 6, 0.1).scores(queries)
     for query, row in zip(queries.double(), found, strict=True):
@@ -174,7 +174,7 @@ def test_soft_iou_is_that_of_the_pixels_behind_it():
     shares, known = place_labels(masks, (2, 4), 3)
     guess = torch.randint(0, 3, (3, 2, 4), generator=torch.Generator().manual_seed(1))
     full = guess.repeat_interleave(4, 1).repeat_interleave(2, 2)
-    places = LabelledPlaces(torch.zeros(24, 1), shares.view(24, 3), known.view(24), torch.zeros(24))
+    places = LabeledPlaces(torch.zeros(24, 1), shares.view(24, 3), known.view(24), torch.zeros(24))
     expected = mean_iou(Overlap(*(one.sum(0) for one in overlap(masks, full, 3))))
     assert soft_miou(places, guess.flatten()) == pytest.approx(float(expected), abs=1e-5)
 
@@ -187,7 +187,7 @@ def test_scores_keep_their_places_when_enlarged():
 
 @pytest.mark.parametrize("pixels", [True, False])
 def test_plain_blocks_are_told_apart_up_to_the_edges_of_places(pixels):
-    """Colours alone tell the class; only the bilinear edges between places can be wrong."""
+    """Colors alone tell the class; only the bilinear edges between places can be wrong."""
     network = small_vit((32, 48))
     train, test = (BlockSource(blocks(24, (2, 3), seed), side=16) for seed in (0, 1))
     found = dict(run(subject(train, test, network, pixels=pixels)))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unlabeled.pretext.common.views import RandomCrop, cell_centres
+from unlabeled.pretext.common.views import RandomCrop, cell_centers
 from unlabeled.pretext.dense_contrast.pixcontrast import PixContrast, PixContrastConfig
 from unlabeled.pretext.dense_contrast.pixel_pairs import (
     PixelPairsConfig,
@@ -65,7 +65,7 @@ def test_a_hand_made_grid():
     boxes = torch.tensor([WHOLE, QUARTER])
     assert cell_diagonals(boxes, (2, 2)).tolist() == pytest.approx([math.sqrt(0.5), math.sqrt(0.125)])
     distances = cell_distances(boxes[:1], boxes[1:], (2, 2), (2, 2))[0]
-    # centres 0.25 and 0.75 against 0.125 and 0.375, in both axes
+    # centers 0.25 and 0.75 against 0.125 and 0.375, in both axes
     offsets = [[(0.125, 0.125), (0.125, 0.125), (0.125, 0.125), (0.125, 0.125)]]
     offsets += [[(0.625, 0.125), (0.375, 0.125), (0.625, 0.125), (0.375, 0.125)]]
     offsets += [[(0.125, 0.625), (0.125, 0.625), (0.125, 0.375), (0.125, 0.375)]]
@@ -99,18 +99,18 @@ def test_equal_square_crops_pair_each_cell_with_itself_only():
         assert torch.equal(near(square, square, grid), torch.eye(grid[0] * grid[1], dtype=torch.bool))
 
 
-@pytest.mark.parametrize(("height", "neighbours"), [(0.51, 0), (0.511, 2 * 7 * 6)])
-def test_in_longer_crops_the_neighbour_on_the_short_axis_is_near_too(height: float, neighbours: int):
+@pytest.mark.parametrize(("height", "neighbors"), [(0.51, 0), (0.511, 2 * 7 * 6)])
+def test_in_longer_crops_the_neighbor_on_the_short_axis_is_near_too(height: float, neighbors: int):
     """From a ratio of 1.0203 on: 1 / hypot(1, 1.0203) = 0.7."""
     box = (0.0, 0.0, 0.5, height)
-    assert int(near(box, box, (7, 7)).sum()) == 49 + neighbours
+    assert int(near(box, box, (7, 7)).sum()) == 49 + neighbors
 
 
-def test_centres_lie_inside_the_crop_at_equal_steps():
-    centres = cell_centres(torch.tensor([0.3, 0.1, 0.9, 0.4]), (7, 7)).view(7, 7, 2)
+def test_centers_lie_inside_the_crop_at_equal_steps():
+    centers = cell_centers(torch.tensor([0.3, 0.1, 0.9, 0.4]), (7, 7)).view(7, 7, 2)
     for place in range(7):
-        assert centres[0, place, 0].item() == pytest.approx(0.3 + (place + 0.5) * 0.6 / 7)
-        assert centres[place, 0, 1].item() == pytest.approx(0.1 + (place + 0.5) * 0.3 / 7)
+        assert centers[0, place, 0].item() == pytest.approx(0.3 + (place + 0.5) * 0.6 / 7)
+        assert centers[place, 0, 1].item() == pytest.approx(0.1 + (place + 0.5) * 0.3 / 7)
 
 
 def test_a_mirrored_view_is_met_at_its_mirrored_cells():
@@ -280,7 +280,7 @@ def test_views_carry_their_boxes():
         assert (found["views"].shape, found["views"].dtype) == ((2, 3, 48, 48), torch.uint8)
         for image, box in zip(found["views"], found["boxes"], strict=True):
             cells = image[:2].float().unflatten(1, (4, 12)).unflatten(3, (4, 12)).mean((2, 4)) / 255
-            assert (cells.flatten(1).t() - cell_centres(box, (4, 4))).abs().max() < 0.01
+            assert (cells.flatten(1).t() - cell_centers(box, (4, 4))).abs().max() < 0.01
             mirrored += int(box[0] > box[2])
     assert 0 < mirrored < 16
 
@@ -336,7 +336,7 @@ def test_that_there_is_no_blur_is_said(caplog: pytest.LogCaptureFixture):
 
 
 @pytest.mark.parametrize("make", [pixpro, pixcontrast])
-def test_visualize_gives_partners_the_same_colour(make):
+def test_visualize_gives_partners_the_same_color(make):
     task = make()
     views = {"views": torch.zeros(2, 2, 3, 32, 32, dtype=torch.uint8), "boxes": torch.tensor([WHOLE]).repeat(2, 2, 1)}
     views["boxes"][0, 1] = torch.tensor([1.0, 0.0, 0.0, 1.0])  # mirrored

@@ -159,7 +159,7 @@ def test_response_norm_of_large_values_in_half_precision():
 
 
 def test_initial_weights_keep_the_signal():
-    """The authors' second initialisation, with a deviation of 1, makes the features of a tiny network grow to 1000."""
+    """The authors' second initialization, with a deviation of 1, makes the features of a tiny network grow to 1000."""
     torch.manual_seed(0)
     backbone = create_backbone("convnextv2_atto", size=64)
     task = FCMAE(FCMAEConfig(), backbone)
@@ -248,7 +248,7 @@ def test_bfloat16_keeps_targets_and_loss_in_float32():
 
 def test_sparse_kernels_number_their_positions_with_the_row_running_fastest():
     kernel = torch.zeros(49, 3)
-    kernel[6 * 7 + 0] = 1  # column 6, row 0: three to the right of the centre and three above it
+    kernel[6 * 7 + 0] = 1  # column 6, row 0: three to the right of the center and three above it
     weight = dense_layout({"encoder.stages.0.0.dwconv.kernel": kernel})["stages.0.0.dwconv.weight"]
     assert weight.shape == (3, 1, 7, 7)
     image = torch.zeros(1, 3, 16, 16)

@@ -80,7 +80,7 @@ def test_visible_patches_are_seen_but_not_scored():
     assert seen[0].shape == (4, 12, 192)  # nothing is predicted for visible patches, so nothing can be scored there
 
 
-def test_float_pictures_are_taken_as_normalised():
+def test_float_pictures_are_taken_as_normalized():
     task = tiny_task()
     noise = torch.rand(4, 16)
     raw = task({"image": pictures()}, noise=noise).loss
@@ -189,7 +189,7 @@ def test_bfloat16_keeps_targets_and_loss_in_float32():
 def test_a_constant_picture_has_the_target_zero():
     task = tiny_task()
     images = task.backbone.normalize(torch.full((1, 3, 32, 32), 77, dtype=torch.uint8)[:, :1].expand(-1, 3, -1, -1))
-    images = images[:, :1].expand(-1, 3, -1, -1)  # one value over all channels, after normalisation
+    images = images[:, :1].expand(-1, 3, -1, -1)  # one value over all channels, after normalization
     assert torch.equal(cell_targets(images, task.cell, torch.arange(16)[None]), torch.zeros(1, 16, 192))
 
 
@@ -283,7 +283,7 @@ def test_picture_of_a_reconstruction():
     assert torch.equal(original, images[1])
     assert torch.equal(masked[visible], images[1][visible])
     assert torch.equal(rebuilt[visible], images[1][visible])
-    assert masked[~visible].float().std() < 20  # one grey
+    assert masked[~visible].float().std() < 20  # one gray
     assert not torch.equal(rebuilt[~visible], images[1][~visible])
 
 

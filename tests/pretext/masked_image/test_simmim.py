@@ -166,7 +166,7 @@ def test_the_mask_lies_right_on_a_picture_that_is_not_square(which):
 
 
 def test_the_order_of_the_predictions():
-    """Channel c*s*s + dy*s + dx of the head is colour c of the pixel dy down and dx right."""
+    """Channel c*s*s + dy*s + dx of the head is color c of the pixel dy down and dx right."""
     task = tiny_task()
     stride = task.stride
     torch.nn.init.zeros_(task.decoder.weight)
@@ -242,7 +242,7 @@ def test_which_substitution_is_used_is_said(which, level, size, caplog):
     assert task.level == level
     said = [record.message for record in caplog.records if record.name.endswith("simmim")]
     assert len(said) == 1
-    assert ("colour in the picture" if level == "pixel" else f"token after {task.stem.name}") in said[0]
+    assert ("color in the picture" if level == "pixel" else f"token after {task.stem.name}") in said[0]
     assert task.mask_token.shape == ((1, 3, 1, 1) if level == "pixel" else (1, 1, task.stem.dim))
     assert "stem" not in dict(task.named_children())
 

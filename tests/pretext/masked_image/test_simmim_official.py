@@ -64,7 +64,7 @@ def test_swin_with_its_buffers():
 
 
 def test_swin_of_another_window():
-    """As from 6 at 192 pixels to 7 at 224: the table is resampled, its centre and its symmetry stay."""
+    """As from 6 at 192 pixels to 7 at 224: the table is resampled, its center and its symmetry stay."""
     source, task = swin(window=4), swin(window=8)
     name = f"encoder.layers.0.blocks.0.attn.{TABLE}"
     state = official(source)

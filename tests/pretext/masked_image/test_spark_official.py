@@ -34,7 +34,7 @@ def values_of(task: SparK) -> dict[str, Tensor]:
 
 
 def published(name: str) -> str:
-    """The authors' name of one of our tensors, spelt out by hand."""
+    """The authors' name of one of our tensors, spelled out by hand."""
     rules = [
         (r"^decoder\.blocks\.(\d)\.up\.", r"dense_decoder.dec.\1.up_sample."),
         (r"^decoder\.blocks\.(\d)\.mix\.", r"dense_decoder.dec.\1.conv."),

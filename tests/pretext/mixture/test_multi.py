@@ -247,8 +247,8 @@ def test_what_a_task_says_of_itself_is_combined(follower):
     assert plain(batch_of(plain)).features is None
 
 
-def test_pictures_that_a_curriculum_made_smaller_are_normalised_as_each_task_takes_them():
-    """Rotation takes 0..1 values, SimMIM normalised ones."""
+def test_pictures_that_a_curriculum_made_smaller_are_normalized_as_each_task_takes_them():
+    """Rotation takes 0..1 values, SimMIM normalized ones."""
     task = mixture(RESNET, [ROTATION, {**SIMMIM, "mask_unit": 8}]).eval()
     assert task.float_pictures == "unit"
     assert task.size_step() == (8, 8)

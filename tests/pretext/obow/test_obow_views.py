@@ -95,7 +95,7 @@ def test_switched_off_views_are_missing():
 
 
 @pytest.mark.parametrize(("height", "width"), [(256, 256), (256, 192)])
-def test_teacher_sees_the_centre_in_its_own_colours(height, width):
+def test_teacher_sees_the_center_in_its_own_colors(height, width):
     views = views_of(resnet((height * 7 // 8, width * 7 // 8)))
     picture = torch.zeros(3, height, width, dtype=torch.uint8)
     inner = picture[:, height // 16 : -(height // 16), width // 16 : -(width // 16)]
@@ -133,7 +133,7 @@ def test_kept_windows_are_drawn_anew_for_each_picture():
     assert {len(one) for one in kept} == {5}
 
 
-def test_windows_share_their_colours():
+def test_windows_share_their_colors():
     always = {"jitter": 1.0, "gray": 0.0, "hue": 0.5}
     views = views_of(resnet(224), patches={"colors": always})
     picture = torch.tensor([200, 90, 30], dtype=torch.uint8).view(3, 1, 1).expand(3, 300, 300)

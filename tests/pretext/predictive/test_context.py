@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from unlabeled.pretext.predictive.context import Context, ContextConfig, PairHead
-from unlabeled.pretext.predictive.patch_grid import neighbour_pairs
+from unlabeled.pretext.predictive.patch_grid import neighbor_pairs
 from unlabeled.pretext.registry import create_task
 from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
@@ -44,7 +44,7 @@ def test_the_split_layer_is_the_layer_of_the_concatenation():
     torch.manual_seed(2)
     head = PairHead(6, (10, 7)).double()
     embeddings = torch.randn(4, 9, 6, dtype=torch.double, requires_grad=True)
-    first, second, _ = neighbour_pairs(3, 3)
+    first, second, _ = neighbor_pairs(3, 3)
     weights = torch.randn(4, 40, 8, dtype=torch.double)
 
     def plain() -> Tensor:
@@ -100,7 +100,7 @@ def test_loss_is_the_mean_cross_entropy_over_pairs():
         one = {name: values[picture] for name, values in draw.items()}
         disguised = task.disguise(batch["patches"][picture], **one)
         embeddings = [task.backbone.pooled(task.inputs(patch[None])) for patch in disguised]
-        for first, second, label in zip(*(column.tolist() for column in neighbour_pairs(3, 3)), strict=True):
+        for first, second, label in zip(*(column.tolist() for column in neighbor_pairs(3, 3)), strict=True):
             hidden = torch.cat([embeddings[first], embeddings[second]], 1) @ fc7(task.head).T
             scores = task.head.fc9(task.head.fc8(task.head.bn7(hidden).relu()).relu())
             total += F.cross_entropy(scores, torch.tensor([label])).item() / 80
@@ -147,7 +147,7 @@ def test_non_square_patches():
     assert task(batch).loss.isfinite()
 
 
-def test_a_few_pictures_can_be_learnt_by_heart():
+def test_a_few_pictures_can_be_learned_by_heart():
     """A network that silences itself stays at ln 8 = 2.08 and 12.5 %."""
     torch.manual_seed(0)
     task = _task("contextnet", 32, NET, pixelate=0.0, widths=(32, 32))
@@ -172,9 +172,9 @@ def test_a_few_pictures_can_be_learnt_by_heart():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"grid": [1, 1]}, r"task.grid: one patch has no neighbours; give at least \[1, 2\]"),
+        ({"grid": [1, 1]}, r"task.grid: one patch has no neighbors; give at least \[1, 2\]"),
         ({"pixels": [9, 8]}, r"task.pixels: \[9.0, 8.0\] is no range; give the smaller number first"),
-        ({"color": "grey"}, r"task.color: 'grey' is not possible; choose 'drop', 'projection' or 'none'"),
+        ({"color": "gray"}, r"task.color: 'gray' is not possible; choose 'drop', 'projection' or 'none'"),
         ({"smallest": 0}, r"task.smallest: 0 is not possible; give greater than 0"),
     ],
 )

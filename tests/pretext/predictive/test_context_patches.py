@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from unlabeled.pretext.predictive import patch_cues
 from unlabeled.pretext.predictive.context import Context, ContextConfig
-from unlabeled.pretext.predictive.patch_grid import OFFSETS, GridLayout, GridViews, neighbour_pairs
+from unlabeled.pretext.predictive.patch_grid import OFFSETS, GridLayout, GridViews, neighbor_pairs
 from unlabeled.ssl.backbones.backbone import create_backbone
 
 PAPER = GridLayout((3, 3), (96, 96), (48, 48), (7, 7))
@@ -35,14 +35,14 @@ def _patches(count: int = 40, size: tuple[int, int] = (24, 24)) -> Tensor:
 def test_labels_are_the_table_of_the_repository():
     table = {(-1, -1): 0, (0, -1): 1, (1, -1): 2, (-1, 0): 3, (1, 0): 4, (-1, 1): 5, (0, 1): 6, (1, 1): 7}
     assert dict(zip(OFFSETS, range(8), strict=True)) == table  # (to the right, down), of the second from the first
-    pairs = neighbour_pairs(3, 4)
+    pairs = neighbor_pairs(3, 4)
     for first, second, label in zip(*(column.tolist() for column in pairs), strict=True):
         assert table[second % 4 - first % 4, second // 4 - first // 4] == label
 
 
 @pytest.mark.parametrize(("grid", "count"), [((3, 3), 40), ((2, 2), 12), ((1, 2), 2), ((2, 3), 22), ((3, 4), 58)])
-def test_all_neighbours_in_both_directions(grid, count):
-    found = {(a, b): label for a, b, label in zip(*(c.tolist() for c in neighbour_pairs(*grid)), strict=True)}
+def test_all_neighbors_in_both_directions(grid, count):
+    found = {(a, b): label for a, b, label in zip(*(c.tolist() for c in neighbor_pairs(*grid)), strict=True)}
     assert len(found) == count
     assert all(found[a, b] + found[b, a] == 7 for a, b in found)
     assert all(a != b for a, b in found)
@@ -55,7 +55,7 @@ def test_labels_say_where_patches_lie_in_the_picture():
     picture = torch.stack([down, across, torch.zeros_like(down)]).to(torch.uint8)
     found = GridViews(task.layout, (40_000, 40_000))(picture)
     middles = found["patches"].float().mean((2, 3))  # (P, 3): row and column in the picture
-    for first, second, label in zip(*(column.tolist() for column in neighbour_pairs(3, 3)), strict=True):
+    for first, second, label in zip(*(column.tolist() for column in neighbor_pairs(3, 3)), strict=True):
         below, beside = (middles[second] - middles[first])[:2].tolist()
         right, down_label = OFFSETS[label]
         assert (round(beside / 48), round(below / 48)) == (right, down_label)  # a patch of 32 and a gap of 16
@@ -202,7 +202,7 @@ def test_the_kept_channel_and_the_noise_are_drawn_for_each_patch():
     task = _task()
     torch.manual_seed(1)
     draw = task.draw({"patches": torch.zeros(400, 9, 3, 4, 4, dtype=torch.uint8)})
-    first, second, _ = neighbour_pairs(3, 3)
+    first, second, _ = neighbor_pairs(3, 3)
     equal = (draw["kept"][:, first] == draw["kept"][:, second]).float().mean().item()
     assert equal == pytest.approx(1 / 3, abs=0.03)
     assert draw["kept"].unique().tolist() == [0, 1, 2]
@@ -226,20 +226,20 @@ def test_projection_removes_green_against_magenta_and_nothing_else():
     axis = torch.tensor([-1.0, 2.0, -1.0], dtype=torch.double)
     assert (found * axis.view(1, 3, 1, 1)).sum(1).abs().max() < 1e-10
     torch.testing.assert_close(patch_cues.drop_green_magenta(found), found)
-    grey = torch.randn(2, 1, 6, 6, dtype=torch.double).expand(2, 3, 6, 6)
-    torch.testing.assert_close(patch_cues.drop_green_magenta(grey), patch_cues.without_mean(grey))
+    gray = torch.randn(2, 1, 6, 6, dtype=torch.double).expand(2, 3, 6, 6)
+    torch.testing.assert_close(patch_cues.drop_green_magenta(gray), patch_cues.without_mean(gray))
     matrix = torch.eye(3, dtype=torch.double) - torch.outer(axis, axis) / 6  # the paper's B
     patches = _patches(2).double()
     expected = torch.einsum("dc,nchw->ndhw", matrix, patch_cues.without_mean(patches))
     torch.testing.assert_close(patch_cues.drop_green_magenta(patches), expected)
 
 
-def test_colours_can_stay():
+def test_colors_can_stay():
     task = _task(color="none", pixelate=0.0)
     patches = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     found = task.disguise(patches, torch.ones(4))
-    centred = patches - patches.float().mean((2, 3), keepdim=True)
-    torch.testing.assert_close(found, centred * 50 / centred.square().mean((1, 2, 3), keepdim=True).sqrt())
+    centered = patches - patches.float().mean((2, 3), keepdim=True)
+    torch.testing.assert_close(found, centered * 50 / centered.square().mean((1, 2, 3), keepdim=True).sqrt())
 
 
 @pytest.mark.parametrize(("name", "kwargs", "rms"), [("contextnet", NET, 50), ("test_resnet", {}, 50 / (255 * 0.226))])

@@ -1,4 +1,4 @@
-"""DINO and what it shares with its kin, trap by trap: crops, pairs, centre, temperature, teacher, frozen prototypes."""
+"""DINO and what it shares with its kin, trap by trap: crops, pairs, center, temperature, teacher, frozen prototypes."""
 
 from __future__ import annotations
 
@@ -136,8 +136,8 @@ def test_figures_of_the_assignments():
 
 
 @pytest.mark.parametrize("small", [True, False])
-def test_task_equals_lightlys_loss_over_steps_of_student_and_centre(small):
-    """Three steps with lightly's DINOLoss beside ours, each with its own centre."""
+def test_task_equals_lightlys_loss_over_steps_of_student_and_center(small):
+    """Three steps with lightly's DINOLoss beside ours, each with its own center."""
     task, loss_fn = tiny(teacher_temperature_start=0.07), DINOLoss(24, center_momentum=0.9)
     optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], lr=0.5)
     for step in range(3):
@@ -176,10 +176,10 @@ def test_logits_are_float32_under_autocast():
     assert torch.equal(low, head.last_layer(units))
 
 
-# --- centre, temperature, teacher ------------------------------------------------------------------------------------
+# --- center, temperature, teacher ------------------------------------------------------------------------------------
 
 
-def test_centre_moves_after_use_by_the_mean_of_all_micro_steps():
+def test_center_moves_after_use_by_the_mean_of_all_micro_steps():
     task = tiny()
     first, second = batch(seed=1), batch(seed=2)
     logits = torch.cat([teacher_logits(task, first), teacher_logits(task, second)], dim=1)
@@ -193,7 +193,7 @@ def test_centre_moves_after_use_by_the_mean_of_all_micro_steps():
     assert not torch.equal(task(first).loss, before)
 
 
-def test_evaluation_moves_no_centre():
+def test_evaluation_moves_no_center():
     task = tiny().eval()
     task(batch())
     task.after_step(0.1)
@@ -347,7 +347,7 @@ def test_views():
     assert 0.12 < max(areas["locals"]) < 0.25
 
 
-def test_colours_differ_between_crops():
+def test_colors_differ_between_crops():
     """By default: the first large crop is always blurred, the second at times turned around above 127."""
     views = DINO.views(DINOConfig(locals=0, first_colors={**PLAIN, "blur": 1}, second_colors=PLAIN), vit())
     noise = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
@@ -419,7 +419,7 @@ def test_sheet_shows_each_crop_in_its_scale():
 
 
 def two_steps(name: str, rows: slice, distributed: bool) -> dict[str, Any]:
-    """Loss and gradients of a step, the centres after it, the loss of the next; with batch norms everywhere."""
+    """Loss and gradients of a step, the centers after it, the loss of the next; with batch norms everywhere."""
     task = tiny(
         name, resnet(), center_momentum=0.5, momentum=0.5, freeze_prototypes=0.1, head={**HEAD, "batch_norm": True}
     )
@@ -462,7 +462,7 @@ def _worker(rank: int, rendezvous: str, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_over_steps_of_centre_and_teacher(tmp_path: Path):
+def test_two_processes_equal_one_over_steps_of_center_and_teacher(tmp_path: Path):
     mp.start_processes(_worker, args=(str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2, start_method="forkserver")
     for name in ("dino", "ibot"):
         expected = two_steps(name, slice(0, 4), distributed=False)

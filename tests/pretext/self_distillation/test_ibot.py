@@ -122,7 +122,7 @@ def test_forward_equals_a_slow_reference(own):
     assert output.loss.item() == pytest.approx(crop_total.item() + 0.5 * patch_total.item(), rel=1e-4)
 
 
-def test_centre_of_patches_is_their_own_and_over_all_places():
+def test_center_of_patches_is_their_own_and_over_all_places():
     task, crops = tiny(), batch()
     images = task.backbone.normalize(crops["globals"].transpose(0, 1).flatten(0, 1))
     head = task.teacher["head"]
@@ -300,12 +300,12 @@ def test_places_need_not_divide_the_picture():
     assert task.mask_token.grad.abs().max() > 0
 
 
-def test_sheet_shows_hidden_places_in_grey():
+def test_sheet_shows_hidden_places_in_gray():
     task, crops = tiny(), batch()
     sheet = task.visualize(crops)["crops"]
     side = 32 * 3 + 2
     assert sheet.shape == (3, 3 * side + 2, 6 * side + 2)
-    grey = 0
+    gray = 0
     for row in range(3):
         tiles = [
             sheet[:, 2 + row * side : (row + 1) * side, 2 + k * side : (k + 1) * side][:, ::3, ::3] for k in range(4)
@@ -314,5 +314,5 @@ def test_sheet_shows_hidden_places_in_grey():
             assert torch.equal(tiles[view], crops["globals"][row, view])
             hidden = (tiles[2 + view] != tiles[view]).any(0)
             assert (tiles[2 + view][:, hidden] == 128).all()
-            grey += hidden.any().item()
-    assert grey == 3
+            gray += hidden.any().item()
+    assert gray == 3

@@ -61,7 +61,7 @@ def test_blur_can_be_switched_off_at_any_size():
     assert all(torch.equal(view, picture) for view in views_of(task, picture))
 
 
-def test_each_view_has_its_own_colours():
+def test_each_view_has_its_own_colors():
     task = make("vicreg", crop_scale=(1, 1), flip=0, first=PLAIN, second={**PLAIN, "solarize": 1.0})
     picture = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
     first, second = views_of(task, picture)
@@ -77,7 +77,7 @@ def test_each_view_has_its_own_colours():
         ("vicreg", (0.4, 0.4, 0.2, 0.1, 1.0, 0.0), (0.4, 0.4, 0.2, 0.1, 0.1, 0.2)),
     ],
 )
-def test_colours_are_the_papers_and_keep_their_defaults_beside_a_changed_one(name, first, second):
+def test_colors_are_the_papers_and_keep_their_defaults_beside_a_changed_one(name, first, second):
     fields = ("brightness", "contrast", "saturation", "hue", "blur", "solarize")
     for change in ({}, {"first": {"gray": 0.0}, "second": {"gray": 0.0}}):
         config = task_config({"name": name, **change})

@@ -30,9 +30,9 @@ def terms(first: Tensor, second: Tensor) -> tuple[float, float, float]:
     for a, b in zip(first.flatten().tolist(), second.flatten().tolist(), strict=True):
         invariance += (a - b) ** 2 / (count * channels)
     for columns in (first.t().tolist(), second.t().tolist()):
-        centred = [[value - sum(column) / count for value in column] for column in columns]
-        for i, left in enumerate(centred):
-            for j, right in enumerate(centred):
+        centered = [[value - sum(column) / count for value in column] for column in columns]
+        for i, left in enumerate(centered):
+            for j, right in enumerate(centered):
                 shared = sum(a * b for a, b in zip(left, right, strict=True)) / (count - 1)
                 if i == j:
                     variance += max(0.0, 1 - math.sqrt(shared + 1e-4)) / channels / 2

@@ -32,7 +32,7 @@ def noise(mode: str = "RGB", size: tuple[int, int] = (40, 24)) -> Image.Image:
     return Image.fromarray(pixels).convert(mode)
 
 
-def colour(picture: torch.Tensor, x: int = 0, y: int = 0) -> tuple[int, ...]:
+def color(picture: torch.Tensor, x: int = 0, y: int = 0) -> tuple[int, ...]:
     return tuple(picture[:, y, x].tolist())
 
 
@@ -46,24 +46,24 @@ def test_lossless_kinds_give_the_exact_pixels(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "options"), [("JPEG", {"quality": 95}), ("WEBP", {}), ("GIF", {})])
-def test_lossy_kinds_give_nearly_the_colour(kind: str, options: dict[str, object]) -> None:
+def test_lossy_kinds_give_nearly_the_color(kind: str, options: dict[str, object]) -> None:
     picture = decode_rgb(saved(Image.new("RGB", (32, 16), (200, 100, 50)), kind, **options))
     assert picture.shape == (3, 16, 32)
     assert (picture.float().mean((1, 2)) - torch.tensor([200.0, 100.0, 50.0])).abs().max() < 4
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "BMP"])
-def test_grey_is_repeated_in_three_channels(kind: str) -> None:
+def test_gray_is_repeated_in_three_channels(kind: str) -> None:
     picture = decode_rgb(saved(Image.new("L", (8, 8), 77), kind))
-    assert colour(picture) == (77, 77, 77)
+    assert color(picture) == (77, 77, 77)
 
 
 def test_one_bit_is_black_and_white() -> None:
     image = Image.new("1", (8, 8), 0)
     image.putpixel((3, 0), 1)
     picture = decode_rgb(saved(image, "PNG"))
-    assert colour(picture, 3) == (255, 255, 255)
-    assert colour(picture, 4) == (0, 0, 0)
+    assert color(picture, 3) == (255, 255, 255)
+    assert color(picture, 4) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_one_bit_is_black_and_white() -> None:
     ],
 )
 def test_transparency_is_composited_on_white(image: Image.Image, expected: tuple[int, ...]) -> None:
-    assert colour(decode_rgb(saved(image, "PNG"))) == expected
+    assert color(decode_rgb(saved(image, "PNG"))) == expected
 
 
 def palette() -> Image.Image:
@@ -88,29 +88,29 @@ def palette() -> Image.Image:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "GIF"])
-def test_palette_becomes_its_colours(kind: str) -> None:
+def test_palette_becomes_its_colors(kind: str) -> None:
     picture = decode_rgb(saved(palette(), kind))
-    assert colour(picture) == RED
-    assert colour(picture, 1) == GREEN
+    assert color(picture) == RED
+    assert color(picture, 1) == GREEN
 
 
 @pytest.mark.parametrize("kind", ["PNG", "GIF"])
 def test_transparent_palette_entry_becomes_white(kind: str) -> None:
     picture = decode_rgb(saved(palette(), kind, transparency=0))
-    assert colour(picture) == (255, 255, 255)
-    assert colour(picture, 1) == GREEN
+    assert color(picture) == (255, 255, 255)
+    assert color(picture, 1) == GREEN
 
 
-def test_transparent_grey_value_becomes_white() -> None:
+def test_transparent_gray_value_becomes_white() -> None:
     image = Image.new("L", (4, 4), 10)
     image.putpixel((1, 0), 20)
     picture = decode_rgb(saved(image, "PNG", transparency=10))
-    assert colour(picture) == (255, 255, 255)
-    assert colour(picture, 1) == (20, 20, 20)
+    assert color(picture) == (255, 255, 255)
+    assert color(picture, 1) == (20, 20, 20)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_sixteen_bit_grey_is_scaled_not_clipped(kind: str) -> None:
+def test_sixteen_bit_gray_is_scaled_not_clipped(kind: str) -> None:
     values = np.array([[0, 257, 25700, 65535]], dtype=np.uint16)
     picture = decode_rgb(saved(Image.fromarray(values), kind))
     assert picture[0, 0].tolist() == [0, 1, 100, 255]
@@ -128,14 +128,14 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(kind: str) -> None:
         (np.array([[7, 7, 7]], dtype=np.int32), [7, 7, 7]),
     ],
 )
-def test_thirty_two_bit_grey(values: np.ndarray, expected: list[int]) -> None:
+def test_thirty_two_bit_gray(values: np.ndarray, expected: list[int]) -> None:
     picture = decode_rgb(saved(Image.fromarray(values), "TIFF"))
     assert picture[1, 0].tolist() == expected
 
 
 def test_cmyk_becomes_rgb() -> None:
     picture = decode_rgb(saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "TIFF"))
-    assert colour(picture) == RED
+    assert color(picture) == RED
     jpeg = decode_rgb(saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95))
     assert (jpeg.float().mean((1, 2)) - torch.tensor([255.0, 0, 0])).abs().max() < 6
 
@@ -154,7 +154,7 @@ def test_exif_orientation_is_applied(orientation: int, kind: str) -> None:
     exif[0x0112] = orientation
     picture = decode_rgb(saved(image, kind, exif=exif))
     assert picture.shape == ((3, 2, 3) if orientation < 5 else (3, 3, 2))
-    assert colour(picture, *corner_of(orientation)) == RED
+    assert color(picture, *corner_of(orientation)) == RED
 
 
 def test_broken_exif_does_not_spoil_a_picture() -> None:
@@ -165,7 +165,7 @@ def test_broken_exif_does_not_spoil_a_picture() -> None:
 def test_first_frame_of_an_animation() -> None:
     frames = [Image.new("RGB", (4, 4), shade) for shade in (RED, GREEN)]
     data = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert colour(decode_rgb(data)) == RED
+    assert color(decode_rgb(data)) == RED
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"])

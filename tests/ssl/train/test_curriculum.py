@@ -32,7 +32,7 @@ SIZES = [
 
 
 def wave(size: tuple[int, int], cycles: tuple[int, int], amplitude: float = 0.4) -> Tensor:
-    """0.5 + amplitude cos(2 pi (cycles over the picture) + 0.7) at the centres of pixels, float64 (h, w)."""
+    """0.5 + amplitude cos(2 pi (cycles over the picture) + 0.7) at the centers of pixels, float64 (h, w)."""
     rows, columns = (
         (torch.arange(count, dtype=torch.float64) + 0.5) * c / count for count, c in zip(size, cycles, strict=True)
     )
@@ -61,7 +61,7 @@ def test_an_even_window_has_half_of_the_wave_at_its_edge() -> None:
 
 
 def cropped(pictures: np.ndarray[Any, Any], side: int, axis: int) -> np.ndarray[Any, Any]:
-    """The published steps along one axis, and a shift of phases from corners to centres of pixels."""
+    """The published steps along one axis, and a shift of phases from corners to centers of pixels."""
     whole = pictures.shape[axis]
     spectrum = np.fft.fftshift(np.fft.fft(pictures, axis=axis), axes=axis)
     first = whole // 2 - side // 2
@@ -72,7 +72,7 @@ def cropped(pictures: np.ndarray[Any, Any], side: int, axis: int) -> np.ndarray[
 
 
 @pytest.mark.parametrize(("full", "size"), SIZES)
-def test_crop_is_the_published_one_at_the_centres_of_pixels(full: tuple[int, int], size: tuple[int, int]) -> None:
+def test_crop_is_the_published_one_at_the_centers_of_pixels(full: tuple[int, int], size: tuple[int, int]) -> None:
     pictures = torch.rand(2, 3, *full, generator=torch.Generator().manual_seed(0))
     found = low_frequencies(pictures, size)
     assert found.dtype == torch.float32
@@ -185,7 +185,7 @@ def test_pictures_of_full_size_shrink_and_everything_else_stays() -> None:
 
 
 @pytest.mark.parametrize("task", ["mae", "simmim"])
-def test_masked_tasks_get_what_they_take_for_normalised(task: str) -> None:
+def test_masked_tasks_get_what_they_take_for_normalized(task: str) -> None:
     small = {"decoder": {"dim": 16, "depth": 1, "heads": 2}} if task == "mae" else {}
     backbone = create_backbone("vit_tiny_patch16_224", dynamic_img_size=True, **VIT)
     backbone.set_statistics((0.4, 0.5, 0.6), (0.2, 0.3, 0.2))

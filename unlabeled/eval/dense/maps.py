@@ -59,11 +59,11 @@ def map_pictures(
     down, across = (min(int(at * count), count - 1) for at, count in zip(place, (rows, columns), strict=True))
     shares = stretched(looks.float().cpu(), (1, 2))
     alike = similarity(maps, (down, across))
-    colours = (components(maps, foreground) * 255).round().to(torch.uint8)
+    colors = (components(maps, foreground) * 255).round().to(torch.uint8)
     size = images.shape[2:]
     marked = torch.stack([_marked(image, (down, across), (rows, columns)) for image in images])
     return {
-        "pca": tiled([list(images), [enlarged(one, size) for one in colours]]),
+        "pca": tiled([list(images), [enlarged(one, size) for one in colors]]),
         name: tiled([list(images), [heat(one, image) for one, image in zip(shares, images, strict=True)]]),
         "similarity": tiled([list(marked), [heat(one, image) for one, image in zip(alike, images, strict=True)]]),
     }
@@ -73,7 +73,7 @@ def components(maps: Tensor, foreground: float | None = None) -> Tensor:
     """First three principal components over the places of all pictures, each stretched to 0..1: (B, 3, gh, gw).
 
     Of maps (B, C, gh, gw). The first one is turned so that it is larger inside of the pictures than at their borders.
-    With `foreground` places whose first component is not above it are 0, and the colours are components of the rest
+    With `foreground` places whose first component is not above it are 0, and the colors are components of the rest
     (as in Oquab et al., DINOv2, 2023, arXiv 2304.07193, figure 1).
     """
     batch, _, rows, columns = maps.shape
@@ -103,13 +103,13 @@ def similarity(maps: Tensor, place: tuple[int, int]) -> Tensor:
 def _principal(rows: Tensor) -> Tensor:
     """First three principal components of float64 (N, C): (N, 3), those that there are not are 0.
 
-    The sign of each is that of its largest loading, so that the same rows always give the same colours.
+    The sign of each is that of its largest loading, so that the same rows always give the same colors.
     """
-    centred = rows - rows.mean(dim=0)
-    _, vectors = torch.linalg.eigh(centred.T @ centred)
+    centered = rows - rows.mean(dim=0)
+    _, vectors = torch.linalg.eigh(centered.T @ centered)
     basis = vectors.flip(1)[:, :3]
     largest = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
-    found = centred @ (basis * largest.sign())
+    found = centered @ (basis * largest.sign())
     return F.pad(found, (0, 3 - found.shape[1]))
 
 

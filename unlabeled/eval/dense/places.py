@@ -55,7 +55,7 @@ class Places:
     """uint8 pictures (B, 3, h, w) → one vector per place, float32 (B, C, gh, gw) on the subject's device.
 
     For a network, its map `level` (None: `fine_level`), the last one after the final norm; with `keys` and no `level`
-    the keys of its last attention block, where it has one. For raw pixels, the normalised pixels of each place of the
+    the keys of its last attention block, where it has one. For raw pixels, the normalized pixels of each place of the
     judged network's map.
 
     Raises CapabilityError for a network without maps, ConfigError for a level that it does not have.
@@ -83,7 +83,7 @@ class Places:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, pad: tuple[int, int] = (0, 0)) -> Tensor:
-        """`pad`: rows and columns of zeros (the mean colour) that are added below and on the right."""
+        """`pad`: rows and columns of zeros (the mean color) that are added below and on the right."""
         self.network.to(self.device)
         with (
             evaluating(self.network),
@@ -224,7 +224,7 @@ def place_labels(masks: Tensor, grid: tuple[int, int], classes: int) -> tuple[Te
     """What each place shows: (shares of the classes, float32 (B, gh, gw, K); known part of it, float32 (B, gh, gw)).
 
     Of masks uint8 (B, h, w). Shares are those among the known pixels and sum to 1, or to 0 where none is known. A pixel
-    belongs to the place in which its centre lies.
+    belongs to the place in which its center lies.
     """
     batch, height, width = masks.shape
     rows, columns = (

@@ -26,7 +26,7 @@ _QUERIES = 1024
 
 
 @dataclass(frozen=True)
-class LabelledPlaces:
+class LabeledPlaces:
     """Training places, all on one device."""
 
     features: Tensor
@@ -34,13 +34,13 @@ class LabelledPlaces:
     shares: Tensor
     """float32 (M, K): part of each class, rows sum to 1."""
     known: Tensor
-    """float32 (M,): part of the place that is labelled at all, more than 0."""
+    """float32 (M,): part of the place that is labeled at all, more than 0."""
     pictures: Tensor
     """int64 (M,): number of the picture that each comes from."""
 
-    def part(self, rows: Tensor) -> LabelledPlaces:
+    def part(self, rows: Tensor) -> LabeledPlaces:
         """The places `rows`, a mask or numbers."""
-        return LabelledPlaces(self.features[rows], self.shares[rows], self.known[rows], self.pictures[rows])
+        return LabeledPlaces(self.features[rows], self.shares[rows], self.known[rows], self.pictures[rows])
 
 
 class ProbeSettings(Protocol):
@@ -59,7 +59,7 @@ class ProbeSettings(Protocol):
 
 
 class LinearPlaces:
-    """One linear layer on standardised features, trained on soft labels.
+    """One linear layer on standardized features, trained on soft labels.
 
     Its loss is the cross-entropy of the place's shares, weighted by the part that is known: that of all known pixels if
     each took the scores of its place. The learning rate is the one of highest mean IoU, counted in parts of places, on
@@ -69,7 +69,7 @@ class LinearPlaces:
     Raises DataError for a single picture, and when all rates diverge.
     """
 
-    def __init__(self, places: LabelledPlaces, config: ProbeSettings, seed: int) -> None:
+    def __init__(self, places: LabeledPlaces, config: ProbeSettings, seed: int) -> None:
         self._mean = places.features.mean(dim=0)
         deviation = places.features.std(dim=0, correction=0)
         constant = deviation <= 1e-6 * self._mean.abs().clamp(min=1e-6)  # what rounding leaves of zero variance
@@ -84,11 +84,11 @@ class LinearPlaces:
         return self._standard(features) @ self._weights
 
     def _standard(self, features: Tensor) -> Tensor:
-        """Standardised features with a column of ones, (Q, C + 1)."""
+        """Standardized features with a column of ones, (Q, C + 1)."""
         return F.pad((features - self._mean) / self._deviation, (0, 1), value=1.0)
 
     def _choose(
-        self, places: LabelledPlaces, held: Tensor, config: ProbeSettings, seed: int
+        self, places: LabeledPlaces, held: Tensor, config: ProbeSettings, seed: int
     ) -> tuple[float, float, int]:
         rates = sorted(set(config.lr))
         heads = self._fit(places.part(~held), rates, config, seed)
@@ -107,7 +107,7 @@ class LinearPlaces:
         return rates[best], results[best], len(alive) - sum(alive)
 
     @torch.enable_grad()
-    def _fit(self, places: LabelledPlaces, rates: Sequence[float], config: ProbeSettings, seed: int) -> list[Tensor]:
+    def _fit(self, places: LabeledPlaces, rates: Sequence[float], config: ProbeSettings, seed: int) -> list[Tensor]:
         """One head (C + 1, K) for each rate, all from zero and on the same batches; none reads a number of another."""
         features, (count, classes) = self._standard(places.features), places.shares.shape
         batch = min(config.batch_size, count)
@@ -141,7 +141,7 @@ class NearestPlaces:
     `temperature`.
     """
 
-    def __init__(self, places: LabelledPlaces, k: int, temperature: float) -> None:
+    def __init__(self, places: LabeledPlaces, k: int, temperature: float) -> None:
         self._bank, self._shares = F.normalize(places.features, dim=1), places.shares
         self.k, self.temperature = min(k, len(places.shares)), temperature
 
@@ -156,7 +156,7 @@ class NearestPlaces:
         return torch.cat(found)
 
 
-def soft_miou(places: LabelledPlaces, predicted: Tensor) -> float:
+def soft_miou(places: LabeledPlaces, predicted: Tensor) -> float:
     """Mean IoU of one class (M,) for each place, where a place counts by what is known of it."""
     truth = (places.shares * places.known[:, None]).double()  # (M, K)
     guess = F.one_hot(predicted, truth.shape[1]).double()

@@ -27,7 +27,7 @@ class Cut(NamedTuple):
     object: npt.NDArray[np.bool_]
     """(gh, gw): the component of the seed."""
     vector: npt.NDArray[np.float64]
-    """(gh, gw): the second smallest generalised eigenvector, positive at the seed; 0 where there is nothing to cut."""
+    """(gh, gw): the second smallest generalized eigenvector, positive at the seed; 0 where there is nothing to cut."""
     value: float
     """Its eigenvalue: near 0 for two groups that share nothing, near 1 for one group."""
 

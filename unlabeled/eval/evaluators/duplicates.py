@@ -3,15 +3,15 @@
 Test pictures with a copy in the training split make every accuracy too good: 3 % of CIFAR-10's test pictures, 10 % of
 CIFAR-100's (Barz and Denzler 2020, 1902.00423).
 
-No fixed cosine tells copies from neighbours: in the features of one network all pictures have cosines above .99, in
-those of another copies have .9. So features are centred on the training mean first, and a pair is close only beside
+No fixed cosine tells copies from neighbors: in the features of one network all pictures have cosines above .99, in
+those of another copies have .9. So features are centered on the training mean first, and a pair is close only beside
 its surroundings: a near duplicate is nearer than t times the distance r of the 10th nearest training picture. Where
 pictures lie evenly around the query, in m dimensions, each of the 9 within r is nearer than t r with chance t^m, so
 the nearest is with chance 1 - (1 - t^m)^9; t is set to make that `chance`. The dimension m follows from the same
 distances: the middle one of 9, the 5th, has half of them inside, so (r5 / r10)^m = 1/2 in the median (the estimator of
 Farahmand, Szepesvari and Audibert, ICML 2007), which up to four copies of a picture do not disturb.
 
-Shapes: N queries, k neighbours, D features.
+Shapes: N queries, k neighbors, D features.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from unlabeled.eval.base import (
     Value,
     check_features,
 )
-from unlabeled.eval.evaluators.knn import nearest_neighbours
+from unlabeled.eval.evaluators.knn import nearest_neighbors
 from unlabeled.eval.gallery import shrunk
 from unlabeled.eval.neighbors.search import normalized
 from unlabeled.eval.subject import Subject
@@ -47,7 +47,7 @@ from unlabeled.ssl.data.source import ImageSource
 
 _NEIGHBOURS = 10
 _LOOSEST = 0.7
-"""Largest t: pairs at nearly the distance of ordinary neighbours are none, whatever the dimension."""
+"""Largest t: pairs at nearly the distance of ordinary neighbors are none, whatever the dimension."""
 _SAME = 1e-4
 """Distance of unit vectors up to which they count as equal: what rounding makes of one picture in two batches."""
 _COLLAPSED = 1e-5
@@ -106,9 +106,9 @@ class DuplicatesEvaluator(Evaluator):
     def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         data, sources = subject.features, subject.sources
         check_features(data)
-        centre = data.train.features.mean(axis=0, dtype=np.float64).astype(np.float32)
-        train, test = data.train.features - centre, data.test.features - centre
-        if np.median(np.abs(train).max(axis=1)) <= _COLLAPSED * np.abs(centre).max():
+        center = data.train.features.mean(axis=0, dtype=np.float64).astype(np.float32)
+        train, test = data.train.features - center, data.test.features - center
+        if np.median(np.abs(train).max(axis=1)) <= _COLLAPSED * np.abs(center).max():
             yield "note", "the features of nearly all pictures are the same, so duplicates cannot be told"
             return
         leaks = find_pairs(train, test, self.config.chance)
@@ -160,7 +160,7 @@ class Pairs:
     found: npt.NDArray[np.bool_]
     """(N, k): pairs that are near duplicates."""
     ratio: float
-    """A pair counts below this part of the distance of the last neighbour; 0: only equal features count."""
+    """A pair counts below this part of the distance of the last neighbor; 0: only equal features count."""
 
     def closest(self) -> IntArray:
         """All queries, int64 (N,): that of the closest pair, beside its surroundings, first."""
@@ -170,13 +170,13 @@ class Pairs:
 
 
 def find_pairs(base: FloatArray, queries: FloatArray, chance: float, *, own: IntArray | None = None) -> Pairs:
-    """Near duplicates of centred `queries` (N, D) among centred `base` (M, D).
+    """Near duplicates of centered `queries` (N, D) among centered `base` (M, D).
 
     `own` int64 (N,): the row of `base` that each query itself is, and that it is not paired with.
     """
     wanted = min(_NEIGHBOURS + (own is not None), len(base))
     base, queries = normalized(base), normalized(queries)
-    rows, _ = nearest_neighbours(base, queries, wanted)
+    rows, _ = nearest_neighbors(base, queries, wanted)
     distances = np.stack([_distances(queries, base, column) for column in rows.T], axis=1)
     if own is not None:
         distances[rows == own[:, None]] = np.inf

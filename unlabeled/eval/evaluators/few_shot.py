@@ -1,4 +1,4 @@
-"""Few-shot classification: episodes of a few classes with a few labelled pictures each.
+"""Few-shot classification: episodes of a few classes with a few labeled pictures each.
 
 The CL2N protocol of SimpleShot (Wang et al. 2019, 1911.04623): features less the training split's mean, scaled to unit
 length; a query belongs to the nearest class mean of its episode. The classes are those of the test split. Their labels
@@ -34,12 +34,12 @@ from unlabeled.ssl.core.seeds import derive
 
 
 class FewShotConfig(EvaluatorConfig):
-    """Episodes of nearest class means on centred features of unit length (SimpleShot's CL2N)."""
+    """Episodes of nearest class means on centered features of unit length (SimpleShot's CL2N)."""
 
     ways: int = Field(5, ge=2)
     """Classes of an episode."""
     shots: tuple[int, ...] = (1, 5)
-    """Labelled pictures of each class."""
+    """Labeled pictures of each class."""
     queries: int = Field(15, ge=1)
     """Pictures of each class to be classified."""
     episodes: int = Field(600, ge=2)
@@ -75,8 +75,8 @@ class FewShotEvaluator(Evaluator):
     def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
         data, config = subject.features, self.config
         check_features(data)
-        centre = data.train.features.mean(axis=0, dtype=np.float64)
-        features = normalized((data.test.features - centre).astype(np.float32))
+        center = data.train.features.mean(axis=0, dtype=np.float64)
+        features = normalized((data.test.features - center).astype(np.float32))
         members = [np.flatnonzero(data.test.labels == label) for label in np.unique(data.test.labels)]
         refused = []
         for shots in dict.fromkeys(config.shots):
@@ -99,7 +99,7 @@ class FewShotEvaluator(Evaluator):
         if len(refused) == len(set(config.shots)):
             raise DataError(
                 f"evaluate.few_shot: no two test classes have {min(refused) + 1} pictures, one more than the shots; "
-                "give more labelled test pictures"
+                "give more labeled test pictures"
             )
         if refused:
             yield "note", f"no two test classes have pictures enough for {', '.join(map(str, refused))} shots"

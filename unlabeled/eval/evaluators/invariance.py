@@ -29,7 +29,7 @@ _MEASURES = {
 
 
 class InvarianceConfig(EvaluatorConfig):
-    """LiDAR and alignment over crops, flips and colour jitter of training pictures."""
+    """LiDAR and alignment over crops, flips and color jitter of training pictures."""
 
     pictures: int = Field(500, ge=2)
     """Training pictures, drawn by the seed; the paper of LiDAR takes 1000."""
@@ -40,7 +40,7 @@ class InvarianceConfig(EvaluatorConfig):
 
 
 class InvarianceEvaluator(Evaluator):
-    """LiDAR and alignment over crops, flips and colour jitter, the views that most joint-embedding tasks train on.
+    """LiDAR and alignment over crops, flips and color jitter, the views that most joint-embedding tasks train on.
 
     For a task with other views (patches, rotations) they are a common yardstick and not its own LiDAR.
 
@@ -109,7 +109,7 @@ class ViewSource:
 
 
 def augmentation(size: tuple[int, int], scale: float) -> Callable[[Tensor], Tensor]:
-    """uint8 (3, H, W) → uint8 (3, h, w) of `size`: crops of `scale` to 1 of the area, flips, colour jitter (p = 0.8).
+    """uint8 (3, H, W) → uint8 (3, h, w) of `size`: crops of `scale` to 1 of the area, flips, color jitter (p = 0.8).
 
     The jitter is that of SimCLR (Chen et al. 2020, 2002.05709) at half strength, as for CIFAR-10 there.
     """

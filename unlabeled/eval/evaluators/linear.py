@@ -50,7 +50,7 @@ _DINOV2 = {
     "pooling": ("cls", "cls+avg"),
     "init": 0.01,
 }
-"""The grid of the authors' ``eval/linear.py``; features are standardised here, and the test split does not choose."""
+"""The grid of the authors' ``eval/linear.py``; features are standardized here, and the test split does not choose."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class _Probed:
-    """What a probe works on: standardised features of all inputs (N, F) and what it takes to compute more of them."""
+    """What a probe works on: standardized features of all inputs (N, F) and what it takes to compute more of them."""
 
     subject: Subject
     config: LinearConfig
@@ -111,7 +111,7 @@ class LinearConfig(EvaluatorConfig):
     without and with the average of the patches, no decay, weights from N(0, 0.01). It stands for lr, weight_decay,
     blocks, pooling and init."""
     lr: tuple[float, ...] = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-    """Learning rates of SGD with momentum, for standardised features and a batch of 256."""
+    """Learning rates of SGD with momentum, for standardized features and a batch of 256."""
     weight_decay: tuple[float, ...] = (0.0, 1e-4, 1e-3)
     """Each with each learning rate."""
     blocks: tuple[Annotated[int, Field(ge=1)], ...] = ()
@@ -140,11 +140,11 @@ class LinearConfig(EvaluatorConfig):
 
 
 class LinearEvaluator(Evaluator):
-    """Accuracy of a linear classifier on standardised features.
+    """Accuracy of a linear classifier on standardized features.
 
     Every (input, lr, weight decay) of the grid is trained on the training split less a stratified hold-out; the
     hold-out chooses one of them (ties: lower loss), which is then trained anew on the whole training split and meets
-    the test split once. Features are standardised with the training split's mean and deviation.
+    the test split once. Features are standardized with the training split's mean and deviation.
 
     Yields ``top1``, ``top5`` (more than five classes) and ``holdout_top1`` as fractions, ``lr``, ``weight_decay``,
     ``diverged`` (number of heads with a non-finite weight), ``predictions`` int64 (N,) and ``confusion`` int64 (C, C)
@@ -175,7 +175,7 @@ class LinearEvaluator(Evaluator):
         chosen, test = best[0], probed.data.test
         for choice, final in zip(best, finals, strict=True):
             of = choice.head.input
-            scores = final.scores(_standardised(of, test.features, probed)).softmax(dim=1)[0].T
+            scores = final.scores(_standardized(of, test.features, probed)).softmax(dim=1)[0].T
             guesses = best_classes(scores.cpu().numpy(), 5)
             cut = Cut(of.stop) if of.prefix else None
             yield from _accuracies(guesses, test.labels, len(probed.data.classes), cut)
@@ -299,7 +299,7 @@ def _start(of: Input, classes: int, deviation: float, seed: int) -> Tensor | Non
     return torch.randn(classes, of.stop - of.start, generator=generator) * deviation
 
 
-def _standardised(of: Input, features: FloatArray, probed: _Probed) -> Tensor:
+def _standardized(of: Input, features: FloatArray, probed: _Probed) -> Tensor:
     columns = slice(of.start, of.stop)
     rows = (features[:, columns] - probed.mean[columns]) / probed.deviation[columns]
     return torch.from_numpy(rows).to(probed.features.device)

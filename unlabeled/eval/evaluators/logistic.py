@@ -33,7 +33,7 @@ _MEASURES = {"top1": Measure("logistic regression"), "top5": Measure("logistic r
 
 
 class LogisticConfig(EvaluatorConfig):
-    """Logistic regression on standardised features, solved by L-BFGS: what the linear probe should reach."""
+    """Logistic regression on standardized features, solved by L-BFGS: what the linear probe should reach."""
 
     C: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0, 10.0)
     """Inverse strengths of the L2 penalty, as scikit-learn counts it; a hold-out of the training set chooses one."""
@@ -46,7 +46,7 @@ class LogisticConfig(EvaluatorConfig):
 
 
 class LogisticEvaluator(Evaluator):
-    """Accuracy of L2-regularised logistic regression on standardised features.
+    """Accuracy of L2-regularized logistic regression on standardized features.
 
     Every C (inverse strength of the penalty) is fitted on a stratified part of the training split; the rest chooses one
     (ties: lower log loss, then smaller C), with which the whole training split is fitted. At most `limit` training
@@ -131,7 +131,7 @@ class LogisticFit:
 
 
 def fit_logistic(features: FloatArray, labels: IntArray, inverses: Sequence[float], iterations: int) -> LogisticFit:
-    """Standardises features (N, D) and fits a multinomial classifier for each C of `inverses`; at least two classes."""
+    """Standardizes features (N, D) and fits a multinomial classifier for each C of `inverses`; at least two classes."""
     wide = features.astype(np.float64)
     scaler = StandardScaler().fit(wide)
     rows = scaler.transform(wide)

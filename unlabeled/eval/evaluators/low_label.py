@@ -1,4 +1,4 @@
-"""Few labels: the linear probe on a small part of the labelled training pictures.
+"""Few labels: the linear probe on a small part of the labeled training pictures.
 
 The 1 % and 10 % of labels at which self-supervised methods are compared (Chen et al. 2020, 2002.05709), on frozen
 features. With less than a handful of pictures a class nothing can be held out to choose settings on; there it is
@@ -45,7 +45,7 @@ class LowLabelConfig(EvaluatorConfig):
     fractions: tuple[float, ...] = (0.01, 0.1)
     """Parts of the training labels, drawn class by class."""
     draws: int = Field(3, ge=1)
-    """Draws of labelled pictures, over which the interval is taken."""
+    """Draws of labeled pictures, over which the interval is taken."""
     steps: int = Field(500, ge=1)
     """Least number of optimizer steps; a small part has few in an epoch."""
     C: float = Field(0.01, gt=0)
@@ -56,7 +56,7 @@ class LowLabelConfig(EvaluatorConfig):
 class LowLabelEvaluator(Evaluator):
     """Test accuracy with each fraction of the training labels, over several draws of them.
 
-    The labelled pictures are drawn class by class, at least one of each. Yields ``1pct`` and so on: `Estimate` of the
+    The labeled pictures are drawn class by class, at least one of each. Yields ``1pct`` and so on: `Estimate` of the
     mean with Student's 95 % interval over the draws (which does not cover the choice of test pictures; none of a
     single draw); and a ``note`` where a fraction is less than one picture a class, or is too small for a
     hold-out. Raises DataError where the linear probe does.

@@ -120,7 +120,7 @@ class ObjectsEvaluator(Evaluator):
             return
         if not self.config.native:
             for scene, features in zip(scenes, places(torch.stack([one.image for one in scenes])), strict=True):
-                yield self._box(features, scene.size, scene, centre=places.maps)
+                yield self._box(features, scene.size, scene, center=places.maps)
             return
         step = places.network.size_step()
         for scene in scenes:
@@ -131,11 +131,11 @@ class ObjectsEvaluator(Evaluator):
                     f"evaluate.objects.native: {places.network.name} cannot take {padded[0]}x{padded[1]} ({reason}); "
                     "set false, or backbone.kwargs={dynamic_img_size: true} if it has that"
                 )
-            yield self._box(places(scene.image[None], pad)[0], padded, scene, centre=places.maps)
+            yield self._box(places(scene.image[None], pad)[0], padded, scene, center=places.maps)
 
-    def _box(self, features: Tensor, covered: tuple[int, int], scene: Scene, centre: bool) -> Boxes:
+    def _box(self, features: Tensor, covered: tuple[int, int], scene: Scene, center: bool) -> Boxes:
         """The predicted box of places (C, gh, gw) that cover (h, w) pixels of the picture, cut to it."""
-        if centre:
+        if center:
             features = features - features.mean(dim=(1, 2), keepdim=True)
         (rows, columns), (height, width) = features.shape[1:], scene.size
         box = np.array(cut(features.cpu().numpy(), self.config.tau).box, dtype=np.float32)
@@ -213,10 +213,8 @@ def drawn_boxes(image: Tensor, size: tuple[int, int], true: Boxes, found: Boxes)
     """
     scale = np.array([size[1], size[0], size[1], size[0]], dtype=np.float32) / _TILE
     tile = Resize((_TILE, _TILE))(image)
-    for boxes, colour, width in ((true, _TRUE, 1), (found[None], _FOUND, 3)):
-        tile = draw_bounding_boxes(
-            tile, torch.from_numpy(boxes / scale).clamp(0, _TILE - 1), colors=colour, width=width
-        )
+    for boxes, color, width in ((true, _TRUE, 1), (found[None], _FOUND, 3)):
+        tile = draw_bounding_boxes(tile, torch.from_numpy(boxes / scale).clamp(0, _TILE - 1), colors=color, width=width)
     return tile
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from unlabeled.eval.base import Evaluator, EvaluatorConfig, Measure, Value
 from unlabeled.eval.dense.miou import Overlap, class_iou, estimates, joined, overlap
 from unlabeled.eval.dense.places import IGNORE, MaskedBatch, Places, drawn, masked_batches, place_labels, with_masks
-from unlabeled.eval.dense.probes import LabelledPlaces, LinearPlaces, NearestPlaces
-from unlabeled.eval.dense.tiles import class_colours, tiled
+from unlabeled.eval.dense.probes import LabeledPlaces, LinearPlaces, NearestPlaces
+from unlabeled.eval.dense.tiles import class_colors, tiled
 from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.core.seeds import derive
@@ -39,13 +39,13 @@ class SegmentationConfig(EvaluatorConfig):
     level: int | None = None
     """Number of the feature map; None: the deepest one that is fine enough (14 places a side at 224 pixels)."""
     bank: int = Field(20_000, ge=2)
-    """Largest number of training places, as many of each picture, for the probe and for the neighbours."""
+    """Largest number of training places, as many of each picture, for the probe and for the neighbors."""
     k: int = Field(30, ge=1)
-    """Neighbours of a place."""
+    """Neighbors of a place."""
     temperature: float = Field(0.02, gt=0)
-    """Of the softmax over the neighbours' cosines."""
+    """Of the softmax over the neighbors' cosines."""
     lr: tuple[Annotated[float, Field(gt=0)], ...] = Field((0.01, 0.03, 0.1, 0.3, 1.0, 3.0), min_length=1)
-    """Learning rates of SGD with momentum, for standardised features; training pictures held out choose one."""
+    """Learning rates of SGD with momentum, for standardized features; training pictures held out choose one."""
     weight_decay: float = Field(1e-4, ge=0)
     """Of the linear probe."""
     epochs: int = Field(20, ge=1)
@@ -129,21 +129,21 @@ class SegmentationEvaluator(Evaluator):
         if places.note is not None:
             yield "note", places.note
 
-    def _bank(self, places: Places, train: ImageSource, subject: Subject, classes: int) -> LabelledPlaces:
-        """At most ``bank`` labelled places, as many of each picture, drawn by the seed."""
+    def _bank(self, places: Places, train: ImageSource, subject: Subject, classes: int) -> LabeledPlaces:
+        """At most ``bank`` labeled places, as many of each picture, drawn by the seed."""
         seed = subject.seed
         pictures = drawn(len(train), self.config.bank, derive("segmentation pictures", seed))
         each = -(-self.config.bank // len(pictures))
-        found: list[LabelledPlaces] = []
+        found: list[LabeledPlaces] = []
         for batch in masked_batches(train, places.size, pictures, subject):
             maps = places(batch.images)
             shares, known = place_labels(batch.masks, (maps.shape[2], maps.shape[3]), classes)
             for number, index in enumerate(batch.indices):
-                labelled = known[number].flatten().nonzero()[:, 0].numpy()
+                labeled = known[number].flatten().nonzero()[:, 0].numpy()
                 random = np.random.default_rng(derive("segmentation places", seed, index))
-                rows = torch.from_numpy(np.sort(random.permutation(labelled)[:each]))
+                rows = torch.from_numpy(np.sort(random.permutation(labeled)[:each]))
                 found.append(
-                    LabelledPlaces(
+                    LabeledPlaces(
                         rows_of(maps[number : number + 1])[rows.to(maps.device)],
                         shares[number].flatten(0, 1)[rows].to(maps.device),
                         known[number].flatten()[rows].to(maps.device),
@@ -151,7 +151,7 @@ class SegmentationEvaluator(Evaluator):
                     )
                 )
         fields = ("features", "shares", "known", "pictures")
-        bank = LabelledPlaces(*(torch.cat([getattr(one, name) for one in found]) for name in fields))
+        bank = LabeledPlaces(*(torch.cat([getattr(one, name) for one in found]) for name in fields))
         if int((bank.shares.sum(dim=0) > 0).sum()) < 2:
             raise DataError(
                 "evaluate.data: the training masks show a single class; give masks with two, or background and one"
@@ -180,7 +180,7 @@ def best_classes(scores: Tensor, maps: Tensor, size: tuple[int, int]) -> Tensor:
 def _examples(batch: MaskedBatch, guesses: list[Tensor], shown: set[int]) -> list[list[Tensor]]:
     """For each picture of the batch that is shown: itself, the truth and the guesses, as uint8 (3, h, w)."""
     return [
-        [batch.images[number], *(class_colours(one[number], batch.images[number]) for one in (batch.masks, *guesses))]
+        [batch.images[number], *(class_colors(one[number], batch.images[number]) for one in (batch.masks, *guesses))]
         for number, index in enumerate(batch.indices)
         if index in shown
     ]

@@ -26,7 +26,7 @@ _DEAD = 1e-6
 """A feature that varies by less than this part of the largest value of any feature is dead."""
 _MEASURES = {
     "rankme": Measure("RankMe", "number"),
-    "effective_rank": Measure("effective rank of the centred features", "number"),
+    "effective_rank": Measure("effective rank of the centered features", "number"),
     "alpha": Measure("α-ReQ (best near 1)", "number", None),
     "dimension": Measure("intrinsic dimension (TwoNN)", "number", None),
     "learnability": Measure("cluster learnability (of CLID)", "percent", None),
@@ -53,7 +53,7 @@ class SpectrumEvaluator(Evaluator):
 
     Yields ``rankme``, ``effective_rank``, ``alpha``, ``dimension``, ``learnability``, ``uniformity`` and ``dead`` (part
     of the features that do not vary); ``pictures`` and ``pairwise``, the numbers used; ``singular_values`` float64
-    (min(N, D),) of the centred features over √N, deviations along the principal directions, largest first; and a
+    (min(N, D),) of the centered features over √N, deviations along the principal directions, largest first; and a
     ``note`` for each value that degenerate features do not have.
     """
 
@@ -83,7 +83,7 @@ class SpectrumEvaluator(Evaluator):
         yield "dead", _MEASURES["dead"].of(dead_features(features))
         yield "pictures", len(features)
         yield "pairwise", len(few)
-        yield "singular_values", spectrum.centred / np.sqrt(spectrum.count)
+        yield "singular_values", spectrum.centered / np.sqrt(spectrum.count)
         if len(features) <= features.shape[1]:
             yield (
                 "note",

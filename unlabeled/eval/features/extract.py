@@ -29,7 +29,7 @@ from unlabeled.ssl.data.source import DecodeError, ImageSource
 Precision = Literal["fp32", "bf16", "fp16"]
 Encode = Callable[[Tensor], Tensor]
 Outputs = Callable[[Backbone, Tensor], Tensor]
-"""(backbone, normalised images (B, 3, h, w)) → (B, F)."""
+"""(backbone, normalized images (B, 3, h, w)) → (B, F)."""
 PictureTransform = Callable[[Tensor], Tensor]
 """uint8 (3, H, W) → uint8 (3, h, w), the same for the same picture; its `repr` tells it apart."""
 PictureBatch = tuple[Tensor, "Tensor | None", list[int]]
@@ -44,7 +44,7 @@ AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 class EvalTransform:
     """uint8 (3, H, W) of any size → uint8 (3, h, w), always the same for the same picture.
 
-    The usual protocol: bicubic resize to 256/224 of `size`, then the centre. A picture that is no larger than that on
+    The usual protocol: bicubic resize to 256/224 of `size`, then the center. A picture that is no larger than that on
     either side is resized to `size` as a whole, so that small pictures lose nothing: 32 x 32 into 32 stays as it is.
     """
 
@@ -57,8 +57,8 @@ class EvalTransform:
             return _resize(image, self.size)
         scale = max(h * _MARGIN / height, w * _MARGIN / width)
         covering = (max(h, round(height * scale)), max(w, round(width * scale)))
-        centre: Tensor = tv.center_crop(_resize(image, covering), list(self.size))
-        return centre
+        center: Tensor = tv.center_crop(_resize(image, covering), list(self.size))
+        return center
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def recalibrated(
     """A copy of `backbone` whose batch norms have the statistics of up to `pictures` whole pictures of `source`.
 
     Running mean and variance (unbiased) are those of all positions of all these pictures together, while every batch
-    norm normalises with the statistics of its batch; all else runs in evaluation mode. The pictures come in a fixed
+    norm normalizes with the statistics of its batch; all else runs in evaluation mode. The pictures come in a fixed
     shuffle, since the order of a folder would make batches of one class. Every process of torch.distributed does the
     same work and ends with the first one's numbers. Random state and `backbone` are left as they were.
 

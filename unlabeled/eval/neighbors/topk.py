@@ -2,7 +2,7 @@
 
 A score and where it stands are one 64-bit number, so that an entry of more than another is the better one: the higher
 score and, where scores are equal, the lower index. Numbers are all different then, the order of a result is defined,
-and numpy's vectorised partition and sort find it (its `argpartition` would leave ties to chance).
+and numpy's vectorized partition and sort find it (its `argpartition` would leave ties to chance).
 
 Shapes: Q queries, n columns of a block, k entries kept.
 """

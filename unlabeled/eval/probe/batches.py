@@ -16,7 +16,7 @@ from unlabeled.ssl.data.loader import seeded
 from unlabeled.ssl.data.source import ImageSource
 
 Batches = Iterator[tuple[Tensor, Tensor]]
-"""Standardised features float32 (B, F) and labels int64 (B,); the features' memory is used again for the next batch."""
+"""Standardized features float32 (B, F) and labels int64 (B,); the features' memory is used again for the next batch."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Course:
 
 
 def cached_batches(features: Tensor, labels: Tensor, course: Course) -> Batches:
-    """Rows of standardised features (N, F) and labels (N,)."""
+    """Rows of standardized features (N, F) and labels (N,)."""
     buffer = features.new_empty(course.batch, features.shape[1])  # a new one each time costs more than the copy
     for order in course.orders():
         order = order.to(features.device)

@@ -1,5 +1,5 @@
 """Multi-crop: two large crops of a picture and several small ones (SwAV, arXiv 2006.09882, section 3.4), in the sizes
-and colours of DINO (Caron et al., arXiv 2104.14294; code of the authors: github.com/facebookresearch/dino).
+and colors of DINO (Caron et al., arXiv 2104.14294; code of the authors: github.com/facebookresearch/dino).
 
 What a loader brings; batches hold crops picture by picture.
 """
@@ -47,11 +47,11 @@ class MultiCropConfig(TaskConfig):
     local_scale: tuple[Part, Part] = (0.05, 0.4)
     """The same of a small crop."""
     first_colors: ColorConfig = ColorConfig(blur=1.0)
-    """Colours of the first large crop."""
+    """Colors of the first large crop."""
     second_colors: ColorConfig = ColorConfig(blur=0.1, solarize=0.2)
-    """Colours of the second large crop."""
+    """Colors of the second large crop."""
     local_colors: ColorConfig = ColorConfig(blur=0.5)
-    """Colours of the small crops."""
+    """Colors of the small crops."""
 
     @model_validator(mode="after")
     def _ordered(self) -> MultiCropConfig:
@@ -119,7 +119,7 @@ def _require_blur(field: str, size: tuple[int, int], colors: list[ColorConfig]) 
     if min(size) <= reach:
         raise ConfigError(
             f"{field}: crops of {size[0]}x{size[1]} are too small for a blur that reaches {reach} pixels; "
-            "give larger ones, or a smaller sigma or blur=0 in the colours of the task"
+            "give larger ones, or a smaller sigma or blur=0 in the colors of the task"
         )
 
 

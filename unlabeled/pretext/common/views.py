@@ -1,4 +1,4 @@
-"""Views of one picture: random crops that know where they were taken, and the colours of contrastive methods.
+"""Views of one picture: random crops that know where they were taken, and the colors of contrastive methods.
 
 A view's *box* is (x1, y1, x2, y2), float32: where its left, upper, right and lower edge lie in the unit square of the
 original picture. A mirrored view has x1 > x2. That is the one description of geometry that all tasks share.
@@ -31,7 +31,7 @@ class View(NamedTuple):
 class RandomCrop:
     """Random part of a picture, resized to a fixed size, mirrored at times.
 
-    Area U(scale), aspect log-uniform in `ratio`; after ten draws that do not fit, the largest centred part (the rule of
+    Area U(scale), aspect log-uniform in `ratio`; after ten draws that do not fit, the largest centered part (the rule of
     torchvision's RandomResizedCrop).
     """
 
@@ -63,14 +63,14 @@ class RandomCrop:
 def crop_box(top: int, left: int, height: int, width: int, size: tuple[int, ...]) -> Tensor:
     """Box (4,) of a crop in pixels of a picture of `size` (H, W), each axis in units of its own extent.
 
-    Edges lie at the centres of the outermost pixels, as in PixPro's code: (left / (W - 1), ...).
+    Edges lie at the centers of the outermost pixels, as in PixPro's code: (left / (W - 1), ...).
     """
     rows, columns = (max(length - 1, 1) for length in size)
     return torch.tensor([left / columns, top / rows, (left + width - 1) / columns, (top + height - 1) / rows])
 
 
-def cell_centres(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Boxes (..., 4) → centres (..., gh * gw, 2) of the cells of a grid over each view, as (x, y), in raster order."""
+def cell_centers(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Boxes (..., 4) → centers (..., gh * gw, 2) of the cells of a grid over each view, as (x, y), in raster order."""
     rows, columns = grid
     x1, y1, x2, y2 = boxes.unsqueeze(-1).unbind(-2)  # (..., 1) each
     across = (torch.arange(columns, device=boxes.device, dtype=boxes.dtype) + 0.5) / columns
@@ -81,7 +81,7 @@ def cell_centres(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 class ColorConfig(TaskConfig):
-    """Colour augmentation of one view; the defaults are BYOL's (arXiv 2006.07733, appendix B), without blur."""
+    """Color augmentation of one view; the defaults are BYOL's (arXiv 2006.07733, appendix B), without blur."""
 
     brightness: float = Field(0.4, ge=0)
     contrast: float = Field(0.4, ge=0)
@@ -90,7 +90,7 @@ class ColorConfig(TaskConfig):
     jitter: Chance = 0.8
     """Probability of the four above."""
     gray: Chance = 0.2
-    """Probability of losing the colour."""
+    """Probability of losing the color."""
     blur: Chance = 0.0
     """Probability of a Gaussian blur."""
     sigma: tuple[float, float] = (0.1, 2.0)
@@ -100,7 +100,7 @@ class ColorConfig(TaskConfig):
 
 
 class Colors:
-    """Changes colours and sharpness, never places. Order: jitter, grey, blur, solarize."""
+    """Changes colors and sharpness, never places. Order: jitter, gray, blur, solarize."""
 
     def __init__(self, config: ColorConfig) -> None:
         jitter = v2.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue)

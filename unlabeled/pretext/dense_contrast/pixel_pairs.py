@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from unlabeled.pretext.common.precision import widened
 from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy
-from unlabeled.pretext.common.views import Chance, ColorConfig, Colors, Part, RandomCrop, cell_centres
+from unlabeled.pretext.common.views import Chance, ColorConfig, Colors, Part, RandomCrop, cell_centers
 from unlabeled.pretext.dense_contrast.pair_pictures import matched_cells
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.level_map import LevelMap
@@ -37,13 +37,13 @@ _SHOWN = 8
 
 
 class FirstColors(ColorConfig):
-    """Colours of the first view."""
+    """Colors of the first view."""
 
     blur: Chance = 1.0
 
 
 class SecondColors(ColorConfig):
-    """Colours of the second view."""
+    """Colors of the second view."""
 
     blur: Chance = 0.1
     solarize: Chance = 0.2
@@ -59,7 +59,7 @@ class PixelPairsConfig(TaskConfig):
     feature_dim: int = Field(256, ge=1)
     """Width of what is compared."""
     threshold: float = Field(0.7, gt=0)
-    """Two cells are a positive pair when their centres in the original picture lie less than this apart, in diagonals
+    """Two cells are a positive pair when their centers in the original picture lie less than this apart, in diagonals
     of the coarser view's cell. On a grid finer than 7x7 the same distance in the picture is threshold * gh / 7."""
     momentum: float = Field(0.99, ge=0, le=1)
     """Of the teacher at the start; it rises to 1 by half a cosine."""
@@ -73,15 +73,15 @@ class PixelPairsConfig(TaskConfig):
     flip: Chance = 0.5
     """Probability of a horizontal flip of a view."""
     first: FirstColors = FirstColors()
-    """Colours of the first view."""
+    """Colors of the first view."""
     second: SecondColors = SecondColors()
-    """Colours of the second view."""
+    """Colors of the second view."""
     blur: Literal["auto"] | bool = "auto"
     """Whether the views are blurred, as `first` and `second` say. auto: not when they have at most 64 pixels."""
 
 
 class PixelPairViews:
-    """Two random crops of a picture, coloured each in its own way, and where they were taken."""
+    """Two random crops of a picture, colored each in its own way, and where they were taken."""
 
     def __init__(self, config: PixelPairsConfig, size: tuple[int, int]) -> None:
         self.crop = RandomCrop(size, scale=config.crop_scale, ratio=config.crop_ratio, flip=config.flip)
@@ -107,12 +107,12 @@ def cell_diagonals(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def cell_distances(first: Tensor, second: Tensor, first_grid: tuple[int, int], second_grid: tuple[int, int]) -> Tensor:
-    """Boxes (B, 4) of two views → (B, L1, L2): how far apart the centres of their cells lie in the original picture.
+    """Boxes (B, 4) of two views → (B, L1, L2): how far apart the centers of their cells lie in the original picture.
 
     In units of the larger of the two cells' diagonals. Each axis of the picture counts as 1, whatever its shape.
     """
     first, second = widened(first), widened(second)
-    offsets = cell_centres(first, first_grid).unsqueeze(2) - cell_centres(second, second_grid).unsqueeze(1)
+    offsets = cell_centers(first, first_grid).unsqueeze(2) - cell_centers(second, second_grid).unsqueeze(1)
     unit = torch.maximum(cell_diagonals(first, first_grid), cell_diagonals(second, second_grid))
     distances: Tensor = torch.linalg.vector_norm(offsets, dim=-1) / unit.view(-1, 1, 1)
     return distances
@@ -176,7 +176,7 @@ class PixelPairs(PretextTask):
         self.teacher[name] = frozen_copy(cast(nn.Module, getattr(self, name)))
 
     def update_teacher(self, momentum: float) -> None:
-        """Moves every parameter of the teacher towards the student's; its batch norms keep their own statistics."""
+        """Moves every parameter of the teacher toward the student's; its batch norms keep their own statistics."""
         for name, copy in self.teacher.items():
             ema_update(copy, getattr(self, name), momentum)
 
@@ -185,7 +185,7 @@ class PixelPairs(PretextTask):
         self.update_teacher(cosine_momentum(self.config.momentum, 1.0, progress))
 
     def images_of(self, batch: Batch) -> list[Tensor]:
-        """``views`` (B, 2, 3, h, w) → two of (B, 3, h, w), normalised."""
+        """``views`` (B, 2, 3, h, w) → two of (B, 3, h, w), normalized."""
         return [self.backbone.normalize(images) for images in batch["views"].unbind(1)]
 
     def each_view(self, network: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> list[Tensor]:
@@ -195,7 +195,7 @@ class PixelPairs(PretextTask):
         return [network(view) for view in views]
 
     def student_maps(self, images: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Normalised views → feature maps (B, channels, gh, gw) and projections (B, C, gh, gw), one of each a view."""
+        """Normalized views → feature maps (B, channels, gh, gw) and projections (B, C, gh, gw), one of each a view."""
         maps = self.each_view(lambda view: self.level(self.backbone, view), images)
         return maps, self.each_view(self.projector, maps)
 
@@ -213,9 +213,9 @@ class PixelPairs(PretextTask):
 
     @torch.no_grad()
     def visualize(self, batch: Batch) -> dict[str, Tensor]:
-        """``pairs``: the two views of each of the first 8 pictures, cells of a positive pair in the same colour.
+        """``pairs``: the two views of each of the first 8 pictures, cells of a positive pair in the same color.
 
-        A cell of the second view has the colour of the nearest of its partners; cells without one are darkened.
+        A cell of the second view has the color of the nearest of its partners; cells without one are darkened.
         """
         images, boxes = batch["views"][:_SHOWN], batch["boxes"][:_SHOWN]
         distances = cell_distances(boxes[:, 0], boxes[:, 1], self.level.grid, self.level.grid)

@@ -45,7 +45,7 @@ class AutoencoderConfig(MaskedImageConfig):
     """Settings of a masked autoencoder; the defaults are the paper's."""
 
     norm_pix: bool = True
-    """Predict each patch normalised by its own mean and deviation; False: the pixels of the normalised picture."""
+    """Predict each patch normalized by its own mean and deviation; False: the pixels of the normalized picture."""
     decoder: DecoderConfig = DecoderConfig()
     positions: Literal["sincos", "backbone"] = "sincos"
     """sincos: the backbone's table of absolute positions becomes the paper's fixed sine-cosine table and is not

@@ -85,7 +85,7 @@ class ConvMAE(MaskedImageTask):
     def forward(self, batch: Batch, *, noise: Tensor | None = None, visible: Tensor | None = None) -> StepOutput:
         """Mean squared error of the hidden cells of ``batch["image"]``, and the part of their variance explained.
 
-        A uint8 picture (B, 3, H, W) is normalised here; a float one is taken as normalised already. `noise` (B, L) or
+        A uint8 picture (B, 3, H, W) is normalized here; a float one is taken as normalized already. `noise` (B, L) or
         `visible` (bool, B, gh, gw) decides the masks; None: as `draw` gives it.
         """
         images = self.images_of(batch)  # (B, 3, H, W)
@@ -96,7 +96,7 @@ class ConvMAE(MaskedImageTask):
         return squared_error(predictions, targets)
 
     def encode(self, images: Tensor, masking: Masking) -> Tensor:
-        """Normalised (B, 3, H, W) → tokens of the visible cells (B, K, D), those of all three stages in sum."""
+        """Normalized (B, 3, H, W) → tokens of the visible cells (B, K, D), those of all three stages in sum."""
         encoder = StageEncoder(self.backbone)
         stages = encoder.encode(images, masking, self.config.execution)
         # each skip makes one token of the places of a cell: (B, K, c, c, C) -> (B, K, 1, 1, D) -> (B, K, D)

@@ -51,7 +51,7 @@ class FCMAEConfig(MaskedImageConfig):
 
     mask_ratio: float = Field(0.6, gt=0, lt=1)
     norm_pix: bool = True
-    """Predict each cell normalised by its own mean and deviation; False: the pixels of the normalised picture."""
+    """Predict each cell normalized by its own mean and deviation; False: the pixels of the normalized picture."""
     decoder: DecoderConfig = DecoderConfig()
 
 
@@ -96,7 +96,7 @@ class FCMAE(MaskedImageTask):
     def forward(self, batch: Batch, *, noise: Tensor | None = None, visible: Tensor | None = None) -> StepOutput:
         """Mean squared error of the hidden cells of ``batch["image"]``, and the part of their variance explained.
 
-        A uint8 picture (B, 3, H, W) is normalised here; a float one is taken as normalised already. `noise` (B, L) or
+        A uint8 picture (B, 3, H, W) is normalized here; a float one is taken as normalized already. `noise` (B, L) or
         `visible` (bool, B, gh, gw) decides the masks; None: as `draw` gives it.
         """
         images = self.images_of(batch)  # (B, 3, H, W)
@@ -107,7 +107,7 @@ class FCMAE(MaskedImageTask):
         return squared_error(predictions, targets)
 
     def encode(self, images: Tensor, masking: Masking) -> Tensor:
-        """Normalised (B, 3, H, W) → features of the visible cells (B, K, C), in the order of `ids_keep`."""
+        """Normalized (B, 3, H, W) → features of the visible cells (B, K, C), in the order of `ids_keep`."""
         (last,) = self.sparse.maps(images, masking, indices=[-1])
         return last.rows()  # a cell is one place of the last map
 

@@ -78,7 +78,7 @@ class MAE(MaskedImageTask):
     def forward(self, batch: Batch, *, noise: Tensor | None = None, visible: Tensor | None = None) -> StepOutput:
         """Mean squared error of the hidden patches of ``batch["image"]``, and the part of their variance explained.
 
-        A uint8 picture (B, 3, H, W) is normalised here; a float one is taken as normalised already. `noise` (B, L) or
+        A uint8 picture (B, 3, H, W) is normalized here; a float one is taken as normalized already. `noise` (B, L) or
         `visible` (bool, B, gh, gw) decides the masks; None: as `draw` gives it.
         """
         images = self.images_of(batch)  # (B, 3, H, W)
@@ -89,7 +89,7 @@ class MAE(MaskedImageTask):
         return squared_error(predictions, targets)
 
     def encode(self, images: Tensor, masking: Masking) -> Tensor:
-        """Normalised (B, 3, H, W) → tokens of prefix and visible patches (B, P + K, D), after the last norm."""
+        """Normalized (B, 3, H, W) → tokens of prefix and visible patches (B, P + K, D), after the last norm."""
         # not ``backbone(images)``: hidden patches are dropped before the first block, so they cost nothing
         return TokenEncoder(self.backbone).encode(images, masking.ids_keep)[0]
 

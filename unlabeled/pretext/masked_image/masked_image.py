@@ -34,7 +34,7 @@ from unlabeled.ssl.data.views import Views
 from unlabeled.ssl.task import Batch, FloatPictures, PretextTask, StepOutput, TaskConfig
 
 _PICTURES = 8
-"""Rows of a visualisation."""
+"""Rows of a visualization."""
 _EPS = 1e-6
 """Added to the variance of a cell, inside the square root."""
 
@@ -82,7 +82,7 @@ class MaskedImageTask(PretextTask):
     """Whose way of counting visible cells is used."""
     interpolation: ClassVar[v2.InterpolationMode] = v2.InterpolationMode.BICUBIC
     """Of the random crop."""
-    float_pictures: ClassVar[FloatPictures] = "normalised"
+    float_pictures: ClassVar[FloatPictures] = "normalized"
     config: MaskedImageConfig
     cell: tuple[int, int]
     """Pixels (rows, columns) of one cell of the mask; set before `forward` is called."""
@@ -98,7 +98,7 @@ class MaskedImageTask(PretextTask):
         return {"noise": mask_noise(self.config.mask_pattern, images.shape[0], grid, images.device)}
 
     def reconstruct(self, images: Tensor, masking: Masking) -> Tensor:
-        """Normalised (B, C, H, W) and its mask → the predicted pictures (B, C, H, W), normalised, at least float32."""
+        """Normalized (B, C, H, W) and its mask → the predicted pictures (B, C, H, W), normalized, at least float32."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -121,7 +121,7 @@ class MaskedImageTask(PretextTask):
         return {"reconstruction": tiled(enlarged(tiles), len(columns))}
 
     def images_of(self, batch: Batch) -> Tensor:
-        """``batch["image"]`` normalised, (B, 3, H, W); float pictures are taken as normalised already."""
+        """``batch["image"]`` normalized, (B, 3, H, W); float pictures are taken as normalized already."""
         images = batch["image"]
         return images if images.is_floating_point() else self.backbone.normalize(images)
 

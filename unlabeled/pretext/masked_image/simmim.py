@@ -57,7 +57,7 @@ class SimMIM(MaskedImageTask):
 
     Where the backbone turns each patch into a token of its own (see `unlabeled.ssl.backbones.stem`), `mask_token` (1,
     1, D) takes the place of the tokens of hidden cells, after the patch embedding and its norm and before positions and
-    class token. Any other backbone gets pictures whose hidden cells are filled with one learned colour, `mask_token`
+    class token. Any other backbone gets pictures whose hidden cells are filled with one learned color, `mask_token`
     (1, 3, 1, 1). `level` says which, and the log does once.
 
     Initial values: the backbone keeps its own, as timm draws them (the authors' differ a little: normal matrices of
@@ -109,13 +109,13 @@ class SimMIM(MaskedImageTask):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.decoder = nn.Conv2d(channels, 3 * self.stride**2, kernel_size=1)
         self.train_only(self.last.reached(backbone))  # not a head, nor what comes after the last map
-        place = "as one colour in the picture" if self.stem is None else f"as one token after {self.stem.name}"
+        place = "as one color in the picture" if self.stem is None else f"as one token after {self.stem.name}"
         logger.info("simmim: hidden cells of %d pixels enter %s %s", unit, backbone.name, place)
 
     def forward(self, batch: Batch, *, noise: Tensor | None = None, visible: Tensor | None = None) -> StepOutput:
         """Mean absolute error over hidden pixels of ``batch["image"]``, and the part of their magnitude explained.
 
-        A uint8 picture (B, 3, H, W) is normalised here; a float one is taken as normalised already. `noise` (B, L) or
+        A uint8 picture (B, 3, H, W) is normalized here; a float one is taken as normalized already. `noise` (B, L) or
         `visible` (bool, B, gh, gw, on the cells of the mask) decides the masks; None: as `draw` gives it.
         """
         images = self.images_of(batch)  # (B, 3, H, W)
@@ -129,7 +129,7 @@ class SimMIM(MaskedImageTask):
         return StepOutput(loss, {"explained": 1 - loss.detach() / (blank + 1e-6)})
 
     def encode(self, images: Tensor, masking: Masking) -> Tensor:
-        """Normalised (B, 3, H, W) and its mask → the last map (B, C, H', W'), after the network's final norm."""
+        """Normalized (B, 3, H, W) and its mask → the last map (B, C, H', W'), after the network's final norm."""
         if self.stem is None:
             images = torch.where(self.hidden_pixels(masking), self.mask_token.to(images.dtype), images)
             return self.last(self.backbone, images)

@@ -122,7 +122,7 @@ class SparK(MaskedImageTask):
     def forward(self, batch: Batch, *, noise: Tensor | None = None, visible: Tensor | None = None) -> StepOutput:
         """Mean squared error of the hidden cells of ``batch["image"]``, and the part of their variance explained.
 
-        A uint8 picture (B, 3, H, W) is normalised here; a float one is taken as normalised already. `noise` (B, L) or
+        A uint8 picture (B, 3, H, W) is normalized here; a float one is taken as normalized already. `noise` (B, L) or
         `visible` (bool, B, gh, gw) decides the masks; None: as `draw` gives it.
         """
         images = self.images_of(batch)  # (B, 3, H, W)
@@ -134,7 +134,7 @@ class SparK(MaskedImageTask):
         return squared_error(predictions, targets)
 
     def encode(self, images: Tensor, masking: Masking) -> list[MaskedMap]:
-        """Normalised (B, 3, H, W) → maps of visible places (B, C_i, h_i, w_i), coarsest first."""
+        """Normalized (B, 3, H, W) → maps of visible places (B, C_i, h_i, w_i), coarsest first."""
         return self.sparse.maps(images, masking, indices=self.levels)
 
     def decode(self, maps: Sequence[MaskedMap]) -> Tensor:
@@ -143,7 +143,7 @@ class SparK(MaskedImageTask):
         return prediction
 
     def predict(self, images: Tensor, masking: Masking) -> Tensor:
-        """Normalised (B, 3, H, W) → predictions (B, 3, H, W) in units of each cell's own mean and deviation."""
+        """Normalized (B, 3, H, W) → predictions (B, 3, H, W) in units of each cell's own mean and deviation."""
         return self.decode(self.encode(images, masking))
 
     def reconstruct(self, images: Tensor, masking: Masking) -> Tensor:

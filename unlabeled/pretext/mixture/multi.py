@@ -205,7 +205,7 @@ class Multi(PretextTask):
         """The batch as one task knows it: its own views, and what belongs to none (``index``)."""
         common = {key: value for key, value in batch.items() if "/" not in key}
         seen = {**common, **_of(label, batch)}
-        if cast(PretextTask, self.tasks[label]).float_pictures == "normalised":
+        if cast(PretextTask, self.tasks[label]).float_pictures == "normalized":
             seen = {key: self.backbone.normalize(one) if _unit(one) else one for key, one in seen.items()}
         return seen if rows is None else {key: value.index_select(0, rows) for key, value in seen.items()}
 

@@ -26,7 +26,7 @@ def nearest_words(maps: Tensor, words: Tensor, memory: int) -> Tensor:
 
 
 def word_colors(words: Tensor) -> Tensor:
-    """Numbers (B, h, w) → one colour a word, uint8 (B, 3, h, w)."""
+    """Numbers (B, h, w) → one color a word, uint8 (B, 3, h, w)."""
     found, inverse = torch.unique(words.cpu(), return_inverse=True)
     hues = [colorsys.hsv_to_rgb(word * _GOLDEN % 1, 0.55 + 0.45 * (word % 2), 1.0) for word in found.tolist()]
     return (torch.tensor(hues) * 255).to(torch.uint8)[inverse].movedim(-1, 1)

@@ -78,7 +78,7 @@ class OBoWConfig(TaskConfig):
     """Take all words from places of the first batch, and the mean distance from its own. Published: False, random
     words cut off at zero. auto: where feature maps have negative values, which such words do not fit."""
     map_norm: Literal["auto"] | bool = "auto"
-    """Normalise the teacher's maps over channels at each place. Published: False. auto: as `fill`."""
+    """Normalize the teacher's maps over channels at each place. Published: False. auto: as `fill`."""
     momentum: float = Field(0.99, ge=0, le=1)
     """Of the teacher's weights at the start; a half cosine leads to 1."""
     distance_decay: float = Field(0.99, ge=0, lt=1)
@@ -189,7 +189,7 @@ class OBoW(PretextTask):
         return StepOutput(torch.stack(list(losses.values())).sum(), logs, first)
 
     def student(self, views: Tensor) -> Tensor:
-        """(B, n, 3, h, w) → pooled features (B, n, D), not normalised."""
+        """(B, n, 3, h, w) → pooled features (B, n, D), not normalized."""
         pooled = self.backbone.pooled(self.backbone.normalize(views.flatten(0, 1)))
         return pooled.view(*views.shape[:2], -1)
 
@@ -200,7 +200,7 @@ class OBoW(PretextTask):
         return [self.prepared(one) for one in self.teacher.maps(self.backbone.normalize(images), self.levels)]
 
     def prepared(self, maps: Tensor) -> Tensor:
-        """(B, C, H, W) as the network gives it → without its border, and normalised where `map_norm` says so."""
+        """(B, C, H, W) as the network gives it → without its border, and normalized where `map_norm` says so."""
         inner = inner_map(maps)
         if not self.map_norm:
             return inner
@@ -249,7 +249,7 @@ class OBoW(PretextTask):
 
     @torch.no_grad()
     def visualize(self, batch: Batch) -> dict[str, Tensor]:
-        """``words``: a row a picture (the first 8): what the teacher sees, the same with its places in the colours of
+        """``words``: a row a picture (the first 8): what the teacher sees, the same with its places in the colors of
         their nearest words (one column a level), and the student's views. The networks run in eval mode."""
         images = batch["image"][:_SHOWN].cpu()
         columns = [images[:, None]]

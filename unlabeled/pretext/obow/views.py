@@ -48,7 +48,7 @@ class ImageCropsConfig(_SeenByStudent):
 
 
 class PatchesConfig(_SeenByStudent):
-    """Overlapping windows, three by three, of one larger crop whose colours they share. Without a `size`: 96/224 of the
+    """Overlapping windows, three by three, of one larger crop whose colors they share. Without a `size`: 96/224 of the
     network's input, in multiples of its last stride."""
 
     number: int = Field(5, ge=0, le=_ROWS**2)
@@ -157,7 +157,7 @@ class OBoWViews:
         return views
 
     def _whole(self, picture: Tensor) -> Tensor:
-        """The centre of the picture, mirrored at times, in its own colours."""
+        """The center of the picture, mirrored at times, in its own colors."""
         target = self.sizes.teacher
         enlarge = max(to / (self.center * side) for to, side in zip(target, picture.shape[-2:], strict=True))
         size = [max(to, round(side * enlarge)) for to, side in zip(target, picture.shape[-2:], strict=True)]

@@ -1,7 +1,7 @@
 """Context prediction: where does one patch of a picture lie, as seen from another, of eight places around it?
 
 Doersch, Gupta, Efros: Unsupervised Visual Representation Learning by Context Prediction, ICCV 2015, arXiv 1505.05192;
-repository github.com/cdoersch/deepcontext. B pictures, P patches of a grid, Q ordered pairs of neighbours.
+repository github.com/cdoersch/deepcontext. B pictures, P patches of a grid, Q ordered pairs of neighbors.
 
 - **Patches and pictures.** The backbone's input size is the patch: 96 pixels in the paper (``backbone=contextnet``, or
   any other with ``backbone.size=96``). Pictures are resized to 150,000 .. 450,000 pixels for patches of 96 and in
@@ -13,8 +13,8 @@ repository github.com/cdoersch/deepcontext. B pictures, P patches of a grid, Q o
 - **Statistics** of batch norms are those of all ranks, as the authors' one process has the whole batch.
 - Pictures are never mirrored: left and right would change places.
 
-Another recipe is OpenMMLab's (mmselfsup, ResNet-50): random crops of 64 in 3 x 3 cells of 85 pixels, random greyscale,
-only the 8 pairs with the centre, labelled the other way round (the neighbour first), every patch embedded once a pair.
+Another recipe is OpenMMLab's (mmselfsup, ResNet-50): random crops of 64 in 3 x 3 cells of 85 pixels, random grayscale,
+only the 8 pairs with the center, labeled the other way round (the neighbor first), every patch embedded once a pair.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from unlabeled.pretext.common.checkpoint import load_mapped
 from unlabeled.pretext.common.drawing import RIGHT, WRONG, tiled
 from unlabeled.pretext.common.precision import widened
 from unlabeled.pretext.predictive import patch_cues
-from unlabeled.pretext.predictive.patch_grid import OFFSETS, GridLayout, GridViews, Mark, draw_grid, neighbour_pairs
+from unlabeled.pretext.predictive.patch_grid import OFFSETS, GridLayout, GridViews, Mark, draw_grid, neighbor_pairs
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.networks.context import caffe_xavier_
 from unlabeled.ssl.backbones.shapes import modes_kept
@@ -63,7 +63,7 @@ class ContextConfig(TaskConfig):
     """Fewest and most pixels of the resized picture, for patches of 96 x 96; in proportion for others."""
     color: Literal["drop", "projection", "none"] = "drop"
     """drop: one random channel stays, noise of +-0.5 in place of the two others; projection: the axis from green to
-    magenta is removed; none: all colours stay. Each channel loses its mean over the patch."""
+    magenta is removed; none: all colors stay. Each channel loses its mean over the patch."""
     pixelate: float = Field(0.33, ge=0, le=1)
     """Probability that a patch is reduced and enlarged again."""
     smallest: Part = 10 / 96
@@ -73,9 +73,9 @@ class ContextConfig(TaskConfig):
 
     @field_validator("grid")
     @classmethod
-    def _has_neighbours(cls, grid: tuple[int, int]) -> tuple[int, int]:
+    def _has_neighbors(cls, grid: tuple[int, int]) -> tuple[int, int]:
         if grid == (1, 1):
-            raise ValueError("one patch has no neighbours; give at least [1, 2]")
+            raise ValueError("one patch has no neighbors; give at least [1, 2]")
         return grid
 
     @field_validator("pixels")
@@ -120,7 +120,7 @@ class PairHead(nn.Module):
 
 
 class Context(PretextTask):
-    """Classifies the place of each patch as seen from each of its neighbours. Submodules: `backbone` and `head`."""
+    """Classifies the place of each patch as seen from each of its neighbors. Submodules: `backbone` and `head`."""
 
     Config: ClassVar[type[TaskConfig]] = ContextConfig
     recipe: ClassVar[Recipe] = {
@@ -146,7 +146,7 @@ class Context(PretextTask):
         super().__init__(config, backbone)
         self.train_only(backbone.reached_by_pooled())
         self.layout = config.layout(backbone.input_size)
-        for name, values in neighbour_pairs(*config.grid)._asdict().items():
+        for name, values in neighbor_pairs(*config.grid)._asdict().items():
             self.register_buffer(f"_{name}", values, persistent=False)
         self.head = PairHead(backbone.embed_dim, config.widths)
 
@@ -211,7 +211,7 @@ class Context(PretextTask):
     def visualize(self, batch: Batch) -> dict[str, Tensor]:
         """``positions``: one row a picture, its grid as it was cut (left) and as the network sees it (right).
 
-        The middle patch, in grey, is asked about its neighbours. A neighbour's frame is green where its place was told
+        The middle patch, in gray, is asked about its neighbors. A neighbor's frame is green where its place was told
         rightly and red where not; the white dot is on the side or corner where the network takes it to lie: outwards
         everywhere is all right.
         """
@@ -230,11 +230,11 @@ class Context(PretextTask):
         return {"positions": tiled(tiles, 2, gap=_MARGIN)}
 
     def _marks(self, guesses: list[int]) -> Iterator[Mark]:
-        """Frames of the middle patch and its neighbours, from the predicted labels of all pairs (Q,) of one picture."""
+        """Frames of the middle patch and its neighbors, from the predicted labels of all pairs (Q,) of one picture."""
         rows, columns = self.config.grid
         middle = rows // 2 * columns + columns // 2
         yield Mark(middle, (150, 150, 150))
-        pairs = zip(*(values.tolist() for values in neighbour_pairs(rows, columns)), strict=True)
+        pairs = zip(*(values.tolist() for values in neighbor_pairs(rows, columns)), strict=True)
         for guess, (first, second, label) in zip(guesses, pairs, strict=True):
             if first == middle:
                 yield Mark(second, RIGHT if guess == label else WRONG, guess)

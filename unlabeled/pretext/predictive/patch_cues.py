@@ -1,7 +1,7 @@
-"""Removes from patches what would give their place away without anything being recognised: colour fringes, contrast.
+"""Removes from patches what would give their place away without anything being recognized: color fringes, contrast.
 
 Doersch, Gupta, Efros, ICCV 2015, arXiv 1505.05192, section 3.1; numbers of github.com/cdoersch/deepcontext. Lenses
-bend colours apart the more the further out they are, so that the fringes of an edge tell where in the picture it was.
+bend colors apart the more the further out they are, so that the fringes of an edge tell where in the picture it was.
 All functions take N patches (N, 3, h, w) of values 0..255, float32 or wider, and treat each one by itself.
 """
 
@@ -53,8 +53,8 @@ def keep_one_channel(patches: Tensor, kept: Tensor, noise: Tensor) -> Tensor:
 def drop_green_magenta(patches: Tensor) -> Tensor:
     """Every pixel projected along the axis from green to magenta, a = (-1, 2, -1): x - a (a.x) / (a.a); no mean."""
     axis = patches.new_tensor(_GREEN_MAGENTA).view(1, 3, 1, 1)
-    centred = without_mean(patches)
-    return centred - axis * (centred * axis).sum(1, keepdim=True) / axis.square().sum()
+    centered = without_mean(patches)
+    return centered - axis * (centered * axis).sum(1, keepdim=True) / axis.square().sum()
 
 
 def without_mean(patches: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Patches of one picture on a grid with gaps, each moved a little: where they lie and who is whose neighbour.
+"""Patches of one picture on a grid with gaps, each moved a little: where they lie and who is whose neighbor.
 
 Doersch, Gupta, Efros, ICCV 2015, arXiv 1505.05192. The gaps keep edges from running on into the next patch, the
-jitter keeps long lines from meeting. Shapes: P patches of a grid in raster order, Q ordered pairs of neighbours.
+jitter keeps long lines from meeting. Shapes: P patches of a grid in raster order, Q ordered pairs of neighbors.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ OFFSETS = ((-1, -1), (0, -1), (1, -1), (-1, 0), (1, 0), (-1, 1), (0, 1), (1, 1))
 _LONGEST = 8
 """Longest side of a resized picture in multiples of what the grid needs; slivers beyond that are squeezed."""
 _GROUND = 40
-"""Grey between drawn patches: dark, so that white dots show."""
+"""Gray between drawn patches: dark, so that white dots show."""
 
 
 class Pairs(NamedTuple):
-    """All ordered pairs of neighbours of a grid, int64 (Q,) each."""
+    """All ordered pairs of neighbors of a grid, int64 (Q,) each."""
 
     first: Tensor
     """Place of the first patch in the grid, in raster order."""
@@ -34,8 +34,8 @@ class Pairs(NamedTuple):
     """Where the second lies as seen from the first: an index into `OFFSETS`. (a, b) and (b, a) sum up to 7."""
 
 
-def neighbour_pairs(rows: int, columns: int) -> Pairs:
-    """Every pair of the 8-neighbourhood in both directions: 40 for a grid of 3 x 3."""
+def neighbor_pairs(rows: int, columns: int) -> Pairs:
+    """Every pair of the 8-neighborhood in both directions: 40 for a grid of 3 x 3."""
     found = [
         (row * columns + column, (row + down) * columns + column + right, label)
         for row in range(rows)

@@ -197,7 +197,7 @@ def _official_names(task: Rotation) -> dict[str, str]:
 
 
 def _judged(picture: Tensor, quarter: int, right: bool) -> Tensor:
-    """uint8 (3, H, W) with a frame in the colour of the verdict, and in it a bar on the side of the predicted top."""
+    """uint8 (3, H, W) with a frame in the color of the verdict, and in it a bar on the side of the predicted top."""
     # a picture turned counter-clockwise by 0, 90, 180, 270 degrees has its top above, left, below, right: the frame is
     # turned with it, so that the bar only ever has to be drawn above
     upright = framed(torch.rot90(picture, -quarter, (1, 2)), _FRAME, RIGHT if right else WRONG)

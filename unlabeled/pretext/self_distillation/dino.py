@@ -96,6 +96,6 @@ class DINO(TeacherStudent):
         return by_crop(units, pictures), by_crop(predicted, pictures)
 
     def after_step(self, progress: float) -> None:
-        """The centre follows the teacher's logits, the teacher follows the student."""
+        """The center follows the teacher's logits, the teacher follows the student."""
         cast(TeacherCenter, self.centers["head"]).move()
         super().after_step(progress)

@@ -1,7 +1,7 @@
 """Crops with hidden places: which, how they enter the network, and what it gives for them (iBOT, arXiv 2111.07832).
 
 Where a backbone turns each patch into a token of its own (see `unlabeled.ssl.backbones.stem`), hidden patches are a
-learned token before positions are added; else one learned colour in the picture, which the paper does not have. A place
+learned token before positions are added; else one learned color in the picture, which the paper does not have. A place
 is one of the last feature map, so several patches in Swin and its like, or a part of one under `HiddenConfig.fine`.
 
 Shapes: N crops, L = gh * gw places, M of them hidden over all crops, D features, C channels of a place.
@@ -65,7 +65,7 @@ class Hidden(NamedTuple):
 class HiddenPlaces:
     """Hides places of the crops of one architecture and reads what it gives for them.
 
-    Attributes: `stem` (None where hidden places are a colour), `normed` (whether places come after the network's final
+    Attributes: `stem` (None where hidden places are a color), `normed` (whether places come after the network's final
     norm).
     """
 
@@ -85,7 +85,7 @@ class HiddenPlaces:
             )
 
     def new_token(self) -> nn.Parameter:
-        """What hidden places are before training: (1, 1, D) for a token, (1, 3, 1, 1), at zero, for a colour.
+        """What hidden places are before training: (1, 1, D) for a token, (1, 3, 1, 1), at zero, for a color.
 
         A token is not at zero, as published, but a little off it: norms of places that are zero throughout multiply
         gradients by 1 / sqrt(eps) each, which overflows in networks that norm what their blocks give (FocalNet).
@@ -97,7 +97,7 @@ class HiddenPlaces:
     @property
     def entry(self) -> str:
         """Where hidden places enter, in words."""
-        return "as one colour in the picture" if self.stem is None else f"as one token after {self.stem.name}"
+        return "as one color in the picture" if self.stem is None else f"as one token after {self.stem.name}"
 
     def grid_of(self, backbone: Backbone, size: tuple[int, int]) -> tuple[int, int]:
         """Places (gh, gw) of pictures of `size` pixels. Raises CapabilityError when there is only one."""
@@ -151,7 +151,7 @@ class HiddenPlaces:
     def encode(
         self, backbone: Backbone, images: Tensor, visible: Tensor | None = None, token: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Normalised (N, 3, h, w), what is `visible` (bool, N, gh, gw) and what stands for the rest → pooled (N, D)
+        """Normalized (N, 3, h, w), what is `visible` (bool, N, gh, gw) and what stands for the rest → pooled (N, D)
         and places (N, L, C), after the network's final norm where it can be had. In one pass.
 
         `backbone` may be a sub-network, which takes the token's first channels.
@@ -160,7 +160,7 @@ class HiddenPlaces:
         masking: Any = nullcontext()
         size = (images.shape[-2], images.shape[-1])
         if visible is not None and token is not None:
-            if self.stem is None:  # no layer with a token a patch: a colour in the picture instead
+            if self.stem is None:  # no layer with a token a patch: a color in the picture instead
                 images = torch.where(enlarged(visible, size)[:, None], images, token.to(images.dtype))
             else:
                 masking = substituted(model, self.stem, enlarged(visible, self._patches(size)), token)
@@ -176,7 +176,7 @@ class HiddenPlaces:
         return pooled.flatten(1), places.flatten(2).transpose(1, 2)  # (N, D), (N, L, C)
 
     def sheet(self, backbone: Backbone, batch: Batch, noise: Tensor, ratio: Tensor) -> Tensor:
-        """A row a picture (the first 4): large crops, the same with hidden places in grey, small crops."""
+        """A row a picture (the first 4): large crops, the same with hidden places in gray, small crops."""
         large = batch["globals"]
         size = (large.shape[-2], large.shape[-1])
         hidden = self.hide(backbone, noise, ratio, large)

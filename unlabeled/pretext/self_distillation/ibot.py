@@ -101,7 +101,7 @@ class IBOT(TeacherStudent):
         patch_head = config.patch_head or config.head
         if not self.shared:
             self.follow("patch_head", create_head(channels, patch_head))
-        # patches have a centre of their own under a shared head too: they are not distributed as whole crops are
+        # patches have a center of their own under a shared head too: they are not distributed as whole crops are
         self.centers["patch_head"] = TeacherCenter(patch_head.prototypes, config.center_momentum)
         heads = "share a head" if self.shared else "have heads of their own"
         logger.info("ibot: hidden places enter %s %s; crops and patches %s", backbone.name, self.places.entry, heads)
@@ -155,14 +155,14 @@ class IBOT(TeacherStudent):
         return by_crop(units, pictures), by_crop(predicted, pictures), log_probabilities(head, patch_units, temperature)
 
     def after_step(self, progress: float) -> None:
-        """The centres follow the teacher's logits, the teacher follows the student."""
+        """The centers follow the teacher's logits, the teacher follows the student."""
         for center in self.centers.values():
             cast(TeacherCenter, center).move()
         super().after_step(progress)
 
     @torch.no_grad()
     def visualize(self, batch: Batch) -> dict[str, Tensor]:
-        """``crops``: a row a picture (the first 4): large crops, the same with hidden places in grey, small crops."""
+        """``crops``: a row a picture (the first 4): large crops, the same with hidden places in gray, small crops."""
         return {"crops": self.places.sheet(self.backbone, batch, **self.draw(batch))}
 
 

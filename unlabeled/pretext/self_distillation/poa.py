@@ -3,7 +3,7 @@
 Zhang, Guo, Lao, Yu, Ru, Wang, Ye, He, Chen, Yang, "POA: Pre-training Once for Models of All Sizes", ECCV 2024, arXiv
 2408.01031; code of the authors: github.com/alipay/POA. Where paper and code differ, this is the code. Deviations:
 everything of a sub-network is what timm builds at its size (Swin's first norm is over the sub-network's channels, its
-windows shift in turns), hidden places of ResNets are one colour in the picture and not a token after the pooling.
+windows shift in turns), hidden places of ResNets are one color in the picture and not a token after the pooling.
 
 Shapes: B pictures, V = 2 + n crops of each, M hidden places over all large crops, D channels of the whole network and d
 of a sub-network, C channels of a direction, K prototypes.
@@ -287,7 +287,7 @@ class POA(TeacherStudent):
 
     @torch.no_grad()
     def visualize(self, batch: Batch) -> dict[str, Tensor]:
-        """``crops``: a row a picture (the first 4): large crops, the same with hidden places in grey, small crops."""
+        """``crops``: a row a picture (the first 4): large crops, the same with hidden places in gray, small crops."""
         return {"crops": self.places.sheet(self.backbone, batch, **self.draw(batch))}
 
 

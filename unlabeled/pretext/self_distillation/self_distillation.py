@@ -10,7 +10,7 @@ Sinkhorn-Knopp), the loss. A task's `forward` calls what it needs of them.
 
 Shapes: B pictures, V crops of each, D features, C channels of a direction, K prototypes, n rows of any kind. Batches
 hold crops picture by picture; networks get them crop by crop: the first crop of each picture, the second ... Head and
-centre are lightly's. Its DINOLoss is not used, as it moves its centre inside of each forward pass, in evaluation too;
+center are lightly's. Its DINOLoss is not used, as it moves its center inside of each forward pass, in evaluation too;
 `cross_view_loss` gives the same numbers.
 """
 
@@ -84,7 +84,7 @@ class TeacherStudentConfig(MultiCropConfig):
 
 
 class SelfDistillationConfig(TeacherStudentConfig):
-    """Settings of DINO's head and centre, the defaults as published."""
+    """Settings of DINO's head and center, the defaults as published."""
 
     head: HeadConfig = HeadConfig()
     center_momentum: float = Field(0.9, ge=0, lt=1)
@@ -170,7 +170,7 @@ class TeacherStudent(PretextTask):
 
 
 def crops_by_size(backbone: Backbone, batch: Batch) -> list[Tensor]:
-    """``globals`` (B, 2, 3, h, w) and ``locals`` (B, n, 3, h', w'), uint8 → normalised, crop by crop: (2 B, 3, h, w)
+    """``globals`` (B, 2, 3, h, w) and ``locals`` (B, n, 3, h', w'), uint8 → normalized, crop by crop: (2 B, 3, h, w)
     and, if there are small ones, (n B, 3, h', w'). Networks take the sizes apart."""
     return [backbone.normalize(crop_major(batch[name])) for name in ("globals", "locals") if name in batch]
 
@@ -234,7 +234,7 @@ def log_probabilities(head: Any, units: Tensor, temperature: float) -> Tensor:
 class TeacherCenter(Center):  # type: ignore[misc]
     """The moving average of the teacher's logits, (1, K), without which its assignments are taken.
 
-    lightly's, moved once an optimizer step: all micro-steps of one use the same centre and count in the next.
+    lightly's, moved once an optimizer step: all micro-steps of one use the same center and count in the next.
     """
 
     def __init__(self, prototypes: int, momentum: float) -> None:
@@ -243,7 +243,7 @@ class TeacherCenter(Center):  # type: ignore[misc]
         """Means (1, K) of the micro-steps since the last move."""
 
     def assign(self, logits: Tensor, temperature: Tensor) -> Tensor:
-        """The teacher's logits (..., K) → its assignments (..., K), under the centre as it was after the last step."""
+        """The teacher's logits (..., K) → its assignments (..., K), under the center as it was after the last step."""
         assigned: Tensor = ((logits - self.value) / temperature).softmax(-1)
         return assigned
 

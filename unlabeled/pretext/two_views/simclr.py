@@ -21,7 +21,7 @@ from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
 
 
 class SimCLRColors(ColorConfig):
-    """Colours of both views, of strength 1 (appendix A); half of it suits CIFAR (appendix B.9)."""
+    """Colors of both views, of strength 1 (appendix A); half of it suits CIFAR (appendix B.9)."""
 
     brightness: float = Field(0.8, ge=0)
     contrast: float = Field(0.8, ge=0)

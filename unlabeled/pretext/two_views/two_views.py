@@ -32,13 +32,13 @@ _FRAME = 6
 
 
 class FirstColors(ColorConfig):
-    """Colours of BYOL's first view (arXiv 2006.07733, table 6): always blurred."""
+    """Colors of BYOL's first view (arXiv 2006.07733, table 6): always blurred."""
 
     blur: Chance = 1.0
 
 
 class SecondColors(ColorConfig):
-    """Colours of BYOL's second view (arXiv 2006.07733, table 6): seldom blurred, at times solarized."""
+    """Colors of BYOL's second view (arXiv 2006.07733, table 6): seldom blurred, at times solarized."""
 
     blur: Chance = 0.1
     solarize: Chance = 0.2
@@ -58,9 +58,9 @@ class TwoViewsConfig(TaskConfig):
     """Whether views are blurred as often as `first` and `second` say, or never; auto: for views of more than 64 pixels
     (SimCLR, appendix B.9, and what followed it leave CIFAR's pictures sharp)."""
     first: ColorConfig = ColorConfig()
-    """Colours of the first view."""
+    """Colors of the first view."""
     second: ColorConfig = ColorConfig()
-    """Colours of the second view."""
+    """Colors of the second view."""
 
     @model_validator(mode="after")
     def _ordered(self) -> TwoViewsConfig:
@@ -70,7 +70,7 @@ class TwoViewsConfig(TaskConfig):
 
 
 class TwoViews:
-    """Two crops of one picture, drawn apart, each with colours of its own."""
+    """Two crops of one picture, drawn apart, each with colors of its own."""
 
     def __init__(self, config: TwoViewsConfig, size: tuple[int, int]) -> None:
         self.crop = RandomCrop(
@@ -103,7 +103,7 @@ class TwoViewTask(PretextTask):
         return TwoViews(config, backbone.input_size)
 
     def pair(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """``views`` uint8 (B, 2, 3, h, w) → the first and the second views, normalised (B, 3, h, w) each.
+        """``views`` uint8 (B, 2, 3, h, w) → the first and the second views, normalized (B, 3, h, w) each.
 
         Raises ConfigError for a single picture: batch norm and the losses need others beside it.
         """
@@ -114,7 +114,7 @@ class TwoViewTask(PretextTask):
         return self.backbone.normalize(first), self.backbone.normalize(second)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Normalised (B, 3, h, w) → projections (B, D)."""
+        """Normalized (B, 3, h, w) → projections (B, D)."""
         projections: Tensor = self.projector(self.backbone(images))
         return projections
 

@@ -108,24 +108,24 @@ class Backbone(nn.Module):
         self.register_buffer("_std", torch.tensor(self.std).view(1, -1, 1, 1), persistent=False)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 or 0..1 float (B, 3, H, W) → normalised float32 (B, 3, H, W), on the images' device."""
+        """uint8 or 0..1 float (B, 3, H, W) → normalized float32 (B, 3, H, W), on the images' device."""
         scaled = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         return (scaled - cast(Tensor, self._mean)) / cast(Tensor, self._std)
 
     def set_statistics(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        """Normalises with `mean` and `std` of 0..1 values from here on."""
+        """Normalizes with `mean` and `std` of 0..1 values from here on."""
         self.mean, self.std = mean, std
         cast(Tensor, self._mean).copy_(torch.tensor(mean).view(1, -1, 1, 1))
         cast(Tensor, self._std).copy_(torch.tensor(std).view(1, -1, 1, 1))
 
     def pooled(self, x: Tensor) -> Tensor:
-        """Normalised (B, 3, H, W) → (B, embed_dim), as timm's ``forward_head(..., pre_logits=True)`` gives it."""
+        """Normalized (B, 3, H, W) → (B, embed_dim), as timm's ``forward_head(..., pre_logits=True)`` gives it."""
         model = cast(Any, self.model)
         features: Tensor = model.forward_head(model.forward_features(x), pre_logits=True)
         return features.flatten(1)
 
     def map(self, x: Tensor) -> Tensor:
-        """Normalised (B, 3, H, W) → (B, C, H', W'), the last feature map."""
+        """Normalized (B, 3, H, W) → (B, C, H', W'), the last feature map."""
         return self.maps(x, [-1])[0]
 
     def maps(self, x: Tensor, indices: Iterable[int]) -> list[Tensor]:

@@ -37,7 +37,7 @@ class LevelMap:
             raise CapabilityError(_too_small(backbone, self, task, places))
 
     def __call__(self, backbone: Backbone, images: Tensor) -> Tensor:
-        """Normalised (B, 3, H, W) → (B, channels, gh, gw), by the weights of `backbone`."""
+        """Normalized (B, 3, H, W) → (B, channels, gh, gw), by the weights of `backbone`."""
         return _map(backbone.model, images, self.index, self._options)
 
     def grid_of(self, backbone: Backbone, size: tuple[int, int]) -> tuple[int, int]:

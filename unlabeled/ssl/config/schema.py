@@ -171,7 +171,7 @@ class EvaluateConfig(Section):
     final: bool = True
     """Evaluate and write the report when the run ends, if there are labels."""
     data: DataConfig | None = None
-    """Labelled data; None: the run's own data, with its labels."""
+    """Labeled data; None: the run's own data, with its labels."""
     baselines: bool | tuple[Literal["pixels", "random"], ...] = True
     """Also evaluate raw pixels and the same backbone with random weights; a list takes one of them alone."""
     batch_size: int = Field(256, ge=1)
@@ -244,7 +244,7 @@ class PretrainConfig(RunConfig):
 
 
 class EvaluateRun(Section):
-    """``unlabeled evaluate TARGET``: a run folder, a timm name or a weights file, and labelled data."""
+    """``unlabeled evaluate TARGET``: a run folder, a timm name or a weights file, and labeled data."""
 
     target: str
     """A run folder, a timm model name, or a file of weights (which also needs `backbone.name`)."""
@@ -252,7 +252,7 @@ class EvaluateRun(Section):
     pretrained: bool = True
     """For a timm name: load its published weights."""
     data: DataConfig | None = None
-    """Labelled data; None: what the run was evaluated on or pretrained on."""
+    """Labeled data; None: what the run was evaluated on or pretrained on."""
     evaluate: EvaluateConfig = EvaluateConfig()
     sizes: Sizes | None = None
     """Of an elastic run: also evaluate these of its sizes, each beside random weights, and draw the curve."""

@@ -2,8 +2,8 @@
 
 What is not plain RGB becomes so by these rules:
 
-- transparency (RGBA, LA, palettes and grey values marked transparent) is composited on white;
-- 16-bit grey is divided by 257, so that 65535 is white; 32-bit grey within 0..255 or 0..65535 is read as 8 or 16 bits,
+- transparency (RGBA, LA, palettes and gray values marked transparent) is composited on white;
+- 16-bit gray is divided by 257, so that 65535 is white; 32-bit gray within 0..255 or 0..65535 is read as 8 or 16 bits,
   floats within 0..1 as such, and any other range is stretched from its minimum to its maximum;
 - the EXIF orientation is applied; of an animation the first frame is taken.
 """
@@ -129,9 +129,9 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
-        return _grey(np.asarray(image).astype(np.float64) / 257)
+        return _gray(np.asarray(image).astype(np.float64) / 257)
     if image.mode in ("I", "F"):
-        return _grey(_to_255(np.asarray(image).astype(np.float64), unit_range=image.mode == "F"))
+        return _gray(_to_255(np.asarray(image).astype(np.float64), unit_range=image.mode == "F"))
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, "white")
@@ -153,7 +153,7 @@ def _to_255(values: npt.NDArray[np.float64], *, unit_range: bool) -> npt.NDArray
     return (clean - low) * 255 / (high - low) if high > low else np.zeros_like(clean)
 
 
-def _grey(values: npt.NDArray[np.float64]) -> Image.Image:
+def _gray(values: npt.NDArray[np.float64]) -> Image.Image:
     return Image.fromarray((values + 0.5).astype(np.uint8)).convert("RGB")
 
 

@@ -111,7 +111,7 @@ def build_backbone(config: BackboneConfig, given: Backbone | None = None) -> Bac
 
 
 def set_layout(task: PretextTask, config: RunConfig, accelerator: Accelerator) -> None:
-    """Memory format, synchronised batch norm, compilation."""
+    """Memory format, synchronized batch norm, compilation."""
     wanted = config.engine.channels_last
     convolutional = len({stage.stride for stage in task.backbone.stages}) > 1
     if wanted or (wanted is None and convolutional and accelerator.device.type == "cuda"):

@@ -1,10 +1,10 @@
 """Watches the features of a joint-embedding task for collapse: every picture giving the same, or one direction only.
 
-Two figures of the L2-normalised features z (N, D), as the loss compares them:
+Two figures of the L2-normalized features z (N, D), as the loss compares them:
 
 - spread: standard deviation over pictures, averaged over channels, times sqrt(D). 1 for directions drawn evenly from a
   sphere, 0 when all pictures give the same (the figure of SimSiam, arXiv 2011.10566, section 4.1).
-- rank: effective rank of the centred features, the exponential of the entropy of their normalised singular values
+- rank: effective rank of the centered features, the exponential of the entropy of their normalized singular values
   (RankMe, arXiv 2210.02885). 1 when all differences lie along one line.
 
 Two more, where a task logs them:
@@ -70,9 +70,9 @@ def feature_figures(features: Tensor) -> dict[str, float]:
     if features.shape[0] < 4:
         return {}
     z = torch.nn.functional.normalize(features[:_ROWS].float(), dim=1)
-    centred = z - z.mean(0)
-    spread = centred.square().mean(0).sqrt().mean() * z.shape[1] ** 0.5
-    values = torch.linalg.svdvals(centred.double().cpu())
+    centered = z - z.mean(0)
+    spread = centered.square().mean(0).sqrt().mean() * z.shape[1] ** 0.5
+    values = torch.linalg.svdvals(centered.double().cpu())
     part = values / values.sum().clamp(min=1e-12) + 1e-12
     return {"feature_spread": spread.item(), "feature_rank": (-part * part.log()).sum().exp().item()}
 

@@ -138,7 +138,7 @@ def as_floats(task: PretextTask, pictures: Tensor) -> Tensor:
 
 
 def plan_stages(name: CurriculumName, total_steps: int, full: Size, step: Size) -> list[Stage]:
-    """The stages of curriculum `name`; neighbours of one size are one stage.
+    """The stages of curriculum `name`; neighbors of one size are one stage.
 
     Sizes are parts of `full`, each side for itself, rounded to multiples of `step`; the last stage has the full size
     and at least one step.
@@ -175,9 +175,9 @@ def _crop(whole: int, side: int) -> Tensor:
 
     Fourier transform, shift, window [whole / 2 - side / 2, whole / 2 + side / 2), inverse, real part, times
     side / whole, all in one: entry (n, m) is the sum of cos(2 pi k (u_n - u_m)) over the frequencies k of the window,
-    over `whole`. As in the paper but for where places lie: u is the centre of a pixel in units of the picture, where
+    over `whole`. As in the paper but for where places lie: u is the center of a pixel in units of the picture, where
     the paper has its corner. That puts the crop off the middle by up to half a pixel, and the seam where the spectrum
-    takes opposite sides for neighbours then tells the first row from the last: enough to solve rotation without
+    takes opposite sides for neighbors then tells the first row from the last: enough to solve rotation without
     looking at the picture.
     """
     frequencies = torch.arange(-(side // 2), side - side // 2, dtype=torch.float64)

@@ -181,7 +181,7 @@ def consult_ranks(
 ) -> tuple[dict[str, float], bool]:
     """The ranks' verdict on a step: means of `values`, and whether any rank was asked to stop.
 
-    One reduction, and the step's one synchronisation with the device: after backward, before the optimizer step.
+    One reduction, and the step's one synchronization with the device: after backward, before the optimizer step.
     """
     names, device = list(values), run.accelerator.device
     finite = torch.isfinite(values["loss"])

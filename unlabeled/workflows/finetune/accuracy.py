@@ -17,7 +17,7 @@ from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.task import PretextTask
 from unlabeled.workflows.finetune.config import FinetuneConfig
-from unlabeled.workflows.finetune.data import LabelledPictures
+from unlabeled.workflows.finetune.data import LabeledPictures
 from unlabeled.workflows.finetune.network import logits_of
 from unlabeled.workflows.finetune.task import Finetune
 
@@ -36,7 +36,7 @@ class Accuracy:
 
 
 def measure_accuracy(
-    network: Backbone, test: LabelledPictures, config: FinetuneConfig, device: torch.device
+    network: Backbone, test: LabeledPictures, config: FinetuneConfig, device: torch.device
 ) -> Accuracy:
     """Top-1 and top-5 accuracy of `network` on `test`; the mode that it is in stays.
 
@@ -74,7 +74,7 @@ def accuracy_of(logits: Any, labels: IntArray, skipped: tuple[str, ...] = ()) ->
 class OnlineAccuracy:
     """The test accuracy every few epochs, for a curve; never due when that is not asked for."""
 
-    def __init__(self, config: FinetuneConfig, test: LabelledPictures, steps_per_epoch: int) -> None:
+    def __init__(self, config: FinetuneConfig, test: LabeledPictures, steps_per_epoch: int) -> None:
         self._config, self._test = config, test
         every = config.evaluate.every
         self._every_steps = max(round(every * steps_per_epoch), 1) if every else None

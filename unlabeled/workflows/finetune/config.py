@@ -82,7 +82,7 @@ class FinetuneSchedule(ScheduleConfig):
 
 
 class FinetuneConfig(RunConfig):
-    """``unlabeled finetune TARGET``: a run folder, a timm name or a weights file, and labelled data."""
+    """``unlabeled finetune TARGET``: a run folder, a timm name or a weights file, and labeled data."""
 
     target: str
     """A run folder, a timm model name, or a file of weights (which also needs `backbone.name`)."""

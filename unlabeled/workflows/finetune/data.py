@@ -1,4 +1,4 @@
-"""Labelled pictures for fine-tuning, and what is done to them."""
+"""Labeled pictures for fine-tuning, and what is done to them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class LabelledPictures:
+class LabeledPictures:
     """One split."""
 
     source: ImageSource
@@ -40,7 +40,7 @@ class LabelledPictures:
         return len(self.labels)
 
 
-def open_labelled(config: FinetuneConfig) -> tuple[LabelledPictures, LabelledPictures]:
+def open_labeled(config: FinetuneConfig) -> tuple[LabeledPictures, LabeledPictures]:
     """(training, test) pictures that have a label, the first cut down to ``label_fraction``.
 
     Raises DataError for a split without labels, a single class, test classes that training does not have, and a
@@ -48,15 +48,15 @@ def open_labelled(config: FinetuneConfig) -> tuple[LabelledPictures, LabelledPic
     """
     train, test = (open_source(config.data, split) for split in ("train", "test"))
     classes = _classes(train, "training")
-    pictures = _labelled(train, classes, "training")
+    pictures = _labeled(train, classes, "training")
     if len(present := torch.bincount(pictures.labels).nonzero()) < 2:
         raise DataError(
             f"data: all training pictures are of class {classes[int(present[0])]!r}; give data with two classes or more"
         )
     if config.label_fraction is not None:
         rows = stratified(pictures.labels, classes, config.label_fraction, config.engine.seed)
-        pictures = LabelledPictures(Subset(pictures.source, rows), pictures.labels[rows], classes)
-    return pictures, _labelled(limited(test, config.evaluate.limit), classes, "test")
+        pictures = LabeledPictures(Subset(pictures.source, rows), pictures.labels[rows], classes)
+    return pictures, _labeled(limited(test, config.evaluate.limit), classes, "test")
 
 
 def stratified(labels: Tensor, classes: tuple[str, ...], fraction: float, seed: int) -> Tensor:
@@ -87,7 +87,7 @@ def _classes(source: ImageSource, split: str) -> tuple[str, ...]:
     return tuple(source.classes)
 
 
-def _labelled(source: ImageSource, classes: tuple[str, ...], split: str) -> LabelledPictures:
+def _labeled(source: ImageSource, classes: tuple[str, ...], split: str) -> LabeledPictures:
     """Those pictures of `source` that have a label, numbered as in `classes`."""
     names, labels = _classes(source, split), source.labels()
     assert labels is not None, "a source with classes has labels"
@@ -104,7 +104,7 @@ def _labelled(source: ImageSource, classes: tuple[str, ...], split: str) -> Labe
         )
         source = Subset(source, rows)
     numbers = torch.tensor([classes.index(name) for name in names])
-    return LabelledPictures(source, numbers[labels[rows]], classes)
+    return LabeledPictures(source, numbers[labels[rows]], classes)
 
 
 class TrainTransform:

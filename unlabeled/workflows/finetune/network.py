@@ -99,7 +99,7 @@ class Classifier(nn.Module):
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised (B, 3, h, w) → (B, classes)."""
+        """Normalized (B, 3, h, w) → (B, classes)."""
         return self.forward_head(self.forward_features(x))
 
     def get_classifier(self) -> nn.Module:
@@ -143,6 +143,6 @@ def _start_small(network: Backbone, head: set[str]) -> None:
 
 
 def logits_of(network: Backbone, images: Tensor) -> Tensor:
-    """Normalised images (B, 3, h, w) → (B, classes)."""
+    """Normalized images (B, 3, h, w) → (B, classes)."""
     logits: Tensor = network.model(images)
     return logits

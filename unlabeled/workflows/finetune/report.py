@@ -23,7 +23,7 @@ from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.train.monitor import read_metrics
 from unlabeled.workflows.finetune.accuracy import Accuracy
 from unlabeled.workflows.finetune.config import FinetuneConfig
-from unlabeled.workflows.finetune.data import LabelledPictures
+from unlabeled.workflows.finetune.data import LabeledPictures
 
 SCHEMA = 1
 
@@ -43,8 +43,8 @@ class Facts:
     pretrained: bool
     """Whether it began with trained weights."""
     network: Backbone
-    train: LabelledPictures
-    test: LabelledPictures
+    train: LabeledPictures
+    test: LabeledPictures
     steps: int
     seconds: float | None
     """Wall clock of the fine-tuning; None when it was not all in one process."""

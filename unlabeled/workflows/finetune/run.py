@@ -33,7 +33,7 @@ from unlabeled.ssl.train.run_folder import Plan, claim_folder, read_config
 from unlabeled.workflows.evaluate import Target, resolve_target
 from unlabeled.workflows.finetune.accuracy import Accuracy, OnlineAccuracy, measure_accuracy
 from unlabeled.workflows.finetune.config import FinetuneConfig
-from unlabeled.workflows.finetune.data import LabelledPictures, open_labelled
+from unlabeled.workflows.finetune.data import LabeledPictures, open_labeled
 from unlabeled.workflows.finetune.network import classifier_network
 from unlabeled.workflows.finetune.report import Facts, write_report
 from unlabeled.workflows.finetune.task import Finetune, FinetuneTask
@@ -73,8 +73,8 @@ class _Trained:
     network: Backbone
     accuracies: dict[str, Accuracy]
     """Of the weights to quote, and beside averaged ones those of the last step."""
-    train: LabelledPictures
-    test: LabelledPictures
+    train: LabeledPictures
+    test: LabeledPictures
     title: str
     pretrained: bool
     """Whether it began with trained weights."""
@@ -113,7 +113,7 @@ def finetune_config(
 def _data_of(folder: Path) -> DataConfig:
     """What the run in `folder` names for evaluation, else its own data, whole."""
     if not os.path.isfile(folder / "config.yaml"):
-        raise ConfigError("data: not given; a target that is no run folder needs labelled data, such as data=digits")
+        raise ConfigError("data: not given; a target that is no run folder needs labeled data, such as data=digits")
     run = validate(read_config(folder / "config.yaml"), PretrainConfig)
     return run.evaluate.data or run.data.model_copy(update={"limit": None})
 
@@ -172,7 +172,7 @@ def _train(config: FinetuneConfig, backbone: Backbone | None) -> _Trained:
             target=config.target, backbone=config.backbone, pretrained=config.pretrained, seed=config.engine.seed
         )
         target = resolve_target(wanted, copy.deepcopy(backbone))  # the baseline begins from it too
-        data = open_labelled(config)
+        data = open_labeled(config)
         run = prepare(config, target, data)
     begin = time.perf_counter()
     try:
@@ -197,7 +197,7 @@ def _train(config: FinetuneConfig, backbone: Backbone | None) -> _Trained:
     )
 
 
-def prepare(config: FinetuneConfig, target: Target, data: tuple[LabelledPictures, LabelledPictures]) -> Training:
+def prepare(config: FinetuneConfig, target: Target, data: tuple[LabeledPictures, LabeledPictures]) -> Training:
     """Builds everything the engine needs and restores the newest checkpoint of the folder, if there is one."""
     accelerator = create_accelerator(config.engine)
     checkpoint = claim_folder(config)
@@ -223,7 +223,7 @@ def prepare(config: FinetuneConfig, target: Target, data: tuple[LabelledPictures
 
 
 def _measure(
-    task: Finetune, test: LabelledPictures, config: FinetuneConfig, device: torch.device
+    task: Finetune, test: LabeledPictures, config: FinetuneConfig, device: torch.device
 ) -> dict[str, Accuracy]:
     networks = {"averaged weights": task.encoder()} if task.ema is not None else {}
     networks["last step"] = task.backbone

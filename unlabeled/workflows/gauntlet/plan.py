@@ -50,7 +50,7 @@ class Entrant:
 
 
 @dataclass(frozen=True)
-class LabelledData:
+class LabeledData:
     """One data set."""
 
     label: str
@@ -82,7 +82,7 @@ class Group:
     """Cells that share their features."""
 
     entrant: Entrant
-    data: LabelledData
+    data: LabeledData
     init: int
     """Seed of random weights; without effect on others."""
     cells: tuple[Cell, ...]
@@ -93,7 +93,7 @@ class GauntletPlan:
     """Everything that is to be measured."""
 
     entrants: tuple[Entrant, ...]
-    data: tuple[LabelledData, ...]
+    data: tuple[LabeledData, ...]
     evaluators: dict[str, Evaluator]
     groups: tuple[Group, ...]
 
@@ -113,17 +113,17 @@ def make_plan(run: GauntletRun) -> GauntletPlan:
         if not _may_be_measured(metric, evaluators):
             known = ", ".join(f"{name}/..." for name in evaluators)
             raise ConfigError(f"measures: {metric!r} is not measured; give measures of {known} such as knn/k20")
-    data = tuple(_labelled(entry, run.limit) for entry in run.data)
+    data = tuple(_labeled(entry, run.limit) for entry in run.data)
     entrants = (*_given(run), Entrant("raw pixels", "pixels", None))
     for field, labels in (("backbones", [one.label for one in entrants]), ("data", [one.label for one in data])):
         label, count = Counter(labels).most_common(1)[0]
         if count > 1:
             raise ConfigError(f"{field}: {label!r} stands for {count} entries; give each a label of its own")
     groups = [
-        _group(run, entrant, labelled, init, evaluators)
+        _group(run, entrant, labeled, init, evaluators)
         for entrant in entrants
         for init in (run.seeds if entrant.kind == "random" else run.seeds[:1])
-        for labelled in data
+        for labeled in data
     ]
     return GauntletPlan(entrants, data, evaluators, tuple(groups))
 
@@ -140,7 +140,7 @@ def _may_be_measured(metric: str, evaluators: Mapping[str, Evaluator]) -> bool:
     return name in evaluators and (measure_of(metric) is not None or evaluator_origin(name) != "built in")
 
 
-def _labelled(entry: GauntletData, limit: int | None) -> LabelledData:
+def _labeled(entry: GauntletData, limit: int | None) -> LabeledData:
     train, test = limited(open_source(entry, "train"), limit), limited(open_source(entry, "test"), limit)
     settings = entry.model_extra or {}
     place = Path(settings["path"]).name if settings.get("path") else entry.name
@@ -153,7 +153,7 @@ def _labelled(entry: GauntletData, limit: int | None) -> LabelledData:
         names.append([source.classes[place] if place >= 0 else "" for place in labels.tolist()])
     commonest = Counter(names[0]).most_common(1)[0][0]
     majority = float(np.mean([name == commonest for name in names[1]]))
-    return LabelledData(label, (train, test), cache_key(parts=[data_identity(train), data_identity(test)]), majority)
+    return LabeledData(label, (train, test), cache_key(parts=[data_identity(train), data_identity(test)]), majority)
 
 
 def _given(run: GauntletRun) -> list[Entrant]:
@@ -219,9 +219,7 @@ def _told_apart(twins: Sequence[Entrant]) -> list[Entrant]:
     return found
 
 
-def _group(
-    run: GauntletRun, entrant: Entrant, data: LabelledData, init: int, evaluators: dict[str, Evaluator]
-) -> Group:
+def _group(run: GauntletRun, entrant: Entrant, data: LabeledData, init: int, evaluators: dict[str, Evaluator]) -> Group:
     seeds = (init,) if entrant.kind == "random" else run.seeds
     cells = [
         Cell(entrant.label, data.label, name, seed, _key(run, entrant, data, name, seed))
@@ -232,7 +230,7 @@ def _group(
     return Group(entrant, data, init, tuple(cells))
 
 
-def _key(run: GauntletRun, entrant: Entrant, data: LabelledData, evaluator: str, seed: int) -> str:
+def _key(run: GauntletRun, entrant: Entrant, data: LabeledData, evaluator: str, seed: int) -> str:
     """The seed is that of the evaluator and, for random weights, of the weights."""
     return cache_key(
         weights=entrant.weights,

@@ -46,7 +46,7 @@ class GauntletBackbone(Section):
 
 
 class GauntletData(DataConfig):
-    """One labelled data set; a word alone is its `name`."""
+    """One labeled data set; a word alone is its `name`."""
 
     label: str | None = None
     """What the table calls it; None: after the data set, its path or its name."""
@@ -58,7 +58,7 @@ class GauntletRun(Section):
     backbones: Annotated[tuple[GauntletBackbone, ...], _entries("target"), Field(min_length=1)]
     """Run folders, timm names or files of weights, each a word or ``{target: ..., label: ...}``."""
     data: Annotated[tuple[GauntletData, ...], _entries("name"), Field(min_length=1)]
-    """Labelled data, each the name of a source or a mapping such as ``{name: parquet, path: ...}``."""
+    """Labeled data, each the name of a source or a mapping such as ``{name: parquet, path: ...}``."""
     evaluators: Literal["all"] | Annotated[tuple[str, ...], Field(min_length=1)] = ("knn", "linear")
     """Which evaluators judge the features, by name."""
     evaluate: EvaluateConfig = EvaluateConfig()

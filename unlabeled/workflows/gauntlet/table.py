@@ -22,7 +22,7 @@ from unlabeled.eval.evaluators.knn import KnnEvaluator
 from unlabeled.eval.intervals import of_mean, wilson
 from unlabeled.eval.registry import build_evaluator
 from unlabeled.workflows.gauntlet.cells import CellResult
-from unlabeled.workflows.gauntlet.plan import Cell, GauntletPlan, LabelledData
+from unlabeled.workflows.gauntlet.plan import Cell, GauntletPlan, LabeledData
 from unlabeled.workflows.gauntlet.settings import GauntletRun
 
 SCHEMA = 1
@@ -66,7 +66,7 @@ def gauntlet_document(run: GauntletRun, plan: GauntletPlan, results: Results) ->
     ``seeds``, ``limit``, ``versions``, ``hardware``, and ``seconds`` of all evaluators together.
     """
     columns = [
-        _column(labelled, column, results) for labelled in plan.data for column in _columns(plan, labelled, results)
+        _column(labeled, column, results) for labeled in plan.data for column in _columns(plan, labeled, results)
     ]
     shown = _shown(run, columns)
     for column in columns:
@@ -83,7 +83,7 @@ def gauntlet_document(run: GauntletRun, plan: GauntletPlan, results: Results) ->
             "failed": len(failed),
         },
         "rows": _rows(plan, columns),
-        "data": [_data(labelled) for labelled in plan.data],
+        "data": [_data(labeled) for labeled in plan.data],
         "columns": columns,
         "failures": failures,
         "notes": _notes(plan, results),
@@ -138,13 +138,13 @@ class Column:
     """Where it was measured."""
 
 
-def _columns(plan: GauntletPlan, labelled: LabelledData, results: Results) -> list[Column]:
+def _columns(plan: GauntletPlan, labeled: LabeledData, results: Results) -> list[Column]:
     """What a table can show of one data set, in the order in which evaluators yield it."""
     found: dict[str, Column] = {}
     done = [
         cell
         for cell in plan.cells()
-        if cell.data == labelled.label and (result := results.get(cell.key)) is not None and result.status == "done"
+        if cell.data == labeled.label and (result := results.get(cell.key)) is not None and result.status == "done"
     ]
     for evaluator in plan.evaluators:
         for cell in [cell for cell in done if cell.evaluator == evaluator]:
@@ -155,7 +155,7 @@ def _columns(plan: GauntletPlan, labelled: LabelledData, results: Results) -> li
     return list(found.values())
 
 
-def _column(labelled: LabelledData, column: Column, results: Results) -> dict[str, Any]:
+def _column(labeled: LabeledData, column: Column, results: Results) -> dict[str, Any]:
     metric, measure = column.metric, column.measure
     rows: dict[str, list[CellResult]] = {}
     for cell in column.cells:
@@ -163,7 +163,7 @@ def _column(labelled: LabelledData, column: Column, results: Results) -> dict[st
             rows.setdefault(cell.entrant, []).append(results[cell.key])
     values = [_value(row, metric, measure, found) for row, found in rows.items()]
     return {
-        "data": labelled.label,
+        "data": labeled.label,
         "metric": metric,
         "evaluator": column.evaluator,
         "label": measure.text,
@@ -241,13 +241,13 @@ def _rows(plan: GauntletPlan, columns: Sequence[Mapping[str, Any]]) -> list[dict
     return sorted(rows, key=lambda row: math.inf if row["mean_rank"] is None else row["mean_rank"])
 
 
-def _data(labelled: LabelledData) -> dict[str, Any]:
-    train, test = labelled.pictures
+def _data(labeled: LabeledData) -> dict[str, Any]:
+    train, test = labeled.pictures
     return {
-        "label": labelled.label,
+        "label": labeled.label,
         "train_pictures": train,
         "test_pictures": test,
-        "majority": labelled.majority,
+        "majority": labeled.majority,
     }
 
 

@@ -150,7 +150,7 @@ def test_batch_norms_leave_the_statistics_of_the_whole_network_alone() -> None:
     assert torch.equal(slices, whole[:8])  # type: ignore[arg-type]
 
 
-def test_batch_norms_that_are_synchronised_later_are_so_in_sub_networks() -> None:
+def test_batch_norms_that_are_synchronized_later_are_so_in_sub_networks() -> None:
     backbone, elastic = build("resnet50", RESNET)
     elastic.take(backbone, elastic.sizes[0])
     synchronize(backbone)

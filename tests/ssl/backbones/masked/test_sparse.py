@@ -147,7 +147,7 @@ def test_convolutions_see_zeros_at_masked_places(kernel, stride, padding):
         torch.testing.assert_close(found.dense(), wanted)
 
 
-def test_weights_stay_standardised():
+def test_weights_stay_standardized():
     layer = lively(ScaledStdConv2d(CHANNELS, 5, 1))
     plain = copy.deepcopy(layer)
     x = masked("gathered")

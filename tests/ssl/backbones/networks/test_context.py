@@ -88,7 +88,7 @@ def test_no_batch_norm_can_learn():
     ]  # fmt: skip
 
 
-def test_initialisation_is_caffes_xavier():
+def test_initialization_is_caffes_xavier():
     torch.manual_seed(0)
     model = timm.create_model("contextnet")
     for layer in (model.blocks[0].conv, model.blocks[3].conv, model.head.fc6, model.head.fc):

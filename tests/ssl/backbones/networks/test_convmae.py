@@ -268,8 +268,8 @@ def test_everything_visible_is_the_plain_network(execution):
         torch.testing.assert_close(rebuilt, whole, atol=1e-12, rtol=0)
 
 
-def test_visible_cells_see_their_visible_neighbours():
-    """The 5 x 5 convolutions reach over the border of a cell: another neighbour, other places."""
+def test_visible_cells_see_their_visible_neighbors():
+    """The 5 x 5 convolutions reach over the border of a cell: another neighbor, other places."""
     encoder, x = StageEncoder(tiny_backbone()), images()
     both = encoder.encode(x, random_masking(torch.tensor([[0.1, 0.2, *[0.5] * 13]] * 2), 2, (3, 5)))
     apart = encoder.encode(x, random_masking(torch.tensor([[0.1, *[0.5] * 13, 0.2]] * 2), 2, (3, 5)))

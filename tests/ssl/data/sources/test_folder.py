@@ -32,7 +32,7 @@ def names(source: ImageSource, root: Path) -> list[str]:
     return [os.path.relpath(source.describe(index), root) for index in range(len(source))]
 
 
-def labelled(root: Path, sizes: dict[str, int], order: int = 1) -> Path:
+def labeled(root: Path, sizes: dict[str, int], order: int = 1) -> Path:
     for name, size in list(sizes.items())[::order]:
         for index in range(size)[::order]:
             picture(root / name / f"{index:03}.png", shade=index)
@@ -95,8 +95,8 @@ def test_labels_are_the_first_sub_folders(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("held", ["test", "val", "validation", "Test"])
 def test_folders_named_for_splits(tmp_path: Path, held: str) -> None:
-    labelled(tmp_path / "train", {"a": 3, "b": 2})
-    labelled(tmp_path / held, {"b": 4})
+    labeled(tmp_path / "train", {"a": 3, "b": 2})
+    labeled(tmp_path / held, {"b": 4})
     assert len(opened(tmp_path)) == 5
     assert len(opened(tmp_path, "test")) == 4
     test = opened(tmp_path, "test", labels=True)
@@ -108,13 +108,13 @@ def test_folders_named_for_splits(tmp_path: Path, held: str) -> None:
 
 def test_a_test_folder_is_preferred_to_a_validation_folder(tmp_path: Path) -> None:
     for name, size in {"train": 3, "val": 2, "test": 1}.items():
-        labelled(tmp_path / name, {"a": size})
+        labeled(tmp_path / name, {"a": size})
     assert len(opened(tmp_path, "test")) == 1
 
 
 def test_test_path_is_the_test_split_and_is_not_trained_on(tmp_path: Path) -> None:
-    labelled(tmp_path, {"a": 3, "b": 3})
-    labelled(tmp_path / "held", {"a": 1, "b": 1})
+    labeled(tmp_path, {"a": 3, "b": 3})
+    labeled(tmp_path / "held", {"a": 1, "b": 1})
     settings = {"test_path": tmp_path / "held", "labels": True}
     assert len(opened(tmp_path, "test", **settings)) == 2
     train = opened(tmp_path, **settings)
@@ -123,13 +123,13 @@ def test_test_path_is_the_test_split_and_is_not_trained_on(tmp_path: Path) -> No
 
 
 def test_without_labels_everything_is_for_training(tmp_path: Path) -> None:
-    labelled(tmp_path, {"a": 10, "b": 5})
+    labeled(tmp_path, {"a": 10, "b": 5})
     assert len(opened(tmp_path)) == 15
 
 
 def test_hold_out_is_stratified_stable_and_independent_of_creation_order(tmp_path: Path) -> None:
     sizes = {"a": 40, "b": 10, "c": 5, "d": 1}
-    forward, backward = labelled(tmp_path / "f", sizes), labelled(tmp_path / "b", sizes, order=-1)
+    forward, backward = labeled(tmp_path / "f", sizes), labeled(tmp_path / "b", sizes, order=-1)
     parts = {split: names(opened(forward, split, labels=True), forward) for split in ("train", "test")}
     assert parts["test"] == names(opened(backward, "test", labels=True), backward)
     assert not set(parts["train"]) & set(parts["test"])
@@ -141,7 +141,7 @@ def test_hold_out_is_stratified_stable_and_independent_of_creation_order(tmp_pat
 
 
 def test_hold_out_keeps_most_pictures_in_their_part_when_others_are_added(tmp_path: Path) -> None:
-    before = names(opened(labelled(tmp_path, {"a": 100}), "test", labels=True), tmp_path)
+    before = names(opened(labeled(tmp_path, {"a": 100}), "test", labels=True), tmp_path)
     picture(tmp_path / "a" / "new.png")
     after = names(opened(tmp_path, "test", labels=True), tmp_path)
     assert len(set(before) & set(after)) >= 19
@@ -176,14 +176,14 @@ def test_names_of_splits(name: str, part: str | None) -> None:
 
 
 def test_sources_pickle(tmp_path: Path) -> None:
-    source = opened(labelled(tmp_path, {"a": 5, "b": 5}), labels=True)
+    source = opened(labeled(tmp_path, {"a": 5, "b": 5}), labels=True)
     copy = pickle.loads(pickle.dumps(source))
     assert names(copy, tmp_path) == names(source, tmp_path)
     assert torch.equal(copy.read(3), source.read(3))
 
 
 def test_limit_is_a_prefix_of_one_shuffle(tmp_path: Path) -> None:
-    labelled(tmp_path, {"a": 20, "b": 20})
+    labeled(tmp_path, {"a": 20, "b": 20})
     small, large = (opened(tmp_path, limit=limit) for limit in (5, 12))
     assert len(small) == 5
     assert names(large, tmp_path)[:5] == names(small, tmp_path)
@@ -194,7 +194,7 @@ def test_limit_is_a_prefix_of_one_shuffle(tmp_path: Path) -> None:
 
 
 def test_limit_keeps_labels_with_their_pictures(tmp_path: Path) -> None:
-    whole = opened(labelled(tmp_path, {"a": 20, "b": 20}), labels=True)
+    whole = opened(labeled(tmp_path, {"a": 20, "b": 20}), labels=True)
     part = limited(whole, 10)
     assert isinstance(part, Subset)
     assert part.classes == ["a", "b"]
@@ -242,8 +242,8 @@ def test_labels_need_sub_folders(tmp_path: Path) -> None:
 
 
 def test_unknown_test_classes_are_refused(tmp_path: Path) -> None:
-    labelled(tmp_path / "train", {"a": 1, "b": 1})
-    labelled(tmp_path / "test", {"c": 1})
+    labeled(tmp_path / "train", {"a": 1, "b": 1})
+    labeled(tmp_path / "test", {"c": 1})
     with pytest.raises(DataError, match=r"class 'c' of .* is not among the training classes"):
         opened(tmp_path, "test", labels=True)
 

@@ -34,7 +34,7 @@ def shard(path: Path, members: dict[str, bytes]) -> Path:
     return path
 
 
-def labelled(path: Path, labels: list[str], start: int = 0) -> Path:
+def labeled(path: Path, labels: list[str], start: int = 0) -> Path:
     members: dict[str, bytes] = {}
     for row, label in enumerate(labels):
         members |= {f"{row:04}.png": png(start + row), f"{row:04}.cls": label.encode()}
@@ -50,9 +50,9 @@ def shades(source: ImageSource) -> list[int]:
 
 
 def test_shards_in_the_order_of_names_with_their_labels(tmp_path: Path) -> None:
-    labelled(tmp_path / "train-1.tar", ["10", "2"], start=50)
-    labelled(tmp_path / "train-0.tar", ["2", "10", "9"])
-    labelled(tmp_path / "test-0.tar", ["9"], start=90)
+    labeled(tmp_path / "train-1.tar", ["10", "2"], start=50)
+    labeled(tmp_path / "train-0.tar", ["2", "10", "9"])
+    labeled(tmp_path / "test-0.tar", ["9"], start=90)
     train, test = pickle.loads(pickle.dumps(opened(tmp_path))), opened(tmp_path, "test")
     assert train.classes == test.classes == ["2", "9", "10"]
     assert train.labels().tolist() == [0, 2, 1, 2, 0]
@@ -92,8 +92,8 @@ def test_what_cannot_be_read_is_said_in_one_line(tmp_path: Path) -> None:
         opened(tmp_path)
     with pytest.raises(DataError, match="no pictures in 1 shards"):
         opened(shard(tmp_path / "empty.tar", {"a.txt": b"x"}))
-    labelled(tmp_path / "s" / "train.tar", ["a", "b"])
-    labelled(tmp_path / "s" / "test.tar", ["c"])
+    labeled(tmp_path / "s" / "train.tar", ["a", "b"])
+    labeled(tmp_path / "s" / "test.tar", ["c"])
     with pytest.raises(DataError, match="test class 'c' is not among the 2 training classes"):
         opened(tmp_path / "s", "test")
 

@@ -37,7 +37,7 @@ class Elastic:
 
     Batch norms: a sub-network has statistics of its own batches in train mode and leaves the running ones of the whole
     network alone, of which it has slices in eval mode. They are those of other inputs, so extracted networks with batch
-    norms need fresh ones: `unlabeled.eval.features.recalibrate`. Where batch norms are synchronised, all ranks must
+    norms need fresh ones: `unlabeled.eval.features.recalibrate`. Where batch norms are synchronized, all ranks must
     take the same size.
 
     Attributes: `sizes` (smallest first, the last is `full`), `family`.
@@ -191,7 +191,7 @@ def _sliced(part: Slice | None, whole: Tensor | None) -> Tensor | None:
 
 def _shell(module: nn.Module, source: nn.Module) -> nn.Module:
     """A copy of `module` alone, with hooks of its own; of the class of `source` for batch norms, which may be swapped
-    for synchronised ones."""
+    for synchronized ones."""
     kind: Any = type(source) if isinstance(source, _BatchNorm) else type(module)
     copy: nn.Module = kind.__new__(kind)
     copy.__dict__.update(module.__dict__)

@@ -69,7 +69,7 @@ class StageEncoder:
         return self.model.patch_embed1.proj.in_channels
 
     def encode(self, x: Tensor, masking: Masking, execution: Execution = "gathered") -> Stages:
-        """Normalised (B, C, gh * 16, gw * 16) and its mask → what each of the stages gives at visible cells.
+        """Normalized (B, C, gh * 16, gw * 16) and its mask → what each of the stages gives at visible cells.
 
         ``gathered`` computes these only, ``dense`` everything. The rest gets no gradient either way.
         """

@@ -25,7 +25,7 @@ _FC6 = 3
 
 
 class ResponseNorm(nn.LocalResponseNorm):
-    """Krizhevsky's normalisation over five neighbouring channels, in float32: squares of what patches of RMS 50 give
+    """Krizhevsky's normalization over five neighboring channels, in float32: squares of what patches of RMS 50 give
     overflow fp16."""
 
     def __init__(self) -> None:
@@ -90,7 +90,7 @@ def _classifier(inputs: int, num_classes: int) -> nn.Module:
 class ContextNet(nn.Module):
     """conv1 to conv5 (strides 4, 8, 16, 16, 16), a last pooling to stride 32, and fc6, whose outputs are the features.
 
-    With the statistics of its default configuration, pictures enter on the scale 0..255 without their mean colour,
+    With the statistics of its default configuration, pictures enter on the scale 0..255 without their mean color,
     about as large as the patches of RMS 50 that it is pretrained on.
     """
 

@@ -5,7 +5,7 @@ repository github.com/Alpha-VL/ConvMAE, whose names the parameters have. It call
 
 Inside, maps have their channels last: (B, H, W, C). All but the depthwise convolutions then works on the last axes of
 a tensor of any rank, so that a masked run can give it the visible cells alone, (B, K, c, c, C), and say with a `Mix`
-how those meet their neighbours; see `unlabeled.ssl.backbones.masked.stages`.
+how those meet their neighbors; see `unlabeled.ssl.backbones.masked.stages`.
 """
 
 from __future__ import annotations

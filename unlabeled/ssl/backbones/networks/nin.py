@@ -35,7 +35,7 @@ def _block(inputs: int, widths: tuple[int, int, int], kernel: int, pool: nn.Modu
 class NetworkInNetwork(nn.Module):
     """Blocks of 96 (stride 2), 192 (stride 4), 192, ... channels; the later ones keep stride 4.
 
-    No third pooling and the framework's default initialisation, as in the released configuration.
+    No third pooling and the framework's default initialization, as in the released configuration.
     """
 
     def __init__(

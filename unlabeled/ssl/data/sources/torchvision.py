@@ -1,4 +1,4 @@
-"""Any labelled data set of torchvision that is already on disk; nothing is ever downloaded."""
+"""Any labeled data set of torchvision that is already on disk; nothing is ever downloaded."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class TorchvisionConfig(SourceConfig):
 
 
 class TorchvisionSource:
-    """Any labelled data set of torchvision that is on disk, such as ``data.dataset=CIFAR10``; nothing is downloaded.
+    """Any labeled data set of torchvision that is on disk, such as ``data.dataset=CIFAR10``; nothing is downloaded.
 
     Where the class knows no splits, a part of each class is held out.
     """

@@ -226,5 +226,5 @@ def _read_mask(file: Path) -> torch.Tensor:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DecodeError(f"{file}: cannot be decoded ({reason})") from error
     if mode not in ("P", "L"):
-        raise DataError(f"data.path: mask {file} is of mode {mode}; save class numbers, in grey or with a palette")
+        raise DataError(f"data.path: mask {file} is of mode {mode}; save class numbers, in gray or with a palette")
     return torch.from_numpy(values.astype(np.uint8))

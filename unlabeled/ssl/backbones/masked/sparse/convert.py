@@ -72,7 +72,7 @@ class SparseEncoder:
         convert(backbone.model)
 
     def maps(self, images: Tensor, masking: Masking, indices: Iterable[int]) -> list[MaskedMap]:
-        """Maps of the stages `indices` for normalised (B, 3, H, W), of which the cells of `masking` are visible."""
+        """Maps of the stages `indices` for normalized (B, 3, H, W), of which the cells of `masking` are visible."""
         cells = Cells(masking, None if self.execution == "dense" else self.dense)
         return self.backbone.maps(_masked_images(images, cells, self.cell), indices)  # type: ignore[return-value]
 

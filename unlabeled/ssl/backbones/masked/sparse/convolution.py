@@ -1,7 +1,7 @@
 """Convolutions and other spatial layers on masked maps.
 
 A masked convolution sees zeros at masked places and its output exists at visible places only, so its support never
-grows; nothing is renormalised by the number of visible inputs (SparK, arXiv 2301.03580; github.com/keyu-tian/SparK).
+grows; nothing is renormalized by the number of visible inputs (SparK, arXiv 2301.03580; github.com/keyu-tian/SparK).
 """
 
 from __future__ import annotations

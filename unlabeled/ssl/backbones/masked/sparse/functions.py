@@ -72,7 +72,7 @@ def _pointwise(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[st
 
 
 def _statistic(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MaskedMap:
-    """Functions that normalise by statistics over places: they see the visible ones only."""
+    """Functions that normalize by statistics over places: they see the visible ones only."""
     x: MaskedMap = args[0]
     rest = args[1:]
     if x.last:
@@ -172,7 +172,7 @@ def _pad(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _interpolate(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MaskedMap:
-    """Nearest neighbours stay inside their cell when the map grows by whole numbers."""
+    """Nearest neighbors stay inside their cell when the map grows by whole numbers."""
     if kwargs.get("mode", "nearest") != "nearest":
         raise NoRuleError(f"interpolation ({kwargs['mode']}) mixes cells")
     return _spatial(func, name, args, kwargs)

@@ -5,7 +5,7 @@ inside, ``LayerNorm2d`` a LayerNorm of another axis. A layer is one of
 
 - *pointwise*: treats each place by itself;
 - *statistic*: treats places alike, and takes statistics over them: over visible ones only;
-- *spatial*: mixes neighbouring places: masked ones are zero, and the output is kept at visible ones (an average pool
+- *spatial*: mixes neighboring places: masked ones are zero, and the output is kept at visible ones (an average pool
   counts masked places in its divisor, a max pool takes their zeros, as SparK's code does);
 - *convolution*: pointwise, inside a cell, or spatial, by its kernel;
 - *batch norm*: statistic, over all pictures and ranks;
@@ -64,7 +64,7 @@ def pooled(module: nn.Module, forward: Forward, x: MaskedMap) -> Tensor:
 
 
 def convolution(module: nn.Conv2d, forward: Forward, x: MaskedMap) -> MaskedMap:
-    """The plain one has its rule as a function (`convolve`); a weight-standardised 1x1 convolution is pointwise too."""
+    """The plain one has its rule as a function (`convolve`); a weight-standardized 1x1 convolution is pointwise too."""
     if type(module).__mro__[1] is nn.Conv2d and module.padding_mode == "zeros":
         return cast(MaskedMap, forward(x))
     alone = module.kernel_size == (1, 1) and module.stride == (1, 1) and module.padding in ((0, 0), "same", "valid")

@@ -30,11 +30,11 @@ _FOREIGN: dict[str, str] = {
     "CrossVit": "its two branches cut the picture into patches of different sizes",
     "HieraDet": "windows need the whole grid",
     "MlpMixer": "mixing across tokens has weights for each place of the grid",
-    "MultiScaleVit": "attention pooled over neighbours needs the whole grid",
+    "MultiScaleVit": "attention pooled over neighbors needs the whole grid",
     "Sequencer2d": "recurrence over rows and columns needs the whole grid",
-    "VOLO": "outlook attention to neighbours needs the whole grid",
+    "VOLO": "outlook attention to neighbors needs the whole grid",
     "VisionTransformerSAM": "windows need the whole grid",
-    "Xcit": "neighbouring patches interact through convolutions",
+    "Xcit": "neighboring patches interact through convolutions",
 }
 """Class of timm → what of it needs more than the kept patches, where a look at its modules would not tell."""
 
@@ -132,7 +132,7 @@ class TokenEncoder:
         return size[0] // patch[0], size[1] // patch[1]
 
     def encode(self, x: Tensor, ids_keep: Tensor) -> tuple[Tensor, int]:
-        """Normalised (B, C, H, W) and raster indices of kept patches (B, K) → tokens (B, P + K, D), and P.
+        """Normalized (B, C, H, W) and raster indices of kept patches (B, K) → tokens (B, P + K, D), and P.
 
         Kept tokens stay in the order of `ids_keep`; the final norm is applied as in timm's ``forward_features``.
         Raises ConfigError for a size that does not fit.

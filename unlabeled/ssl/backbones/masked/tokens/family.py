@@ -79,7 +79,7 @@ class Family:
 
     def strange_stem(self) -> str | None:
         if type(self.trunk.patch_embed) is not PatchEmbed:
-            return "its stem mixes neighbouring patches"
+            return "its stem mixes neighboring patches"
         return mixing_norm(self.trunk.patch_embed.norm)
 
     def strange_blocks(self, blocks: Iterable[nn.Module]) -> str | None:
@@ -147,7 +147,7 @@ class Family:
         return int(gh), int(gw)
 
     def encode(self, x: Tensor, ids: Tensor) -> Tensor:
-        """Normalised (B, C, H, W) and kept patches (B, K) → (B, P + K, D), as ``forward_features`` would give them."""
+        """Normalized (B, C, H, W) and kept patches (B, K) → (B, P + K, D), as ``forward_features`` would give them."""
         prefix, patches, table = self.positions((x.shape[-2] // self.cell[0], x.shape[-1] // self.cell[1]))
         tokens = self.embed(x, ids)
         if patches is not None:

@@ -22,7 +22,7 @@ class NaFlex(Family):
     def strange_stem(self) -> str | None:
         embeds = self.trunk.embeds
         if type(embeds).__name__ != "NaFlexEmbeds":
-            return "its stem mixes neighbouring patches"
+            return "its stem mixes neighboring patches"
         return mixing_norm(embeds.norm_input) or mixing_norm(embeds.norm)
 
     def own_dropping(self) -> str | None:
@@ -88,7 +88,7 @@ class VisionLanguage(Family):
         if type(self.trunk).__name__ not in self.encoders:
             return f"its encoder is {type(self.trunk).__name__}, which is not known"
         if self.model.encoder_pool not in ("", "none"):
-            return "its projector merges neighbouring patches; set encoder_pool to ''"
+            return "its projector merges neighboring patches; set encoder_pool to ''"
         return super().lacks()
 
 
@@ -102,7 +102,7 @@ class Gemma(VisionLanguage):
 
     def strange_stem(self) -> str | None:
         known = type(self.trunk.patch_embed).__name__ == "Gemma4PatchEmbed"
-        return None if known else "its stem mixes neighbouring patches"
+        return None if known else "its stem mixes neighboring patches"
 
     @property
     def own_size(self) -> tuple[int, int] | None:

@@ -1,7 +1,7 @@
 """Hiera drops whole mask units: squares inside which its first stages stay, and which end as one token each.
 
 Ryali et al., "Hiera: A Hierarchical Vision Transformer without the Bells-and-Whistles", ICML 2023, arXiv 2306.00989,
-section 3. Its patch convolution reaches a few pixels past the unit; what it finds there is zero where the neighbour is
+section 3. Its patch convolution reaches a few pixels past the unit; what it finds there is zero where the neighbor is
 dropped, as in the authors' training and in timm's ``forward_features(x, mask)``.
 """
 

@@ -46,7 +46,7 @@ class TNT(Family):
     )
 
     def strange_stem(self) -> str | None:
-        return "its stem mixes neighbouring patches" if self.trunk.pixel_embed.legacy else None
+        return "its stem mixes neighboring patches" if self.trunk.pixel_embed.legacy else None
 
     @property
     def cell(self) -> tuple[int, int]:
