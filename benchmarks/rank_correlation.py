@@ -26,7 +26,7 @@ from scipy import stats
 
 from benchmarks.timing import begun, table_head
 from unlabeled.eval.metrics import clid
-from unlabeled.eval.suite import evaluate_backbone
+from unlabeled.eval.runner import evaluate_backbone
 from unlabeled.pretext.registry import task_class, task_config
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.weights import load_backbone
@@ -68,7 +68,7 @@ class Encoder(NamedTuple):
     name: str
     backbone: Backbone
     masked_statistics: bool
-    """Whether its batch norms saw masked pictures only."""
+    """Whether its batch norms saw masked images only."""
 
 
 class RankCorrelation(NamedTuple):
@@ -128,13 +128,13 @@ def _encoder_at(config: PretrainConfig, step: Path) -> Backbone:
 def measured(encoder: Encoder, sources: tuple[ImageSource, ImageSource], run: EvaluateRun, work: Path) -> Values:
     """``evaluator/key`` → value, kNN among them."""
     settings = run.evaluate.model_copy(update={"evaluators": EVALUATORS, "baselines": False, "prefixes": ()})
-    evidence = evaluate_backbone(
+    results = evaluate_backbone(
         encoder.backbone, *sources, settings, work=work, seed=run.seed, workers=run.workers,
         masked_statistics=encoder.masked_statistics,
     )  # fmt: skip
-    assert evidence is not None, "one process evaluates"
-    found = evidence.encoders["backbone"].metrics
-    return {"accuracy": found[evidence.headline[0]], **found}
+    assert results is not None, "one process evaluates"
+    found = results.encoders["backbone"].metrics
+    return {"accuracy": found[results.headline[0]], **found}
 
 
 def link_cached(folder: Path, work: Path) -> None:

@@ -1,6 +1,6 @@
 """kNN classification: our searches against the published loop in torch and against scikit-learn; memory of large ones.
 
-Called by `benchmarks.eval`. Each side goes from features to the predicted class of each test picture, with the weights
+Called by `benchmarks.eval`. Each side goes from features to the predicted class of each test image, with the weights
 exp(cosine / 0.07) of the largest k; predictions must be equal.
 """
 
@@ -55,7 +55,7 @@ def ours(search: str) -> Side:
 
 def published(data: FeatureSet, k: int) -> IntArray:
     """The order of operations of the kNN script of facebookresearch/dino: float32 products of a hundredth of the test
-    pictures with all training pictures, topk, one-hot classes of the neighbors, their weighted sum."""
+    images with all training images, topk, one-hot classes of the neighbors, their weighted sum."""
     train, test = (F.normalize(torch.from_numpy(one.features), dim=1) for one in (data.train, data.test))
     labels, classes = torch.from_numpy(data.train.labels), len(data.classes)
     columns, hot, found = train.t(), torch.zeros(k, classes), []
@@ -103,7 +103,7 @@ def made_up(train: int, test: int, width: int, classes: int, seed: int = 0) -> F
 
 
 def stored(files: list[Path]) -> FeatureSet:
-    """Two files of ``unlabeled evaluate``'s folder ``features``: training and test pictures."""
+    """Two files of ``unlabeled evaluate``'s folder ``features``: training and test images."""
     train, test = (load_file(file) for file in files)
     count = int(train["labels"].max()) + 1
     splits = [FeatureSplit(one["features"], one["labels"]) for one in (train, test)]
@@ -112,9 +112,9 @@ def stored(files: list[Path]) -> FeatureSet:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What can be chosen."""
-    parser.add_argument("--train", type=int, default=50_000, help="training pictures")
-    parser.add_argument("--test", type=int, default=10_000, help="test pictures")
-    parser.add_argument("--widths", nargs="+", type=int, default=[384], metavar="D", help="features of a picture")
+    parser.add_argument("--train", type=int, default=50_000, help="training images")
+    parser.add_argument("--test", type=int, default=10_000, help="test images")
+    parser.add_argument("--widths", nargs="+", type=int, default=[384], metavar="D", help="features of an image")
     parser.add_argument("--classes", nargs="+", type=int, default=[100], metavar="C")
     parser.add_argument(
         "--files", nargs=2, type=Path, metavar=("TRAIN", "TEST"), help="cached features to take instead"
@@ -130,7 +130,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> list[str]:
     """Measures; prints and returns the lines of the table."""
-    names = ["features, test pictures", "search", "against", "ours, s", "theirs, s", "ratio (quartiles)", "differ"]
+    names = ["features, test images", "search", "against", "ours, s", "theirs, s", "ratio (quartiles)", "differ"]
     lines = table_head(names)
     log.info("%s", "\n".join(lines))
     if options.files:
@@ -168,9 +168,9 @@ def _row(data: FeatureSet, search: str, baseline: str, options: argparse.Namespa
 
 def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
     """What can be chosen for `memory`."""
-    parser.add_argument("--rows", type=int, default=1_000_000, help="training pictures, written to a temporary file")
-    parser.add_argument("--width", type=int, default=768, help="features of a picture")
-    parser.add_argument("--queries", type=int, default=1000, help="test pictures")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="training images, written to a temporary file")
+    parser.add_argument("--width", type=int, default=768, help="features of an image")
+    parser.add_argument("--queries", type=int, default=1000, help="test images")
     parser.add_argument("--k", type=int, default=200, help="neighbors")
     parser.add_argument("--memory-gb", nargs="+", type=float, default=[1.0, 2.0], help="evaluate.knn.memory_gb")
     parser.add_argument("--searches", nargs="+", default=["exact", "reduced"])

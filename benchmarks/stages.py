@@ -22,7 +22,7 @@ from unlabeled.ssl.backbones.masked.sparse.rows import Factor
 
 MODELS = ("convnext_tiny", "convnextv2_tiny", "resnet50", "resnet18", "efficientnet_b0", "regnety_008")
 FACTORS: dict[str, list[Factor]] = {"all": []} | {f"1/{32 // f}": [(f, f)] for f in (1, 2, 4, 8, 16)}
-"""Column → resolutions stored whole; for pictures of 224 pixels with cells of 32."""
+"""Column → resolutions stored whole; for images of 224 pixels with cells of 32."""
 
 
 def ratios(backbone: Backbone, visible: float, options: argparse.Namespace) -> list[float]:

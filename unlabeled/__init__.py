@@ -24,8 +24,8 @@ _PUBLIC = {
     "load_backbone": "unlabeled.api",
     "pretrain": "unlabeled.api",
     # What they give back.
-    "EncoderEvidence": "unlabeled.eval.results",
-    "Evidence": "unlabeled.eval.results",
+    "EncoderResults": "unlabeled.eval.results",
+    "Results": "unlabeled.eval.results",
     "Exported": "unlabeled.workflows.export",
     "FinetuneResult": "unlabeled.workflows.finetune.run",
     "PretrainResult": "unlabeled.workflows.pretrain",
@@ -90,7 +90,7 @@ _PUBLIC = {
     "Measure": "unlabeled.eval.base",
     "Measured": "unlabeled.eval.base",
     "Point": "unlabeled.eval.base",
-    "Subject": "unlabeled.eval.subject",
+    "EncodedDataset": "unlabeled.eval.encoded_dataset",
     "Value": "unlabeled.eval.base",
     "check_evaluator": "unlabeled.testing",
     "check_features": "unlabeled.eval.base",
@@ -101,14 +101,14 @@ _PUBLIC = {
     "Comparison": "unlabeled.eval.comparison",
     "EvalTransform": "unlabeled.eval.features.extract",
     "LayerSimilarity": "unlabeled.eval.evaluators.layers",
-    "Verdict": "unlabeled.eval.comparison",
+    "Summary": "unlabeled.eval.comparison",
     "cka_between": "unlabeled.eval.evaluators.layers",
     "compare": "unlabeled.eval.comparison",
-    "evaluate_backbone": "unlabeled.eval.suite",
+    "evaluate_backbone": "unlabeled.eval.runner",
     "extract_features": "unlabeled.eval.features.extract",
-    "judge": "unlabeled.eval.comparison",
-    "map_pictures": "unlabeled.eval.dense.maps",
-    "random_twin": "unlabeled.eval.subject",
+    "summarize": "unlabeled.eval.comparison",
+    "map_images": "unlabeled.eval.dense.maps",
+    "random_twin": "unlabeled.eval.encoded_dataset",
     "read_metrics": "unlabeled.ssl.train.monitor",
     "read_report": "unlabeled.report.document",
     # Faults of the input, each told in one line.
@@ -141,22 +141,22 @@ if TYPE_CHECKING:
     from unlabeled.eval.base import Value as Value
     from unlabeled.eval.base import check_features as check_features
     from unlabeled.eval.comparison import Comparison as Comparison
-    from unlabeled.eval.comparison import Verdict as Verdict
+    from unlabeled.eval.comparison import Summary as Summary
     from unlabeled.eval.comparison import compare as compare
-    from unlabeled.eval.comparison import judge as judge
+    from unlabeled.eval.comparison import summarize as summarize
     from unlabeled.eval.dense.maps import CAPTIONS as CAPTIONS
-    from unlabeled.eval.dense.maps import map_pictures as map_pictures
+    from unlabeled.eval.dense.maps import map_images as map_images
+    from unlabeled.eval.encoded_dataset import EncodedDataset as EncodedDataset
+    from unlabeled.eval.encoded_dataset import random_twin as random_twin
     from unlabeled.eval.evaluators.layers import LayerSimilarity as LayerSimilarity
     from unlabeled.eval.evaluators.layers import cka_between as cka_between
     from unlabeled.eval.features.extract import EvalTransform as EvalTransform
     from unlabeled.eval.features.extract import extract_features as extract_features
     from unlabeled.eval.registry import evaluator_names as evaluator_names
     from unlabeled.eval.registry import register_evaluator as register_evaluator
-    from unlabeled.eval.results import EncoderEvidence as EncoderEvidence
-    from unlabeled.eval.results import Evidence as Evidence
-    from unlabeled.eval.subject import Subject as Subject
-    from unlabeled.eval.subject import random_twin as random_twin
-    from unlabeled.eval.suite import evaluate_backbone as evaluate_backbone
+    from unlabeled.eval.results import EncoderResults as EncoderResults
+    from unlabeled.eval.results import Results as Results
+    from unlabeled.eval.runner import evaluate_backbone as evaluate_backbone
     from unlabeled.pretext.common.teacher import cosine_momentum as cosine_momentum
     from unlabeled.pretext.common.teacher import frozen_copy as frozen_copy
     from unlabeled.pretext.registry import create_task as create_task

@@ -18,7 +18,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "matrix.md"
 MATRIX = Matrix.loads(PAGE.with_suffix(".json").read_text(encoding="utf-8"))
 RUNS, REFUSALS = 12, 6
 LARGE = {"byoanet"}
-"""Modules whose network takes pictures of 256 pixels, and a step of it seconds."""
+"""Modules whose network takes images of 256 pixels, and a step of it seconds."""
 same_timm = pytest.mark.skipif(timm.__version__ != MATRIX.timm, reason=f"the matrix is of timm {MATRIX.timm}")
 
 

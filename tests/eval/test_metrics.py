@@ -41,7 +41,7 @@ def test_singular_values_are_those_of_the_decomposition(count: int, width: int) 
     np.testing.assert_allclose(found.centered, expected, rtol=1e-6, atol=1e-9)
 
 
-def test_more_pictures_than_fit_into_a_block_give_the_same_values() -> None:
+def test_more_images_than_fit_into_a_block_give_the_same_values() -> None:
     features = normal(2500, 4)
     np.testing.assert_allclose(Spectrum.of(features).uncentered, np.linalg.svd(features, compute_uv=False), rtol=1e-9)
 
@@ -145,7 +145,7 @@ def test_cluster_learnability_of_clusters_and_of_noise() -> None:
     np.testing.assert_allclose(cluster_learnability(7 * noise, seed=0), cluster_learnability(noise, seed=0), atol=0.05)
     with pytest.raises(DataError, match="fall into one cluster"):
         cluster_learnability(np.ones((50, 3)), seed=0)
-    with pytest.raises(DataError, match="needs four pictures, and there are 3"):
+    with pytest.raises(DataError, match="needs four images, and there are 3"):
         cluster_learnability(normal(3, 3), seed=0)
 
 
@@ -164,7 +164,7 @@ def test_alignment_is_the_mean_over_all_pairs_of_views() -> None:
     same = np.repeat(normal(6, 1, 5), 3, axis=1)
     assert alignment(same * np.array([1, 2, 3])[:, None]) == pytest.approx(0, abs=1e-12)
     assert alignment(np.stack([same[:, 0], -same[:, 0]], axis=1)) == pytest.approx(4)
-    with pytest.raises(DataError, match="two views of each picture"):
+    with pytest.raises(DataError, match="two views of each image"):
         alignment(normal(5, 1, 3))
 
 
@@ -188,9 +188,9 @@ def test_lidar_is_the_entropy_of_the_generalized_eigenvalues() -> None:
     assert lidar(views) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-6)
 
 
-def test_lidar_counts_what_tells_pictures_apart_and_rankme_what_varies() -> None:
+def test_lidar_counts_what_tells_images_apart_and_rankme_what_varies() -> None:
     width, signal = 20, 5
-    views = normal(400, 8, width)  # noise of views in all directions, pictures differ in five of them
+    views = normal(400, 8, width)  # noise of views in all directions, images differ in five of them
     views[..., :signal] += 30 * normal(400, 1, signal, seed=1)
     assert signal - 0.3 < lidar(views) < signal + 2
     isotropic = views / np.r_[np.full(signal, 30), np.ones(width - signal)]
@@ -198,7 +198,7 @@ def test_lidar_counts_what_tells_pictures_apart_and_rankme_what_varies() -> None
     assert lidar(normal(400, 8, width)) == pytest.approx(width, abs=1), "noise alone: all directions alike"
 
 
-def test_lidar_of_views_that_are_equal_and_of_pictures_that_are_equal() -> None:
+def test_lidar_of_views_that_are_equal_and_of_images_that_are_equal() -> None:
     equal_views = np.repeat(normal(2000, 1, 6), 3, axis=1)
     assert lidar(equal_views) == pytest.approx(6, abs=0.05)
     assert lidar(np.ones((10, 3, 6))) == 0
@@ -246,14 +246,14 @@ def test_cka_of_unrelated_features_is_biased_where_they_are_wide() -> None:
 @pytest.mark.parametrize("debiased", [False, True])
 def test_cka_of_features_that_do_not_vary_is_zero(debiased: bool) -> None:
     assert linear_cka(np.full((20, 3), 0.1), normal(20, 3), debiased=debiased) == 0
-    if debiased:  # a single picture that differs leaves nothing off the diagonal
+    if debiased:  # a single image that differs leaves nothing off the diagonal
         assert linear_cka(np.eye(20)[:, :1], normal(20, 3), debiased=True) == 0
 
 
-def test_cka_refuses_other_pictures_and_too_few() -> None:
-    with pytest.raises(DataError, match="same pictures, and there are 5 and 6"):
+def test_cka_refuses_other_images_and_too_few() -> None:
+    with pytest.raises(DataError, match="same images, and there are 5 and 6"):
         linear_cka(normal(5, 2), normal(6, 2))
-    with pytest.raises(DataError, match="debiased CKA needs four pictures, and there are 3"):
+    with pytest.raises(DataError, match="debiased CKA needs four images, and there are 3"):
         linear_cka(normal(3, 2), normal(3, 2), debiased=True)
 
 
@@ -273,5 +273,5 @@ def test_broken_features_are_refused_everywhere(value: float) -> None:
     ):
         with pytest.raises(DataError, match="1 of 12 features are NaN or infinite"):
             measure()
-    with pytest.raises(DataError, match="1 pictures are too few"):
+    with pytest.raises(DataError, match="1 images are too few"):
         uniformity(features[:1])

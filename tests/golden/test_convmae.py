@@ -53,7 +53,7 @@ def build(pair, norm_pix: bool, execution: str = "gathered") -> ConvMAE:
     }
     size = (config["image_size"], config["image_size"])
     task = ConvMAE(ConvMAEConfig.model_validate(settings), Backbone(model, size=size))
-    assert task.load_official(pair.group("state")) == ([], [])
+    assert task.load_reference(pair.group("state")) == ([], [])
     return task
 
 

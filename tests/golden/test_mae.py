@@ -51,7 +51,7 @@ def build(pair, norm_pix: bool) -> MAE:
     }
     size = (config["image_size"], config["image_size"])
     task = MAE(MAEConfig.model_validate(settings), Backbone(model, size=size))
-    assert task.load_official(pair.group("state")) == ([], [])
+    assert task.load_reference(pair.group("state")) == ([], [])
     return task
 
 

@@ -24,7 +24,7 @@ SEEN_AS = {
 
 
 def linear(color: str) -> np.ndarray:
-    value = np.array([int(color[place : place + 2], 16) / 255 for place in (1, 3, 5)])
+    value = np.array([int(color[position : position + 2], 16) / 255 for position in (1, 3, 5)])
     return np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
 
 
@@ -67,7 +67,7 @@ def test_the_commonest_ten_classes_have_colors_and_the_rest_is_gray() -> None:
     assert ">other classes<" in svg
     few = embedding_figure(points([0, 2]), ["a", "b", "c"])
     assert ">other classes<" not in few
-    assert ">b<" not in few, "no picture of it"
+    assert ">b<" not in few, "no image of it"
 
 
 def test_a_map_of_a_thousand_points_is_light() -> None:

@@ -42,7 +42,7 @@ class _Plain(PretextTask):
     @classmethod
     def views(cls, config: TaskConfig, backbone: Backbone) -> Views:
         height, width = backbone.input_size
-        return lambda picture: {"image": picture[:, :height, :width].float() / 255}
+        return lambda image: {"image": image[:, :height, :width].float() / 255}
 
     def forward(self, batch: Batch, *args: object, **draw: Tensor) -> StepOutput:
         return StepOutput(self.head(self.backbone(batch["image"])).square().mean(), {})

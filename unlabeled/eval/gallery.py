@@ -1,4 +1,4 @@
-"""Test pictures beside their nearest training pictures: what the features take to be alike."""
+"""Test images beside their nearest training images: what the features take to be alike."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PIXELS = 112
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """One small picture and what is known of it."""
+    """One small image and what is known of it."""
 
     image: Tensor
     """uint8 (3, h, w)."""
@@ -31,7 +31,7 @@ class Thumbnail:
 
 @dataclass(frozen=True)
 class GalleryRow:
-    """A test picture and its nearest training pictures, most similar first."""
+    """A test image and its nearest training images, most similar first."""
 
     query: Thumbnail
     neighbors: tuple[Thumbnail, ...]
@@ -47,7 +47,7 @@ def nearest_gallery(
     columns: int = 5,
     seed: int = 0,
 ) -> tuple[GalleryRow, ...]:
-    """`rows` test pictures, drawn by `seed` and not picked for looks, with their `columns` nearest neighbors.
+    """`rows` test images, drawn by `seed` and not picked for looks, with their `columns` nearest neighbors.
 
     `neighbors` int64 (N, k) are rows of the training split, `similarities` float32 (N, k); `sources` is (train, test).
     """
@@ -71,7 +71,7 @@ def _thumbnail(source: ImageSource, split: FeatureSplit, row: int, similarity: f
 
 
 def shrunk(image: Tensor, longest: int) -> Tensor:
-    """uint8 (3, H, W) with its longer side cut to `longest` pixels; smaller pictures stay as they are."""
+    """uint8 (3, H, W) with its longer side cut to `longest` pixels; smaller images stay as they are."""
     height, width = image.shape[-2:]
     if max(height, width) <= longest:
         return image

@@ -1,9 +1,9 @@
 """Label-free measures of a representation: pure functions of features, computed in double precision.
 
-All but alignment, uniformity and CKA change with the number of pictures N: compare values of equal N only, and RankMe
+All but alignment, uniformity and CKA change with the number of images N: compare values of equal N only, and RankMe
 within one family of networks and methods only (Garrido et al., 2023). Which layer the features are of matters as well.
 
-Shapes: N pictures, D features, Q views of a picture.
+Shapes: N images, D features, Q views of an image.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Features = npt.NDArray[np.floating[Any]]
 Array = npt.NDArray[np.float64]
 
 _ROWS = 1024
-"""Pictures taken at a time; bounds the memory of copies in double precision."""
+"""Images taken at a time; bounds the memory of copies in double precision."""
 _CANDIDATES = 10
 """Neighbors that single precision proposes, of which double precision finds the nearest two."""
 
@@ -46,7 +46,7 @@ class Spectrum:
     def of(cls, features: Features) -> Spectrum:
         """From features (N, D), through the smaller of the D x D and N x N products, whose eigenvalues are squares.
 
-        Raises DataError for NaN or infinite features and for fewer than two pictures.
+        Raises DataError for NaN or infinite features and for fewer than two images.
         """
         mean = _checked(features).mean(axis=0, dtype=np.float64)
         count, width = features.shape
@@ -65,7 +65,7 @@ class Spectrum:
 def rankme(spectrum: Spectrum) -> float:
     """RankMe: exp of the entropy of the uncentered singular values, from 1 to min(N, D); 0 for features that are all 0.
 
-    Garrido et al. 2023, 2210.02885, eq. 1: p = σ / Σσ + 1e-7; the paper takes 25,600 training pictures. A mean that is
+    Garrido et al. 2023, 2210.02885, eq. 1: p = σ / Σσ + 1e-7; the paper takes 25,600 training images. A mean that is
     large beside the spread makes it small.
     """
     return _entropy_rank(spectrum.uncentered, 1e-7)
@@ -118,17 +118,17 @@ def two_nn(features: Features, *, discard: float = 0.1) -> float:
 
 
 def cluster_learnability(features: Features, *, seed: int) -> float:
-    """How well the nearest neighbor (cosine) tells the cluster of a picture: accuracy from 0 to 1.
+    """How well the nearest neighbor (cosine) tells the cluster of an image: accuracy from 0 to 1.
 
     Of CLID (Lu et al. 2022, 2206.01251): round(√N) clusters by k-means of the normalized features; one random half of
-    the pictures is told by the other. A single cluster is told perfectly, so 1 can be the sign of a collapse. Raises
-    DataError for fewer than four pictures and when all end in one cluster.
+    the images is told by the other. A single cluster is told perfectly, so 1 can be the sign of a collapse. Raises
+    DataError for fewer than four images and when all end in one cluster.
     """
     import faiss  # loads its own OpenMP runtime, which most runs do not need
 
     points = np.ascontiguousarray(_unit(_checked(features)), dtype=np.float32)
     if len(points) < 4:
-        raise DataError(f"evaluate: cluster learnability needs four pictures, and there are {len(points)}")
+        raise DataError(f"evaluate: cluster learnability needs four images, and there are {len(points)}")
     clusters = round(math.sqrt(len(points)))
     with faiss_threads():
         kmeans = faiss.Kmeans(
@@ -161,7 +161,7 @@ def clid(learnability: Sequence[float], dimension: Sequence[float]) -> Array:
 
 
 def alignment(views: Features) -> float:
-    """Mean squared distance of two views of a picture, (N, Q, D), features of unit length: 0 (equal) to 4.
+    """Mean squared distance of two views of an image, (N, Q, D), features of unit length: 0 (equal) to 4.
 
     Wang & Isola 2020, 2005.10242, with α = 2, over all pairs of the Q views.
     """
@@ -169,10 +169,10 @@ def alignment(views: Features) -> float:
 
 
 def pair_distances(views: Features) -> Array:
-    """`alignment` of each picture, (N,). Raises DataError for fewer than two views and for NaN."""
+    """`alignment` of each image, (N,). Raises DataError for fewer than two views and for NaN."""
     _checked(views.reshape(len(views), -1))
     if views.shape[1] < 2:
-        raise DataError("evaluate: alignment needs two views of each picture")
+        raise DataError("evaluate: alignment needs two views of each image")
     unit, count = _unit(views), views.shape[1]
     # all ordered pairs: Σ |x - y|² = 2 Q Σ |x|² - 2 |Σ x|²
     total = 2 * count * (unit**2).sum(axis=(1, 2)) - 2 * (unit.sum(axis=1) ** 2).sum(axis=1)
@@ -181,10 +181,10 @@ def pair_distances(views: Features) -> Array:
 
 
 def uniformity(features: Features, *, t: float = 2.0) -> float:
-    """log of the mean of exp(-t |x - y|²) over all pairs of distinct pictures, features (N, D) of unit length.
+    """log of the mean of exp(-t |x - y|²) over all pairs of distinct images, features (N, D) of unit length.
 
     Wang & Isola 2020, 2005.10242: 0 when all are equal, about -4 (for t = 2) when they are spread over a sphere of many
-    dimensions. Raises DataError for fewer than two pictures and for NaN.
+    dimensions. Raises DataError for fewer than two images and for NaN.
     """
     unit = _unit(_checked(features))
     squares = (unit**2).sum(axis=1)
@@ -197,17 +197,17 @@ def uniformity(features: Features, *, t: float = 2.0) -> float:
 
 
 def lidar(views: Features, *, delta: float = 1e-4) -> float:
-    """LiDAR of Q views of each of N pictures, (N, Q, D): from 1 to min(N - 1, D); 0 when all pictures are alike.
+    """LiDAR of Q views of each of N images, (N, Q, D): from 1 to min(N - 1, D); 0 when all images are alike.
 
     Thilak et al. 2023, 2312.04000: exp of the entropy of p = λ / Σλ + 1e-8, λ the eigenvalues of Σ_w^-½ Σ_b Σ_w^-½,
-    Σ_b the covariance of the pictures' means and Σ_w the mean covariance of a picture's views plus `delta` I, so that
+    Σ_b the covariance of the images' means and Σ_w the mean covariance of an image's views plus `delta` I, so that
     it depends on the features' scale. The paper takes N = 1000, Q = 50 and the views of the pretext task. It says how
-    many directions tell pictures apart, alike, and not how well: views of pure noise give D.
+    many directions tell images apart, alike, and not how well: views of pure noise give D.
     """
     _checked(views.reshape(len(views), -1))
     count, each, width = views.shape
     if each < 2:
-        raise DataError("evaluate: LiDAR needs two views of each picture")
+        raise DataError("evaluate: LiDAR needs two views of each image")
     means = views.mean(axis=1, dtype=np.float64)
     within = np.eye(width) * delta
     for start in range(0, count, max(1, _ROWS // each)):
@@ -222,15 +222,15 @@ def lidar(views: Features, *, delta: float = 1e-4) -> float:
 
 
 def linear_cka(first: Features, second: Features, *, debiased: bool | None = None) -> float:
-    """Linear CKA of two representations (N, D1), (N, D2) of the same pictures; 1 when they are the same.
+    """Linear CKA of two representations (N, D1), (N, D2) of the same images; 1 when they are the same.
 
     Kornblith et al. 2019, 1905.00414. Rotations, offsets and a common scale change nothing. The plain form is biased
     upwards where N is not far above D; `debiased` takes the unbiased HSIC (Song et al. 2012; Nguyen et al. 2021,
     2010.15327), whose mean is 0 for unrelated features; None: where D1 or D2 is N or more. 0 where one of them does not
-    vary. Raises DataError for NaN, for unlike N, and for fewer than four pictures where debiased.
+    vary. Raises DataError for NaN, for unlike N, and for fewer than four images where debiased.
     """
     if len(first) != len(second):
-        raise DataError(f"evaluate: CKA compares the same pictures, and there are {len(first)} and {len(second)}")
+        raise DataError(f"evaluate: CKA compares the same images, and there are {len(first)} and {len(second)}")
     width, count = max(first.shape[1], second.shape[1]), len(first)
     debiased = width >= count if debiased is None else debiased
     if debiased or width >= count:
@@ -251,13 +251,13 @@ def centered_gram(features: Features, *, debiased: bool) -> Array:
     before, count = float(np.linalg.norm(gram)), len(gram)
     if debiased:
         if count < 4:
-            raise DataError(f"evaluate: debiased CKA needs four pictures, and there are {count}")
+            raise DataError(f"evaluate: debiased CKA needs four images, and there are {count}")
         np.fill_diagonal(gram, 0)
         sums = gram.sum(axis=1) / (count - 2)
         gram -= sums[:, None] + sums[None, :] - sums.sum() / (count - 1)
         np.fill_diagonal(gram, 0)
     norm = float(np.linalg.norm(gram))
-    if norm <= 1e-10 * before:  # rounding alone, as when a single picture differs from the others
+    if norm <= 1e-10 * before:  # rounding alone, as when a single image differs from the others
         return np.zeros_like(gram)
     gram /= norm
     return gram
@@ -289,7 +289,7 @@ def _roots(product: Array, terms: int) -> Array:
 
 def _checked(features: Features) -> Features:
     if len(features) < 2:
-        raise DataError(f"evaluate: {len(features)} pictures are too few; nothing can be measured")
+        raise DataError(f"evaluate: {len(features)} images are too few; nothing can be measured")
     broken = sum(int((~np.isfinite(rows).all(axis=1)).sum()) for rows in _blocks(features, wide=False))
     if broken:
         raise DataError(

@@ -35,13 +35,13 @@ class SizeResult(_Record):
     """Blocks of each stage."""
     parameters: int
     macs: int
-    """Multiply-adds for one picture."""
+    """Multiply-adds for one image."""
     metrics: dict[str, float]
     """``evaluator/name`` → accuracy on the test split, a fraction."""
     random: dict[str, float] = {}
     """The same of the same network with random weights; empty: not measured."""
     recalibrated: int = 0
-    """Training pictures on which the statistics of its batch norms were estimated; 0: they were not."""
+    """Training images on which the statistics of its batch norms were estimated; 0: they were not."""
     seconds: float = 0.0
     weights: str
     """SHA-256 of the file that the weights come from."""
@@ -56,8 +56,8 @@ class SizeCurve(_Record):
     """Metrics to quote, such as ``knn/k20``."""
     labels: dict[str, str] = {}
     """What tables call them."""
-    train_pictures: int
-    test_pictures: int
+    train_images: int
+    test_images: int
     sizes: int
     """How many the run holds, measured or not."""
     pixels: dict[str, float] = {}

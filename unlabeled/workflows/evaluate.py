@@ -15,14 +15,14 @@ import timm
 import torch
 import yaml
 
-from unlabeled.eval.comparison import judge
+from unlabeled.eval.comparison import summarize
 from unlabeled.eval.features.recalibrate import batch_norms
-from unlabeled.eval.results import Evidence
+from unlabeled.eval.results import Results
+from unlabeled.eval.runner import evaluate_backbone
 from unlabeled.eval.size_curve import SizeCurve, read_curve
-from unlabeled.eval.suite import evaluate_backbone
 from unlabeled.pretext.registry import task_class, task_config
+from unlabeled.report.images import read_images
 from unlabeled.report.page import render_report
-from unlabeled.report.pictures import read_pictures
 from unlabeled.report.summary import RunSummary, count_parameters, name_backbone, name_data, summarize_run
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.backbones.given import fill_adopted, record, require_given
@@ -56,7 +56,7 @@ class Target:
 
 def evaluate_config(
     target: str | Path,
-    words: Sequence[str] = (),
+    overrides: Sequence[str] = (),
     values: Mapping[str, Any] | None = None,
     backbone: Backbone | None = None,
 ) -> EvaluateRun:
@@ -64,13 +64,13 @@ def evaluate_config(
 
     `backbone`: a network that is given from Python: the target itself, or what the target's weights belong to.
     """
-    run = compose_settings("evaluate", words, EvaluateRun, {**(values or {}), "target": str(target)})
+    run = compose_settings("evaluate", overrides, EvaluateRun, {**(values or {}), "target": str(target)})
     also = ("knn", "linear") if run.sizes is not None else ()  # what the sizes are judged by
-    run = run.model_copy(update={"evaluate": settle_evaluation(run.evaluate, words, values, also=also)})
+    run = run.model_copy(update={"evaluate": settle_evaluation(run.evaluate, overrides, values, also=also)})
     return run if backbone is None else run.model_copy(update={"backbone": record(backbone)})
 
 
-def evaluate_target(run: EvaluateRun, backbone: Backbone | None = None) -> Evidence:
+def evaluate_target(run: EvaluateRun, backbone: Backbone | None = None) -> Results:
     """Evaluates what `run.target` names, its sizes too if they are asked for, writes the report, returns the evidence.
 
     `backbone` as in `evaluate_config`; the weights that the target names are loaded into it.
@@ -83,17 +83,17 @@ def evaluate_target(run: EvaluateRun, backbone: Backbone | None = None) -> Evide
     device = torch.device("cuda" if run.device == "auto" and torch.cuda.is_available() else "cpu")
     train, test = open_source(data, "train"), open_source(data, "test")
     work = target.folder or run.out or _report_folder(run, target)
-    pictures = read_pictures(target.folder) if target.folder is not None else None
-    evidence = evaluate_backbone(
+    images = read_images(target.folder) if target.folder is not None else None
+    results = evaluate_backbone(
         target.backbone, train, test, run.evaluate, work=work, device=device, seed=run.seed, workers=run.workers,
         masked_statistics=run.evaluate.recalibrate == "auto" and masked_statistics(target),
     )  # fmt: skip
-    assert evidence is not None, "one process evaluates"
+    assert results is not None, "one process evaluates"
     summary = _summary(run, target, data, str(device))
-    sizes = measure_sizes(plan, run, (train, test), evidence, device) if plan is not None else _measured(target)
-    report = render_report(_report_folder(run, target), summary, evidence, _metrics(target), pictures, sizes=sizes)
-    log.info("%s Report: %s", judge(evidence).summary, report)
-    return evidence
+    sizes = measure_sizes(plan, run, (train, test), results, device) if plan is not None else _measured(target)
+    report = render_report(_report_folder(run, target), summary, results, _metrics(target), images, sizes=sizes)
+    log.info("%s Report: %s", summarize(results).summary, report)
+    return results
 
 
 def resolve_target(run: EvaluateRun, given: Backbone | None = None) -> Target:
@@ -202,7 +202,7 @@ def _data(run: EvaluateRun, config: PretrainConfig | None) -> DataConfig:
 
 
 def masked_statistics(target: Target) -> bool:
-    """Whether the task that trained the target collected batch-norm statistics on masked pictures only."""
+    """Whether the task that trained the target collected batch-norm statistics on masked images only."""
     if target.config is None or not batch_norms(target.backbone):
         return False
     try:

@@ -24,7 +24,7 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 
 def compose_settings(
-    command: str, words: Sequence[str], model: type[SectionT], values: Mapping[str, Any] | None = None
+    command: str, overrides: Sequence[str], model: type[SectionT], values: Mapping[str, Any] | None = None
 ) -> SectionT:
     """The settings of `command` as `model`: its file, then the words, then Python `values` on top.
 
@@ -32,7 +32,7 @@ def compose_settings(
     word that cannot be read, an unknown setting, or an impossible value.
     """
     choices = {"task": Recipes(), "data": Sources()}
-    return with_sources(compose_config(command, words, model, values=values, choices=choices))
+    return with_sources(compose_config(command, overrides, model, values=values, choices=choices))
 
 
 def with_sources(config: SectionT, field: str = "") -> SectionT:
@@ -64,7 +64,7 @@ def tiny(config: RunConfig) -> dict[str, Any]:
 
 def settle_evaluation(
     evaluate: EvaluateConfig,
-    words: Sequence[str],
+    overrides: Sequence[str],
     values: Mapping[str, Any] | None = None,
     *,
     also: Sequence[str] = (),
@@ -74,7 +74,7 @@ def settle_evaluation(
     What the words and values set must have an effect; what a recipe's file sets need not. `also`: evaluators that run
     beside those that are chosen. Raises ConfigError, in one line.
     """
-    return settle(evaluate, given=set_within("evaluate", words, values), also=also)
+    return settle(evaluate, given=set_within("evaluate", overrides, values), also=also)
 
 
 def data_values(data: object) -> dict[str, Any]:

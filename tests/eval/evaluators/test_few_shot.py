@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from eval_helpers import plain_pairs, plain_values
-from feature_helpers import broken, clouds, labeled, same, subject
+from feature_helpers import broken, clouds, dataset, labeled, same
 from sklearn.neighbors import NearestCentroid
 
 from unlabeled.eval.base import Estimate, FeatureSplit
@@ -19,7 +19,7 @@ SHORT = FewShotConfig(episodes=40)
 
 
 def run(config: FewShotConfig, train: FeatureSplit, test: FeatureSplit) -> tuple[list[str], dict]:
-    pairs = plain_pairs(FewShotEvaluator(config).run(subject(train, test)))
+    pairs = plain_pairs(FewShotEvaluator(config).run(dataset(train, test)))
     return [value for key, value in pairs if key == "note"], {k: v for k, v in pairs if k != "note"}
 
 
@@ -33,7 +33,7 @@ def test_episodes_are_those_of_nearest_centroids() -> None:
         right = 0
         drawn = [generator.choice(members[one], 9, replace=False) for one in generator.permutation(8)[:4]]
         support = np.concatenate([rows[:3] for rows in drawn])
-        assert len(np.unique(np.concatenate(drawn))) == 36, "no picture twice in an episode"
+        assert len(np.unique(np.concatenate(drawn))) == 36, "no image twice in an episode"
         model = NearestCentroid().fit(split.features[support].astype(np.float64), split.labels[support])
         for rows in drawn:
             right += (model.predict(split.features[rows[3:]].astype(np.float64)) == split.labels[rows[3:]]).sum()
@@ -78,7 +78,7 @@ def test_queries_then_ways_are_cut_and_said() -> None:
     uneven = labeled(clouds(24, 4, seed=1), *[0] * 11, *[1] * 11, 2, 3)
     notes, values = run(FewShotConfig(episodes=5, shots=(1, 5, 50)), clouds(20, 4), uneven)
     assert list(values) == ["2way_1shot", "2way_5shot"]
-    assert notes[-1] == "no two test classes have pictures enough for 50 shots"
+    assert notes[-1] == "no two test classes have images enough for 50 shots"
 
 
 def test_ways_and_queries_that_are_possible() -> None:
@@ -92,12 +92,12 @@ def test_ways_and_queries_that_are_possible() -> None:
 
 def test_what_cannot_be_judged_is_refused() -> None:
     evaluator, good = FewShotEvaluator(SHORT), clouds(60, 3)
-    with pytest.raises(DataError, match="no two test classes have 2 pictures, one more than the shots"):
-        plain_values(evaluator.run(subject(good, clouds(3, 3))))
+    with pytest.raises(DataError, match="no two test classes have 2 images, one more than the shots"):
+        plain_values(evaluator.run(dataset(good, clouds(3, 3))))
     with pytest.raises(DataError, match="no two test classes"):
-        plain_values(evaluator.run(subject(good, labeled(good, 1))))
+        plain_values(evaluator.run(dataset(good, labeled(good, 1))))
     with pytest.raises(DataError, match="1 of 60 test features are NaN"):
-        plain_values(evaluator.run(subject(good, broken(good))))
+        plain_values(evaluator.run(dataset(good, broken(good))))
     for shots in ((), (0,)):
         with pytest.raises(ConfigError, match=r"evaluate\.few_shot\.shots: \["):
             FewShotEvaluator(FewShotConfig(shots=shots))

@@ -182,7 +182,7 @@ def test_queries_with_too_few_answers_of_an_index_are_searched_exactly() -> None
 
 
 def test_an_index_beyond_the_memory_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"evaluate\.knn\.search: hnsw needs about .* GB of memory for 900 pictures"):
+    with pytest.raises(ConfigError, match=r"evaluate\.knn\.search: hnsw needs about .* GB of memory for 900 images"):
         search(features(900, seed=0), features(3, seed=1), 5, SearchSettings(kind="hnsw", memory_gb=1e-4))
 
 

@@ -86,8 +86,8 @@ def reference_predictions(built: TransformerDecoder, latent, masking, grid, pref
     tokens = built.embed(latent)
     raster = built.mask_token.repeat(latent.shape[0], grid[0] * grid[1], 1)
     for row in range(latent.shape[0]):
-        for rank, place in enumerate(masking.ids_keep[row].tolist()):
-            raster[row, place] = tokens[row, prefix + rank]
+        for rank, position in enumerate(masking.ids_keep[row].tolist()):
+            raster[row, position] = tokens[row, prefix + rank]
     x = torch.cat([tokens[:, :prefix], raster], 1) + sincos_2d(built.dim, grid, prefix)
     for block in built.blocks:
         x = x + block.attn(block.norm1(x))

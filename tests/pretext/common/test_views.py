@@ -12,7 +12,7 @@ from unlabeled.pretext.common.views import ColorConfig, Colors, RandomCrop, cell
 
 
 def coordinates(height: int, width: int) -> Tensor:
-    """A picture whose red says where a pixel lies from left to right, and green from top to bottom."""
+    """An image whose red says where a pixel lies from left to right, and green from top to bottom."""
     rows = torch.linspace(0, 255, height).view(-1, 1).expand(height, width)
     columns = torch.linspace(0, 255, width).view(1, -1).expand(height, width)
     return torch.stack([columns, rows, torch.zeros(height, width)]).round().to(torch.uint8)

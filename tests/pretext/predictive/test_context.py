@@ -26,9 +26,9 @@ def _task(
     return Context(ContextConfig(**{"widths": (16, 12)} | settings), create_backbone(name, size=size, **(kwargs or {})))
 
 
-def _batch(task: Context, pictures: int = 3) -> dict[str, Tensor]:
+def _batch(task: Context, images: int = 3) -> dict[str, Tensor]:
     views = Context.views(task.config, task.backbone)
-    rows = [views(torch.randint(0, 256, (3, 50 + i, 70), dtype=torch.uint8)) for i in range(pictures)]
+    rows = [views(torch.randint(0, 256, (3, 50 + i, 70), dtype=torch.uint8)) for i in range(images)]
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
@@ -96,9 +96,9 @@ def test_loss_is_the_mean_cross_entropy_over_pairs():
     batch = _batch(task, 2)
     draw = task.draw(batch)
     total, right = 0.0, 0
-    for picture in range(2):
-        one = {name: values[picture] for name, values in draw.items()}
-        disguised = task.disguise(batch["patches"][picture], **one)
+    for image in range(2):
+        one = {name: values[image] for name, values in draw.items()}
+        disguised = task.disguise(batch["patches"][image], **one)
         embeddings = [task.backbone.pooled(task.inputs(patch[None])) for patch in disguised]
         for first, second, label in zip(*(column.tolist() for column in neighbor_pairs(3, 3)), strict=True):
             hidden = torch.cat([embeddings[first], embeddings[second]], 1) @ fc7(task.head).T
@@ -147,7 +147,7 @@ def test_non_square_patches():
     assert task(batch).loss.isfinite()
 
 
-def test_a_few_pictures_can_be_learned_by_heart():
+def test_a_few_images_can_be_learned_by_heart():
     """A network that silences itself stays at ln 8 = 2.08 and 12.5 %."""
     torch.manual_seed(0)
     task = _task("contextnet", 32, NET, pixelate=0.0, widths=(32, 32))
@@ -166,7 +166,7 @@ def test_a_few_pictures_can_be_learned_by_heart():
         assert task.eval()(batch, **draw).logs["accuracy"] > 0.4  # not read off the batch's statistics
 
 
-# --- settings, pictures and checkpoints ------------------------------------------------------------------------------
+# --- settings, images and checkpoints ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -197,19 +197,19 @@ def test_visualize_shows_the_grid_and_every_verdict():
     statistics = task.head.bn7.running_mean.clone()
     batch = _batch(task, 2)
     batch["corners"] = torch.cartesian_prod(torch.arange(3), torch.arange(3)).mul(48).expand(2, 9, 2).clone()
-    picture = task.visualize(batch)["positions"]
+    image = task.visualize(batch)["positions"]
     frame, step, side = 4, 3 * 48, 3 * 32
     panel = 3 * (128 + 2 * 2) + 2 * frame
-    assert (picture.dtype, picture.shape) == (torch.uint8, (3, 2 * (panel + 8) + 8, 2 * (panel + 8) + 8))
-    left = picture[:, 8 : 8 + panel, 8 : 8 + panel]  # of the first picture, as it was cut
-    for place in range(9):
-        top, across = frame + place // 3 * step, frame + place % 3 * step
-        raw = batch["patches"][0, place].repeat_interleave(3, 1).repeat_interleave(3, 2)
+    assert (image.dtype, image.shape) == (torch.uint8, (3, 2 * (panel + 8) + 8, 2 * (panel + 8) + 8))
+    left = image[:, 8 : 8 + panel, 8 : 8 + panel]  # of the first image, as it was cut
+    for position in range(9):
+        top, across = frame + position // 3 * step, frame + position % 3 * step
+        raw = batch["patches"][0, position].repeat_interleave(3, 1).repeat_interleave(3, 2)
         inside = (slice(None), slice(top + frame, top + side - frame), slice(across + frame, across + side - frame))
         assert torch.equal(left[inside], raw[:, frame:-frame, frame:-frame])
         color = left[:, top - frame // 2, across + side // 4].tolist()
-        assert color == {4: [150, 150, 150], 5: [40, 170, 70]}.get(place, [210, 50, 50])
+        assert color == {4: [150, 150, 150], 5: [40, 170, 70]}.get(position, [210, 50, 50])
         dot = left[:, top + side // 2, across + side + frame // 2].tolist()  # on the right side of the frame
-        assert (dot == [255, 255, 255]) == (place != 4)
+        assert (dot == [255, 255, 255]) == (position != 4)
     assert [module.training for module in task.modules()] == modes
     assert torch.equal(task.head.bn7.running_mean, statistics)

@@ -48,13 +48,13 @@ def test_all_neighbors_in_both_directions(grid, count):
     assert all(a != b for a, b in found)
 
 
-def test_labels_say_where_patches_lie_in_the_picture():
-    """Pixels that hold their own place: the picture is its coordinates."""
+def test_labels_say_where_patches_lie_in_the_image():
+    """Pixels that hold their own place: the image is its coordinates."""
     task = _task(jitter=0.2)
     down, across = torch.meshgrid(torch.arange(200), torch.arange(200), indexing="ij")
-    picture = torch.stack([down, across, torch.zeros_like(down)]).to(torch.uint8)
-    found = GridViews(task.layout, (40_000, 40_000))(picture)
-    middles = found["patches"].float().mean((2, 3))  # (P, 3): row and column in the picture
+    image = torch.stack([down, across, torch.zeros_like(down)]).to(torch.uint8)
+    found = GridViews(task.layout, (40_000, 40_000))(image)
+    middles = found["patches"].float().mean((2, 3))  # (P, 3): row and column in the image
     for first, second, label in zip(*(column.tolist() for column in neighbor_pairs(3, 3)), strict=True):
         below, beside = (middles[second] - middles[first])[:2].tolist()
         right, down_label = OFFSETS[label]
@@ -68,7 +68,7 @@ def test_the_paper_s_numbers_for_patches_of_96_and_their_proportions():
     assert ContextConfig().layout((96, 96)) == PAPER
     assert ContextConfig().layout((32, 64)) == GridLayout((3, 3), (32, 64), (16, 32), (2, 5))
     assert PAPER.extent == (384, 384)
-    assert GridLayout((2, 2), *PAPER[1:]).needs == (247, 247)  # below which the authors reject a picture
+    assert GridLayout((2, 2), *PAPER[1:]).needs == (247, 247)  # below which the authors reject an image
     views = Context.views(ContextConfig(), create_backbone("contextnet", **NET))
     assert views.pixels == (150_000, 450_000)
     assert Context.views(ContextConfig(), create_backbone("test_resnet", size=32)).pixels == pytest.approx(
@@ -98,15 +98,15 @@ def test_grids_lie_anywhere_and_patches_stay_inside():
     assert len(set(corners[:, 0, 1].tolist())) > 60
 
 
-@pytest.mark.parametrize("picture", [(375, 500), (500, 333), (32, 32), (1, 3), (3, 900)])
-def test_views_of_any_picture(picture):
+@pytest.mark.parametrize("image", [(375, 500), (500, 333), (32, 32), (1, 3), (3, 900)])
+def test_views_of_any_image(image):
     views = pickle.loads(pickle.dumps(Context.views(ContextConfig(), create_backbone("contextnet", **NET))))
-    found = views(torch.randint(0, 256, (3, *picture), dtype=torch.uint8))
+    found = views(torch.randint(0, 256, (3, *image), dtype=torch.uint8))
     assert (found["patches"].shape, found["patches"].dtype) == ((9, 3, 96, 96), torch.uint8)
     assert (found["corners"].shape, found["corners"].dtype) == ((9, 2), torch.int64)
 
 
-def test_pictures_keep_their_aspect_and_get_a_random_number_of_pixels():
+def test_images_keep_their_aspect_and_get_a_random_number_of_pixels():
     views = GridViews(PAPER, (150_000, 450_000))
     sizes = [views.resize(torch.zeros(3, 40, 60, dtype=torch.uint8)).shape[1:] for _ in range(60)]
     assert all(abs(width / height - 1.5) < 0.01 for height, width in sizes)
@@ -120,12 +120,12 @@ def test_pictures_keep_their_aspect_and_get_a_random_number_of_pixels():
 
 
 def test_patches_are_never_mirrored():
-    """Brightness rises to the right and downwards in the picture, so it does in every patch."""
+    """Brightness rises to the right and downwards in the image, so it does in every patch."""
     views = Context.views(ContextConfig(), create_backbone("test_resnet", size=32))
     rising = torch.arange(0, 240, 4, dtype=torch.uint8)
-    picture = torch.stack([rising.expand(60, 60), rising[:, None].expand(60, 60), rising.expand(60, 60)])
+    image = torch.stack([rising.expand(60, 60), rising[:, None].expand(60, 60), rising.expand(60, 60)])
     for _ in range(5):
-        patches = views(picture)["patches"].float()
+        patches = views(image)["patches"].float()
         assert (patches[:, 0, :, -1] > patches[:, 0, :, 0]).all()
         assert (patches[:, 1, -1] > patches[:, 1, 0]).all()
 
@@ -198,7 +198,7 @@ def test_every_patch_has_rms_50_and_its_kept_channel_86_6():
 
 
 def test_the_kept_channel_and_the_noise_are_drawn_for_each_patch():
-    """Were one channel kept for a whole picture, both patches of every pair would share it."""
+    """Were one channel kept for a whole image, both patches of every pair would share it."""
     task = _task()
     torch.manual_seed(1)
     draw = task.draw({"patches": torch.zeros(400, 9, 3, 4, 4, dtype=torch.uint8)})
@@ -243,7 +243,7 @@ def test_colors_can_stay():
 
 
 @pytest.mark.parametrize(("name", "kwargs", "rms"), [("contextnet", NET, 50), ("test_resnet", {}, 50 / (255 * 0.226))])
-def test_backbones_get_the_contrast_of_their_own_pictures(name, kwargs, rms):
+def test_backbones_get_the_contrast_of_their_own_images(name, kwargs, rms):
     task = _task(name, 32, kwargs)
     if name != "contextnet":
         task.backbone.set_statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -51,7 +51,7 @@ def test_the_loss_is_the_sum_of_its_three_terms(weights):
     assert task.loss(first, second).item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_the_loss_of_equal_features_of_all_pictures_is_known():
+def test_the_loss_of_equal_features_of_all_images_is_known():
     constant = torch.ones(4, 12, dtype=torch.float64)
     assert make().loss(constant, constant).item() == pytest.approx(25 * (1 - 0.01))
 

@@ -1,4 +1,4 @@
-"""Labeled pictures: parts of the labels, numbering of classes, and what is done to training pictures."""
+"""Labeled images: parts of the labels, numbering of classes, and what is done to training images."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_test_classes_are_renumbered_by_name(sources: dict[str, MemorySource]) -
         open_labeled(config())
 
 
-def test_pictures_without_a_label_are_left_out(sources: dict[str, MemorySource]) -> None:
+def test_images_without_a_label_are_left_out(sources: dict[str, MemorySource]) -> None:
     sources["train"]._labels = torch.tensor([-1, 0, 1] * 10)
     train, _ = open_labeled(config())
     assert len(train) == 20
@@ -70,8 +70,8 @@ def test_pictures_without_a_label_are_left_out(sources: dict[str, MemorySource])
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([1] * 30, "all training pictures are of class 'green'"),
-        ([-1] * 30, "no picture of the training split has a label"),
+        ([1] * 30, "all training images are of class 'green'"),
+        ([-1] * 30, "no image of the training split has a label"),
         ([0, 1, 3] * 10, "training label 3 is outside the 3 classes"),
     ],
 )
@@ -89,12 +89,12 @@ def test_no_labels_at_all(sources: dict[str, MemorySource]) -> None:
 
 def test_strong_policies_never_fail_and_depend_on_the_seed_alone() -> None:
     policy = TrainTransform(AugmentConfig(auto="rand-m10-n5-inc1"), (16, 16), (0.5, 0.5, 0.5))
-    picture = torch.randint(0, 256, (3, 20, 24), dtype=torch.uint8)
+    image = torch.randint(0, 256, (3, 20, 24), dtype=torch.uint8)
     for seed in range(40):  # among five of fifteen operations at full strength is posterize, down to no bits
         with seeded(seed):
-            first = policy(picture)["image"]
+            first = policy(image)["image"]
         with seeded(seed):
-            assert torch.equal(first, policy(picture)["image"])
+            assert torch.equal(first, policy(image)["image"])
 
 
 def test_no_bits_are_black() -> None:

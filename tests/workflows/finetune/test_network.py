@@ -56,7 +56,7 @@ def test_another_size_resamples_positions_and_another_pooling_adds_its_norm() ->
     assert rebuilt.model.state_dict().keys() == network.model.state_dict().keys()
 
 
-def test_statistics_of_the_pictures_are_the_targets() -> None:
+def test_statistics_of_the_images_are_the_targets() -> None:
     target = vit()
     target.set_statistics((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     network = classifier_network(target, 3, NetworkConfig())
@@ -106,5 +106,5 @@ def test_a_network_of_ones_own_gets_its_own_classifier_or_a_linear_layer() -> No
 def test_a_network_without_a_classifier_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     target = vit()
     monkeypatch.setattr(type(target.model), "get_classifier", lambda self: nn.Identity())
-    with pytest.raises(CapabilityError, match=r"gives .* for a picture instead of 3 classes"):
+    with pytest.raises(CapabilityError, match=r"gives .* for an image instead of 3 classes"):
         classifier_network(target, 3, NetworkConfig())

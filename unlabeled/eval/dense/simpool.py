@@ -1,6 +1,6 @@
 """SimPool: pooling by the attention of the mean to the places (Psomas et al., ICCV 2023, arXiv 2309.06891).
 
-Shapes: B pictures, N places, D channels.
+Shapes: B images, N places, D channels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class SimPool(nn.Module):
     (a · (v - min v + 1e-6)^gamma)^(1/gamma), element by element, or a · v without `gamma`. The paper takes gamma 1.25
     for transformers and 2 for ConvNets.
 
-    The minimum is that of one picture, so that a picture's result does not depend on its batch. The authors'
+    The minimum is that of one image, so that an image's result does not depend on its batch. The authors'
     implementation (github.com/billpsomas/simpool) takes that of the whole batch; `official` does the same.
     """
 
@@ -46,9 +46,9 @@ class SimPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Places (B, N, D), prefix tokens left out, or a map (B, D, H, W) → (B, D)."""
-        places = _places(x)
-        values = self.norm(places)
-        weights = self._weights(places, values).unsqueeze(1)  # (B, 1, N)
+        positions = _positions(x)
+        values = self.norm(positions)
+        weights = self._weights(positions, values).unsqueeze(1)  # (B, 1, N)
         if self.gamma is None:
             return torch.squeeze(weights @ values, 1)
         with torch.autocast(x.device.type, enabled=False):  # powers near 1e-6 need float32
@@ -59,17 +59,17 @@ class SimPool(nn.Module):
             return mixed.pow(1 / power).squeeze(1)
 
     def attention(self, x: Tensor) -> Tensor:
-        """The weight of each place: (B, N), or (B, H, W) for a map; each picture's sum to 1."""
-        places = _places(x)
-        weights = self._weights(places, self.norm(places))
+        """The weight of each place: (B, N), or (B, H, W) for a map; each image's sum to 1."""
+        positions = _positions(x)
+        weights = self._weights(positions, self.norm(positions))
         return weights.view(-1, *x.shape[2:]) if x.ndim == 4 else weights
 
-    def _weights(self, places: Tensor, values: Tensor) -> Tensor:
-        query = self.query(places.mean(dim=1, keepdim=True))  # (B, 1, D)
+    def _weights(self, positions: Tensor, values: Tensor) -> Tensor:
+        query = self.query(positions.mean(dim=1, keepdim=True))  # (B, 1, D)
         logits: Tensor = (query @ self.key(values).transpose(1, 2)).squeeze(1) * self.dim**-0.5
         return logits.softmax(dim=1)
 
 
-def _places(x: Tensor) -> Tensor:
+def _positions(x: Tensor) -> Tensor:
     """(B, N, D) from that or from a map (B, D, H, W)."""
     return x.flatten(2).transpose(1, 2) if x.ndim == 4 else x

@@ -1,4 +1,4 @@
-"""Pictures for the report made of pictures: tiles in rows, classes and heat as colors.
+"""Images for the report made of images: tiles in rows, classes and heat as colors.
 
 Shapes: (h, w) pixels of one tile.
 """
@@ -23,7 +23,7 @@ _SMALLEST = 96
 
 
 def tiled(rows: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Rows of pictures uint8 (3, h, w), all of one size, on white: uint8 (3, H, W). Small ones are enlarged."""
+    """Rows of images uint8 (3, h, w), all of one size, on white: uint8 (3, H, W). Small ones are enlarged."""
     tiles = torch.stack([tile.cpu() for row in rows for tile in row])
     factor = max(1, -(-_SMALLEST // min(tiles.shape[2:])))
     tiles = tiles.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
@@ -32,7 +32,7 @@ def tiled(rows: Sequence[Sequence[Tensor]]) -> Tensor:
 
 
 def class_colors(mask: Tensor, image: Tensor, ignore: int = 255) -> Tensor:
-    """Classes (h, w) as colors over the gray picture uint8 (3, h, w); background is dark, `ignore` white."""
+    """Classes (h, w) as colors over the gray image uint8 (3, h, w); background is dark, `ignore` white."""
     table = _palette()
     colors = table[torch.where(mask == ignore, 255, mask.long() % 255)].permute(2, 0, 1).float()
     gray = image.float().mean(dim=0, keepdim=True)
@@ -49,16 +49,16 @@ def _palette() -> Tensor:
 
 
 def heat(values: Tensor, image: Tensor) -> Tensor:
-    """Values (gh, gw), at most 0..1, as colors over the gray picture uint8 (3, h, w) whose places they are."""
+    """Values (gh, gw), at most 0..1, as colors over the gray image uint8 (3, h, w) whose places they are."""
     table = torch.from_numpy(np.rint(colormaps["inferno"](np.arange(256))[:, :3] * 255))
     colors = table[(values.cpu().float().clamp(0, 1) * 255).round().long()].permute(2, 0, 1)
     gray = image.cpu().float().mean(dim=0, keepdim=True)
     return (0.7 * enlarged(colors.float(), tuple(image.shape[1:])) + 0.3 * gray).clamp(0, 255).round().to(torch.uint8)
 
 
-def enlarged(picture: Tensor, size: tuple[int, ...]) -> Tensor:
+def enlarged(image: Tensor, size: tuple[int, ...]) -> Tensor:
     """(3, gh, gw) → (3, h, w), each place a block."""
-    found: Tensor = tv.resize(picture, list(size), interpolation=InterpolationMode.NEAREST_EXACT)
+    found: Tensor = tv.resize(image, list(size), interpolation=InterpolationMode.NEAREST_EXACT)
     return found
 
 

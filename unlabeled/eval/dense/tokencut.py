@@ -1,4 +1,4 @@
-"""TokenCut: one object of a picture, found by cutting the graph of its places in two (Wang et al., CVPR 2022).
+"""TokenCut: one object of an image, found by cutting the graph of its places in two (Wang et al., CVPR 2022).
 
 arXiv 2202.11539, repository github.com/YangtaoWANG95/TokenCut. Nothing is trained, nothing but features is looked at.
 
@@ -20,7 +20,7 @@ _EPS = 1e-5
 
 
 class Cut(NamedTuple):
-    """The object of one picture."""
+    """The object of one image."""
 
     box: tuple[int, int, int, int]
     """In places."""
@@ -37,7 +37,7 @@ def cut(features: Floats, tau: float = 0.2) -> Cut:
 
     Places of cosine above `tau` are joined by 1, others by 1e-5 (W); y is the second smallest solution of
     (D - W) y = λ D y with D the degrees. The side of y's mean on which |y| is largest is the object's, and of it the
-    4-connected component around that place. Where all places are alike the object is the whole picture.
+    4-connected component around that place. Where all places are alike the object is the whole image.
     """
     grid = features.shape[1:]
     rows = features.reshape(len(features), -1).T.astype(np.float64)

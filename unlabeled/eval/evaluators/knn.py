@@ -1,7 +1,7 @@
 """Weighted nearest-neighbor classification on frozen features.
 
 The protocol of DINO and DINOv2 (Caron et al. 2021, 2104.14294; Oquab et al. 2023, 2304.07193; facebookresearch/dinov2):
-cosine similarity, one list of the largest k neighbors for each test picture, each voting for its class with weight
+cosine similarity, one list of the largest k neighbors for each test image, each voting for its class with weight
 softmax(similarity / temperature) over that list; a smaller k uses the first k votes. One departure: a class that no
 neighbor votes for never counts as one of the five guesses of a top-5 accuracy.
 """
@@ -29,16 +29,16 @@ from unlabeled.eval.base import (
     Value,
     check_features,
 )
+from unlabeled.eval.encoded_dataset import EncodedDataset
 from unlabeled.eval.intervals import over_draws
 from unlabeled.eval.neighbors.search import APPROXIMATE, SearchSettings, recall, search
-from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import ConfigError
 
 _HEADLINE_K = 20
 _HEADLINE_TEMPERATURE = 0.07
 """Both fixed beforehand: choosing them by test accuracy would flatter the result."""
 _QUERIES = 2048
-"""Test pictures that vote at a time; bounds the memory of the (queries, classes) scores."""
+"""Test images that vote at a time; bounds the memory of the (queries, classes) scores."""
 
 
 def _listed(value: Any) -> Any:
@@ -61,24 +61,24 @@ class KnnConfig(EvaluatorConfig):
     memory_gb: float = Field(2.0, gt=0)
     """Of training features made ready in memory at a time, in 1e9 bytes; an approximate search needs them all."""
     shots: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """Also with so many training pictures of each class alone."""
+    """Also with so many training images of each class alone."""
     shot_draws: int = Field(5, ge=2)
-    """Draws of these pictures, which give the mean and its interval."""
+    """Draws of these images, which give the mean and its interval."""
 
 
 class KnnEvaluator(Evaluator):
     """kNN accuracy for each k and temperature of the settings.
 
-    Yields, for each k (cut to the number of training pictures, which a ``note`` then says), ``k20`` and with more than
+    Yields, for each k (cut to the number of training images, which a ``note`` then says), ``k20`` and with more than
     five classes ``k20_top5`` as fractions; ``k20_t0.1`` and ``k20_t0.1_top5`` for temperatures beside that of the
     headline; then for k and temperature of the headline ``predictions`` int64 (N,), ``neighbors`` int64 (N, k), rows
     of the training split, most similar first, and ``similarities`` float32 (N, k). An approximate search adds
     ``recall``, measured against the exact one, and a ``note``.
 
-    ``shot5`` is the mean accuracy with five training pictures of each class drawn at random, with the 95 % interval of
-    Student's t over the draws: it says what the choice of the pictures does, not what the number of test pictures does.
+    ``shot5`` is the mean accuracy with five training images of each class drawn at random, with the 95 % interval of
+    Student's t over the draws: it says what the choice of the images does, not what the number of test images does.
 
-    A test picture that is also a training picture finds itself: nothing is left out, keep the splits apart.
+    A test image that is also a training image finds itself: nothing is left out, keep the splits apart.
     """
 
     name: ClassVar = "knn"
@@ -106,16 +106,16 @@ class KnnEvaluator(Evaluator):
         parts = re.fullmatch(r"k(\d+)(?:_t([\d.e+-]+))?(_top5)?", key)
         return _votes(int(parts[1]), parts[2], 5 if parts[3] else 1) if parts is not None else None
 
-    def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
-        data = subject.features
+    def run(self, dataset: EncodedDataset) -> Iterator[tuple[str, Value]]:
+        data = dataset.features
         check_features(data)
         count = len(data.train)
         wanted = [min(k, count) for k in self.config.k]
         headline = self.headline_k(count)
         if max(self.config.k) > count:
-            yield "note", f"k was cut to {count}, the number of training pictures"
+            yield "note", f"k was cut to {count}, the number of training images"
         neighbors, similarities = nearest_neighbors(
-            data.train.features, data.test.features, max(wanted), self.config, seed=subject.seed
+            data.train.features, data.test.features, max(wanted), self.config, seed=dataset.seed
         )
         for temperature in sorted(set(self.config.temperature), key=lambda one: (one != self.temperature, one)):
             guesses = _guesses(data, neighbors, similarities, sorted(set(wanted)), temperature)
@@ -132,12 +132,12 @@ class KnnEvaluator(Evaluator):
         yield "neighbors", neighbors[:, :headline]
         yield "similarities", similarities[:, :headline]
         if self.config.search in APPROXIMATE:
-            yield from self._approximation(data, neighbors, subject.seed)
+            yield from self._approximation(data, neighbors, dataset.seed)
         for shots in dict.fromkeys(self.config.shots):
-            yield from self._few(data, shots, subject.seed)
+            yield from self._few(data, shots, dataset.seed)
 
     def headline_k(self, count: int) -> int:
-        """The k to quote with `count` training pictures: 20 when the settings have it, else the first."""
+        """The k to quote with `count` training images: 20 when the settings have it, else the first."""
         return min(_HEADLINE_K if _HEADLINE_K in self.config.k else self.config.k[0], count)
 
     def _approximation(self, data: FeatureSet, neighbors: IntArray, seed: int) -> Iterator[tuple[str, Value]]:
@@ -148,7 +148,7 @@ class KnnEvaluator(Evaluator):
     def _few(self, data: FeatureSet, shots: int, seed: int) -> Iterator[tuple[str, Value]]:
         least = int(np.bincount(data.train.labels, minlength=len(data.classes)).min())
         if least < shots:
-            yield "note", f"a class has {least} training pictures, fewer than {shots}: all that it has were taken"
+            yield "note", f"a class has {least} training images, fewer than {shots}: all that it has were taken"
         accuracies = []
         for draw in range(self.config.shot_draws):
             rows = _drawn(data.train.labels, shots, np.random.default_rng([seed, shots, draw]))
@@ -175,7 +175,7 @@ def _votes(k: int, temperature: str | None = None, guesses: int = 1, *, along: f
 
 
 def _shots(shots: int) -> Measure:
-    return Measure(f"kNN, {shots} pictures a class", "percent", point=Point("kNN", "pictures a class", shots))
+    return Measure(f"kNN, {shots} images a class", "percent", point=Point("kNN", "images a class", shots))
 
 
 def search_settings(config: KnnConfig) -> SearchSettings:
@@ -202,7 +202,7 @@ def _drawn(labels: IntArray, shots: int, generator: np.random.Generator) -> IntA
 def _guesses(
     data: FeatureSet, neighbors: IntArray, similarities: FloatArray, ks: list[int], temperature: float
 ) -> dict[int, IntArray]:
-    """k → the (up to) five best classes of each test picture, best first, int64 (N, 5)."""
+    """k → the (up to) five best classes of each test image, best first, int64 (N, 5)."""
     found: dict[int, list[IntArray]] = {k: [] for k in ks}
     for start in range(0, len(neighbors), _QUERIES):
         part = slice(start, start + _QUERIES)

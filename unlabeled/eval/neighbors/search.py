@@ -156,7 +156,7 @@ def _indexed(
     need = len(train) * (4 * train.shape[1] * 2 + 8 * _LINKS) / 1e9  # features twice, links
     if need > settings.memory_gb:
         raise ConfigError(
-            f"evaluate.knn.search: {settings.kind} needs about {need:.1f} GB of memory for {len(train)} pictures, "
+            f"evaluate.knn.search: {settings.kind} needs about {need:.1f} GB of memory for {len(train)} images, "
             f"and evaluate.knn.memory_gb is {settings.memory_gb:g}; raise it, or use exact"
         )
     rows = normalized(train)

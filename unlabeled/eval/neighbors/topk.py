@@ -103,12 +103,12 @@ def _take(keys: IntArray, block: FloatArray, floors: FloatArray, offset: int) ->
     floors = np.maximum(floors, worst(keys))
     if k < count and np.isneginf(floors).any():  # the best of this block alone are no less than its own k-th
         floors = np.maximum(floors, np.partition(block, count - k, axis=1)[:, count - k])
-    places = np.flatnonzero(block >= floors[:, None])
-    if len(places) == 0:
+    positions = np.flatnonzero(block >= floors[:, None])
+    if len(positions) == 0:
         return
-    rows = places // count
+    rows = positions // count
     counts = np.bincount(rows, minlength=len(block))
     padded = np.full((len(block), int(counts.max())), EMPTY)
     ranks = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-    padded[rows, ranks] = encoded(block.reshape(-1)[places], places - rows * count + offset)
+    padded[rows, ranks] = encoded(block.reshape(-1)[positions], positions - rows * count + offset)
     keys[:] = merged(keys, padded)

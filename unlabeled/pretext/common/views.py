@@ -1,7 +1,7 @@
-"""Views of one picture: random crops that know where they were taken, and the colors of contrastive methods.
+"""Views of one image: random crops that know where they were taken, and the colors of contrastive methods.
 
 A view's *box* is (x1, y1, x2, y2), float32: where its left, upper, right and lower edge lie in the unit square of the
-original picture. A mirrored view has x1 > x2. That is the one description of geometry that all tasks share.
+original image. A mirrored view has x1 > x2. That is the one description of geometry that all tasks share.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class View(NamedTuple):
 
 
 class RandomCrop:
-    """Random part of a picture, resized to a fixed size, mirrored at times.
+    """Random part of an image, resized to a fixed size, mirrored at times.
 
     Area U(scale), aspect log-uniform in `ratio`; after ten draws that do not fit, the largest centered part (the rule of
     torchvision's RandomResizedCrop).
@@ -49,19 +49,19 @@ class RandomCrop:
         self.interpolation = interpolation
         self._crop = v2.RandomResizedCrop(size, scale=scale, ratio=ratio)
 
-    def __call__(self, picture: Tensor) -> View:
+    def __call__(self, original: Tensor) -> View:
         """uint8 (3, H, W) of any size → a view of `size`."""
-        part = self._crop.make_params([picture])
+        part = self._crop.make_params([original])
         top, left, height, width = (int(part[name]) for name in ("top", "left", "height", "width"))
-        image = F.resized_crop(picture, top, left, height, width, list(self.size), self.interpolation, antialias=True)
-        box = crop_box(top, left, height, width, picture.shape[-2:])
+        image = F.resized_crop(original, top, left, height, width, list(self.size), self.interpolation, antialias=True)
+        box = crop_box(top, left, height, width, original.shape[-2:])
         if torch.rand(()) < self.flip:
             image, box = F.horizontal_flip(image), box[[2, 1, 0, 3]]
         return View(image, box)
 
 
 def crop_box(top: int, left: int, height: int, width: int, size: tuple[int, ...]) -> Tensor:
-    """Box (4,) of a crop in pixels of a picture of `size` (H, W), each axis in units of its own extent.
+    """Box (4,) of a crop in pixels of an image of `size` (H, W), each axis in units of its own extent.
 
     Edges lie at the centers of the outermost pixels, as in PixPro's code: (left / (W - 1), ...).
     """

@@ -1,6 +1,6 @@
 """What PixPro and PixContrast share: two crops whose places are known, pairs of near cells, a momentum teacher.
 
-Legend: B pictures, two views of each, C channels, a grid (gh, gw) of L cells, in raster order.
+Legend: B images, two views of each, C channels, a grid (gh, gw) of L cells, in raster order.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from unlabeled.pretext.common.precision import widened
 from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy
 from unlabeled.pretext.common.views import Chance, ColorConfig, Colors, Part, RandomCrop, cell_centers
-from unlabeled.pretext.dense_contrast.pair_pictures import matched_cells
+from unlabeled.pretext.dense_contrast.pair_images import matched_cells
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.level_map import LevelMap
 from unlabeled.ssl.core.errors import ConfigError
@@ -30,10 +30,10 @@ Aspect = Annotated[float, Field(gt=0)]
 
 _SMALL = 64
 """Pixels up to which `blur: auto` does not blur."""
-_PLACES = 3
+_POSITIONS = 3
 """Cells along each side that a map must have: in a smaller one nearly all pairs are near."""
 _SHOWN = 8
-"""Pictures that `visualize` shows."""
+"""Images that `visualize` shows."""
 
 
 class FirstColors(ColorConfig):
@@ -59,15 +59,15 @@ class PixelPairsConfig(TaskConfig):
     feature_dim: int = Field(256, ge=1)
     """Width of what is compared."""
     threshold: float = Field(0.7, gt=0)
-    """Two cells are a positive pair when their centers in the original picture lie less than this apart, in diagonals
-    of the coarser view's cell. On a grid finer than 7x7 the same distance in the picture is threshold * gh / 7."""
+    """Two cells are a positive pair when their centers in the original image lie less than this apart, in diagonals
+    of the coarser view's cell. On a grid finer than 7x7 the same distance in the image is threshold * gh / 7."""
     momentum: float = Field(0.99, ge=0, le=1)
     """Of the teacher at the start; it rises to 1 by half a cosine."""
     joint_passes: bool = False
     """Run both views through a network in one pass: faster, but batch norms then see both views together, unlike in the
     paper."""
     crop_scale: tuple[Part, Part] = (0.08, 1.0)
-    """Part of the picture's area that a view covers, smallest and largest."""
+    """Part of the image's area that a view covers, smallest and largest."""
     crop_ratio: tuple[Aspect, Aspect] = (3 / 4, 4 / 3)
     """Narrowest and widest width over height of that part."""
     flip: Chance = 0.5
@@ -81,16 +81,16 @@ class PixelPairsConfig(TaskConfig):
 
 
 class PixelPairViews:
-    """Two random crops of a picture, colored each in its own way, and where they were taken."""
+    """Two random crops of an image, colored each in its own way, and where they were taken."""
 
     def __init__(self, config: PixelPairsConfig, size: tuple[int, int]) -> None:
         self.crop = RandomCrop(size, scale=config.crop_scale, ratio=config.crop_ratio, flip=config.flip)
         unblurred = {} if blurs(config, size) else {"blur": 0.0}
         self.colors = [Colors(colors.model_copy(update=unblurred)) for colors in (config.first, config.second)]
 
-    def __call__(self, picture: Tensor) -> dict[str, Tensor]:
+    def __call__(self, image: Tensor) -> dict[str, Tensor]:
         """uint8 (3, H, W) → ``views`` uint8 (2, 3, h, w) and their ``boxes`` float32 (2, 4), see `common.views`."""
-        crops = [self.crop(picture) for _ in self.colors]
+        crops = [self.crop(image) for _ in self.colors]
         images = [change(crop.image) for change, crop in zip(self.colors, crops, strict=True)]
         return {"views": torch.stack(images), "boxes": torch.stack([crop.box for crop in crops])}
 
@@ -107,9 +107,9 @@ def cell_diagonals(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def cell_distances(first: Tensor, second: Tensor, first_grid: tuple[int, int], second_grid: tuple[int, int]) -> Tensor:
-    """Boxes (B, 4) of two views → (B, L1, L2): how far apart the centers of their cells lie in the original picture.
+    """Boxes (B, 4) of two views → (B, L1, L2): how far apart the centers of their cells lie in the original image.
 
-    In units of the larger of the two cells' diagonals. Each axis of the picture counts as 1, whatever its shape.
+    In units of the larger of the two cells' diagonals. Each axis of the image counts as 1, whatever its shape.
     """
     first, second = widened(first), widened(second)
     offsets = cell_centers(first, first_grid).unsqueeze(2) - cell_centers(second, second_grid).unsqueeze(1)
@@ -149,7 +149,7 @@ class PixelPairs(PretextTask):
     def __init__(self, config: PixelPairsConfig, backbone: Backbone) -> None:
         """Raises ConfigError for a level that the backbone lacks, CapabilityError for a map below 3x3 places."""
         super().__init__(config, backbone)
-        self.level = LevelMap(backbone, config.level, task=type(self).__name__, places=_PLACES)
+        self.level = LevelMap(backbone, config.level, task=type(self).__name__, positions=_POSITIONS)
         self.train_only(self.level.reached(backbone))
         self.projector = PixelMLP(self.level.channels, config.hidden_dim, config.feature_dim)
         self.teacher = nn.ModuleDict()
@@ -165,10 +165,10 @@ class PixelPairs(PretextTask):
 
     def require_size(self, size: tuple[int, int]) -> None:
         rows, columns = self.level.grid_of(self.backbone, size)
-        if min(rows, columns) < _PLACES:
+        if min(rows, columns) < _POSITIONS:
             raise ConfigError(
-                f"task.level: map {self.config.level} of {self.backbone.name} has {rows}x{columns} places for pictures "
-                f"of {size[0]}x{size[1]}, at least {_PLACES}x{_PLACES} are needed; raise backbone.size"
+                f"task.level: map {self.config.level} of {self.backbone.name} has {rows}x{columns} places for images "
+                f"of {size[0]}x{size[1]}, at least {_POSITIONS}x{_POSITIONS} are needed; raise backbone.size"
             )
 
     def follow(self, name: str) -> None:
@@ -208,12 +208,12 @@ class PixelPairs(PretextTask):
 
     def positive_pairs(self, boxes: Tensor, grid: tuple[int, ...]) -> Tensor:
         """Boxes (B, 2, 4) → bool (B, L, L): cells of the first view (rows) near cells of the second (columns)."""
-        places = (grid[-2], grid[-1])
-        return cell_distances(boxes[:, 0], boxes[:, 1], places, places) < self.config.threshold
+        positions = (grid[-2], grid[-1])
+        return cell_distances(boxes[:, 0], boxes[:, 1], positions, positions) < self.config.threshold
 
     @torch.no_grad()
     def visualize(self, batch: Batch) -> dict[str, Tensor]:
-        """``pairs``: the two views of each of the first 8 pictures, cells of a positive pair in the same color.
+        """``pairs``: the two views of each of the first 8 images, cells of a positive pair in the same color.
 
         A cell of the second view has the color of the nearest of its partners; cells without one are darkened.
         """
@@ -223,6 +223,6 @@ class PixelPairs(PretextTask):
 
 
 def overlap_logs(positive: Tensor) -> dict[str, Tensor]:
-    """``positives``: part of all pairs of cells that are near; ``overlap``: part of pictures with any such pair."""
+    """``positives``: part of all pairs of cells that are near; ``overlap``: part of images with any such pair."""
     near = positive.flatten(1)
     return {"positives": near.float().mean(), "overlap": near.any(1).float().mean()}

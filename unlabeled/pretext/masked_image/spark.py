@@ -20,12 +20,12 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from unlabeled.pretext.common.checkpoint import load_mapped
-from unlabeled.pretext.masked_image.convnext_names import official_name
+from unlabeled.pretext.masked_image.convnext_names import reference_name
 from unlabeled.pretext.masked_image.masked_image import (
     MaskedImageConfig,
     MaskedImageTask,
     Part,
-    cell_pictures,
+    cell_images,
     cell_targets,
     patchify,
     squared_error,
@@ -51,7 +51,7 @@ _DECODER_NAMES = {
 }
 """Parts of our names → of theirs, replaced in this order."""
 _UNUSED = frozenset({"imn_m", "imn_s", "norm_black"})
-"""Constants in the authors' files that only their pictures need."""
+"""Constants in the authors' files that only their images need."""
 
 
 class DecoderConfig(TaskConfig):
@@ -122,7 +122,7 @@ class SparK(MaskedImageTask):
     def forward(self, batch: Batch, *, noise: Tensor | None = None, visible: Tensor | None = None) -> StepOutput:
         """Mean squared error of the hidden cells of ``batch["image"]``, and the part of their variance explained.
 
-        A uint8 picture (B, 3, H, W) is normalized here; a float one is taken as normalized already. `noise` (B, L) or
+        A uint8 image (B, 3, H, W) is normalized here; a float one is taken as normalized already. `noise` (B, L) or
         `visible` (bool, B, gh, gw) decides the masks; None: as `draw` gives it.
         """
         images = self.images_of(batch)  # (B, 3, H, W)
@@ -148,14 +148,14 @@ class SparK(MaskedImageTask):
 
     def reconstruct(self, images: Tensor, masking: Masking) -> Tensor:
         predictions = patchify(self.predict(images, masking), self.cell)  # (B, L, ph * pw * 3)
-        return cell_pictures(predictions, images, self.cell, masking.grid)
+        return cell_images(predictions, images, self.cell, masking.grid)
 
     def parameter_groups(self) -> Iterator[NamedParameter]:
         """See the base class; mask embeddings and layer scales are not decayed either, as published."""
         for named in super().parameter_groups():
             yield named._replace(decay=named.decay and not _UNDECAYED.search(named.name))
 
-    def load_official(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+    def load_reference(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
         """Loads ``*_spark_style.pth`` (everything) and ``*_timm_style.pth`` (encoder only) files.
 
         Takes the dictionary of tensors or the file's ``{"module": ...}``. Returns (missing, unexpected) names of the
@@ -168,7 +168,7 @@ class SparK(MaskedImageTask):
             del tensors[name]
         whole = any(name.startswith(_ENCODER) for name in tensors)
         layouts = [
-            official_names(self.state_dict(), encoder=_ENCODER if whole else "", timm_names=timm_names)
+            reference_names(self.state_dict(), encoder=_ENCODER if whole else "", timm_names=timm_names)
             for timm_names in (False, True)
         ]
         return load_mapped(self, tensors, max(layouts, key=lambda names: len(names.keys() & tensors.keys())))
@@ -205,7 +205,7 @@ def fill(masked: MaskedMap, token: Tensor) -> Tensor:
 
 
 class LightDecoder(nn.Module):
-    """Doubles the coarsest map until it has the size of the picture, adding the finer maps on the way.
+    """Doubles the coarsest map until it has the size of the image, adding the finer maps on the way.
 
     Source: section 3 of the paper; sizes and initial weights are those of the authors' code. `widths` (one more than
     there are blocks) are the channels before the first, between all, and after the last block.
@@ -280,7 +280,7 @@ def _cell(unit: int | None, stride: int, name: str) -> tuple[int, int]:
 def _levels(backbone: Backbone, stride: int, count: int) -> list[int]:
     """Indices of the maps that the decoder receives, coarsest first: the deepest of each stride, by halves down to 2.
 
-    A finer map would have no block that takes it: the decoder's last block gives the picture's own size.
+    A finer map would have no block that takes it: the decoder's last block gives the image's own size.
     """
     deepest = {stage.stride: index for index, stage in enumerate(backbone.stages)}
     levels: list[int] = []
@@ -303,7 +303,7 @@ def _has_batch_norm(backbone: Backbone) -> bool:
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in backbone.model.modules())
 
 
-def official_names(own: Iterable[str], *, encoder: str = _ENCODER, timm_names: bool = False) -> dict[str, str]:
+def reference_names(own: Iterable[str], *, encoder: str = _ENCODER, timm_names: bool = False) -> dict[str, str]:
     """Name in the authors' files → name among `own`, those of the tensors of a `SparK`.
 
     `encoder` precedes the names of the encoder's tensors; with `timm_names` these are timm's own, also of a ConvNeXt.
@@ -312,7 +312,7 @@ def official_names(own: Iterable[str], *, encoder: str = _ENCODER, timm_names: b
     def official(name: str) -> str:
         if name.startswith("backbone."):
             name = name.removeprefix("backbone.model.")
-            return encoder + (name if timm_names else official_name(name))
+            return encoder + (name if timm_names else reference_name(name))
         for ours, theirs in _DECODER_NAMES.items():
             name = name.replace(ours, theirs)
         return name

@@ -1,4 +1,4 @@
-"""The settings of a mixture of tasks: which ones, how much each counts, and who sees which pictures."""
+"""The settings of a mixture of tasks: which ones, how much each counts, and who sees which images."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Part(TaskConfig):
     weight: Weight = 1.0
     """Of its loss in the sum: a number, or {start, end, schedule: linear | cosine, over: [0, 1]} over the run."""
     portion: float = Field(1.0, gt=0)
-    """Of the pictures of a batch, in proportion to the other tasks'; for `batch: split`."""
+    """Of the images of a batch, in proportion to the other tasks'; for `batch: split`."""
     settings: SerializeAsAny[TaskConfig]
     """The task's own."""
 
@@ -40,9 +40,9 @@ class MultiConfig(TaskConfig):
     tasks: tuple[Part, ...] = Field(default_factory=lambda: _parts(_ALIKE))
     """Two or more of {name: ..., weight: ..., and the task's own fields}. A bare name means weight 1."""
     batch: Literal["shared", "split"] = "shared"
-    """shared: each task sees every picture, and a step costs what the single steps cost together. split: each task sees
-    its own part of the pictures (see `portion`), and a step costs about what one task's does; the loader makes the
-    views of all tasks of each picture all the same."""
+    """shared: each task sees every image, and a step costs what the single steps cost together. split: each task sees
+    its own part of the images (see `portion`), and a step costs about what one task's does; the loader makes the
+    views of all tasks of each image all the same."""
     balance: Literal["fixed", "gradient_norm"] = "fixed"
     """fixed: the weights as they are given. gradient_norm: scaled such that, at the parameters of the backbone that all
     tasks train, the weighted gradients are as strong as the weights say, their sum unchanged."""
@@ -70,12 +70,12 @@ class MultiConfig(TaskConfig):
 
 
 def _parts(given: Any) -> tuple[Part, ...]:
-    return tuple(_part(place, one) for place, one in enumerate(given))
+    return tuple(_part(position, one) for position, one in enumerate(given))
 
 
-def _part(place: int, given: Any) -> Part:
-    """One entry of `MultiConfig.tasks`. Raises ConfigError, in one line that names ``task.tasks[place]``."""
-    where = f"task.tasks[{place}]"
+def _part(position: int, given: Any) -> Part:
+    """One entry of `MultiConfig.tasks`. Raises ConfigError, in one line that names ``task.tasks[position]``."""
+    where = f"task.tasks[{position}]"
     if isinstance(given, Part):
         return given
     fields = {"name": given} if isinstance(given, str) else given
@@ -84,7 +84,7 @@ def _part(place: int, given: Any) -> Part:
     if fields["name"] == "multi":
         raise ConfigError(f"{where}.name: a mixture cannot hold a mixture; list the inner one's tasks")
     own = {key: value for key, value in fields.items() if key in ("weight", "portion")}
-    with told_as(where):
+    with named_in_errors(where):
         settings = task_config({key: value for key, value in fields.items() if key not in own})
     try:
         return Part.model_validate({"name": fields["name"], "settings": settings, **own})
@@ -93,7 +93,7 @@ def _part(place: int, given: Any) -> Part:
 
 
 @contextmanager
-def told_as(where: str) -> Iterator[None]:
+def named_in_errors(where: str) -> Iterator[None]:
     """Names the settings of one task by where they stand, in the errors that it raises."""
     try:
         yield

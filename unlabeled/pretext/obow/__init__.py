@@ -1,4 +1,4 @@
-"""OBoW: a student that sees small parts of a picture predicts which visual words its teacher finds in the whole.
+"""OBoW: a student that sees small parts of an image predicts which visual words its teacher finds in the whole.
 
 Gidaris, Bursuc, Puy, Komodakis, Cord, Pérez, "OBoW: Online Bag-of-Visual-Words Generation for Self-Supervised
 Learning", CVPR 2021, arXiv 2012.11552; repository github.com/valeoai/obow.

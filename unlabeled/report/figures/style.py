@@ -55,7 +55,7 @@ WIDTH = 4.4
 """Inches; a figure is as wide as a phone, so that its text needs no shrinking there."""
 _NAME = 14
 
-LOOKS: dict[str, dict[str, Any]] = {
+STYLES: dict[str, dict[str, Any]] = {
     "backbone": {"color": ACCENT, "marker": "o", "markersize": 4, "zorder": 3},
     "pixels": {"color": SOFT, "linestyle": (0, (1, 2)), "marker": "s", "markersize": 3, "linewidth": 1.2},
     "random": {"color": SOFT, "linestyle": "--", "marker": "D", "markersize": 3, "linewidth": 1.1},

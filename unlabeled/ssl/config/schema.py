@@ -42,7 +42,7 @@ class BackboneConfig(Section):
     checkpoint: Path | None = None
     """Start from this file: a run's ``backbone.safetensors``, a run folder, or a timm or safetensors state dict."""
     size: Size | None = None
-    """Pixels of the pictures that the network sees, one number or [height, width]; None: the model's own."""
+    """Pixels of the images that the network sees, one number or [height, width]; None: the model's own."""
     kwargs: Arguments = Field(default_factory=dict)
     """Further arguments for ``timm.create_model``, such as ``{patch_size: 4}``."""
     module: str | None = None
@@ -60,7 +60,7 @@ class DataConfig(Section):
     name: str = "folder"
     """A data source: built in, or of an installed package."""
     limit: int | None = Field(None, ge=1)
-    """Use only this many pictures, chosen by a fixed shuffle."""
+    """Use only this many images, chosen by a fixed shuffle."""
     max_bad_fraction: float = Field(0.05, ge=0, le=1)
     """A run stops when more than this part of the data cannot be decoded."""
 
@@ -133,7 +133,7 @@ class EngineConfig(Section):
     channels_last: bool | None = None
     """Memory layout of convolutions; None: channels last for networks of 2-D maps on a GPU."""
     curriculum: CurriculumName | None = None
-    """Smaller pictures, of low frequencies alone, in the first 80 % of the steps (efficienttrain) or for the first 60 %
+    """Smaller images, of low frequencies alone, in the first 80 % of the steps (efficienttrain) or for the first 60 %
     of the compute (efficienttrain++). For any task; see `unlabeled.ssl.train.curriculum`."""
     sync_bn: bool | None = None
     """Batch-norm statistics over all processes; None: where the task's authors had it so."""
@@ -176,12 +176,12 @@ class EvaluateConfig(Section):
     """Also evaluate raw pixels and the same backbone with random weights; a list takes one of them alone."""
     batch_size: int = Field(256, ge=1)
     limit: int | None = Field(None, ge=1)
-    """Largest number of pictures per split, chosen by a fixed shuffle."""
+    """Largest number of images per split, chosen by a fixed shuffle."""
     recalibrate: Literal["auto"] | bool = "auto"
-    """Estimate the running statistics of batch norms anew on whole training pictures, of the backbone and of its
-    baseline with random weights. auto: when the task collected them on masked pictures."""
-    recalibrate_pictures: int = Field(1024, ge=2)
-    """Training pictures for that estimate, chosen by a fixed shuffle."""
+    """Estimate the running statistics of batch norms anew on whole training images, of the backbone and of its
+    baseline with random weights. auto: when the task collected them on masked images."""
+    recalibrate_images: int = Field(1024, ge=2)
+    """Training images for that estimate, chosen by a fixed shuffle."""
     evaluators: Literal["all"] | tuple[str, ...] = ("knn", "linear")
     """Which evaluators judge the features, by name."""
     prefixes: tuple[Annotated[int, Field(ge=1)], ...] = ()
@@ -190,7 +190,7 @@ class EvaluateConfig(Section):
     embedding: str | None = "tsne"
     """Map of the test features in the report: tsne, umap (needs ``umap-learn``) or pca; None: no map."""
     maps: int = Field(6, ge=0)
-    """Test pictures, drawn by seed, on which the report shows what the backbone looks at; 0: none."""
+    """Test images, drawn by seed, on which the report shows what the backbone looks at; 0: none."""
 
 
 class LogConfig(Section):
@@ -221,7 +221,7 @@ class RunConfig(Section):
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint in `out`; never: refuse a folder that holds one."""
     debug: bool = False
-    """Tiny mode: two epochs of two steps, 64 pictures, no workers; proves that a command works."""
+    """Tiny mode: two epochs of two steps, 64 images, no workers; proves that a command works."""
 
 
 class PretrainConfig(RunConfig):
@@ -270,7 +270,7 @@ class DoctorRun(Section):
 
     data: DataConfig = DataConfig()
     limit: int | None = Field(None, ge=1)
-    """Scan only this many pictures; None: all."""
+    """Scan only this many images; None: all."""
     workers: int = Field(2, ge=0)
 
 
@@ -293,10 +293,10 @@ class ExportRun(Section):
     """The size of this timm model, in a file that it loads, such as ``vit_small_patch16_224``."""
     recalibrate: bool = True
     """Where a sub-network has batch norms: estimate their running statistics, which belong to one size alone."""
-    recalibrate_pictures: int = Field(1024, ge=2)
-    """Training pictures for that estimate, chosen by a fixed shuffle; labels are not needed."""
+    recalibrate_images: int = Field(1024, ge=2)
+    """Training images for that estimate, chosen by a fixed shuffle; labels are not needed."""
     data: DataConfig | None = None
-    """Pictures for that estimate; None: those of the run."""
+    """Images for that estimate; None: those of the run."""
     batch_size: int = Field(256, ge=1)
     device: Literal["auto", "cpu"] = "auto"
     workers: int = Field(2, ge=0)

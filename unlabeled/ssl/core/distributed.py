@@ -18,7 +18,7 @@ ItemT = TypeVar("ItemT")
 
 
 @contextlib.contextmanager
-def told_once() -> Iterator[None]:
+def report_errors_once() -> Iterator[None]:
     """A fault that all ranks meet is told by the first one; the others leave without a word."""
     try:
         yield

@@ -1,7 +1,7 @@
 """The run folder: whose it is, what lies in it, and how long the run will be.
 
 ``config.yaml`` (resolved) · ``metrics.jsonl`` · ``bad_images.jsonl`` · ``tensorboard/`` · ``checkpoints/step_*`` ·
-``backbone.safetensors`` + ``backbone.json`` · ``pictures/`` (what the task sees) · ``report/``
+``backbone.safetensors`` + ``backbone.json`` · ``images/`` (what the task sees) · ``report/``
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from unlabeled.ssl.core.errors import CapabilityError, ConfigError, first_line, 
 _TABLE = Path(__file__).with_name("architectures.json")
 _SIZES = (64, 96, 128)
 """Pixels tried, in this order, for a network that the table does not have; then its own size."""
-_PICTURES = 2
+_IMAGES = 2
 
 
 class MatrixRun(Section):
@@ -116,9 +116,9 @@ class Matrix:
         return stored
 
 
-def matrix_config(words: Sequence[str]) -> MatrixRun:
+def matrix_config(overrides: Sequence[str]) -> MatrixRun:
     """The settings of the command. Raises ConfigError, in one line, for a word that is not one of them."""
-    values = {override.key_or_group: _value(override) for override in parse(words)}
+    values = {override.key_or_group: _value(override) for override in parse(overrides)}
     for name in ("task", "module"):
         if isinstance(values.get(name), str):
             values[name] = [values[name]]
@@ -197,8 +197,8 @@ def _step(settings: Mapping[str, Any], backbone: Backbone, seed: int) -> Cell:
     task = create_task(settings, backbone).train()
     views = type(task).views(task_config(settings), backbone)
     height, width = backbone.input_size
-    pictures = torch.randint(0, 256, (_PICTURES, 3, height + 8, width + 8), dtype=torch.uint8)
-    seen = [views(picture) for picture in pictures]
+    images = torch.randint(0, 256, (_IMAGES, 3, height + 8, width + 8), dtype=torch.uint8)
+    seen = [views(image) for image in images]
     batch: dict[str, Tensor] = {key: torch.stack([view[key] for view in seen]) for key in seen[0]}
     loss = task(batch).loss
     if not bool(loss.isfinite()):

@@ -22,7 +22,7 @@ class NetworkConfig(Section):
     """What is changed of the target's network when it becomes a classifier."""
 
     size: Size | None = None
-    """Pixels of the pictures that it sees, one number or [height, width]; None: as the target. Positions are resampled
+    """Pixels of the images that it sees, one number or [height, width]; None: as the target. Positions are resampled
     where timm does so."""
     drop_path: float = Field(0.0, ge=0, lt=1)
     """Largest rate of stochastic depth, which grows with depth (MAE: 0.1 for ViT-B, 0.2 for ViT-L)."""
@@ -31,22 +31,22 @@ class NetworkConfig(Section):
 
 
 class AugmentConfig(Section):
-    """What is done to training pictures, by timm's transforms."""
+    """What is done to training images, by timm's transforms."""
 
     crop: tuple[Part, Part] = (0.08, 1.0)
-    """Smallest and largest part of the picture's area that a crop takes."""
+    """Smallest and largest part of the image's area that a crop takes."""
     flip: Chance = 0.5
-    """Probability of a mirrored picture; 0 for digits and letters."""
+    """Probability of a mirrored image; 0 for digits and letters."""
     auto: str | None = "rand-m9-mstd0.5-inc1"
     """timm's word for RandAugment or AutoAugment; None: neither."""
     jitter: float = Field(0.0, ge=0)
     """Brightness, contrast and saturation change by up to this part; without `auto` only."""
     erase: Chance = 0.25
-    """Probability that a rectangle of the picture becomes noise (random erasing)."""
+    """Probability that a rectangle of the image becomes noise (random erasing)."""
     mixup: float = Field(0.8, ge=0)
     """Alpha of mixup: batches are averaged with themselves in reverse, labels too; 0: off."""
     cutmix: float = Field(1.0, ge=0)
-    """Alpha of CutMix: a rectangle comes from the other picture; 0: off. With both, either has half of the batches."""
+    """Alpha of CutMix: a rectangle comes from the other image; 0: off. With both, either has half of the batches."""
 
     @model_validator(mode="after")
     def _crop_is_ordered(self) -> AugmentConfig:
@@ -64,7 +64,7 @@ class AccuracyConfig(Section):
     """Epochs between measurements on the test split, for a curve only; 0: at the end alone."""
     batch_size: int = Field(256, ge=1)
     limit: int | None = Field(None, ge=1)
-    """Largest number of test pictures, chosen by a fixed shuffle."""
+    """Largest number of test images, chosen by a fixed shuffle."""
 
 
 class FinetuneOptim(OptimConfig):
@@ -101,7 +101,7 @@ class FinetuneConfig(RunConfig):
     label_fraction: float | None = Field(None, gt=0, le=1)
     """Use this part of each class, such as 0.01 or 0.1, chosen under `engine.seed`; None: all."""
     augment: AugmentConfig | None = AugmentConfig()
-    """None: pictures as in testing."""
+    """None: images as in testing."""
     smoothing: float = Field(0.1, ge=0, lt=1)
     """Label smoothing: this part of each label is spread over all classes."""
     ema: float | None = Field(None, gt=0, lt=1)

@@ -35,7 +35,7 @@ def classifier_network(target: Backbone, classes: int, config: NetworkConfig, *,
     shape = probed(network.model, network.input_size, lambda model, x: tuple(model(x).shape))
     if not head or shape != (1, classes):
         raise CapabilityError(
-            f"target: {network.name} gives {list(shape[1:])} for a picture instead of {classes} classes; "
+            f"target: {network.name} gives {list(shape[1:])} for an image instead of {classes} classes; "
             "give a network with a classifier"
         )
     if weights and not target.custom:

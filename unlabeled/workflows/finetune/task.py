@@ -86,7 +86,7 @@ class Finetune(PretextTask):
         timm draws from Python's and numpy's generators, which are seeded here from torch's.
         """
         augment = self.config.augment
-        assert augment is not None, "only where pictures are augmented"
+        assert augment is not None, "only where images are augmented"
         with seeded(int(torch.randint(2**31, ()))):
             if augment.erase:
                 images = RandomErasing(augment.erase, mode="pixel", device=images.device)(images)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from unlabeled.eval.base import Measure
 from unlabeled.eval.registry import measure_of
-from unlabeled.eval.results import EncoderEvidence
+from unlabeled.eval.results import EncoderResults
 from unlabeled.ssl.core.errors import first_line
 from unlabeled.ssl.core.files import write_atomically, writing
 from unlabeled.workflows.gauntlet.plan import Cell
@@ -39,8 +39,8 @@ class CellResult(BaseModel):
     intervals: dict[str, tuple[float, float]] = {}
     """95 % intervals of the metrics that bring their own."""
     notes: tuple[str, ...] = ()
-    test_pictures: int = 0
-    """Test pictures that were judged."""
+    test_images: int = 0
+    """Test images that were judged."""
     seconds: dict[str, float] = {}
     """``features`` (reading or computing them, once for all cells that share them) and ``evaluator``."""
 
@@ -51,7 +51,7 @@ class CellResult(BaseModel):
         return self.measures.get(metric)
 
     @classmethod
-    def done(cls, cell: Cell, found: EncoderEvidence, test_pictures: int, features: float) -> CellResult:
+    def done(cls, cell: Cell, found: EncoderResults, test_images: int, features: float) -> CellResult:
         return cls(
             entrant=cell.entrant,
             data=cell.data,
@@ -62,7 +62,7 @@ class CellResult(BaseModel):
             intervals={name: ends for name, ends in found.intervals.items() if all(map(math.isfinite, ends))},
             measures={name: one.measure for name, one in found.measures.items()},
             notes=found.notes,
-            test_pictures=test_pictures,
+            test_images=test_images,
             seconds={"features": round(features, 3), "evaluator": round(found.seconds.get(cell.evaluator, 0.0), 3)},
         )
 

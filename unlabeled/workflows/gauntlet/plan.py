@@ -14,10 +14,10 @@ import torch
 
 from unlabeled._version import __version__
 from unlabeled.eval.base import Evaluator
+from unlabeled.eval.encoded_dataset import random_twin
 from unlabeled.eval.features.cache import cache_key, data_identity, weights_identity
-from unlabeled.eval.features.recalibrate import recalibration_pictures
+from unlabeled.eval.features.recalibrate import recalibration_images
 from unlabeled.eval.registry import build_evaluators, evaluator_config, evaluator_origin, measure_of, settle
-from unlabeled.eval.subject import random_twin
 from unlabeled.report.summary import count_parameters, name_backbone
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.config.schema import BackboneConfig, EvaluateConfig, EvaluateRun
@@ -41,12 +41,12 @@ class Entrant:
     build: Callable[[int], Backbone] | None
     """Seed of random weights → the network; None: raw pixels."""
     weights: str = "pixels"
-    """Hash of the weights, of the network and of the size of its pictures; random weights also have their seed."""
+    """Hash of the weights, of the network and of the size of its images; random weights also have their seed."""
     network: str = ""
     """timm name, with what was changed of it."""
     parameters: int = 0
     recalibrate: int = 0
-    """Training pictures on which batch-norm statistics are estimated anew; 0: they stay."""
+    """Training images on which batch-norm statistics are estimated anew; 0: they stay."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ class LabeledData:
     sources: Sources
     identity: str
     majority: float
-    """Part of the test pictures that are of the commonest training class."""
+    """Part of the test images that are of the commonest training class."""
 
     @property
-    def pictures(self) -> tuple[int, int]:
-        """Training and test pictures, unreadable ones counted."""
+    def images(self) -> tuple[int, int]:
+        """Training and test images, unreadable ones counted."""
         return len(self.sources[0]), len(self.sources[1])
 
 
@@ -143,14 +143,14 @@ def _may_be_measured(metric: str, evaluators: Mapping[str, Evaluator]) -> bool:
 def _labeled(entry: GauntletData, limit: int | None) -> LabeledData:
     train, test = limited(open_source(entry, "train"), limit), limited(open_source(entry, "test"), limit)
     settings = entry.model_extra or {}
-    place = Path(settings["path"]).name if settings.get("path") else entry.name
-    label = str(entry.label or settings.get("dataset") or place)
+    position = Path(settings["path"]).name if settings.get("path") else entry.name
+    label = str(entry.label or settings.get("dataset") or position)
     names: list[list[str]] = []
     for source in (train, test):
         labels = source.labels()
         if labels is None or source.classes is None:
             raise DataError(f"data: {label} has no labels, and every evaluator needs them; set its label_column")
-        names.append([source.classes[place] if place >= 0 else "" for place in labels.tolist()])
+        names.append([source.classes[position] if position >= 0 else "" for position in labels.tolist()])
     commonest = Counter(names[0]).most_common(1)[0][0]
     majority = float(np.mean([name == commonest for name in names[1]]))
     return LabeledData(label, (train, test), cache_key(parts=[data_identity(train), data_identity(test)]), majority)
@@ -167,7 +167,7 @@ def _given(run: GauntletRun) -> list[Entrant]:
         facts: dict[str, Any] = {
             "network": name_backbone(backbone),
             "parameters": count_parameters(backbone),
-            "recalibrate": recalibration_pictures(run.evaluate, backbone, masked),
+            "recalibrate": recalibration_images(run.evaluate, backbone, masked),
         }
         architecture = _architecture(backbone, facts["recalibrate"])
         fresh = not entry.pretrained and not Path(entry.target).expanduser().exists()

@@ -15,7 +15,7 @@ from unlabeled.ssl.config.schema import DataConfig, EvaluateConfig, Size
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.data.registry import Sources, filled, labeled
 
-_SHARED = {"batch_size", "prefixes", "recalibrate", "recalibrate_pictures"}
+_SHARED = {"batch_size", "prefixes", "recalibrate", "recalibrate_images"}
 """Settings of ``evaluate`` that have an effect here, beside the sections of the evaluators."""
 
 
@@ -40,7 +40,7 @@ class GauntletBackbone(Section):
     name: str | None = None
     """For a file of weights: the timm model that they belong to."""
     size: Size | None = None
-    """Pixels of the pictures that the network sees, as ``backbone.size``; a run folder knows its own."""
+    """Pixels of the images that the network sees, as ``backbone.size``; a run folder knows its own."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further arguments for ``timm.create_model``."""
 
@@ -68,7 +68,7 @@ class GauntletRun(Section):
     seeds: Annotated[tuple[int, ...], BeforeValidator(_as_list), Field(min_length=1)] = (0,)
     """Of everything that an evaluator draws and, for random weights, of the weights."""
     limit: int | None = Field(None, ge=1)
-    """Largest number of pictures per split, chosen by a fixed shuffle."""
+    """Largest number of images per split, chosen by a fixed shuffle."""
     out: Path = Path("runs/gauntlet")
     """Folder of the cells, the features and the table."""
     retry_failed: bool = False
@@ -99,18 +99,20 @@ class GauntletRun(Section):
         return self
 
 
-def gauntlet_config(words: Sequence[str]) -> GauntletRun:
+def gauntlet_config(overrides: Sequence[str]) -> GauntletRun:
     """The validated settings of a gauntlet. Raises ConfigError, in one line, for words that do not make one."""
-    named = [word for word in words if word.startswith("data=")]
+    named = [word for word in overrides if word.startswith("data=")]
     listed = _list_in(named[-1]) if named else None
-    others = [word for word in words if word not in named or (listed is None and _list_in(word) is None)]
+    others = [word for word in overrides if word not in named or (listed is None and _list_in(word) is None)]
     composition = composed("gauntlet", others, choices={"data": Sources()})
     if listed is not None:
         if inside := next((word for word in others if word.startswith("data.")), None):
             raise ConfigError(f"{inside}: data is a list; write it inside of one of its mappings")
         composition["data"] = listed
     run = validate(composition, GauntletRun)
-    entries = [filled(labeled(entry, f"data.{place}"), f"data.{place}") for place, entry in enumerate(run.data)]
+    entries = [
+        filled(labeled(entry, f"data.{position}"), f"data.{position}") for position, entry in enumerate(run.data)
+    ]
     return run.model_copy(update={"data": tuple(entries)})
 
 

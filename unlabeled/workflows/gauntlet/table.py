@@ -1,7 +1,7 @@
 """Cells to a table: means over seeds, their intervals, ranks, and what is best as far as the intervals tell.
 
-A value has up to two 95 % intervals. Over seeds: mean ± t s / √n (Student 1908), for two seeds or more. Over pictures:
-Wilson's for an accuracy on n test pictures, for other measures the one that the evaluator brings; of several seeds the
+A value has up to two 95 % intervals. Over seeds: mean ± t s / √n (Student 1908), for two seeds or more. Over images:
+Wilson's for an accuracy on n test images, for other measures the one that the evaluator brings; of several seeds the
 mean of both ends. Where both are known, `low` and `high` span them.
 """
 
@@ -42,7 +42,7 @@ class Value:
     low: float | None
     high: float | None
     over_seeds: Ends | None
-    over_pictures: Ends | None
+    over_images: Ends | None
     seeds: int
     rank: float | None = None
     """1 is best, ties share their mean; None where neither direction is better."""
@@ -57,7 +57,7 @@ def gauntlet_document(run: GauntletRun, plan: GauntletPlan, results: Results) ->
     ``cells``     ``total``, ``done``, ``failed``.
     ``rows``      best mean rank first: ``label``, ``kind`` (given, random, pixels), ``network``, ``parameters``,
                   ``recalibrated``, ``mean_rank`` (over all columns with ``ranked``; null where one of them is missing).
-    ``data``      ``label``, ``train_pictures``, ``test_pictures``, ``majority``.
+    ``data``      ``label``, ``train_images``, ``test_images``, ``majority``.
     ``columns``   one for each data set and measure: ``data``, ``metric``, ``evaluator``, ``label``, ``unit``,
                   ``better``, ``shown`` (in the table; the others are in the files alone), ``ranked`` (counts for the
                   mean rank), ``values`` (the fields of `Value`, best first).
@@ -175,29 +175,29 @@ def _column(labeled: LabeledData, column: Column, results: Results) -> dict[str,
 
 def _value(row: str, metric: str, measure: Measure, found: Sequence[CellResult]) -> Value:
     values = [value for result in found if (value := result.metrics[metric]) is not None]
-    pictures = [ends for result in found if (ends := _of_pictures(metric, measure, result)) is not None]
+    images = [ends for result in found if (ends := _of_images(metric, measure, result)) is not None]
     by_seed = over_seeds(values)
     if by_seed is not None and measure.unit != "number":
         by_seed = (max(0.0, by_seed[0]), min(1.0, by_seed[1]))
-    by_picture = (_mean([low for low, _ in pictures]), _mean([high for _, high in pictures])) if pictures else None
-    both = [ends for ends in (by_seed, by_picture) if ends is not None]
+    by_image = (_mean([low for low, _ in images]), _mean([high for _, high in images])) if images else None
+    both = [ends for ends in (by_seed, by_image) if ends is not None]
     return Value(
         row=row,
         value=_mean(values),
         low=min((low for low, _ in both), default=None),
         high=max((high for _, high in both), default=None),
         over_seeds=by_seed,
-        over_pictures=by_picture,
+        over_images=by_image,
         seeds=len(values),
     )
 
 
-def _of_pictures(metric: str, measure: Measure, result: CellResult) -> Ends | None:
+def _of_images(metric: str, measure: Measure, result: CellResult) -> Ends | None:
     value = result.metrics[metric]
     if metric in result.intervals:
         return result.intervals[metric]
     if measure.unit == "accuracy" and value is not None and 0 <= value <= 1:
-        return wilson(value, result.test_pictures)
+        return wilson(value, result.test_images)
     return None
 
 
@@ -242,11 +242,11 @@ def _rows(plan: GauntletPlan, columns: Sequence[Mapping[str, Any]]) -> list[dict
 
 
 def _data(labeled: LabeledData) -> dict[str, Any]:
-    train, test = labeled.pictures
+    train, test = labeled.images
     return {
         "label": labeled.label,
-        "train_pictures": train,
-        "test_pictures": test,
+        "train_images": train,
+        "test_images": test,
         "majority": labeled.majority,
     }
 
@@ -277,4 +277,4 @@ def _notes(plan: GauntletPlan, results: Results) -> list[dict[str, Any]]:
                 refused = (result.reason,) if result.reason and group.entrant.kind == "pixels" else ()
                 for note in result.notes + refused:
                     where.setdefault(note, {})[f"{cell.entrant} on {cell.data}"] = None
-    return [{"note": note, "where": list(places)} for note, places in where.items()]
+    return [{"note": note, "where": list(positions)} for note, positions in where.items()]

@@ -40,7 +40,7 @@ def test_masks_are_exact_independent_and_invertible(pattern):
     assert len({tuple(row) for row in masking.visible.flatten(1).tolist()}) > (4 if pattern == "grid" else 60)
     everyone = torch.cat([masking.ids_keep, masking.ids_masked], 1)
     assert torch.equal(everyone.sort(1).values, torch.arange(36).expand(64, -1))
-    # A picture's mask hangs on its own noise only, and keeps its smallest values.
+    # An image's mask hangs on its own noise only, and keeps its smallest values.
     assert torch.equal(random_masking(noise[5:6], 9, (4, 9)).visible, masking.visible[5:6])
     visible = masking.visible[3].flatten()
     assert noise[3, visible].max() < noise[3, ~visible].min()
@@ -68,7 +68,7 @@ def test_a_quarter_of_the_grid_pattern_is_a_regular_grid():
     phases = {(row, column): visible[:, row::2, column::2].flatten(1) for row in (0, 1) for column in (0, 1)}
     complete = torch.stack([cells.all(1) for cells in phases.values()], 1)
     assert torch.equal(complete.sum(1), torch.ones(32, dtype=torch.long))  # all of one phase, so none of another
-    assert complete.any(0).all()  # each phase for some picture
+    assert complete.any(0).all()  # each phase for some image
 
 
 def test_block_pattern_hides_rectangles():
@@ -89,5 +89,5 @@ def test_masking_of_a_given_map():
     assert masking.ids_masked.tolist() == [[1, 2, 3, 5], [0, 1, 3, 4]]
     uneven = visible.clone()
     uneven[1, 0, 2] = False
-    with pytest.raises(ConfigError, match=r"visible: pictures keep \[1, 2\] of 6 cells; give each the same"):
+    with pytest.raises(ConfigError, match=r"visible: images keep \[1, 2\] of 6 cells; give each the same"):
         masking_of(uneven)

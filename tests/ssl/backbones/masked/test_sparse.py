@@ -21,9 +21,9 @@ GRID, FACTOR, CHANNELS = (2, 3), (2, 4), 8
 EXECUTIONS = ["gathered", "dense"]
 
 
-def masking(keep: int = 3, pictures: int = 3) -> Masking:
+def masking(keep: int = 3, images: int = 3) -> Masking:
     torch.manual_seed(4)
-    return random_masking(torch.rand(pictures, 6), keep, GRID)
+    return random_masking(torch.rand(images, 6), keep, GRID)
 
 
 def masked(execution: str, tensor: Tensor | None = None, keep: int = 3) -> MaskedMap:
@@ -43,15 +43,15 @@ def lively(module: nn.Module) -> nn.Module:
 
 
 def test_rows_stand_cell_by_cell_and_go_back_to_their_places():
-    places = torch.arange(3 * 4 * 12.0).view(3, 1, 4, 12)
+    positions = torch.arange(3 * 4 * 12.0).view(3, 1, 4, 12)
     cells = Cells(masking())
-    rows = gather_rows(places, cells, FACTOR)
+    rows = gather_rows(positions, cells, FACTOR)
     assert rows.shape == (3, 3 * 8, 1)
     first = int(cells.masking.ids_keep[1, 0])
     top, left = first // 3 * FACTOR[0], first % 3 * FACTOR[1]
-    assert torch.equal(rows[1, :8, 0], places[1, 0, top : top + 2, left : left + 4].flatten())
+    assert torch.equal(rows[1, :8, 0], positions[1, 0, top : top + 2, left : left + 4].flatten())
     shown = cells.masking.enlarged(FACTOR)[:, None]
-    assert torch.equal(scatter_rows(rows, cells, FACTOR), torch.where(shown, places, 0.0))
+    assert torch.equal(scatter_rows(rows, cells, FACTOR), torch.where(shown, positions, 0.0))
 
 
 def test_gradients_of_moving_rows():
@@ -96,7 +96,7 @@ def test_squeeze_and_excite_averages_over_visible_places(execution):
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
-def test_response_norm_is_of_each_picture_and_of_visible_places(execution):
+def test_response_norm_is_of_each_image_and_of_visible_places(execution):
     x = masked(execution)
     norm = lively(GlobalResponseNorm(CHANNELS, channels_last=False))
     found = norm(x).rows()
@@ -155,7 +155,7 @@ def test_weights_stay_standardized():
     torch.testing.assert_close(layer(x).dense(), wanted)
 
 
-def test_a_converted_network_is_the_same_for_whole_pictures():
+def test_a_converted_network_is_the_same_for_whole_images():
     backbone = create_backbone("convnextv2_atto", size=64, dims=(8, 16, 16, 16), depths=(1, 1, 1, 1))
     names = list(backbone.state_dict())
     images = torch.randn(2, 3, 64, 64)

@@ -120,9 +120,9 @@ def maps(model: nn.Module, images: Tensor, masking: Masking, cell, execution: st
     return [one.dense() for one in found]
 
 
-def half_masked(pictures: int = 2) -> Masking:
+def half_masked(images: int = 2) -> Masking:
     torch.manual_seed(2)
-    return random_masking(torch.rand(pictures, 6), 3, (2, 3))
+    return random_masking(torch.rand(images, 6), 3, (2, 3))
 
 
 @pytest.mark.parametrize("module", SUPPORTED)
@@ -168,7 +168,7 @@ def test_masked_places_are_zero_and_nothing_of_them_leaks(module):
 
 
 def _encoder(model: nn.Module, size, cell, execution: str):
-    """`SparseEncoder.maps` on a bare network: pictures enter as they are, with their masked pixels."""
+    """`SparseEncoder.maps` on a bare network: images enter as they are, with their masked pixels."""
 
     class Bare:
         def maps(self, x: Tensor, indices: list[int]) -> list[Tensor]:
@@ -218,7 +218,7 @@ def test_the_list_of_families_is_complete():
 
 def test_a_family_without_a_masked_form_says_why():
     asked = ("swin_transformer", "vision_transformer", "inception_v3")
-    reasons = {module: build(module).lacks("sparse_convs") or "" for module in asked}
+    reasons = {module: build(module).missing_reason("sparse_convs") or "" for module in asked}
     assert all(0 < len(reason) < 120 and "\n" not in reason for reason in reasons.values()), reasons
     assert reasons["swin_transformer"].endswith("attends to all places")
     assert reasons["vision_transformer"].endswith("attn: Attention attends to all places")

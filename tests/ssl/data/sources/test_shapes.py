@@ -24,12 +24,12 @@ def labels_of(source: ImageSource) -> torch.Tensor:
 def test_shapes_are_the_same_every_time_and_differ_between_splits() -> None:
     train, again, test = shapes(), pickle.loads(pickle.dumps(shapes())), shapes("test")
     assert (len(train), len(test)) == (2048, 512)
-    picture = train.read(11)
-    assert picture.shape == (3, 64, 64)
-    assert picture.dtype == torch.uint8
-    assert torch.equal(picture, again.read(11))
-    assert not torch.equal(picture, test.read(11))
-    assert not torch.equal(picture, train.read(19))
+    image = train.read(11)
+    assert image.shape == (3, 64, 64)
+    assert image.dtype == torch.uint8
+    assert torch.equal(image, again.read(11))
+    assert not torch.equal(image, test.read(11))
+    assert not torch.equal(image, train.read(19))
 
 
 def test_shapes_are_balanced() -> None:
@@ -57,8 +57,8 @@ def test_masks_lie_where_the_object_is() -> None:
     source = shapes(count=64)
     contrast = []
     for index in range(64):
-        picture, inside = source.read(index).float(), source.mask(index) > 0
-        contrast.append((picture[:, inside].mean(1) - picture[:, ~inside].mean(1)).abs().mean())
+        image, inside = source.read(index).float(), source.mask(index) > 0
+        contrast.append((image[:, inside].mean(1) - image[:, ~inside].mean(1)).abs().mean())
     assert min(contrast) > 20
 
 
@@ -78,12 +78,12 @@ def neighbors(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, tru
 
 def test_shape_tells_the_class_and_pixels_and_colors_do_not() -> None:
     train, test = shapes(count=800), shapes("test", count=800)
-    pictures = [torch.stack([source.read(i) for i in range(len(source))]).float() / 255 for source in (train, test)]
+    images = [torch.stack([source.read(i) for i in range(len(source))]).float() / 255 for source in (train, test)]
     outlines = [torch.stack([moments(source.mask(i)) for i in range(len(source))]) for source in (train, test)]
     truth, labels = labels_of(test), labels_of(train)
     assert neighbors(outlines[0], labels, outlines[1], truth) > 0.9
-    assert neighbors(pictures[0].flatten(1), labels, pictures[1].flatten(1), truth) < 0.3
-    colors = [torch.cat([batch.mean((2, 3)), batch.std((2, 3))], 1) for batch in pictures]
+    assert neighbors(images[0].flatten(1), labels, images[1].flatten(1), truth) < 0.3
+    colors = [torch.cat([batch.mean((2, 3)), batch.std((2, 3))], 1) for batch in images]
     assert neighbors(colors[0], labels, colors[1], truth) < 0.3
 
 

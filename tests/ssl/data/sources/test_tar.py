@@ -66,7 +66,7 @@ def test_shards_in_the_order_of_names_with_their_labels(tmp_path: Path) -> None:
 def test_samples_are_told_by_folder_and_name_up_to_the_first_dot(tmp_path: Path) -> None:
     members = {
         "a/1.left.png": png(1), "a/1.right.PNG": png(2), "a/1.json": json.dumps({"label": "cat"}).encode(),
-        "b/1.png": png(3), "b/1.json": json.dumps({"label": "ant", "x": [1]}).encode(), "notes.txt": b"no picture",
+        "b/1.png": png(3), "b/1.json": json.dumps({"label": "ant", "x": [1]}).encode(), "notes.txt": b"no image",
     }  # fmt: skip
     source = opened(shard(tmp_path / "all.tar", members), test_fraction=0.01)
     assert source.classes == ["ant", "cat"]
@@ -90,7 +90,7 @@ def test_what_cannot_be_read_is_said_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "broken.tar").write_bytes(b"nothing like it" * 100)
     with pytest.raises(DataError, match=r"broken\.tar is no plain tar file"):
         opened(tmp_path)
-    with pytest.raises(DataError, match="no pictures in 1 shards"):
+    with pytest.raises(DataError, match="no images in 1 shards"):
         opened(shard(tmp_path / "empty.tar", {"a.txt": b"x"}))
     labeled(tmp_path / "s" / "train.tar", ["a", "b"])
     labeled(tmp_path / "s" / "test.tar", ["c"])
@@ -98,10 +98,10 @@ def test_what_cannot_be_read_is_said_in_one_line(tmp_path: Path) -> None:
         opened(tmp_path / "s", "test")
 
 
-def test_a_corrupt_picture_and_a_shard_cut_short_are_decode_errors(tmp_path: Path) -> None:
+def test_a_corrupt_image_and_a_shard_cut_short_are_decode_errors(tmp_path: Path) -> None:
     file = shard(tmp_path / "x.tar", {"1.png": png(1), "2.png": b"no png", "3.png": png(3)})
     source = opened(file)
-    with pytest.raises(DecodeError, match=r"2\.png in .*x\.tar: is not a picture"):
+    with pytest.raises(DecodeError, match=r"2\.png in .*x\.tar: is not an image"):
         source.read(1)
     file.write_bytes(file.read_bytes()[:1600])
     assert int(source.read(0)[0, 0, 0]) == 1

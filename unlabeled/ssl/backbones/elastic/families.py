@@ -1,6 +1,6 @@
 """Which of timm's networks are elastic: how their size is read, asked for and numbered.
 
-A family needs residual blocks that keep the shape, norms over the channels of one place or picture, and widths that
+A family needs residual blocks that keep the shape, norms over the channels of one place or image, and widths that
 are prefixes in all layers of the residual stream. Networks that join maps (DenseNet), have no residuals (VGG) or
 irregular widths (EfficientNet) have no such sub-networks.
 """
@@ -59,12 +59,12 @@ class Family:
 
 def family_of(backbone: Backbone) -> Family:
     """The family of a network. Raises CapabilityError when it has none."""
-    if reason := lacks_elastic(backbone):
+    if reason := elastic_missing_reason(backbone):
         raise CapabilityError(f"backbone: {backbone.name} cannot be elastic: {reason}")
     return next(family for family in FAMILIES if type(backbone.model) is family.kind)
 
 
-def lacks_elastic(backbone: Backbone) -> str | None:
+def elastic_missing_reason(backbone: Backbone) -> str | None:
     """Why the network has no sub-networks, in a few words; None when it has."""
     model = backbone.model
     if type(model) not in {family.kind for family in FAMILIES}:

@@ -145,9 +145,9 @@ def _part(
             slices[leaf] = Slice(tuple(buffer.shape), (1,) * buffer.ndim)
     children: dict[str, tuple[str, _Part | None]] = {}
     for name, child in module._modules.items():
-        place = str(kept[path][int(name)]) if path in kept else name
-        below, inner = source._modules[place], f"{path}.{name}" if path else name
-        children[name] = place, None if child is None or below is None else _part(child, below, kept, inner, module)
+        position = str(kept[path][int(name)]) if path in kept else name
+        below, inner = source._modules[position], f"{path}.{name}" if path else name
+        children[name] = position, None if child is None or below is None else _part(child, below, kept, inner, module)
     return _Part(module, slices, children)
 
 
@@ -175,8 +175,8 @@ def _bound(part: _Part, source: nn.Module) -> nn.Module:
         if buffer is not None and leaf not in source._non_persistent_buffers_set:
             state["_buffers"][leaf] = buffer.clone()  # running statistics of the whole network do not move
     state["_modules"] = {}
-    for name, (place, child) in part.children.items():
-        below = source._modules[place]
+    for name, (position, child) in part.children.items():
+        below = source._modules[position]
         dropping = isinstance(below, DropPath) or (child is not None and isinstance(child.module, DropPath))
         if below is None or child is None or dropping:  # a rate belongs to a block; where it is 0, there is no DropPath
             state["_modules"][name] = None if below is None else _shell(below, below)

@@ -1,4 +1,4 @@
-"""The Network-in-Network of RotNet for 32 x 32 pictures, with timm's surface.
+"""The Network-in-Network of RotNet for 32 x 32 images, with timm's surface.
 
 Gidaris, Singh, Komodakis: Unsupervised Representation Learning by Predicting Image Rotations, ICLR 2018,
 arXiv 1803.07728; repository github.com/gidariss/FeatureLearningRotNet.

@@ -131,8 +131,8 @@ def _select(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[str, 
     index = args[1]
     index = index if isinstance(index, tuple) else (index,)
     if Ellipsis in index:
-        place = index.index(Ellipsis)
-        index = (*index[:place], *[slice(None)] * (5 - len(index)), *index[place + 1 :])
+        position = index.index(Ellipsis)
+        index = (*index[:position], *[slice(None)] * (5 - len(index)), *index[position + 1 :])
     whole = all(one == slice(None) for axis, one in enumerate(index) if axis != x.channel_axis)
     if not whole or not all(isinstance(one, slice) for one in index):
         raise NoRuleError("taking a part of the places of a map has no masked form")

@@ -8,7 +8,7 @@ inside, ``LayerNorm2d`` a LayerNorm of another axis. A layer is one of
 - *spatial*: mixes neighboring places: masked ones are zero, and the output is kept at visible ones (an average pool
   counts masked places in its divisor, a max pool takes their zeros, as SparK's code does);
 - *convolution*: pointwise, inside a cell, or spatial, by its kernel;
-- *batch norm*: statistic, over all pictures and ranks;
+- *batch norm*: statistic, over all images and ranks;
 - *through*: its own code runs on the map, as the code of blocks does.
 
 Sources: SparK (arXiv 2301.03580), ConvNeXt V2 (arXiv 2301.00808).
@@ -86,7 +86,7 @@ def batch_norm(module: nn.BatchNorm2d, forward: Forward, x: MaskedMap) -> Masked
 
 
 def response_norm(module: grn.GlobalResponseNorm, forward: Forward, x: MaskedMap) -> MaskedMap:
-    """Global response norm, each picture by itself, in float32: sums of squares overflow in half precision."""
+    """Global response norm, each image by itself, in float32: sums of squares overflow in half precision."""
     if x.whole:
         return x.with_seen(forward(x.seen()))
     strip = x.seen(strip=True)

@@ -27,7 +27,7 @@ FAMILIES: tuple[type[Family], ...] = (
 
 _FOREIGN: dict[str, str] = {
     "CoaT": "convolutions need the whole grid",
-    "CrossVit": "its two branches cut the picture into patches of different sizes",
+    "CrossVit": "its two branches cut the image into patches of different sizes",
     "HieraDet": "windows need the whole grid",
     "MlpMixer": "mixing across tokens has weights for each place of the grid",
     "MultiScaleVit": "attention pooled over neighbors needs the whole grid",
@@ -39,10 +39,10 @@ _FOREIGN: dict[str, str] = {
 """Class of timm → what of it needs more than the kept patches, where a look at its modules would not tell."""
 
 
-def lacks_token_dropping(backbone: Backbone) -> str | None:
+def token_dropping_missing_reason(backbone: Backbone) -> str | None:
     """Why patches cannot be dropped from this backbone, in a few words; None when they can."""
     family = _family(backbone.model)
-    return _foreign_reason(backbone.model) if family is None else family(backbone.model).lacks()
+    return _foreign_reason(backbone.model) if family is None else family(backbone.model).missing_reason()
 
 
 def _family(model: nn.Module) -> type[Family] | None:
@@ -91,7 +91,7 @@ class TokenEncoder:
 
     @property
     def channels(self) -> int:
-        """C, the channels of a picture."""
+        """C, the channels of an image."""
         return 3
 
     @property
@@ -127,7 +127,7 @@ class TokenEncoder:
         if own is not None and own != tuple(size):
             raise ConfigError(
                 f"backbone.size: {self.backbone.name} is built for {list(own)} pixels, not {list(size)}; "
-                "set backbone.size to the size of the pictures"
+                "set backbone.size to the size of the images"
             )
         return size[0] // patch[0], size[1] // patch[1]
 

@@ -73,7 +73,7 @@ class Family:
         """Whether `model` is of this family and computes as the family does."""
         return any(_computes_like(model, known, cls.recomputed) for known in _existing(cls.classes))
 
-    def lacks(self) -> str | None:
+    def missing_reason(self) -> str | None:
         """Why patches cannot be dropped from this network, in a few words; None when they can."""
         return self.strange_stem() or self.strange_blocks(self.trunk.blocks) or self.own_dropping()
 
@@ -116,7 +116,7 @@ class Family:
 
     @property
     def own_size(self) -> tuple[int, int] | None:
-        """The only size (height, width) of pictures that the network takes; None: any multiple of its cell."""
+        """The only size (height, width) of images that the network takes; None: any multiple of its cell."""
         embed = self.trunk.patch_embed
         height, width = embed.img_size
         return (int(height), int(width)) if embed.strict_img_size else None
@@ -220,8 +220,8 @@ def gather_patches(x: Tensor, ids: Tensor, patch: tuple[int, int]) -> Tensor:
 
 def gather_pairs(table: Tensor, ids: Tensor) -> Tensor:
     """Entries of `table` (N, N, C) for each pair of the tokens `ids` (B, K) → (B, K, K, C)."""
-    places = ids[:, :, None] * table.shape[0] + ids[:, None, :]
-    return F.embedding(places, table.flatten(0, 1))
+    positions = ids[:, :, None] * table.shape[0] + ids[:, None, :]
+    return F.embedding(positions, table.flatten(0, 1))
 
 
 def with_prefix(ids: Tensor, prefix: int) -> Tensor:

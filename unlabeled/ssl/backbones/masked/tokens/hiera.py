@@ -64,8 +64,8 @@ class Hiera(Family):
         hidden = hidden.repeat_interleave(self.cell[0], 2).repeat_interleave(self.cell[1], 3)
         tokens = self.model.unroll(self.model._pos_embed(self.model.patch_embed(x.masked_fill(hidden, 0.0))))
         tokens = tokens.view(batch, self.model.mu_size, units, -1)  # the units of one place inside the unit in a row
-        places = ids[:, None, :, None].expand(-1, tokens.shape[1], -1, tokens.shape[-1])
-        tokens = tokens.gather(2, places).flatten(1, 2)
+        positions = ids[:, None, :, None].expand(-1, tokens.shape[1], -1, tokens.shape[-1])
+        tokens = tokens.gather(2, positions).flatten(1, 2)
         for block in self.model.blocks:
             tokens = self.run(block, tokens)
         return cast(Tensor, tokens)

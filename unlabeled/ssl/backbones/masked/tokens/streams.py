@@ -22,10 +22,10 @@ class CaiT(Family):
         {"patch_embed", "cls_token", "pos_embed", "blocks", "blocks_token_only", "norm"}
     )
 
-    def lacks(self) -> str | None:
+    def missing_reason(self) -> str | None:
         if self.trunk.blocks_token_only is None:
             return "its class attention was cut off"
-        return super().lacks() or self.strange_blocks(self.trunk.blocks_token_only)
+        return super().missing_reason() or self.strange_blocks(self.trunk.blocks_token_only)
 
     def positions(self, grid: tuple[int, int]) -> Positions:
         return Positions(self.projection.new_zeros(1, 0, self.dim), self.trunk.pos_embed[0])

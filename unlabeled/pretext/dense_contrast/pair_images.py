@@ -1,4 +1,4 @@
-"""Pictures of which cells of two views belong together."""
+"""Images of which cells of two views belong together."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch.nn import functional as F
 from unlabeled.pretext.common.drawing import enlarged, tiled
 
 _TINT = 0.5
-"""Part of a cell's color in the picture."""
+"""Part of a cell's color in the image."""
 _DARK = 0.3
 """Brightness that cells without a partner keep."""
 
 
 def matched_cells(views: Tensor, distances: Tensor, grid: tuple[int, int], threshold: float) -> Tensor:
-    """uint8 views (B, 2, 3, h, w) and distances of their cells (B, L, L) → uint8 (3, H, W), one row a picture.
+    """uint8 views (B, 2, 3, h, w) and distances of their cells (B, L, L) → uint8 (3, H, W), one row an image.
 
     Cells of the first view have a color by their place: redder to the right, greener below. A cell of the second has
     that of the nearest cell of the first below `threshold`; a cell without such a partner is darkened.
