@@ -77,7 +77,7 @@ _PUBLIC = {
     "derive": "unlabeled.ssl.core.seeds",
     "ema_update": "unlabeled.ssl.nn.ema",
     "frozen_copy": "unlabeled.pretext.common.teacher",
-    "gather_rows": "unlabeled.ssl.core.distributed",
+    "gather_across_ranks": "unlabeled.ssl.core.distributed",
     "register_task": "unlabeled.pretext.registry",
     "task_names": "unlabeled.pretext.registry",
     # An evaluator of one's own.
@@ -179,7 +179,7 @@ if TYPE_CHECKING:
     from unlabeled.ssl.config.schema import OptimConfig as OptimConfig
     from unlabeled.ssl.config.schema import PretrainConfig as PretrainConfig
     from unlabeled.ssl.config.schema import ScheduleConfig as ScheduleConfig
-    from unlabeled.ssl.core.distributed import gather_rows as gather_rows
+    from unlabeled.ssl.core.distributed import gather_across_ranks as gather_across_ranks
     from unlabeled.ssl.core.errors import CapabilityError as CapabilityError
     from unlabeled.ssl.core.errors import CheckpointError as CheckpointError
     from unlabeled.ssl.core.errors import ConfigError as ConfigError

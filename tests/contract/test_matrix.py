@@ -11,7 +11,7 @@ import timm
 from unlabeled.pretext.registry import create_task, task_class, task_names
 from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.errors import CapabilityError
-from unlabeled.workflows.compatibility.measure import Cell, Matrix, architecture, try_task
+from unlabeled.workflows.compatibility.measure import Matrix, MatrixEntry, architecture, try_task
 from unlabeled.workflows.compatibility.page import render_page
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "matrix.md"
@@ -57,7 +57,7 @@ def test_the_page_shows_these_cells() -> None:
 def test_what_runs_runs(module: str, task: str) -> None:
     network = architecture(module)
     backbone = create_backbone(network["name"], size=network["size"], **network.get("kwargs", {}))
-    assert try_task(task, backbone) == Cell("runs")
+    assert try_task(task, backbone) == MatrixEntry("runs")
 
 
 @pytest.mark.slow

@@ -26,10 +26,12 @@ class BatchResponseNorm(GlobalResponseNorm):
     """Global response norm over the visible places of all images together."""
 
     def forward(self, x: MaskedMap) -> MaskedMap:
-        strip = x.seen(strip=True)
-        norm = torch.linalg.vector_norm(strip, dim=(0, *self.spatial_dim), keepdim=True)
+        gathered = x.as_shown(gathered=True)
+        norm = torch.linalg.vector_norm(gathered, dim=(0, *self.spatial_dim), keepdim=True)
         relative = norm / (norm.mean(dim=self.channel_dim, keepdim=True) + self.eps)
-        return x.with_strip(strip + self.weight.view(self.wb_shape) * strip * relative + self.bias.view(self.wb_shape))
+        return x.with_gathered(
+            gathered + self.weight.view(self.wb_shape) * gathered * relative + self.bias.view(self.wb_shape)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -102,15 +104,15 @@ def test_stem_and_stages_with_statistics_over_the_batch(pair):
     images, masking = inputs(pair, task)
     for name in ("expect/mask", "input/mask"):
         pair.assert_close(name, ~masking.visible, 0)
-    seen: list[MaskedMap] = []
-    task.backbone.model.stem.register_forward_hook(lambda *call: seen.append(call[2]))
+    outputs: list[MaskedMap] = []
+    task.backbone.model.stem.register_forward_hook(lambda *call: outputs.append(call[2]))
     with torch.no_grad():
         maps = task.sparse.maps(images, masking, range(len(pair.config["stage_depths"])))
         latent = task.encode(images, masking)
-    pair.assert_close("expect/stem_output", seen[0].dense(), RESULT)
+    pair.assert_close("expect/stem_output", outputs[0].dense(), RESULT)
     for stage, found in enumerate(maps):
         pair.assert_close(f"expect/stage{stage}_features", found.dense(), RESULT)
-    pair.assert_close("expect/encoder_output", whole(latent, masking), RESULT)
+    pair.assert_close("expect/encoder_output", dense_map(latent, masking), RESULT)
 
 
 def test_decoder(pair):
@@ -135,7 +137,7 @@ def test_results_with_statistics_per_image(pair):
     with torch.no_grad():
         latent = task.encode(images, masking)
         predictions = task.decoder.predict_all(latent, masking)
-    pair.assert_close("expect_per_image/encoder_output", whole(latent, masking), RESULT)
+    pair.assert_close("expect_per_image/encoder_output", dense_map(latent, masking), RESULT)
     pair.assert_close("expect_per_image/pred", as_map(predictions, masking), RESULT)
 
 
@@ -186,12 +188,12 @@ def test_no_tensor_was_left_out(pair):
     assert pair.unused() == []
 
 
-def as_map(rows: Tensor, masking: Masking) -> Tensor:
+def as_map(tokens: Tensor, masking: Masking) -> Tensor:
     """(B, L, D) in raster order → (B, D, gh, gw)."""
-    return rows.transpose(1, 2).unflatten(2, masking.grid)
+    return tokens.transpose(1, 2).unflatten(2, masking.grid)
 
 
-def whole(latent: Tensor, masking: Masking) -> Tensor:
+def dense_map(latent: Tensor, masking: Masking) -> Tensor:
     """Features of the visible cells (B, K, C) → (B, C, gh, gw), zero elsewhere."""
     hidden = latent.new_zeros(len(latent), masking.ids_masked.shape[1], latent.shape[-1])
     return as_map(masking.restore(torch.cat([latent, hidden], 1)), masking)

@@ -186,7 +186,7 @@ def test_two_processes_tell_what_spans_the_ranks(monkeypatch):
     found = run_two_processes([good, centered, fixed])
     compare_with_one(good, found[0])
     with pytest.raises(
-        ContractError, match=r"the loss is .* in one process, .* in two; what is compared .*gather_rows"
+        ContractError, match=r"the loss is .* in one process, .* in two; what is compared .*gather_across_ranks"
     ):
         compare_with_one(centered, found[1])
     with pytest.raises(ContractError, match=r"draw\['factor'\] is the same on both ranks; draw from torch's global"):

@@ -56,7 +56,7 @@ def compare_with_one(case: TaskCase, found: tuple[RankResult, RankResult]) -> No
     loss, gradients = loss_and_gradients(task, batch, _common_draw(task, batch))
     remedy = (
         "what is compared or averaged over the batch must span the ranks: "
-        "unlabeled.ssl.core.distributed.gather_rows or sum_over_ranks"
+        "unlabeled.gather_across_ranks or sum_over_ranks"
     )
     for rank, result in enumerate(found):
         same = abs(result.loss - loss) <= _TOLERANCE

@@ -86,7 +86,7 @@ def evaluate_target(run: EvaluateRun, backbone: Backbone | None = None) -> Resul
     images = read_images(target.folder) if target.folder is not None else None
     results = evaluate_backbone(
         target.backbone, train, test, run.evaluate, work=work, device=device, seed=run.seed, workers=run.workers,
-        masked_statistics=run.evaluate.recalibrate == "auto" and masked_statistics(target),
+        masked_statistics=run.evaluate.recalibrate == "auto" and saw_masked_images_only(target),
     )  # fmt: skip
     assert results is not None, "one process evaluates"
     summary = _summary(run, target, data, str(device))
@@ -201,7 +201,7 @@ def _data(run: EvaluateRun, config: PretrainConfig | None) -> DataConfig:
     return config.evaluate.data or labeled(config.data)
 
 
-def masked_statistics(target: Target) -> bool:
+def saw_masked_images_only(target: Target) -> bool:
     """Whether the task that trained the target collected batch-norm statistics on masked images only."""
     if target.config is None or not batch_norms(target.backbone):
         return False

@@ -173,7 +173,7 @@ class OnlineEvaluation:
         self, config: PretrainConfig, data: tuple[ImageSource, ImageSource] | None, steps_per_epoch: int
     ) -> None:
         self._config, self._data = config.evaluate, data
-        self._masked = masked_statistics(config)
+        self._masked = saw_masked_images_only(config)
         wanted = config.evaluate.every > 0 and data is not None
         self.every_steps = max(round(config.evaluate.every * steps_per_epoch), 1) if wanted else None
 
@@ -188,7 +188,7 @@ class OnlineEvaluation:
         return {f"eval/{name}": value for name, value in values.items()}
 
 
-def masked_statistics(config: PretrainConfig) -> bool:
+def saw_masked_images_only(config: PretrainConfig) -> bool:
     """Whether the run's task, or one of a mixture, collects batch-norm statistics on masked images only."""
     return task_class(config.task["name"]).masks_statistics(task_config(config.task))
 
@@ -207,7 +207,7 @@ def conclude(config: PretrainConfig, run: Training, task: PretextTask) -> tuple[
         logger.info("evaluating: %d labeled training images, %d for testing", len(data[0]), len(data[1]))
         results = evaluate_backbone(
             encoder, *data, config.evaluate, work=config.out, device=device, seed=config.engine.seed,
-            workers=config.engine.workers, masked_statistics=masked_statistics(config),
+            workers=config.engine.workers, masked_statistics=saw_masked_images_only(config),
         )  # fmt: skip
     if not run.accelerator.is_main_process:
         return None, None

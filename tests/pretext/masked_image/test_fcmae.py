@@ -167,7 +167,7 @@ def test_initial_weights_keep_the_signal():
     masking = task.mask(images)
     with torch.no_grad():
         for one in task.sparse.maps(images, masking, range(4)):
-            assert 0.1 < one.rows().std() < 10
+            assert 0.1 < one.tokens().std() < 10
         assert task({"image": images}).loss.item() == pytest.approx(1, abs=0.05)
     for module in task.decoder.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):

@@ -168,9 +168,9 @@ def test_batch_norms_take_their_statistics_of_visible_places():
     task = tiny_task().train()
     images = task.backbone.normalize(random_images())
     masking = task.mask(images)
-    rows = [one.rows().flatten(0, 1) for one in copy.deepcopy(task).sparse.maps(images, masking, task.levels)]
+    tokens = [one.tokens().flatten(0, 1) for one in copy.deepcopy(task).sparse.maps(images, masking, task.levels)]
     task({"image": images}, visible=masking.visible)
-    for norm, seen in zip(task.densify.norms, rows, strict=True):
+    for norm, seen in zip(task.densify.norms, tokens, strict=True):
         torch.testing.assert_close(norm.running_mean, 0.1 * seen.mean(0), atol=1e-6, rtol=1e-4)
         torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * seen.var(0), atol=1e-6, rtol=1e-4)
     assert SparK.masked_statistics

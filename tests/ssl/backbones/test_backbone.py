@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from unlabeled.pretext import registry
-from unlabeled.ssl.backbones.backbone import CAPABILITIES, Backbone, Stage, create_backbone
+from unlabeled.ssl.backbones.backbone import CAPABILITIES, Backbone, FeatureStage, create_backbone
 from unlabeled.ssl.core.errors import CapabilityError, CheckpointError, ConfigError
 from unlabeled.ssl.task import PretextTask
 
@@ -64,8 +64,8 @@ def test_width_follows_the_pooling():
 def test_strides_are_measured():
     stated = timm.create_model("tresnet_m").feature_info[0]["reduction"]
     assert stated == 2
-    assert create_backbone("tresnet_m", size=64).stages[0] == Stage(64, 4)
-    assert Backbone(TinyMaps(), size=(32, 32)).stages == [Stage(6, 4)]
+    assert create_backbone("tresnet_m", size=64).stages[0] == FeatureStage(64, 4)
+    assert Backbone(TinyMaps(), size=(32, 32)).stages == [FeatureStage(6, 4)]
 
 
 def test_non_square_sizes():

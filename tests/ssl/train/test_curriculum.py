@@ -15,7 +15,7 @@ from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.config.schema import CurriculumName, PretrainConfig
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.task import PretextTask
-from unlabeled.ssl.train.curriculum import Curriculum, Stage, create_curriculum, low_frequencies, plan_stages
+from unlabeled.ssl.train.curriculum import Curriculum, CurriculumPhase, create_curriculum, low_frequencies, plan_phases
 from unlabeled.workflows.settings import compose_settings
 
 VIT = {"size": 64, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
@@ -111,9 +111,13 @@ def test_the_transform_runs_in_float32_under_autocast(dtype: torch.dtype) -> Non
 
 def test_published_schedules() -> None:
     """60, 20 and 20 % of the steps; and stages of equal compute, 2, 4 and 4 of ten."""
-    plain = plan_stages("efficienttrain", 1000, (224, 224), (32, 32))
-    assert plain == [Stage(0, 600, (160, 160)), Stage(600, 200, (192, 192)), Stage(800, 200, (224, 224))]
-    stages = plan_stages("efficienttrain++", 1000, (224, 224), (32, 32))
+    plain = plan_phases("efficienttrain", 1000, (224, 224), (32, 32))
+    assert plain == [
+        CurriculumPhase(0, 600, (160, 160)),
+        CurriculumPhase(600, 200, (192, 192)),
+        CurriculumPhase(800, 200, (224, 224)),
+    ]
+    stages = plan_phases("efficienttrain++", 1000, (224, 224), (32, 32))
     assert [stage.size[0] for stage in stages] == [96, 160, 224]
     assert [stage.first for stage in stages] == [0, stages[0].steps, stages[0].steps + stages[1].steps]
     assert sum(stage.steps for stage in stages) == 1000
@@ -129,9 +133,9 @@ def test_published_schedules() -> None:
 def test_any_number_of_steps_is_divided_without_gaps_and_ends_at_full_size(
     name: CurriculumName, full: tuple[int, int], step: tuple[int, int]
 ) -> None:
-    weights = {stage.size: stage.steps / 1e6 for stage in plan_stages(name, 1_000_000, full, step)}
+    weights = {stage.size: stage.steps / 1e6 for stage in plan_phases(name, 1_000_000, full, step)}
     for total in [*range(1, 40), 997]:
-        stages = plan_stages(name, total, full, step)
+        stages = plan_phases(name, total, full, step)
         assert [stage.first for stage in stages] == [sum(s.steps for s in stages[:n]) for n in range(len(stages))]
         assert sum(stage.steps for stage in stages) == total
         assert stages[-1].size == full
@@ -145,7 +149,7 @@ def test_any_number_of_steps_is_divided_without_gaps_and_ends_at_full_size(
 
 
 def test_sides_shrink_each_for_itself() -> None:
-    sizes = [stage.size for stage in plan_stages("efficienttrain", 100, (96, 160), (8, 16))]
+    sizes = [stage.size for stage in plan_phases("efficienttrain", 100, (96, 160), (8, 16))]
     assert sizes == [(72, 112), (80, 144), (96, 160)]  # 68.6 x 114.3 and 82.3 x 137.1, rounded
 
 

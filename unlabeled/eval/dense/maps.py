@@ -95,7 +95,7 @@ def components(maps: Tensor, foreground: float | None = None) -> Tensor:
 
 
 def similarity(maps: Tensor, position: tuple[int, int]) -> Tensor:
-    """Cosine of each place of maps (B, C, gh, gw) to the one in row and column `position`, below 0 as 0: (B, gh, gw)."""
+    """Cosine of each position of maps (B, C, gh, gw) to the one at row and column `position`, >= 0: (B, gh, gw)."""
     unit = F.normalize(maps, dim=1)
     return (unit * unit[:, :, position[0], position[1], None, None]).sum(dim=1).clamp(min=0)
 

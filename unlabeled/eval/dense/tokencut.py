@@ -19,7 +19,7 @@ _EPS = 1e-5
 """Weight of the edge between places that are not alike."""
 
 
-class Cut(NamedTuple):
+class NormalizedCut(NamedTuple):
     """The object of one image."""
 
     box: tuple[int, int, int, int]
@@ -32,7 +32,7 @@ class Cut(NamedTuple):
     """Its eigenvalue: near 0 for two groups that share nothing, near 1 for one group."""
 
 
-def cut(features: Floats, tau: float = 0.2) -> Cut:
+def cut(features: Floats, tau: float = 0.2) -> NormalizedCut:
     """Cuts the places of `features` (C, gh, gw) in two and keeps what is connected to the strongest.
 
     Places of cosine above `tau` are joined by 1, others by 1e-5 (W); y is the second smallest solution of
@@ -54,7 +54,7 @@ def cut(features: Floats, tau: float = 0.2) -> Cut:
     found = components == components.flat[seed]
     down, across = (np.flatnonzero(found.any(axis=axis)) for axis in (1, 0))
     box = (int(across[0]), int(down[0]), int(across[-1]) + 1, int(down[-1]) + 1)
-    return Cut(box, found, vector.reshape(grid), value)
+    return NormalizedCut(box, found, vector.reshape(grid), value)
 
 
 def second_eigenvector(weights: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], float]:

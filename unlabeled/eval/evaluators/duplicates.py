@@ -129,7 +129,7 @@ class DuplicatesEvaluator(Evaluator):
             yield from self._seen(marks[0], marks[1], leaks, _unordered(drawn, inside))
 
     def _seen(
-        self, train: _Marks, test: _Marks, leaks: Pairs, inside: list[tuple[int, int]]
+        self, train: _Marks, test: _Marks, leaks: DuplicatePairs, inside: list[tuple[int, int]]
     ) -> Iterator[tuple[str, Value]]:
         """What the images themselves add."""
         queries, positions = np.nonzero(leaks.found)
@@ -150,7 +150,7 @@ class DuplicatesEvaluator(Evaluator):
 
 
 @dataclass(frozen=True)
-class Pairs:
+class DuplicatePairs:
     """The nearest base rows of each query, and which of them are near duplicates."""
 
     rows: IntArray
@@ -169,7 +169,7 @@ class Pairs:
         return order
 
 
-def find_pairs(base: FloatArray, queries: FloatArray, chance: float, *, own: IntArray | None = None) -> Pairs:
+def find_pairs(base: FloatArray, queries: FloatArray, chance: float, *, own: IntArray | None = None) -> DuplicatePairs:
     """Near duplicates of centered `queries` (N, D) among centered `base` (M, D).
 
     `own` int64 (N,): the row of `base` that each query itself is, and that it is not paired with.
@@ -184,7 +184,7 @@ def find_pairs(base: FloatArray, queries: FloatArray, chance: float, *, own: Int
     rows, distances = np.take_along_axis(rows, order, axis=1), np.take_along_axis(distances, order, axis=1)
     ratio = threshold(distances, chance) if distances.shape[1] == _NEIGHBOURS else 0.0
     found = (distances <= _SAME) | (distances < ratio * distances[:, -1:])
-    return Pairs(rows, distances, found, ratio)
+    return DuplicatePairs(rows, distances, found, ratio)
 
 
 def threshold(distances: npt.NDArray[np.float64], chance: float) -> float:
@@ -246,7 +246,7 @@ def _distances(queries: FloatArray, base: FloatArray, rows: IntArray) -> npt.NDA
     )
 
 
-def _unordered(drawn: IntArray, pairs: Pairs) -> list[tuple[int, int]]:
+def _unordered(drawn: IntArray, pairs: DuplicatePairs) -> list[tuple[int, int]]:
     """Pairs of training rows, each once, sorted."""
     queries, positions = np.nonzero(pairs.found)
     both = np.stack([drawn[queries], pairs.rows[queries, positions]], axis=1)

@@ -131,7 +131,8 @@ class ObjectsEvaluator(Evaluator):
             padded = (scene.size[0] + pad[0], scene.size[1] + pad[1])
             if padded != positions.size and (reason := positions.network.refuses(padded)) is not None:
                 raise ConfigError(
-                    f"evaluate.objects.native: {positions.network.name} cannot take {padded[0]}x{padded[1]} ({reason}); "
+                    f"evaluate.objects.native: {positions.network.name} cannot take {padded[0]}x{padded[1]} "
+                    f"({reason}); "
                     "set false, or backbone.kwargs={dynamic_img_size: true} if it has that"
                 )
             yield self._box(positions(scene.image[None], pad)[0], padded, scene, center=positions.maps)

@@ -31,8 +31,8 @@ class View(NamedTuple):
 class RandomCrop:
     """Random part of an image, resized to a fixed size, mirrored at times.
 
-    Area U(scale), aspect log-uniform in `ratio`; after ten draws that do not fit, the largest centered part (the rule of
-    torchvision's RandomResizedCrop).
+    Area U(scale), aspect log-uniform in `ratio`; after ten draws that do not fit, the largest centered crop (the rule
+    of torchvision's RandomResizedCrop).
     """
 
     def __init__(

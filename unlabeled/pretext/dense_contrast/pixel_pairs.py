@@ -36,13 +36,13 @@ _SHOWN = 8
 """Images that `visualize` shows."""
 
 
-class FirstColors(ColorConfig):
+class FirstPixelColors(ColorConfig):
     """Colors of the first view."""
 
     blur: Chance = 1.0
 
 
-class SecondColors(ColorConfig):
+class SecondPixelColors(ColorConfig):
     """Colors of the second view."""
 
     blur: Chance = 0.1
@@ -72,9 +72,9 @@ class PixelPairsConfig(TaskConfig):
     """Narrowest and widest width over height of that part."""
     flip: Chance = 0.5
     """Probability of a horizontal flip of a view."""
-    first: FirstColors = FirstColors()
+    first: FirstPixelColors = FirstPixelColors()
     """Colors of the first view."""
-    second: SecondColors = SecondColors()
+    second: SecondPixelColors = SecondPixelColors()
     """Colors of the second view."""
     blur: Literal["auto"] | bool = "auto"
     """Whether the views are blurred, as `first` and `second` say. auto: not when they have at most 64 pixels."""

@@ -21,7 +21,7 @@ from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.task import TaskConfig
 
 
-class DecoderConfig(TaskConfig):
+class TransformerDecoderConfig(TaskConfig):
     """The decoder, thrown away after pretraining. Source of the defaults: section 4.1 of the paper."""
 
     dim: int = Field(512, ge=4)
@@ -33,7 +33,7 @@ class DecoderConfig(TaskConfig):
     norm_eps: float = Field(1e-6, gt=0)
 
     @model_validator(mode="after")
-    def _divides(self) -> DecoderConfig:
+    def _divides(self) -> TransformerDecoderConfig:
         if self.dim % 4:
             raise ValueError(f"dim {self.dim} is no multiple of 4, as its positions need; set dim={self.dim // 4 * 4}")
         if self.dim % self.heads:
@@ -46,7 +46,7 @@ class AutoencoderConfig(MaskedImageConfig):
 
     norm_pix: bool = True
     """Predict each patch normalized by its own mean and deviation; False: the pixels of the normalized image."""
-    decoder: DecoderConfig = DecoderConfig()
+    decoder: TransformerDecoderConfig = TransformerDecoderConfig()
     positions: Literal["sincos", "backbone"] = "sincos"
     """sincos: the backbone's table of absolute positions becomes the paper's fixed sine-cosine table and is not
     trained. backbone: it is trained as the backbone has it. A backbone without such a table (rotary positions only)

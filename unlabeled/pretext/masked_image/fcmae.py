@@ -37,7 +37,7 @@ _STD = 0.02
 """Of all initial weights of the decoder."""
 
 
-class DecoderConfig(TaskConfig):
+class ConvDecoderConfig(TaskConfig):
     """The decoder, thrown away after pretraining. Source of the defaults: the paper's comparison of decoders."""
 
     dim: int = Field(512, ge=1)
@@ -52,7 +52,7 @@ class FCMAEConfig(MaskedImageConfig):
     mask_ratio: float = Field(0.6, gt=0, lt=1)
     norm_pix: bool = True
     """Predict each cell normalized by its own mean and deviation; False: the pixels of the normalized image."""
-    decoder: DecoderConfig = DecoderConfig()
+    decoder: ConvDecoderConfig = ConvDecoderConfig()
 
 
 class FCMAE(MaskedImageTask):
@@ -109,7 +109,7 @@ class FCMAE(MaskedImageTask):
     def encode(self, images: Tensor, masking: Masking) -> Tensor:
         """Normalized (B, 3, H, W) → features of the visible cells (B, K, C), in the order of `ids_keep`."""
         (last,) = self.sparse.maps(images, masking, indices=[-1])
-        return last.rows()  # a cell is one place of the last map
+        return last.tokens()  # a cell is one place of the last map
 
     def reconstruct(self, images: Tensor, masking: Masking) -> Tensor:
         predictions = self.decoder.predict_all(self.encode(images, masking), masking)  # (B, L, ph * pw * 3)

@@ -54,7 +54,7 @@ _UNUSED = frozenset({"imn_m", "imn_s", "norm_black"})
 """Constants in the authors' files that only their images need."""
 
 
-class DecoderConfig(TaskConfig):
+class LightDecoderConfig(TaskConfig):
     """The decoder, thrown away after pretraining."""
 
     width: int = Field(768, ge=2)
@@ -71,7 +71,7 @@ class SparKConfig(MaskedImageConfig):
     """Pixels of the side of a cell, a multiple of the network's total stride; None: that stride, as published."""
     levels: int = Field(4, ge=1)
     """Feature maps that the decoder receives, from the coarsest on; fewer where the network has fewer."""
-    decoder: DecoderConfig = DecoderConfig()
+    decoder: LightDecoderConfig = LightDecoderConfig()
 
 
 class SparK(MaskedImageTask):
@@ -213,7 +213,7 @@ class LightDecoder(nn.Module):
 
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(DecoderBlock(before, after) for before, after in pairwise(widths))
+        self.blocks = nn.ModuleList(UpsamplingBlock(before, after) for before, after in pairwise(widths))
         self.proj = nn.Conv2d(widths[-1], 3, 1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -232,7 +232,7 @@ class LightDecoder(nn.Module):
         return prediction
 
 
-class DecoderBlock(nn.Module):
+class UpsamplingBlock(nn.Module):
     """Doubles the resolution, (B, before, h, w) → (B, after, 2 h, 2 w)."""
 
     def __init__(self, before: int, after: int) -> None:

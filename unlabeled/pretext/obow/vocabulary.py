@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unlabeled.pretext.common.precision import widened
-from unlabeled.ssl.core.distributed import gather_rows, rank, sum_over_ranks, world_size
+from unlabeled.ssl.core.distributed import gather_across_ranks, rank, sum_over_ranks, world_size
 from unlabeled.ssl.nn.batch_norm import SyncedBatchNorm1d
 
 Pool = Literal["max", "mean"]
@@ -171,7 +171,7 @@ class Vocabulary(nn.Module):
             return self.words, None
         images = len(maps) * (world_size() if self.training else 1)
         seeds = seed_words(maps, where, window, -(-len(self.words) // images))
-        seeds = (gather_rows(seeds) if self.training else seeds)[: len(self.words)].to(self.words.dtype)
+        seeds = (gather_across_ranks(seeds) if self.training else seeds)[: len(self.words)].to(self.words.dtype)
         return seeds, seeds
 
     def moved_distance(self, nearest: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ class Vocabulary(nn.Module):
         if news[0].seeds is not None:
             self.words.copy_(news[0].seeds)
         for one in news:
-            self._write(gather_rows(one.rows))
+            self._write(gather_across_ranks(one.rows))
         self.batches += 1
 
     def _write(self, rows: Tensor) -> None:
@@ -218,7 +218,7 @@ class WordHead(nn.Module):
         own = words.chunk(ranks)[rank()] if shared else words
         hidden = F.relu(self.bn(self.fc(F.normalize(own, dim=1))))
         weights = F.normalize(widened(self.last_layer(hidden)), dim=1)
-        return gather_rows(weights) if shared else weights
+        return gather_across_ranks(weights) if shared else weights
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ _GROUND = 40
 """Gray between drawn patches: dark, so that white dots show."""
 
 
-class Pairs(NamedTuple):
+class PatchPairs(NamedTuple):
     """All ordered pairs of neighbors of a grid, int64 (Q,) each."""
 
     first: Tensor
@@ -34,7 +34,7 @@ class Pairs(NamedTuple):
     """Where the second lies as seen from the first: an index into `OFFSETS`. (a, b) and (b, a) sum up to 7."""
 
 
-def neighbor_pairs(rows: int, columns: int) -> Pairs:
+def neighbor_pairs(rows: int, columns: int) -> PatchPairs:
     """Every pair of the 8-neighborhood in both directions: 40 for a grid of 3 x 3."""
     found = [
         (row * columns + column, (row + down) * columns + column + right, label)
@@ -43,7 +43,7 @@ def neighbor_pairs(rows: int, columns: int) -> Pairs:
         for label, (right, down) in enumerate(OFFSETS)
         if 0 <= row + down < rows and 0 <= column + right < columns
     ]
-    return Pairs(*(torch.tensor(column) for column in zip(*found, strict=True)))
+    return PatchPairs(*(torch.tensor(column) for column in zip(*found, strict=True)))
 
 
 class GridLayout(NamedTuple):

@@ -29,7 +29,7 @@ from unlabeled.ssl.core.errors import (
 )
 from unlabeled.ssl.core.plain import class_path
 
-__all__ = ["CAPABILITIES", "CUSTOM", "Backbone", "Stage", "block_layers", "create_backbone"]
+__all__ = ["CAPABILITIES", "CUSTOM", "Backbone", "FeatureStage", "block_layers", "create_backbone"]
 
 CAPABILITIES: dict[str, str] = {
     "pooled": "unlabeled.ssl.backbones.backbone:_pooled_missing_reason",
@@ -47,7 +47,7 @@ _USUAL_STRIDE = 32
 """Pixels per place of the last map, where a network has no maps to measure."""
 
 
-class Stage(NamedTuple):
+class FeatureStage(NamedTuple):
     """One level of a backbone's feature maps."""
 
     channels: int
@@ -100,7 +100,7 @@ class Backbone(nn.Module):
         self.std = _statistics("std", data["std"] if std is None else std)
         self._shapes = _measure(model, self.name, self.input_size, self.custom)
         self.embed_dim: int = self._shapes.pooled[0]
-        self.stages: list[Stage] = _stages(model, self._shapes, self.input_size)
+        self.stages: list[FeatureStage] = _stages(model, self._shapes, self.input_size)
         self.depth = count_blocks(name for name, _ in model.named_parameters())
         # in a tuple, so that it is no part of this module; before a task changes the network
         self._outline: tuple[nn.Module, ...] = (outline(model),) if self.custom else ()
@@ -322,7 +322,7 @@ def _measure(model: nn.Module, name: str, size: tuple[int, int], custom: bool) -
         ) from error
 
 
-def _stages(model: nn.Module, shapes: Shapes, size: tuple[int, int]) -> list[Stage]:
+def _stages(model: nn.Module, shapes: Shapes, size: tuple[int, int]) -> list[FeatureStage]:
     """Channels and stride of each map: the stated stride, unless the map is far from the size that it implies."""
     if shapes.maps is None or not all(len(shape) == 3 for shape in shapes.maps):
         return []
@@ -334,7 +334,7 @@ def _stages(model: nn.Module, shapes: Shapes, size: tuple[int, int]) -> list[Sta
         stride = stated[position] if len(stated) == len(shapes.maps) else measured
         # maps of networks without padding are up to four places smaller than their stride implies
         near = abs(size[0] / stride - height) <= max(4.0, 0.25 * height)
-        stages.append(Stage(channels, stride if near else measured))
+        stages.append(FeatureStage(channels, stride if near else measured))
     return stages
 
 

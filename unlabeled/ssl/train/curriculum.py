@@ -43,7 +43,7 @@ _EQUAL_STAGES = {96: 2, 160: 4, 224: 4}
 """EfficientTrain++: size → how many of ten stages of equal compute (arXiv 2405.08768)."""
 
 
-class Stage(NamedTuple):
+class CurriculumPhase(NamedTuple):
     """Consecutive steps with images of one size."""
 
     first: int
@@ -57,7 +57,7 @@ class Curriculum:
     """What size the images of each step have; made by `create_curriculum`."""
 
     name: str
-    stages: tuple[Stage, ...]
+    stages: tuple[CurriculumPhase, ...]
     """In order, without gaps; the last has the full size."""
     finish: Callable[[Tensor], Tensor]
     """Values 0..255 → what the task takes floating images for."""
@@ -117,7 +117,7 @@ def create_curriculum(name: CurriculumName | None, task: PretextTask, total_step
         raise ConfigError(
             f"engine.curriculum: {type(task).__name__} needs images of the full size; set engine.curriculum=null"
         )
-    stages = tuple(plan_stages(name, total_steps, backbone.input_size, step))
+    stages = tuple(plan_phases(name, total_steps, backbone.input_size, step))
     smaller = {stage.size: None for stage in stages[:-1]}
     if not smaller:
         raise ConfigError(
@@ -137,7 +137,7 @@ def as_floats(task: PretextTask, images: Tensor) -> Tensor:
     return images / 255 if task.float_images == "unit" else task.backbone.normalize(images / 255)
 
 
-def plan_stages(name: CurriculumName, total_steps: int, full: Size, step: Size) -> list[Stage]:
+def plan_phases(name: CurriculumName, total_steps: int, full: Size, step: Size) -> list[CurriculumPhase]:
     """The stages of curriculum `name`; neighbors of one size are one stage.
 
     Sizes are parts of `full`, each side for itself, rounded to multiples of `step`; the last stage has the full size
@@ -152,7 +152,9 @@ def plan_stages(name: CurriculumName, total_steps: int, full: Size, step: Size) 
     total = sum(weights.values())
     ends = [min(round(total_steps * done / total), total_steps - 1) for done in itertools.accumulate(weights.values())]
     ends[-1] = total_steps
-    stages = [Stage(begin, end - begin, size) for size, begin, end in zip(weights, [0, *ends], ends, strict=False)]
+    stages = [
+        CurriculumPhase(begin, end - begin, size) for size, begin, end in zip(weights, [0, *ends], ends, strict=False)
+    ]
     return [stage for stage in stages if stage.steps]
 
 

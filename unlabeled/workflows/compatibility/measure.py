@@ -53,7 +53,7 @@ class MatrixRun(Section):
         return out
 
 
-class Cell(NamedTuple):
+class MatrixEntry(NamedTuple):
     """What happened to one task on one network."""
 
     status: Literal["runs", "cannot", "fault"]
@@ -67,7 +67,7 @@ class Matrix:
     timm: str = timm.__version__
     networks: dict[str, str] = field(default_factory=dict)
     """Module → name of the network, its size and arguments."""
-    cells: dict[str, dict[str, Cell]] = field(default_factory=dict)
+    cells: dict[str, dict[str, MatrixEntry]] = field(default_factory=dict)
 
     @property
     def tasks(self) -> list[str]:
@@ -94,7 +94,10 @@ class Matrix:
         """The inverse of `dumps`."""
         stored = json.loads(text)
         networks = {module: row.pop("network") for module, row in stored["modules"].items()}
-        cells = {module: {task: Cell(*cell) for task, cell in row.items()} for module, row in stored["modules"].items()}
+        cells = {
+            module: {task: MatrixEntry(*cell) for task, cell in row.items()}
+            for module, row in stored["modules"].items()
+        }
         return cls(stored["timm"], networks, cells)
 
     @classmethod
@@ -180,19 +183,19 @@ def _smallest(module: str) -> dict[str, Any]:
     return {"name": name, "size": create_backbone(name).input_size}
 
 
-def try_task(task: str, backbone: Backbone, seed: int = 0) -> Cell:
+def try_task(task: str, backbone: Backbone, seed: int = 0) -> MatrixEntry:
     """One forward and backward pass of `task` on a copy of `backbone`."""
     kind = task_class(task)
     try:
         backbone.require(kind.requires, task=kind.__name__)
         return _step({"name": task, **kind.small_settings}, copy.deepcopy(backbone), seed)
     except CapabilityError as error:
-        return Cell("cannot", _short(str(error)))
+        return MatrixEntry("cannot", _short(str(error)))
     except Exception as error:  # whatever it is, it is a result: told in the table and to be mended
-        return Cell("fault", f"{type(error).__name__}: {first_line(error)}")
+        return MatrixEntry("fault", f"{type(error).__name__}: {first_line(error)}")
 
 
-def _step(settings: Mapping[str, Any], backbone: Backbone, seed: int) -> Cell:
+def _step(settings: Mapping[str, Any], backbone: Backbone, seed: int) -> MatrixEntry:
     torch.manual_seed(seed)
     task = create_task(settings, backbone).train()
     views = type(task).views(task_config(settings), backbone)
@@ -202,12 +205,12 @@ def _step(settings: Mapping[str, Any], backbone: Backbone, seed: int) -> Cell:
     batch: dict[str, Tensor] = {key: torch.stack([view[key] for view in seen]) for key in seen[0]}
     loss = task(batch).loss
     if not bool(loss.isfinite()):
-        return Cell("fault", f"its loss is {loss.item()}")
+        return MatrixEntry("fault", f"its loss is {loss.item()}")
     loss.backward()
     for label, parameter in task.named_parameters():
         if parameter.requires_grad and (parameter.grad is None or not bool(parameter.grad.isfinite().all())):
-            return Cell("fault", f"{label} gets {'no' if parameter.grad is None else 'an infinite'} gradient")
-    return Cell("runs")
+            return MatrixEntry("fault", f"{label} gets {'no' if parameter.grad is None else 'an infinite'} gradient")
+    return MatrixEntry("runs")
 
 
 def _short(message: str) -> str:

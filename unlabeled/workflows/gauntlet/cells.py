@@ -14,7 +14,7 @@ from unlabeled.eval.registry import measure_of
 from unlabeled.eval.results import EncoderResults
 from unlabeled.ssl.core.errors import first_line
 from unlabeled.ssl.core.files import write_atomically, writing
-from unlabeled.workflows.gauntlet.plan import Cell
+from unlabeled.workflows.gauntlet.plan import GauntletCell
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class CellResult(BaseModel):
         return self.measures.get(metric)
 
     @classmethod
-    def done(cls, cell: Cell, found: EncoderResults, test_images: int, features: float) -> CellResult:
+    def done(cls, cell: GauntletCell, found: EncoderResults, test_images: int, features: float) -> CellResult:
         return cls(
             entrant=cell.entrant,
             data=cell.data,
@@ -67,7 +67,7 @@ class CellResult(BaseModel):
         )
 
     @classmethod
-    def failed(cls, cell: Cell, reason: str) -> CellResult:
+    def failed(cls, cell: GauntletCell, reason: str) -> CellResult:
         return cls(
             entrant=cell.entrant, data=cell.data, evaluator=cell.evaluator, seed=cell.seed, status="failed",
             reason=reason,
@@ -80,7 +80,7 @@ class CellStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def read(self, cell: Cell) -> CellResult | None:
+    def read(self, cell: GauntletCell) -> CellResult | None:
         """What became of `cell`; None when it has not been measured or its file is damaged."""
         file = self._file(cell)
         if not file.is_file():
@@ -91,11 +91,11 @@ class CellStore:
             log.warning("%s is damaged (%s) and is measured again", file, first_line(error))
             return None
 
-    def write(self, cell: Cell, result: CellResult) -> None:
+    def write(self, cell: GauntletCell, result: CellResult) -> None:
         """Raises CheckpointError when the disk refuses."""
         with writing(str(self._file(cell))):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self._file(cell), result.model_dump_json(indent=1) + "\n")
 
-    def _file(self, cell: Cell) -> Path:
+    def _file(self, cell: GauntletCell) -> Path:
         return self.folder / f"{cell.key}.json"

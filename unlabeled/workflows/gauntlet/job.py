@@ -21,13 +21,13 @@ from unlabeled.ssl.core.errors import CheckpointError, UnlabeledError, first_lin
 from unlabeled.ssl.core.files import write_atomically, writing
 from unlabeled.workflows.gauntlet.cells import CellResult, CellStore
 from unlabeled.workflows.gauntlet.page import write_pages
-from unlabeled.workflows.gauntlet.plan import Cell, Entrant, GauntletPlan, Group, make_plan, settled
+from unlabeled.workflows.gauntlet.plan import Entrant, GauntletCell, GauntletPlan, Group, make_plan, settled
 from unlabeled.workflows.gauntlet.settings import GauntletRun
 from unlabeled.workflows.gauntlet.table import gauntlet_document
 
 SETTINGS = "gauntlet.yaml"
 
-Told = Callable[[Cell, CellResult], None]
+Told = Callable[[GauntletCell, CellResult], None]
 """Hears of each cell as it is finished."""
 
 Build = Callable[[Entrant, int], Backbone | None]
@@ -63,7 +63,7 @@ def run_gauntlet(run: GauntletRun, begin: Callable[[int, int], Told] | None = No
     return document
 
 
-def _silent(cell: Cell, result: CellResult) -> None:
+def _silent(cell: GauntletCell, result: CellResult) -> None:
     pass
 
 
@@ -94,8 +94,8 @@ def _known(run: GauntletRun, plan: GauntletPlan, store: CellStore) -> dict[str, 
 
 
 def _measured(
-    run: GauntletRun, plan: GauntletPlan, group: Group, cells: Sequence[Cell], build: Build
-) -> Iterator[tuple[Cell, CellResult]]:
+    run: GauntletRun, plan: GauntletPlan, group: Group, cells: Sequence[GauntletCell], build: Build
+) -> Iterator[tuple[GauntletCell, CellResult]]:
     """Yields each of `cells`, which share their features, with what became of it."""
     if not cells:
         return
@@ -130,7 +130,9 @@ def _dataset(run: GauntletRun, group: Group, build: Build) -> EncodedDataset:
     return encode_dataset(encoder, group.data.sources, load, recalibrate=group.entrant.recalibrate)
 
 
-def _run_cell(run: GauntletRun, plan: GauntletPlan, dataset: EncodedDataset, cell: Cell, features: float) -> CellResult:
+def _run_cell(
+    run: GauntletRun, plan: GauntletPlan, dataset: EncodedDataset, cell: GauntletCell, features: float
+) -> CellResult:
     try:
         found = evaluate_features(dataset, plan.evaluators[cell.evaluator], run.evaluate.prefixes)
     except Exception as error:  # as above
@@ -138,7 +140,7 @@ def _run_cell(run: GauntletRun, plan: GauntletPlan, dataset: EncodedDataset, cel
     return CellResult.done(cell, found, len(dataset.features.test), features)
 
 
-def _reason(error: Exception, cell: Cell) -> str:
+def _reason(error: Exception, cell: GauntletCell) -> str:
     """The error in one line; the log has the traceback of one that is no fault of the input."""
     if isinstance(error, UnlabeledError):
         return str(error)

@@ -24,7 +24,7 @@ from unlabeled.ssl.config.schema import BackboneConfig, EvaluateConfig, Evaluate
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.data.registry import open_source
 from unlabeled.ssl.data.source import ImageSource, limited
-from unlabeled.workflows.evaluate import Target, masked_statistics, resolve_target
+from unlabeled.workflows.evaluate import Target, resolve_target, saw_masked_images_only
 from unlabeled.workflows.gauntlet.settings import GauntletBackbone, GauntletData, GauntletRun
 
 Kind = Literal["given", "random", "pixels"]
@@ -66,7 +66,7 @@ class LabeledData:
 
 
 @dataclass(frozen=True)
-class Cell:
+class GauntletCell:
     """One evaluator on one encoder's features of one data set, under one seed."""
 
     entrant: str
@@ -85,7 +85,7 @@ class Group:
     data: LabeledData
     init: int
     """Seed of random weights; without effect on others."""
-    cells: tuple[Cell, ...]
+    cells: tuple[GauntletCell, ...]
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class GauntletPlan:
     evaluators: dict[str, Evaluator]
     groups: tuple[Group, ...]
 
-    def cells(self) -> Iterator[Cell]:
+    def cells(self) -> Iterator[GauntletCell]:
         for group in self.groups:
             yield from group.cells
 
@@ -163,7 +163,7 @@ def _given(run: GauntletRun) -> list[Entrant]:
     for entry in run.backbones:
         target = _resolve(entry)
         backbone = target.backbone
-        masked = run.evaluate.recalibrate == "auto" and masked_statistics(target)
+        masked = run.evaluate.recalibrate == "auto" and saw_masked_images_only(target)
         facts: dict[str, Any] = {
             "network": name_backbone(backbone),
             "parameters": count_parameters(backbone),
@@ -222,7 +222,7 @@ def _told_apart(twins: Sequence[Entrant]) -> list[Entrant]:
 def _group(run: GauntletRun, entrant: Entrant, data: LabeledData, init: int, evaluators: dict[str, Evaluator]) -> Group:
     seeds = (init,) if entrant.kind == "random" else run.seeds
     cells = [
-        Cell(entrant.label, data.label, name, seed, _key(run, entrant, data, name, seed))
+        GauntletCell(entrant.label, data.label, name, seed, _key(run, entrant, data, name, seed))
         for seed in seeds
         for name, evaluator in evaluators.items()
         if entrant.build is not None or evaluator.needs != "network"

@@ -22,7 +22,7 @@ from unlabeled.eval.evaluators.knn import KnnEvaluator
 from unlabeled.eval.intervals import of_mean, wilson
 from unlabeled.eval.registry import build_evaluator
 from unlabeled.workflows.gauntlet.cells import CellResult
-from unlabeled.workflows.gauntlet.plan import Cell, GauntletPlan, LabeledData
+from unlabeled.workflows.gauntlet.plan import GauntletCell, GauntletPlan, LabeledData
 from unlabeled.workflows.gauntlet.settings import GauntletRun
 
 SCHEMA = 1
@@ -134,7 +134,7 @@ class Column:
     metric: str
     evaluator: str
     measure: Measure
-    cells: list[Cell]
+    cells: list[GauntletCell]
     """Where it was measured."""
 
 
@@ -251,7 +251,7 @@ def _data(labeled: LabeledData) -> dict[str, Any]:
     }
 
 
-def _unique(cells: Iterable[Cell]) -> list[Cell]:
+def _unique(cells: Iterable[GauntletCell]) -> list[GauntletCell]:
     """One cell for each key."""
     return list({cell.key: cell for cell in cells}.values())
 

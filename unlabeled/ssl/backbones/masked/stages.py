@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.masked.masking import Masking
-from unlabeled.ssl.backbones.masked.sparse.rows import Cells, gather_rows, scatter_rows
+from unlabeled.ssl.backbones.masked.sparse.gathering import Cells, gather_tokens, scatter_tokens
 from unlabeled.ssl.backbones.masked.tokens import gather_patches
 from unlabeled.ssl.backbones.networks.convmae import ConvViT, Mix, convolve
 
@@ -71,7 +71,7 @@ class StageEncoder:
     def encode(self, x: Tensor, masking: Masking, execution: Execution = "gathered") -> Stages:
         """Normalized (B, C, gh * 16, gw * 16) and its mask → what each of the stages gives at visible cells.
 
-        ``gathered`` computes these only, ``dense`` everything. The rest gets no gradient either way.
+        ``is_gathered`` computes these only, ``dense`` everything. The rest gets no gradient either way.
         """
         cells = Cells(masking)
         if execution == "gathered":
@@ -103,8 +103,8 @@ def _at_visible_positions(cells: Cells, side: int) -> Mix:
     """The `Mix` of visible cells alone, (B, K, side, side, C): all other places of the map are zero."""
 
     def mix(conv: nn.Conv2d, x: Tensor) -> Tensor:
-        mixed = conv(scatter_rows(x.flatten(1, 3), cells, (side, side)))
-        return gather_rows(mixed, cells, (side, side)).view(x.shape)
+        mixed = conv(scatter_tokens(x.flatten(1, 3), cells, (side, side)))
+        return gather_tokens(mixed, cells, (side, side)).view(x.shape)
 
     return mix
 

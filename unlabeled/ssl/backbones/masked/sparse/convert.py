@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.masked.masking import Masking, random_masking
-from unlabeled.ssl.backbones.masked.sparse.masked_map import MaskedMap, NoRuleError, OrderError, silenced
-from unlabeled.ssl.backbones.masked.sparse.rows import Cells, Factor
+from unlabeled.ssl.backbones.masked.sparse.gathering import Cells, Factor
+from unlabeled.ssl.backbones.masked.sparse.masked_map import MaskedMap, NoRuleError, OrderError, zeroed
 from unlabeled.ssl.backbones.masked.sparse.rules import RULES, attends, refusal
 from unlabeled.ssl.backbones.shapes import ghost
 
@@ -78,7 +78,7 @@ class SparseEncoder:
 
 
 def _masked_images(images: Tensor, cells: Cells, cell: tuple[int, int]) -> MaskedMap:
-    return MaskedMap(silenced(images, cells, cell), cells, cell, gathered=False)
+    return MaskedMap(zeroed(images, cells, cell), cells, cell, is_gathered=False)
 
 
 def sparse_convs_missing_reason(backbone: Backbone) -> str | None:

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unlabeled.ssl.backbones.masked.tokens.family import Family, Positions, gather_pairs, with_prefix
+from unlabeled.ssl.backbones.masked.tokens.family import Positions, TokenFamily, gather_pairs, with_prefix
 
 
-class _Biased(Family):
+class _BiasedFamily(TokenFamily):
     def blocks(self, tokens: Tensor, table: Tensor | None, ids: Tensor) -> Tensor:
         positions = with_prefix(ids, self.prefix)
         shared = self._gathered(self._shared_bias(), positions)
@@ -45,7 +45,7 @@ class _Biased(Family):
         raise NotImplementedError
 
 
-class Beit(_Biased):
+class Beit(_BiasedFamily):
     """BEiT and BEiT v2: a table of relative positions in each block, or one for all, or absolute positions."""
 
     classes: ClassVar[tuple[str, ...]] = ("beit:Beit",)
@@ -77,7 +77,7 @@ class Beit(_Biased):
         return cast(Tensor, x + block.drop_path2(scales[1] * block.mlp(block.norm2(x))))
 
 
-class RelativePositions(_Biased):
+class RelativePositions(_BiasedFamily):
     """timm's ViT with relative positions: a table, or a small network of the logarithmic distance."""
 
     classes: ClassVar[tuple[str, ...]] = ("vision_transformer_relpos:VisionTransformerRelPos",)
@@ -116,7 +116,7 @@ def _attend(attention: Any, qkv: Tensor, bias: Tensor | None) -> Tensor:
     return cast(Tensor, attention.proj_drop(attention.proj(x.transpose(1, 2).flatten(2))))
 
 
-class ConViT(Family):
+class ConViT(TokenFamily):
     """ConViT: attention mixed with attention by distance; the class token joins after the blocks that have it."""
 
     classes: ClassVar[tuple[str, ...]] = ("convit:ConVit",)

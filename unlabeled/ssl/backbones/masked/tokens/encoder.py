@@ -6,14 +6,14 @@ from torch import Tensor, nn
 
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.masked.tokens.biased import Beit, ConViT, RelativePositions
-from unlabeled.ssl.backbones.masked.tokens.family import Family
+from unlabeled.ssl.backbones.masked.tokens.family import TokenFamily
 from unlabeled.ssl.backbones.masked.tokens.flexible import Gemma, NaFlex, VisionLanguage
 from unlabeled.ssl.backbones.masked.tokens.hiera import Hiera
 from unlabeled.ssl.backbones.masked.tokens.streams import TNT, CaiT
 from unlabeled.ssl.core.errors import ConfigError
 
-FAMILIES: tuple[type[Family], ...] = (
-    Family,
+FAMILIES: tuple[type[TokenFamily], ...] = (
+    TokenFamily,
     Beit,
     RelativePositions,
     ConViT,
@@ -45,7 +45,7 @@ def token_dropping_missing_reason(backbone: Backbone) -> str | None:
     return _foreign_reason(backbone.model) if family is None else family(backbone.model).missing_reason()
 
 
-def _family(model: nn.Module) -> type[Family] | None:
+def _family(model: nn.Module) -> type[TokenFamily] | None:
     return next((family for family in FAMILIES if family.holds(model)), None)
 
 

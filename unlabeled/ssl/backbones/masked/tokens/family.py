@@ -1,6 +1,6 @@
 """From the pixels of kept patches to tokens, step by step, as timm's plain vision transformers do it.
 
-`Family` is the plain family (``VisionTransformer``, ``Eva``); other families override the steps in which they differ.
+`TokenFamily` is the plain family (``VisionTransformer``, ``Eva``); other families override the steps that differ.
 A step that timm offers as a method is asked of timm, so that each variant is timm's to the bit.
 """
 
@@ -32,7 +32,7 @@ class Positions(NamedTuple):
     """What blocks need of positions, in the family's own form; plain: the rotary table."""
 
 
-class Family:
+class TokenFamily:
     """One family of networks around the network `model`; names of classes are timm's, since releases differ in them."""
 
     classes: ClassVar[tuple[str, ...]] = (

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unlabeled.ssl.backbones.masked.tokens.family import Family, Positions, gather_patches, mixing_norm
+from unlabeled.ssl.backbones.masked.tokens.family import Positions, TokenFamily, gather_patches, mixing_norm
 
 
-class NaFlex(Family):
+class NaFlex(TokenFamily):
     """timm's NaFlexViT on images of one size: embeddings in a module of their own, any kind of positions."""
 
     classes: ClassVar[tuple[str, ...]] = ("naflexvit:NaFlexVit",)
@@ -69,7 +69,7 @@ class NaFlex(Family):
         return cast(Tensor, embeds.norm(F.linear(flat, embeds.proj.weight.flatten(1), embeds.proj.bias)))
 
 
-class VisionLanguage(Family):
+class VisionLanguage(TokenFamily):
     """The vision transformers of Qwen3-VL and DeepSeek, inside their classifiers: rotary positions, no class token."""
 
     classes: ClassVar[tuple[str, ...]] = ("qwen3_vit:Qwen3VitClassifier", "deepseek_vit:DeepseekVitClassifier")

@@ -13,10 +13,10 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from unlabeled.ssl.backbones.masked.tokens.family import Family
+from unlabeled.ssl.backbones.masked.tokens.family import TokenFamily
 
 
-class Hiera(Family):
+class Hiera(TokenFamily):
     """A *patch* of this family is a mask unit, for the usual sizes 32 pixels."""
 
     classes: ClassVar[tuple[str, ...]] = ("hiera:Hiera",)

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unlabeled.ssl.backbones.masked.tokens.family import Family, Positions, gather_patches, with_prefix
+from unlabeled.ssl.backbones.masked.tokens.family import Positions, TokenFamily, gather_patches, with_prefix
 
 
-class CaiT(Family):
+class CaiT(TokenFamily):
     """CaiT: patches attend to each other through talking heads; a class token then attends to all of them."""
 
     classes: ClassVar[tuple[str, ...]] = ("cait:Cait",)
@@ -34,7 +34,7 @@ class CaiT(Family):
         return cast(Tensor, self.trunk.norm(self.trunk.forward_cls(tokens)))
 
 
-class TNT(Family):
+class TNT(TokenFamily):
     """Transformer in transformer: the pixels of a patch are tokens among themselves and add up to the patch's token."""
 
     classes: ClassVar[tuple[str, ...]] = ("tnt:TNT",)

@@ -63,17 +63,19 @@ class Cells:
         return self._active[factor]
 
 
-def gather_rows(dense: Tensor, cells: Cells, factor: Factor) -> Tensor:
+def gather_tokens(dense: Tensor, cells: Cells, factor: Factor) -> Tensor:
     """Features of the visible places, (B, C, H, W) → (B, R, C). Cheap for maps in channels_last memory."""
     positions = dense.permute(0, 2, 3, 1).reshape(-1, dense.shape[1])
-    rows: Tensor = _Take.apply(positions, cells.index(factor))
-    return rows.view(cells.batch, -1, dense.shape[1])
+    tokens: Tensor = _Take.apply(positions, cells.index(factor))
+    return tokens.view(cells.batch, -1, dense.shape[1])
 
 
-def scatter_rows(rows: Tensor, cells: Cells, factor: Factor) -> Tensor:
+def scatter_tokens(tokens: Tensor, cells: Cells, factor: Factor) -> Tensor:
     """(B, R, C) → (B, C, H, W) in channels_last memory, exactly zero at masked places."""
     height, width = cells.size(factor)
-    positions: Tensor = _Put.apply(rows.reshape(-1, rows.shape[-1]), cells.index(factor), cells.batch * height * width)
+    positions: Tensor = _Put.apply(
+        tokens.reshape(-1, tokens.shape[-1]), cells.index(factor), cells.batch * height * width
+    )
     return positions.view(cells.batch, height, width, -1).permute(0, 3, 1, 2)
 
 
@@ -95,9 +97,9 @@ class _Put(Function):
     """Rows put at `index` of `count` rows of zeros; the inverse of `_Take`."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, index: Tensor, count: int) -> Tensor:
+    def forward(ctx: Any, tokens: Tensor, index: Tensor, count: int) -> Tensor:
         ctx.index = index
-        return rows.new_zeros(count, rows.shape[1]).index_copy_(0, index, rows)
+        return tokens.new_zeros(count, tokens.shape[1]).index_copy_(0, index, tokens)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
