@@ -117,7 +117,7 @@ def _encoder_at(config: PretrainConfig, step: Path) -> Backbone:
     # its weights come from the checkpoint; where the run once took them from may be gone
     plain = BackboneConfig.model_validate(config.backbone.model_dump() | {"pretrained": False, "checkpoint": None})
     with torch.random.fork_rng(devices=[]):
-        task = build_task(config.model_copy(update={"backbone": plain, "official": None}))
+        task = build_task(config.model_copy(update={"backbone": plain, "reference": None}))
     try:
         task.load_state_dict(load_file(step / "model.safetensors"))
     except (OSError, RuntimeError) as error:

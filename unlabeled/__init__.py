@@ -9,6 +9,7 @@ Everything that a user needs is here; modules inside may move. A name is importe
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from unlabeled import _moved
@@ -32,7 +33,7 @@ _PUBLIC = {
     # Backbones.
     "Backbone": "unlabeled.ssl.backbones.backbone",
     "create_backbone": "unlabeled.ssl.backbones.backbone",
-    "create_classifier": "unlabeled.workflows.finetune.network",
+    "create_classifier": "unlabeled.workflows.finetune.classifier",
     "load_elastic": "unlabeled.workflows.export",
     "load_weights": "unlabeled.ssl.backbones.weights",
     "modes_kept": "unlabeled.ssl.backbones.shapes",
@@ -212,8 +213,8 @@ if TYPE_CHECKING:
     from unlabeled.testing import check_task as check_task
     from unlabeled.workflows.export import Exported as Exported
     from unlabeled.workflows.export import load_elastic as load_elastic
+    from unlabeled.workflows.finetune.classifier import create_classifier as create_classifier
     from unlabeled.workflows.finetune.config import FinetuneConfig as FinetuneConfig
-    from unlabeled.workflows.finetune.network import create_classifier as create_classifier
     from unlabeled.workflows.finetune.run import FinetuneResult as FinetuneResult
     from unlabeled.workflows.pretrain import PretrainResult as PretrainResult
 
@@ -221,6 +222,9 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name in _moved.RENAMED and (current := _moved.RENAMED[name]) in _PUBLIC:
+        warnings.warn(f"unlabeled.{name} is now unlabeled.{current}", DeprecationWarning, stacklevel=2)
+        return __getattr__(current)
     raise AttributeError(f"module 'unlabeled' has no attribute {name!r}")
 
 

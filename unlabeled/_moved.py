@@ -148,6 +148,20 @@ MOVED: dict[str, str] = {
 }
 """Old module or package, without ``unlabeled.`` → the module that has its names now, or several."""
 
+RENAMED: dict[str, str] = {
+    "EncoderEvidence": "EncoderResults",
+    "Evidence": "Results",
+    "Judge": "EvaluatorInfo",
+    "LacksCapabilityError": "MissingCapabilityError",
+    "Subject": "EncodedDataset",
+    "Verdict": "Summary",
+    "evidence_table": "results_table",
+    "gather_rows": "gather_across_ranks",
+    "judge": "summarize",
+    "map_pictures": "map_images",
+}
+"""Old name of a class or function → its present one, in `unlabeled` and in the modules of `MOVED`."""
+
 
 class _Moved(ModuleType):
     """Looks names up in the modules that have them now."""
@@ -155,8 +169,9 @@ class _Moved(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("__"):
             for target in self.__dict__.get("_targets", ()):
-                if hasattr(target, name):
-                    return getattr(target, name)
+                for current in (name, RENAMED.get(name, name)):
+                    if hasattr(target, current):
+                        return getattr(target, current)
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
     def __dir__(self) -> list[str]:

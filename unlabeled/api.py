@@ -84,7 +84,7 @@ def export(run: str | Path, out: str | Path, backbone: nn.Module | None = None, 
     A run of a network that has no timm name needs it again, as `backbone`. Returns each file with Python that loads it.
     """
     folder = run_folder(run)
-    own = given_backbone(backbone, settings, beside=folder)
+    own = given_backbone(backbone, settings, alongside=folder)
     return export_run(export_config(folder, values={"out": out, **settings}), own)
 
 

@@ -40,7 +40,7 @@ def build(pair, norm_pix: bool, execution: str = "gathered") -> ConvMAE:
     )
     settings = {
         "mask_ratio": config["mask_ratio"],
-        "mask_count": "official",
+        "mask_count": "reference",
         "norm_pix": norm_pix,
         "execution": execution,
         "decoder": {
@@ -57,9 +57,9 @@ def build(pair, norm_pix: bool, execution: str = "gathered") -> ConvMAE:
     return task
 
 
-def parameter(task: ConvMAE, official: str) -> Tensor:
+def parameter(task: ConvMAE, reference: str) -> Tensor:
     own = dict(task.named_parameters())
-    return own[next(name for name in (NAMES.get(official), official, f"backbone.model.{official}") if name in own)]
+    return own[next(name for name in (NAMES.get(reference), reference, f"backbone.model.{reference}") if name in own)]
 
 
 def test_state_is_what_the_task_holds(pair):

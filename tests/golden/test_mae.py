@@ -39,7 +39,7 @@ def build(pair, norm_pix: bool) -> MAE:
     )
     settings = {
         "mask_ratio": config["mask_ratio"],
-        "mask_count": "official",
+        "mask_count": "reference",
         "norm_pix": norm_pix,
         "decoder": {
             "dim": config["decoder_dim"],
@@ -55,8 +55,8 @@ def build(pair, norm_pix: bool) -> MAE:
     return task
 
 
-def parameter(task: MAE, official: str) -> Tensor:
-    return dict(task.named_parameters())[NAMES.get(official, f"backbone.model.{official}")]
+def parameter(task: MAE, reference: str) -> Tensor:
+    return dict(task.named_parameters())[NAMES.get(reference, f"backbone.model.{reference}")]
 
 
 def test_state_is_what_the_task_holds(pair):

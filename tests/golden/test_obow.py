@@ -175,8 +175,8 @@ def test_loss_gradients_and_what_the_step_leaves(pair):
         limit = MOMENTUM if "teacher" in name and "running" not in name else RESULT
         pair.assert_close(f"after/{name}", state[names[name]], limit)
     for level, vocabulary in enumerate(task.vocabularies):
-        official = f"bow_extractor.bow_extractor.{level}._embedding"
-        before, after = pair[f"state/{official}"], pair[f"after/{official}"]
+        reference = f"bow_extractor.bow_extractor.{level}._embedding"
+        before, after = pair[f"state/{reference}"], pair[f"after/{reference}"]
         kept = (before == after).all(1)
         assert kept.sum() == len(before) - len(batch["image"])
         assert torch.equal(vocabulary.words[kept], before[kept])

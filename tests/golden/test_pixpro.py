@@ -88,8 +88,8 @@ def test_settings_of_batch_norm_and_the_whole_state(pair):
     }
     state, ours = pair.group("state"), task.state_dict()
     assert set(reference_names(task)) == set(state)
-    for official, own in reference_names(task).items():
-        assert torch.equal(ours[own], state[official]), official
+    for reference, own in reference_names(task).items():
+        assert torch.equal(ours[own], state[reference]), reference
 
 
 def test_boxes_and_pairs(pair):

@@ -98,7 +98,7 @@ def files_of(folder: Path) -> dict[Path, bytes]:
         (["evaluate.embedding=tnse"], "evaluate.embedding: 'tnse' is not a map of the features; did you mean 'tsne'?"),
         (["evaluate.data=foldr", "evaluate.final=true"], "data: 'foldr' is not a data source; did you mean 'folder'?"),
         (["evaluate.data={name:folder,path:nowhere}", "evaluate.final=true"], "nowhere"),
-        (["official=nowhere.pth"], "nowhere.pth: there is no such file"),
+        (["reference=nowhere.pth"], "nowhere.pth: there is no such file"),
         (["epochs"], "'epochs' is not a setting; write key=value"),
     ],
 )  # fmt: skip

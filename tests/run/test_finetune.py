@@ -99,9 +99,9 @@ def test_plain_timm_loads_the_classifier_and_gives_its_logits(result: FinetuneRe
     model = timm.create_model(made["name"], checkpoint_path=str(result.weights), **made["kwargs"]).eval()
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
-        assert torch.equal(model(x), result.network.model.eval()(x))
+        assert torch.equal(model(x), result.backbone.model.eval()(x))
     again = load_backbone(result.weights)
-    assert again.embed_dim == result.network.embed_dim
+    assert again.embed_dim == result.backbone.embed_dim
 
 
 def test_the_exported_weights_are_the_averaged_ones(result: FinetuneResult) -> None:
@@ -158,7 +158,7 @@ def test_killed_in_either_half_and_resumed_equals_never_stopped(
         "label_fraction": 0.2,
         "epochs": 1,
         "ema": 0.9,
-        "network": {"drop_path": 0.2},
+        "model": {"drop_path": 0.2},
     }
     whole = unlabeled.finetune(target, "digits", out=tmp_path / "whole", **settings)
     for folder in ("broken", "scratch"):
@@ -249,8 +249,8 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
             "augment.mixpu: there is no such setting in augment; did you mean 'mixup'",
         ),
         (["data=digits", "optim.name=adamm"], "optim.name: 'adamm' is not an optimizer"),
-        (["data=digits", "network.kwargs={dept:1}"], "network.kwargs.dept: resnet18 takes no such argument"),
-        (["data=digits", "network.kwargs={block_args:{}, channels:[8,8,8,8]}"], "has shape"),
+        (["data=digits", "model.kwargs={dept:1}"], "model.kwargs.dept: resnet18 takes no such argument"),
+        (["data=digits", "model.kwargs={block_args:{}, channels:[8,8,8,8]}"], "has shape"),
         (["data=digits", "ema=1"], "ema: 1 is not possible; give less than 1"),
     ],
 )

@@ -141,7 +141,7 @@ class Images(Sound):
     """Looks at images and does not say so."""
 
     def more(self, dataset: EncodedDataset) -> Iterator[tuple[str, Value]]:
-        yield "count", len(dataset.images()[0])
+        yield "count", len(dataset.require_sources()[0])
 
 
 class Careless(Sound):

@@ -128,7 +128,7 @@ def test_other_settings_and_other_weights_are_not_mixed(run: Path, caplog: pytes
 def test_runs_that_were_trained_alone_stand_beside(run: Path, tmp_path: Path) -> None:
     small = VIT | {"embed_dim": 16, "depth": 2}
     export_backbone(create_backbone("vit_tiny_patch16_224", size=32, **small), tmp_path / "alone")
-    curve = evaluate(run, sizes=[[16, 2]], beside=[str(tmp_path / "alone")])
+    curve = evaluate(run, sizes=[[16, 2]], versus=[str(tmp_path / "alone")])
     assert curve is not None
     alone, extracted = curve.find("alone", "alone"), curve.find("extracted", "16x2")
     assert alone is not None
@@ -137,12 +137,12 @@ def test_runs_that_were_trained_alone_stand_beside(run: Path, tmp_path: Path) ->
     assert (alone.parameters, alone.macs) == (extracted.parameters, extracted.macs)
     assert curve.front("knn/k5") == [extracted]
     export_backbone(create_backbone("nin_cifar", num_blocks=3), tmp_path / "nin")
-    with pytest.raises(ConfigError, match=r"beside: nin is of the family \w+, the sizes of VisionTransformer"):
-        evaluate(run, sizes=[[16, 2]], beside=[str(tmp_path / "nin")])
-    with pytest.raises(ConfigError, match=r"beside: .*nowhere is no folder"):
-        evaluate(run, sizes=[[16, 2]], beside=[str(tmp_path / "nowhere")])
-    with pytest.raises(ConfigError, match="beside: has a place beside sizes only"):
-        evaluate(run, beside=[str(tmp_path / "alone")])
+    with pytest.raises(ConfigError, match=r"versus: nin is of the family \w+, the sizes of VisionTransformer"):
+        evaluate(run, sizes=[[16, 2]], versus=[str(tmp_path / "nin")])
+    with pytest.raises(ConfigError, match=r"versus: .*nowhere is no folder"):
+        evaluate(run, sizes=[[16, 2]], versus=[str(tmp_path / "nowhere")])
+    with pytest.raises(ConfigError, match="versus: has a place beside sizes only"):
+        evaluate(run, versus=[str(tmp_path / "alone")])
 
 
 def test_batch_norms_are_estimated_for_each_size(tmp_path: Path) -> None:

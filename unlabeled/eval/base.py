@@ -127,6 +127,8 @@ class Measured:
     high: float = math.nan
 
 
+Needs = Literal["features", "images", "backbone"]
+
 Value = float | int | Measured | str | npt.NDArray[Any] | Tensor
 """`Measured`: a value for tables · float, int: a number for programs alone, such as a chosen learning rate · str: a
 note for the reader, one sentence · array: for figures · uint8 tensor (3, H, W): an image for the report."""
@@ -136,6 +138,9 @@ class EvaluatorConfig(Section):
     """Base of an evaluator's settings, ``evaluate.NAME``. Unknown ones are refused."""
 
 
+_NEEDS_ONCE: dict[str, Needs] = {"pictures": "images", "network": "backbone"}
+
+
 class Evaluator(ABC):
     """One way to measure a representation. It is built from its section of ``evaluate`` and never prints or writes."""
 
@@ -143,13 +148,19 @@ class Evaluator(ABC):
     """Prefix of its values, such as ``knn``, and the name of its settings: ``evaluate.knn``."""
     title: ClassVar[str]
     """Heading of its table in the report."""
-    needs: ClassVar[Literal["features", "images", "network"]] = "features"
-    """features: pooled features alone · images: also the sources · network: the backbone, so that raw pixels cannot
+    needs: ClassVar[Needs] = "features"
+    """features: pooled features alone · images: also the sources · backbone: the backbone, so that raw pixels cannot
     be judged."""
     captions: ClassVar[Mapping[str, str]] = {}
     """Key of an image that it draws → what that shows."""
     Config: ClassVar[type[EvaluatorConfig]] = EvaluatorConfig
     """Its settings."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        needs: str = vars(cls).get("needs", "")
+        if needs in _NEEDS_ONCE:  # a plugin from before the values were renamed
+            cls.needs = _NEEDS_ONCE[needs]
 
     def __init__(self, config: Any) -> None:
         """`config`: an instance of `Config`. Raises ConfigError for settings that are not possible."""

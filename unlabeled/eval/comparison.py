@@ -10,6 +10,7 @@ from typing import Any, Literal
 from unlabeled.eval.base import Cut, Direction, Estimate, Measure, Point, Unit
 from unlabeled.eval.intervals import less, wilson
 from unlabeled.eval.results import Metric, Results
+from unlabeled.ssl.core.renamed import OldNames
 
 Level = Literal["better", "even", "worse", "mixed", "alone", "none"]
 
@@ -45,11 +46,11 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Summary:
+class Summary(OldNames, summary="text"):
     """The one sentence to remember, and the sentences that carry it."""
 
     level: Level
-    summary: str
+    text: str
     details: tuple[str, ...] = ()
 
 
@@ -123,7 +124,7 @@ def summarize(results: Results | None) -> Summary:
         "better": f"Better than {other}",
         "even": f"No clear difference from {'the stronger baseline' if len(baselines) > 1 else other}",
         "worse": f"Not better than {'the baselines' if len(baselines) > 1 else other}",
-        "mixed": "A mixed image",
+        "mixed": "Mixed results",
     }
     assert level is not None
     return Summary(level, f"{opening[level]}: {gaps}.", tuple(details))

@@ -14,6 +14,7 @@ from unlabeled.eval.base import FeatureSet, FeatureSplit, FloatArray
 from unlabeled.eval.features.extract import ImageTransform, Outputs, Precision, extract_features
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.core.errors import DataError
+from unlabeled.ssl.core.renamed import OldNames
 from unlabeled.ssl.data.source import ImageSource
 
 
@@ -30,7 +31,7 @@ class Loading:
 
 
 @dataclass(frozen=True)
-class EncodedDataset:
+class EncodedDataset(OldNames, pictures="require_sources", network="require_backbone", beside="size_like"):
     """One encoder on labeled data.
 
     Labels are those of `features`: the test source may number its classes differently. ``features.train.indices`` says
@@ -45,20 +46,20 @@ class EncodedDataset:
     loading: Loading = field(default_factory=Loading)
     seed: int = 0
     """Of everything that an evaluator draws."""
-    beside: Backbone | None = None
+    size_like: Backbone | None = None
     """Raw pixels only: the judged network, whose size and grid of places a baseline of pixels takes over."""
 
     @property
     def device(self) -> torch.device:
         return self.loading.device
 
-    def images(self) -> tuple[ImageSource, ImageSource]:
+    def require_sources(self) -> tuple[ImageSource, ImageSource]:
         """(training, test) sources. Raises DataError when there are features alone."""
         if self.sources is None:
             raise DataError("evaluate: this evaluator looks at images, and there are features alone; give data=...")
         return self.sources
 
-    def network(self) -> Backbone:
+    def require_backbone(self) -> Backbone:
         """The backbone. Raises DataError for raw pixels and for bare features."""
         if self.backbone is None:
             raise DataError("evaluate: this evaluator needs the network, and there are features alone")
@@ -81,7 +82,8 @@ class EncodedDataset:
         """
         load = self.loading
         return extract_features(
-            self.network(), source, outputs=outputs, named=named, transform=transform, batch_size=load.batch_size,
+            self.require_backbone(), source, outputs=outputs, named=named, transform=transform,
+            batch_size=load.batch_size,
             workers=load.workers, device=load.device, precision=load.precision, together=False,
             cache=load.cache if cached else None,
         )  # fmt: skip

@@ -10,6 +10,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from unlabeled.eval.base import FeatureSet, FeatureSplit, FloatArray, IntArray
+from unlabeled.ssl.core.renamed import OldNames
 from unlabeled.ssl.data.source import ImageSource
 
 _PIXELS = 112
@@ -30,7 +31,7 @@ class Thumbnail:
 
 
 @dataclass(frozen=True)
-class GalleryRow:
+class GalleryRow(OldNames, neighbours="neighbors"):
     """A test image and its nearest training images, most similar first."""
 
     query: Thumbnail

@@ -12,6 +12,7 @@ from torch import Tensor
 from unlabeled.eval.base import IntArray, Measure
 from unlabeled.eval.embedding import Embedding
 from unlabeled.eval.gallery import GalleryRow
+from unlabeled.ssl.core.renamed import OldNames
 
 ItemT = TypeVar("ItemT")
 
@@ -36,7 +37,7 @@ class EvaluatorInfo:
 
 
 @dataclass(frozen=True)
-class EncoderResults:
+class EncoderResults(OldNames, pictures="images"):
     """What was measured on one encoder's features."""
 
     metrics: dict[str, float]
@@ -58,7 +59,7 @@ class EncoderResults:
 
 
 @dataclass(frozen=True, repr=False)
-class Results:
+class Results(OldNames, train_pictures="train_images", test_pictures="test_images", judges="evaluators"):
     """Everything that a report says about an encoder's quality."""
 
     encoders: dict[str, EncoderResults]

@@ -73,7 +73,7 @@ def evaluate_backbone(
     wanted = ("pixels", "random") if config.baselines is True else config.baselines or ()
     if "pixels" in wanted:
         encode("pixels", None)
-        datasets["pixels"] = replace(datasets["pixels"], beside=backbone)
+        datasets["pixels"] = replace(datasets["pixels"], size_like=backbone)
     if "random" in wanted:
         try:
             encode("random", random_twin(backbone, seed))
@@ -198,7 +198,7 @@ def _run_evaluators(
     notes = [note] if note else []
     components = functools.cache(functools.partial(principal, dataset))  # once, whoever judges them
     for evaluator in evaluators:
-        if dataset.backbone is None and evaluator.needs == "network":
+        if dataset.backbone is None and evaluator.needs == "backbone":
             continue
         with _timed(found.seconds, evaluator.name):
             try:
@@ -254,7 +254,7 @@ def _evaluate_prefixes(
 
 
 def _results_of(encoders: dict[str, EncoderResults], dataset: EncodedDataset, config: EvaluateConfig) -> Results:
-    data, sources, arrays = dataset.features, dataset.images(), encoders["backbone"].arrays
+    data, sources, arrays = dataset.features, dataset.require_sources(), encoders["backbone"].arrays
     commonest = np.bincount(data.train.labels, minlength=len(data.classes)).argmax()
     gallery: tuple[GalleryRow, ...] = ()
     if "knn/neighbors" in arrays:

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from unlabeled.eval.registry import measure_of
 from unlabeled.ssl.backbones.weights import WEIGHTS
@@ -50,14 +50,16 @@ class SizeResult(_Record):
 class SizeCurve(_Record):
     """All sizes that were measured under one protocol."""
 
+    model_config = ConfigDict(populate_by_name=True)
+
     settings: dict[str, Any]
     """What the numbers depend on; ``weights`` is the SHA-256 of the run's weights."""
     headline: tuple[str, ...]
     """Metrics to quote, such as ``knn/k20``."""
     labels: dict[str, str] = {}
     """What tables call them."""
-    train_images: int
-    test_images: int
+    train_images: int = Field(validation_alias=AliasChoices("train_images", "train_pictures"))
+    test_images: int = Field(validation_alias=AliasChoices("test_images", "test_pictures"))
     sizes: int
     """How many the run holds, measured or not."""
     pixels: dict[str, float] = {}

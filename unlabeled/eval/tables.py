@@ -14,7 +14,7 @@ def results_table(results: Results) -> str:
     names = list(results.encoders)
     rows = sorted((row for row in measures(results) if row.cut is None), key=lambda row: not row.headline)
     lines = [
-        summarize(results).summary,
+        summarize(results).text,
         "",
         "| " + " | ".join(["", *(TITLES.get(name, name) for name in names)]) + " |",
         "|---" * (len(names) + 1) + "|",

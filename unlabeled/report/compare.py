@@ -23,7 +23,7 @@ from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.core.files import write_atomically, writing
 from unlabeled.ssl.train.run_folder import current
 
-SCHEMA = 1
+SCHEMA = 2
 
 _WHERE = ("report/report.json", "report.json")
 _BASELINES = ("pixels", "random")
@@ -250,7 +250,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "evaluation_seconds": run.results.get("seconds"),
         "train_images": run.results.get("train_images"),
         "test_images": run.results.get("test_images"),
-        "summary": (run.document.get("summary") or {}).get("summary", ""),
+        "summary": (run.document.get("summary") or {}).get("text", ""),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -22,8 +23,9 @@ from unlabeled.report.sections import evaluator_sections, general_notes
 from unlabeled.report.size_table import size_section
 from unlabeled.report.summary import RunSummary
 from unlabeled.ssl.core.errors import DataError
+from unlabeled.ssl.core.renamed import with_new_names
 
-SCHEMA = 2
+SCHEMA = 3
 
 Row = Mapping[str, Any]
 
@@ -37,9 +39,9 @@ def report_document(
 ) -> dict[str, Any]:
     """The report as JSON-like values; fractions are 0..1, times in seconds, non-finite numbers null.
 
-    ``schema``      2; grows when a key changes its meaning or goes.
+    ``schema``      3; grows when a key changes its meaning or goes.
     ``run``         the fields of `RunSummary`.
-    ``summary``     ``level`` (better, even, worse, mixed, alone: no baselines, none: no evidence), ``summary``,
+    ``summary``     ``level`` (better, even, worse, mixed, alone: no baselines, none: no results), ``text``,
                     ``details``.
     ``comparison``  one entry for each accuracy, those to quote (``headline``) first: ``metric``, ``label``, ``values``
                     (encoder → ``value``, ``low``, ``high``: 95 % interval, the evaluator's own or Wilson's) and
@@ -60,7 +62,7 @@ def report_document(
     ``sizes``       null or what was measured of an elastic run's sizes: ``rows``, smallest first (``kind``: extracted
                     or trained alone, ``title``, ``width``, ``depths``, ``parameters``, ``macs``, ``recalibrated``,
                     ``seconds``, ``values`` and ``random`` as in ``comparison``, ``front``: metrics in which no smaller
-                    size is as good), ``headline``, ``pixels``, ``held`` (sizes in the run), ``measured``.
+                    size is as good), ``headline``, ``pixels``, ``stored`` (sizes in the run), ``measured``.
     ``images``    names of the task's images.
     ``notes``       how the numbers came about.
     """
@@ -96,33 +98,52 @@ def read_report(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"report: {file} cannot be read ({error}); write it again with `unlabeled evaluate`") from None
     found = document.get("schema") if isinstance(document, dict) else None
-    if found == 1:
-        try:
-            return _upgraded(document)
-        except (KeyError, TypeError, AttributeError):
-            raise DataError(f"report: {file} is not a report of schema 1; write it again") from None
-    if found != SCHEMA:
-        raise DataError(f"report: {file} has schema {found}, this version reads 1 and {SCHEMA}; write it again")
-    return dict(document)
+    if found not in (1, 2, SCHEMA):
+        raise DataError(f"report: {file} has schema {found}, this version reads 1 to {SCHEMA}; write it again")
+    try:
+        if found == 1:
+            document = _second_schema(document)
+        return _third_schema(document) if found < SCHEMA else dict(document)
+    except (KeyError, TypeError, AttributeError):
+        raise DataError(f"report: {file} is not a report of schema {found}; write it again") from None
 
 
-def _upgraded(document: dict[str, Any]) -> dict[str, Any]:
-    """A document of schema 1, where accuracies were all there was and the linear probe's confusion lay in ``results``.
+def _second_schema(document: dict[str, Any]) -> dict[str, Any]:
+    """A document of schema 1, which had accuracies only and kept the linear probe's confusion in ``evidence``.
 
-    Its intervals and words stay as they were written.
+    Its intervals and sentences stay as they were written.
     """
-    confusion = document["results"].pop("confusion") if document["results"] else None
+    confusion = document["evidence"].pop("confusion") if document["evidence"] else None
     sections: dict[str, dict[str, Any]] = {}
     for row in document["comparison"]:
         name, row = row["metric"].partition("/")[0], {**row, "unit": "accuracy", "better": "higher"}
         title = evaluator_class(name).title if name in evaluator_names() else name  # which its files do not hold
-        empty = {"name": name, "title": title, "rows": [], "notes": [], "arrays": {}, "images": {}}
+        empty = {"name": name, "title": title, "rows": [], "notes": [], "arrays": {}, "pictures": {}}
         sections.setdefault(name, empty)["rows"].append({**row, "cut": None})
     if confusion is not None and "linear" in sections:
         sections["linear"]["arrays"] = {"confusion": {"backbone": confusion}}
     comparison = [{**row, "unit": "accuracy", "better": "higher"} for row in document["comparison"]]
     new = {"comparison": comparison, "evaluators": list(sections.values()), "embedding": None, "maps": []}
-    return {**document, **new, "schema": SCHEMA}
+    return {**document, **new}
+
+
+def _third_schema(document: dict[str, Any]) -> dict[str, Any]:
+    """A document of schema 2, whose keys had other names."""
+    names = {"verdict": "summary", "evidence": "results", "pictures": "images"}
+    new: dict[str, Any] = with_new_names(document, names) | {"schema": SCHEMA}
+    new["summary"] = with_new_names(new["summary"], {"summary": "text"})
+    new["evaluators"] = [with_new_names(section, names) for section in new["evaluators"]]
+    if new["results"] is not None:
+        counts = {"train_pictures": "train_images", "test_pictures": "test_images"}
+        new["results"] = with_new_names(new["results"], counts)
+        for encoder in new["results"]["encoders"].values():
+            encoder["metrics"] = {_OLD_METRIC.sub("images", key): value for key, value in encoder["metrics"].items()}
+    if new.get("sizes") is not None:
+        new["sizes"] = with_new_names(new["sizes"], {"held": "stored"})
+    return new
+
+
+_OLD_METRIC = re.compile(r"(?<=/)pictures$")
 
 
 def training_summary(rows: Sequence[Row]) -> dict[str, Any] | None:

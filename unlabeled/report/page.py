@@ -22,7 +22,7 @@ from unlabeled.report.figures import (
     training_curves,
 )
 from unlabeled.report.images import css_class, data_uri, shown_images
-from unlabeled.report.size_table import gmacs, millions, shown_rows, size_words
+from unlabeled.report.size_table import gmacs, millions, shown_rows, size_sentence
 from unlabeled.report.summary import RunSummary
 
 
@@ -56,7 +56,7 @@ def render_report(
     document = report_document(run, results, metrics, list(images or {}), sizes)
     context = {**document, "lead": _lead(document), "facts": _facts(document), "baselines": _baselines(document)}
     if document["sizes"] is not None:
-        context |= {"size_words": size_words(document["sizes"]), "size_rows": shown_rows(document["sizes"])}
+        context |= {"size_sentence": size_sentence(document["sizes"]), "size_rows": shown_rows(document["sizes"])}
     write_json(document, folder / "report.json")
     (folder / "report.md").write_text(environment(html=False).get_template("report.md.j2").render(context), "utf-8")
     page = environment(html=True).get_template("report.html.j2")

@@ -80,7 +80,7 @@ def size_section(curve: SizeCurve) -> dict[str, Any]:
         }
 
     return {
-        "held": curve.sizes,
+        "stored": curve.sizes,
         "measured": sum(result.kind == "extracted" for result in curve.results),
         "headline": [{"metric": metric, "label": curve.label(metric)} for metric in curve.headline],
         "pixels": curve.pixels,
@@ -90,11 +90,12 @@ def size_section(curve: SizeCurve) -> dict[str, Any]:
     }
 
 
-def size_words(section: Mapping[str, Any]) -> str:
+def size_sentence(section: Mapping[str, Any]) -> str:
     """What the section shows, in words."""
-    measured, held = section["measured"], section["held"]
+    measured, stored = section["measured"], section["stored"]
     words = (
-        f"{f'All {held}' if measured == held else f'{measured} of the {held}'} sizes that this one network holds, each "
+        f"{f'All {stored}' if measured == stored else f'{measured} of the {stored}'} sizes that this one model "
+        "holds, each "
         "taken out of it and evaluated frozen. "
         "Marked: better than every smaller size that was measured. A size is width x blocks; GMACs are billions of "
         "multiply-adds for one image of the run's size."

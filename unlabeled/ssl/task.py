@@ -17,6 +17,7 @@ from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.elastic.config import ElasticConfig
 from unlabeled.ssl.backbones.layer_index import decay_applies
 from unlabeled.ssl.core.errors import CheckpointError
+from unlabeled.ssl.core.renamed import rename_attributes
 from unlabeled.ssl.data.views import Views
 
 Batch = Mapping[str, Tensor]
@@ -55,6 +56,10 @@ class TaskConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+_NAMES_ONCE = {"per_picture": "per_image", "float_pictures": "float_images", "load_official": "load_reference"}
+"""What version 0.1.0 called the attributes of a task; packages that set them still work."""
+
+
 class PretextTask(nn.Module):
     """A pretext task around a backbone.
 
@@ -87,6 +92,12 @@ class PretextTask(nn.Module):
     tasks and architectures."""
     collapse_remedy: ClassVar[str] = "lower optim.lr, lengthen schedule.warmup_epochs, or raise batch_size"
     """What to change when the features collapse; part of the warning."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        rename_attributes(cls, _NAMES_ONCE)
+        if vars(cls).get("float_images") == "normalised":
+            cls.float_images = "normalized"
 
     def __init__(self, config: TaskConfig, backbone: Backbone) -> None:
         super().__init__()
@@ -179,4 +190,8 @@ class PretextTask(nn.Module):
 
         Raises CheckpointError when the task has no such layout or the tensors do not fit.
         """
-        raise CheckpointError(f"task: {type(self).__name__} has no official checkpoint layout")
+        raise CheckpointError(f"task: {type(self).__name__} has no reference checkpoint layout")
+
+    def load_official(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+        """The old name of `load_reference`."""
+        return self.load_reference(state)

@@ -135,7 +135,7 @@ def made_up(backbone: Backbone | None) -> EncodedDataset:
     """Made-up images of three classes, encoded by `backbone`; None: raw pixels."""
     sources = MadeUpImages(_TRAIN, 1), MadeUpImages(_TEST, 2)
     dataset = encode_dataset(backbone, sources, Loading(batch_size=32))
-    return dataset if backbone is not None else replace(dataset, beside=tiny_network())
+    return dataset if backbone is not None else replace(dataset, size_like=tiny_network())
 
 
 def class_and_settings_are_documented(case: EvaluatorCase) -> None:
@@ -146,7 +146,7 @@ def class_and_settings_are_documented(case: EvaluatorCase) -> None:
         text = getattr(cls, member, "")
         require(isinstance(text, str) and bool(text), f"{member} is not given", f'write {member} = "..." in the class')
     require(cls.name.isidentifier(), f"name is {cls.name!r}", "choose letters, digits and _: it is a setting too")
-    require(cls.needs in ("features", "images", "network"), f"needs is {cls.needs!r}", "see Evaluator.needs")
+    require(cls.needs in ("features", "images", "backbone"), f"needs is {cls.needs!r}", "see Evaluator.needs")
     own = issubclass(cls.Config, EvaluatorConfig)
     require(own, f"Config is {cls.Config!r}", "inherit it from unlabeled.EvaluatorConfig")
     require_documented(cls, cls.Config, "say what it measures, and which values it yields")
@@ -212,7 +212,7 @@ def what_was_encoded_stays_as_it_was(case: EvaluatorCase) -> None:
     """Features, labels and weights are not written into: other evaluators read them too."""
     data = case.encoded.features
     before = [array.copy() for split in (data.train, data.test) for array in (split.features, split.labels)]
-    network = case.encoded.network()
+    network = case.encoded.require_backbone()
     weights = {name: value.clone() for name, value in network.state_dict().items()}
     case.run()
     after = [array for split in (data.train, data.test) for array in (split.features, split.labels)]
@@ -228,7 +228,7 @@ def needs_are_true(case: EvaluatorCase) -> None:
     if case.cls.needs == "features":
         alone = case.said(features)
         values, whole = {} if isinstance(alone, str) else dict(alone), dict(case.run())
-        require(bool(values), f"features alone: {alone}", 'set needs = "images" or "network"')
+        require(bool(values), f"features alone: {alone}", 'set needs = "images" or "backbone"')
         others = [key for key, value in values.items() if key not in whole or not same(value, whole[key])]
         require(not others, f"features alone give another {listed(others)}", "take the pooled features as they are")
         return
@@ -257,7 +257,7 @@ def what_cannot_be_judged_is_said(case: EvaluatorCase) -> None:
 
 def other_weights_are_measured_too(case: EvaluatorCase) -> None:
     """A network with fresh random weights, the baseline of every report, gives the same keys."""
-    twin = made_up(random_twin(case.encoded.network(), 5))
+    twin = made_up(random_twin(case.encoded.require_backbone(), 5))
     own, other = (
         {key for key, value in found if isinstance(value, Measured)} for found in (case.run(), case.run(twin))
     )

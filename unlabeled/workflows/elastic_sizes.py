@@ -60,7 +60,7 @@ class SizePlan:
     """The run's."""
     whole: ElasticRun
     sizes: tuple[SubSize, ...]
-    beside: tuple[Alone, ...]
+    versus: tuple[Alone, ...]
 
 
 class _Network(NamedTuple):
@@ -75,17 +75,17 @@ class _Network(NamedTuple):
     """Where its features are, if they are kept."""
 
 
-def plan_sizes(run: EvaluateRun, folder: Path, whole: ElasticRun, beside: Sequence[Alone]) -> SizePlan:
+def plan_sizes(run: EvaluateRun, folder: Path, whole: ElasticRun, versus: Sequence[Alone]) -> SizePlan:
     """What `run` asks for. Raises ConfigError, before anything is computed, for sizes and networks that do not fit."""
     assert run.sizes is not None, "sizes were asked for"
     family = whole.elastic.family
-    for title, _, backbone in beside:
+    for title, _, backbone in versus:
         if type(backbone.model) is not family.kind:
             raise ConfigError(
-                f"beside: {title} is of the family {type(backbone.model).__name__}, the sizes of "
+                f"versus: {title} is of the family {type(backbone.model).__name__}, the sizes of "
                 f"{family.kind.__name__}; give runs of that family"
             )
-    return SizePlan(folder, whole, tuple(choose_sizes(whole.elastic, run.sizes)), tuple(beside))
+    return SizePlan(folder, whole, tuple(choose_sizes(whole.elastic, run.sizes)), tuple(versus))
 
 
 def measure_sizes(
@@ -114,7 +114,7 @@ def _networks(plan: SizePlan, weights: str) -> Iterator[_Network]:
     for size in plan.sizes:
         work = plan.folder if size == plan.whole.elastic.full else None  # of the run's own evaluation
         yield _Network("extracted", str(size), size, weights, partial(extract, plan.whole, size), work)
-    for alone in plan.beside:
+    for alone in plan.versus:
         size = plan.whole.elastic.family.read(alone.backbone.model)
         digest = file_digest(alone.folder / WEIGHTS)
         yield _Network("alone", alone.title, size, digest, partial(_itself, alone.backbone), None)

@@ -92,7 +92,7 @@ def evaluate_target(run: EvaluateRun, backbone: Backbone | None = None) -> Resul
     summary = _summary(run, target, data, str(device))
     sizes = measure_sizes(plan, run, (train, test), results, device) if plan is not None else _measured(target)
     report = render_report(_report_folder(run, target), summary, results, _metrics(target), images, sizes=sizes)
-    log.info("%s Report: %s", summarize(results).summary, report)
+    log.info("%s Report: %s", summarize(results).text, report)
     return results
 
 
@@ -177,16 +177,16 @@ def _check_published(name: str) -> None:
 def _size_plan(run: EvaluateRun, target: Target) -> SizePlan | None:
     """The sizes that are to be measured; None when none are asked for."""
     if run.sizes is None:
-        if run.beside:
-            raise ConfigError("beside: has a place beside sizes only; give sizes=all or sizes=[[width,depth]]")
+        if run.versus:
+            raise ConfigError("versus: has a place beside sizes only; give sizes=all or sizes=[[width,depth]]")
         return None
     if target.folder is None:
         raise ConfigError(f"sizes: {run.target} is no run folder; only an elastic run holds several sizes")
-    beside = [_from_folder(folder) if folder.is_dir() else None for folder in run.beside]
-    for folder, found in zip(run.beside, beside, strict=True):
+    versus = [_from_folder(folder) if folder.is_dir() else None for folder in run.versus]
+    for folder, found in zip(run.versus, versus, strict=True):
         if found is None:
-            raise ConfigError(f"beside: {folder} is no folder; give folders of finished runs")
-    alone = [Alone(one.title, one.folder, one.backbone) for one in beside if one is not None and one.folder is not None]
+            raise ConfigError(f"versus: {folder} is no folder; give folders of finished runs")
+    alone = [Alone(one.title, one.folder, one.backbone) for one in versus if one is not None and one.folder is not None]
     return plan_sizes(run, target.folder, with_sizes(target.folder, target.backbone), alone)
 
 

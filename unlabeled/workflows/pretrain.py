@@ -29,6 +29,7 @@ from unlabeled.ssl.config.schema import DataConfig, EvaluateConfig, PretrainConf
 from unlabeled.ssl.core.distributed import report_errors_once
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.core.files import writing
+from unlabeled.ssl.core.renamed import OldNames
 from unlabeled.ssl.core.seeds import derive
 from unlabeled.ssl.data.loader import LoadedBatch, ViewDataset, collate, seeded
 from unlabeled.ssl.data.registry import labeled, open_source
@@ -45,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class PretrainResult:
+class PretrainResult(OldNames, evidence="results"):
     """What a run leaves behind."""
 
     backbone: Backbone
@@ -145,10 +146,10 @@ def build_task(config: PretrainConfig, backbone: Backbone | None = None) -> Pret
     """The task around its backbone, initialized from ``engine.seed``, with the weights that were asked for."""
     torch.manual_seed(derive("weights", config.engine.seed))
     task = create_task(config.task, build_backbone(config.backbone, backbone))
-    if config.official is not None:
-        missing, unexpected = task.load_reference(read_tensors(config.official))
+    if config.reference is not None:
+        missing, unexpected = task.load_reference(read_tensors(config.reference))
         logger.info(
-            "task: read %s (missing: %s; not used: %s)", config.official, missing or "none", unexpected or "none"
+            "task: read %s (missing: %s; not used: %s)", config.reference, missing or "none", unexpected or "none"
         )
     return task
 
@@ -218,7 +219,7 @@ def conclude(config: PretrainConfig, run: Training, task: PretextTask) -> tuple[
         save_images(config.out, drawn)
         report = write_report(config.out, summary, results, rows, read_images(config.out))
     if results is not None:
-        logger.info("%s", summarize(results).summary)
+        logger.info("%s", summarize(results).text)
     logger.info("report: %s", report)
     return results, report
 

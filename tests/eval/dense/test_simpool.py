@@ -58,9 +58,9 @@ def test_a_image_does_not_depend_on_its_batch_but_officially_does():
     x = tokens(2, 9, 8)
     x[1, 0, 0] = -50  # the norm makes it the smallest of both images
     torch.testing.assert_close(pooling()(x)[:1], pooling()(x[:1]))
-    official = pooling(official=True)
-    assert not torch.allclose(official(x)[:1], official(x[:1]), atol=1e-3)
-    torch.testing.assert_close(official(x[:1]), pooling()(x[:1]))
+    reference = pooling(reference=True)
+    assert not torch.allclose(reference(x)[:1], reference(x[:1]), atol=1e-3)
+    torch.testing.assert_close(reference(x[:1]), pooling()(x[:1]))
 
 
 def test_one_place_is_its_norm_up_to_the_minimum():

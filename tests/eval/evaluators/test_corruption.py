@@ -40,7 +40,7 @@ def test_accuracies_are_those_of_knn_on_corrupted_images() -> None:
     assert found["accuracies"].shape == (2, 2)
     assert (found["names"].tolist(), found["severities"].tolist()) == (["gaussian_noise", "contrast"], [1, 5])
     assert found["images"] == 23
-    source = evaluated.images()[1]
+    source = evaluated.require_sources()[1]
     changed = MemorySource(24, seed=1, split="test", corrupt=(4,))
     for index in range(24):
         if index != 4:
@@ -79,7 +79,7 @@ def test_raw_pixels_meet_the_linear_probe_fitted_to_clean_ones() -> None:
     found = plain_values(CorruptionEvaluator(CONFIG.model_copy(update={"classifier": "linear"})).run(evaluated))
     assert found["examples"].dtype == torch.uint8
     assert found["examples"].shape == (3, 3 * 64, 3 * 96)
-    source = evaluated.images()[1]
+    source = evaluated.require_sources()[1]
     for row, name in enumerate(CONFIG.corruptions):
         for column, severity in enumerate(CONFIG.severities):
             changed = MemorySource(24, seed=1, split="test", corrupt=(4,), shape=(32, 32))

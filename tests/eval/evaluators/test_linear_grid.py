@@ -163,7 +163,7 @@ def test_augmented_batches_have_the_labels_of_their_images_and_leave_the_network
     assert numbers is not None
     labels = torch.from_numpy(dataset.features.train.labels)
     course = Course(torch.arange(40), batch=16, epochs=2, seed=0)
-    source = AugmentedImages(dataset.images()[0], (32, 32), seed=0)
+    source = AugmentedImages(dataset.require_sources()[0], (32, 32), seed=0)
     zero, one = torch.zeros(backbone.embed_dim), torch.ones(backbone.embed_dim)
     batches = list(augmented_batches(dataset, None, zero, one, labels, course))
     assert len(batches) == course.steps == 4

@@ -200,7 +200,7 @@ def test_features_are_the_pooled_projections_of_one_view(make):
 # --- checkpoints and names -------------------------------------------------------------------------------------------
 
 
-def official(task: PixPro) -> dict[str, Tensor]:
+def reference(task: PixPro) -> dict[str, Tensor]:
     return {
         f"module.{name}": torch.rand_like(task.state_dict()[own].float()) for name, own in reference_names(task).items()
     }
@@ -208,7 +208,7 @@ def official(task: PixPro) -> dict[str, Tensor]:
 
 def test_official_checkpoint_with_and_without_its_parts():
     task = pixpro(instance_weight=1.0)
-    state = official(task)
+    state = reference(task)
     assert {name.split(".")[1] for name in state} == {
         "encoder", "encoder_k", "projector", "projector_k", "value_transform", "projector_instance",
         "projector_instance_k", "predictor",
@@ -234,11 +234,11 @@ def test_official_checkpoint_with_and_without_its_parts():
 
 
 def test_official_checkpoint_that_does_not_fit():
-    state = official(pixpro())
+    state = reference(pixpro())
     state["module.projector.linear1.weight"] = torch.zeros(3, 16, 1, 1)
     with pytest.raises(CheckpointError, match=r"projector.linear1.weight is \(3, 16, 1, 1\) in the file and \(12, 16"):
         pixpro().load_reference(state)
-    with pytest.raises(CheckpointError, match="PixContrast has no official checkpoint layout"):
+    with pytest.raises(CheckpointError, match="PixContrast has no reference checkpoint layout"):
         pixcontrast().load_reference(state)
 
 

@@ -231,7 +231,7 @@ def test_the_papers_defaults():
     assert round((encoder + decoder) / 1e6, 2) == 115.04
 
 
-def official(task: ConvMAE) -> dict[str, Tensor]:
+def reference(task: ConvMAE) -> dict[str, Tensor]:
     """The task's tensors in the authors' layout, with values of their own."""
     torch.manual_seed(3)
     state = {name.removeprefix("backbone.model."): torch.randn_like(v) for name, v in task.state_dict().items()}
@@ -244,7 +244,7 @@ def official(task: ConvMAE) -> dict[str, Tensor]:
 
 def test_official_checkpoints_with_and_without_a_decoder():
     task = tiny_task()
-    state = official(task)
+    state = reference(task)
     assert {"blocks1.0.attn.weight", "stage2_output_decode.bias", "decoder_blocks.0.norm1.weight"} <= set(state)
     assert task.load_reference({"model": state}) == ([], [])
     assert torch.equal(task.backbone.model.patch_embed4.weight, state["patch_embed4.weight"])
@@ -260,7 +260,7 @@ def test_official_checkpoints_with_and_without_a_decoder():
 
 
 def test_official_checkpoint_of_another_grid():
-    state = official(tiny_task())
+    state = reference(tiny_task())
     larger = tiny_task(tiny_backbone((48, 32)))
     assert larger.load_reference(state) == ([], [])
     torch.testing.assert_close(larger.backbone.model.pos_embed.data, sincos_2d(16, (6, 4)))
@@ -273,7 +273,7 @@ def test_official_checkpoint_of_another_grid():
 def test_official_checkpoint_that_does_not_fit():
     task = tiny_task()
     before = task.decoder.pred.weight.detach().clone()
-    state = official(task)
+    state = reference(task)
     with pytest.raises(CheckpointError, match=r"blocks1.0.attn.weight is \(3, 3\) in the file and \(8, 1, 5, 5\) here"):
         task.load_reference(state | {"blocks1.0.attn.weight": torch.zeros(3, 3)})
     with pytest.raises(CheckpointError, match="pos_embed has 17 patches, no square"):

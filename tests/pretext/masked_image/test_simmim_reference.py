@@ -35,7 +35,7 @@ def shared(**kwargs: object) -> SimMIM:
     return beit(use_rel_pos_bias=False, use_shared_rel_pos_bias=True, **kwargs)
 
 
-def official(task: SimMIM) -> dict[str, Tensor]:
+def reference(task: SimMIM) -> dict[str, Tensor]:
     """The task's tensors in the authors' layout, with values of their own."""
     torch.manual_seed(3)
     own = task.state_dict()
@@ -48,7 +48,7 @@ def official(task: SimMIM) -> dict[str, Tensor]:
 
 def test_swin_with_its_buffers():
     task = swin()
-    state = official(task)
+    state = reference(task)
     buffers = {
         "encoder.layers.0.blocks.0.attn.relative_position_index": torch.zeros(16, 16, dtype=torch.int64),
         "encoder.layers.0.blocks.1.attn_mask": torch.zeros(16, 16, 16),
@@ -67,7 +67,7 @@ def test_swin_of_another_window():
     """As from 6 at 192 pixels to 7 at 224: the table is resampled, its center and its symmetry stay."""
     source, task = swin(window=4), swin(window=8)
     name = f"encoder.layers.0.blocks.0.attn.{TABLE}"
-    state = official(source)
+    state = reference(source)
     state[name] = (state[name] + state[name].flip(0)) / 2
     assert task.load_reference(state) == ([], [])
     before = state[name].view(7, 7, 2)
@@ -95,7 +95,7 @@ def test_windows_are_cut_to_small_maps_and_then_not_shifted():
 
 def test_vit_with_a_shared_table():
     task = shared(init_values=0.1)
-    state = official(task)
+    state = reference(task)
     assert SHARED in state
     assert "encoder.blocks.0.attn.q_bias" in state
     assert "encoder.blocks.0.gamma_1" in state
@@ -116,7 +116,7 @@ def test_vit_with_a_shared_table():
 
 def test_plain_vit_without_a_bias_of_keys():
     task = vit(init_values=0.1)
-    state = official(task)
+    state = reference(task)
     assert task.load_reference(state) == ([], [])
     bias = task.backbone.model.blocks[1].attn.qkv.bias
     assert torch.equal(bias[:32], state["encoder.blocks.1.attn.q_bias"])
@@ -129,19 +129,19 @@ def test_plain_vit_without_a_bias_of_keys():
 
 
 def test_names_that_are_missing_or_too_many():
-    state = official(vit())
+    state = reference(vit())
     missing, unexpected = vit(global_pool="avg").load_reference(state)  # its norm follows the pooling
     assert missing == ["encoder.fc_norm.weight", "encoder.fc_norm.bias"]
     assert unexpected == ["encoder.norm.weight", "encoder.norm.bias"]
     fewer = {name: tensor for name, tensor in state.items() if not name.startswith("decoder")}
     assert vit().load_reference(fewer) == (["decoder.0.weight", "decoder.0.bias"], [])
-    assert vit(init_values=0.1).load_reference(official(shared()))[1] == [SHARED]  # a plain ViT has no such table
+    assert vit(init_values=0.1).load_reference(reference(shared()))[1] == [SHARED]  # a plain ViT has no such table
 
 
 def test_checkpoints_that_do_not_fit():
     task = swin()
     before = task.mask_token.detach().clone()
-    state = official(task)
+    state = reference(task)
     name = "encoder.layers.0.blocks.0.attn.qkv.weight"
     with pytest.raises(CheckpointError, match=r"qkv.weight is \(3, 3\) in the file and \(48, 16\) here"):
         task.load_reference(state | {name: torch.zeros(3, 3)})

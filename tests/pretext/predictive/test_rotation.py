@@ -219,22 +219,22 @@ def _official(blocks: int = 4) -> dict[str, torch.Tensor]:
 
 
 def test_official_checkpoint_loads_whole():
-    official = _official()
+    reference = _official()
     task = _task("nin_cifar")
-    assert task.load_reference({"epoch": 200, "network": official}) == ([], [])
+    assert task.load_reference({"epoch": 200, "network": reference}) == ([], [])
     ours = [tensor for name, tensor in task.state_dict().items() if "num_batches_tracked" not in name]
-    assert len(ours) == len(official)
-    assert all(any(a.shape == b.shape and torch.equal(a, b) for b in ours) for a in official.values())
+    assert len(ours) == len(reference)
+    assert all(any(a.shape == b.shape and torch.equal(a, b) for b in ours) for a in reference.values())
     assert torch.equal(
-        task.backbone.model.blocks[2].conv3.conv.weight, official["_feature_blocks.2.Block3_ConvB3.layers.Conv.weight"]
+        task.backbone.model.blocks[2].conv3.conv.weight, reference["_feature_blocks.2.Block3_ConvB3.layers.Conv.weight"]
     )
-    assert torch.equal(task.head.bias, official["_feature_blocks.4.Classifier.bias"])
+    assert torch.equal(task.head.bias, reference["_feature_blocks.4.Classifier.bias"])
 
 
 def test_official_checkpoint_that_fits_in_part():
-    official = _official()
-    del official["_feature_blocks.0.Block1_ConvB2.layers.Conv.weight"]
-    missing, unexpected = _task("nin_cifar").load_reference(official | {"spare": torch.zeros(1)})
+    reference = _official()
+    del reference["_feature_blocks.0.Block1_ConvB2.layers.Conv.weight"]
+    missing, unexpected = _task("nin_cifar").load_reference(reference | {"spare": torch.zeros(1)})
     assert (missing, unexpected) == (["backbone.model.blocks.0.conv2.conv.weight"], ["spare"])
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.train.optimizer import create_optimizer, parameter_groups, set_learning_rates
-from unlabeled.workflows.finetune.config import AugmentConfig, FinetuneOptim, NetworkConfig
-from unlabeled.workflows.finetune.network import classifier_network
+from unlabeled.workflows.finetune.classifier import create_classifier_backbone
+from unlabeled.workflows.finetune.config import AugmentConfig, FinetuneOptim, ModelConfig
 from unlabeled.workflows.finetune.task import Finetune, FinetuneTask
 
 CLASSES = 4
@@ -31,7 +31,7 @@ def resnet() -> Backbone:
 
 def task(target: Backbone | None = None, **settings: object) -> Finetune:
     torch.manual_seed(0)
-    network = classifier_network(target or vit(), CLASSES, NetworkConfig())
+    network = create_classifier_backbone(target or vit(), CLASSES, ModelConfig())
     return Finetune(FinetuneTask.model_validate({"classes": CLASSES, **settings}), network).train()
 
 

@@ -64,7 +64,7 @@ class DenseFeatures:
     def __init__(
         self, dataset: EncodedDataset, evaluator: str, level: int | None = None, *, keys: bool = False
     ) -> None:
-        network = dataset.backbone or dataset.beside
+        network = dataset.backbone or dataset.size_like
         if network is None:
             raise DataError(f"evaluate: {evaluator} looks at places, and there are features alone; give a network")
         if (reason := network.missing_reason("dense_map")) is not None:

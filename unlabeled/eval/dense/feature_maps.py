@@ -17,7 +17,7 @@ def backbone_maps(dataset: EncodedDataset, count: int) -> dict[str, Tensor]:
     """Caption → uint8 (3, H, W) of `count` readable test images, drawn by seed; {} for a network without a map."""
     if count == 0:
         return {}
-    backbone, (_, source), test = dataset.network(), dataset.images(), dataset.features.test
+    backbone, (_, source), test = dataset.require_backbone(), dataset.require_sources(), dataset.features.test
     drawn = np.sort(np.random.default_rng(derive("maps", dataset.seed)).permutation(len(test))[:count])
     indices = drawn if test.indices is None else test.indices[drawn]
     transform = EvalTransform(backbone.input_size)

@@ -19,17 +19,17 @@ class SimPool(nn.Module):
     for transformers and 2 for ConvNets.
 
     The minimum is that of one image, so that an image's result does not depend on its batch. The authors'
-    implementation (github.com/billpsomas/simpool) takes that of the whole batch; `official` does the same.
+    implementation (github.com/billpsomas/simpool) takes that of the whole batch; `reference` does the same.
     """
 
     def __init__(
-        self, dim: int, *, gamma: float | None = 1.25, learned_beta: bool = False, official: bool = False
+        self, dim: int, *, gamma: float | None = 1.25, learned_beta: bool = False, reference: bool = False
     ) -> None:
         """`learned_beta`: a trained scalar, at first 0, is added to `gamma`, which must then be given."""
         super().__init__()
         if learned_beta and gamma is None:
             raise ValueError("learned_beta: has no effect without gamma; give gamma, such as 1.25")
-        self.dim, self.gamma, self.official = dim, gamma, official
+        self.dim, self.gamma, self.reference = dim, gamma, reference
         self.norm = nn.LayerNorm(dim, eps=_EPS)
         self.query = nn.Linear(dim, dim, bias=False)
         self.key = nn.Linear(dim, dim, bias=False)
@@ -53,7 +53,7 @@ class SimPool(nn.Module):
             return torch.squeeze(weights @ values, 1)
         with torch.autocast(x.device.type, enabled=False):  # powers near 1e-6 need float32
             values = values.float()
-            least = values.amin() if self.official else values.amin(dim=(1, 2), keepdim=True)
+            least = values.amin() if self.reference else values.amin(dim=(1, 2), keepdim=True)
             power = self.gamma if self.beta is None else self.gamma + self.beta
             mixed: Tensor = weights.float() @ (values - least + _EPS).pow(power)
             return mixed.pow(1 / power).squeeze(1)

@@ -118,7 +118,7 @@ def _under(corruption: str) -> Measure:
 
 
 def _corrupted(dataset: EncodedDataset, numbers: IntArray, name: CorruptionName, severity: int) -> CorruptedSource:
-    source = dataset.images()[1]
+    source = dataset.require_sources()[1]
     prepare: ImageTransform
     if dataset.backbone is None:
         prepare = Resize(pixel_size(source))

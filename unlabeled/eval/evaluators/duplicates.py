@@ -145,7 +145,7 @@ class DuplicatesEvaluator(Evaluator):
         shown = closest[: self.config.shown]
         yield (
             "closest",
-            beside([test.image(row) for row in shown], [train.image(partner[row]) for row in shown]),
+            side_by_side([test.image(row) for row in shown], [train.image(partner[row]) for row in shown]),
         )
 
 
@@ -201,7 +201,7 @@ def threshold(distances: npt.NDArray[np.float64], chance: float) -> float:
     return min(_LOOSEST, math.pow(-math.expm1(math.log1p(-chance) / inside), 1 / dimension))
 
 
-def beside(above: list[Tensor], below: list[Tensor]) -> Tensor:
+def side_by_side(above: list[Tensor], below: list[Tensor]) -> Tensor:
     """Images uint8 (3, H, W) of any size as two rows of thumbnails on white, uint8 (3, h, w)."""
     small = [[shrunk(image, _PIXELS) for image in row] for row in (above, below)]
     height, width = (max(image.shape[axis] for row in small for image in row) for axis in (1, 2))

@@ -50,7 +50,7 @@ class InvarianceEvaluator(Evaluator):
 
     name: ClassVar = "invariance"
     title: ClassVar = "Views of the same image"
-    needs: ClassVar = "network"
+    needs: ClassVar = "backbone"
     Config: ClassVar = InvarianceConfig
 
     def __init__(self, config: InvarianceConfig) -> None:
@@ -66,8 +66,8 @@ class InvarianceEvaluator(Evaluator):
         picked = readable[chosen(len(readable), self.config.images, "invariance", dataset.seed)]
         if len(picked) < 2:
             raise DataError(f"evaluate.invariance: {len(picked)} images are too few; give at least two")
-        augment = augmentation(dataset.network().input_size, self.config.scale)
-        source = ViewSource(dataset.images()[0], picked.tolist(), views, augment, dataset.seed)
+        augment = augmentation(dataset.require_backbone().input_size, self.config.scale)
+        source = ViewSource(dataset.require_sources()[0], picked.tolist(), views, augment, dataset.seed)
         features = dataset.encode(source).features.reshape(len(picked), views, -1)
         distances = pair_distances(features)
         mean, half = float(distances.mean()), _Z95 * float(distances.std(ddof=1)) / len(picked) ** 0.5

@@ -55,7 +55,7 @@ class LayersEvaluator(Evaluator):
 
     name: ClassVar = "layers"
     title: ClassVar = "Layers"
-    needs: ClassVar = "network"
+    needs: ClassVar = "backbone"
     Config: ClassVar = LayersConfig
 
     def __init__(self, config: LayersConfig) -> None:
@@ -66,13 +66,13 @@ class LayersEvaluator(Evaluator):
         return _RANDOM if key == "random" else None
 
     def run(self, dataset: EncodedDataset) -> Iterator[tuple[str, Value]]:
-        backbone, train = dataset.network(), dataset.features.train
+        backbone, train = dataset.require_backbone(), dataset.features.train
         if not backbone.stages:
             yield "note", f"{backbone.name} gives no feature maps, so its layers cannot be compared"
             return
         readable = np.arange(len(train)) if train.indices is None else train.indices
         rows = readable[chosen(len(readable), self.config.images, "layers", dataset.seed)]
-        source, loading = dataset.images()[0], dataset.loading
+        source, loading = dataset.require_sources()[0], dataset.loading
         here = layer_features(backbone, source, rows, loading)
         yield "cka", cka_map(list(here.values()), list(here.values()))
         yield "names", np.array(list(here))

@@ -200,7 +200,7 @@ class LinearEvaluator(Evaluator):
             named = f"class tokens of {outputs.classes} blocks, averages of {outputs.averages}"
             train, test = (
                 _aligned(split, dataset.encode(source, outputs, named=named))
-                for split, source in zip((data.train, data.test), dataset.images(), strict=True)
+                for split, source in zip((data.train, data.test), dataset.require_sources(), strict=True)
             )
             data = replace(data, train=train, test=test)
             check_features(data)

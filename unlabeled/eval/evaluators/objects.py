@@ -84,7 +84,7 @@ class ObjectsEvaluator(Evaluator):
         return _MEASURES.get(key)
 
     def run(self, dataset: EncodedDataset) -> Iterator[tuple[str, Value]]:
-        test = dataset.images()[1]
+        test = dataset.require_sources()[1]
         positions = DenseFeatures(dataset, self.name, self.config.level, keys=True)
         indices = drawn(len(test), self.config.images, derive("objects", dataset.seed))
         overlaps: list[float] = []

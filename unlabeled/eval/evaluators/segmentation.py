@@ -96,7 +96,7 @@ class SegmentationEvaluator(Evaluator):
             with_masks(source)
 
     def run(self, dataset: EncodedDataset) -> Iterator[tuple[str, Value]]:
-        train, test = (with_masks(source) for source in dataset.images())
+        train, test = (with_masks(source) for source in dataset.require_sources())
         positions = DenseFeatures(dataset, self.name, self.config.level)
         classes = len(dataset.features.classes) + 1
         bank = self._bank(positions, train, dataset, classes)

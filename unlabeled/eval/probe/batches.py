@@ -94,8 +94,8 @@ def augmented_batches(
 
     The network stays frozen and in evaluation mode.
     """
-    backbone, load = dataset.network(), dataset.loading
-    source = AugmentedImages(dataset.images()[0], backbone.input_size, dataset.seed)
+    backbone, load = dataset.require_backbone(), dataset.loading
+    source = AugmentedImages(dataset.require_sources()[0], backbone.input_size, dataset.seed)
     numbers = dataset.features.train.indices
     readable = torch.arange(len(labels)) if numbers is None else torch.from_numpy(numbers)
     keys = torch.cat([readable[order] + epoch * len(source) for epoch, order in enumerate(course.orders())])

@@ -211,12 +211,12 @@ def _dense_kernel(kernel: Tensor) -> Tensor:
 def reference_names(own: Iterable[str]) -> dict[str, str]:
     """Name in the authors' dense layout → name among `own`, those of the tensors of an `FCMAE`."""
 
-    def official(name: str) -> str:
+    def reference(name: str) -> str:
         if name.startswith("decoder."):
             return reference_name(name.removeprefix("decoder.")).replace("blocks.", "decoder.")
         return reference_name(name.removeprefix("backbone.model."))
 
-    return {official(name): name for name in own}
+    return {reference(name): name for name in own}
 
 
 def _flat(name: str, value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The layout of SimMIM's official checkpoints (microsoft/SimMIM) and where its tensors stand in timm's networks."""
+"""The layout of SimMIM's reference checkpoints (microsoft/SimMIM) and where its tensors stand in timm's networks."""
 
 from __future__ import annotations
 

@@ -309,7 +309,7 @@ def reference_names(own: Iterable[str], *, encoder: str = _ENCODER, timm_names: 
     `encoder` precedes the names of the encoder's tensors; with `timm_names` these are timm's own, also of a ConvNeXt.
     """
 
-    def official(name: str) -> str:
+    def reference(name: str) -> str:
         if name.startswith("backbone."):
             name = name.removeprefix("backbone.model.")
             return encoder + (name if timm_names else reference_name(name))
@@ -317,7 +317,7 @@ def reference_names(own: Iterable[str], *, encoder: str = _ENCODER, timm_names: 
             name = name.replace(ours, theirs)
         return name
 
-    return {official(name): name for name in own}
+    return {reference(name): name for name in own}
 
 
 def _inner(state: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -185,7 +185,7 @@ class Multi(PretextTask):
     def load_reference(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
         """Raises CheckpointError: a mixture has no official files."""
         raise CheckpointError(
-            f"official: a mixture ({', '.join(self.tasks)}) has no official checkpoints; start from the weights of a "
+            f"reference: a mixture ({', '.join(self.tasks)}) has no reference checkpoints; start from the weights of a "
             "network with backbone.checkpoint=FILE"
         )
 

@@ -164,7 +164,7 @@ class Rotation(PretextTask):
         network: Mapping[str, Tensor] = state.get("network", state)
         names = _reference_names(self)
         ours = self.state_dict()
-        renamed = {name: network[official] for name, official in names.items() if official in network}
+        renamed = {name: network[reference] for name, reference in names.items() if reference in network}
         if not renamed:
             raise CheckpointError(
                 "rotation: the checkpoint has no tensor of RotNet's network-in-network that belongs to "
@@ -189,8 +189,8 @@ def _reference_names(task: Rotation) -> dict[str, str]:
     for name in task.state_dict():
         match name.split("."):
             case ["backbone", "model", "blocks", block, unit, part, kind] if part in parts and kind != _COUNTER:
-                official = f"Block{int(block) + 1}_ConvB{unit.removeprefix('conv')}"
-                names[name] = f"_feature_blocks.{block}.{official}.layers.{parts[part]}.{kind}"
+                reference = f"Block{int(block) + 1}_ConvB{unit.removeprefix('conv')}"
+                names[name] = f"_feature_blocks.{block}.{reference}.layers.{parts[part]}.{kind}"
     for kind in ("weight", "bias") if names else ():
         names[f"head.{kind}"] = f"_feature_blocks.{task.backbone.depth}.Classifier.{kind}"
     return names

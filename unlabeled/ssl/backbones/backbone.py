@@ -156,6 +156,10 @@ class Backbone(nn.Module):
         reason: str | None = getattr(importlib.import_module(module), function)(self)
         return reason
 
+    def lacks(self, capability: str) -> str | None:
+        """The old name of `missing_reason`."""
+        return self.missing_reason(capability)
+
     def require(self, capabilities: Iterable[str], *, task: str) -> None:
         """Raises LacksCapabilityError naming the backbone, the task and what is missing."""
         for capability in sorted(capabilities):

@@ -30,10 +30,10 @@ _LAZY = (UninitializedParameter, UninitializedBuffer)
 log = logging.getLogger(__name__)
 
 
-def adopt(given: nn.Module, *, beside: str | Path | None = None) -> Backbone:
+def adopt(given: nn.Module, *, alongside: str | Path | None = None) -> Backbone:
     """A copy of `given`, an ``nn.Module`` with timm's surface or a `Backbone`, on the CPU and ready to be trained.
 
-    `beside`: an export whose weights a bare module is to receive; it then sees images of the size that is named
+    `alongside`: an export whose weights a bare module is to receive; it then sees images of the size that is named
     there. Raises CapabilityError, in one line, for a module that cannot be trained or copied, ConfigError for one that
     does not take images of its size.
     """
@@ -42,7 +42,7 @@ def adopt(given: nn.Module, *, beside: str | Path | None = None) -> Backbone:
     name = type(model).__name__ if backbone is None else backbone.name
     _check_tensors(model, name)
     if backbone is None:
-        described = describe(beside) if beside is not None and export_files(beside)[1].is_file() else None
+        described = describe(alongside) if alongside is not None and export_files(alongside)[1].is_file() else None
         size, mean, std = (described.size, described.mean, described.std) if described else (None, None, None)
         backbone = Backbone(model, size=size, mean=mean, std=std)
         log.info("backbone: %s as it is given, on images of %dx%d", name, *backbone.input_size)
@@ -59,7 +59,7 @@ def load_into(given: nn.Module, path: str | Path) -> Backbone:
 
     Raises what `adopt` raises, and CheckpointError when the files are missing or do not fit the network.
     """
-    return fill_adopted(adopt(given, beside=path), path)
+    return fill_adopted(adopt(given, alongside=path), path)
 
 
 def fill_adopted(backbone: Backbone, path: str | Path) -> Backbone:

@@ -27,6 +27,7 @@ from pydantic import BaseModel, ValidationError
 
 from unlabeled.ssl.config.base import Section
 from unlabeled.ssl.config.messages import explain, in_short
+from unlabeled.ssl.config.renamed import new_name, with_new_names
 from unlabeled.ssl.core.errors import ConfigError, first_line, nearest
 from unlabeled.ssl.core.plain import number
 
@@ -92,7 +93,7 @@ def composed(
         plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"config: {first_line(error)}") from None
-    return merged(plain, given)
+    return merged(with_new_names(plain), given)
 
 
 def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,7 +168,7 @@ def _split(values: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
             chosen[group] = str(section["name"])
             nested[group] = {field: inner for field, inner in section.items() if field != "name"}
     nested.pop("recipe", None)  # all there is of it is its name
-    return chosen, nested
+    return chosen, with_new_names(nested)
 
 
 def _with_name(tree: Any, path: Sequence[str]) -> Any:
@@ -228,7 +229,9 @@ def parse(overrides: Sequence[str]) -> list[Override]:
 def _dotted(word: str) -> str:
     """``task.tasks[1].weight=2`` as Hydra has it: ``task.tasks.1.weight=2``."""
     key, equals, value = word.partition("=")
-    return re.sub(r"\[(\d+)\]", r".\1", key) + equals + value
+    prefix = re.match(r"[+~]*", key)
+    assert prefix is not None
+    return prefix[0] + new_name(re.sub(r"\[(\d+)\]", r".\1", key[prefix.end() :])) + equals + value
 
 
 def sweep(overrides: Sequence[str]) -> Iterator[tuple[list[str], str]]:

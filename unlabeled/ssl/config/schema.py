@@ -233,7 +233,7 @@ class PretrainConfig(RunConfig):
     evaluate: EvaluateConfig = EvaluateConfig()
     out: Path = Path("runs/pretrain")
     """The run folder."""
-    official: Path | None = None
+    reference: Path | None = None
     """Start the whole task (backbone, decoder, heads) from this checkpoint of the method's original authors."""
 
     @model_validator(mode="after")
@@ -256,7 +256,7 @@ class EvaluateRun(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     sizes: Sizes | None = None
     """Of an elastic run: also evaluate these of its sizes, each beside random weights, and draw the curve."""
-    beside: tuple[Path, ...] = ()
+    versus: tuple[Path, ...] = ()
     """With `sizes`: runs of single networks of the same kind, drawn at their size as "trained alone"."""
     out: Path | None = None
     """Where the report goes; None: ``report/`` in the run folder, else ``reports/<target>``."""

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from unlabeled.ssl.backbones.given import require_same_module
+from unlabeled.ssl.config.renamed import with_new_names
 from unlabeled.ssl.config.schema import RunConfig
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 from unlabeled.ssl.core.files import write_atomically, writing
@@ -110,6 +111,7 @@ def current(values: Mapping[str, Any]) -> dict[str, Any]:
     What was added since has its default; what an earlier version wrote into every run, and this source never read, is
     left out.
     """
+    values = with_new_names(values)
     result = dict(values)
     if isinstance(data := values.get("data"), Mapping):
         result["data"] = _data_now(data)

@@ -101,7 +101,7 @@ class Matrix:
         return cls(stored["timm"], networks, cells)
 
     @classmethod
-    def beside(cls, page: Path) -> Matrix:
+    def stored_with(cls, page: Path) -> Matrix:
         """The cells of the page `page`; none when it does not exist.
 
         Raises ConfigError when they cannot be read, or are of another timm than the installed one.
@@ -147,7 +147,7 @@ def measure(run: MatrixRun, progress: Callable[[Sequence[str]], Iterator[str]] =
     `progress` passes the modules on and may tell of them. Raises ConfigError when the page cannot be added to.
     """
     partial = run.task is not None or run.module is not None
-    matrix = Matrix.beside(run.out) if partial and run.out is not None else Matrix()
+    matrix = Matrix.stored_with(run.out) if partial and run.out is not None else Matrix()
     tasks = list(run.task or task_names())
     for module in progress(list(run.module or timm.list_modules())):
         network = architecture(module)

@@ -15,15 +15,16 @@ from unlabeled.eval.features.extract import extract_features, is_main_process
 from unlabeled.eval.intervals import wilson
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.core.errors import DataError
+from unlabeled.ssl.core.renamed import OldNames
 from unlabeled.ssl.task import PretextTask
+from unlabeled.workflows.finetune.classifier import logits_of
 from unlabeled.workflows.finetune.config import FinetuneConfig
 from unlabeled.workflows.finetune.data import LabeledImages
-from unlabeled.workflows.finetune.network import logits_of
 from unlabeled.workflows.finetune.task import Finetune
 
 
 @dataclass(frozen=True)
-class Accuracy:
+class Accuracy(OldNames, pictures="images"):
     """Of one set of weights."""
 
     values: Mapping[str, Estimate]

@@ -18,7 +18,7 @@ Part = Annotated[float, Field(gt=0, le=1)]
 Chance = Annotated[float, Field(ge=0, le=1)]
 
 
-class NetworkConfig(Section):
+class ModelConfig(Section):
     """What is changed of the target's network when it becomes a classifier."""
 
     size: Size | None = None
@@ -95,7 +95,7 @@ class FinetuneConfig(RunConfig):
     baseline: bool = True
     """After pretrained weights, train the same network from random ones for as many steps, in ``out/scratch``: without
     layer-wise decay, which is for layers that have learned something, and else under the same settings."""
-    network: NetworkConfig = NetworkConfig()
+    model: ModelConfig = ModelConfig()
     frozen: bool = False
     """Train the classifier alone, on features that stay as they are."""
     label_fraction: float | None = Field(None, gt=0, le=1)

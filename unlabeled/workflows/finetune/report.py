@@ -25,7 +25,7 @@ from unlabeled.workflows.finetune.accuracy import Accuracy
 from unlabeled.workflows.finetune.config import FinetuneConfig
 from unlabeled.workflows.finetune.data import LabeledImages
 
-SCHEMA = 1
+SCHEMA = 2
 
 OWN = "backbone"
 """Key of the fine-tuned network, as in the report of evaluation."""
@@ -52,19 +52,19 @@ class Facts:
 
 
 def write_report(
-    config: FinetuneConfig, facts: Facts, own: Mapping[str, Accuracy], beside: Mapping[str, Accuracy] | None
+    config: FinetuneConfig, facts: Facts, own: Mapping[str, Accuracy], alongside: Mapping[str, Accuracy] | None
 ) -> Path:
     """Writes ``report/report.{json,md,html}`` into the run folder and returns the path of the HTML.
 
-    `own` and `beside` (the baseline): which weights → accuracy, those to quote first. The JSON is that of
+    `own` and `alongside` (the baseline): which weights → accuracy, those to quote first. The JSON is that of
     `finetune_document`. The page needs no other file and no network.
     """
     folder = config.out / "report"
     folder.mkdir(parents=True, exist_ok=True)
     rows = {"": read_metrics(config.out / "metrics.jsonl")}
-    if beside is not None:
+    if alongside is not None:
         rows[f"{_title(_baseline(config))}: "] = read_metrics(config.out / "scratch" / "metrics.jsonl")
-    comparisons = compare(config, own, beside)
+    comparisons = compare(config, own, alongside)
     document = finetune_document(config, facts, own, comparisons) | {"training": training_summary(rows[""])}
     write_json(document, folder / "report.json")
     quoted = next(iter(own.values()))
@@ -87,7 +87,7 @@ def finetune_document(
     """The report as JSON values; fractions are 0..1, times in seconds.
 
     ``schema``, ``kind`` (finetune), ``versions``, ``run`` (what was trained, on what, for how long), ``summary``
-    (``level``: better, even, worse, alone; ``summary``), ``comparison`` (as in the report of evaluation; encoders are
+    (``level``: better, even, worse, alone; ``text``), ``comparison`` (as in the report of evaluation; encoders are
     ``backbone`` and the baseline), ``classes``, ``majority`` (test accuracy of the commonest training class),
     ``confusion`` (true class by predicted class; null past 50 classes), ``notes``.
     """
@@ -102,7 +102,7 @@ def finetune_document(
             "title": clean(f"{facts.title}: {'linear classifier' if config.frozen else 'fine-tuned'}"),
             "target": clean(config.target),
             "pretrained": facts.pretrained,
-            "network": clean(name_backbone(network)),
+            "model": clean(name_backbone(network)),
             "parameters": count_parameters(network),
             "input_size": list(network.input_size),
             "data": clean(name_data(config.data)),
@@ -123,12 +123,12 @@ def finetune_document(
         "classes": [clean(name) for name in facts.test.classes],
         "majority": float((labels == commonest).float().mean()),
         "confusion": quoted.confusion.tolist() if len(facts.test.classes) <= _LARGEST_CONFUSION else None,
-        "notes": _notes(config, quoted, beside=len(comparisons[0].values) > 1),
+        "notes": _notes(config, quoted, alongside=len(comparisons[0].values) > 1),
     }
 
 
 def compare(
-    config: FinetuneConfig, own: Mapping[str, Accuracy], beside: Mapping[str, Accuracy] | None
+    config: FinetuneConfig, own: Mapping[str, Accuracy], alongside: Mapping[str, Accuracy] | None
 ) -> list[Comparison]:
     """Top-1 and top-5 of each set of weights, beside the baseline's; the first is the one to quote."""
     found: list[Comparison] = []
@@ -136,8 +136,8 @@ def compare(
     for weights, accuracy in own.items():
         for metric, value in accuracy.values.items():
             values, gaps = {OWN: value}, {}
-            if beside is not None:
-                other = beside[weights].values[metric]
+            if alongside is not None:
+                other = alongside[weights].values[metric]
                 values[baseline] = other
                 gap = difference(value.value, other.value, accuracy.images)
                 gaps[baseline] = Estimate(value.value - other.value, *gap)
@@ -160,19 +160,19 @@ def _summary(config: FinetuneConfig, facts: Facts, comparisons: list[Comparison]
     reached = f"{percent(quoted.values[OWN].value)} %"
     if not quoted.differences:
         what = "without a baseline, so nothing to be better than" if facts.pretrained else "from random weights"
-        return {"level": "alone", "summary": f"{reached} of the test images are told rightly, {what}."}
+        return {"level": "alone", "text": f"{reached} of the test images are told rightly, {what}."}
     baseline, gap = next(iter(quoted.differences.items()))
     level = "better" if gap.low > 0 else "worse" if gap.high < 0 else "even"
     other = "the same network " + ("with random weights" if config.frozen else "trained from scratch")
     opening = {"better": "Better than", "worse": "Worse than", "even": "No clear difference from"}[level]
     return {
         "level": level,
-        "summary": f"{opening} {other}: {reached} against {percent(quoted.values[baseline].value)} %, a difference of "
+        "text": f"{opening} {other}: {reached} against {percent(quoted.values[baseline].value)} %, a difference of "
         f"{signed(gap.value)} points (95 %: {signed(gap.low)} to {signed(gap.high)}).",
     }
 
 
-def _notes(config: FinetuneConfig, quoted: Accuracy, *, beside: bool) -> list[str]:
+def _notes(config: FinetuneConfig, quoted: Accuracy, *, alongside: bool) -> list[str]:
     notes = [
         "Accuracies are those of the weights after the last step"
         + (", averaged over the run" if config.ema else "")
@@ -180,7 +180,7 @@ def _notes(config: FinetuneConfig, quoted: Accuracy, *, beside: bool) -> list[st
         "Intervals are 95 % and cover the choice of test images only, not another seed: Wilson for accuracies, "
         "Newcombe for differences (a little wide, as both networks see the same images).",
     ]
-    if beside:
+    if alongside:
         kept = "" if config.optim.layer_decay is None else " but layer-wise decay, which is for pretrained layers"
         notes.append(
             "The baseline is the same network from random weights, with the same images, steps, augmentation, seed "
@@ -202,7 +202,7 @@ def _facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     seconds, fraction = run["seconds"], run["label_fraction"]
     known = [
         ("Target", run["target"] + ("" if run["pretrained"] else ", random weights")),
-        ("Network", run["network"]),
+        ("Model", run["model"]),
         ("Parameters", f"{run['parameters'] / 1e6:.2f} million"),
         ("Input", "{} x {} pixels".format(*run["input_size"])),
         ("Data", run["data"]),

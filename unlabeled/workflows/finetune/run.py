@@ -22,6 +22,7 @@ from unlabeled.ssl.config.schema import DataConfig, EvaluateRun, PretrainConfig
 from unlabeled.ssl.core.distributed import report_errors_once
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.core.files import writing
+from unlabeled.ssl.core.renamed import OldNames
 from unlabeled.ssl.core.seeds import derive
 from unlabeled.ssl.data.loader import ViewDataset
 from unlabeled.ssl.data.registry import filled, labeled
@@ -32,9 +33,9 @@ from unlabeled.ssl.train.monitor import read_metrics
 from unlabeled.ssl.train.run_folder import Plan, claim_folder, read_config
 from unlabeled.workflows.evaluate import Target, resolve_target
 from unlabeled.workflows.finetune.accuracy import Accuracy, OnlineAccuracy, measure_accuracy
+from unlabeled.workflows.finetune.classifier import create_classifier_backbone
 from unlabeled.workflows.finetune.config import FinetuneConfig
 from unlabeled.workflows.finetune.data import LabeledImages, open_labeled
-from unlabeled.workflows.finetune.network import classifier_network
 from unlabeled.workflows.finetune.report import Facts, write_report
 from unlabeled.workflows.finetune.task import Finetune, FinetuneTask
 from unlabeled.workflows.settings import compose_settings, tiny
@@ -45,14 +46,14 @@ CLASSIFIER = "classifier.safetensors"
 
 
 @dataclass(frozen=True)
-class FinetuneResult:
+class FinetuneResult(OldNames, network="backbone"):
     """What fine-tuning leaves behind."""
 
-    network: Backbone
-    """``network.model`` is the classifier, with averaged weights where ``ema`` asks for them."""
+    backbone: Backbone
+    """``backbone.model`` is the classifier, with averaged weights where ``ema`` asks for them."""
     classes: tuple[str, ...]
     accuracy: Accuracy | None
-    """Of `network` on the test split, after the last step; None when stopped."""
+    """Of `backbone` on the test split, after the last step; None when stopped."""
     baseline: Accuracy | None
     """Of the same network trained from random weights; None without it."""
     metrics: list[dict[str, Any]]
@@ -138,7 +139,7 @@ def finetune_from(config: FinetuneConfig, backbone: Backbone | None = None) -> F
             report = _report(config, own, baseline)
         logger.info("report: %s", report)
     return FinetuneResult(
-        network=own.network,
+        backbone=own.network,
         classes=own.train.classes,
         accuracy=next(iter(own.accuracies.values()), None),
         baseline=next(iter(baseline.accuracies.values()), None) if baseline is not None else None,
@@ -210,7 +211,7 @@ def prepare(config: FinetuneConfig, target: Target, data: tuple[LabeledImages, L
             "augment.mixup=0 augment.cutmix=0"
         )
     torch.manual_seed(derive("weights", config.engine.seed))
-    network = classifier_network(target.backbone, len(images.classes), config.network, weights=not config.scratch)
+    network = create_classifier_backbone(target.backbone, len(images.classes), config.model, weights=not config.scratch)
     settings = FinetuneTask(
         classes=len(images.classes), augment=config.augment, smoothing=config.smoothing, frozen=config.frozen,
         ema=config.ema,
@@ -239,5 +240,5 @@ def _report(config: FinetuneConfig, own: _Trained, baseline: _Trained | None) ->
         seconds=own.seconds,
         device=own.device,
     )
-    beside = baseline.accuracies if baseline is not None else None
-    return write_report(config, facts, own.accuracies, beside)
+    alongside = baseline.accuracies if baseline is not None else None
+    return write_report(config, facts, own.accuracies, alongside)

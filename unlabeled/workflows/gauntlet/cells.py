@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from unlabeled.eval.base import Measure
 from unlabeled.eval.registry import measure_of
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 class CellResult(BaseModel):
     """One finished cell."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     entrant: str
     """Labels as they were when it was measured; the file's name alone says what it belongs to."""
@@ -39,7 +39,7 @@ class CellResult(BaseModel):
     intervals: dict[str, tuple[float, float]] = {}
     """95 % intervals of the metrics that bring their own."""
     notes: tuple[str, ...] = ()
-    test_images: int = 0
+    test_images: int = Field(0, validation_alias=AliasChoices("test_images", "test_pictures"))
     """Test images that were judged."""
     seconds: dict[str, float] = {}
     """``features`` (reading or computing them, once for all cells that share them) and ``evaluator``."""

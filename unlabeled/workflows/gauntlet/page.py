@@ -15,7 +15,7 @@ from unlabeled.report.page import environment
 from unlabeled.ssl.core.files import write_atomically, writing
 
 _CSV = (
-    "data", "metric", "label", "unit", "better", "row", "kind", "network", "value", "seeds", "seeds_low", "seeds_high",
+    "data", "metric", "label", "unit", "better", "row", "kind", "backbone", "value", "seeds", "seeds_low", "seeds_high",
     "images_low", "images_high", "rank", "best", "mean_rank",
 )  # fmt: skip
 _NAMED = 3
@@ -34,7 +34,7 @@ def write_pages(document: Mapping[str, Any], folder: Path) -> Path:
         "tables": tables,
         "overall": _overall(document, tables),
         "lead": _lead(document),
-        "words": _sentences(document),
+        "sentences": _sentences(document),
     }
     texts = {
         "json": json.dumps(document, indent=1) + "\n",
@@ -60,7 +60,7 @@ def _csv(document: Mapping[str, Any]) -> str:
             ends = [*(value["over_seeds"] or ("", "")), *(value["over_images"] or ("", ""))]
             writer.writerow(
                 [column[name] for name in ("data", "metric", "label", "unit", "better")]
-                + [row["label"], row["kind"], row["network"], value["value"], value["seeds"], *ends, value["rank"]]
+                + [row["label"], row["kind"], row["backbone"], value["value"], value["seeds"], *ends, value["rank"]]
                 + [int(value["best"]), row["mean_rank"]]
             )
     return text.getvalue()

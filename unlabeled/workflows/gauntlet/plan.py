@@ -225,7 +225,7 @@ def _group(run: GauntletRun, entrant: Entrant, data: LabeledData, init: int, eva
         GauntletCell(entrant.label, data.label, name, seed, _key(run, entrant, data, name, seed))
         for seed in seeds
         for name, evaluator in evaluators.items()
-        if entrant.build is not None or evaluator.needs != "network"
+        if entrant.build is not None or evaluator.needs != "backbone"
     ]
     return Group(entrant, data, init, tuple(cells))
 

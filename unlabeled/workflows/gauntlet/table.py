@@ -25,7 +25,7 @@ from unlabeled.workflows.gauntlet.cells import CellResult
 from unlabeled.workflows.gauntlet.plan import GauntletCell, GauntletPlan, LabeledData
 from unlabeled.workflows.gauntlet.settings import GauntletRun
 
-SCHEMA = 1
+SCHEMA = 2
 
 Ends = tuple[float, float]
 Results = Mapping[str, CellResult]
@@ -230,7 +230,7 @@ def _rows(plan: GauntletPlan, columns: Sequence[Mapping[str, Any]]) -> list[dict
         {
             "label": entrant.label,
             "kind": entrant.kind,
-            "network": entrant.network,
+            "backbone": entrant.network,
             "parameters": entrant.parameters,
             "recalibrated": entrant.recalibrate,
             "mean_rank": float(np.mean(found)) if counted and len(found) == len(counted) else None,

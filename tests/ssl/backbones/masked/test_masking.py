@@ -12,7 +12,7 @@ PATTERNS = ["random", "grid", "block"]
 
 
 @pytest.mark.parametrize(
-    ("method", "cells", "ratio", "exact", "official"),
+    ("method", "cells", "ratio", "exact", "reference"),
     [("mae", 196, 0.75, 49, 49), ("mae", 256, 0.75, 64, 64), ("fcmae", 49, 0.6, 19, 19), ("mae", 64, 0.75, 16, 16),
      ("mae", 100, 0.8, 20, 19), ("convmae", 100, 0.9, 10, 9), ("mae", 25, 0.7, 7, 7), ("mae", 2, 0.75, 0, 0),
      ("simmim", 36, 0.6, 14, 14), ("simmim", 49, 0.6, 19, 19), ("simmim", 25, 0.6, 10, 10), ("simmim", 16, 0.6, 6, 6),
@@ -20,9 +20,9 @@ PATTERNS = ["random", "grid", "block"]
      ("spark", 49, 0.6, 20, 20), ("spark", 144, 0.75, 36, 36), ("spark", 5, 0.5, 2, 2), ("spark", 9, 0.6, 4, 4),
      ("spark", 15, 0.9, 2, 1)],  # 15 * 0.1 = 1.5, and slightly under it in double precision
 )  # fmt: skip
-def test_count_of_kept_cells(method, cells, ratio, exact, official):
+def test_count_of_kept_cells(method, cells, ratio, exact, reference):
     assert count_keep(cells, ratio, method) == exact
-    assert count_keep(cells, ratio, method, "official") == official
+    assert count_keep(cells, ratio, method, "reference") == reference
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
