@@ -68,6 +68,7 @@ _PUBLIC = {
     "Batch": "unlabeled.ssl.task",
     "ContractError": "unlabeled.testing",
     "NamedParameter": "unlabeled.ssl.task",
+    "Paper": "unlabeled.ssl.task",
     "PretextTask": "unlabeled.ssl.task",
     "Recipe": "unlabeled.ssl.task",
     "StepOutput": "unlabeled.ssl.task",
@@ -202,6 +203,7 @@ if TYPE_CHECKING:
     from unlabeled.ssl.nn.ema import ema_update as ema_update
     from unlabeled.ssl.task import Batch as Batch
     from unlabeled.ssl.task import NamedParameter as NamedParameter
+    from unlabeled.ssl.task import Paper as Paper
     from unlabeled.ssl.task import PretextTask as PretextTask
     from unlabeled.ssl.task import Recipe as Recipe
     from unlabeled.ssl.task import StepOutput as StepOutput

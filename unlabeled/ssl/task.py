@@ -50,6 +50,16 @@ class NamedParameter(NamedTuple):
     """Depth for layer-wise learning-rate decay: 0 is the stem, `depth + 1` the heads and everything new."""
 
 
+class Paper(NamedTuple):
+    """The publication that introduced a task."""
+
+    title: str
+    year: int
+    """Of the conference or journal; of the preprint where there is no other."""
+    url: str
+    """Such as ``https://arxiv.org/abs/2111.06377``."""
+
+
 class TaskConfig(BaseModel):
     """Base of each task's settings. Unknown keys are refused; defaults are the paper's."""
 
@@ -71,6 +81,10 @@ class PretextTask(nn.Module):
     """
 
     Config: ClassVar[type[TaskConfig]] = TaskConfig
+    paper: ClassVar[Paper | None] = None
+    """Where the task was published; None: nowhere."""
+    good_for: ClassVar[str] = ""
+    """When to choose the task, in one clause, as ``unlabeled tasks`` shows it."""
     recipe: ClassVar[Recipe] = {}
     """What ``task=NAME`` sets of a run, above the defaults and below a recipe's file and the user's words."""
     requires: ClassVar[frozenset[str]] = frozenset()

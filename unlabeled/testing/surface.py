@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import itertools
 import pickle
 import tempfile
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,7 @@ from torch import Tensor
 
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.weights import export_backbone
+from unlabeled.ssl.config.docstrings import field_texts, has_source
 from unlabeled.ssl.core.errors import CheckpointError
 from unlabeled.ssl.data.loader import seeded
 from unlabeled.ssl.task import TaskConfig
@@ -136,30 +133,12 @@ def require_documented(cls: Any, config: type[BaseModel], first_line: str) -> No
 
 def undocumented(config: type[BaseModel]) -> list[str]:
     """Settings without a docstring under them, but for sections, which are documented themselves."""
-    commented, fields = _commented(config), config.model_fields.items()
-    return [name for name, one in fields if not (one.description or name in commented or _section(one.annotation))]
+    if not has_source(config):  # typed into an interpreter: nothing can be known to be missing
+        return []
+    texts, fields = field_texts(config), config.model_fields.items()
+    return [name for name, one in fields if not (name in texts or _section(one.annotation))]
 
 
 def _section(annotation: Any) -> bool:
     """Whether a field holds settings with a docstring of their own."""
     return isinstance(annotation, type) and issubclass(annotation, BaseModel) and bool(annotation.__doc__)
-
-
-def _commented(config: type[BaseModel]) -> set[str]:
-    """Fields that are followed by a string; those whose source is not at hand count as such."""
-    found: set[str] = set()
-    for cls in config.__mro__:
-        if not issubclass(cls, BaseModel) or cls is BaseModel:
-            continue
-        try:
-            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-        except (OSError, TypeError, SyntaxError):
-            found |= set(cls.__annotations__)
-            continue
-        body = tree.body if isinstance(tree, ast.ClassDef) else []
-        for statement, following in itertools.pairwise(body):
-            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-                text = following.value if isinstance(following, ast.Expr) else None
-                if isinstance(text, ast.Constant) and isinstance(text.value, str):
-                    found.add(statement.target.id)
-    return found

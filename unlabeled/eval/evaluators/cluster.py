@@ -30,14 +30,15 @@ _MEASURES = {
 
 
 class ClusterConfig(EvaluatorConfig):
-    """k-means on the test features through faiss, compared with the classes."""
+    """Clusters the test features with k-means and compares the clusters with the classes."""
 
     restarts: int = Field(5, ge=1)
-    """Runs from other starting points; the one of the best objective counts."""
+    """Runs from different starting points; the one with the best objective counts. [runs]"""
     iterations: int = Field(50, ge=1)
-    """Of each run."""
+    """Iterations of each run. [iterations]"""
     spherical: bool = True
-    """Features and centroids of unit length, compared by cosine; false: as they are, by Euclidean distance."""
+    """Scale features and centroids to unit length, so that they are compared by cosine; false: compare them by
+    Euclidean distance."""
 
 
 class ClusterEvaluator(Evaluator):

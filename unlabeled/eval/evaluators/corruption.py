@@ -41,18 +41,18 @@ _MEASURES = {
 
 
 class CorruptionConfig(EvaluatorConfig):
-    """Accuracy on corrupted test images of a classifier fitted to clean features, after ImageNet-C."""
+    """Accuracy on corrupted test images of a classifier trained on clean features, after ImageNet-C."""
 
     corruptions: tuple[CorruptionName, ...] = Field(
         ("gaussian_noise", "gaussian_blur", "jpeg", "brightness"), min_length=1
     )
-    """Which ones, by name."""
+    """Corruptions to apply, by name."""
     severities: tuple[Annotated[int, Field(ge=1, le=5)], ...] = Field((1, 3, 5), min_length=1)
-    """From 1 (weak) to 5."""
-    images: int = Field(1000, ge=1)
-    """Test images, drawn by the seed."""
+    """Severities to apply, from 1 (weak) to 5 (strong)."""
+    pictures: int = Field(1000, ge=1)
+    """Test images to use, drawn with the seed. [images]"""
     classifier: Literal["knn", "linear"] = "knn"
-    """kNN with k = 20, or a linear probe with the default settings of ``evaluate.linear``."""
+    """knn: kNN with k = 20. linear: a linear probe with the default settings of evaluate.linear."""
 
 
 class CorruptionEvaluator(Evaluator):

@@ -68,14 +68,15 @@ _MEASURES = {
 
 
 class DuplicatesConfig(EvaluatorConfig):
-    """Images that are in the training split too, or nearly so."""
+    """Finds test images that also occur in the training split, exactly or nearly."""
 
     chance: float = Field(1e-3, gt=0, lt=1)
-    """Share of ordinary images that may be taken for near duplicates; sets the threshold."""
+    """Expected fraction of unrelated images that are mistaken for near duplicates; it sets the threshold. [fraction]"""
     queries: int = Field(10_000, ge=1)
-    """Largest number of training images, drawn by lot, that are looked up in the training split."""
+    """Use at most this many training images, drawn at random, to look for duplicates within the training split.
+    [images]"""
     shown: int = Field(8, ge=1)
-    """Closest pairs in the report's image."""
+    """Closest pairs to show in the report. [pairs]"""
 
 
 class DuplicatesEvaluator(Evaluator):

@@ -34,16 +34,16 @@ from unlabeled.ssl.core.seeds import derive
 
 
 class FewShotConfig(EvaluatorConfig):
-    """Episodes of nearest class means on centered features of unit length (SimpleShot's CL2N)."""
+    """Classifies by the nearest class mean in few-shot episodes (SimpleShot, CL2N)."""
 
     ways: int = Field(5, ge=2)
-    """Classes of an episode."""
+    """Classes in each episode. [classes]"""
     shots: tuple[int, ...] = (1, 5)
-    """Labeled images of each class."""
+    """Labeled images of each class, one result for each number in the list. [images]"""
     queries: int = Field(15, ge=1)
-    """Images of each class to be classified."""
+    """Images of each class to classify. [images]"""
     episodes: int = Field(600, ge=2)
-    """Of each number of shots, which give the mean and its interval."""
+    """Episodes for each number of shots; they give the mean and its confidence interval. [episodes]"""
 
 
 class FewShotEvaluator(Evaluator):

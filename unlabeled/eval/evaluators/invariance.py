@@ -29,14 +29,14 @@ _MEASURES = {
 
 
 class InvarianceConfig(EvaluatorConfig):
-    """LiDAR and alignment over crops, flips and color jitter of training images."""
+    """LiDAR and alignment over random crops, flips and color changes of training images."""
 
-    images: int = Field(500, ge=2)
-    """Training images, drawn by the seed; the paper of LiDAR takes 1000."""
+    pictures: int = Field(500, ge=2)
+    """Training images to use, drawn with the seed; the LiDAR paper uses 1000. [images]"""
     views: int = Field(10, ge=2)
-    """Of each image; the paper takes 50."""
+    """Random views of each image; the LiDAR paper uses 50. [views]"""
     scale: float = Field(0.2, gt=0, le=1)
-    """Smallest part of an image's area that a crop shows."""
+    """Smallest fraction of the image area that a crop covers. [fraction]"""
 
 
 class InvarianceEvaluator(Evaluator):

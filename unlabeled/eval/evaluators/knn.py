@@ -47,23 +47,25 @@ def _listed(value: Any) -> Any:
 
 
 class KnnConfig(EvaluatorConfig):
-    """Weighted kNN, the protocol of DINO."""
+    """Weighted k-nearest-neighbor classification, following DINO's protocol."""
 
     k: tuple[int, ...] = (10, 20, 100, 200)
-    """Numbers of neighbors that vote."""
+    """Numbers of neighbors that vote, one result for each. [neighbors]"""
     temperature: Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_listed)] = (0.07,)
-    """One or several; the headline is 0.07, or the first where that is not among them."""
+    """Temperature of the weights of votes, one or a list. The headline result uses 0.07, or the first if 0.07 is not in
+    the list."""
     search: Literal["exact", "reduced", "ivf", "hnsw"] = "exact"
-    """exact: float32 · reduced: 8-bit products first, the same neighbors proven, faster where the processor has such
-    instructions · ivf, hnsw: approximate, with their recall measured."""
+    """exact: float32 products. reduced: 8-bit products first, then exact ones for the candidates; the neighbors are the
+    same, and it is faster on processors with 8-bit instructions. ivf, hnsw: approximate; their recall is measured."""
     effort: int = Field(64, ge=1)
-    """Of an approximate search: lists that ivf visits, breadth of the search through hnsw (at least k)."""
+    """For ivf: lists to visit. For hnsw: breadth of the search, at least k."""
     memory_gb: float = Field(2.0, gt=0)
-    """Of training features made ready in memory at a time, in 1e9 bytes; an approximate search needs them all."""
+    """Training features to hold in memory at a time; ivf and hnsw need all of them. [GB]"""
     shots: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """Also with so many training images of each class alone."""
+    """Also evaluate with only this many training images of each class, one result for each number in the list.
+    [images]"""
     shot_draws: int = Field(5, ge=2)
-    """Draws of these images, which give the mean and its interval."""
+    """For `shots`: random draws of these images; they give the mean and its confidence interval. [draws]"""
 
 
 class KnnEvaluator(Evaluator):

@@ -37,10 +37,10 @@ _RANDOM = Measure("CKA of the features with those of random weights", "number", 
 
 
 class LayersConfig(EvaluatorConfig):
-    """Similarity (debiased linear CKA) between the layers of the network, and with those of random weights."""
+    """Similarity (debiased linear CKA) between the layers of the network, and to those of random weights."""
 
-    images: int = Field(1024, ge=4)
-    """Training images, drawn by the seed."""
+    pictures: int = Field(1024, ge=4)
+    """Training images to use, drawn with the seed. [images]"""
 
 
 class LayersEvaluator(Evaluator):

@@ -104,39 +104,38 @@ class _Probed:
 
 
 class LinearConfig(EvaluatorConfig):
-    """Linear probe on frozen features: a grid trained in one pass, chosen on a split of the training set."""
+    """Trains a linear probe on frozen features, with a grid of settings of which a hold-out chooses the best."""
 
     grid: Literal["dinov2"] | None = None
-    """dinov2: the 52 heads of DINOv2 (arXiv 2304.07193): 13 learning rates, class tokens of the last 1 and 4 blocks,
-    without and with the average of the patches, no decay, weights from N(0, 0.01). It stands for lr, weight_decay,
-    blocks, pooling and init."""
+    """dinov2: use DINOv2's grid of 52 heads (arXiv 2304.07193) in place of lr, weight_decay, blocks, pooling and init:
+    13 learning rates, class tokens of the last 1 and 4 blocks, with and without the average of the patches."""
     lr: tuple[float, ...] = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-    """Learning rates of SGD with momentum, for standardized features and a batch of 256."""
+    """Learning rates to try, for SGD with momentum on standardized features and a batch of 256."""
     weight_decay: tuple[float, ...] = (0.0, 1e-4, 1e-3)
-    """Each with each learning rate."""
+    """Weight decays to try, each with each learning rate."""
     blocks: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """Also part of the grid: features of the last so many blocks (of a network of stages: stages), final norm applied.
-    (): the pooled features alone."""
+    """Numbers of final blocks (for networks of stages: stages) to read features from; each is added to the grid. Empty:
+    only the pooled features. [blocks]"""
     pooling: tuple[Literal["cls", "avg", "cls+avg"], ...] = ()
-    """What is read of these blocks: their class tokens, the averages of their patches, or the class tokens and the
-    average of the last block's patches. (): cls where the network has a class token, else avg."""
+    """What to read from these blocks. cls: their class tokens. avg: the averages of their patches. cls+avg: the class
+    tokens and the average of the last block's patches. Empty: cls if the network has a class token, else avg."""
     prefixes: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """Also probe the first so many pooled features (Matryoshka representations), each with its own choice, in the same
-    pass."""
+    """Also train probes on the first n pooled features, for each n in this list (Matryoshka representations).
+    [features]"""
     init: float = Field(0.0, ge=0)
-    """Standard deviation of the first weights."""
+    """Standard deviation of the initial weights."""
     epochs: int = Field(50, ge=1)
-    """Passes over the cached features."""
+    """Passes over the cached features. [epochs]"""
     batch_size: int = Field(256, ge=1)
-    """Images per step."""
+    """Images per training step. [images]"""
     holdout: float = Field(0.1, gt=0, lt=1)
-    """Part of the training set that chooses the head."""
+    """Fraction of the training set that is held out to choose the probe. [fraction]"""
     augment: bool = False
-    """Train on random crops and flips, encoded anew in each epoch, and not on cached features. The hold-out is not
-    augmented; raw pixels are not either."""
+    """Train on random crops and flips, which the network encodes in each epoch, in place of cached features. The
+    hold-out and raw pixels are not augmented."""
     augment_epochs: int = Field(10, ge=1)
-    """Epochs with `augment`, instead of `epochs`; each is a pass of the network over the training set, and there are
-    two trainings: for the choice and for the result."""
+    """Epochs with `augment`, in place of `epochs`. Each is a pass of the network over the training set, and there are
+    two trainings: one to choose and one for the result. [epochs]"""
 
 
 class LinearEvaluator(Evaluator):

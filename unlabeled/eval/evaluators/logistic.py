@@ -33,16 +33,16 @@ _MEASURES = {"top1": Measure("logistic regression"), "top5": Measure("logistic r
 
 
 class LogisticConfig(EvaluatorConfig):
-    """Logistic regression on standardized features, solved by L-BFGS: what the linear probe should reach."""
+    """Logistic regression on standardized features, solved by L-BFGS: what a linear probe should reach."""
 
     C: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0, 10.0)
-    """Inverse strengths of the L2 penalty, as scikit-learn counts it; a hold-out of the training set chooses one."""
+    """Inverse strengths of the L2 penalty to try, in scikit-learn's convention."""
     holdout: float = Field(0.1, gt=0, lt=1)
-    """Part of the training set that chooses C."""
+    """Fraction of the training set that is held out to choose C. [fraction]"""
     iterations: int = Field(1000, ge=1)
-    """Largest number of L-BFGS iterations."""
+    """Largest number of L-BFGS iterations. [iterations]"""
     limit: int | None = Field(20_000, ge=2)
-    """Largest number of training images, drawn class by class; None: all, which is slow."""
+    """Use at most this many training images, drawn class by class; null: all, which is slow. [images]"""
 
 
 class LogisticEvaluator(Evaluator):

@@ -40,17 +40,18 @@ _ITERATIONS = 1000
 
 
 class LowLabelConfig(EvaluatorConfig):
-    """The linear probe with few labels."""
+    """The linear probe with only a fraction of the labels."""
 
     fractions: tuple[float, ...] = (0.01, 0.1)
-    """Parts of the training labels, drawn class by class."""
+    """Fractions of the training labels, drawn class by class, one result for each. [fraction]"""
     draws: int = Field(3, ge=1)
-    """Draws of labeled images, over which the interval is taken."""
+    """Random draws of the labeled images; they give the confidence interval. [draws]"""
     steps: int = Field(500, ge=1)
-    """Least number of optimizer steps; a small part has few in an epoch."""
+    """Smallest number of optimizer steps, since an epoch of few images has few steps. [steps]"""
     C: float = Field(0.01, gt=0)
-    """Of logistic regression, which replaces the probe below five images a class."""
+    """Inverse strength of the penalty of logistic regression, which replaces the probe below five images per class."""
     probe: LinearConfig = LinearConfig()
+    """Settings of the probe, as in evaluate.linear."""
 
 
 class LowLabelEvaluator(Evaluator):

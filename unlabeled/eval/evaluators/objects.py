@@ -40,19 +40,20 @@ _MEASURES = {
 
 
 class ObjectsConfig(EvaluatorConfig):
-    """Objects found without any training by cutting the graph of places in two (TokenCut)."""
+    """Finds the main object of an image without training, by cutting the graph of its patches in two (TokenCut)."""
 
     level: int | None = None
-    """Number of the feature map; None: keys of the last attention block, or the deepest map that is fine enough."""
-    images: int = Field(1000, ge=1)
-    """Largest number of test images."""
+    """Feature map to use, by number; null: the keys of the last attention block, or the deepest map that is fine
+    enough."""
+    pictures: int = Field(1000, ge=1)
+    """Use at most this many test images. [images]"""
     tau: float = Field(0.2, ge=-1, lt=1)
-    """Cosine from which two places are joined."""
+    """Cosine similarity above which two patches are connected."""
     native: bool = False
-    """Images at their own size, padded to whole patches, as published; None of them is resized, so the network must
-    take any size (``backbone.kwargs={dynamic_img_size: true}`` for vision transformers)."""
+    """Use images at their own size, padded to whole patches, as published. The network must accept any size (for vision
+    transformers: backbone.kwargs={dynamic_img_size: true})."""
     examples: int = Field(12, ge=1)
-    """Test images that are shown."""
+    """Test images to show in the report. [images]"""
 
 
 class ObjectsEvaluator(Evaluator):

@@ -35,10 +35,10 @@ _RANKINGS = {
 
 
 class RetrievalConfig(EvaluatorConfig):
-    """Test images that look for others of their class."""
+    """Looks up each test image among the others and checks whether they are of its class."""
 
     k: tuple[int, ...] = (1, 5, 10)
-    """Of recall@k."""
+    """Numbers of neighbors for recall@k, one result for each. [neighbors]"""
 
 
 class RetrievalEvaluator(Evaluator):

@@ -42,28 +42,29 @@ _MEASURES = {
 
 
 class SegmentationConfig(EvaluatorConfig):
-    """Segmentation from single places of the frozen feature map: a linear probe, and their nearest training places."""
+    """Semantic segmentation from frozen dense features, by a linear probe and by nearest neighbors."""
 
     level: int | None = None
-    """Number of the feature map; None: the deepest one that is fine enough (14 places a side at 224 pixels)."""
+    """Feature map to use, by number; null: the deepest one that is fine enough (14 patches along a side of 224
+    pixels)."""
     bank: int = Field(20_000, ge=2)
-    """Largest number of training places, as many of each image, for the probe and for the neighbors."""
+    """Largest number of training patches, the same for each image, for the probe and the neighbors. [patches]"""
     k: int = Field(30, ge=1)
-    """Neighbors of a place."""
+    """Neighbors of each patch. [neighbors]"""
     temperature: float = Field(0.02, gt=0)
-    """Of the softmax over the neighbors' cosines."""
+    """Temperature of the weights of neighbors."""
     lr: tuple[Annotated[float, Field(gt=0)], ...] = Field((0.01, 0.03, 0.1, 0.3, 1.0, 3.0), min_length=1)
-    """Learning rates of SGD with momentum, for standardized features; training images held out choose one."""
+    """Learning rates to try, for SGD with momentum on standardized features; held-out training images choose one."""
     weight_decay: float = Field(1e-4, ge=0)
-    """Of the linear probe."""
+    """Weight decay of the linear probe."""
     epochs: int = Field(20, ge=1)
-    """Passes over the training places."""
+    """Passes over the training patches. [epochs]"""
     batch_size: int = Field(256, ge=1)
-    """Places per step."""
+    """Patches per training step. [patches]"""
     holdout: float = Field(0.1, gt=0, lt=1)
-    """Part of the training images that chooses the learning rate."""
+    """Fraction of the training images that is held out to choose the learning rate. [fraction]"""
     examples: int = Field(6, ge=1)
-    """Test images that are shown."""
+    """Test images to show in the report. [images]"""
 
 
 class SegmentationEvaluator(Evaluator):

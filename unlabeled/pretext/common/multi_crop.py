@@ -35,23 +35,23 @@ _ANY_SIZE = "dynamic_img_size"
 
 
 class MultiCropConfig(TaskConfig):
-    """Settings of the crops; the defaults are those of DINO's released code."""
+    """Settings of large and small crops; the defaults are those of DINO's released code."""
 
     locals: int = Field(8, ge=0)
-    """Small crops of each image, beside the two large ones."""
+    """Small crops of each image, in addition to the two large ones. [crops]"""
     local_size: Size | None = None
-    """Their pixels, one number or [height, width]; None: 96/224 of ``backbone.size``, rounded to the backbone's stride.
-    The large crops have ``backbone.size``."""
+    """Side of the small crops, one number or [height, width]; null: 96/224 of backbone.size, rounded to the backbone's
+    stride. The large crops have backbone.size. [pixels]"""
     global_scale: tuple[Part, Part] = (0.4, 1.0)
-    """Part of the image's area in a large crop, smallest and largest."""
+    """Smallest and largest fraction of the image area that a large crop covers. [fraction]"""
     local_scale: tuple[Part, Part] = (0.05, 0.4)
-    """The same of a small crop."""
+    """Smallest and largest fraction of the image area that a small crop covers. [fraction]"""
     first_colors: ColorConfig = ColorConfig(blur=1.0)
-    """Colors of the first large crop."""
+    """Color augmentation of the first large crop."""
     second_colors: ColorConfig = ColorConfig(blur=0.1, solarize=0.2)
-    """Colors of the second large crop."""
+    """Color augmentation of the second large crop."""
     local_colors: ColorConfig = ColorConfig(blur=0.5)
-    """Colors of the small crops."""
+    """Color augmentation of the small crops."""
 
     @model_validator(mode="after")
     def _ordered(self) -> MultiCropConfig:

@@ -84,19 +84,23 @@ class ColorConfig(TaskConfig):
     """Color augmentation of one view; the defaults are BYOL's (arXiv 2006.07733, appendix B), without blur."""
 
     brightness: float = Field(0.4, ge=0)
+    """Largest relative change of brightness. [fraction]"""
     contrast: float = Field(0.4, ge=0)
+    """Largest relative change of contrast. [fraction]"""
     saturation: float = Field(0.2, ge=0)
+    """Largest relative change of saturation. [fraction]"""
     hue: float = Field(0.1, ge=0, le=0.5)
+    """Largest shift of hue; 0.5 reaches the opposite color. [turns]"""
     jitter: Chance = 0.8
-    """Probability of the four above."""
+    """Probability that brightness, contrast, saturation and hue change."""
     gray: Chance = 0.2
-    """Probability of losing the color."""
+    """Probability that the image loses its color."""
     blur: Chance = 0.0
     """Probability of a Gaussian blur."""
     sigma: tuple[float, float] = (0.1, 2.0)
-    """Its standard deviation in pixels, smallest and largest."""
+    """Smallest and largest standard deviation of the blur. [pixels]"""
     solarize: Chance = 0.0
-    """Probability of inverting all values of 128 and above."""
+    """Probability that all values of 128 and above are inverted."""
 
 
 class Colors:

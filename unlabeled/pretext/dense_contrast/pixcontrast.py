@@ -16,20 +16,28 @@ from torch.nn import functional as F
 
 from unlabeled.pretext.common.precision import widened
 from unlabeled.pretext.dense_contrast.pixel_pairs import PixelPairs, PixelPairsConfig, overlap_logs
-from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, Paper, Recipe, StepOutput, TaskConfig
 
 
 class PixContrastConfig(PixelPairsConfig):
-    """Settings of PixContrast; what it shares with PixPro is as there."""
+    """Settings of PixContrast; those shared with PixPro have the same defaults."""
 
     temperature: float = Field(0.3, gt=0)
-    """Cosines are divided by it."""
+    """Temperature of the contrastive loss: cosine similarities are divided by it."""
 
 
 class PixContrast(PixelPairs):
-    """Contrast of the cells of one image. Submodules: `backbone`, `projector`, and a `teacher` that follows both."""
+    """Pulls together nearby cells of two views of an image and pushes distant cells apart.
+
+    Submodules: `backbone`, `projector`, and a `teacher` that follows both."""
 
     Config: ClassVar[type[TaskConfig]] = PixContrastConfig
+    paper = Paper(
+        "Propagate Yourself: Exploring Pixel-Level Consistency for Unsupervised Visual Representation Learning",
+        2021,
+        "https://arxiv.org/abs/2011.10043",
+    )
+    good_for = "dense features for detection and segmentation; the contrastive baseline of PixPro"
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "larspixpro",

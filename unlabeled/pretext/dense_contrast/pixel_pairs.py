@@ -36,48 +36,49 @@ _SHOWN = 8
 """Images that `visualize` shows."""
 
 
-class FirstPixelColors(ColorConfig):
-    """Colors of the first view."""
+class FirstColors(ColorConfig):
+    """Color augmentation of the first view."""
 
     blur: Chance = 1.0
 
 
-class SecondPixelColors(ColorConfig):
-    """Colors of the second view."""
+class SecondColors(ColorConfig):
+    """Color augmentation of the second view."""
 
     blur: Chance = 0.1
     solarize: Chance = 0.2
 
 
 class PixelPairsConfig(TaskConfig):
-    """Settings of both methods; the defaults are those of PixPro's paper and code."""
+    """Settings of PixPro and PixContrast; the defaults are those of PixPro's paper and code."""
 
     level: int = -1
-    """Which feature map is trained, -1 the last. It must have at least 3x3 places."""
+    """Feature map to train, counted as in a list: -1 is the last. It must have at least 3x3 cells."""
     hidden_dim: int = Field(4096, ge=1)
-    """Width inside the projections."""
+    """Width of the hidden layers of the projections. [channels]"""
     feature_dim: int = Field(256, ge=1)
-    """Width of what is compared."""
+    """Width of the projected features that the loss compares. [channels]"""
     threshold: float = Field(0.7, gt=0)
-    """Two cells are a positive pair when their centers in the original image lie less than this apart, in diagonals
-    of the coarser view's cell. On a grid finer than 7x7 the same distance in the image is threshold * gh / 7."""
+    """Two cells form a positive pair if their centers in the original image are closer than this, measured in diagonals
+    of the coarser view's cell. On grids finer than 7x7 the threshold grows with the grid, so that the distance in the
+    image stays the same. [cell diagonals]"""
     momentum: float = Field(0.99, ge=0, le=1)
-    """Of the teacher at the start; it rises to 1 by half a cosine."""
+    """Decay rate of the teacher's weights at the start of the run; it rises to 1 along a half cosine."""
     joint_passes: bool = False
-    """Run both views through a network in one pass: faster, but batch norms then see both views together, unlike in the
+    """Run both views through a network in one pass. This is faster, but batch norms then mix both views, unlike in the
     paper."""
     crop_scale: tuple[Part, Part] = (0.08, 1.0)
-    """Part of the image's area that a view covers, smallest and largest."""
+    """Smallest and largest fraction of the image area that a view covers. [fraction]"""
     crop_ratio: tuple[Aspect, Aspect] = (3 / 4, 4 / 3)
-    """Narrowest and widest width over height of that part."""
+    """Narrowest and widest aspect ratio (width / height) of a crop."""
     flip: Chance = 0.5
     """Probability of a horizontal flip of a view."""
-    first: FirstPixelColors = FirstPixelColors()
-    """Colors of the first view."""
-    second: SecondPixelColors = SecondPixelColors()
-    """Colors of the second view."""
+    first: FirstColors = FirstColors()
+    """Color augmentation of the first view."""
+    second: SecondColors = SecondColors()
+    """Color augmentation of the second view."""
     blur: Literal["auto"] | bool = "auto"
-    """Whether the views are blurred, as `first` and `second` say. auto: not when they have at most 64 pixels."""
+    """Whether views are blurred, as often as `first` and `second` say. auto: only views of more than 64 pixels."""
 
 
 class PixelPairViews:

@@ -19,7 +19,7 @@ from unlabeled.pretext.common.checkpoint import load_mapped
 from unlabeled.pretext.common.precision import widened
 from unlabeled.pretext.dense_contrast.pixel_pairs import PixelMLP, PixelPairs, PixelPairsConfig, overlap_logs
 from unlabeled.ssl.backbones.backbone import Backbone
-from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, Paper, Recipe, StepOutput, TaskConfig
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +33,11 @@ class PixProConfig(PixelPairsConfig):
     """Settings of PixPro; the defaults are those of the paper and the released recipe."""
 
     gamma: float = Field(2.0, gt=0)
-    """Power of the similarity by which cells are smoothed."""
+    """Sharpness of the smoothing: similarities between cells are raised to this power."""
     transform_layers: Literal[0, 1, 2] = 1
-    """Layers of what is summed up when a cell is smoothed; 0: its projection itself."""
+    """Layers of the transform that is applied to cells before they are averaged; 0: none. [layers]"""
     instance_weight: float = Field(0.0, ge=0)
-    """Weight of the loss on whole images (BYOL's), which shares the backbone; 0: there is no such branch. The paper's
-    results with it have 1."""
+    """Weight of an additional BYOL loss on whole images; 0: no such branch. The paper's results with it use 1."""
 
 
 class PixelPropagation(nn.Module):
@@ -70,10 +69,18 @@ class PixelPropagation(nn.Module):
 
 
 class PixPro(PixelPairs):
-    """Pixel-level consistency. Submodules: `backbone`, `projector`, `propagation`; with an `instance_weight` also
+    """Makes each smoothed cell of one view agree with the nearby cells of another view.
+
+    Submodules: `backbone`, `projector`, `propagation`; with an `instance_weight` also
     `instance_projector` and `predictor`; `teacher` holds momentum copies of the backbone and the projectors."""
 
     Config: ClassVar[type[TaskConfig]] = PixProConfig
+    paper = Paper(
+        "Propagate Yourself: Exploring Pixel-Level Consistency for Unsupervised Visual Representation Learning",
+        2021,
+        "https://arxiv.org/abs/2011.10043",
+    )
+    good_for = "dense features for detection and segmentation, with convolutional networks above all"
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "larspixpro",

@@ -21,16 +21,20 @@ from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.task import TaskConfig
 
 
-class TransformerDecoderConfig(TaskConfig):
-    """The decoder, thrown away after pretraining. Source of the defaults: section 4.1 of the paper."""
+class DecoderConfig(TaskConfig):
+    """The decoder, which is discarded after pretraining; the defaults are those of section 4.1 of the paper."""
 
     dim: int = Field(512, ge=4)
-    """Channels."""
+    """Width of the decoder. [channels]"""
     depth: int = Field(8, ge=1)
-    """Blocks. Fewer are faster and cost little after fine-tuning, but much in a linear probe (table 1a)."""
+    """Transformer blocks. Fewer are faster and hardly matter for fine-tuning, but cost accuracy in a linear probe
+    (table 1a). [blocks]"""
     heads: int = Field(16, ge=1)
+    """Attention heads of each block; they must divide `dim`. [heads]"""
     mlp_ratio: float = Field(4.0, gt=0)
+    """Width of the hidden layer of each block's MLP, as a multiple of `dim`."""
     norm_eps: float = Field(1e-6, gt=0)
+    """Epsilon of the decoder's layer norms."""
 
     @model_validator(mode="after")
     def _divides(self) -> TransformerDecoderConfig:
@@ -45,16 +49,17 @@ class AutoencoderConfig(MaskedImageConfig):
     """Settings of a masked autoencoder; the defaults are the paper's."""
 
     norm_pix: bool = True
-    """Predict each patch normalized by its own mean and deviation; False: the pixels of the normalized image."""
-    decoder: TransformerDecoderConfig = TransformerDecoderConfig()
+    """Predict each patch after normalizing it by its own mean and deviation; false: predict the pixels of the
+    normalized image."""
+    decoder: DecoderConfig = DecoderConfig()
+    """The decoder, which is discarded after pretraining."""
     positions: Literal["sincos", "backbone"] = "sincos"
-    """sincos: the backbone's table of absolute positions becomes the paper's fixed sine-cosine table and is not
-    trained. backbone: it is trained as the backbone has it. A backbone without such a table (rotary positions only)
-    keeps its own either way, and so do relative positions and tables that are resampled or finer than a patch; the
-    decoder's positions are always the fixed table."""
+    """Position embeddings of the backbone. sincos: replace its table of absolute positions by the paper's fixed
+    sine-cosine table. backbone: train its own. Relative and rotary positions, and tables that are resampled or finer
+    than a patch, always stay as they are; the decoder always uses the fixed table."""
     init: Literal["auto", "mae", "keep"] = "auto"
-    """mae: weights of the backbone are drawn anew as in the paper. keep: they and the positions stay as they are, and
-    only the decoder is drawn. auto: keep for a backbone that starts from trained weights, else mae."""
+    """Initial weights. mae: redraw the backbone as in the paper. keep: leave the backbone and its positions as they
+    are, and draw only the decoder. auto: keep if the backbone starts from trained weights, else mae."""
 
 
 class PositionTable(NamedTuple):

@@ -27,25 +27,29 @@ from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.masked.masking import Masking, Method
 from unlabeled.ssl.backbones.masked.stages import Execution, StageEncoder
 from unlabeled.ssl.backbones.networks.convmae import ConvViT, PatchConv
-from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, Paper, Recipe, StepOutput, TaskConfig
 
 
 class ConvMAEConfig(AutoencoderConfig):
     """Settings of ConvMAE; the defaults are those of the authors' command."""
 
     execution: Execution = "gathered"
-    """gathered: the convolution stages compute visible cells only. dense: they compute all and mask, as the authors'
-    code does. Results and gradients are the same."""
+    """How the convolution stages run. gathered: on visible cells only. dense: on all cells, then masked, as in the
+    authors' code. Results and gradients are the same; gathered is faster."""
 
 
 class ConvMAE(MaskedImageTask):
-    """Masked autoencoder over stages. Submodules: `backbone`, `decoder`, and the two skips into the decoder.
+    """Reconstructs masked cells with a backbone of convolution stages followed by a transformer.
+
+    Submodules: `backbone`, `decoder`, and the two skips into the decoder.
 
     The skips bring the convolution stages to the tokens of their cell, and are thrown away with the decoder. There is
     no class token. `load_reference` takes the authors' pretraining files, with or without skips and decoder.
     """
 
     Config: ClassVar[type[TaskConfig]] = ConvMAEConfig
+    paper = Paper("MCMAE: Masked Convolution Meets Masked Autoencoders", 2022, "https://arxiv.org/abs/2205.03892")
+    good_for = "hybrid backbones that you will fine-tune, for detection and segmentation above all"
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "adamw",

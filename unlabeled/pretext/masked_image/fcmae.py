@@ -31,19 +31,19 @@ from unlabeled.pretext.masked_image.masked_image import (
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.masked.masking import Masking, Method
 from unlabeled.ssl.backbones.masked.sparse import SparseEncoder
-from unlabeled.ssl.task import Batch, NamedParameter, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, NamedParameter, Paper, Recipe, StepOutput, TaskConfig
 
 _STD = 0.02
 """Of all initial weights of the decoder."""
 
 
-class ConvDecoderConfig(TaskConfig):
-    """The decoder, thrown away after pretraining. Source of the defaults: the paper's comparison of decoders."""
+class DecoderConfig(TaskConfig):
+    """The decoder, which is discarded after pretraining; the defaults are the best of the paper's comparison."""
 
     dim: int = Field(512, ge=1)
-    """Channels."""
+    """Width of the decoder. [channels]"""
     depth: int = Field(1, ge=1)
-    """ConvNeXt V2 blocks; more cost time and gain nothing."""
+    """ConvNeXt V2 blocks; more cost time without improving results. [blocks]"""
 
 
 class FCMAEConfig(MaskedImageConfig):
@@ -51,18 +51,28 @@ class FCMAEConfig(MaskedImageConfig):
 
     mask_ratio: float = Field(0.6, gt=0, lt=1)
     norm_pix: bool = True
-    """Predict each cell normalized by its own mean and deviation; False: the pixels of the normalized image."""
-    decoder: ConvDecoderConfig = ConvDecoderConfig()
+    """Predict each cell after normalizing it by its own mean and deviation; false: predict the pixels of the normalized
+    image."""
+    decoder: DecoderConfig = DecoderConfig()
+    """The decoder, which is discarded after pretraining."""
 
 
 class FCMAE(MaskedImageTask):
-    """Fully convolutional masked autoencoder. Submodules: `backbone` (the encoder) and `decoder`.
+    """Reconstructs the masked cells of an image with a fully convolutional autoencoder.
+
+    Submodules: `backbone` (the encoder) and `decoder`.
 
     A cell of the mask is one place of the encoder's last map. The backbone keeps its initial weights: timm draws those
     of ConvNeXt with a deviation of 0.02. (The authors' PyTorch code draws some of them again with a deviation of 1.)
     """
 
     Config: ClassVar[type[TaskConfig]] = FCMAEConfig
+    paper = Paper(
+        "ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders",
+        2023,
+        "https://arxiv.org/abs/2301.00808",
+    )
+    good_for = "ConvNeXt V2 and similar convolutional networks that you will fine-tune; a cheap step"
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "adamw",

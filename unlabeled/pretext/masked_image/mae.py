@@ -29,7 +29,7 @@ from unlabeled.pretext.masked_image.masked_image import MaskedImageTask, cell_im
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.masked.masking import Masking, Method
 from unlabeled.ssl.backbones.masked.tokens import TokenEncoder
-from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, Paper, Recipe, StepOutput, TaskConfig
 
 
 class MAEConfig(AutoencoderConfig):
@@ -37,12 +37,18 @@ class MAEConfig(AutoencoderConfig):
 
 
 class MAE(MaskedImageTask):
-    """Masked autoencoder. Submodules: `backbone` (the encoder) and `decoder`.
+    """Encodes a quarter of the patches and reconstructs the pixels of the rest.
+
+    Submodules: `backbone` (the encoder) and `decoder`.
 
     `load_reference` takes ``mae_pretrain_vit_*`` (encoder) and ``*_full`` and ``mae_visualize_*`` files (with decoder).
     """
 
     Config: ClassVar[type[TaskConfig]] = MAEConfig
+    paper = Paper("Masked Autoencoders Are Scalable Vision Learners", 2022, "https://arxiv.org/abs/2111.06377")
+    good_for = (
+        "vision transformers that you will fine-tune; one of the cheapest steps, since masked patches are not encoded"
+    )
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "adamw",

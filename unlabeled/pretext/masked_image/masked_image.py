@@ -42,16 +42,17 @@ Part = Annotated[float, Field(gt=0, le=1)]
 
 
 class MaskedImageConfig(TaskConfig):
-    """Settings of every masked image model; each method gives its own defaults."""
+    """Settings of every masked image model; each method has its own defaults."""
 
     mask_ratio: float = Field(0.75, gt=0, lt=1)
-    """Part of the cells that is hidden."""
+    """Fraction of the cells (patches) that is masked. [fraction]"""
     mask_pattern: Pattern = "random"
-    """random: each cell by itself. block: rectangles. grid: a regular pattern. See `mask_noise`."""
+    """random: each cell is masked independently. block: rectangles are masked. grid: a regular pattern is masked."""
     mask_count: Rounding = "exact"
-    """How the number of visible cells is rounded; see `count_keep`. official: as the authors' code does."""
+    """How the number of visible cells is rounded. exact: from the decimal product. official: as the authors' code does,
+    which may differ by one cell."""
     crop_scale: tuple[Part, Part] = (0.2, 1.0)
-    """Part of the image's area that a crop covers, smallest and largest."""
+    """Smallest and largest fraction of the image area that a crop covers. [fraction]"""
 
     @model_validator(mode="after")
     def _ordered(self) -> MaskedImageConfig:

@@ -25,7 +25,7 @@ from unlabeled.ssl.backbones.level_map import LevelMap
 from unlabeled.ssl.backbones.masked.masking import Masking, Method
 from unlabeled.ssl.backbones.stem import find_stem, substituted
 from unlabeled.ssl.core.errors import ConfigError
-from unlabeled.ssl.task import Batch, NamedParameter, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, NamedParameter, Paper, Recipe, StepOutput, TaskConfig
 
 logger = logging.getLogger(__name__)
 
@@ -44,16 +44,18 @@ class SimMIMConfig(MaskedImageConfig):
     """Settings of SimMIM; the defaults are the paper's (section 4.1.1)."""
 
     mask_ratio: float = Field(0.6, gt=0, lt=1)
-    """Part of the cells that is hidden."""
+    """Fraction of the cells that is masked. [fraction]"""
     mask_unit: int | None = Field(None, ge=1)
-    """Pixels along a side of one cell of the mask, a multiple of the network's patch. None: 32 where that leaves 4
-    cells along each side, else the largest that does, down to 4."""
+    """Side of one cell of the mask, a multiple of the network's patch size; null: 32 if that leaves 4 cells along each
+    side, else the largest size that does, down to 4. [pixels]"""
     crop_scale: tuple[Part, Part] = (0.67, 1.0)
-    """Part of the image's area that a crop covers, smallest and largest."""
+    """Smallest and largest fraction of the image area that a crop covers. [fraction]"""
 
 
 class SimMIM(MaskedImageTask):
-    """Masked image modelling with nearly any backbone. Submodules: `backbone` and `decoder` (one 1x1 convolution).
+    """Predicts the raw pixels of masked cells with one linear layer on top of the whole backbone.
+
+    Submodules: `backbone` and `decoder` (one 1x1 convolution).
 
     Where the backbone turns each patch into a token of its own (see `unlabeled.ssl.backbones.stem`), `mask_token` (1,
     1, D) takes the place of the tokens of hidden cells, after the patch embedding and its norm and before positions and
@@ -66,6 +68,8 @@ class SimMIM(MaskedImageTask):
     """
 
     Config: ClassVar[type[TaskConfig]] = SimMIMConfig
+    paper = Paper("SimMIM: A Simple Framework for Masked Image Modeling", 2022, "https://arxiv.org/abs/2111.09886")
+    good_for = "Swin and nearly any other backbone that you will fine-tune, where MAE does not apply"
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "adamw",

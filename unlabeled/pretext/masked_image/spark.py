@@ -35,7 +35,7 @@ from unlabeled.ssl.backbones.masked.masking import Masking, Method
 from unlabeled.ssl.backbones.masked.sparse import MaskedMap, SparseEncoder, convert
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 from unlabeled.ssl.nn.batch_norm import SyncedBatchNorm2d
-from unlabeled.ssl.task import Batch, NamedParameter, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, NamedParameter, Paper, Recipe, StepOutput, TaskConfig
 
 _UNDECAYED = re.compile(r"cls_token|pos_embed|mask_token|gamma")
 """Parameters that the authors do not decay, besides one-dimensional ones and biases."""
@@ -54,12 +54,12 @@ _UNUSED = frozenset({"imn_m", "imn_s", "norm_black"})
 """Constants in the authors' files that only their images need."""
 
 
-class LightDecoderConfig(TaskConfig):
-    """The decoder, thrown away after pretraining."""
+class DecoderConfig(TaskConfig):
+    """The decoder, which is discarded after pretraining."""
 
     width: int = Field(768, ge=2)
-    """Channels at the coarsest level; each block halves them. Narrower is much faster: at 768 the decoder of a
-    ResNet-50 costs three times the encoder."""
+    """Channels at the coarsest level; each further level has half as many. Narrower is much faster: at 768, the decoder
+    costs three times as much as a ResNet-50. [channels]"""
 
 
 class SparKConfig(MaskedImageConfig):
@@ -68,16 +68,27 @@ class SparKConfig(MaskedImageConfig):
     mask_ratio: float = Field(0.6, gt=0, lt=1)
     crop_scale: tuple[Part, Part] = (0.67, 1.0)
     mask_unit: int | None = Field(None, ge=1)
-    """Pixels of the side of a cell, a multiple of the network's total stride; None: that stride, as published."""
+    """Side of one cell of the mask, a multiple of the network's total stride; null: that stride, as published.
+    [pixels]"""
     levels: int = Field(4, ge=1)
-    """Feature maps that the decoder receives, from the coarsest on; fewer where the network has fewer."""
-    decoder: LightDecoderConfig = LightDecoderConfig()
+    """Feature maps that the decoder receives, starting with the coarsest; fewer if the network has fewer. [feature
+    maps]"""
+    decoder: DecoderConfig = DecoderConfig()
+    """The decoder, which is discarded after pretraining."""
 
 
 class SparK(MaskedImageTask):
-    """Sparse and hierarchical masked modeling. Submodules: `backbone`, `densify` and `decoder`."""
+    """Reconstructs masked cells from the sparse feature maps of a convolutional network at several scales.
+
+    Submodules: `backbone`, `densify` and `decoder`."""
 
     Config: ClassVar[type[TaskConfig]] = SparKConfig
+    paper = Paper(
+        "Designing BERT for Convolutional Networks: Sparse and Hierarchical Masked Modeling",
+        2023,
+        "https://arxiv.org/abs/2301.03580",
+    )
+    good_for = "ResNets and other convolutional networks that you will fine-tune"
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "lamb",

@@ -27,7 +27,7 @@ from unlabeled.pretext.registry import task_class
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 from unlabeled.ssl.data.views import Views
-from unlabeled.ssl.task import Batch, NamedParameter, PretextTask, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, NamedParameter, Paper, PretextTask, Recipe, StepOutput, TaskConfig
 from unlabeled.ssl.train.collapse import DEVIATION, INFORMATION
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,9 @@ class MultiViews:
 
 
 class Multi(PretextTask):
-    """Several tasks around one backbone. Submodules: `backbone` and `tasks`; buffers: the `weights` (N,) of the step to
+    """Trains one backbone on several tasks at once, with a weighted sum of their losses.
+
+    Submodules: `backbone` and `tasks`; buffers: the `weights` (N,) of the step to
     come and, where these are balanced, `norms` (N,) and the number of `steps`.
 
     A parameter of the backbone is trained when the loss of any task trains it, unless a task prescribes its value (the
@@ -56,6 +58,8 @@ class Multi(PretextTask):
     """
 
     Config: ClassVar[type[TaskConfig]] = MultiConfig
+    paper = Paper("Multi-task Self-Supervised Visual Learning", 2017, "https://arxiv.org/abs/1708.07860")
+    good_for = "combining the strengths of tasks, such as a masked one with one that compares views"
     recipe: ClassVar[Recipe] = {
         "task": {"tasks": [{"name": "rotation", "weight": 1}, {"name": "simmim", "weight": 1}]},
         "optim": {

@@ -38,7 +38,7 @@ from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 from unlabeled.ssl.data.views import Views
 from unlabeled.ssl.nn.ema import ema_update
-from unlabeled.ssl.task import Batch, NamedParameter, PretextTask, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, NamedParameter, Paper, PretextTask, Recipe, StepOutput, TaskConfig
 
 logger = logging.getLogger(__name__)
 
@@ -61,36 +61,39 @@ class OBoWConfig(TaskConfig):
     """
 
     levels: tuple[int, ...] | None = Field(None, min_length=1)
-    """Feature maps with a vocabulary each; negative ones count from the end. None: the one at three quarters of the
-    depth and the last (stages 3 and 4 of a ResNet, blocks 9 and 12 of a ViT)."""
+    """Feature maps that have a vocabulary each; negative numbers count from the end. null: the map at three quarters of
+    the depth and the last one."""
     words: int = Field(8192, ge=2)
-    """Words of each vocabulary."""
+    """Size of each vocabulary. [words]"""
     kappa: float = Field(8.0, gt=0)
-    """Factor of the student's logits."""
+    """Scale of the student's logits."""
     beta: float | None = Field(15.0, gt=0)
-    """Sharpness of the codes: inverse temperature times the running mean of the distance to the nearest word. None:
-    each place has its nearest word only."""
+    """Sharpness of the assignment to words: inverse temperature, relative to the mean distance to the nearest word;
+    null: assign each location to its nearest word only."""
     pool: Pool = "max"
-    """How codes are pooled over places."""
+    """How assignments are pooled over the locations of an image."""
     word_source: Source = "local"
-    """What of a map becomes a word: a 3x3 average at a random place, one random cell, or the mean of the map."""
+    """What becomes a new word. local: the 3x3 average around a random location. cell: one random location. map: the
+    average of the whole map."""
     fill: Literal["auto"] | bool = "auto"
-    """Take all words from places of the first batch, and the mean distance from its own. Published: False, random
-    words cut off at zero. auto: where feature maps have negative values, which such words do not fit."""
+    """Fill the vocabulary from the first batch, and start the mean distance from it; false: random words, as published.
+    auto: only if feature maps have negative values, which random words do not fit."""
     map_norm: Literal["auto"] | bool = "auto"
-    """Normalize the teacher's maps over channels at each place. Published: False. auto: as `fill`."""
+    """Normalize the teacher's feature maps over channels at each location; false: as published. auto: as `fill`."""
     momentum: float = Field(0.99, ge=0, le=1)
-    """Of the teacher's weights at the start; a half cosine leads to 1."""
+    """Decay rate of the teacher's weights at the start of the run; it rises to 1 along a half cosine."""
     distance_decay: float = Field(0.99, ge=0, lt=1)
-    """Of the running mean distance."""
+    """Decay rate of the running mean distance to the nearest word."""
     center: Part = 0.875
-    """Part of each side of the image that the teacher sees (224 of 256 pixels)."""
+    """Fraction of each side of the image that the teacher sees (224 of 256 pixels). [fraction]"""
     image_crops: ImageCropsConfig = ImageCropsConfig()
+    """Crops of the image for the student."""
     patches: PatchesConfig = PatchesConfig()
+    """Patches of the image for the student."""
     decay_all: bool = True
-    """Weight decay on every parameter, norms and biases too, as published; False: not on these."""
+    """Apply weight decay to every parameter, as published; false: not to norms and biases."""
     memory: int = Field(256, ge=1)
-    """Largest size in MB of one table of distances; it is made in parts where it would be larger."""
+    """Largest size of one table of distances; larger tables are computed in pieces. [MB]"""
 
     @model_validator(mode="after")
     def _student_sees_something(self) -> OBoWConfig:
@@ -100,7 +103,9 @@ class OBoWConfig(TaskConfig):
 
 
 class OBoW(PretextTask):
-    """Online bag of visual words. Submodules: `backbone` (the student), `teacher`, `vocabularies`, `heads`.
+    """Predicts which visual words a teacher finds in the image, from small crops and patches of it.
+
+    Submodules: `backbone` (the student), `teacher`, `vocabularies`, `heads`.
 
     Order of a step: codes, bags and predictions all use the words as they were before it; the teacher's momentum, new
     words and the running mean distance follow in `after_step` (the authors move the teacher within the next step, by
@@ -112,6 +117,12 @@ class OBoW(PretextTask):
     """
 
     Config: ClassVar[type[TaskConfig]] = OBoWConfig
+    paper = Paper(
+        "OBoW: Online Bag-of-Visual-Words Generation for Self-Supervised Learning",
+        2021,
+        "https://arxiv.org/abs/2012.11552",
+    )
+    good_for = "ResNets at moderate batch sizes; good frozen features after few epochs"
     recipe: ClassVar[Recipe] = {
         "optim": {"name": "sgd", "lr": 0.03, "lr_scaling": "none", "momentum": 0.9, "weight_decay": 1e-4},
         "schedule": {"name": "cosine", "warmup_epochs": 10, "min_lr": 3e-5, "per_epoch": True},

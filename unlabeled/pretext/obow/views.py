@@ -27,9 +27,10 @@ _ROWS = 3
 
 class _SeenByStudent(TaskConfig):
     size: Size | None = None
-    """Pixels, one number or [height, width]."""
+    """Side of a view, one number or [height, width]; null: a fixed fraction of the network's input (160/224 for crops,
+    96/224 for patches). [pixels]"""
     scale: tuple[Part, Part]
-    """Part of the image's area, smallest and largest."""
+    """Smallest and largest fraction of the image area that a crop covers. [fraction]"""
 
     @model_validator(mode="after")
     def _ordered(self) -> _SeenByStudent:
@@ -42,9 +43,10 @@ class ImageCropsConfig(_SeenByStudent):
     """Crops of the image. Without a `size`: 160/224 of the network's input, in multiples of its last stride."""
 
     number: int = Field(2, ge=0)
-    """Per image; 1 in the vanilla form, 0: none."""
+    """Crops of each image; the vanilla form has 1. [crops]"""
     scale: tuple[Part, Part] = (0.08, 0.6)
     colors: ColorConfig = ColorConfig(saturation=0.4, blur=0.5)
+    """Color augmentation of the crops."""
 
 
 class PatchesConfig(_SeenByStudent):
@@ -52,13 +54,14 @@ class PatchesConfig(_SeenByStudent):
     network's input, in multiples of its last stride."""
 
     number: int = Field(5, ge=0, le=_ROWS**2)
-    """Windows that are kept, by chance; 0 in the vanilla form."""
+    """Patches of each image, drawn from a grid of 3x3; the vanilla form has 0. [patches]"""
     scale: tuple[Part, Part] = (0.6, 1.0)
     base: Size | None = None
-    """Pixels of the larger crop; None: 256/224 of the network's input."""
+    """Side of the larger crop that patches are cut from; null: 256/224 of the network's input. [pixels]"""
     shift: int | None = Field(None, ge=0)
-    """Largest random shift of a window in pixels, along each axis; None: 24/224 of the input's shorter side."""
+    """Largest random shift of a patch along each axis; null: 24/224 of the shorter side of the input. [pixels]"""
     colors: ColorConfig = ColorConfig(saturation=0.4)
+    """Color augmentation of the patches."""
 
 
 class Sizes(NamedTuple):

@@ -36,7 +36,7 @@ from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.networks.context import caffe_xavier_
 from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled.ssl.data.views import Views
-from unlabeled.ssl.task import Batch, FloatImages, PretextTask, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, FloatPictures, Paper, PretextTask, Recipe, StepOutput, TaskConfig
 
 Count = Annotated[int, Field(ge=1)]
 Part = Annotated[float, Field(gt=0, le=1)]
@@ -54,22 +54,23 @@ class ContextConfig(TaskConfig):
     """Settings of context prediction; the defaults are those of the released code."""
 
     grid: tuple[Count, Count] = (3, 3)
-    """Rows and columns of patches."""
+    """Rows and columns of patches. [patches]"""
     gap: float = Field(0.5, ge=0)
-    """Pixels between patches, in sides of a patch: 48 for 96."""
+    """Gap between neighboring patches: 48 pixels for patches of 96. [patch sides]"""
     jitter: float = Field(7 / 96, ge=0)
-    """Largest shift of a patch along either axis, in sides of a patch: 7 pixels for 96."""
+    """Largest random shift of a patch along each axis: 7 pixels for patches of 96. [patch sides]"""
     pixels: tuple[Pixels, Pixels] = (150_000, 450_000)
-    """Fewest and most pixels of the resized image, for patches of 96 x 96; in proportion for others."""
+    """Smallest and largest area of the resized image, for patches of 96x96; in proportion for other patches.
+    [pixels]"""
     color: Literal["drop", "projection", "none"] = "drop"
-    """drop: one random channel stays, noise of +-0.5 in place of the two others; projection: the axis from green to
-    magenta is removed; none: all colors stay. Each channel loses its mean over the patch."""
+    """How color is removed, so that chromatic aberration does not give the location away. drop: keep one random channel
+    and replace the others by noise. projection: remove the axis from green to magenta. none: keep all colors."""
     pixelate: float = Field(0.33, ge=0, le=1)
-    """Probability that a patch is reduced and enlarged again."""
+    """Probability that a patch is downsampled and upsampled again."""
     smallest: Part = 10 / 96
-    """Smallest side of a reduced patch, as part of the whole; the number of pixels is uniform up to all but one row."""
+    """Smallest side of a downsampled patch. [fraction of the patch]"""
     widths: tuple[Count, Count] = (4096, 4096)
-    """Widths of the two hidden layers (fc7, fc8) that judge a pair."""
+    """Widths of the two hidden layers of the head (fc7, fc8). [channels]"""
 
     @field_validator("grid")
     @classmethod
@@ -120,9 +121,17 @@ class PairHead(nn.Module):
 
 
 class Context(PretextTask):
-    """Classifies the place of each patch as seen from each of its neighbors. Submodules: `backbone` and `head`."""
+    """Classifies where one patch lies relative to a neighboring patch of the same image.
+
+    Submodules: `backbone` and `head`."""
 
     Config: ClassVar[type[TaskConfig]] = ContextConfig
+    paper = Paper(
+        "Unsupervised Visual Representation Learning by Context Prediction",
+        2015,
+        "https://arxiv.org/abs/1505.05192",
+    )
+    good_for = "a classic baseline on the layout of objects; needs images larger than its patches"
     recipe: ClassVar[Recipe] = {
         "optim": {"name": "momentum", "lr": 0.023, "lr_scaling": "none", "momentum": 0.0, "weight_decay": 0.0},
         "schedule": {"name": "constant", "warmup_epochs": 0},

@@ -24,7 +24,7 @@ from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 from unlabeled.ssl.data.views import Views
-from unlabeled.ssl.task import Batch, NamedParameter, PretextTask, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, NamedParameter, Paper, PretextTask, Recipe, StepOutput, TaskConfig
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Ratio = Annotated[float, Field(gt=0)]
@@ -43,20 +43,21 @@ class RotationConfig(TaskConfig):
     """Settings of rotation prediction; the defaults are those of the released code."""
 
     angles: Literal[2, 4] = 4
-    """Rotations per image: 4 (0, 90, 180, 270 degrees) or 2 (0, 180), the only ones that keep a non-square shape."""
+    """Rotations of each image: 4 (0, 90, 180, 270 degrees), or 2 (0, 180), which also suits images that are not square.
+    [rotations]"""
     crop: Literal["auto", "pad", "resized"] = "auto"
-    """pad: shift by up to `pad` pixels (the CIFAR recipe); resized: random part of the image (the ImageNet recipe);
-    auto: pad for images of up to 64 pixels."""
+    """pad: pad the image by `pad` pixels, then crop (the CIFAR recipe). resized: crop a random region and resize it
+    (the ImageNet recipe). auto: pad for images of up to 64 pixels."""
     pad: int = Field(4, ge=0)
-    """Pixels of zeros on each side before the crop of `crop: pad`."""
+    """For crop=pad: zeros on each side before the crop. [pixels]"""
     scale: tuple[Fraction, Fraction] = (0.08, 1.0)
-    """Smallest and largest part of the area that `crop: resized` keeps."""
+    """For crop=resized: smallest and largest fraction of the image area. [fraction]"""
     ratio: tuple[Ratio, Ratio] = (3 / 4, 4 / 3)
-    """Narrowest and widest width over height of that part."""
+    """For crop=resized: narrowest and widest aspect ratio (width / height)."""
     flip: float = Field(0.5, ge=0, le=1)
     """Probability of a horizontal flip."""
     decay_all: bool = True
-    """Weight decay on every parameter, norms and biases too, as published; False: not on these."""
+    """Apply weight decay to every parameter, as published; false: not to norms and biases."""
 
 
 class RotationViews:
@@ -92,9 +93,17 @@ def _check_square(height: int, width: int, angles: int) -> None:
 
 
 class Rotation(PretextTask):
-    """Classifies the rotation of each image from the pooled features, with one linear layer."""
+    """Predicts by how many right angles an image was rotated.
+
+    One linear layer classifies the pooled features."""
 
     Config: ClassVar[type[TaskConfig]] = RotationConfig
+    paper = Paper(
+        "Unsupervised Representation Learning by Predicting Image Rotations",
+        2018,
+        "https://arxiv.org/abs/1803.07728",
+    )
+    good_for = "a quick first baseline on any backbone, for images that have an upright orientation"
     recipe: ClassVar[Recipe] = {
         "optim": {"name": "sgd", "lr": 0.1, "lr_scaling": "none", "momentum": 0.9, "weight_decay": 5e-4},
         "schedule": {"name": "multistep", "warmup_epochs": 0, "milestones": [60, 120, 160], "gamma": 0.2},

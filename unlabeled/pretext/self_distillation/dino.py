@@ -26,20 +26,30 @@ from unlabeled.pretext.self_distillation.self_distillation import (
     log_probabilities,
 )
 from unlabeled.ssl.backbones.backbone import Backbone
-from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, Paper, Recipe, StepOutput, TaskConfig
 
 
 class DINOConfig(SelfDistillationConfig):
-    """Settings of DINO; the defaults are those of its released code, with the warm-up of the teacher's temperature."""
+    """Settings of DINO; the defaults are those of its released code, with a warmup of the teacher's temperature."""
 
 
 class DINO(TeacherStudent):
-    """Self-distillation of whole crops. Submodules beside those of `TeacherStudent`: `centers` and `head`.
+    """Matches the teacher's prototype assignments across large and small crops of an image.
+
+    Submodules on top of those of `TeacherStudent`: `centers` and `head`.
 
     Shapes: B images, V = 2 + n crops of each, D features, C channels of a direction, K prototypes.
     """
 
     Config: ClassVar[type[TaskConfig]] = DINOConfig
+    paper = Paper(
+        "Emerging Properties in Self-Supervised Vision Transformers",
+        2021,
+        "https://arxiv.org/abs/2104.14294",
+    )
+    good_for = (
+        "features that you will use frozen: kNN, retrieval, linear probes; about ten crops per image make a step costly"
+    )
     small_settings: ClassVar[dict[str, Any]] = {
         "locals": 0,
         "head": {"prototypes": 64, "hidden": 64, "bottleneck": 32},

@@ -34,7 +34,7 @@ from unlabeled.pretext.self_distillation.self_distillation import (
     scores,
 )
 from unlabeled.ssl.backbones.backbone import Backbone
-from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, Paper, Recipe, StepOutput, TaskConfig
 
 logger = logging.getLogger(__name__)
 
@@ -44,20 +44,22 @@ class IBOTConfig(PatchMaskConfig, SelfDistillationConfig):
 
     head: HeadConfig = HeadConfig(prototypes=8192)
     patch_head: HeadConfig | None = None
-    """Head of the patches. None: they share that of whole crops, as published, or have one like it where the last map
-    has another number of channels than pooled features."""
+    """Head for patches; null: share the head of whole crops, as published (or use a separate one like it, if the last
+    feature map has another number of channels than the pooled features)."""
     patch_weight: float = Field(1.0, gt=0)
-    """Of the loss of patches; that of whole crops weighs one."""
+    """Weight of the loss on masked patches; the loss on whole crops has weight 1."""
 
 
 class IBOT(TeacherStudent):
-    """Self-distillation of whole crops and hidden patches.
+    """Combines DINO's loss on whole crops with the same distillation for each masked patch.
 
-    Submodules beside those of `TeacherStudent`: `centers`, `head`, `mask_token` (see
-    `unlabeled.pretext.self_distillation.masked_patches`), and `patch_head` where it is not shared.
+    Submodules on top of those of `TeacherStudent`: `centers`, `head`, `mask_token` (see
+    `unlabeled.pretext.self_distillation.hidden_places`), and `patch_head` where it is not shared.
     """
 
     Config: ClassVar[type[TaskConfig]] = IBOTConfig
+    paper = Paper("iBOT: Image BERT Pre-Training with Online Tokenizer", 2022, "https://arxiv.org/abs/2111.07832")
+    good_for = "frozen features for whole images and for patches (segmentation); costs slightly more than DINO"
     small_settings: ClassVar[dict[str, Any]] = {
         "locals": 0,
         "head": {"prototypes": 64, "hidden": 64, "bottleneck": 32},

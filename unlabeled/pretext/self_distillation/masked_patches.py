@@ -30,19 +30,20 @@ from unlabeled.ssl.task import Batch, TaskConfig
 Spread = Literal["uniform", "even"]
 
 
-class PatchMaskConfig(TaskConfig):
-    """What is hidden; the defaults are iBOT's."""
+class HiddenConfig(TaskConfig):
+    """What is masked; the defaults are iBOT's."""
 
     masked_crops: Part = 0.5
-    """Part of the large crops that have hidden places."""
+    """Fraction of the large crops that have masked patches. [fraction]"""
     mask_ratio: tuple[Part, Part] = (0.1, 0.5)
-    """Part of their places that is hidden, smallest and largest."""
+    """Smallest and largest fraction of the patches of such a crop that is masked. [fraction]"""
     mask_spread: Spread = "uniform"
-    """even: the ratios of a batch are drawn one from each of equal parts of that range (DINOv2)."""
+    """How mask ratios are drawn. uniform: independently. even: spread evenly over the range within each batch
+    (DINOv2)."""
     mask_pattern: Pattern = "block"
-    """See `unlabeled.ssl.backbones.masked.masking.mask_noise`."""
+    """random: each patch is masked independently. block: rectangles are masked. grid: a regular pattern is masked."""
     fine: int = Field(1, ge=1)
-    """Places along each side of one of the last map; POA takes 2 for networks of stride 32."""
+    """Mask at a grid this many times finer than the last feature map; POA uses 2 for networks of stride 32."""
 
     @model_validator(mode="after")
     def _mask_ratio_is_ordered(self) -> PatchMaskConfig:

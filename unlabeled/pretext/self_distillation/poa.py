@@ -55,7 +55,7 @@ from unlabeled.ssl.backbones.elastic.sampler import SizeSampler
 from unlabeled.ssl.core.distributed import rank
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 from unlabeled.ssl.nn.drop_path import uniform_drop_path
-from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, Paper, Recipe, StepOutput, TaskConfig
 
 logger = logging.getLogger(__name__)
 
@@ -63,33 +63,34 @@ _WATCHED = 64
 """Large crops, at most, from which the figures of the assignments are taken."""
 
 
-class POAConfig(PatchMaskConfig, TeacherStudentConfig):
-    """Settings of POA; the defaults are those of its code for ViTs, parts of a run are of its 346 epochs."""
+class POAConfig(HiddenConfig, TeacherStudentConfig):
+    """Settings of POA; the defaults are those of its code for ViTs, as fractions of a run of 346 epochs."""
 
     elastic: ElasticConfig = ElasticConfig()
-    """Which sizes the network holds. With its own alone there is no elastic student: what is left is DINOv2's loss."""
+    """Which sizes the network holds. If it holds only its own, there is no elastic student and the loss is DINOv2's."""
     size_scale: float = Field(3.0, ge=1)
-    """S: how much more often the smallest width and depth are drawn than the largest (2 for Swin and ResNet)."""
+    """How much more often the smallest width and depth are drawn than the largest (2 for Swin and ResNet)."""
     size_per_rank: bool = False
-    """Whether each rank trains a sub-network of its own in a step, as published; then all wait for the largest."""
+    """Train another sub-network on each process in a step, as published; each step then waits for the largest."""
     prototypes: tuple[int, ...] = (8192, 16384, 32768, 65536)
-    """K of each head."""
+    """Number of prototypes of each head. [prototypes]"""
     hidden: int = Field(2048, ge=1)
-    """Channels between the linear layers of the heads."""
+    """Width of the heads' hidden layers. [channels]"""
     bottleneck: int = Field(256, ge=1)
-    """C."""
+    """Width of the heads' normalized output. [channels]"""
     chunk: int | None = Field(None, ge=1)
-    """Rows of logits that each network has in memory at a time; None: all."""
+    """Compute logits for this many crops or patches at a time to save memory; null: all at once. [rows]"""
     intact_weight: float = Field(0.8, ge=0, le=1)
-    """lambda: weight of the intact student's terms, the elastic one's get what it lacks of 1."""
+    """Weight of the full student's losses (lambda in the paper); those of the elastic student have 1 minus this."""
     terms: TermWeights | None = None
-    """Instead of `intact_weight`: the weight of each term."""
+    """Weight of each loss term, in place of `intact_weight`: {cross_intact, cross_elastic, same_elastic, patch_intact,
+    patch_elastic}."""
     koleo_weight: float = Field(0.1, ge=0)
-    """gamma: of the spread of the features of different images."""
+    """Weight of the KoLeo regularizer, which spreads the features of different images (gamma in the paper)."""
     patches_from: float = Field(30 / 346, ge=0, le=1)
-    """Part of the run after which crops have hidden places."""
+    """When masking starts: before that, crops are not masked. [fraction of the run]"""
     drop_path: float | None = Field(None, ge=0, lt=1)
-    """Stochastic depth of each block alike (0.2 for ViTs); None: as the network is built."""
+    """Stochastic depth, the same for each block (0.2 for ViTs); null: as the network is built."""
 
     global_scale: tuple[Part, Part] = (0.32, 1.0)
     local_scale: tuple[Part, Part] = (0.05, 0.32)
@@ -136,14 +137,18 @@ class Targets(NamedTuple):
 
 
 class POA(TeacherStudent):
-    """Self-distillation of an intact and an elastic student. Submodules beside those of `TeacherStudent`: `heads`, one
-    for each number of prototypes, and `mask_token` (see `unlabeled.pretext.self_distillation.masked_patches`).
+    """Distills a teacher into a full student and into a sub-network that changes with each step.
+
+    Submodules on top of those of `TeacherStudent`: `heads`, one for each number of prototypes,
+    and `mask_token` (see `unlabeled.pretext.self_distillation.hidden_places`).
 
     The sub-network of a step follows from the number of steps done, the buffer `steps`, and a seed drawn when the task
     is built, the buffer `seed`.
     """
 
     Config: ClassVar[type[TaskConfig]] = POAConfig
+    paper = Paper("POA: Pre-training Once for Models of All Sizes", 2024, "https://arxiv.org/abs/2408.01031")
+    good_for = "getting models of many sizes from one run"
     recipe: ClassVar[Recipe] = {
         "task": {"mask_pattern": "block"},
         "optim": {

@@ -46,49 +46,50 @@ from unlabeled.ssl.task import Batch, NamedParameter, PretextTask, TaskConfig
 
 
 class HeadConfig(TaskConfig):
-    """A projection head: three linear layers, a direction, and its products with the prototypes."""
+    """A projection head: three linear layers, normalization, and the similarity to each prototype."""
 
     prototypes: int = Field(65536, ge=2)
-    """K."""
+    """Number of prototypes that images are assigned to (K in the paper). [prototypes]"""
     hidden: int = Field(2048, ge=1)
-    """Channels between the linear layers."""
+    """Width of the hidden layers. [channels]"""
     bottleneck: int = Field(256, ge=1)
-    """Channels of the direction."""
+    """Width of the normalized output that is compared with the prototypes. [channels]"""
     batch_norm: bool = False
-    """Batch norms between the linear layers."""
+    """Use batch norm between the linear layers."""
     unit_prototypes: bool = True
-    """Prototypes of length one; False: their lengths are learned, which can be better and less stable."""
+    """Keep prototypes at length one; false: learn their lengths, which can be better but is less stable."""
 
 
 class TeacherStudentConfig(MultiCropConfig):
-    """Settings of teacher and temperatures; the defaults are DINO's, parts of a run are of its 100 epochs."""
+    """Settings of the teacher and of temperatures; the defaults are DINO's, as fractions of a run of 100 epochs."""
 
     student_temperature: float = Field(0.1, gt=0)
-    """What the student's logits are divided by."""
+    """Temperature of the student's logits."""
     teacher_temperature: float = Field(0.07, gt=0)
-    """What the teacher's are divided by after the warm-up; lower is sharper."""
+    """Temperature of the teacher's logits after its warmup; lower is sharper."""
     teacher_temperature_start: float = Field(0.04, gt=0)
-    """The same when the warm-up begins."""
+    """Temperature of the teacher's logits at the start of its warmup."""
     temperature_warmup: float = Field(0.3, ge=0, le=1)
-    """Part of the run over which the teacher's temperature rises linearly (30 epochs)."""
+    """Length of the linear warmup of the teacher's temperature. [fraction of the run]"""
     momentum: float = Field(0.996, ge=0, le=1)
-    """Of the teacher's moving average, at the start."""
+    """Decay rate of the teacher's weights at the start of the run."""
     momentum_end: float = Field(1.0, ge=0, le=1)
-    """Where its half cosine ends."""
+    """Value that the decay rate reaches along a half cosine."""
     momentum_stretch: float = Field(1.0, gt=0, le=1)
-    """Part of that half cosine that the run goes through."""
+    """Fraction of that half cosine that the run covers. [fraction]"""
     freeze_prototypes: float = Field(0.01, ge=0, le=1)
-    """Part of the run, at its start, in which the prototypes stay (one epoch)."""
+    """Keep the prototypes fixed for this long at the start. [fraction of the run]"""
     export: Literal["teacher", "student"] = "teacher"
-    """Whose backbone is evaluated and exported; published numbers are the teacher's."""
+    """Which backbone is evaluated and exported; published numbers are the teacher's."""
 
 
 class SelfDistillationConfig(TeacherStudentConfig):
-    """Settings of DINO's head and center, the defaults as published."""
+    """Settings of DINO's head and centering; the defaults are the published ones."""
 
     head: HeadConfig = HeadConfig()
+    """The projection head."""
     center_momentum: float = Field(0.9, ge=0, lt=1)
-    """Of the moving average of the teacher's logits, which its assignments are taken without."""
+    """Decay rate of the running mean of the teacher's logits, which is subtracted from them."""
 
 
 class TeacherStudent(PretextTask):

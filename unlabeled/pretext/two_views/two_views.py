@@ -32,13 +32,13 @@ _FRAME = 6
 
 
 class FirstColors(ColorConfig):
-    """Colors of BYOL's first view (arXiv 2006.07733, table 6): always blurred."""
+    """Color augmentation of BYOL's first view (arXiv 2006.07733, table 6): always blurred."""
 
     blur: Chance = 1.0
 
 
 class SecondColors(ColorConfig):
-    """Colors of BYOL's second view (arXiv 2006.07733, table 6): seldom blurred, at times solarized."""
+    """Color augmentation of BYOL's second view (arXiv 2006.07733, table 6): rarely blurred, sometimes solarized."""
 
     blur: Chance = 0.1
     solarize: Chance = 0.2
@@ -51,16 +51,16 @@ class TwoViewsConfig(TaskConfig):
     """
 
     crop_scale: tuple[Part, Part] = (0.08, 1.0)
-    """Part of the image's area that a view covers, smallest and largest."""
+    """Smallest and largest fraction of the image area that a view covers. [fraction]"""
     flip: Chance = 0.5
     """Probability of a horizontal flip."""
     blur: Literal["auto"] | bool = "auto"
-    """Whether views are blurred as often as `first` and `second` say, or never; auto: for views of more than 64 pixels
-    (SimCLR, appendix B.9, and what followed it leave CIFAR's images sharp)."""
+    """Whether views are blurred, as often as `first` and `second` say. auto: only views of more than 64 pixels (SimCLR,
+    appendix B.9, does not blur CIFAR's images)."""
     first: ColorConfig = ColorConfig()
-    """Colors of the first view."""
+    """Color augmentation of the first view."""
     second: ColorConfig = ColorConfig()
-    """Colors of the second view."""
+    """Color augmentation of the second view."""
 
     @model_validator(mode="after")
     def _ordered(self) -> TwoViewsConfig:

@@ -36,7 +36,7 @@ class SourceConfig(Section):
     """Settings of tiny mode (``debug=true``), such as fewer images where the source makes them."""
 
     limit: int | None = Field(None, ge=1)
-    """Use only this many images, chosen by a fixed shuffle."""
+    """Use at most this many images per split, chosen by a fixed shuffle; null: all. [images]"""
 
 
 @runtime_checkable

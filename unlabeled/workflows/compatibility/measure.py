@@ -35,15 +35,17 @@ _IMAGES = 2
 
 
 class MatrixRun(Section):
-    """``unlabeled matrix task=mae module=vision_transformer out=docs/matrix.md``."""
+    """Tries every task on every architecture of timm and tabulates what runs on what."""
 
     task: tuple[str, ...] | None = None
-    """Tasks, one name or a list; None: all."""
+    """Tasks to try, one name or a list; null: all."""
     module: tuple[str, ...] | None = None
-    """Architecture modules of timm, one name or a list; None: all."""
+    """timm's architecture modules to try, such as vision_transformer, one name or a list; null: all."""
     out: Path | None = None
-    """Page to write, with the cells beside it as JSON; with `task` or `module`, its other cells stay."""
+    """Markdown page to write, with its cells as JSON next to it. With `task` or `module`, the other cells of an
+    existing page are kept."""
     seed: int = 0
+    """Seed of weights and images."""
 
     @field_validator("out")
     @classmethod

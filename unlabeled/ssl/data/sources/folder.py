@@ -19,16 +19,16 @@ from unlabeled.ssl.data.sources.layout import FilesConfig, existing_folder, hold
 
 
 class FolderConfig(FilesConfig):
-    """Settings of images in a folder: ``data=folder data.path=FOLDER``.
+    """A folder of images at any depth: jpg, png, webp, bmp, tiff, gif.
 
     Held-out images: sub-folders train and test (or val), ``data.test_path=FOLDER``, or with ``data.labels=true`` a
-    part of each class.
+    fraction of each class.
     """
 
     path: Path | None = None
     """Folder of images, nested in any way."""
     labels: bool = False
-    """Take the name of the first sub-folder as the label."""
+    """Use the name of the first sub-folder as the label."""
 
 
 class FolderSource(FileSource):

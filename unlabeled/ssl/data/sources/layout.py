@@ -22,14 +22,14 @@ _SPLIT = re.compile(r"(train(?:ing)?|test(?:ing)?|val(?:id(?:ation)?)?)(?![a-z])
 
 
 class FilesConfig(SourceConfig):
-    """Where training and held-out images lie."""
+    """Where training and held-out images are."""
 
     path: Path | None = None
-    """What is read: a file, a pattern or a folder, as the source has it."""
+    """What to read: a file, a pattern or a folder, depending on the source."""
     test_path: Path | None = None
-    """Held-out images of the same form; None: the source's own test split, or a part held out of `path`."""
+    """Held-out images in the same form; null: the source's own test split, or a fraction of `path`."""
     test_fraction: float = Field(0.2, gt=0, lt=1)
-    """Part held out for testing where there is no test split."""
+    """Fraction of the images that is held out for testing if there is no test split. [fraction]"""
 
 
 def given(path: Path | None, field: str, example: str) -> Path:

@@ -12,14 +12,14 @@ from unlabeled.ssl.data.sources.tables import TableConfig, TableSource, datasets
 
 
 class ParquetConfig(TableConfig):
-    """Settings of parquet files: ``data=parquet data.path=FILE``, ``'PATTERN*.parquet'`` or a folder of them.
+    """Parquet files: one, several by a pattern, or a folder.
 
     Needs ``pip install 'unlabeled[hf]'``.
     """
 
     path: Path | None = None
-    """A parquet file, a pattern or a folder. Files named train-* and test-* (or val*) are the splits; otherwise a part
-    of each class is held out."""
+    """A parquet file, a pattern such as 'data/*.parquet', or a folder. Files named train-* and test-* (or val*) are the
+    splits; otherwise a fraction of each class is held out."""
 
 
 class ParquetSource(TableSource):

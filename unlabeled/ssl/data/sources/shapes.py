@@ -20,12 +20,12 @@ _Draw = Callable[[Array, Array], Any]
 
 
 class ShapesConfig(SourceConfig):
-    """Settings of drawn shapes: ``data=shapes``; no files needed."""
+    """Synthetic images of shapes, 64x64 pixels in 8 classes, with labels and masks; no files needed."""
 
     debug: ClassVar[Mapping[str, Any]] = {"count": 256}
 
     count: int = Field(2048, ge=1)
-    """Number of training images; a quarter as many are made for testing."""
+    """Training images to draw; a quarter as many are drawn for testing. [images]"""
 
 
 class ShapesSource:

@@ -27,9 +27,9 @@ class TableConfig(FilesConfig):
     """Columns of a table of images."""
 
     image_column: str | None = None
-    """The image column; None: found by its type."""
+    """Column of images; null: found by its type."""
     label_column: str | None = None
-    """The label column; None: the first column of class labels, or one named ``label``."""
+    """Column of labels; null: the first column of class labels, or one named label."""
 
 
 class TableSource:

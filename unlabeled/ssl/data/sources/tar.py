@@ -25,14 +25,14 @@ from unlabeled.ssl.data.sources.layout import FilesConfig, holdout, split_files
 
 
 class TarConfig(FilesConfig):
-    """Settings of tar shards: ``data=tar data.path=FILE.tar``, ``'PATTERN-*.tar'`` or a folder of them.
+    """Tar shards in WebDataset's layout: one, several by a pattern, or a folder.
 
-    Labels: ``0001.cls`` (text) or ``0001.json`` (a field "label") beside ``0001.jpg``.
+    Labels: ``0001.cls`` (text) or ``0001.json`` (a field "label") next to ``0001.jpg``.
     """
 
     path: Path | None = None
-    """A tar file, a pattern or a folder. Shards named train-* and test-* (or val*) are the splits; otherwise a part of
-    each class is held out."""
+    """A tar file, a pattern such as 'data/train-*.tar', or a folder. Shards named train-* and test-* (or val*) are the
+    splits; otherwise a fraction of each class is held out."""
 
 
 class TarSource:

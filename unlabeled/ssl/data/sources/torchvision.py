@@ -26,14 +26,14 @@ _EXTRA: dict[str, dict[str, Any]] = {"EMNIST": {"split": "balanced"}}
 
 
 class TorchvisionConfig(SourceConfig):
-    """Settings of a data set of torchvision: ``data=torchvision data.dataset=CIFAR10 data.path=ROOT``."""
+    """A labeled data set of torchvision that is already on disk, such as CIFAR10; nothing is downloaded."""
 
     path: Path | None = None
-    """torchvision's root. Nothing is downloaded."""
+    """torchvision's root folder."""
     dataset: str = "CIFAR10"
-    """A class of ``torchvision.datasets``."""
+    """Name of a class of torchvision.datasets."""
     test_fraction: float = Field(0.2, gt=0, lt=1)
-    """Part held out for testing where the class knows no splits."""
+    """Fraction of each class that is held out for testing if the data set has no splits. [fraction]"""
 
 
 class TorchvisionSource:

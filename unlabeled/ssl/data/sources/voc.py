@@ -45,15 +45,16 @@ class VocObject(NamedTuple):
 
 
 class VocConfig(SourceConfig):
-    """Settings of data in the form of PASCAL VOC: ``data=voc data.path=.../VOCdevkit/VOC2012``."""
+    """Images in PASCAL VOC's layout, with masks and boxes where there are any."""
 
     path: Path | None = None
-    """The folder of ``JPEGImages``; where there are: ``SegmentationClass`` (masks), ``Annotations`` (boxes), the lists
-    ``ImageSets/Segmentation/train.txt`` and ``val.txt``, and ``classes.txt`` for other classes than VOC's."""
+    """Folder that holds JPEGImages and, optionally, SegmentationClass (masks), Annotations (boxes),
+    ImageSets/Segmentation/train.txt and val.txt (lists of the splits) and classes.txt (for other classes than
+    VOC's)."""
     dataset: str | None = None
-    """Sub-folder of ``ImageSets`` with the lists; None: ``Segmentation`` if there, else ``Main``."""
+    """Sub-folder of ImageSets to take the lists from; null: Segmentation if it exists, else Main."""
     test_fraction: float = Field(0.2, gt=0, lt=1)
-    """Part held out for testing where there are no lists."""
+    """Fraction of the images that is held out for testing if there are no lists. [fraction]"""
 
 
 class VocSource(FileSource):
