@@ -55,6 +55,8 @@ class OldTask(unlabeled.PretextTask):
         return {"first": batch["image"][0]}
 
     def load_official(self, state: Any) -> tuple[list[str], list[str]]:
+        if "a" not in state:
+            raise CheckpointError("task: not a file of this task")
         return sorted(state), []
 
 

@@ -49,7 +49,7 @@ class CorruptionConfig(EvaluatorConfig):
     """Corruptions to apply, by name."""
     severities: tuple[Annotated[int, Field(ge=1, le=5)], ...] = Field((1, 3, 5), min_length=1)
     """Severities to apply, from 1 (weak) to 5 (strong)."""
-    pictures: int = Field(1000, ge=1)
+    images: int = Field(1000, ge=1)
     """Test images to use, drawn with the seed. [images]"""
     classifier: Literal["knn", "linear"] = "knn"
     """knn: kNN with k = 20. linear: a linear probe with the default settings of evaluate.linear."""

@@ -31,7 +31,7 @@ _MEASURES = {
 class InvarianceConfig(EvaluatorConfig):
     """LiDAR and alignment over random crops, flips and color changes of training images."""
 
-    pictures: int = Field(500, ge=2)
+    images: int = Field(500, ge=2)
     """Training images to use, drawn with the seed; the LiDAR paper uses 1000. [images]"""
     views: int = Field(10, ge=2)
     """Random views of each image; the LiDAR paper uses 50. [views]"""

@@ -39,7 +39,7 @@ _RANDOM = Measure("CKA of the features with those of random weights", "number", 
 class LayersConfig(EvaluatorConfig):
     """Similarity (debiased linear CKA) between the layers of the network, and to those of random weights."""
 
-    pictures: int = Field(1024, ge=4)
+    images: int = Field(1024, ge=4)
     """Training images to use, drawn with the seed. [images]"""
 
 

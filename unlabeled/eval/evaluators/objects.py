@@ -45,7 +45,7 @@ class ObjectsConfig(EvaluatorConfig):
     level: int | None = None
     """Feature map to use, by number; null: the keys of the last attention block, or the deepest map that is fine
     enough."""
-    pictures: int = Field(1000, ge=1)
+    images: int = Field(1000, ge=1)
     """Use at most this many test images. [images]"""
     tau: float = Field(0.2, ge=-1, lt=1)
     """Cosine similarity above which two patches are connected."""

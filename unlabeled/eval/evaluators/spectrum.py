@@ -38,7 +38,7 @@ _MEASURES = {
 class SpectrumConfig(EvaluatorConfig):
     """Measures of the training features that need no labels: RankMe, α-ReQ, intrinsic dimension, uniformity."""
 
-    pictures: int = Field(25_600, ge=2)
+    images: int = Field(25_600, ge=2)
     """Training images to use, drawn with the seed; the default is that of the RankMe paper. [images]"""
     pairwise: int = Field(10_000, ge=2)
     """Of these, images for measures that compare pairs: intrinsic dimension, cluster learnability, uniformity.

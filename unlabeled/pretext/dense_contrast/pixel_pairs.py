@@ -36,13 +36,13 @@ _SHOWN = 8
 """Images that `visualize` shows."""
 
 
-class FirstColors(ColorConfig):
+class FirstPixelColors(ColorConfig):
     """Color augmentation of the first view."""
 
     blur: Chance = 1.0
 
 
-class SecondColors(ColorConfig):
+class SecondPixelColors(ColorConfig):
     """Color augmentation of the second view."""
 
     blur: Chance = 0.1
@@ -73,9 +73,9 @@ class PixelPairsConfig(TaskConfig):
     """Narrowest and widest aspect ratio (width / height) of a crop."""
     flip: Chance = 0.5
     """Probability of a horizontal flip of a view."""
-    first: FirstColors = FirstColors()
+    first: FirstPixelColors = FirstPixelColors()
     """Color augmentation of the first view."""
-    second: SecondColors = SecondColors()
+    second: SecondPixelColors = SecondPixelColors()
     """Color augmentation of the second view."""
     blur: Literal["auto"] | bool = "auto"
     """Whether views are blurred, as often as `first` and `second` say. auto: only views of more than 64 pixels."""

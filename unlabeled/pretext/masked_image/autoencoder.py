@@ -21,7 +21,7 @@ from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.task import TaskConfig
 
 
-class DecoderConfig(TaskConfig):
+class TransformerDecoderConfig(TaskConfig):
     """The decoder, which is discarded after pretraining; the defaults are those of section 4.1 of the paper."""
 
     dim: int = Field(512, ge=4)
@@ -51,7 +51,7 @@ class AutoencoderConfig(MaskedImageConfig):
     norm_pix: bool = True
     """Predict each patch after normalizing it by its own mean and deviation; false: predict the pixels of the
     normalized image."""
-    decoder: DecoderConfig = DecoderConfig()
+    decoder: TransformerDecoderConfig = TransformerDecoderConfig()
     """The decoder, which is discarded after pretraining."""
     positions: Literal["sincos", "backbone"] = "sincos"
     """Position embeddings of the backbone. sincos: replace its table of absolute positions by the paper's fixed

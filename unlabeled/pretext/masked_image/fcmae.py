@@ -37,7 +37,7 @@ _STD = 0.02
 """Of all initial weights of the decoder."""
 
 
-class DecoderConfig(TaskConfig):
+class ConvDecoderConfig(TaskConfig):
     """The decoder, which is discarded after pretraining; the defaults are the best of the paper's comparison."""
 
     dim: int = Field(512, ge=1)
@@ -53,7 +53,7 @@ class FCMAEConfig(MaskedImageConfig):
     norm_pix: bool = True
     """Predict each cell after normalizing it by its own mean and deviation; false: predict the pixels of the normalized
     image."""
-    decoder: DecoderConfig = DecoderConfig()
+    decoder: ConvDecoderConfig = ConvDecoderConfig()
     """The decoder, which is discarded after pretraining."""
 
 

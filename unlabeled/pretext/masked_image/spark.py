@@ -54,7 +54,7 @@ _UNUSED = frozenset({"imn_m", "imn_s", "norm_black"})
 """Constants in the authors' files that only their images need."""
 
 
-class DecoderConfig(TaskConfig):
+class LightDecoderConfig(TaskConfig):
     """The decoder, which is discarded after pretraining."""
 
     width: int = Field(768, ge=2)
@@ -73,7 +73,7 @@ class SparKConfig(MaskedImageConfig):
     levels: int = Field(4, ge=1)
     """Feature maps that the decoder receives, starting with the coarsest; fewer if the network has fewer. [feature
     maps]"""
-    decoder: DecoderConfig = DecoderConfig()
+    decoder: LightDecoderConfig = LightDecoderConfig()
     """The decoder, which is discarded after pretraining."""
 
 

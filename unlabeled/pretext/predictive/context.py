@@ -36,7 +36,7 @@ from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.networks.context import caffe_xavier_
 from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled.ssl.data.views import Views
-from unlabeled.ssl.task import Batch, FloatPictures, Paper, PretextTask, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, FloatImages, Paper, PretextTask, Recipe, StepOutput, TaskConfig
 
 Count = Annotated[int, Field(ge=1)]
 Part = Annotated[float, Field(gt=0, le=1)]

@@ -54,7 +54,7 @@ class IBOT(TeacherStudent):
     """Combines DINO's loss on whole crops with the same distillation for each masked patch.
 
     Submodules on top of those of `TeacherStudent`: `centers`, `head`, `mask_token` (see
-    `unlabeled.pretext.self_distillation.hidden_places`), and `patch_head` where it is not shared.
+    `unlabeled.pretext.self_distillation.masked_patches`), and `patch_head` where it is not shared.
     """
 
     Config: ClassVar[type[TaskConfig]] = IBOTConfig

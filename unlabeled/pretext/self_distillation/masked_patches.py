@@ -30,7 +30,7 @@ from unlabeled.ssl.task import Batch, TaskConfig
 Spread = Literal["uniform", "even"]
 
 
-class HiddenConfig(TaskConfig):
+class PatchMaskConfig(TaskConfig):
     """What is masked; the defaults are iBOT's."""
 
     masked_crops: Part = 0.5

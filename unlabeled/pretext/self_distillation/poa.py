@@ -63,7 +63,7 @@ _WATCHED = 64
 """Large crops, at most, from which the figures of the assignments are taken."""
 
 
-class POAConfig(HiddenConfig, TeacherStudentConfig):
+class POAConfig(PatchMaskConfig, TeacherStudentConfig):
     """Settings of POA; the defaults are those of its code for ViTs, as fractions of a run of 346 epochs."""
 
     elastic: ElasticConfig = ElasticConfig()
@@ -140,7 +140,7 @@ class POA(TeacherStudent):
     """Distills a teacher into a full student and into a sub-network that changes with each step.
 
     Submodules on top of those of `TeacherStudent`: `heads`, one for each number of prototypes,
-    and `mask_token` (see `unlabeled.pretext.self_distillation.hidden_places`).
+    and `mask_token` (see `unlabeled.pretext.self_distillation.masked_patches`).
 
     The sub-network of a step follows from the number of steps done, the buffer `steps`, and a seed drawn when the task
     is built, the buffer `seed`.
