@@ -12,7 +12,7 @@ from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.testing import (
     SOURCE_CHECKS,
     ContractError,
-    SourceSubject,
+    SourceCase,
     another_process_reads_the_same,
     check_source,
     run_check,
@@ -82,13 +82,13 @@ BROKEN = [
 @pytest.mark.parametrize("source", [sources.Good, sources.NoTestSplit, sources.Encoded])
 def test_a_source_that_keeps_every_rule_passes(source: type) -> None:
     for check in SOURCE_CHECKS:
-        run_check(check, SourceSubject.of(source))
+        run_check(check, SourceCase.of(source))
 
 
 @pytest.mark.parametrize(("rule", "source", "message"), BROKEN, ids=[source.__name__ for _, source, _ in BROKEN])
 def test_a_broken_rule_is_named_with_what_was_seen_and_the_remedy(rule: str, source: type, message: str) -> None:
     with pytest.raises(ContractError, match=message) as caught:
-        run_check(RULES[rule], SourceSubject.of(source))
+        run_check(RULES[rule], SourceCase.of(source))
     assert str(caught.value).startswith(f"{source.__name__} breaks '{rule.replace('_', ' ')}': ")
 
 

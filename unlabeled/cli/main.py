@@ -19,16 +19,16 @@ from unlabeled.ssl.core.errors import UnlabeledError
 
 _EPILOG = """\
 settings are key=value words, the same for every way to start a run:
-  unlabeled pretrain task=mae data=folder data.path=pictures backbone=vit_small_patch16_224 out=runs/x epochs=100
+  unlabeled pretrain task=mae data=folder data.path=images backbone=vit_small_patch16_224 out=runs/x epochs=100
   accelerate launch pretrain.py task=rotation data=digits backbone=resnet18 out=runs/y
   unlabeled pretrain --multirun optim.lr=1e-3,1e-4 engine.seed=range(3) out=runs/sweep
   unlabeled evaluate runs/x            unlabeled evaluate resnet18 data=shapes
-  unlabeled finetune runs/x data=folder data.path=labelled out=runs/x_finetuned
+  unlabeled finetune runs/x data=folder data.path=labeled out=runs/x_finetuned
   unlabeled export runs/x out=backbone.safetensors
   unlabeled sizes runs/poa             unlabeled export runs/poa width=384 depth=12 out=small.safetensors
   unlabeled export runs/poa like=vit_small_patch16_224 out=vit_small.safetensors
   unlabeled evaluate runs/poa 'sizes=[[384,12],[768,12]]' beside=[runs/alone]
-  unlabeled doctor data=folder data.path=pictures
+  unlabeled doctor data=folder data.path=images
   unlabeled matrix task=mae module=beit
   unlabeled gauntlet backbones=[runs/x,resnet18] data=[digits,shapes] evaluators=[knn,linear] out=runs/gauntlet
   unlabeled report runs/x runs/y out=reports/xy
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 _COMMANDS = {
-    "pretrain": "pretrain a backbone on unlabelled images",
+    "pretrain": "pretrain a backbone on unlabeled images",
     "evaluate": "kNN, linear probe and report of a run (sizes=... for those it holds), a timm model or a weights file",
     "finetune": "train a run, a timm model or a weights file into a classifier, and its twin from random weights",
     "export": "write a run's network, or sizes that it holds (width= depth=, like=, sizes=), as files that timm loads",

@@ -10,6 +10,7 @@ import torch
 from unlabeled.eval.base import Evaluator
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.task import PretextTask
+from unlabeled.testing.case import ContractError, TaskCase
 from unlabeled.testing.evaluator import EVALUATOR_CHECKS, EvaluatorCase
 from unlabeled.testing.loss import (
     bfloat16_stays_close,
@@ -26,17 +27,16 @@ from unlabeled.testing.state import (
     state_dict_is_complete,
     state_moves_in_after_step_only,
 )
-from unlabeled.testing.subject import ContractError, Subject
 from unlabeled.testing.surface import (
     encoder_loads_into_timm,
     foreign_checkpoints_are_refused,
     task_and_settings_are_documented,
     unknown_settings_are_refused,
     views_pickle_and_have_fixed_shapes,
-    visualize_gives_pictures,
+    visualize_gives_images,
 )
 
-Check = Callable[[Subject], None]
+Check = Callable[[TaskCase], None]
 """Raises ContractError when the rule that its name states is broken."""
 
 CHECKS: tuple[Check, ...] = (
@@ -54,7 +54,7 @@ CHECKS: tuple[Check, ...] = (
     state_moves_in_after_step_only,
     a_resumed_run_is_the_same_run,
     encoder_loads_into_timm,
-    visualize_gives_pictures,
+    visualize_gives_images,
     foreign_checkpoints_are_refused,
 )
 """Every rule that one process can try, those first on which others build."""
@@ -74,15 +74,15 @@ def check_task(
 
     Raises ContractError, an AssertionError, for the first rule that is broken.
     """
-    subject = Subject.of(task, settings=settings, backbone=backbone)
+    case = TaskCase.of(task, settings=settings, backbone=backbone)
     for check in (*CHECKS, two_processes_equal_one) if parity else CHECKS:
-        run_check(check, subject)
+        run_check(check, case)
 
 
 def check_evaluator(evaluator: str | type[Evaluator], *, settings: Mapping[str, Any] | None = None) -> None:
     """Tries every rule of the contract on `evaluator`, a registered name or the class itself; seconds on a CPU.
 
-    `settings`: fields of its Config, such as fewer epochs. It is tried on made-up pictures of three classes with masks
+    `settings`: fields of its Config, such as fewer epochs. It is tried on made-up images of three classes with masks
     and boxes, and on what a tiny transformer makes of them.
 
     Raises ContractError, an AssertionError, for the first rule that is broken.
@@ -102,15 +102,15 @@ class Named(Protocol):
 NamedT = TypeVar("NamedT", bound=Named)
 
 
-def run_check(check: Callable[[NamedT], None], subject: NamedT) -> None:
+def run_check(check: Callable[[NamedT], None], case: NamedT) -> None:
     """Tries one rule; the error names what breaks it, and the rule. Random state is as before afterwards."""
     rule = getattr(check, "__name__", "a rule").replace("_", " ")
-    place = f"{subject.name} breaks '{rule}'"
+    position = f"{case.name} breaks '{rule}'"
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            check(subject)
+            check(case)
     except ContractError as error:
-        raise ContractError(f"{place}: {error}") from None
+        raise ContractError(f"{position}: {error}") from None
     except Exception as error:
-        raise ContractError(f"{place}: {type(error).__name__}: {error}") from error
+        raise ContractError(f"{position}: {type(error).__name__}: {error}") from error

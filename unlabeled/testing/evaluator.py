@@ -1,4 +1,4 @@
-"""The contract of an evaluator as checks that run anywhere: on a few made-up pictures, in seconds on a CPU.
+"""The contract of an evaluator as checks that run anywhere: on a few made-up images, in seconds on a CPU.
 
 >>> from unlabeled.testing import check_evaluator
 >>> check_evaluator("knn")
@@ -29,18 +29,18 @@ from unlabeled.eval.base import (
     Unit,
     Value,
 )
+from unlabeled.eval.encoded_dataset import EncodedDataset, Loading, random_twin
 from unlabeled.eval.registry import evaluator_class
-from unlabeled.eval.subject import Loading, Subject, random_twin
-from unlabeled.eval.suite import subject_of
+from unlabeled.eval.runner import encode_dataset
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.config.messages import explain
 from unlabeled.ssl.core.errors import ConfigError, UnlabeledError
 from unlabeled.ssl.data.loader import seeded
-from unlabeled.testing.subject import ContractError, checked_class, listed, require
+from unlabeled.testing.case import ContractError, checked_class, listed, require
 from unlabeled.testing.surface import require_documented
 
 _CELL = 8
-"""Pixels a side of a patch of the network, and of what a picture is made of."""
+"""Pixels a side of a patch of the network, and of what an image is made of."""
 _TRAIN, _TEST = 42, 24
 _PIXELS = 32
 _CLASSES = ("red", "green", "blue")
@@ -48,7 +48,7 @@ _CLASSES = ("red", "green", "blue")
 Pairs = list[tuple[str, Value]]
 
 
-class MadeUpPictures:
+class MadeUpImages:
     """Noise with a rectangle of the color of its class, whose mask and box are known."""
 
     classes: Sequence[str] | None = _CLASSES
@@ -82,7 +82,7 @@ class MadeUpPictures:
         return self._boxes[index : index + 1]
 
     def describe(self, index: int) -> str:
-        return f"picture {index} of {len(self)}"
+        return f"image {index} of {len(self)}"
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ class EvaluatorCase:
     name: str
     cls: type[Evaluator]
     config: EvaluatorConfig
-    encoded: Subject
-    """Made-up pictures and what a tiny network makes of them."""
+    encoded: EncodedDataset
+    """Made-up images and what a tiny network makes of them."""
 
     @classmethod
     def of(cls, evaluator: str | type[Evaluator], settings: Mapping[str, Any] | None = None) -> EvaluatorCase:
@@ -109,14 +109,14 @@ class EvaluatorCase:
             raise ContractError(f"{name}: settings: {error}") from None
         return cls(name, found, config, made_up(tiny_network()))
 
-    def run(self, subject: Subject | None = None) -> Pairs:
-        """What a new evaluator yields of `subject`, None: of everything that was made up."""
-        return list(self.cls(self.config).run(self.encoded if subject is None else subject))
+    def run(self, dataset: EncodedDataset | None = None) -> Pairs:
+        """What a new evaluator yields of `dataset`, None: of everything that was made up."""
+        return list(self.cls(self.config).run(self.encoded if dataset is None else dataset))
 
-    def said(self, subject: Subject) -> Pairs | str:
-        """As `run`; or, in one line, why `subject` cannot be judged."""
+    def said(self, dataset: EncodedDataset) -> Pairs | str:
+        """As `run`; or, in one line, why `dataset` cannot be judged."""
         try:
-            return self.run(subject)
+            return self.run(dataset)
         except UnlabeledError as error:
             lines = str(error).splitlines()
             require(len(lines) == 1, f"the error {str(error)!r} is not one line", "say field, value and remedy in one")
@@ -124,18 +124,18 @@ class EvaluatorCase:
 
 
 def tiny_network(seed: int = 0) -> Backbone:
-    """A transformer of 32 x 32 pictures with 16 places and 32 features."""
+    """A transformer of 32 x 32 images with 16 places and 32 features."""
     with seeded(seed):
         return create_backbone(
             "vit_tiny_patch16_224", size=_PIXELS, patch_size=_CELL, embed_dim=32, depth=2, num_heads=2
         )
 
 
-def made_up(backbone: Backbone | None) -> Subject:
-    """Made-up pictures of three classes, encoded by `backbone`; None: raw pixels."""
-    sources = MadeUpPictures(_TRAIN, 1), MadeUpPictures(_TEST, 2)
-    subject = subject_of(backbone, sources, Loading(batch_size=32))
-    return subject if backbone is not None else replace(subject, beside=tiny_network())
+def made_up(backbone: Backbone | None) -> EncodedDataset:
+    """Made-up images of three classes, encoded by `backbone`; None: raw pixels."""
+    sources = MadeUpImages(_TRAIN, 1), MadeUpImages(_TEST, 2)
+    dataset = encode_dataset(backbone, sources, Loading(batch_size=32))
+    return dataset if backbone is not None else replace(dataset, size_like=tiny_network())
 
 
 def class_and_settings_are_documented(case: EvaluatorCase) -> None:
@@ -146,7 +146,7 @@ def class_and_settings_are_documented(case: EvaluatorCase) -> None:
         text = getattr(cls, member, "")
         require(isinstance(text, str) and bool(text), f"{member} is not given", f'write {member} = "..." in the class')
     require(cls.name.isidentifier(), f"name is {cls.name!r}", "choose letters, digits and _: it is a setting too")
-    require(cls.needs in ("features", "pictures", "network"), f"needs is {cls.needs!r}", "see Evaluator.needs")
+    require(cls.needs in ("features", "images", "backbone"), f"needs is {cls.needs!r}", "see Evaluator.needs")
     own = issubclass(cls.Config, EvaluatorConfig)
     require(own, f"Config is {cls.Config!r}", "inherit it from unlabeled.EvaluatorConfig")
     require_documented(cls, cls.Config, "say what it measures, and which values it yields")
@@ -177,7 +177,7 @@ def values_have_the_types_of_the_contract(case: EvaluatorCase) -> None:
 
 
 def measures_say_what_values_are(case: EvaluatorCase) -> None:
-    """Every value for a table has a label of its own, a unit and a direction; pictures have captions."""
+    """Every value for a table has a label of its own, a unit and a direction; images have captions."""
     labels: dict[str, str] = {}
     for key, value in case.run():
         if isinstance(value, Measured):
@@ -192,7 +192,7 @@ def measures_say_what_values_are(case: EvaluatorCase) -> None:
             same = known is None or known.text == measure.text
             require(same, f"measure({key!r}) says {known and known.text!r}", f"run says {measure.text!r}; say the same")
         elif isinstance(value, Tensor):
-            require(key in case.cls.captions, f"the picture {key!r} has no caption", "add it to captions")
+            require(key in case.cls.captions, f"the image {key!r} has no caption", "add it to captions")
 
 
 def the_same_seed_gives_the_same_values(case: EvaluatorCase) -> None:
@@ -212,7 +212,7 @@ def what_was_encoded_stays_as_it_was(case: EvaluatorCase) -> None:
     """Features, labels and weights are not written into: other evaluators read them too."""
     data = case.encoded.features
     before = [array.copy() for split in (data.train, data.test) for array in (split.features, split.labels)]
-    network = case.encoded.network()
+    network = case.encoded.require_backbone()
     weights = {name: value.clone() for name, value in network.state_dict().items()}
     case.run()
     after = [array for split in (data.train, data.test) for array in (split.features, split.labels)]
@@ -223,12 +223,12 @@ def what_was_encoded_stays_as_it_was(case: EvaluatorCase) -> None:
 
 
 def needs_are_true(case: EvaluatorCase) -> None:
-    """With what `needs` says it runs; where a network or pictures are missing that it needs, it says so in one line."""
+    """With what `needs` says it runs; where a network or images are missing that it needs, it says so in one line."""
     features = replace(case.encoded, backbone=None, sources=None)
     if case.cls.needs == "features":
         alone = case.said(features)
         values, whole = {} if isinstance(alone, str) else dict(alone), dict(case.run())
-        require(bool(values), f"features alone: {alone}", 'set needs = "pictures" or "network"')
+        require(bool(values), f"features alone: {alone}", 'set needs = "images" or "backbone"')
         others = [key for key, value in values.items() if key not in whole or not same(value, whole[key])]
         require(not others, f"features alone give another {listed(others)}", "take the pooled features as they are")
         return
@@ -237,10 +237,10 @@ def needs_are_true(case: EvaluatorCase) -> None:
 
 
 def what_cannot_be_judged_is_said(case: EvaluatorCase) -> None:
-    """A single class, one picture, no labels, broken features: one line, or values that are finite all the same."""
-    for what, subject in degenerate(case.encoded).items():
+    """A single class, one image, no labels, broken features: one line, or values that are finite all the same."""
+    for what, dataset in degenerate(case.encoded).items():
         try:
-            found = case.said(subject)
+            found = case.said(dataset)
         except ContractError as error:
             raise ContractError(f"{what}: {error}") from None
         except Exception as error:
@@ -257,7 +257,7 @@ def what_cannot_be_judged_is_said(case: EvaluatorCase) -> None:
 
 def other_weights_are_measured_too(case: EvaluatorCase) -> None:
     """A network with fresh random weights, the baseline of every report, gives the same keys."""
-    twin = made_up(random_twin(case.encoded.network(), 5))
+    twin = made_up(random_twin(case.encoded.require_backbone(), 5))
     own, other = (
         {key for key, value in found if isinstance(value, Measured)} for found in (case.run(), case.run(twin))
     )
@@ -278,13 +278,13 @@ EVALUATOR_CHECKS: tuple[Callable[[EvaluatorCase], None], ...] = (
 """Every rule of the contract of an evaluator, those first on which others build."""
 
 
-def degenerate(subject: Subject) -> dict[str, Subject]:
+def degenerate(dataset: EncodedDataset) -> dict[str, EncodedDataset]:
     """What it is → encoded data that an evaluator may refuse, but must not stumble over."""
-    data = subject.features
+    data = dataset.features
 
-    def of(change: Callable[[FeatureSplit], FeatureSplit], *, test_too: bool = True) -> Subject:
+    def of(change: Callable[[FeatureSplit], FeatureSplit], *, test_too: bool = True) -> EncodedDataset:
         test = change(data.test) if test_too else data.test
-        return replace(subject, features=FeatureSet(change(data.train), test, data.classes))
+        return replace(dataset, features=FeatureSet(change(data.train), test, data.classes))
 
     def first(split: FeatureSplit) -> FeatureSplit:
         indices = np.zeros(1, dtype=np.int64) if split.indices is None else split.indices[:1]
@@ -297,10 +297,10 @@ def degenerate(subject: Subject) -> dict[str, Subject]:
 
     return {
         "a single class": of(lambda split: replace(split, labels=np.zeros_like(split.labels))),
-        "test pictures of one class": replace(
-            subject, features=replace(data, test=replace(data.test, labels=np.zeros_like(data.test.labels)))
+        "test images of one class": replace(
+            dataset, features=replace(data, test=replace(data.test, labels=np.zeros_like(data.test.labels)))
         ),
-        "one picture": of(first),
+        "one image": of(first),
         "no labels": of(lambda split: replace(split, labels=np.full_like(split.labels, -1))),
         "NaN among the features": of(broken),
         "equal features": of(lambda split: replace(split, features=np.ones_like(split.features))),
@@ -338,8 +338,8 @@ def _check_value(key: str, value: Value) -> None:
         )
     elif isinstance(value, Tensor):
         shape = tuple(value.shape)
-        picture = value.dtype == torch.uint8 and value.ndim == 3 and shape[0] == 3
-        require(picture, f"{key} is a tensor {value.dtype} {shape}", "pictures are uint8 (3, H, W); else give an array")
+        image = value.dtype == torch.uint8 and value.ndim == 3 and shape[0] == 3
+        require(image, f"{key} is a tensor {value.dtype} {shape}", "images are uint8 (3, H, W); else give an array")
     elif isinstance(value, np.ndarray):
         require(value.dtype.kind in "biufU", f"{key} is an array of {value.dtype}", "use numbers or text")
     else:

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from unlabeled.ssl.task import PretextTask, StepOutput
-from unlabeled.testing.subject import PICTURES, Subject, listed, require
+from unlabeled.testing.case import IMAGES, TaskCase, listed, require
 
 _EXACT = 1e-6
 """Largest difference in double precision, absolute and relative to the largest gradient."""
@@ -17,10 +17,10 @@ _BF16 = 0.05
 """Largest difference of a loss under bfloat16, absolute for small losses, else relative."""
 
 
-def loss_is_a_finite_float32_scalar(subject: Subject) -> None:
+def loss_is_a_finite_float32_scalar(case: TaskCase) -> None:
     """`forward` returns a StepOutput whose loss can be differentiated."""
-    task = subject.task()
-    output = task(subject.batch(task))
+    task = case.task()
+    output = task(case.batch(task))
     found = f"forward returned {type(output).__name__}"
     require(isinstance(output, StepOutput), found, "return StepOutput(loss, logs)")
     loss = output.loss
@@ -30,10 +30,10 @@ def loss_is_a_finite_float32_scalar(subject: Subject) -> None:
     require(loss.requires_grad, "the loss has no graph", "compute it outside of torch.no_grad()")
 
 
-def logs_and_features_are_detached(subject: Subject) -> None:
+def logs_and_features_are_detached(case: TaskCase) -> None:
     """Logs are scalar tensors; features, if any, are (N, D)."""
-    task = subject.task()
-    output = task(subject.batch(task))
+    task = case.task()
+    output = task(case.batch(task))
     for name, value in output.logs.items():
         require(isinstance(value, Tensor), f"logs[{name!r}] is a {type(value).__name__}", "give a tensor, not .item()")
         require(value.ndim == 0, f"logs[{name!r}] has shape {tuple(value.shape)}", "give a scalar tensor")
@@ -44,10 +44,10 @@ def logs_and_features_are_detached(subject: Subject) -> None:
         require(not features.requires_grad, "features still have their graph", "call .detach()")
 
 
-def every_trainable_parameter_gets_a_gradient(subject: Subject) -> None:
+def every_trainable_parameter_gets_a_gradient(case: TaskCase) -> None:
     """... and no frozen one does. Zeros count as no gradient when they are still there after two steps of SGD."""
-    task = subject.task()
-    batch = subject.batch(task)
+    task = case.task()
+    batch = case.batch(task)
     zero = {name for name, parameter in task.named_parameters() if parameter.requires_grad}
     for _ in range(3):
         task.zero_grad()
@@ -72,9 +72,9 @@ def every_trainable_parameter_gets_a_gradient(subject: Subject) -> None:
     require(False, f"the gradient of {listed(sorted(zero))} stays zero", "use it in the loss, or freeze it")
 
 
-def parameter_groups_are_complete(subject: Subject) -> None:
+def parameter_groups_are_complete(case: TaskCase) -> None:
     """`parameter_groups` names every trainable parameter once, with a layer that exists."""
-    task = subject.task()
+    task = case.task()
     groups = list(task.parameter_groups())
     names = [group.name for group in groups]
     trainable = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
@@ -93,21 +93,21 @@ def parameter_groups_are_complete(subject: Subject) -> None:
     require(not beyond, f"layer of {listed(beyond)}", f"layers go from 0 (stem) to {last} (heads)")
 
 
-def randomness_comes_from_draw(subject: Subject) -> None:
+def randomness_comes_from_draw(case: TaskCase) -> None:
     """`draw` gives everything random of one forward pass, from torch's generator, and it can be passed in."""
-    first, again = (_loss(subject, seed=7, passed=False) for _ in range(2))
+    first, again = (_loss(case, seed=7, passed=False) for _ in range(2))
     generator = "draw from torch's global generator only, not from random, numpy or one of your own"
     require(torch.equal(first, again), "the same seed gives another loss", generator)
-    first, again = (_loss(subject, seed=seed, passed=True) for seed in (1, 2))
+    first, again = (_loss(case, seed=seed, passed=True) for seed in (1, 2))
     keyword = "take it from draw(batch), which forward receives as keywords"
     require(torch.equal(first, again), "forward draws something that is not passed in", keyword)
-    by_itself, passed = (_loss(subject, seed=7, passed=passed, drawn=7) for passed in (False, True))
+    by_itself, passed = (_loss(case, seed=7, passed=passed, drawn=7) for passed in (False, True))
     same = "when a keyword is None, take its value from self.draw(batch) and use it as it is"
     require(torch.equal(by_itself, passed), "forward by itself and with the same draw passed in differ", same)
-    task = subject.task()
-    batch = subject.batch(task)
-    rows = [name for name, value in task.draw(batch).items() if len(value) != PICTURES]
-    require(not rows, f"draw[{rows and rows[0]!r}] does not have one row a picture", "draw (B, ...) tensors")
+    task = case.task()
+    batch = case.batch(task)
+    rows = [name for name, value in task.draw(batch).items() if len(value) != IMAGES]
+    require(not rows, f"draw[{rows and rows[0]!r}] does not have one row an image", "draw (B, ...) tensors")
     draws = []
     for seed in range(8):
         torch.manual_seed(seed)
@@ -116,25 +116,25 @@ def randomness_comes_from_draw(subject: Subject) -> None:
     require(not fixed, f"draw[{fixed and fixed[0]!r}] is the same for eight seeds", generator)
 
 
-def halves_of_a_batch_add_up(subject: Subject) -> None:
+def halves_of_a_batch_add_up(case: TaskCase) -> None:
     """Gradient accumulation: two halves give the loss and the gradient of the whole, in double precision.
 
-    Batch norms take their stored statistics here. Does not apply to tasks with ``per_picture = False``.
+    Batch norms take their stored statistics here. Does not apply to tasks with ``per_image = False``.
     """
-    if not subject.cls.per_picture:
+    if not case.cls.per_image:
         return
-    task = subject.task().double()
+    task = case.task().double()
     for module in task.modules():
         module.training &= not isinstance(module, _BatchNorm)
     without_dropout(task)
-    batch = subject.batch(task)
+    batch = case.batch(task)
     draw = task.draw(batch)
-    half = PICTURES // 2
+    half = IMAGES // 2
     (whole, gradients), *halves = (
         loss_and_gradients(task, cut(batch, rows), cut(draw, rows))
         for rows in (slice(None), slice(0, half), slice(half, None))
     )
-    remedy = "make the loss a mean over pictures, or set per_picture = False if pictures are compared"
+    remedy = "make the loss a mean over images, or set per_picture = False if images are compared"
     mean = sum(loss for loss, _ in halves) / 2
     require(abs(mean - whole) <= _EXACT, f"the halves' mean loss is {mean:.6g}, the whole's {whole:.6g}", remedy)
     for name, gradient in gradients.items():
@@ -143,11 +143,11 @@ def halves_of_a_batch_add_up(subject: Subject) -> None:
         require(off <= _EXACT * max(1.0, float(gradient.abs().max())), f"{name}: gradients differ by {off:.2g}", remedy)
 
 
-def bfloat16_stays_close(subject: Subject) -> None:
+def bfloat16_stays_close(case: TaskCase) -> None:
     """Under bf16 autocast the loss is finite, in float32, and near the one in full precision."""
-    task = subject.task()
+    task = case.task()
     without_dropout(task)
-    batch = subject.batch(task)
+    batch = case.batch(task)
     draw = task.draw(batch)
     with torch.autocast("cpu", torch.bfloat16):
         low = task(batch, **draw).loss.detach()
@@ -169,7 +169,7 @@ def without_dropout(task: nn.Module) -> None:
 
 
 def cut(tensors: dict[str, Tensor], rows: slice) -> dict[str, Tensor]:
-    """The pictures `rows` of a batch or a draw."""
+    """The images `rows` of a batch or a draw."""
     return {name: value[rows] for name, value in tensors.items()}
 
 
@@ -184,11 +184,11 @@ def loss_and_gradients(
     return loss.item(), gradients
 
 
-def _loss(subject: Subject, *, seed: int, passed: bool, drawn: int = 0) -> Tensor:
+def _loss(case: TaskCase, *, seed: int, passed: bool, drawn: int = 0) -> Tensor:
     """Loss of a fresh task under `seed`, with a draw of seed `drawn` passed in or with its own."""
-    task: PretextTask = subject.task()
+    task: PretextTask = case.task()
     without_dropout(task)
-    batch = subject.batch(task)
+    batch = case.batch(task)
     torch.manual_seed(drawn)
     draw = task.draw(batch) if passed else {}
     torch.manual_seed(seed)

@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from unlabeled.ssl.nn.batch_norm import synchronize
 from unlabeled.ssl.task import PretextTask
+from unlabeled.testing.case import IMAGES, TaskCase, require
 from unlabeled.testing.loss import cut, loss_and_gradients, without_dropout
-from unlabeled.testing.subject import PICTURES, Subject, require
 
 _TOLERANCE = 1e-6
 """Absolute, and relative to the largest gradient; in double precision."""
@@ -35,28 +35,28 @@ class RankResult:
     """Under this rank's own seed."""
 
 
-def two_processes_equal_one(subject: Subject) -> None:
+def two_processes_equal_one(case: TaskCase) -> None:
     """Starts two processes, which takes some seconds; the task's class must be importable there."""
-    compare_with_one(subject, run_two_processes([subject])[0])
+    compare_with_one(case, run_two_processes([case])[0])
 
 
-def run_two_processes(subjects: Sequence[Subject]) -> list[tuple[RankResult, RankResult]]:
+def run_two_processes(cases: Sequence[TaskCase]) -> list[tuple[RankResult, RankResult]]:
     """One forward and backward pass of each subject, split over two processes: what rank 0 and rank 1 found."""
     with tempfile.TemporaryDirectory() as folder:
         start = cast(Callable[..., None], spawn)
-        start(_work, args=(folder, list(subjects)), nprocs=2)
+        start(_work, args=(folder, list(cases)), nprocs=2)
         first, second = (torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in (0, 1))
     return [(RankResult(**one), RankResult(**two)) for one, two in zip(first, second, strict=True)]
 
 
-def compare_with_one(subject: Subject, found: tuple[RankResult, RankResult]) -> None:
+def compare_with_one(case: TaskCase, found: tuple[RankResult, RankResult]) -> None:
     """Raises ContractError where loss or gradients differ from one process, or the ranks draw alike."""
-    task = _prepared(subject)
-    batch = subject.batch(task)
+    task = _prepared(case)
+    batch = case.batch(task)
     loss, gradients = loss_and_gradients(task, batch, _common_draw(task, batch))
     remedy = (
         "what is compared or averaged over the batch must span the ranks: "
-        "unlabeled.ssl.core.distributed.gather_rows or sum_over_ranks"
+        "unlabeled.gather_across_ranks or sum_over_ranks"
     )
     for rank, result in enumerate(found):
         same = abs(result.loss - loss) <= _TOLERANCE
@@ -72,15 +72,15 @@ def compare_with_one(subject: Subject, found: tuple[RankResult, RankResult]) -> 
     require(not alike, f"draw[{alike and alike[0]!r}] is the same on both ranks", "draw from torch's global generator")
 
 
-def _work(rank: int, folder: str, subjects: list[Subject]) -> None:
+def _work(rank: int, folder: str, cases: list[TaskCase]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    half = PICTURES // 2
+    half = IMAGES // 2
     rows = slice(rank * half, (rank + 1) * half)
     results = []
-    for subject in subjects:
-        task = _prepared(subject)
-        batch = subject.batch(task)
+    for case in cases:
+        task = _prepared(case)
+        batch = case.batch(task)
         draw = _common_draw(task, batch)
         if task.synced_statistics:
             synchronize(task)
@@ -95,9 +95,9 @@ def _work(rank: int, folder: str, subjects: list[Subject]) -> None:
     dist.destroy_process_group()
 
 
-def _prepared(subject: Subject) -> PretextTask:
-    """In double precision and without dropout; batch norms that are not synchronised take their stored statistics."""
-    task = subject.task().double()
+def _prepared(case: TaskCase) -> PretextTask:
+    """In double precision and without dropout; batch norms that are not synchronized take their stored statistics."""
+    task = case.task().double()
     without_dropout(task)
     if not task.synced_statistics:
         for module in task.modules():

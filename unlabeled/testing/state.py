@@ -15,17 +15,17 @@ from unlabeled.ssl.core.seeds import derive
 from unlabeled.ssl.task import PretextTask
 from unlabeled.ssl.train.checkpoint import load_checkpoint, save_checkpoint
 from unlabeled.ssl.train.optimizer import create_optimizer
-from unlabeled.testing.subject import Subject, listed, require
+from unlabeled.testing.case import TaskCase, listed, require
 
 _STEPS = 3
 _MICRO_STEPS = 2
 _REGISTER = "keep it in a parameter or a persistent buffer (register_buffer)"
 
 
-def state_dict_is_complete(subject: Subject) -> None:
+def state_dict_is_complete(case: TaskCase) -> None:
     """A task that was built from other random numbers and takes over the state dict gives the same loss."""
-    task, other = subject.task(seed=0), subject.task(seed=1)
-    batch = subject.batch(task)
+    task, other = case.task(seed=0), case.task(seed=1)
+    batch = case.batch(task)
     draw = task.draw(batch)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -39,16 +39,16 @@ def state_dict_is_complete(subject: Subject) -> None:
     require(same, "a task with the same state dict gives another loss", f"what differs is not in it; {_REGISTER}")
 
 
-def state_moves_in_after_step_only(subject: Subject) -> None:
+def state_moves_in_after_step_only(case: TaskCase) -> None:
     """Neither a training pass nor an evaluation moves state; an evaluation leaves nothing for `after_step` to take."""
-    run, watched = _Run(subject), _Run(subject)
+    run, watched = _Run(case), _Run(case)
     for one in (run, watched):
         before = own_state(one.task)
         one.backward(0)
         moved = changed(before, own_state(one.task))
         remedy = "a step may have several micro-steps: move it in after_step(progress)"
         require(not moved, f"forward moves {listed(moved)}", remedy)
-    _evaluate(watched.task, subject.batch(watched.task, seed=99))
+    _evaluate(watched.task, case.batch(watched.task, seed=99))
     for one in (run, watched):
         one.move(0)
     moved = changed(own_state(run.task), own_state(watched.task))
@@ -66,12 +66,12 @@ def state_moves_in_after_step_only(subject: Subject) -> None:
     require(False, "after_step changes nothing in the state dict", f"remove it, or: {_REGISTER}")
 
 
-def a_resumed_run_is_the_same_run(subject: Subject) -> None:
+def a_resumed_run_is_the_same_run(case: TaskCase) -> None:
     """Three optimizer steps of two micro-steps; stopped after the second and resumed, bit by bit the same.
 
     The resumed task is built from other random numbers and reads a checkpoint, as the engine writes them.
     """
-    whole, resumed = _Run(subject, seed=0), _Run(subject, seed=1)
+    whole, resumed = _Run(case, seed=0), _Run(case, seed=1)
     with tempfile.TemporaryDirectory() as folder:
         for step in range(_STEPS):
             if step == _STEPS - 1:
@@ -91,9 +91,9 @@ def a_resumed_run_is_the_same_run(subject: Subject) -> None:
 class _Run:
     """A task, its optimizer, and steps that are functions of their number."""
 
-    def __init__(self, subject: Subject, seed: int = 0) -> None:
-        self.subject = subject
-        self.task = subject.task(seed)
+    def __init__(self, case: TaskCase, seed: int = 0) -> None:
+        self.case = case
+        self.task = case.task(seed)
         self.optimizer = create_optimizer(self.task, OptimConfig(lr=1e-3))
 
     def step(self, step: int) -> float:
@@ -106,7 +106,7 @@ class _Run:
     def backward(self, step: int) -> float:
         total = 0.0
         for micro in range(_MICRO_STEPS):
-            batch = self.subject.batch(self.task, seed=derive("views", step, micro))
+            batch = self.case.batch(self.task, seed=derive("views", step, micro))
             torch.manual_seed(derive("step", step, micro))
             loss = self.task(batch).loss
             (loss / _MICRO_STEPS).backward()

@@ -1,4 +1,4 @@
-"""Jigsaw puzzles: in which of some known orders do the tiles of a picture lie?
+"""Jigsaw puzzles: in which of some known orders do the tiles of an image lie?
 
 Noroozi, Favaro: Unsupervised Learning of Visual Representations by Solving Jigsaw Puzzles, ECCV 2016, arXiv 1603.09246.
 The backbone sees each tile by itself; a head reads the features of all tiles in their shuffled order.
@@ -28,11 +28,11 @@ class JigsawConfig(TaskConfig):
     gap: float = Field(75 / 64, ge=1)
     """Side of a cell over the side of the tile that is cut from it at random, so that edges do not fit together."""
     gray: float = Field(0.3, ge=0, le=1)
-    """Probability that a picture loses its colours, whose fringes would give the order away."""
+    """Probability that an image loses its colors, whose fringes would give the order away."""
 
 
 class JigsawViews:
-    """One picture → its tiles in their true order."""
+    """One image → its tiles in their true order."""
 
     def __init__(self, config: JigsawConfig, tile: tuple[int, int]) -> None:
         self.cell = [round(length * config.gap) for length in tile]
@@ -41,14 +41,14 @@ class JigsawViews:
         self.whole = v2.Compose([resize, v2.RandomCrop(size), v2.RandomGrayscale(config.gray)])
         self.tile = v2.RandomCrop(tile)
 
-    def __call__(self, picture: Tensor) -> dict[str, Tensor]:
+    def __call__(self, image: Tensor) -> dict[str, Tensor]:
         """uint8 (3, H, W) of any size → ``tiles``, uint8 (n, 3, h, w), row by row."""
-        rows = self.whole(picture).split(self.cell[0], dim=1)
+        rows = self.whole(image).split(self.cell[0], dim=1)
         return {"tiles": torch.stack([self.tile(cell) for row in rows for cell in row.split(self.cell[1], dim=2)])}
 
 
 class Jigsaw(PretextTask):
-    """Tells in which order the tiles of a picture lie."""
+    """Tells in which order the tiles of an image lie."""
 
     Config: ClassVar[type[TaskConfig]] = JigsawConfig
     recipe: ClassVar[Recipe] = {
@@ -58,7 +58,7 @@ class Jigsaw(PretextTask):
         "epochs": 70,
     }
     """The authors' solver (solver_cfn_jps.prototxt of github.com/MehdiNoroozi/JigsawPuzzleSolver): 350,000 steps of 256
-    pictures, a tenth of the rate every 100,000; that many steps are 70 and 20 epochs of ImageNet."""
+    images, a tenth of the rate every 100,000; that many steps are 70 and 20 epochs of ImageNet."""
     requires: ClassVar[frozenset[str]] = frozenset({"pooled"})
     orders: Tensor
 
@@ -74,7 +74,7 @@ class Jigsaw(PretextTask):
         return JigsawViews(config, backbone.input_size)
 
     def draw(self, batch: Batch) -> dict[str, Tensor]:
-        """``order``, int64 (B,): which of the permutations each picture gets."""
+        """``order``, int64 (B,): which of the permutations each image gets."""
         tiles = batch["tiles"]
         return {"order": torch.randint(len(self.orders), tiles.shape[:1], device=tiles.device)}
 
@@ -95,7 +95,7 @@ class Jigsaw(PretextTask):
 
     @torch.no_grad()
     def visualize(self, batch: Batch) -> dict[str, Tensor]:
-        """``puzzles``: each picture's tiles as the network gets them, and beside it as it would put them."""
+        """``puzzles``: each image's tiles as the network gets them, and beside it as it would put them."""
         with modes_kept(self):
             self.eval()
             given = shuffled(batch["tiles"], self.orders[self.draw(batch)["order"]])

@@ -16,9 +16,9 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 
 from unlabeled.eval.base import Evaluator, EvaluatorConfig, FloatArray, IntArray, Measure, Value, check_features
+from unlabeled.eval.encoded_dataset import EncodedDataset
 from unlabeled.eval.neighbors.faiss_threads import faiss_threads
 from unlabeled.eval.neighbors.search import normalized
-from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.core.seeds import derive
 
@@ -42,12 +42,12 @@ class ClusterConfig(EvaluatorConfig):
 
 
 class ClusterEvaluator(Evaluator):
-    """Agreement of k-means clusters of the test pictures with their classes, k being the number of these classes.
+    """Agreement of k-means clusters of the test images with their classes, k being the number of these classes.
 
     Yields ``accuracy`` (each cluster stands for one class, matched for the best total), ``nmi`` (mutual information
     over the mean of both entropies, 0..1), ``ari`` (adjusted Rand index, 0 by chance, 1 at best), and ``clusters``
     int64 (N,), numbered by the class that they are matched to. Where fewer distinct features than classes exist, k is
-    cut, which a ``note`` says. Raises DataError when all test pictures are of one class.
+    cut, which a ``note`` says. Raises DataError when all test images are of one class.
     """
 
     name: ClassVar = "cluster"
@@ -62,14 +62,14 @@ class ClusterEvaluator(Evaluator):
     def measure(cls, key: str) -> Measure | None:
         return _MEASURES.get(key)
 
-    def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
-        data = subject.features
+    def run(self, dataset: EncodedDataset) -> Iterator[tuple[str, Value]]:
+        data = dataset.features
         check_features(data)
         truth = data.test.labels
         classes = np.unique(truth)
         if len(classes) < 2:
             raise DataError(
-                f"evaluate.cluster: all test pictures are of class {data.classes[int(classes[0])]!r}, so clusters "
+                f"evaluate.cluster: all test images are of class {data.classes[int(classes[0])]!r}, so clusters "
                 "cannot be compared with classes; give test data of at least two"
             )
         rows = normalized(data.test.features) if self.config.spherical else np.ascontiguousarray(data.test.features)
@@ -86,9 +86,9 @@ class ClusterEvaluator(Evaluator):
             restarts=self.config.restarts,
             iterations=self.config.iterations,
             spherical=self.config.spherical,
-            seed=derive(subject.seed, "cluster"),
+            seed=derive(dataset.seed, "cluster"),
         )
-        counts = contingency_matrix(truth, found)  # (classes, clusters that hold a picture)
+        counts = contingency_matrix(truth, found)  # (classes, clusters that hold an image)
         matched, columns = linear_sum_assignment(counts, maximize=True)
         yield "accuracy", _MEASURES["accuracy"].of(float(counts[matched, columns].sum() / len(truth)))
         yield "nmi", _MEASURES["nmi"].of(float(normalized_mutual_info_score(truth, found)))

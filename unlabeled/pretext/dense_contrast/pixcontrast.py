@@ -1,4 +1,4 @@
-"""PixContrast: near cells of two views attract each other, far cells of the same picture repel.
+"""PixContrast: near cells of two views attract each other, far cells of the same image repel.
 
 Xie, Lin, Zhang, Cao, Lin, Hu, "Propagate Yourself: Exploring Pixel-Level Consistency for Unsupervised Visual
 Representation Learning", CVPR 2021, arXiv 2011.10043, section 3.1. The authors' repository has no code of it:
@@ -71,7 +71,7 @@ def contrast(queries: Tensor, keys: Tensor, positive: Tensor, temperature: float
     """Maps (B, C, gh, gw) of two views and their pairs (bool, B, L1, L2) → (B,).
 
     For each cell that has partners, -log of the part that they have in the sum of exp(cosine / temperature) over all
-    cells of the other view (section 3.1); the mean of these cells, and 0 for a picture without any. At least
+    cells of the other view (section 3.1); the mean of these cells, and 0 for an image without any. At least
     float32.
     """
     with torch.autocast(queries.device.type, enabled=False):

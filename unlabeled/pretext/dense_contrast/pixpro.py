@@ -24,7 +24,7 @@ from unlabeled.ssl.task import Batch, Paper, Recipe, StepOutput, TaskConfig
 logger = logging.getLogger(__name__)
 
 _EPS = 1e-6
-"""Added to the number of pairs of a picture, and to similarities before a power below 1 (infinitely steep at 0)."""
+"""Added to the number of pairs of an image, and to similarities before a power below 1 (infinitely steep at 0)."""
 _WRAPPED = "module."
 """Prefix of every name in the authors' files, which they saved out of DDP."""
 
@@ -41,7 +41,7 @@ class PixProConfig(PixelPairsConfig):
 
 
 class PixelPropagation(nn.Module):
-    """Each cell becomes the sum of all cells of its picture, weighted by how similar they are (section 3.2)."""
+    """Each cell becomes the sum of all cells of its image, weighted by how similar they are (section 3.2)."""
 
     def __init__(self, dim: int, layers: Literal[0, 1, 2], gamma: float) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class PixPro(PixelPairs):
         "epochs": 100,
     }
     """PixPro (Xie et al., CVPR 2021, arXiv 2011.10043): the published recipe of 100 epochs (ResNet-50, 224 pixels).
-    Its results with a loss on whole pictures as well: task.instance_weight=1"""
+    Its results with a loss on whole images as well: task.instance_weight=1"""
     config: PixProConfig
 
     def __init__(self, config: PixProConfig, backbone: Backbone) -> None:
@@ -109,7 +109,7 @@ class PixPro(PixelPairs):
 
     def forward(self, batch: Batch) -> StepOutput:
         """``views`` uint8 (B, 2, 3, h, w), ``boxes`` (B, 2, 4) → the loss of all near pairs of cells, in [-4, 4], plus
-        the weighted one of whole pictures, in the same range."""
+        the weighted one of whole images, in the same range."""
         images = self.images_of(batch)  # (B, 3, h, w) of each view, as all lists below are
         maps, projections = self.student_maps(images)  # (B, channels, gh, gw), (B, C, gh, gw)
         key_maps, keys = self.teacher_maps(images)
@@ -134,7 +134,7 @@ class PixPro(PixelPairs):
         """The teacher's maps of both views → (B, C) each, of length 1."""
         return _pooled(self.each_view(self.teacher["instance_projector"], maps))
 
-    def load_official(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+    def load_reference(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
         """Loads a pretraining checkpoint of the authors, ``{"model": ...}`` or its tensors.
 
         Where it lacks the momentum networks (names with ``_k``), the teacher becomes a copy of what was loaded. Returns
@@ -142,7 +142,7 @@ class PixPro(PixelPairs):
         """
         model = cast(Mapping[str, Tensor], state.get("model", state))
         tensors = {name.removeprefix(_WRAPPED): tensor for name, tensor in model.items()}
-        missing, unexpected = load_mapped(self, tensors, official_names(self))
+        missing, unexpected = load_mapped(self, tensors, reference_names(self))
         momentum = [name for name in missing if name.split(".")[0].endswith("_k")]
         if momentum and not any(name.split(".")[0].endswith("_k") for name in tensors):
             for name, copy in self.teacher.items():
@@ -155,7 +155,7 @@ class PixPro(PixelPairs):
 def consistency(predictions: Tensor, keys: Tensor, positive: Tensor) -> Tensor:
     """Maps (B, C, gh, gw) of two views and their pairs (bool, B, L1, L2) → (B,): mean cosine of the pairs.
 
-    Zero for a picture without pairs. At least float32. Source: section 3.2; the authors' code for the 1e-6.
+    Zero for an image without pairs. At least float32. Source: section 3.2; the authors' code for the 1e-6.
     """
     with torch.autocast(predictions.device.type, enabled=False):
         first, second = (F.normalize(widened(maps).flatten(2), dim=1) for maps in (predictions, keys))
@@ -169,9 +169,9 @@ def agreement(predictions: Sequence[Tensor], keys: Sequence[Tensor]) -> Tensor:
     return -2 * forth.sum(1).mean() - 2 * back.sum(1).mean()
 
 
-def official_names(task: PixPro) -> dict[str, str]:
+def reference_names(task: PixPro) -> dict[str, str]:
     """The authors' names (without ``module.``) → ours."""
-    places = {
+    positions = {
         "backbone.model": "encoder",
         "projector": "projector",
         "propagation.value_transform": "value_transform",
@@ -183,8 +183,8 @@ def official_names(task: PixPro) -> dict[str, str]:
     }
     names = {}
     for own in task.state_dict():
-        place = next(place for place in places if own.startswith(f"{place}."))
-        names[f"{places[place]}{own.removeprefix(place)}"] = own
+        position = next(position for position in positions if own.startswith(f"{position}."))
+        names[f"{positions[position]}{own.removeprefix(position)}"] = own
     return names
 
 

@@ -21,7 +21,7 @@ from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.task import TaskConfig
 
 
-class DecoderConfig(TaskConfig):
+class TransformerDecoderConfig(TaskConfig):
     """The decoder, which is discarded after pretraining; the defaults are those of section 4.1 of the paper."""
 
     dim: int = Field(512, ge=4)
@@ -37,7 +37,7 @@ class DecoderConfig(TaskConfig):
     """Epsilon of the decoder's layer norms."""
 
     @model_validator(mode="after")
-    def _divides(self) -> DecoderConfig:
+    def _divides(self) -> TransformerDecoderConfig:
         if self.dim % 4:
             raise ValueError(f"dim {self.dim} is no multiple of 4, as its positions need; set dim={self.dim // 4 * 4}")
         if self.dim % self.heads:
@@ -51,7 +51,7 @@ class AutoencoderConfig(MaskedImageConfig):
     norm_pix: bool = True
     """Predict each patch after normalizing it by its own mean and deviation; false: predict the pixels of the
     normalized image."""
-    decoder: DecoderConfig = DecoderConfig()
+    decoder: TransformerDecoderConfig = TransformerDecoderConfig()
     """The decoder, which is discarded after pretraining."""
     positions: Literal["sincos", "backbone"] = "sincos"
     """Position embeddings of the backbone. sincos: replace its table of absolute positions by the paper's fixed
@@ -71,13 +71,15 @@ class PositionTable(NamedTuple):
     """(gh, gw), L patches."""
 
 
-def drawn_anew(config: AutoencoderConfig, backbone: Backbone) -> bool:
+def reinitialized_positions(config: AutoencoderConfig, backbone: Backbone) -> bool:
     """Whether the backbone's weights are drawn by the task."""
     return config.init == "mae" or (config.init == "auto" and not backbone.trained)
 
 
-def settle_positions(config: AutoencoderConfig, backbone: Backbone, table: PositionTable | None, *, anew: bool) -> None:
-    """Sets the fixed table if asked to (`anew`), and trains absolute positions unless they are that table.
+def settle_positions(
+    config: AutoencoderConfig, backbone: Backbone, table: PositionTable | None, *, reinitialize: bool
+) -> None:
+    """Sets the fixed table if asked to (`reinitialize`), and trains absolute positions unless they are that table.
 
     Raises ConfigError for a width that the fixed table cannot have.
     """
@@ -85,7 +87,7 @@ def settle_positions(config: AutoencoderConfig, backbone: Backbone, table: Posit
         return
     values, (rows, columns) = table
     dim = values.shape[-1]
-    if dim % 4 and not anew:
+    if dim % 4 and not reinitialize:
         return
     if dim % 4:
         raise ConfigError(
@@ -93,10 +95,10 @@ def settle_positions(config: AutoencoderConfig, backbone: Backbone, table: Posit
             "set task.positions=backbone"
         )
     fixed = sincos_2d(dim, table.grid, values.shape[1] - rows * columns).to(values)
-    if anew:
+    if reinitialize:
         values.data.copy_(fixed)
     # a table that came with trained weights may be the fixed one too: it then goes on being fixed
-    values.requires_grad_(not (anew or torch.allclose(values.detach(), fixed, atol=1e-4)))
+    values.requires_grad_(not (reinitialize or torch.allclose(values.detach(), fixed, atol=1e-4)))
 
 
 def names_of_fixed(backbone: Backbone, table: PositionTable | None) -> set[str]:
@@ -118,7 +120,7 @@ def load_autoencoder(
     Raises CheckpointError, before anything is changed, when a tensor has another shape or none fits.
     """
     tensors = cast(Mapping[str, Tensor], state.get("model", state))
-    names = {_official_name(name): name for name in task.state_dict()}
+    names = {_reference_name(name): name for name in task.state_dict()}
     changed = dict(tensors)
     if "pos_embed" in tensors and table is not None:
         changed["pos_embed"] = resampled_positions(tensors["pos_embed"], *table, file_prefix=file_prefix)
@@ -141,7 +143,7 @@ def init_projection(convolution: nn.Conv2d) -> None:
     nn.init.xavier_uniform_(convolution.weight.data.view(convolution.out_channels, -1))
 
 
-def _official_name(name: str) -> str:
+def _reference_name(name: str) -> str:
     """Name of one of a task's tensors in the authors' files."""
     if name.startswith("decoder."):
         return "mask_token" if name == "decoder.mask_token" else "decoder_" + name.removeprefix("decoder.")

@@ -99,5 +99,5 @@ def split_rows(shares: Sequence[float], rows: int) -> list[list[int]]:
     for row in range(rows):
         lacking = [share / total * (row + 1) - len(given) for share, given in zip(shares, dealt, strict=True)]
         largest = max(lacking)
-        dealt[next(place for place, lack in enumerate(lacking) if lack >= largest - 1e-9)].append(row)
+        dealt[next(position for position, lack in enumerate(lacking) if lack >= largest - 1e-9)].append(row)
     return dealt

@@ -1,4 +1,4 @@
-"""The settings of a mixture of tasks: which ones, how much each counts, and who sees which pictures."""
+"""The settings of a mixture of tasks: which ones, how much each counts, and who sees which images."""
 
 from __future__ import annotations
 
@@ -73,12 +73,12 @@ class MultiConfig(TaskConfig):
 
 
 def _parts(given: Any) -> tuple[Part, ...]:
-    return tuple(_part(place, one) for place, one in enumerate(given))
+    return tuple(_part(position, one) for position, one in enumerate(given))
 
 
-def _part(place: int, given: Any) -> Part:
-    """One entry of `MultiConfig.tasks`. Raises ConfigError, in one line that names ``task.tasks[place]``."""
-    where = f"task.tasks[{place}]"
+def _part(position: int, given: Any) -> Part:
+    """One entry of `MultiConfig.tasks`. Raises ConfigError, in one line that names ``task.tasks[position]``."""
+    where = f"task.tasks[{position}]"
     if isinstance(given, Part):
         return given
     fields = {"name": given} if isinstance(given, str) else given
@@ -87,7 +87,7 @@ def _part(place: int, given: Any) -> Part:
     if fields["name"] == "multi":
         raise ConfigError(f"{where}.name: a mixture cannot hold a mixture; list the inner one's tasks")
     own = {key: value for key, value in fields.items() if key in ("weight", "portion")}
-    with told_as(where):
+    with named_in_errors(where):
         settings = task_config({key: value for key, value in fields.items() if key not in own})
     try:
         return Part.model_validate({"name": fields["name"], "settings": settings, **own})
@@ -96,7 +96,7 @@ def _part(place: int, given: Any) -> Part:
 
 
 @contextmanager
-def told_as(where: str) -> Iterator[None]:
+def named_in_errors(where: str) -> Iterator[None]:
     """Names the settings of one task by where they stand, in the errors that it raises."""
     try:
         yield

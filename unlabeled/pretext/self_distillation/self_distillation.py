@@ -8,9 +8,9 @@ prototypes are used alike: Cuturi, "Sinkhorn Distances", NeurIPS 2013, arXiv 130
 In this order: settings, the momentum teacher, crops, heads, the teacher's assignments (`TeacherCenter`, or
 Sinkhorn-Knopp), the loss. A task's `forward` calls what it needs of them.
 
-Shapes: B pictures, V crops of each, D features, C channels of a direction, K prototypes, n rows of any kind. Batches
-hold crops picture by picture; networks get them crop by crop: the first crop of each picture, the second ... Head and
-centre are lightly's. Its DINOLoss is not used, as it moves its centre inside of each forward pass, in evaluation too;
+Shapes: B images, V crops of each, D features, C channels of a direction, K prototypes, n rows of any kind. Batches
+hold crops image by image; networks get them crop by crop: the first crop of each image, the second ... Head and
+center are lightly's. Its DINOLoss is not used, as it moves its center inside of each forward pass, in evaluation too;
 `cross_view_loss` gives the same numbers.
 """
 
@@ -166,24 +166,24 @@ class TeacherStudent(PretextTask):
 
     @torch.no_grad()
     def visualize(self, batch: Batch) -> dict[str, Tensor]:
-        """``crops``: a row a picture (the first 4), large crops and then small ones in the same scale."""
+        """``crops``: a row an image (the first 4), large crops and then small ones in the same scale."""
         return {"crops": crop_sheet(batch[name] for name in ("globals", "locals") if name in batch)}
 
 
 def crops_by_size(backbone: Backbone, batch: Batch) -> list[Tensor]:
-    """``globals`` (B, 2, 3, h, w) and ``locals`` (B, n, 3, h', w'), uint8 → normalised, crop by crop: (2 B, 3, h, w)
+    """``globals`` (B, 2, 3, h, w) and ``locals`` (B, n, 3, h', w'), uint8 → normalized, crop by crop: (2 B, 3, h, w)
     and, if there are small ones, (n B, 3, h', w'). Networks take the sizes apart."""
     return [backbone.normalize(crop_major(batch[name])) for name in ("globals", "locals") if name in batch]
 
 
 def crop_major(crops: Tensor) -> Tensor:
-    """(B, V, 3, h, w) → (V * B, 3, h, w): the first crop of each picture, the second of each, ..."""
+    """(B, V, 3, h, w) → (V * B, 3, h, w): the first crop of each image, the second of each, ..."""
     return crops.transpose(0, 1).flatten(0, 1)
 
 
-def by_crop(rows: Tensor, pictures: int) -> Tensor:
+def by_crop(rows: Tensor, images: int) -> Tensor:
     """(V * B, ...), crop by crop → (V, B, ...)."""
-    return rows.view(-1, pictures, *rows.shape[1:])
+    return rows.view(-1, images, *rows.shape[1:])
 
 
 def create_head(dim: int, config: HeadConfig) -> DINOProjectionHead:
@@ -235,7 +235,7 @@ def log_probabilities(head: Any, units: Tensor, temperature: float) -> Tensor:
 class TeacherCenter(Center):  # type: ignore[misc]
     """The moving average of the teacher's logits, (1, K), without which its assignments are taken.
 
-    lightly's, moved once an optimizer step: all micro-steps of one use the same centre and count in the next.
+    lightly's, moved once an optimizer step: all micro-steps of one use the same center and count in the next.
     """
 
     def __init__(self, prototypes: int, momentum: float) -> None:
@@ -244,7 +244,7 @@ class TeacherCenter(Center):  # type: ignore[misc]
         """Means (1, K) of the micro-steps since the last move."""
 
     def assign(self, logits: Tensor, temperature: Tensor) -> Tensor:
-        """The teacher's logits (..., K) → its assignments (..., K), under the centre as it was after the last step."""
+        """The teacher's logits (..., K) → its assignments (..., K), under the center as it was after the last step."""
         assigned: Tensor = ((logits - self.value) / temperature).softmax(-1)
         return assigned
 
@@ -340,19 +340,19 @@ def _logsumexp_over_ranks(values: Tensor) -> Tensor:
 
 
 def cross_view_loss(assigned: Tensor, log_predicted: Tensor) -> Tensor:
-    """Mean cross-entropy over pictures and over pairs of a teacher's crop and another crop of the student.
+    """Mean cross-entropy over images and over pairs of a teacher's crop and another crop of the student.
 
     `assigned` (T, B, K): the teacher's; `log_predicted` (V, B, K): log-probabilities of the student's V >= T crops, of
     which the first T are the teacher's. T V - T pairs: 18 for 2 large and 8 small crops. Source: equation 3 of DINO.
     """
-    teachers, pictures = assigned.shape[:2]
+    teachers, images = assigned.shape[:2]
     every = (assigned.sum(0) * log_predicted).sum()  # all pairs at once: the sum over T comes first
     same = (assigned * log_predicted[:teachers]).sum()  # a crop does not teach itself
-    return (same - every) / (teachers * (len(log_predicted) - 1) * pictures)
+    return (same - every) / (teachers * (len(log_predicted) - 1) * images)
 
 
 @torch.no_grad()
-def assignment_figures(assigned: Tensor) -> dict[str, Tensor]:
+def assignment_metrics(assigned: Tensor) -> dict[str, Tensor]:
     """Assignments (..., K) → ``teacher_entropy``, 0 sharp to 1 even, and ``teacher_information`` (see
     `unlabeled.ssl.train.collapse`), both over log K."""
     rows = assigned.flatten(0, -2)

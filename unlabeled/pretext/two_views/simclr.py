@@ -1,4 +1,4 @@
-"""SimCLR: find a picture's other view among all other views of the batch.
+"""SimCLR: find an image's other view among all other views of the batch.
 
 Chen, Kornblith, Norouzi, Hinton: A Simple Framework for Contrastive Learning of Visual Representations, ICML 2020,
 arXiv 2002.05709; repository github.com/google-research/simclr. Loss and head are lightly's. All 2 B views pass through
@@ -73,7 +73,7 @@ class SimCLR(TwoViewTask):
     }
     """SimCLR (Chen et al., ICML 2020, arXiv 2002.05709): the published recipe, 100 to 1000 epochs of batches of 256
     to 8192, with the square-root rule of its appendix B.1. LARS leaves norms and biases alone, as published."""
-    per_picture: ClassVar[bool] = False
+    per_image: ClassVar[bool] = False
     collapse_remedy: ClassVar[str] = "lower optim.lr, raise batch_size, or lower task.temperature"
     config: SimCLRConfig
 

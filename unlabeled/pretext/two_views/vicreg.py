@@ -1,4 +1,4 @@
-"""VICReg: the two views agree, each channel varies over pictures, and no two channels say the same.
+"""VICReg: the two views agree, each channel varies over images, and no two channels say the same.
 
 Bardes, Ponce, LeCun: VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning, ICLR 2022,
 arXiv 2105.04906; repository github.com/facebookresearch/vicreg. The loss is lightly's. Each view passes through the
@@ -70,7 +70,7 @@ class VICReg(TwoViewTask):
     """VICReg (Bardes et al., ICLR 2022, arXiv 2105.04906): the published recipe, 100 or 1000 epochs of batches of
     2048."""
     small_settings: ClassVar[dict[str, Any]] = {"hidden": 64, "dim": 32}
-    per_picture: ClassVar[bool] = False
+    per_image: ClassVar[bool] = False
     collapse_remedy: ClassVar[str] = "raise task.variance_weight, or lower optim.lr"
     config: VICRegConfig
 

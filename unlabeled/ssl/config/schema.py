@@ -201,7 +201,7 @@ class EvaluateConfig(Section):
     recalibrate: Literal["auto"] | bool = "auto"
     """Recompute the running statistics of batch norms on unmasked training images. auto: if the task collected them on
     masked images."""
-    recalibrate_pictures: int = Field(1024, ge=2)
+    recalibrate_images: int = Field(1024, ge=2)
     """Training images for `recalibrate`, chosen by a fixed shuffle. [images]"""
     evaluators: Literal["all"] | tuple[str, ...] = ("knn", "linear")
     """Evaluators to run, by name, such as [knn,linear,cluster]; all: every one."""
@@ -258,7 +258,7 @@ class PretrainConfig(RunConfig):
     evaluate: EvaluateConfig = EvaluateConfig()
     out: Path = Path("runs/pretrain")
     """Run folder."""
-    official: Path | None = None
+    reference: Path | None = None
     """Start the whole task (backbone, decoder, heads) from a checkpoint of the method's authors."""
 
     @model_validator(mode="after")
@@ -284,7 +284,7 @@ class EvaluateRun(Section):
     sizes: Sizes | None = None
     """For an elastic run: also evaluate these of its sizes, each with a baseline of random weights, and draw accuracy
     over size. all, or a list of [width, depth]."""
-    beside: tuple[Path, ...] = ()
+    versus: tuple[Path, ...] = ()
     """With `sizes`: runs of fixed-size networks of the same kind, drawn in the same figure as "trained alone"."""
     out: Path | None = None
     """Folder of the report; null: report/ in the run folder, or reports/TARGET."""
@@ -328,7 +328,7 @@ class ExportRun(Section):
     loads."""
     recalibrate: bool = True
     """Recompute the running statistics of a sub-network's batch norms, which differ between sizes."""
-    recalibrate_pictures: int = Field(1024, ge=2)
+    recalibrate_images: int = Field(1024, ge=2)
     """Training images for `recalibrate`, chosen by a fixed shuffle; labels are not needed. [images]"""
     data: DataConfig | None = None
     """Images for `recalibrate`; null: those of the run."""

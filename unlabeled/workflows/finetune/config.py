@@ -18,7 +18,7 @@ Part = Annotated[float, Field(gt=0, le=1)]
 Chance = Annotated[float, Field(ge=0, le=1)]
 
 
-class NetworkConfig(Section):
+class ModelConfig(Section):
     """What changes in the target's network when it becomes a classifier."""
 
     size: Size | None = None
@@ -98,7 +98,7 @@ class FinetuneConfig(RunConfig):
     baseline: bool = True
     """Then train the same network from random weights for as many steps, in OUT/scratch, with the same settings but
     without layer-wise decay."""
-    network: NetworkConfig = NetworkConfig()
+    model: ModelConfig = ModelConfig()
     frozen: bool = False
     """Train only the classifier, on frozen features."""
     label_fraction: float | None = Field(None, gt=0, le=1)

@@ -15,7 +15,7 @@ from unlabeled.ssl.config.schema import DataConfig, EvaluateConfig, Size
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.data.registry import Sources, filled, labeled
 
-_SHARED = {"batch_size", "prefixes", "recalibrate", "recalibrate_pictures"}
+_SHARED = {"batch_size", "prefixes", "recalibrate", "recalibrate_images"}
 """Settings of ``evaluate`` that have an effect here, beside the sections of the evaluators."""
 
 
@@ -103,18 +103,20 @@ class GauntletRun(Section):
         return self
 
 
-def gauntlet_config(words: Sequence[str]) -> GauntletRun:
+def gauntlet_config(overrides: Sequence[str]) -> GauntletRun:
     """The validated settings of a gauntlet. Raises ConfigError, in one line, for words that do not make one."""
-    named = [word for word in words if word.startswith("data=")]
+    named = [word for word in overrides if word.startswith("data=")]
     listed = _list_in(named[-1]) if named else None
-    others = [word for word in words if word not in named or (listed is None and _list_in(word) is None)]
+    others = [word for word in overrides if word not in named or (listed is None and _list_in(word) is None)]
     composition = composed("gauntlet", others, choices={"data": Sources()})
     if listed is not None:
         if inside := next((word for word in others if word.startswith("data.")), None):
             raise ConfigError(f"{inside}: data is a list; write it inside of one of its mappings")
         composition["data"] = listed
     run = validate(composition, GauntletRun)
-    entries = [filled(labeled(entry, f"data.{place}"), f"data.{place}") for place, entry in enumerate(run.data)]
+    entries = [
+        filled(labeled(entry, f"data.{position}"), f"data.{position}") for position, entry in enumerate(run.data)
+    ]
     return run.model_copy(update={"data": tuple(entries)})
 
 

@@ -115,9 +115,9 @@ def holdout(
 ) -> torch.Tensor:
     """Sorted indices, int64 (M,), of the train or test part when `fraction` of each class is held out.
 
-    The pictures of a class that come first by `order` (N,) are held out; None: a fixed random order. An order that
-    belongs to the pictures, such as a hash of their names, keeps them in their part when others are added.
-    Each class of two or more has at least one picture in both parts; a class of one picture is trained on.
+    The images of a class that come first by `order` (N,) are held out; None: a fixed random order. An order that
+    belongs to the images, such as a hash of their names, keeps them in their part when others are added.
+    Each class of two or more has at least one image in both parts; a class of one image is trained on.
     """
     count = len(labels)
     keys = np.random.default_rng(0).permutation(count) if order is None else order

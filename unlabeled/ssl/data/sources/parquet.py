@@ -1,4 +1,4 @@
-"""Parquet files with a column of encoded pictures."""
+"""Parquet files with a column of encoded images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ParquetConfig(TableConfig):
 
 
 class ParquetSource(TableSource):
-    """Parquet files, one or many; the picture column is found by its type (``pip install 'unlabeled[hf]'``).
+    """Parquet files, one or many; the image column is found by its type (``pip install 'unlabeled[hf]'``).
 
     `config.path` is a file, a pattern such as ``data/*.parquet``, or a folder. Files that are named for a split
     (``train-0000.parquet``, ``test/0000.parquet``) belong to it.

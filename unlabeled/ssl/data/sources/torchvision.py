@@ -1,4 +1,4 @@
-"""Any labelled data set of torchvision that is already on disk; nothing is ever downloaded."""
+"""Any labeled data set of torchvision that is already on disk; nothing is ever downloaded."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class TorchvisionConfig(SourceConfig):
 
 
 class TorchvisionSource:
-    """Any labelled data set of torchvision that is on disk, such as ``data.dataset=CIFAR10``; nothing is downloaded.
+    """Any labeled data set of torchvision that is on disk, such as ``data.dataset=CIFAR10``; nothing is downloaded.
 
     Where the class knows no splits, a part of each class is held out.
     """
@@ -65,7 +65,7 @@ class TorchvisionSource:
         return len(self._dataset) if self._rows is None else len(self._rows)
 
     def read(self, index: int) -> torch.Tensor:
-        """Picture `index`, uint8 (3, H, W). Raises DecodeError."""
+        """Image `index`, uint8 (3, H, W). Raises DecodeError."""
         row = self._row(index)
         try:
             return rgb_tensor(self._dataset[row][0])
@@ -78,12 +78,12 @@ class TorchvisionSource:
         return self._labels
 
     def describe(self, index: int) -> str:
-        """Place and data set, such as ``picture 7 of CIFAR10``."""
-        return f"picture {self._row(index)} of {self.name}"
+        """Place and data set, such as ``image 7 of CIFAR10``."""
+        return f"image {self._row(index)} of {self.name}"
 
     def _row(self, index: int) -> int:
         if index >= len(self):  # of torchvision's classes, some would raise something else
-            raise IndexError(f"{self.name} has {len(self)} pictures, and no {index}")
+            raise IndexError(f"{self.name} has {len(self)} images, and no {index}")
         return index if self._rows is None else int(self._rows[index])
 
 

@@ -1,8 +1,8 @@
 """Crops with hidden places: which, how they enter the network, and what it gives for them (iBOT, arXiv 2111.07832).
 
 Where a backbone turns each patch into a token of its own (see `unlabeled.ssl.backbones.stem`), hidden patches are a
-learned token before positions are added; else one learned colour in the picture, which the paper does not have. A place
-is one of the last feature map, so several patches in Swin and its like, or a part of one under `HiddenConfig.fine`.
+learned token before positions are added; else one learned color in the image, which the paper does not have. A place
+is one of the last feature map, so several patches in Swin and its like, or a part of one under `PatchMaskConfig.fine`.
 
 Shapes: N crops, L = gh * gw places, M of them hidden over all crops, D features, C channels of a place.
 """
@@ -30,7 +30,7 @@ from unlabeled.ssl.task import Batch, TaskConfig
 Spread = Literal["uniform", "even"]
 
 
-class HiddenConfig(TaskConfig):
+class PatchMaskConfig(TaskConfig):
     """What is masked; the defaults are iBOT's."""
 
     masked_crops: Part = 0.5
@@ -46,13 +46,13 @@ class HiddenConfig(TaskConfig):
     """Mask at a grid this many times finer than the last feature map; POA uses 2 for networks of stride 32."""
 
     @model_validator(mode="after")
-    def _mask_ratio_is_ordered(self) -> HiddenConfig:
+    def _mask_ratio_is_ordered(self) -> PatchMaskConfig:
         if self.mask_ratio[0] > self.mask_ratio[1]:
             raise ValueError(f"mask_ratio {list(self.mask_ratio)} begins above its end; give [smallest, largest]")
         return self
 
 
-class Hidden(NamedTuple):
+class MaskedPatches(NamedTuple):
     """The hidden places of N crops."""
 
     visible: Tensor
@@ -63,14 +63,14 @@ class Hidden(NamedTuple):
     """(M,): one over the number of hidden places of its crop."""
 
 
-class HiddenPlaces:
+class PatchMasker:
     """Hides places of the crops of one architecture and reads what it gives for them.
 
-    Attributes: `stem` (None where hidden places are a colour), `normed` (whether places come after the network's final
+    Attributes: `stem` (None where hidden places are a color), `normed` (whether places come after the network's final
     norm).
     """
 
-    def __init__(self, config: HiddenConfig, backbone: Backbone, *, task: str) -> None:
+    def __init__(self, config: PatchMaskConfig, backbone: Backbone, *, task: str) -> None:
         """Raises CapabilityError for a backbone without feature maps, or of one place, and ConfigError for places that
         are smaller than a patch."""
         self.config, self.task = config, task
@@ -79,14 +79,14 @@ class HiddenPlaces:
         self.normed = self.level.normed
         self._grids: dict[tuple[int, int], tuple[int, int]] = {}
         size, grid = backbone.input_size, self.grid_of(backbone, backbone.input_size)
-        if self.stem is not None and any(places > self._patches(size)[axis] for axis, places in enumerate(grid)):
+        if self.stem is not None and any(positions > self._patches(size)[axis] for axis, positions in enumerate(grid)):
             raise ConfigError(
                 f"task.fine: {config.fine} gives {grid[0]}x{grid[1]} places, more than the "
                 f"{self._patches(size)[0]}x{self._patches(size)[1]} patches of {backbone.name}; give a smaller number"
             )
 
     def new_token(self) -> nn.Parameter:
-        """What hidden places are before training: (1, 1, D) for a token, (1, 3, 1, 1), at zero, for a colour.
+        """What hidden places are before training: (1, 1, D) for a token, (1, 3, 1, 1), at zero, for a color.
 
         A token is not at zero, as published, but a little off it: norms of places that are zero throughout multiply
         gradients by 1 / sqrt(eps) each, which overflows in networks that norm what their blocks give (FocalNet).
@@ -98,10 +98,10 @@ class HiddenPlaces:
     @property
     def entry(self) -> str:
         """Where hidden places enter, in words."""
-        return "as one colour in the picture" if self.stem is None else f"as one token after {self.stem.name}"
+        return "as one color in the image" if self.stem is None else f"as one token after {self.stem.name}"
 
     def grid_of(self, backbone: Backbone, size: tuple[int, int]) -> tuple[int, int]:
-        """Places (gh, gw) of pictures of `size` pixels. Raises CapabilityError when there is only one."""
+        """Places (gh, gw) of images of `size` pixels. Raises CapabilityError when there is only one."""
         if size not in self._grids:
             rows, columns = self.level.grid_of(backbone, size)
             self._grids[size] = rows * self.config.fine, columns * self.config.fine
@@ -121,38 +121,38 @@ class HiddenPlaces:
     def draw(self, backbone: Backbone, crops: Tensor) -> tuple[Tensor, Tensor]:
         """For crops (B, V, 3, h, w): noise (B, V, L), of which the largest values are hidden, and the ratio (B, V) of
         hidden places, 0 for none."""
-        pictures, views = crops.shape[:2]
+        images, views = crops.shape[:2]
         grid = self.grid_of(backbone, (crops.shape[-2], crops.shape[-1]))
-        noise = mask_noise(self.config.mask_pattern, pictures * views, grid, crops.device)
+        noise = mask_noise(self.config.mask_pattern, images * views, grid, crops.device)
         low, high = self.config.mask_ratio
         # ranks of noise and not a coin for each: exactly `masked` crops of every batch have hidden places
-        order = torch.rand(pictures * views, device=crops.device).argsort().argsort().view(pictures, views)
+        order = torch.rand(images * views, device=crops.device).argsort().argsort().view(images, views)
         masked = max(1, round(self.config.masked_crops * order.numel()))
-        part = torch.rand(pictures, views, device=crops.device)
+        part = torch.rand(images, views, device=crops.device)
         if self.config.mask_spread == "even":
             part = (order + part) / masked
-        return noise.view(pictures, views, -1), (low + (high - low) * part) * (order < masked)
+        return noise.view(images, views, -1), (low + (high - low) * part) * (order < masked)
 
-    def hide(self, backbone: Backbone, noise: Tensor, ratio: Tensor, crops: Tensor) -> Hidden:
+    def hide(self, backbone: Backbone, noise: Tensor, ratio: Tensor, crops: Tensor) -> MaskedPatches:
         """`noise` (B, V, L) and `ratio` (B, V) of `crops` (..., h, w) → what is hidden, crop by crop.
 
         At least one place of a crop that has hidden ones at all, and never all of them.
         """
         grid = self.grid_of(backbone, (crops.shape[-2], crops.shape[-1]))
         noise, part = noise.transpose(0, 1).flatten(0, 1), ratio.t().flatten()  # (V B, L), (V B,)
-        places = noise.shape[1]
-        most = min(max(round(self.config.mask_ratio[1] * places), 1), places - 1)
-        count = (part * places).round().clamp(1, most) * (part > 0)
+        positions = noise.shape[1]
+        most = min(max(round(self.config.mask_ratio[1] * positions), 1), positions - 1)
+        count = (part * positions).round().clamp(1, most) * (part > 0)
         ranks = noise.argsort(dim=1, descending=True).argsort(dim=1)
         masked = ranks < count[:, None]  # (V B, L); crops hide different numbers, unlike in masked autoencoders
         rows = masked.flatten().nonzero().flatten()  # waits for the device, which costs less than heads of unused rows
-        weights = (1 / count.clamp(min=1))[rows // places].to(noise.dtype)
-        return Hidden(~masked.view(-1, *grid), rows, weights)
+        weights = (1 / count.clamp(min=1))[rows // positions].to(noise.dtype)
+        return MaskedPatches(~masked.view(-1, *grid), rows, weights)
 
     def encode(
         self, backbone: Backbone, images: Tensor, visible: Tensor | None = None, token: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Normalised (N, 3, h, w), what is `visible` (bool, N, gh, gw) and what stands for the rest → pooled (N, D)
+        """Normalized (N, 3, h, w), what is `visible` (bool, N, gh, gw) and what stands for the rest → pooled (N, D)
         and places (N, L, C), after the network's final norm where it can be had. In one pass.
 
         `backbone` may be a sub-network, which takes the token's first channels.
@@ -161,7 +161,7 @@ class HiddenPlaces:
         masking: Any = nullcontext()
         size = (images.shape[-2], images.shape[-1])
         if visible is not None and token is not None:
-            if self.stem is None:  # no layer with a token a patch: a colour in the picture instead
+            if self.stem is None:  # no layer with a token a patch: a color in the image instead
                 images = torch.where(enlarged(visible, size)[:, None], images, token.to(images.dtype))
             else:
                 masking = substituted(model, self.stem, enlarged(visible, self._patches(size)), token)
@@ -172,12 +172,12 @@ class HiddenPlaces:
                 images, indices=[len(backbone.stages) - 1], output_fmt="NCHW", **options
             )
             pooled: Tensor = model.forward_head(features, pre_logits=True)
-        places, fine = maps[0], self.config.fine  # (N, C, gh / fine, gw / fine)
-        places = places.repeat_interleave(fine, 2).repeat_interleave(fine, 3) if fine > 1 else places
-        return pooled.flatten(1), places.flatten(2).transpose(1, 2)  # (N, D), (N, L, C)
+        positions, fine = maps[0], self.config.fine  # (N, C, gh / fine, gw / fine)
+        positions = positions.repeat_interleave(fine, 2).repeat_interleave(fine, 3) if fine > 1 else positions
+        return pooled.flatten(1), positions.flatten(2).transpose(1, 2)  # (N, D), (N, L, C)
 
     def sheet(self, backbone: Backbone, batch: Batch, noise: Tensor, ratio: Tensor) -> Tensor:
-        """A row a picture (the first 4): large crops, the same with hidden places in grey, small crops."""
+        """A row an image (the first 4): large crops, the same with hidden places in gray, small crops."""
         large = batch["globals"]
         size = (large.shape[-2], large.shape[-1])
         hidden = self.hide(backbone, noise, ratio, large)
@@ -186,9 +186,9 @@ class HiddenPlaces:
         return crop_sheet(kinds)
 
 
-def at_places(places: Tensor, hidden: Hidden) -> Tensor:
+def at_positions(positions: Tensor, hidden: MaskedPatches) -> Tensor:
     """(N, L, C) → (M, C), those that are hidden."""
-    return places.flatten(0, 1).index_select(0, hidden.rows)
+    return positions.flatten(0, 1).index_select(0, hidden.rows)
 
 
 def enlarged(cells: Tensor, size: tuple[int, int]) -> Tensor:

@@ -38,9 +38,9 @@ def queue(words: int, channels: int = 1, **settings) -> Vocabulary:
 
 def naive_bags(cells: Tensor, words: Tensor, sharpness: float | None, pool: str) -> Tensor:
     rows = []
-    for picture in cells:
+    for image in cells:
         codes = []
-        for cell in picture:
+        for cell in image:
             distance = ((words - cell) ** 2).sum(1)
             one_hot = F.one_hot(distance.argmin(), len(words)).to(words.dtype)
             codes.append(one_hot if sharpness is None else torch.softmax(-sharpness * distance, 0))
@@ -61,7 +61,7 @@ def test_bags_made_in_parts_equal_the_definition(sharpness, pool, memory):
     assert torch.allclose(bags.sum(1), torch.ones(5).double())
 
 
-def test_parts_hold_as_many_pictures_as_fit():
+def test_parts_hold_as_many_images_as_fit():
     parts = Distances(torch.rand(5, 6, 4), torch.rand(7, 4), memory=2 * 6 * 7 * 4).parts
     assert [len(part) for part in parts] == [2, 2, 1]
 
@@ -168,7 +168,7 @@ def test_words_begin_cut_off_at_zero_where_maps_are_not_negative():
     assert (queue(500).words == 0).float().mean().item() == pytest.approx(0.5, abs=0.1)
 
 
-def test_seeds_take_equally_many_places_of_each_picture():
+def test_seeds_take_equally_many_places_of_each_image():
     maps = torch.arange(2 * 16.0).view(2, 1, 4, 4)
     seeds = seed_words(maps, torch.tensor([0.0, 0.5]), (1, 1), 4).flatten().tolist()
     assert seeds == [0, 4, 8, 12, 24, 28, 16, 20]
@@ -196,7 +196,7 @@ def test_head_sees_directions_of_words_only():
     assert torch.allclose(head(words), head(words * torch.rand(9, 1).add(0.5)), atol=1e-6)
 
 
-def test_loss_is_the_divergence_in_mean_over_views_of_the_right_picture():
+def test_loss_is_the_divergence_in_mean_over_views_of_the_right_image():
     bags = torch.eye(3, 5)
     right = 50 * bags[:, None].expand(3, 2, 5)
     assert bow_loss(right, bags).item() == pytest.approx(0, abs=1e-6)

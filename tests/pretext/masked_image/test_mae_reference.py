@@ -19,7 +19,7 @@ def tiny_task(**kwargs: object) -> MAE:
     return MAE(config, create_backbone("vit_tiny_patch16_224", **settings))
 
 
-def official(task: MAE) -> dict[str, Tensor]:
+def reference(task: MAE) -> dict[str, Tensor]:
     """The task's tensors in the authors' layout, with values of their own."""
     torch.manual_seed(3)
     state = {f"{k.removeprefix('model.')}": torch.randn_like(v) for k, v in task.backbone.state_dict().items()}
@@ -33,30 +33,30 @@ def official(task: MAE) -> dict[str, Tensor]:
 
 def test_official_checkpoints_with_and_without_a_decoder():
     task = tiny_task()
-    state = official(task)
-    assert task.load_official({"model": state}) == ([], [])
+    state = reference(task)
+    assert task.load_reference({"model": state}) == ([], [])
     assert torch.equal(task.backbone.model.blocks[1].mlp.fc1.weight, state["blocks.1.mlp.fc1.weight"])
     assert torch.equal(task.decoder.pred.bias, state["decoder_pred.bias"])
     assert torch.equal(task.decoder.mask_token, state["mask_token"])
 
     encoder_only = {name: value for name, value in state.items() if not name.startswith(("decoder", "mask"))}
-    missing, unexpected = tiny_task().load_official(encoder_only | {"head.weight": torch.zeros(2, 2)})
+    missing, unexpected = tiny_task().load_reference(encoder_only | {"head.weight": torch.zeros(2, 2)})
     assert unexpected == ["head.weight"]
     assert set(missing) == {name for name in state if name.startswith(("decoder", "mask"))} - {"decoder_pos_embed"}
 
 
 def test_official_checkpoint_of_another_grid():
-    state = official(tiny_task())
+    state = reference(tiny_task())
     larger = tiny_task(size=(48, 32))
-    assert larger.load_official(state) == ([], [])
+    assert larger.load_reference(state) == ([], [])
     torch.testing.assert_close(larger.backbone.model.pos_embed.data, sincos_2d(32, (6, 4), prefix=1))
     assert not larger.backbone.model.pos_embed.requires_grad
 
 
 def test_official_norm_is_reported_where_the_backbone_pools_first():
     """Fine-tuning networks have their norm after pooling: the pretraining norm must not end up there."""
-    state = official(tiny_task())
-    missing, unexpected = tiny_task(global_pool="avg").load_official(state)
+    state = reference(tiny_task())
+    missing, unexpected = tiny_task(global_pool="avg").load_reference(state)
     assert missing == ["fc_norm.weight", "fc_norm.bias"]
     assert unexpected == ["norm.weight", "norm.bias"]
 
@@ -64,9 +64,9 @@ def test_official_norm_is_reported_where_the_backbone_pools_first():
 def test_official_checkpoint_that_does_not_fit():
     task = tiny_task()
     before = task.decoder.pred.weight.detach().clone()
-    state = official(task)
+    state = reference(task)
     with pytest.raises(CheckpointError, match=r"blocks.0.attn.qkv.weight is \(3, 3\) in the file and \(96, 32\) here"):
-        task.load_official(state | {"blocks.0.attn.qkv.weight": torch.zeros(3, 3)})
+        task.load_reference(state | {"blocks.0.attn.qkv.weight": torch.zeros(3, 3)})
     with pytest.raises(CheckpointError, match="decoder_pos_embed is not the fixed"):
-        task.load_official(state | {"decoder_pos_embed": torch.zeros(1, 17, 16)})
+        task.load_reference(state | {"decoder_pos_embed": torch.zeros(1, 17, 16)})
     assert torch.equal(task.decoder.pred.weight, before)

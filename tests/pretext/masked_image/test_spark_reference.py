@@ -34,7 +34,7 @@ def values_of(task: SparK) -> dict[str, Tensor]:
 
 
 def published(name: str) -> str:
-    """The authors' name of one of our tensors, spelt out by hand."""
+    """The authors' name of one of our tensors, spelled out by hand."""
     rules = [
         (r"^decoder\.blocks\.(\d)\.up\.", r"dense_decoder.dec.\1.up_sample."),
         (r"^decoder\.blocks\.(\d)\.mix\.", r"dense_decoder.dec.\1.conv."),
@@ -66,7 +66,7 @@ def test_a_whole_checkpoint(name, tmp_path):
 
     for state in (read_tensors(file), content):
         task = tiny_task(name)
-        assert task.load_official(state) == ([], [])
+        assert task.load_reference(state) == ([], [])
         for own, value in values.items():
             assert torch.equal(task.state_dict()[own], value), own
 
@@ -83,7 +83,7 @@ def test_a_bare_encoder(name, timm_names):
         for own, value in encoder.items()
     }
     task = tiny_task(name)
-    missing, unexpected = task.load_official(bare | {"fc.weight": torch.zeros(2, 2)})
+    missing, unexpected = task.load_reference(bare | {"fc.weight": torch.zeros(2, 2)})
     assert unexpected == ["fc.weight"]
     assert {one for one in missing if not one.startswith(("norm.", "head."))} == {
         published(own) for own in values if not own.startswith("backbone.")
@@ -97,8 +97,8 @@ def test_checkpoints_that_do_not_fit():
     before = {name: value.clone() for name, value in task.state_dict().items()}
     module = {published(own): value for own, value in values_of(task).items()}
     with pytest.raises(CheckpointError, match=r"densify_projs.0.bias is \(3,\) in the file and \(16,\) here"):
-        task.load_official(module | {"densify_projs.0.bias": torch.zeros(3)})
+        task.load_reference(module | {"densify_projs.0.bias": torch.zeros(3)})
     with pytest.raises(CheckpointError, match=r"it holds none of conv1\.weight, bn1\.weight"):
-        task.load_official({"sparse_encoder.blocks.0.weight": torch.zeros(1)})
+        task.load_reference({"sparse_encoder.blocks.0.weight": torch.zeros(1)})
     for name, value in task.state_dict().items():
         assert torch.equal(value, before[name]), name

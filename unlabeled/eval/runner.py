@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from unlabeled.eval.base import Cut, Evaluator, FeatureSet, FeatureSplit, Measured, Value, check_features
-from unlabeled.eval.dense.look import backbone_maps
+from unlabeled.eval.dense.feature_maps import backbone_maps
 from unlabeled.eval.embedding import embed
+from unlabeled.eval.encoded_dataset import EncodedDataset, Loading, principal, random_twin
 from unlabeled.eval.environment import hardware
 from unlabeled.eval.evaluators.knn import KnnEvaluator
 from unlabeled.eval.features.extract import Precision, extract_features, is_main_process, raw_pixels
-from unlabeled.eval.features.recalibrate import recalibrated, recalibration_pictures
+from unlabeled.eval.features.recalibrate import recalibrated, recalibration_images
 from unlabeled.eval.gallery import GalleryRow, nearest_gallery
 from unlabeled.eval.registry import build_evaluator, build_evaluators, settle
-from unlabeled.eval.results import EncoderEvidence, Evidence, Judge, Metric
-from unlabeled.eval.subject import Loading, Subject, principal, random_twin
+from unlabeled.eval.results import EncoderResults, EvaluatorInfo, Metric, Results
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.config.schema import EvaluateConfig
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError, DataError
@@ -47,10 +47,10 @@ def evaluate_backbone(
     workers: int = 0,
     precision: Precision = "fp32",
     masked_statistics: bool = False,
-) -> Evidence | None:
-    """Measures `backbone` (trained here or anywhere) on labelled data; features are cached in ``work/features``.
+) -> Results | None:
+    """Measures `backbone` (trained here or anywhere) on labeled data; features are cached in ``work/features``.
 
-    `masked_statistics` says that its batch norms saw masked pictures only, which ``config.recalibrate`` may answer.
+    `masked_statistics` says that its batch norms saw masked images only, which ``config.recalibrate`` may answer.
     Under torch.distributed every process must call it and takes part in computing features; all but the first receive
     None. Raises DataError for data without labels or with test classes unknown to the training split.
     """
@@ -60,20 +60,20 @@ def evaluate_backbone(
     train, test = sources = limited(train, config.limit), limited(test, config.limit)
     cache = work / "features" if work is not None else None
     load = Loading(config.batch_size, workers, torch.device(device), precision, cache)
-    subjects: dict[str, Subject] = {}
+    datasets: dict[str, EncodedDataset] = {}
     seconds: dict[str, float] = {}
     notes: dict[str, str] = {}
-    anew = min(recalibration_pictures(config, backbone, masked_statistics), len(train))
+    recalibrated = min(recalibration_images(config, backbone, masked_statistics), len(train))
 
     def encode(name: str, encoder: Backbone | None) -> None:
         with _timed(seconds, name):
-            subjects[name] = replace(subject_of(encoder, sources, load, recalibrate=anew), seed=seed)
+            datasets[name] = replace(encode_dataset(encoder, sources, load, recalibrate=recalibrated), seed=seed)
 
     encode("backbone", backbone)
     wanted = ("pixels", "random") if config.baselines is True else config.baselines or ()
     if "pixels" in wanted:
         encode("pixels", None)
-        subjects["pixels"] = replace(subjects["pixels"], beside=backbone)
+        datasets["pixels"] = replace(datasets["pixels"], size_like=backbone)
     if "random" in wanted:
         try:
             encode("random", random_twin(backbone, seed))
@@ -83,15 +83,15 @@ def evaluate_backbone(
             notes["backbone"] = f"no baseline with random weights: {error}"
     if not is_main_process():
         return None
-    check_features(subjects["backbone"].features)
-    encoders: dict[str, EncoderEvidence] = {}
-    for name, subject in subjects.items():
+    check_features(datasets["backbone"].features)
+    encoders: dict[str, EncoderResults] = {}
+    for name, dataset in datasets.items():
         strict = name == "backbone" and config.evaluators != "all"
-        found = _judged(subject, evaluators, config.prefixes, strict=strict, called=name, note=notes.get(name))
+        found = _run_evaluators(dataset, evaluators, config.prefixes, strict=strict, called=name, note=notes.get(name))
         encoders[name] = replace(found, seconds={"features": seconds[name], **found.seconds})
-    evidence = _evidence(encoders, subjects["backbone"], config)
-    judges = {one.name: Judge(one.title, dict(one.captions)) for one in evaluators}
-    return replace(evidence, judges=judges, seconds=time.perf_counter() - began, recalibrated=anew)
+    results = _results_of(encoders, datasets["backbone"], config)
+    infos = {one.name: EvaluatorInfo(one.title, dict(one.captions)) for one in evaluators}
+    return replace(results, evaluators=infos, seconds=time.perf_counter() - began, recalibrated=recalibrated)
 
 
 def online_knn(
@@ -109,11 +109,11 @@ def online_knn(
     evaluator = _knn(config)
     sources = limited(train, config.limit), limited(test, config.limit)
     load = Loading(config.batch_size, workers, torch.device(device), precision)
-    anew = recalibration_pictures(config, backbone, masked_statistics)
-    subject = subject_of(backbone, sources, load, recalibrate=anew)
+    recalibrated = recalibration_images(config, backbone, masked_statistics)
+    dataset = encode_dataset(backbone, sources, load, recalibrate=recalibrated)
     if not is_main_process():
         return {}
-    found = ((key, value) for key, value in evaluator.run(subject) if isinstance(value, Measured))
+    found = ((key, value) for key, value in evaluator.run(dataset) if isinstance(value, Measured))
     return {f"knn/{key}": value.value for key, value in found if math.isnan(value.low)}  # no means over draws
 
 
@@ -124,12 +124,12 @@ def _knn(config: EvaluateConfig) -> KnnEvaluator:
     return evaluator
 
 
-def subject_of(
+def encode_dataset(
     encoder: Backbone | None, sources: tuple[ImageSource, ImageSource], load: Loading, *, recalibrate: int = 0
-) -> Subject:
-    """One encoder (None: raw pixels) on the (training, test) pictures of `sources`.
+) -> EncodedDataset:
+    """One encoder (None: raw pixels) on the (training, test) images of `sources`.
 
-    `recalibrate`: training pictures on which its batch-norm statistics are estimated anew; 0: they stay. Raises
+    `recalibrate`: training images on which its batch-norm statistics are estimated anew; 0: they stay. Raises
     DataError for data without labels or with test classes unknown to the training split.
     """
     train, test = sources
@@ -137,17 +137,17 @@ def subject_of(
     loading: dict[str, Any] = {"batch_size": load.batch_size, "workers": load.workers}
     if encoder is None:
         parts = [raw_pixels(source, **loading, cache=load.cache) for source in sources]
-        return Subject(_joined(parts[0], parts[1], train, test, classes), None, sources, load)
+        return EncodedDataset(_joined(parts[0], parts[1], train, test, classes), None, sources, load)
     loading["device"] = load.device
     if recalibrate:
-        encoder = recalibrated(encoder, train, pictures=min(recalibrate, len(train)), **loading)
+        encoder = recalibrated(encoder, train, count=min(recalibrate, len(train)), **loading)
     data = _feature_set(train, test, classes, encoder, cache=load.cache, precision=load.precision, **loading)
-    return Subject(data, encoder, sources, load)
+    return EncodedDataset(data, encoder, sources, load)
 
 
-def judged(subject: Subject, evaluator: Evaluator, prefixes: Sequence[int] = ()) -> EncoderEvidence:
-    """What one evaluator says of `subject`. Raises what the evaluator raises."""
-    return _judged(subject, [evaluator], prefixes, strict=True)
+def evaluate_features(dataset: EncodedDataset, evaluator: Evaluator, prefixes: Sequence[int] = ()) -> EncoderResults:
+    """What one evaluator says of `dataset`. Raises what the evaluator raises."""
+    return _run_evaluators(dataset, [evaluator], prefixes, strict=True)
 
 
 def _classes(train: ImageSource) -> tuple[str, ...]:
@@ -181,31 +181,31 @@ def _joined(
     return FeatureSet(train, replace(test, labels=labels), classes)
 
 
-def _judged(
-    subject: Subject,
+def _run_evaluators(
+    dataset: EncodedDataset,
     evaluators: Sequence[Evaluator],
     prefixes: Sequence[int],
     *,
     strict: bool,
     called: str | None = None,
     note: str | None = None,
-) -> EncoderEvidence:
-    """Runs the evaluators. What `subject` cannot be judged by is raised when `strict`, and else becomes a note.
+) -> EncoderResults:
+    """Runs the evaluators. What `dataset` cannot be judged by is raised when `strict`, and else becomes a note.
 
     `called`: what the log calls the encoder, to tell of each evaluator that is done.
     """
-    found = EncoderEvidence({}, dimension=subject.features.train.features.shape[1])
+    found = EncoderResults({}, dimension=dataset.features.train.features.shape[1])
     notes = [note] if note else []
-    components = functools.cache(functools.partial(principal, subject))  # once, whoever judges them
+    components = functools.cache(functools.partial(principal, dataset))  # once, whoever judges them
     for evaluator in evaluators:
-        if subject.backbone is None and evaluator.needs == "network":
+        if dataset.backbone is None and evaluator.needs == "backbone":
             continue
         with _timed(found.seconds, evaluator.name):
             try:
-                for key, value in evaluator.run(subject):
+                for key, value in evaluator.run(dataset):
                     _take(found, notes, evaluator, key, value)
                 if evaluator.needs == "features":
-                    _judge_prefixes(found, evaluator, subject, components, prefixes)
+                    _evaluate_prefixes(found, evaluator, dataset, components, prefixes)
             except (DataError, CapabilityError) as error:
                 if strict:
                     raise
@@ -215,13 +215,13 @@ def _judged(
     return replace(found, notes=tuple(notes))
 
 
-def _take(found: EncoderEvidence, notes: list[str], evaluator: Evaluator, key: str, value: Value) -> None:
+def _take(found: EncoderResults, notes: list[str], evaluator: Evaluator, key: str, value: Value) -> None:
     """Puts one value of an evaluator where its type belongs."""
     metric = f"{evaluator.name}/{key}"
     if isinstance(value, str):
         notes.append(f"{evaluator.name}: {value}")
     elif isinstance(value, Tensor):
-        found.pictures[metric] = value
+        found.images[metric] = value
     elif isinstance(value, np.ndarray):
         found.arrays[metric] = value
     elif isinstance(value, Measured):
@@ -233,11 +233,11 @@ def _take(found: EncoderEvidence, notes: list[str], evaluator: Evaluator, key: s
         found.metrics[metric] = float(value)
 
 
-def _judge_prefixes(
-    found: EncoderEvidence,
+def _evaluate_prefixes(
+    found: EncoderResults,
     evaluator: Evaluator,
-    subject: Subject,
-    components: Callable[[int], Subject],
+    dataset: EncodedDataset,
+    components: Callable[[int], EncodedDataset],
     prefixes: Sequence[int],
 ) -> None:
     """``knn/k20@64`` for the first 64 features, ``knn/k20@pca64`` for as many principal components."""
@@ -245,7 +245,7 @@ def _judge_prefixes(
     lengths = sorted({length for length in prefixes if length < found.dimension})
     for length in lengths:
         principal_part = components(lengths[-1]).first(length)
-        for cut, part in ((Cut(length), subject.first(length)), (Cut(length, principal=True), principal_part)):
+        for cut, part in ((Cut(length), dataset.first(length)), (Cut(length, principal=True), principal_part)):
             for key, value in evaluator.run(part):
                 if key in whole and isinstance(value, Measured):
                     metric = f"{evaluator.name}/{key}@{cut}"
@@ -253,28 +253,26 @@ def _judge_prefixes(
                     found.measures[metric] = Metric(evaluator.name, key, replace(value.measure, cut=cut))
 
 
-def _evidence(encoders: dict[str, EncoderEvidence], subject: Subject, config: EvaluateConfig) -> Evidence:
-    data, sources, arrays = subject.features, subject.pictures(), encoders["backbone"].arrays
+def _results_of(encoders: dict[str, EncoderResults], dataset: EncodedDataset, config: EvaluateConfig) -> Results:
+    data, sources, arrays = dataset.features, dataset.require_sources(), encoders["backbone"].arrays
     commonest = np.bincount(data.train.labels, minlength=len(data.classes)).argmax()
     gallery: tuple[GalleryRow, ...] = ()
-    if "knn/neighbours" in arrays:
-        gallery = nearest_gallery(
-            data, arrays["knn/neighbours"], arrays["knn/similarities"], sources, seed=subject.seed
-        )
-    return Evidence(
+    if "knn/neighbors" in arrays:
+        gallery = nearest_gallery(data, arrays["knn/neighbors"], arrays["knn/similarities"], sources, seed=dataset.seed)
+    return Results(
         encoders=encoders,
         headline=_headline(encoders["backbone"].measures, _knn(config).headline_k(len(data.train))),
         classes=data.classes,
         test_labels=data.test.labels,
-        train_pictures=len(data.train),
-        test_pictures=len(data.test),
+        train_images=len(data.train),
+        test_images=len(data.test),
         majority=float((data.test.labels == commonest).mean()),
         skipped={"train": data.train.skipped, "test": data.test.skipped},
-        seeds={"random weights": subject.seed, "linear probe": subject.seed},
-        hardware=hardware(subject.device),
+        seeds={"random weights": dataset.seed, "linear probe": dataset.seed},
+        hardware=hardware(dataset.device),
         gallery=gallery,
-        embedding=embed(data.test, config.embedding, seed=subject.seed) if config.embedding is not None else None,
-        maps=backbone_maps(subject, config.maps),
+        embedding=embed(data.test, config.embedding, seed=dataset.seed) if config.embedding is not None else None,
+        maps=backbone_maps(dataset, config.maps),
     )
 
 

@@ -1,4 +1,4 @@
-"""Pictures of OBoW for people: which places of a picture got which words, beside what the student saw."""
+"""Images of OBoW for people: which places of an image got which words, beside what the student saw."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def nearest_words(maps: Tensor, words: Tensor, memory: int) -> Tensor:
 
 
 def word_colors(words: Tensor) -> Tensor:
-    """Numbers (B, h, w) → one colour a word, uint8 (B, 3, h, w)."""
+    """Numbers (B, h, w) → one color a word, uint8 (B, 3, h, w)."""
     found, inverse = torch.unique(words.cpu(), return_inverse=True)
     hues = [colorsys.hsv_to_rgb(word * _GOLDEN % 1, 0.55 + 0.45 * (word % 2), 1.0) for word in found.tolist()]
     return (torch.tensor(hues) * 255).to(torch.uint8)[inverse].movedim(-1, 1)
 
 
 def painted(images: Tensor, colors: Tensor, grid: tuple[int, int]) -> Tensor:
-    """uint8 pictures (B, 3, H, W) under half-transparent cells, uint8 (B, 3, h, w): the inner ones of `grid`."""
+    """uint8 images (B, 3, H, W) under half-transparent cells, uint8 (B, 3, h, w): the inner ones of `grid`."""
     height, width = images.shape[-2:]
     border = (grid[0] - colors.shape[-2]) // 2, (grid[1] - colors.shape[-1]) // 2
     whole = F.pad(colors.float(), (border[1], border[1], border[0], border[0]))
@@ -43,7 +43,7 @@ def painted(images: Tensor, colors: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def side_by_side(columns: Sequence[Tensor]) -> Tensor:
-    """Columns (B, n, 3, h, w) of any sizes → one uint8 picture (3, H, W), a row for each of the B."""
+    """Columns (B, n, 3, h, w) of any sizes → one uint8 image (3, H, W), a row for each of the B."""
     height, width = columns[0].shape[-2:]
     enlarge = max(1, -(-_TILE // min(height, width)))
     tile = (height * enlarge, width * enlarge)

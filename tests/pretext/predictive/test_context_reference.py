@@ -75,20 +75,20 @@ def test_the_released_model_gives_its_own_scores(folded):
             weight = state[f"{layer}.weight"]
             state[f"{layer}.weight"] = weight * gain.view(-1, *[1] * (weight.ndim - 1))
             state[f"{layer}.bias"] = gain * (state[f"{layer}.bias"] - mean / scale)
-    assert task.load_official(state) == ([], [])
-    scores, _ = task.judge(torch.stack([patches[:3], patches[3:]], 1).flatten(0, 1), 3)
+    assert task.load_reference(state) == ([], [])
+    scores, _ = task.classify(torch.stack([patches[:3], patches[3:]], 1).flatten(0, 1), 3)
     torch.testing.assert_close(scores[:, 0], expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
 def test_official_checkpoint_that_fits_in_part():
     state = _official()
     del state["conv4.weight"]
-    missing, unexpected = _task().load_official(state | {"spare.weight": torch.zeros(1)})
+    missing, unexpected = _task().load_reference(state | {"spare.weight": torch.zeros(1)})
     assert (missing, unexpected) == (["backbone.model.blocks.3.conv.weight"], ["spare.weight"])
 
 
 def test_official_checkpoint_that_does_not_fit():
     with pytest.raises(CheckpointError, match=r"head.fc8.weight is \(12, 16\) in the file and \(13, 16\) here"):
-        _task(widths=(16, 13)).load_official(_official())
+        _task(widths=(16, 13)).load_reference(_official())
     with pytest.raises(CheckpointError, match=r"fc6.weight is \(7, 10\) in the file and \(20, 12, 3, 3\) here"):
-        _task().load_official({"fc6.weight": torch.zeros(7, 10)})
+        _task().load_reference({"fc6.weight": torch.zeros(7, 10)})

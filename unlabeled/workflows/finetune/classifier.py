@@ -14,7 +14,7 @@ from unlabeled.ssl.backbones.given import adopt
 from unlabeled.ssl.backbones.shapes import probed, reached_by
 from unlabeled.ssl.backbones.weights import fill_backbone
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
-from unlabeled.workflows.finetune.config import NetworkConfig
+from unlabeled.workflows.finetune.config import ModelConfig
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,9 @@ _HEAD_DEVIATION = 2e-5
 the pretrained layers are small."""
 
 
-def classifier_network(target: Backbone, classes: int, config: NetworkConfig, *, weights: bool = True) -> Backbone:
+def create_classifier_backbone(
+    target: Backbone, classes: int, config: ModelConfig, *, weights: bool = True
+) -> Backbone:
     """The model of `target` with a classifier of `classes` outputs, filled with the target's `weights` or random.
 
     ``.model(x)`` gives logits (B, classes). Parameters that these do not depend on are frozen. Random weights come from
@@ -35,7 +37,7 @@ def classifier_network(target: Backbone, classes: int, config: NetworkConfig, *,
     shape = probed(network.model, network.input_size, lambda model, x: tuple(model(x).shape))
     if not head or shape != (1, classes):
         raise CapabilityError(
-            f"target: {network.name} gives {list(shape[1:])} for a picture instead of {classes} classes; "
+            f"target: {network.name} gives {list(shape[1:])} for an image instead of {classes} classes; "
             "give a network with a classifier"
         )
     if weights and not target.custom:
@@ -50,7 +52,7 @@ def classifier_network(target: Backbone, classes: int, config: NetworkConfig, *,
     return network
 
 
-def _build(target: Backbone, classes: int, config: NetworkConfig) -> Backbone:
+def _build(target: Backbone, classes: int, config: ModelConfig) -> Backbone:
     kwargs: dict[str, Any] = {**target.kwargs, **config.kwargs, "num_classes": classes}
     if config.drop_path:
         kwargs["drop_path_rate"] = config.drop_path
@@ -59,16 +61,16 @@ def _build(target: Backbone, classes: int, config: NetworkConfig) -> Backbone:
     try:
         network = create_backbone(target.name, size=config.size or target.input_size, **kwargs)
     except ConfigError as error:
-        told = str(error).replace("backbone.kwargs.drop_path_rate", "network.drop_path")
-        raise ConfigError(told.replace("backbone.size", "network.size").replace("backbone.k", "network.k")) from error
+        told = str(error).replace("backbone.kwargs.drop_path_rate", "model.drop_path")
+        raise ConfigError(told.replace("backbone.size", "model.size").replace("backbone.k", "model.k")) from error
     network.set_statistics(target.mean, target.std)
     return network
 
 
-def _extend(target: Backbone, classes: int, config: NetworkConfig, weights: bool) -> Backbone:
+def _extend(target: Backbone, classes: int, config: ModelConfig, weights: bool) -> Backbone:
     """A copy of a network without a timm name, or its random twin, with a classifier."""
     if config.kwargs or config.drop_path:
-        field = "network.kwargs" if config.kwargs else "network.drop_path"
+        field = "model.kwargs" if config.kwargs else "model.drop_path"
         raise ConfigError(f"{field}: {target.name} is not built by its name; set this where you build the module")
     model = copy.deepcopy(target.model) if weights else target.twin().model
     classifier = model
@@ -99,7 +101,7 @@ class Classifier(nn.Module):
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised (B, 3, h, w) → (B, classes)."""
+        """Normalized (B, 3, h, w) → (B, classes)."""
         return self.forward_head(self.forward_features(x))
 
     def get_classifier(self) -> nn.Module:
@@ -120,7 +122,7 @@ def create_classifier(module: nn.Module, classes: int) -> Backbone:
     """
     if classes < 1:
         raise ConfigError(f"classes: {classes} is not possible; give a number from 1")
-    return classifier_network(adopt(module), classes, NetworkConfig())
+    return create_classifier_backbone(adopt(module), classes, ModelConfig())
 
 
 def classifier_parameters(network: Backbone) -> set[str]:
@@ -143,6 +145,6 @@ def _start_small(network: Backbone, head: set[str]) -> None:
 
 
 def logits_of(network: Backbone, images: Tensor) -> Tensor:
-    """Normalised images (B, 3, h, w) → (B, classes)."""
+    """Normalized images (B, 3, h, w) → (B, classes)."""
     logits: Tensor = network.model(images)
     return logits

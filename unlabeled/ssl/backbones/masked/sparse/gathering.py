@@ -52,8 +52,8 @@ class Cells:
             device = ids.device
             top = (ids // self.grid[1] * fh)[..., None] + torch.arange(fh, device=device)  # (B, K, fh)
             left = (ids % self.grid[1] * fw)[..., None] + torch.arange(fw, device=device)  # (B, K, fw)
-            picture = torch.arange(self.batch, device=device).view(-1, 1, 1, 1) * (height * width)
-            self._index[factor] = (picture + top[..., None] * width + left[:, :, None]).flatten()
+            image = torch.arange(self.batch, device=device).view(-1, 1, 1, 1) * (height * width)
+            self._index[factor] = (image + top[..., None] * width + left[:, :, None]).flatten()
         return self._index[factor]
 
     def active(self, factor: Factor) -> Tensor:
@@ -63,27 +63,29 @@ class Cells:
         return self._active[factor]
 
 
-def gather_rows(dense: Tensor, cells: Cells, factor: Factor) -> Tensor:
+def gather_tokens(dense: Tensor, cells: Cells, factor: Factor) -> Tensor:
     """Features of the visible places, (B, C, H, W) → (B, R, C). Cheap for maps in channels_last memory."""
-    places = dense.permute(0, 2, 3, 1).reshape(-1, dense.shape[1])
-    rows: Tensor = _Take.apply(places, cells.index(factor))
-    return rows.view(cells.batch, -1, dense.shape[1])
+    positions = dense.permute(0, 2, 3, 1).reshape(-1, dense.shape[1])
+    tokens: Tensor = _Take.apply(positions, cells.index(factor))
+    return tokens.view(cells.batch, -1, dense.shape[1])
 
 
-def scatter_rows(rows: Tensor, cells: Cells, factor: Factor) -> Tensor:
+def scatter_tokens(tokens: Tensor, cells: Cells, factor: Factor) -> Tensor:
     """(B, R, C) → (B, C, H, W) in channels_last memory, exactly zero at masked places."""
     height, width = cells.size(factor)
-    places: Tensor = _Put.apply(rows.reshape(-1, rows.shape[-1]), cells.index(factor), cells.batch * height * width)
-    return places.view(cells.batch, height, width, -1).permute(0, 3, 1, 2)
+    positions: Tensor = _Put.apply(
+        tokens.reshape(-1, tokens.shape[-1]), cells.index(factor), cells.batch * height * width
+    )
+    return positions.view(cells.batch, height, width, -1).permute(0, 3, 1, 2)
 
 
 class _Take(Function):
     """Rows of (N, C) at `index`. No row is taken twice, so the gradient is a copy into zeros and needs no adding up."""
 
     @staticmethod
-    def forward(ctx: Any, places: Tensor, index: Tensor) -> Tensor:
-        ctx.index, ctx.count = index, places.shape[0]
-        return places.index_select(0, index)
+    def forward(ctx: Any, positions: Tensor, index: Tensor) -> Tensor:
+        ctx.index, ctx.count = index, positions.shape[0]
+        return positions.index_select(0, index)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -95,9 +97,9 @@ class _Put(Function):
     """Rows put at `index` of `count` rows of zeros; the inverse of `_Take`."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, index: Tensor, count: int) -> Tensor:
+    def forward(ctx: Any, tokens: Tensor, index: Tensor, count: int) -> Tensor:
         ctx.index = index
-        return rows.new_zeros(count, rows.shape[1]).index_copy_(0, index, rows)
+        return tokens.new_zeros(count, tokens.shape[1]).index_copy_(0, index, tokens)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:

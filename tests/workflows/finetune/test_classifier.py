@@ -9,8 +9,8 @@ from torch import nn
 
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.core.errors import CapabilityError, CheckpointError, ConfigError
-from unlabeled.workflows.finetune.config import NetworkConfig
-from unlabeled.workflows.finetune.network import classifier_network, classifier_parameters
+from unlabeled.workflows.finetune.classifier import classifier_parameters, create_classifier_backbone
+from unlabeled.workflows.finetune.config import ModelConfig
 
 VIT = {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
 
@@ -34,7 +34,7 @@ def vit(size: int = 16, **kwargs: object) -> Backbone:
 def test_any_family_keeps_its_features_and_gets_a_fresh_classifier(name: str, kwargs: dict[str, object]) -> None:
     torch.manual_seed(0)
     target = create_backbone(name, size=32, **kwargs).eval()
-    network = classifier_network(target, 7, NetworkConfig()).eval()
+    network = create_classifier_backbone(target, 7, ModelConfig()).eval()
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert network.model(x).shape == (2, 7)
@@ -47,7 +47,7 @@ def test_any_family_keeps_its_features_and_gets_a_fresh_classifier(name: str, kw
 
 def test_another_size_resamples_positions_and_another_pooling_adds_its_norm() -> None:
     target = vit()
-    network = classifier_network(target, 3, NetworkConfig(size=32, drop_path=0.1, kwargs={"global_pool": "avg"}))
+    network = create_classifier_backbone(target, 3, ModelConfig(size=32, drop_path=0.1, kwargs={"global_pool": "avg"}))
     assert network.input_size == (32, 32)
     assert network.model.pos_embed.shape[1] == 65
     assert torch.equal(network.model.blocks[0].mlp.fc1.weight, target.model.blocks[0].mlp.fc1.weight)
@@ -56,55 +56,55 @@ def test_another_size_resamples_positions_and_another_pooling_adds_its_norm() ->
     assert rebuilt.model.state_dict().keys() == network.model.state_dict().keys()
 
 
-def test_statistics_of_the_pictures_are_the_targets() -> None:
+def test_statistics_of_the_images_are_the_targets() -> None:
     target = vit()
     target.set_statistics((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    network = classifier_network(target, 3, NetworkConfig())
+    network = create_classifier_backbone(target, 3, ModelConfig())
     assert (network.mean, network.std) == (target.mean, target.std)
 
 
 def test_an_old_classifier_is_dropped_even_for_as_many_classes() -> None:
     target = create_backbone("resnet18", size=16, channels=[8, 8, 8, 8], stem_width=8, num_classes=5)
-    network = classifier_network(target, 5, NetworkConfig())
+    network = create_classifier_backbone(target, 5, ModelConfig())
     assert network.model.fc.weight.abs().max() < 1e-3 < target.model.fc.weight.abs().max()
     assert torch.equal(network.model.conv1.weight, target.model.conv1.weight)
 
 
 def test_random_weights_are_random() -> None:
     target = vit()
-    network = classifier_network(target, 3, NetworkConfig(), weights=False)
+    network = create_classifier_backbone(target, 3, ModelConfig(), weights=False)
     assert not torch.equal(network.model.blocks[0].mlp.fc1.weight, target.model.blocks[0].mlp.fc1.weight)
 
 
 def test_faults_are_told_by_the_settings_that_caused_them() -> None:
-    with pytest.raises(ConfigError, match=r"^network.kwargs.dept: .* takes no such argument"):
-        classifier_network(vit(), 3, NetworkConfig(kwargs={"dept": 1}))
-    with pytest.raises(ConfigError, match=r"^network.size: 18x18 is not a multiple of .* patch, 4"):
-        classifier_network(vit(), 3, NetworkConfig(size=18))
-    with pytest.raises(ConfigError, match=r"^network.drop_path: nin_cifar takes no such argument"):
-        classifier_network(create_backbone("nin_cifar", size=16), 3, NetworkConfig(drop_path=0.1))
+    with pytest.raises(ConfigError, match=r"^model.kwargs.dept: .* takes no such argument"):
+        create_classifier_backbone(vit(), 3, ModelConfig(kwargs={"dept": 1}))
+    with pytest.raises(ConfigError, match=r"^model.size: 18x18 is not a multiple of .* patch, 4"):
+        create_classifier_backbone(vit(), 3, ModelConfig(size=18))
+    with pytest.raises(ConfigError, match=r"^model.drop_path: nin_cifar takes no such argument"):
+        create_classifier_backbone(create_backbone("nin_cifar", size=16), 3, ModelConfig(drop_path=0.1))
     with pytest.raises(CheckpointError, match=r"^target: .*has shape .* needs"):
-        classifier_network(vit(), 3, NetworkConfig(kwargs={"embed_dim": 24}))
-    with pytest.raises(ConfigError, match=r"^network.drop_path: VisionTransformer is not built by its name"):
-        classifier_network(Backbone(vit().model, size=(16, 16)), 3, NetworkConfig(drop_path=0.1))
+        create_classifier_backbone(vit(), 3, ModelConfig(kwargs={"embed_dim": 24}))
+    with pytest.raises(ConfigError, match=r"^model.drop_path: VisionTransformer is not built by its name"):
+        create_classifier_backbone(Backbone(vit().model, size=(16, 16)), 3, ModelConfig(drop_path=0.1))
 
 
 def test_a_network_of_ones_own_gets_its_own_classifier_or_a_linear_layer() -> None:
     given, target = vit(), Backbone(vit().model, size=(16, 16))
-    by_itself = classifier_network(target, 3, NetworkConfig())
+    by_itself = create_classifier_backbone(target, 3, ModelConfig())
     assert type(by_itself.model) is type(target.model), "it has reset_classifier"
     before = given.model.state_dict()
-    linear = classifier_network(Backbone(TinyConv(), size=(16, 16), mean=(0.1,) * 3), 3, NetworkConfig())
+    linear = create_classifier_backbone(Backbone(TinyConv(), size=(16, 16), mean=(0.1,) * 3), 3, ModelConfig())
     assert (linear.name, linear.origin, linear.mean) == ("TinyConv", "own_networks:TinyConv", (0.1,) * 3)
     assert classifier_parameters(linear) == {"model.head.weight", "model.head.bias"}
     assert linear.model(torch.zeros(2, 3, 16, 16)).shape == (2, 3)
     assert all(torch.equal(before[name], tensor) for name, tensor in given.model.state_dict().items())
     with pytest.raises(ConfigError, match=r"backbone: Scaled has no timm name, and no reset_parameters.* draws scale"):
-        classifier_network(Backbone(Scaled(), size=(16, 16)), 3, NetworkConfig(), weights=False)
+        create_classifier_backbone(Backbone(Scaled(), size=(16, 16)), 3, ModelConfig(), weights=False)
 
 
 def test_a_network_without_a_classifier_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     target = vit()
     monkeypatch.setattr(type(target.model), "get_classifier", lambda self: nn.Identity())
-    with pytest.raises(CapabilityError, match=r"gives .* for a picture instead of 3 classes"):
-        classifier_network(target, 3, NetworkConfig())
+    with pytest.raises(CapabilityError, match=r"gives .* for an image instead of 3 classes"):
+        create_classifier_backbone(target, 3, ModelConfig())

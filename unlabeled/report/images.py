@@ -1,4 +1,4 @@
-"""Pictures of a report: encoded into its page, and as files beside the run, so that a later report has them too."""
+"""Images of a report: encoded into its page, and as files beside the run, so that a later report has them too."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from unlabeled.eval.gallery import shrunk
 from unlabeled.ssl.core.errors import DataError
 
 FOLDER = "pictures"
-"""Of the run's folder: the task's pictures as PNG files."""
+"""Of the run's folder: the task's images as PNG files."""
 
 PIXELATED = 96
-"""Pictures up to this height are shown enlarged with sharp pixels, and stored without loss."""
+"""Images up to this height are shown enlarged with sharp pixels, and stored without loss."""
 _COLORS = 256
 """Of a drawing, which PNG packs well; a photograph has more."""
 _LONGEST = (1600, 1100, 750, 500, 320)
-"""Longer side in pixels: the first at which all pictures of a page fit into `_BUDGET`."""
+"""Longer side in pixels: the first at which all images of a page fit into `_BUDGET`."""
 _BUDGET = 1_800_000
-"""Letters of the pictures of a page, its gallery apart: what a phone loads without a thought."""
+"""Letters of the images of a page, its gallery apart: what a phone loads without a thought."""
 
 
-def shown_pictures(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[dict[str, Any]]]:
-    """Group → its pictures, uint8 (3, H, W) by name, as the templates want them; shrunk together to the page's budget.
+def shown_images(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[dict[str, Any]]]:
+    """Group → its images, uint8 (3, H, W) by name, as the templates want them; shrunk together to the page's budget.
 
     Each has ``name``, ``uri``, ``css``, ``width`` (CSS pixels) and ``wide`` (needs a row of its own).
     """
@@ -41,7 +41,7 @@ def shown_pictures(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list
             group: [_shown(name, shrunk(image, longest)) for name, image in images.items()]
             for group, images in groups.items()
         }
-        if sum(len(picture["uri"]) for pictures in found.values() for picture in pictures) <= _BUDGET:
+        if sum(len(entry["uri"]) for entries in found.values() for entry in entries) <= _BUDGET:
             break
     return found
 
@@ -54,38 +54,38 @@ def _shown(name: str, image: Tensor) -> dict[str, Any]:
 
 
 def css_class(image: Tensor) -> str:
-    """How the page shows a picture of that size."""
+    """How the page shows an image of that size."""
     return "small" if image.shape[-2] <= PIXELATED else ""
 
 
 def data_uri(image: Tensor) -> str:
-    """uint8 (3, H, W) → ``data:image/...;base64,...``: PNG when it is small or has few colours, else JPEG."""
-    picture = _pillow(image)
-    small = picture.height <= PIXELATED and picture.width <= 8 * PIXELATED
-    kind = "PNG" if small or picture.getcolors(_COLORS) else "JPEG"
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(_encoded(picture, kind)).decode()}"
+    """uint8 (3, H, W) → ``data:image/...;base64,...``: PNG when it is small or has few colors, else JPEG."""
+    pillow = _pillow(image)
+    small = pillow.height <= PIXELATED and pillow.width <= 8 * PIXELATED
+    kind = "PNG" if small or pillow.getcolors(_COLORS) else "JPEG"
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(_encoded(pillow, kind)).decode()}"
 
 
-def save_pictures(folder: Path, pictures: Mapping[str, Tensor]) -> None:
-    """Writes ``folder/pictures/NAME.png`` for each, uint8 (3, H, W), instead of those of an earlier run."""
+def save_images(folder: Path, images: Mapping[str, Tensor]) -> None:
+    """Writes ``folder/images/NAME.png`` for each, uint8 (3, H, W), instead of those of an earlier run."""
     target = folder / FOLDER
     target.mkdir(parents=True, exist_ok=True)
     for old in target.glob("*.png"):
         old.unlink()
-    for name, image in pictures.items():
+    for name, image in images.items():
         safe = re.sub(r"[^\w.-]+", "_", name)
         (target / f"{safe}.png").write_bytes(_encoded(_pillow(image), "PNG"))
 
 
-def read_pictures(folder: Path) -> dict[str, Tensor]:
-    """What `save_pictures` left in `folder`, by name; {} when there is none. Raises DataError for a broken file."""
+def read_images(folder: Path) -> dict[str, Tensor]:
+    """What `save_images` left in `folder`, by name; {} when there is none. Raises DataError for a broken file."""
     return {file.stem: _read(file) for file in sorted((folder / FOLDER).glob("*.png"))}
 
 
 def _read(file: Path) -> Tensor:
     try:
-        with Image.open(file) as picture:
-            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+        with Image.open(file) as pillow:
+            return torch.from_numpy(np.array(pillow.convert("RGB"))).permute(2, 0, 1)
     except OSError as error:
         raise DataError(f"report: {file} cannot be read ({error}); remove it") from None
 
@@ -94,7 +94,7 @@ def _pillow(image: Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy()))
 
 
-def _encoded(picture: Image.Image, kind: str) -> bytes:
+def _encoded(pillow: Image.Image, kind: str) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **({"quality": 88} if kind == "JPEG" else {"optimize": True}))
+    pillow.save(buffer, kind, **({"quality": 88} if kind == "JPEG" else {"optimize": True}))
     return buffer.getvalue()

@@ -24,8 +24,8 @@ TINY_BACKBONES: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 """timm name and arguments of the networks that are tried, in this order. None has batch norm."""
 
-PICTURES = 4
-"""Pictures in a batch; even, since it is halved."""
+IMAGES = 4
+"""Images in a batch; even, since it is halved."""
 
 
 class ContractError(AssertionError):
@@ -51,7 +51,7 @@ def checked_class(given: Any, noun: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Subject:
+class TaskCase:
     """A task class, its settings (as given, and validated) and an untouched backbone."""
 
     name: str
@@ -67,7 +67,7 @@ class Subject:
         *,
         settings: Mapping[str, Any] | None = None,
         backbone: Backbone | None = None,
-    ) -> Subject:
+    ) -> TaskCase:
         """`task`: a registered name or the class itself; `backbone` None: the first of `TINY_BACKBONES` that can do it.
 
         Raises ContractError when the settings do not fit or no tiny backbone can do the task, and ConfigError for a
@@ -89,8 +89,8 @@ class Subject:
             return self.cls(self.config, backbone).train()
 
     def batch(self, task: PretextTask, seed: int = 0) -> dict[str, Tensor]:
-        """What the loader would give: the views of `PICTURES` pictures, (B, ...) each, and ``index`` (B,)."""
-        return {**views_batch(task, seed=seed), "index": torch.arange(PICTURES)}
+        """What the loader would give: the views of `IMAGES` images, (B, ...) each, and ``index`` (B,)."""
+        return {**views_batch(task, seed=seed), "index": torch.arange(IMAGES)}
 
 
 def tiny_backbone(cls: type[PretextTask]) -> Backbone:
@@ -98,22 +98,22 @@ def tiny_backbone(cls: type[PretextTask]) -> Backbone:
     for name, arguments in TINY_BACKBONES:
         with seeded(0):
             backbone = create_backbone(name, **arguments)
-        if all(backbone.lacks(capability) is None for capability in cls.requires):
+        if all(backbone.missing_reason(capability) is None for capability in cls.requires):
             return backbone
     needs = ", ".join(sorted(cls.requires))
     raise ContractError(f"{cls.__name__}: no tiny backbone has {needs}; give one: check_task(..., backbone=...)")
 
 
-def pictures(count: int = PICTURES, seed: int = 3) -> list[Tensor]:
-    """uint8 pictures (3, H, W) of noise, of different sizes."""
+def images(count: int = IMAGES, seed: int = 3) -> list[Tensor]:
+    """uint8 images (3, H, W) of noise, of different sizes."""
     generator = torch.Generator().manual_seed(seed)
     shapes = [(40 + 8 * (i % 3), 56 - 8 * (i % 2)) for i in range(count)]
     return [torch.randint(0, 256, (3, *shape), generator=generator, dtype=torch.uint8) for shape in shapes]
 
 
-def views_batch(task: PretextTask, count: int = PICTURES, seed: int = 5) -> dict[str, Tensor]:
-    """The views that `task` makes of `count` pictures, (B, ...) each."""
+def views_batch(task: PretextTask, count: int = IMAGES, seed: int = 5) -> dict[str, Tensor]:
+    """The views that `task` makes of `count` images, (B, ...) each."""
     views = type(task).views(task.config, task.backbone)
     with seeded(seed):
-        rows = [views(picture) for picture in pictures(count)]
+        rows = [views(image) for image in images(count)]
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

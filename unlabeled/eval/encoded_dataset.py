@@ -1,4 +1,4 @@
-"""What an evaluator receives: an encoder, its pooled features, and the pictures behind them."""
+"""What an evaluator receives: an encoder, its pooled features, and the images behind them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import torch
 from scipy.linalg import eigh
 
 from unlabeled.eval.base import FeatureSet, FeatureSplit, FloatArray
-from unlabeled.eval.features.extract import Outputs, PictureTransform, Precision, extract_features
+from unlabeled.eval.features.extract import ImageTransform, Outputs, Precision, extract_features
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.core.errors import DataError
+from unlabeled.ssl.core.renamed import OldNames
 from unlabeled.ssl.data.source import ImageSource
 
 
 @dataclass(frozen=True)
 class Loading:
-    """How pictures are read and encoded."""
+    """How images are read and encoded."""
 
     batch_size: int = 256
     workers: int = 0
@@ -30,35 +31,35 @@ class Loading:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """One encoder on labelled data.
+class EncodedDataset(OldNames, pictures="require_sources", network="require_backbone", beside="size_like"):
+    """One encoder on labeled data.
 
     Labels are those of `features`: the test source may number its classes differently. ``features.train.indices`` says
-    which picture of ``sources[0]`` a row belongs to.
+    which image of ``sources[0]`` a row belongs to.
     """
 
     features: FeatureSet
     backbone: Backbone | None = None
     """None: raw pixels, or features from elsewhere."""
     sources: tuple[ImageSource, ImageSource] | None = None
-    """(training, test) pictures; None: features alone."""
+    """(training, test) images; None: features alone."""
     loading: Loading = field(default_factory=Loading)
     seed: int = 0
     """Of everything that an evaluator draws."""
-    beside: Backbone | None = None
+    size_like: Backbone | None = None
     """Raw pixels only: the judged network, whose size and grid of places a baseline of pixels takes over."""
 
     @property
     def device(self) -> torch.device:
         return self.loading.device
 
-    def pictures(self) -> tuple[ImageSource, ImageSource]:
+    def require_sources(self) -> tuple[ImageSource, ImageSource]:
         """(training, test) sources. Raises DataError when there are features alone."""
         if self.sources is None:
-            raise DataError("evaluate: this evaluator looks at pictures, and there are features alone; give data=...")
+            raise DataError("evaluate: this evaluator looks at images, and there are features alone; give data=...")
         return self.sources
 
-    def network(self) -> Backbone:
+    def require_backbone(self) -> Backbone:
         """The backbone. Raises DataError for raw pixels and for bare features."""
         if self.backbone is None:
             raise DataError("evaluate: this evaluator needs the network, and there are features alone")
@@ -70,40 +71,41 @@ class Subject:
         outputs: Outputs | None = None,
         *,
         named: str = "pooled",
-        transform: PictureTransform | None = None,
+        transform: ImageTransform | None = None,
         cached: bool = True,
     ) -> FeatureSplit:
-        """What `outputs` (backbone, normalised images (B, 3, h, w)) → (B, F) gives for `source`, float32 (N, F).
+        """What `outputs` (backbone, normalized images (B, 3, h, w)) → (B, F) gives for `source`, float32 (N, F).
 
         None: pooled features. `named` says in the cache what `outputs` and its settings are. `transform` replaces the
-        evaluation transform: uint8 (3, H, W) → uint8 (3, h, w), the same for the same picture, with a telling `repr`.
+        evaluation transform: uint8 (3, H, W) → uint8 (3, h, w), the same for the same image, with a telling `repr`.
         Done by this process alone, also under torch.distributed.
         """
         load = self.loading
         return extract_features(
-            self.network(), source, outputs=outputs, named=named, transform=transform, batch_size=load.batch_size,
+            self.require_backbone(), source, outputs=outputs, named=named, transform=transform,
+            batch_size=load.batch_size,
             workers=load.workers, device=load.device, precision=load.precision, together=False,
             cache=load.cache if cached else None,
         )  # fmt: skip
 
-    def first(self, length: int) -> Subject:
+    def first(self, length: int) -> EncodedDataset:
         """The same with the first `length` of its features only, as Matryoshka representations are read."""
         return replace(self, features=mapped(self.features, lambda rows: rows[:, :length]), backbone=None)
 
 
-def principal(subject: Subject, length: int) -> Subject:
+def principal(dataset: EncodedDataset, length: int) -> EncodedDataset:
     """The same as its first `length` principal components, found on the training split; fewer where D is smaller.
 
     The first m of them are the first m components, so that `first` of the result needs no new basis.
     """
-    train = subject.features.train.features.astype(np.float64)
+    train = dataset.features.train.features.astype(np.float64)
     mean, width = train.mean(axis=0), train.shape[1]
     covariance = np.atleast_2d(np.cov(train, rowvar=False))
     _, vectors = eigh(covariance, subset_by_index=[max(0, width - length), width - 1])
     basis = vectors[:, ::-1]
     return replace(
-        subject,
-        features=mapped(subject.features, lambda rows: ((rows - mean) @ basis).astype(np.float32)),
+        dataset,
+        features=mapped(dataset.features, lambda rows: ((rows - mean) @ basis).astype(np.float32)),
         backbone=None,
     )
 

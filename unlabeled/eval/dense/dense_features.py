@@ -1,9 +1,9 @@
-"""Pictures to features of places, and masks to labels of the same places.
+"""Images to features of places, and masks to labels of the same places.
 
-The whole picture is resized to the network's size, bicubic, whatever its aspect, and its mask with it by the nearest
-pixel. So nothing is cut off, and places of picture and mask are the same.
+The whole image is resized to the network's size, bicubic, whatever its aspect, and its mask with it by the nearest
+pixel. So nothing is cut off, and places of image and mask are the same.
 
-Shapes: B pictures of (h, w) pixels, (gh, gw) places, C channels, K classes with the background.
+Shapes: B images of (h, w) pixels, (gh, gw) places, C channels, K classes with the background.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from unlabeled.eval.dense.attention import key_map
+from unlabeled.eval.encoded_dataset import EncodedDataset
 from unlabeled.eval.features.extract import AUTOCAST, Resize, evaluating
-from unlabeled.eval.subject import Subject
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.level_map import LevelMap
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError, DataError, UnlabeledError
@@ -31,9 +31,9 @@ from unlabeled.ssl.data.source import DecodeError, ImageSource, MaskSource
 IGNORE = 255
 """Value of a mask's pixels that no measure counts."""
 _CELLS = 14
-"""Places along the shorter side that a map should have, for pictures of usual size (224)."""
+"""Places along the shorter side that a map should have, for images of usual size (224)."""
 _CELLS_SMALL = 8
-"""The same for small pictures."""
+"""The same for small images."""
 _STRIDE = 16
 """Pixels per place that are fine enough in any case."""
 _PIXELS = 16
@@ -43,29 +43,31 @@ _PIXELS = 16
 def fine_level(backbone: Backbone) -> int:
     """The deepest map with enough places along the shorter side, or the deepest of the finest maps if none has.
 
-    Enough is 14; for smaller pictures what a stride of 16 leaves of them, and at least 8.
+    Enough is 14; for smaller images what a stride of 16 leaves of them, and at least 8.
     """
     side = min(backbone.input_size)
-    places = [side / stage.stride for stage in backbone.stages]
-    enough = min(max(places), max(_CELLS_SMALL, min(_CELLS, math.ceil(side / _STRIDE))))
-    return max(index for index, count in enumerate(places) if count >= enough)
+    positions = [side / stage.stride for stage in backbone.stages]
+    enough = min(max(positions), max(_CELLS_SMALL, min(_CELLS, math.ceil(side / _STRIDE))))
+    return max(index for index, count in enumerate(positions) if count >= enough)
 
 
-class Places:
-    """uint8 pictures (B, 3, h, w) → one vector per place, float32 (B, C, gh, gw) on the subject's device.
+class DenseFeatures:
+    """uint8 images (B, 3, h, w) → one vector per place, float32 (B, C, gh, gw) on the subject's device.
 
     For a network, its map `level` (None: `fine_level`), the last one after the final norm; with `keys` and no `level`
-    the keys of its last attention block, where it has one. For raw pixels, the normalised pixels of each place of the
+    the keys of its last attention block, where it has one. For raw pixels, the normalized pixels of each place of the
     judged network's map.
 
     Raises CapabilityError for a network without maps, ConfigError for a level that it does not have.
     """
 
-    def __init__(self, subject: Subject, evaluator: str, level: int | None = None, *, keys: bool = False) -> None:
-        network = subject.backbone or subject.beside
+    def __init__(
+        self, dataset: EncodedDataset, evaluator: str, level: int | None = None, *, keys: bool = False
+    ) -> None:
+        network = dataset.backbone or dataset.size_like
         if network is None:
             raise DataError(f"evaluate: {evaluator} looks at places, and there are features alone; give a network")
-        if (reason := network.lacks("dense_map")) is not None:
+        if (reason := network.missing_reason("dense_map")) is not None:
             raise CapabilityError(
                 f"backbone: {network.name} has no feature maps ({reason}); leave {evaluator} out of evaluate.evaluators"
             )
@@ -74,8 +76,8 @@ class Places:
             raise ConfigError(
                 f"evaluate.{evaluator}.level: {network.name} has no map {level}; give {-count} to {count - 1} or null"
             )
-        self.network, self.pixels = network, subject.backbone is None
-        self.device, self.precision = subject.device, subject.loading.precision
+        self.network, self.pixels = network, dataset.backbone is None
+        self.device, self.precision = dataset.device, dataset.loading.precision
         self.level = LevelMap(network, fine_level(network) if level is None else level, task=evaluator)
         self.keys = keys and level is None and not self.pixels and self.level.index == count - 1
         self.size = network.input_size
@@ -83,7 +85,7 @@ class Places:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, pad: tuple[int, int] = (0, 0)) -> Tensor:
-        """`pad`: rows and columns of zeros (the mean colour) that are added below and on the right."""
+        """`pad`: rows and columns of zeros (the mean color) that are added below and on the right."""
         self.network.to(self.device)
         with (
             evaluating(self.network),
@@ -100,14 +102,14 @@ class Places:
         return found
 
     def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Places (gh, gw) for pictures of `size` (h, w)."""
+        """Places (gh, gw) for images of `size` (h, w)."""
         if size not in self._grids:
             self._grids[size] = self.level.grid_of(self.network, size)
         return self._grids[size]
 
     @property
     def maps(self) -> bool:
-        """Whether the features are those of a map: neither keys (known after the first pictures) nor pixels."""
+        """Whether the features are those of a map: neither keys (known after the first images) nor pixels."""
         return not self.keys and not self.pixels
 
     @property
@@ -122,7 +124,7 @@ class Places:
         if not self.keys:
             return self.level(self.network, images)
         found = key_map(self.network, lambda: self.level(self.network, images))
-        self.keys = found is not None  # a network keeps them or does not, whatever the pictures
+        self.keys = found is not None  # a network keeps them or does not, whatever the images
         return self._features(images) if found is None else found
 
     def _patches(self, images: Tensor) -> Tensor:
@@ -135,7 +137,7 @@ class Places:
 
 
 class MaskedBatch(NamedTuple):
-    """Pictures with their masks, at the network's size."""
+    """Images with their masks, at the network's size."""
 
     indices: list[int]
     """Index of each in the source."""
@@ -146,17 +148,17 @@ class MaskedBatch(NamedTuple):
 
 
 def masked_batches(
-    source: ImageSource, size: tuple[int, int], indices: Sequence[int], subject: Subject
+    source: ImageSource, size: tuple[int, int], indices: Sequence[int], dataset: EncodedDataset
 ) -> Iterator[MaskedBatch]:
-    """The pictures `indices` of `source` with masks, resized whole to `size`, but for those that cannot be decoded.
+    """The images `indices` of `source` with masks, resized whole to `size`, but for those that cannot be decoded.
 
-    Masks have the classes of ``subject.features``. Raises DataError for a source without masks, for a mask of another
-    size than its picture, and for values that are no class.
+    Masks have the classes of ``dataset.features``. Raises DataError for a source without masks, for a mask of another
+    size than its image, and for values that are no class.
     """
-    dataset = _Masked(with_masks(source), size, indices, mask_values(source, subject.features.classes))
-    load = subject.loading
+    masked = _Masked(with_masks(source), size, indices, mask_values(source, dataset.features.classes))
+    load = dataset.loading
     options = {"batch_size": load.batch_size, "num_workers": load.workers, "generator": torch.Generator()}
-    for items in DataLoader(dataset, collate_fn=list, **options):  # type: ignore[arg-type]
+    for items in DataLoader(masked, collate_fn=list, **options):  # type: ignore[arg-type]
         if error := next((item for item in items if isinstance(item, UnlabeledError)), None):
             raise error
         if good := [item for item in items if item is not None]:
@@ -190,7 +192,7 @@ def resized_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class _Masked(Dataset["tuple[int, Tensor, Tensor] | UnlabeledError | None"]):
-    """Pictures and masks; None stands for what cannot be decoded, an error for the main process to raise."""
+    """Images and masks; None stands for what cannot be decoded, an error for the main process to raise."""
 
     def __init__(self, source: MaskSource, size: tuple[int, int], indices: Sequence[int], values: Tensor) -> None:
         self.source, self.size, self.indices, self.values = source, size, indices, values
@@ -212,7 +214,7 @@ class _Masked(Dataset["tuple[int, Tensor, Tensor] | UnlabeledError | None"]):
         name = self.source.describe(index)
         if tuple(mask.shape) != size:
             shown = " and ".join(f"{h}x{w}" for h, w in (size, mask.shape))
-            raise DataError(f"evaluate.data: picture and mask of {name} are {shown} pixels; they must be of one size")
+            raise DataError(f"evaluate.data: image and mask of {name} are {shown} pixels; they must be of one size")
         known = self.values[mask.long()]
         if bool((known < 0).any()):
             value = int(mask[known < 0][0])
@@ -220,21 +222,21 @@ class _Masked(Dataset["tuple[int, Tensor, Tensor] | UnlabeledError | None"]):
         return resized_mask(known.to(torch.uint8), self.size)
 
 
-def place_labels(masks: Tensor, grid: tuple[int, int], classes: int) -> tuple[Tensor, Tensor]:
+def position_labels(masks: Tensor, grid: tuple[int, int], classes: int) -> tuple[Tensor, Tensor]:
     """What each place shows: (shares of the classes, float32 (B, gh, gw, K); known part of it, float32 (B, gh, gw)).
 
     Of masks uint8 (B, h, w). Shares are those among the known pixels and sum to 1, or to 0 where none is known. A pixel
-    belongs to the place in which its centre lies.
+    belongs to the place in which its center lies.
     """
     batch, height, width = masks.shape
     rows, columns = (
         ((torch.arange(side) + 0.5) * count / side).long()
         for side, count in zip((height, width), grid, strict=True)
     )  # fmt: skip
-    place = (rows[:, None] * grid[1] + columns) + torch.arange(batch)[:, None, None] * (grid[0] * grid[1])
+    position = (rows[:, None] * grid[1] + columns) + torch.arange(batch)[:, None, None] * (grid[0] * grid[1])
     value = torch.where(masks == IGNORE, classes, masks.long())
     cells = batch * grid[0] * grid[1]
-    counts = torch.bincount((place * (classes + 1) + value).flatten(), minlength=cells * (classes + 1))
+    counts = torch.bincount((position * (classes + 1) + value).flatten(), minlength=cells * (classes + 1))
     counts = counts.view(batch, *grid, classes + 1).float()
     known = counts[..., :classes].sum(dim=3)
     shares = counts[..., :classes] / known.clamp(min=1)[..., None]

@@ -14,7 +14,7 @@ _QUEUE = {
 }
 
 
-def official_names(own: Iterable[str]) -> dict[str, str]:
+def reference_names(own: Iterable[str]) -> dict[str, str]:
     """Their name → ours, for the names `own` of an OBoW's state. Tensors without a counterpart of theirs are left out.
 
     Theirs without a counterpart here: ``_alpha`` and ``_iteration`` (the momentum is a function of the progress) and

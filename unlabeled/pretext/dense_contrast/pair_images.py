@@ -1,4 +1,4 @@
-"""Pictures of which cells of two views belong together."""
+"""Images of which cells of two views belong together."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch.nn import functional as F
 from unlabeled.pretext.common.drawing import enlarged, tiled
 
 _TINT = 0.5
-"""Part of a cell's colour in the picture."""
+"""Part of a cell's color in the image."""
 _DARK = 0.3
 """Brightness that cells without a partner keep."""
 
 
 def matched_cells(views: Tensor, distances: Tensor, grid: tuple[int, int], threshold: float) -> Tensor:
-    """uint8 views (B, 2, 3, h, w) and distances of their cells (B, L, L) → uint8 (3, H, W), one row a picture.
+    """uint8 views (B, 2, 3, h, w) and distances of their cells (B, L, L) → uint8 (3, H, W), one row an image.
 
-    Cells of the first view have a colour by their place: redder to the right, greener below. A cell of the second has
+    Cells of the first view have a color by their place: redder to the right, greener below. A cell of the second has
     that of the nearest cell of the first below `threshold`; a cell without such a partner is darkened.
     """
     near = distances < threshold
@@ -34,7 +34,7 @@ def matched_cells(views: Tensor, distances: Tensor, grid: tuple[int, int], thres
 
 
 def _palette(grid: tuple[int, int], device: torch.device) -> Tensor:
-    """(L, 3) colours, different for every cell of the grid."""
+    """(L, 3) colors, different for every cell of the grid."""
     down, across = (torch.linspace(0, 1, length, device=device) for length in grid)
     red, green = across.expand(grid), down.unsqueeze(1).expand(grid)
     return torch.stack([red, green, 1 - red], dim=-1).flatten(0, 1)
