@@ -60,8 +60,7 @@ def test_only_what_stands_between_the_marks_is_replaced() -> None:
     new = TABLES.update(text, page)
     assert new.startswith("before\n<!-- generated: settings log -->\n| setting | type | default | meaning |\n")
     assert new.endswith("|\n<!-- end -->\nafter <!-- end -->\n")
-    assert "
-| `log.every` | " in new
+    assert "\n| `log.every` | " in new
     assert "old" not in new
     with pytest.raises(ValueError, match=r"page\.md: 'setings log' cannot be generated; known: api, .*settings"):
         TABLES.update("<!-- generated: setings log -->\n<!-- end -->", page)
