@@ -128,6 +128,13 @@ def tasks(_: str, page: Path) -> Iterator[str]:
     yield from _rows(("task", "what it does", "good for", "runs on", "paper"), rows)
 
 
+def task_pages(_: str, page: Path) -> Iterator[str]:
+    """The pages of the tasks in the navigation, by the names that users type."""
+    yield from ("```{toctree}", ":hidden:", "")
+    yield from (f"{name} <{name}>" for name in built_in(task_names(), task_origin))
+    yield "```"
+
+
 def evaluators(_: str, page: Path) -> Iterator[str]:
     """A row for each evaluator."""
     target = _relative(DOCS / "reference/evaluators.md", page)
@@ -220,6 +227,7 @@ PARTS: dict[str, Callable[[str, Path], Iterator[str]]] = {
     "settings": settings,
     "source-settings": source_settings,
     "sources": sources,
+    "task-pages": task_pages,
     "tasks": tasks,
 }
 

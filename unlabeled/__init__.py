@@ -18,13 +18,13 @@ from unlabeled._version import __version__
 _moved.install()
 
 _PUBLIC = {
-    # What a user calls; each is the twin of a command.
+    # Functions, one for each command.
     "evaluate": "unlabeled.api",
     "export": "unlabeled.api",
     "finetune": "unlabeled.api",
     "load_backbone": "unlabeled.api",
     "pretrain": "unlabeled.api",
-    # What they give back.
+    # What the functions return.
     "EncoderResults": "unlabeled.eval.results",
     "Results": "unlabeled.eval.results",
     "Exported": "unlabeled.workflows.export",
@@ -51,7 +51,7 @@ _PUBLIC = {
     "OptimConfig": "unlabeled.ssl.config.schema",
     "PretrainConfig": "unlabeled.ssl.config.schema",
     "ScheduleConfig": "unlabeled.ssl.config.schema",
-    # Images, and a source of one's own.
+    # Images and data sources.
     "DecodeError": "unlabeled.ssl.data.source",
     "ImageSource": "unlabeled.ssl.data.source",
     "MaskSource": "unlabeled.ssl.data.source",
@@ -64,7 +64,7 @@ _PUBLIC = {
     "open_source": "unlabeled.ssl.data.registry",
     "register_source": "unlabeled.ssl.data.registry",
     "source_names": "unlabeled.ssl.data.registry",
-    # A pretext task of one's own.
+    # Pretext tasks.
     "Batch": "unlabeled.ssl.task",
     "ContractError": "unlabeled.testing",
     "NamedParameter": "unlabeled.ssl.task",
@@ -82,7 +82,7 @@ _PUBLIC = {
     "gather_across_ranks": "unlabeled.ssl.core.distributed",
     "register_task": "unlabeled.pretext.registry",
     "task_names": "unlabeled.pretext.registry",
-    # An evaluator of one's own.
+    # Evaluators.
     "Estimate": "unlabeled.eval.base",
     "Evaluator": "unlabeled.eval.base",
     "EvaluatorConfig": "unlabeled.eval.base",
@@ -98,7 +98,7 @@ _PUBLIC = {
     "check_features": "unlabeled.eval.base",
     "evaluator_names": "unlabeled.eval.registry",
     "register_evaluator": "unlabeled.eval.registry",
-    # Reading what runs and evaluations left.
+    # Reading runs and evaluations.
     "CAPTIONS": "unlabeled.eval.dense.maps",
     "Comparison": "unlabeled.eval.comparison",
     "EvalTransform": "unlabeled.eval.features.extract",
@@ -113,7 +113,7 @@ _PUBLIC = {
     "random_twin": "unlabeled.eval.encoded_dataset",
     "read_metrics": "unlabeled.ssl.train.monitor",
     "read_report": "unlabeled.report.document",
-    # Faults of the input, each told in one line.
+    # Errors.
     "CapabilityError": "unlabeled.ssl.core.errors",
     "CheckpointError": "unlabeled.ssl.core.errors",
     "ConfigError": "unlabeled.ssl.core.errors",
