@@ -5,7 +5,7 @@
 
 Both sides start from the same weights and see the same images and masks; in fp32 their losses must agree to 1e-4, or
 nothing is measured. A step is forward and backward; the optimizer is the same for both and left out. Results go to
-``benchmarks/results/masked_<device>.json``, from which the tables of ``docs/benchmarks.md`` are made.
+``benchmarks/results/masked_<device>.json``, from which the tables of ``docs/results/benchmarks.md`` are made.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def agreement(duel: Duel, device: torch.device) -> dict[str, float]:
 
 
 def measure(model: Model, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One row of results: speed, memory and operations of both sides; see ``docs/benchmarks.md`` for their meaning."""
+    """One row of results: speed, memory and operations of both sides; ``docs/results/benchmarks.md`` explains them."""
     device = torch.device(options.device)
     duel = set_up(model, device, compiled=options.compile, kernels=options.cpu_kernels)
     agreed = agreement(duel, device)

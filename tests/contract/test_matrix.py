@@ -14,7 +14,7 @@ from unlabeled.ssl.core.errors import CapabilityError
 from unlabeled.workflows.compatibility.measure import Matrix, MatrixEntry, architecture, try_task
 from unlabeled.workflows.compatibility.page import render_page
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "matrix.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "matrix.md"
 MATRIX = Matrix.loads(PAGE.with_suffix(".json").read_text(encoding="utf-8"))
 RUNS, REFUSALS = 12, 6
 LARGE = {"byoanet"}

@@ -16,7 +16,7 @@ import unlabeled
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTED = {"unlabeled.testing"}
 """Modules inside the package that users are told of."""
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").rglob("README.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").rglob("README.md"))]
 
 
 def inner_imports(code: str) -> list[str]:

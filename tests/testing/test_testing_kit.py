@@ -199,7 +199,7 @@ def test_two_processes_tell_what_spans_the_ranks(monkeypatch):
 
 def test_the_page_names_every_rule_and_shows_the_example_as_it_is():
     root = Path(__file__).resolve().parents[2]
-    page = (root / "docs" / "write-a-task.md").read_text(encoding="utf-8")
+    page = (root / "docs" / "how-to" / "own-task.md").read_text(encoding="utf-8")
     rows = {line.split("|")[1].strip() for line in page.splitlines() if line.startswith("|")}
     assert {rule.replace("_", " ") for rule in RULES} <= rows
     source = (root / "examples/unlabeled-jigsaw/unlabeled_jigsaw/task.py").read_text(encoding="utf-8")

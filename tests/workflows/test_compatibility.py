@@ -105,8 +105,8 @@ def test_a_cell_tells_what_happened(task: str, cell: MatrixEntry) -> None:
 
 def test_words() -> None:
     assert matrix_config([]) == MatrixRun()
-    run = matrix_config(["task=mae", "module=[beit,cait]", "out=docs/matrix.md"])
-    assert (run.task, run.module, run.out) == (("mae",), ("beit", "cait"), Path("docs/matrix.md"))
+    run = matrix_config(["task=mae", "module=[beit,cait]", "out=docs/reference/matrix.md"])
+    assert (run.task, run.module, run.out) == (("mae",), ("beit", "cait"), Path("docs/reference/matrix.md"))
     assert matrix_config(["task=mae,rotation"]).task == ("mae", "rotation")
 
 
@@ -117,7 +117,10 @@ def test_words() -> None:
         ("module=biet", "module: 'biet' is not an architecture module of timm; did you mean 'beit'"),
         ("modul=beit", "modul: there is no such setting; did you mean 'module'"),
         ("beit", "'beit' is not a setting; write key=value"),
-        ("out=docs/matrix.json", "^out: docs/matrix.json is no Markdown file; give a name such as docs/matrix.md"),
+        (
+            "out=docs/reference/matrix.json",
+            "^out: docs/reference/matrix.json is no Markdown file; give a name such as docs/reference/matrix.md",
+        ),
     ],
 )
 def test_words_that_are_refused(word: str, message: str) -> None:

@@ -5,7 +5,7 @@
 >>> check_evaluator("knn")
 >>> check_source("digits")
 
-`docs/write-a-task.md`, `docs/write-an-evaluator.md` and `docs/write-a-source.md` say what the rules are for.
+`docs/how-to/own-task.md`, `docs/how-to/own-evaluator.md` and `docs/how-to/own-source.md` say what the rules are for.
 """
 
 from unlabeled.testing.case import TINY_BACKBONES, ContractError, TaskCase, images, views_batch

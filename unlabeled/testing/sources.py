@@ -1,6 +1,6 @@
 """The contract of a data source as rules, and `check_source`, which tries them on one.
 
-`docs/write-a-source.md` says what the rules are for.
+`docs/how-to/own-source.md` says what the rules are for.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class SpectrumConfig(EvaluatorConfig):
 
 
 class SpectrumEvaluator(Evaluator):
-    """Label-free measures (`unlabeled.eval.metrics`) of the training features.
+    """Label-free measures of the training features: ranks, dimension, learnability, uniformity.
 
     Ranks and α are those of at most ``images`` images, the rest of at most ``pairwise`` of them, both drawn by the
     seed: most of these values grow with the number of images, so compare those of equal numbers. Dimension and

@@ -51,7 +51,7 @@ class MatrixRun(Section):
     @classmethod
     def _is_a_page(cls, out: Path | None) -> Path | None:
         if out is not None and out.suffix != ".md":
-            raise ValueError(f"{out} is no Markdown file; give a name such as docs/matrix.md")
+            raise ValueError(f"{out} is no Markdown file; give a name such as docs/reference/matrix.md")
         return out
 
 

@@ -211,7 +211,7 @@ def test_rows_and_masked_maps_give_the_same_values_and_gradients(module):
 
 def test_the_list_of_families_is_complete():
     """The measured matrix has FCMAE, which asks for the masked form alone, on these and no others."""
-    modules = json.loads((Path(__file__).parents[4] / "docs" / "matrix.json").read_text())["modules"]
+    modules = json.loads((Path(__file__).parents[4] / "docs" / "reference" / "matrix.json").read_text())["modules"]
     assert sorted(module for module, cells in modules.items() if cells["fcmae"][0] == "runs") == sorted(SUPPORTED)
     assert len(SUPPORTED) == 40
 

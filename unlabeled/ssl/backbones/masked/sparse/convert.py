@@ -20,7 +20,7 @@ from unlabeled.ssl.backbones.shapes import ghost
 
 Execution = Literal["gathered", "dense"]
 """gathered: maps are rows of visible places, whole only around spatial layers; the faster one at each resolution (see
-docs/benchmarks.md). dense: whole maps, the reference."""
+docs/results/benchmarks.md). dense: whole maps, the reference."""
 
 
 def convert(module: nn.Module) -> nn.Module:
