@@ -34,7 +34,7 @@ def test_images_come_back_from_the_run_as_they_were(tmp_path: Path) -> None:
     save_images(tmp_path, {"others": noise(8, 8)})
     assert list(read_images(tmp_path)) == ["others"]
     assert read_images(tmp_path / "nowhere") == {}
-    (tmp_path / "images" / "others.png").write_bytes(b"no image")
+    (tmp_path / "pictures" / "others.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"report: .*others\.png cannot be read .*; remove it"):
         read_images(tmp_path)
 

@@ -19,6 +19,7 @@ from unlabeled.report.document import clean, read_report, report_document
 from unlabeled.report.figures import confusion_figure, training_curves
 from unlabeled.report.page import write_report
 from unlabeled.ssl.core.errors import DataError
+from unlabeled.ssl.core.renamed import with_new_names
 
 HOSTILE = (
     "<script>steal()</script>",
@@ -63,7 +64,7 @@ def test_report_json_round_trips_and_is_strict(tmp_path: Path) -> None:
     assert page == tmp_path / "report" / "report.html"
     document = read_report(tmp_path / "report" / "report.json")
     assert document == report_document(RUN, broken, rows(), ["reconstructions"])
-    assert document["schema"] == 2
+    assert document["schema"] == 3
     assert document["results"]["encoders"]["backbone"]["metrics"]["linear/loss"] is None
     knn, linear = document["evaluators"]
     assert (knn["title"], linear["title"]) == ("Nearest neighbors", "Linear probe")
@@ -79,7 +80,7 @@ def test_another_schema_or_no_report_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         read_report(file)
     file.write_text(json.dumps({"schema": 99}))
-    with pytest.raises(DataError, match="has schema 99, this version reads 1 and 2"):
+    with pytest.raises(DataError, match="has schema 99, this version reads 1 to 3"):
         read_report(file)
     file.write_text(json.dumps({"schema": 1}))
     with pytest.raises(DataError, match="is not a report of schema 1; write it again"):
@@ -93,7 +94,11 @@ def test_a_report_of_schema_1_is_read_in_the_form_of_today(tmp_path: Path) -> No
     old["comparison"] = [
         {key: value for key, value in row.items() if key not in ("unit", "better")} for row in now["comparison"]
     ]
-    old["results"] = {**now["results"], "confusion": now["evaluators"][1]["arrays"]["confusion"]["backbone"]}
+    confusion = now["evaluators"][1]["arrays"]["confusion"]["backbone"]
+    old["verdict"] = with_new_names(old.pop("summary"), {"text": "summary"})
+    old["pictures"] = old.pop("images")
+    counts = {"train_images": "train_pictures", "test_images": "test_pictures"}
+    old["evidence"] = with_new_names({**old.pop("results"), "confusion": confusion}, counts)
     file = tmp_path / "report.json"
     file.write_text(json.dumps(old))
     found = read_report(file)
@@ -102,8 +107,8 @@ def test_a_report_of_schema_1_is_read_in_the_form_of_today(tmp_path: Path) -> No
     for before, after in zip(found["evaluators"], now["evaluators"], strict=True):
         assert {row["metric"]: row for row in before["rows"]} == {row["metric"]: row for row in after["rows"]}
         assert before.keys() == after.keys()
-    assert found["evaluators"][1]["arrays"] == {"confusion": {"backbone": old["results"]["confusion"]}}
-    file.write_text(json.dumps({**old, "results": None, "comparison": []}))
+    assert found["evaluators"][1]["arrays"] == {"confusion": {"backbone": confusion}}
+    file.write_text(json.dumps({**old, "evidence": None, "comparison": []}))
     assert read_report(file)["evaluators"] == []
 
 
@@ -129,7 +134,7 @@ def test_values_that_no_table_shows_have_no_label(metric: str, label: str | None
 
 
 @pytest.mark.parametrize(
-    ("knn", "linear", "level", "summary"),
+    ("knn", "linear", "level", "text"),
     [
         ((0.8, 0.6, 0.5), (0.9, 0.7, 0.6), "better", "Better than both baselines: 20.0 points above raw pixels in kNN, "
          "k = 20 and 20.0 points above raw pixels in the linear probe."),
@@ -137,13 +142,13 @@ def test_values_that_no_table_shows_have_no_label(metric: str, label: str | None
          "kNN, k = 20 and 20.0 points below random weights in the linear probe."),
         ((0.61, 0.6, 0.5), (0.6, 0.6, 0.5), "even", "No clear difference from the stronger baseline: 1.0 points above "
          "raw pixels in kNN, k = 20 (within chance) and level with raw pixels in the linear probe (within chance)."),
-        ((0.8, 0.6, 0.5), (0.5, 0.6, 0.5), "mixed", "A mixed image: 20.0 points above raw pixels in kNN, k = 20 and "
+        ((0.8, 0.6, 0.5), (0.5, 0.6, 0.5), "mixed", "Mixed results: 20.0 points above raw pixels in kNN, k = 20 and "
          "10.0 points below raw pixels in the linear probe."),
     ],
 )  # fmt: skip
-def test_the_verdict_says_what_the_numbers_say(knn, linear, level: str, summary: str) -> None:
+def test_the_summary_says_what_the_numbers_say(knn, linear, level: str, text: str) -> None:
     summary = summarize(results(knn, linear))
-    assert (summary.level, summary.summary) == (level, summary)
+    assert (summary.level, summary.text) == (level, text)
 
 
 def test_a_large_difference_on_few_images_is_within_chance() -> None:
@@ -151,7 +156,7 @@ def test_a_large_difference_on_few_images_is_within_chance() -> None:
     assert summarize(results((0.8, 0.6, 0.5), (0.8, 0.6, 0.5), count=20)).level == "even"
 
 
-def test_the_verdict_without_baselines_and_without_evidence() -> None:
+def test_the_summary_without_baselines_and_without_results() -> None:
     alone = results()
     alone = replace(alone, encoders={"backbone": alone.encoders["backbone"]})
     assert summarize(alone).level == "alone"

@@ -37,7 +37,11 @@ BROKEN = [
     ("task_and_settings_are_documented", tasks.BareSetting, "no docstring under strongest; say there what it is"),
     ("unknown_settings_are_refused", tasks.LooseSettings, "an unknown setting is taken without a word"),
     ("views_pickle_and_have_fixed_shapes", tasks.LambdaViews, r"the views do not pickle \(.*make them an instance of"),
-    ("views_pickle_and_have_fixed_shapes", tasks.with_views(tasks.AsTheyCome), r"views\['image'\] depends on the pict"),
+    (
+        "views_pickle_and_have_fixed_shapes",
+        tasks.with_views(tasks.AsTheyCome),
+        r"views\['image'\] depends on the image",
+    ),
     (
         "views_pickle_and_have_fixed_shapes",
         tasks.with_views(tasks.WithOwnGenerator),

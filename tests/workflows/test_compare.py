@@ -139,7 +139,7 @@ def test_intervals_of_evaluators_are_taken_from_their_sections(three: list[str],
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("overrides", "message"),
     [
         ([], "report: no run is given"),
         (["out=x"], "report: no run is given"),

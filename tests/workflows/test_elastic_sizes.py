@@ -211,7 +211,7 @@ def test_the_report_of_an_elastic_run_has_its_sizes(run: Path) -> None:
     evaluate(run, sizes=[[16, 2], [32, 3]])
     evaluate(run)  # and keeps them
     document = read_report(run / "report" / "report.json")["sizes"]
-    assert (document["held"], document["measured"]) == (6, 2)
+    assert (document["stored"], document["measured"]) == (6, 2)
     assert [row["title"] for row in document["rows"]] == ["16x2", "32x3"]
     value = document["rows"][0]["values"]["knn/k5"]
     assert value["low"] < value["value"] <= value["high"]

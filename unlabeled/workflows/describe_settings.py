@@ -6,7 +6,7 @@ and default are those of its field; its unit and meaning are the field's docstri
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -75,7 +75,7 @@ class Setting:
     type: str
     """Readable: ``number``, ``integer or null``, ``true/false``, ``one of: cosine, step``, ``list of integers``."""
     default: str
-    """As it would be typed; ``required`` where there is none."""
+    """As it would be typed; ``required`` where there is none; empty for a whole group of settings."""
     unit: str
     """Such as ``pixels``; empty without one."""
     meaning: str
@@ -214,7 +214,8 @@ def _setting(name: str, field: FieldInfo, default: Any, text: FieldText) -> Sett
 def _group_line(name: str, section: type[BaseModel], field: FieldInfo, text: FieldText) -> Setting:
     group = next(group for group, model in GROUPS.items() if model is section)
     meaning = f"{text.meaning or _says(section)} See: unlabeled settings {group}"
-    return Setting(f"{name}.*", readable_type(field.annotation), typed_value(field.default), "", meaning)
+    default = "null" if field.default is None else ""  # what it is otherwise, its own settings say
+    return Setting(f"{name}.*", readable_type(field.annotation), default, "", meaning)
 
 
 def _is_section(annotation: Any) -> bool:
@@ -234,3 +235,22 @@ def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", typed_value(value)
+
+
+def overview() -> dict[str, dict[str, str]]:
+    """Kind → name → what it is, in one sentence: everything that `describe` takes."""
+    return {
+        "Commands": {name: _says(model) for name, model in COMMANDS.items()},
+        "Groups of settings": {name: _says(model) for name, model in GROUPS.items()},
+        "Tasks": {name: _tried(name, task_class) for name in task_names()},
+        "Evaluators": {name: _tried(name, lambda one: evaluator_class(one).Config) for name in evaluator_names()},
+        "Data sources": {name: _tried(name, lambda one: source_class(one).Config) for name in source_names()},
+    }
+
+
+def _tried(name: str, find: Callable[[str], type[Any]]) -> str:
+    """The first sentence of what `find` gives; the reason where a plugin cannot be imported."""
+    try:
+        return _says(find(name))
+    except ConfigError as error:
+        return str(error)

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from unlabeled.eval.base import FeatureSet, FeatureSplit
 from unlabeled.eval.encoded_dataset import EncodedDataset
-from unlabeled.eval.evaluators.duplicates import DuplicatesConfig, DuplicatesEvaluator, find_pairs, size_like, threshold
+from unlabeled.eval.evaluators.duplicates import (
+    DuplicatesConfig,
+    DuplicatesEvaluator,
+    find_pairs,
+    side_by_side,
+    threshold,
+)
 from unlabeled.ssl.core.errors import DataError
 
 CAREFUL = DuplicatesConfig(chance=1e-4)
@@ -169,6 +175,6 @@ def test_features_alone_few_images_and_features_without_variance() -> None:
 
 def test_images_of_any_size_stand_side_by_side() -> None:
     images = [torch.zeros(3, 20, 40, dtype=torch.uint8), torch.zeros(3, 448, 224, dtype=torch.uint8)]
-    canvas = size_like(images, images[::-1])
+    canvas = side_by_side(images, images[::-1])
     assert canvas.shape == (3, 2 * 112 + 2, 2 * 56 + 2)
     assert int((canvas[0] == 0).sum()) == 2 * (20 * 40 + 112 * 56)

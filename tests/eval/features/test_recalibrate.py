@@ -26,7 +26,7 @@ from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.config.schema import EvaluateConfig, PretrainConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.task import PretextTask
-from unlabeled.workflows.evaluate import Target, masked_statistics
+from unlabeled.workflows.evaluate import Target, saw_masked_images_only
 
 CONFIG = EvaluateConfig(
     knn=KnnConfig(k=(5, 20)), linear=LinearConfig(epochs=2, lr=(0.1,), weight_decay=(0.0,)), recalibrate=True
@@ -208,12 +208,12 @@ def test_the_command_asks_the_runs_task(monkeypatch: pytest.MonkeyPatch) -> None
     assert PretextTask.masked_statistics is False
     config = PretrainConfig.model_validate({"task": {"name": "rotation"}})
     monkeypatch.setattr(Rotation, "masked_statistics", True)
-    assert masked_statistics(Target(resnet(), "run", config))
-    assert not masked_statistics(Target(resnet(), "a file of weights"))
+    assert saw_masked_images_only(Target(resnet(), "run", config))
+    assert not saw_masked_images_only(Target(resnet(), "a file of weights"))
     unknown = PretrainConfig.model_validate({"task": {"name": "rotatoin"}})
     with pytest.raises(ConfigError, match=r"recalibrate: auto has to know.*'rotatoin'.*set it to true or false"):
-        masked_statistics(Target(resnet(), "run", unknown))
-    assert not masked_statistics(Target(tiny_vit(), "run", unknown))
+        saw_masked_images_only(Target(resnet(), "run", unknown))
+    assert not saw_masked_images_only(Target(tiny_vit(), "run", unknown))
 
 
 def _in_process(rank: int, folder: str) -> None:

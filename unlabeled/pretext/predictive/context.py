@@ -131,7 +131,7 @@ class Context(PretextTask):
         2015,
         "https://arxiv.org/abs/1505.05192",
     )
-    good_for = "a classic baseline on the layout of objects; needs images larger than its patches"
+    good_for = "a classic baseline that learns how the parts of an object are arranged"
     recipe: ClassVar[Recipe] = {
         "optim": {"name": "momentum", "lr": 0.023, "lr_scaling": "none", "momentum": 0.0, "weight_decay": 0.0},
         "schedule": {"name": "constant", "warmup_epochs": 0},

@@ -15,7 +15,7 @@ REQUIRED = "required"
 """Stands in place of a default where there is none."""
 
 _NAMES = {int: "integer", float: "number", str: "text", bool: "true/false"}
-_PLURALS = {"integer": "integers", "number": "numbers", "path": "paths", "list of integers": "lists of integers"}
+_PLURALS = {"integer": "integers", "number": "numbers", "path": "paths", "pair": "pairs", "tuple": "tuples"}
 _COUNTS = {2: "two", 3: "three", 4: "four"}
 
 
@@ -59,6 +59,8 @@ def _single(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (tuple, list, set, frozenset):
         inner = [one for one in arguments if one is not Ellipsis]
+        if origin is tuple and Ellipsis not in arguments and len({readable_type(one) for one in inner}) > 1:
+            return "pair" if len(inner) == 2 else "tuple"
         if origin is tuple and Ellipsis not in arguments and len(inner) in _COUNTS:
             return f"{_COUNTS[len(inner)]} {_plural(readable_type(inner[0]))}"
         return f"list of {_plural(readable_type(inner[0]))}" if inner else "list"

@@ -38,8 +38,8 @@ def with_new_names(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any
     """
     found: dict[str, Any] = {}
     for key, value in sorted(values.items(), key=lambda item: f"{prefix}{item[0]}" not in RENAMED):  # old ones first
-        path = f"{prefix}{key}"
-        new = RENAMED.get(path, path).removeprefix(prefix)
+        renamed = RENAMED.get(f"{prefix}{key}")
+        new = key if renamed is None else renamed.removeprefix(prefix)
         inner = with_new_names(value, f"{prefix}{new}.") if isinstance(value, Mapping) else value
         below = found.get(new)
         found[new] = {**below, **inner} if isinstance(below, Mapping) and isinstance(inner, Mapping) else inner
