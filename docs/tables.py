@@ -23,9 +23,11 @@ from pathlib import Path
 from pydantic import BaseModel
 
 import unlabeled
+from unlabeled.cli.commands import COMMANDS
 from unlabeled.eval.registry import evaluator_class, evaluator_names, evaluator_origin
 from unlabeled.pretext.registry import task_class, task_names, task_origin
 from unlabeled.ssl.config.docstrings import first_sentence
+from unlabeled.ssl.config.renamed import RENAMED
 from unlabeled.ssl.data.registry import source_class, source_names, source_origin
 from unlabeled.workflows.compatibility.measure import Matrix
 from unlabeled.workflows.describe_settings import GROUPS, Setting, describe
@@ -220,10 +222,34 @@ def _assigned(name: str) -> tuple[str, str]:
     raise LookupError(f"{name} is not assigned in {unlabeled._PUBLIC[name]}")
 
 
+def commands(_: str, page: Path) -> Iterator[str]:
+    """A row for each command, then a section for each with its examples."""
+    yield from _rows(
+        ("command", "what it does"), ([_command(name), _cell(COMMANDS[name].summary)] for name in COMMANDS)
+    )
+    for name, command in COMMANDS.items():
+        yield from ("", f"### {name}", "", _cell(command.description), "", "```sh")
+        for example in command.examples:
+            yield from (f"# {example.purpose}", example.line)
+        yield "```"
+
+
+def _command(name: str) -> str:
+    places = [argument.options.get("metavar", "") for argument in COMMANDS[name].arguments]
+    return _code(" ".join(["unlabeled", name, *(place for place in places if place and place != "key=value")]))
+
+
+def renamed(_: str, page: Path) -> Iterator[str]:
+    """Settings that had another name."""
+    yield from _rows(("old", "now"), ([_code(old), _code(new)] for old, new in RENAMED.items()))
+
+
 PARTS: dict[str, Callable[[str, Path], Iterator[str]]] = {
     "api": api,
+    "commands": commands,
     "evaluator-settings": evaluator_settings,
     "evaluators": evaluators,
+    "renamed": renamed,
     "settings": settings,
     "source-settings": source_settings,
     "sources": sources,

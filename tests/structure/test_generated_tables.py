@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 
 import unlabeled
+from unlabeled.eval.registry import EVALUATORS, evaluator_origin
 from unlabeled.pretext.registry import TASKS, task_origin
 from unlabeled.workflows.describe_settings import COMMANDS, GROUPS
 
@@ -50,6 +51,12 @@ def test_the_reference_lists_everything() -> None:
     assert {"sources", "source-settings"} <= set(asked_for("docs/reference/sources.md"))
     assert "tasks" in asked_for("docs/methods/index.md")
     assert {f"settings {name}" for name in {*GROUPS, *COMMANDS}} <= set(asked_for("docs/reference/settings.md"))
+    assert "commands" in asked_for("docs/reference/cli.md")
+    assert "renamed" in asked_for("docs/glossary.md")
+    by_hand = (ROOT / "docs/reference/evaluation.md").read_text(encoding="utf-8")
+    assert [
+        name for name in EVALUATORS if f"\n| `{name}` |" not in by_hand and evaluator_origin(name) == "built in"
+    ] == []
     listed = [name for names in TABLES.public_sections().values() for name in names]
     assert sorted(listed) == sorted(unlabeled._PUBLIC)
 
