@@ -143,7 +143,7 @@ def evaluators(_: str, page: Path) -> Iterator[str]:
     rows = []
     for name in built_in(evaluator_names(), evaluator_origin):
         evaluator = evaluator_class(name)
-        needs = {"features": "features", "network": "the backbone"}.get(evaluator.needs, "features and images")
+        needs = {"features": "features", "backbone": "the backbone"}.get(evaluator.needs, "features and images")
         rows.append([f"[`{name}`]({target}#{name})", _cell(first_sentence(evaluator.__doc__)), needs])
     yield from _rows(("evaluator", "what it measures", "works on"), rows)
 

@@ -40,7 +40,7 @@ def build(pair, norm_pix: bool, execution: str = "gathered") -> ConvMAE:
     )
     settings = {
         "mask_ratio": config["mask_ratio"],
-        "mask_count": "reference",
+        "mask_count": "official",
         "norm_pix": norm_pix,
         "execution": execution,
         "decoder": {

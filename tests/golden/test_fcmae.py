@@ -55,7 +55,7 @@ def build(pair, *, norm_pix: bool = True, over_batch: bool = False) -> FCMAE:
     )
     settings = {
         "mask_ratio": config["mask_ratio"],
-        "mask_count": "reference",
+        "mask_count": "official",
         "norm_pix": norm_pix,
         "decoder": {"dim": config["decoder_dim"], "depth": config["decoder_depth"]},
     }

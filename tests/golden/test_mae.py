@@ -39,7 +39,7 @@ def build(pair, norm_pix: bool) -> MAE:
     )
     settings = {
         "mask_ratio": config["mask_ratio"],
-        "mask_count": "reference",
+        "mask_count": "official",
         "norm_pix": norm_pix,
         "decoder": {
             "dim": config["decoder_dim"],

@@ -52,7 +52,7 @@ def build(pair) -> SimMIM:
     config = pair.config
     settings = {
         "mask_ratio": config["mask_ratio"],
-        "mask_count": "reference",
+        "mask_count": "official",
         "mask_unit": config["mask_patch_size"],
     }
     backbone = Backbone(model(config), size=(config["image_size"], config["image_size"]))

@@ -65,7 +65,7 @@ def build(pair) -> tuple[SparK, list[str]]:
     config = pair.config
     settings = {
         "mask_ratio": config["mask_ratio"],
-        "mask_count": "reference",
+        "mask_count": "official",
         "levels": len(config["stage_channels"]),
         "decoder": {"width": config["decoder_width"]},
     }

@@ -63,12 +63,12 @@ def test_the_reference_lists_everything() -> None:
 
 def test_only_what_stands_between_the_marks_is_replaced() -> None:
     page = ROOT / "docs" / "page.md"
-    text = "before\n<!-- generated: settings log -->\nold\n<!-- end -->\nafter <!-- end -->\n"
+    text = "before\n<!-- generated: settings log -->\nstale\n<!-- end -->\nafter <!-- end -->\n"
     new = TABLES.update(text, page)
     assert new.startswith("before\n<!-- generated: settings log -->\n| setting | type | default | meaning |\n")
     assert new.endswith("|\n<!-- end -->\nafter <!-- end -->\n")
     assert "\n| `log.every` | " in new
-    assert "old" not in new
+    assert "stale" not in new
     with pytest.raises(ValueError, match=r"page\.md: 'setings log' cannot be generated; known: api, .*settings"):
         TABLES.update("<!-- generated: setings log -->\n<!-- end -->", page)
 

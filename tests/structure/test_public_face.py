@@ -14,7 +14,7 @@ import pytest
 import unlabeled
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTED = {"unlabeled.testing"}
+DOCUMENTED = {"unlabeled.cli", "unlabeled.testing"}
 """Modules inside the package that users are told of."""
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").rglob("README.md"))]
 

@@ -22,7 +22,7 @@ PATTERNS = ["random", "grid", "block"]
 )  # fmt: skip
 def test_count_of_kept_cells(method, cells, ratio, exact, reference):
     assert count_keep(cells, ratio, method) == exact
-    assert count_keep(cells, ratio, method, "reference") == reference
+    assert count_keep(cells, ratio, method, "official") == reference
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

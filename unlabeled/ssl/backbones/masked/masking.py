@@ -16,7 +16,7 @@ from unlabeled.ssl.core.errors import ConfigError
 
 Method = Literal["mae", "convmae", "fcmae", "simmim", "spark"]
 """Methods that count their visible cells in different ways; see `count_keep`."""
-Rounding = Literal["exact", "reference"]
+Rounding = Literal["exact", "official"]
 Pattern = Literal["random", "block", "grid"]
 
 _SLACK = 1e-9
@@ -55,7 +55,7 @@ def count_keep(cells: int, ratio: float, method: Method = "mae", rounding: Round
     """Cells that stay visible when the part `ratio` of them is masked, as `method` counts them.
 
     mae, convmae, fcmae: the integer part of L (1 - r). simmim: all but the next integer from L r. spark: L (1 - r)
-    rounded, halves to even. ``exact`` rounds the decimal product; ``reference`` rounds the product in double precision
+    rounded, halves to even. ``exact`` rounds the decimal product; ``official`` rounds the product in double precision
     as the authors' code does (MAE: 19 of 100 at 0.8, since that product is slightly under 20).
     """
     slack = _SLACK if rounding == "exact" else 0.0
