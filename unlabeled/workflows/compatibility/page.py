@@ -19,7 +19,7 @@ Every architecture module of timm {timm}, and our own, under every pretext task.
 forward and one backward pass of the task, with its default settings, that gave a finite loss and a gradient for every
 parameter that it trains. (PixPro and PixContrast look at the second map, DINO and iBOT do without local crops, OBoW has
 64 words: the images are small.) Where a task cannot, a number stands for [the reason](#why-not); the command itself
-also names the place in the network.
+also names the layer.
 
 One small network stands for each module ([which ones](#the-networks)); others of the same module may differ.
 
