@@ -87,9 +87,9 @@ def test_an_evaluator_of_then_needs_what_it_needed() -> None:
     assert OldEvaluator.needs == "images"
 
 
-def test_results_answer_to_their_old_names() -> None:
+def test_results_answer_to_their_old_names(tmp_path: Path) -> None:
     settings = {"evaluators": ["knn"], "limit": 60, "maps": 0, "embedding": None}
-    results = unlabeled.evaluate("nin_cifar", data="digits", pretrained=False, evaluate=settings)
+    results = unlabeled.evaluate("nin_cifar", data="digits", pretrained=False, evaluate=settings, out=tmp_path)
     assert results.train_pictures == results.train_images > 0
     assert results.encoders["backbone"].pictures is results.encoders["backbone"].images
     assert unlabeled.summarize(results).summary == unlabeled.summarize(results).text
