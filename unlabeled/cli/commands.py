@@ -44,7 +44,7 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "doctor": Command(
-        "check a data source: counts, sizes, formats, broken files, speed",
+        "check a data source: counts, sizes, broken files, speed",
         "Scans a data source before you spend GPU hours on it: number of images, sizes, formats, duplicates, broken "
         "files, class balance and decoding speed.",
         (
