@@ -115,10 +115,15 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environmen
 
 
 def test_it_is_listed_with_the_package_that_brings_it(environment: Environment) -> None:
-    rows = [line.split() for line in environment.fork(environment.bin / "unlabeled", "tasks").stdout.splitlines()]
-    (jigsaw,) = (row for row in rows if row[0] == "jigsaw")
-    assert " ".join(jigsaw[1:]) == "Tells in which order the tiles of an image lie. pooled unlabeled-jigsaw 0.1.0"
-    assert all(row[-2:] == ["built", "in"] for row in rows[1:] if row[0] != "jigsaw")
+    printed = environment.fork(environment.bin / "unlabeled", "tasks", "--json").stdout
+    tasks = {task["name"]: task for task in json.loads(printed)}
+    jigsaw = tasks.pop("jigsaw")
+    assert jigsaw["summary"] == "Predicts how the tiles of an image were shuffled."
+    assert (jigsaw["needs"], jigsaw["origin"]) == (["pooled"], "unlabeled-jigsaw 0.1.0")
+    assert {task["origin"] for task in tasks.values()} == {"built in"}
+    shown = environment.fork(environment.bin / "unlabeled", "settings", "task=jigsaw").stdout
+    assert "task.permutations" in shown
+    assert "Number of orders to choose from." in shown
 
 
 def test_the_contract_is_checked_without_pytest(environment: Environment, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "doctor": Command(
-        "check a data source: counts, sizes, formats, broken files, speed",
+        "check a data source: counts, sizes, broken files, speed",
         "Scans a data source before you spend GPU hours on it: number of images, sizes, formats, duplicates, broken "
         "files, class balance and decoding speed.",
         (
@@ -112,7 +112,7 @@ COMMANDS: dict[str, Command] = {
             Example("a run", "unlabeled finetune runs/mae data=folder data.path=labeled out=runs/tuned"),
             Example(
                 "only the classifier, with 10 % of the labels",
-                "unlabeled finetune runs/mae frozen=true label_fraction=0.1",
+                "unlabeled finetune runs/mae data=digits frozen=true label_fraction=0.1",
             ),
             Example("a timm model, without the comparison", "unlabeled finetune resnet18 data=digits baseline=false"),
         ),

@@ -58,9 +58,9 @@ def _parser() -> argparse.ArgumentParser:
             "worked."
         ),
         epilog=_EPILOG,
-        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=16),
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=18),
     )
-    parser.add_argument("--version", action="version", version=f"unlabeled {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"unlabeled {__version__}")
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", title="commands", prog="unlabeled"
     )

@@ -16,8 +16,8 @@ from unlabeled.ssl.config.docstrings import first_sentence
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.task import Paper
 
-WIDE = 120
-"""Columns of a terminal from which on a table is easier to read than a list."""
+WIDE = 140
+"""Columns of a terminal from which on a table of five columns is easier to read than a list."""
 
 NEEDS = {
     "pooled": "pooled features: every backbone has them",

@@ -51,8 +51,8 @@ def first_sentence(text: str | None) -> str:
     A docstring's first paragraph counts: "e.g." and "arXiv 2111.06377" do not end a sentence.
     """
     paragraph = " ".join((text or "").strip().split("\n\n")[0].split()).replace("`", "")
-    match = re.match(r"(.*?(?<!e\.g)(?<!i\.e)[.!?:])(?=\s+[A-Z(]|$)", paragraph)
-    return (match[1] if match else paragraph).rstrip(":")
+    match = re.match(r"(.*?(?<!e\.g)(?<!i\.e)[.!?])(?=\s+[A-Z(]|$)", paragraph)
+    return match[1] if match else paragraph
 
 
 def has_source(model: type[BaseModel]) -> bool:
