@@ -191,21 +191,21 @@ class Picky(Sound):
     [
         (Bare, r"Bare breaks 'class and settings are documented': no docstring under strength"),
         (Nameless, r"title is not given; write title = "),
-        (Open, r"'settings go through json': an unknown setting is taken without a word"),
+        (Open, r"'settings go through json': an unknown setting is accepted silently"),
         (Twice, r"'values have the types of the contract': the key 'width' comes twice"),
         (Slash, r"a key is 'knn/k20'; choose a word without a slash"),
-        (Infinite, r"ratio is inf; yield a note in place of what has no value"),
+        (Infinite, r"ratio is inf; yield a note instead of a value that is not defined"),
         (Percent, r"top1 is 71\.2; an accuracy is a fraction of 1"),
         (Untyped, r"values is a list; see unlabeled\.eval\.base\.Value"),
         (Floats, r"map is a tensor torch\.float32 \(3, 8, 8\); images are uint8"),
         (Captionless, r"'measures say what values are': the image 'map' has no caption"),
         (SameLabel, r"height and width are both 'mean width'"),
-        (Drawn, r"'the same seed gives the same values': .* another chance; draw from a generator of your own"),
+        (Drawn, r"'the same seed gives the same values': .* different chance; draw from your own generator"),
         (InPlace, r"'what was encoded stays as it was': features or labels were changed in place"),
         (Images, r"'needs are true': features alone: evaluate: this evaluator looks at images"),
         (Careless, r"'what cannot be judged is said': no labels ends in ValueError: .* raise DataError in one line"),
         (Nan, r"'what cannot be judged is said': NaN among the features makes mean nan; raise DataError"),
-        (Lucky, r"'other weights are measured too': random weights lack luck"),
+        (Lucky, r"'other weights are measured too': random weights give no luck"),
     ],
 )
 def test_a_broken_rule_is_named(evaluator: type[Evaluator], message: str) -> None:
@@ -224,8 +224,8 @@ def test_settings_that_do_not_fit_are_said() -> None:
 @pytest.mark.parametrize("check", [check_evaluator, check_source, check_task])
 def test_what_is_no_class_with_settings_is_said(check: Callable[[Any], None]) -> None:
     with pytest.raises(
-        ContractError, match=r"^JSONDecoder is no class with a Config; give the class of an? \w+, or its"
+        ContractError, match=r"^JSONDecoder is not a class with a Config; give the class of an? \w+, or its"
     ):
         check(json.JSONDecoder)
-    with pytest.raises(ContractError, match=r"^3 is no class with a Config"):
+    with pytest.raises(ContractError, match=r"^3 is not a class with a Config"):
         check(3)

@@ -1,11 +1,11 @@
-"""The contracts of a task, an evaluator and a source as checks that run anywhere, pytest or not.
+"""The contracts of a task, an evaluator and a source as checks that run anywhere, with or without pytest.
 
 >>> from unlabeled.testing import check_evaluator, check_source, check_task
 >>> check_task("rotation")
 >>> check_evaluator("knn")
 >>> check_source("digits")
 
-`docs/how-to/own-task.md`, `docs/how-to/own-evaluator.md` and `docs/how-to/own-source.md` say what the rules are for.
+`docs/how-to/own-task.md`, `docs/how-to/own-evaluator.md` and `docs/how-to/own-source.md` explain the rules.
 """
 
 from unlabeled.testing.case import TINY_BACKBONES, ContractError, TaskCase, images, views_batch

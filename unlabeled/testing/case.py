@@ -1,4 +1,4 @@
-"""The task that is checked: built anew for every question, on the smallest backbone that can do it."""
+"""The task under check, rebuilt for every rule on the smallest backbone that can do it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ TINY_BACKBONES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("convnext_atto", {"size": 64, "dims": (8, 16, 16, 16), "depths": (1, 1, 1, 1)}),
     ("convmae_small", {"size": 32, "patch_size": (2, 2, 2), "dims": (8, 12, 32), "depths": (1, 1, 2), "num_heads": 2}),
 )
-"""timm name and arguments of the networks that are tried, in this order. None has batch norm."""
+"""timm names and arguments of the backbones to choose from, in this order. None of them has batch norm."""
 
 IMAGES = 4
-"""Images in a batch; even, since it is halved."""
+"""Images per batch; even, because some rules halve it."""
 
 
 class ContractError(AssertionError):
-    """A rule of a contract is broken. The text says which one, what was seen, and how to mend it."""
+    """A rule of a contract is broken. The message names the rule, what was found, and the remedy."""
 
 
 def require(kept: bool | Tensor, found: str, remedy: str) -> None:
@@ -44,15 +44,15 @@ def listed(names: list[str]) -> str:
 
 
 def checked_class(given: Any, noun: str) -> Any:
-    """`given`, where it is a class with settings; raises ContractError for an object, or a class of something else."""
+    """`given` if it is a class with settings. Raises ContractError for an instance or any other class."""
     possible = isinstance(given, type) and hasattr(given, "Config")
-    require(possible, f"{in_short(given)} is no class with a Config", f"give the class of {noun}, or its name")
+    require(possible, f"{in_short(given)} is not a class with a Config", f"give the class of {noun}, or its name")
     return given
 
 
 @dataclass(frozen=True)
 class TaskCase:
-    """A task class, its settings (as given, and validated) and an untouched backbone."""
+    """A task class, its settings (as given and validated) and a backbone, which is copied before every use."""
 
     name: str
     cls: type[PretextTask]
@@ -83,18 +83,18 @@ class TaskCase:
         return cls(name, found, given, config, backbone if backbone is not None else tiny_backbone(found))
 
     def task(self, seed: int = 0) -> PretextTask:
-        """The task in train mode. Its own parameters depend on `seed`, the backbone's do not."""
-        backbone = copy.deepcopy(self.backbone)
+        """A new task in training mode. Its own parameters depend on `seed`; the backbone's do not."""
+        backbone = copy.deepcopy(self.backbone)  # so that one rule cannot leave its weights to the next
         with seeded(seed):
             return self.cls(self.config, backbone).train()
 
     def batch(self, task: PretextTask, seed: int = 0) -> dict[str, Tensor]:
-        """What the loader would give: the views of `IMAGES` images, (B, ...) each, and ``index`` (B,)."""
+        """A batch as the loader gives it: the views of `IMAGES` images, (B, ...) each, and ``index`` (B,)."""
         return {**views_batch(task, seed=seed), "index": torch.arange(IMAGES)}
 
 
 def tiny_backbone(cls: type[PretextTask]) -> Backbone:
-    """The first of `TINY_BACKBONES` with the capabilities that `cls` needs. Raises ContractError when none has."""
+    """The first of `TINY_BACKBONES` with the capabilities that `cls` needs. Raises ContractError if none has them."""
     for name, arguments in TINY_BACKBONES:
         with seeded(0):
             backbone = create_backbone(name, **arguments)
@@ -105,7 +105,7 @@ def tiny_backbone(cls: type[PretextTask]) -> Backbone:
 
 
 def images(count: int = IMAGES, seed: int = 3) -> list[Tensor]:
-    """uint8 images (3, H, W) of noise, of different sizes."""
+    """`count` noise images, uint8 (3, H, W) of different sizes."""
     generator = torch.Generator().manual_seed(seed)
     shapes = [(40 + 8 * (i % 3), 56 - 8 * (i % 2)) for i in range(count)]
     return [torch.randint(0, 256, (3, *shape), generator=generator, dtype=torch.uint8) for shape in shapes]
@@ -115,5 +115,5 @@ def views_batch(task: PretextTask, count: int = IMAGES, seed: int = 5) -> dict[s
     """The views that `task` makes of `count` images, (B, ...) each."""
     views = type(task).views(task.config, task.backbone)
     with seeded(seed):
-        rows = [views(image) for image in images(count)]
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        samples = [views(image) for image in images(count)]
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}

@@ -1,6 +1,6 @@
-"""The contract of a data source as rules, and `check_source`, which tries them on one.
+"""The contract of a data source as rules, and `check_source`, which checks a source against them.
 
-`docs/how-to/own-source.md` says what the rules are for.
+`docs/how-to/own-source.md` explains the rules.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from unlabeled.testing.check import run_check
 from unlabeled.testing.surface import require_documented
 
 _SAMPLE = 8
-"""Images that are read, spread over the source."""
+"""Number of images that are read, spread over the source."""
 _DESCRIBED = 2000
-"""Images that are described."""
+"""Number of images whose description is checked."""
 _UNKNOWN = 255
-"""Of masks: pixels that nobody knows."""
-_PLAIN = "hold paths and tables, open files in read, and let the class lie at module level"
+"""Mask value of pixels without a known class."""
+_PLAIN = "keep paths and tables, open files in read, and define the class at module level"
 
 _THERE = """
 import hashlib, pickle, sys
@@ -61,12 +61,12 @@ for content, indices in given:
         found.append(f"{type(error).__name__}: {error}")
 open(sys.argv[2], "wb").write(pickle.dumps(found))
 """
-"""What a fresh process does: it reads images of the sources that it is handed."""
+"""Program of a new process, which reads images from the pickled sources it is given."""
 
 
 @dataclass(frozen=True)
 class SourceCase:
-    """A source class, its settings as given and validated, and its training split, opened once."""
+    """A source class, its settings (as given and validated) and its training split, opened once."""
 
     name: str
     cls: SourceClass
@@ -78,7 +78,7 @@ class SourceCase:
     def of(cls, source: str | type[Any], settings: Mapping[str, Any] | None = None) -> SourceCase:
         """`source`: a registered name or the class itself.
 
-        Raises ContractError when the settings do not fit, ConfigError for a name that is not registered, and what the
+        Raises ContractError for invalid settings, ConfigError for a name that is not registered, and whatever the
         source itself raises when it is opened.
         """
         found = (
@@ -93,39 +93,43 @@ class SourceCase:
         return cls(name, found, given, config, found(config, "train"))
 
     def open(self, split: Split = "train") -> ImageSource:
-        """Opens `split` anew."""
+        """Opens `split` again."""
         return self.cls(self.config, split)
 
     def sample(self) -> list[int]:
-        """Indices of training images, the first and the last among them."""
+        """Indices of some training images, including the first and the last."""
         return spread(len(self.train), _SAMPLE)
 
 
 def spread(length: int, count: int) -> list[int]:
-    """`count` indices below `length`, or all, at equal distances from the first to the last."""
+    """`count` indices below `length` (or all), evenly spaced from the first to the last."""
     return sorted({round(position * (length - 1) / max(count - 1, 1)) for position in range(min(count, length))})
 
 
 def source_and_settings_are_documented(case: SourceCase) -> None:
-    """Docstrings of the source and its Config, and one under each setting."""
+    """The source, its Config and every setting have a docstring."""
     require_documented(case.cls, case.cls.Config, "say what it reads")
 
 
 def unknown_settings_are_refused(case: SourceCase) -> None:
-    """A misspelled setting is a fault, and not a default; names of all sources' settings are not taken."""
+    """A misspelled setting is an error, and no setting has a name that belongs to all data."""
     config = case.cls.Config
     require(issubclass(config, SourceConfig), f"Config is {config.__name__}", "derive it from SourceConfig")
     taken = sorted({"name", "max_bad_fraction"} & config.model_fields.keys())
-    require(not taken, f"{listed(taken)} is a setting of all data already", "choose another name; it would not arrive")
+    require(
+        not taken,
+        f"{listed(taken)} is already a setting of all data",
+        "choose another name; it would never reach the source",
+    )
     try:
         config.model_validate({**case.settings, "no_such_field": 1})
     except ValidationError:
         return
-    require(False, "an unknown setting is taken without a word", 'leave SourceConfig\'s extra="forbid" as it is')
+    require(False, "an unknown setting is accepted silently", 'keep extra="forbid" of SourceConfig')
 
 
 def settings_survive_json(case: SourceCase) -> None:
-    """A run writes its settings down and reads them back."""
+    """A run writes its settings to a file and reads them back."""
     try:
         text = json.dumps(case.config.model_dump(mode="json"))
     except Exception as error:  # whatever a serializer raises
@@ -135,16 +139,16 @@ def settings_survive_json(case: SourceCase) -> None:
 
 
 def it_is_a_source_of_images(case: SourceCase) -> None:
-    """Its members are there, and it is not empty."""
+    """It has all members and is not empty."""
     members = ("classes", "__len__", "read", "labels", "describe")
     missing = [name for name in members if not hasattr(case.train, name)]
-    require(not missing, f"it has no {listed(missing)}", "write what the contract names; classes may be None")
+    require(not missing, f"it has no {listed(missing)}", "add the missing members; classes may be None")
     length = len(case.train)
     require(length > 0, f"its length is {length}", "raise DataError, saying where no images were found")
 
 
 def images_are_uint8_rgb(case: SourceCase) -> None:
-    """uint8 (3, H, W), also for gray images."""
+    """Images are uint8 (3, H, W), gray ones too."""
     for index in case.sample():
         image = case.train.read(index)
         require(isinstance(image, Tensor), f"read gives a {type(image).__name__}", "give a torch.Tensor")
@@ -155,21 +159,25 @@ def images_are_uint8_rgb(case: SourceCase) -> None:
 
 
 def an_image_is_always_the_same(case: SourceCase) -> None:
-    """The same index gives the same pixels, and a source that is opened again has the same order."""
+    """An index always gives the same pixels, and a source that is opened again has the same order."""
     sample, again = case.sample(), case.open()
     first = digests(case.train, sample)
-    require(first == digests(case.train, sample), "an index gives other pixels the second time", "draw nothing here")
-    order = "sort what a folder, a glob or a set gives"
-    require(len(again) == len(case.train), "opened again, it has another length", order)
-    require(first == digests(again, sample), "opened again, an index gives another image", order)
-    require(described(again) == described(case.train), "opened again, images are described otherwise", order)
+    require(
+        first == digests(case.train, sample),
+        "an index gives different pixels the second time",
+        "use no randomness in read",
+    )
+    order = "sort what a folder, a glob or a set returns"
+    require(len(again) == len(case.train), "opened again, it has a different length", order)
+    require(first == digests(again, sample), "opened again, an index gives a different image", order)
+    require(described(again) == described(case.train), "opened again, the descriptions differ", order)
     one, other = case.train.labels(), again.labels()
     same = other is None if one is None else other is not None and torch.equal(one, other)
-    require(same, "opened again, the labels are others", order)
+    require(same, "opened again, the labels differ", order)
 
 
 def labels_number_the_classes(case: SourceCase) -> None:
-    """int64 (N,), below the number of classes; -1 for an image without one. No labels and no classes go together."""
+    """Labels are int64 (N,) below the number of classes, -1 for an unlabeled image; without labels, no classes."""
     for split, source in _splits(case):
         labels, classes = source.labels(), source.classes
         both = (labels is None) == (classes is None)
@@ -182,15 +190,17 @@ def labels_number_the_classes(case: SourceCase) -> None:
         low, high = int(labels.min()), int(labels.max())
         inside = low >= -1 and high < len(classes)
         require(
-            inside, f"{split}: labels go from {low} to {high} for {len(classes)} classes", "label = place in classes"
+            inside,
+            f"{split}: labels go from {low} to {high} for {len(classes)} classes",
+            "a label is an index into classes",
         )
         names = [name for name in classes if not isinstance(name, str)]
-        require(not names, f"class {names and names[0]!r} is no text", "give names as str")
-        require(len(set(classes)) == len(classes), f"{split}: two classes have one name", "give each its own")
+        require(not names, f"class {names and names[0]!r} is not a string", "give names as str")
+        require(len(set(classes)) == len(classes), f"{split}: two classes have the same name", "give each its own")
 
 
 def descriptions_tell_images_apart(case: SourceCase) -> None:
-    """What errors and lists of bad images call them."""
+    """Every image has its own description, which errors and lists of bad images show."""
     found = described(case.train)
     empty = [index for index, text in enumerate(found) if not isinstance(text, str) or not text.strip()]
     require(not empty, f"image {empty and empty[0]} has no description", "give its path, or its row and file")
@@ -199,34 +209,34 @@ def descriptions_tell_images_apart(case: SourceCase) -> None:
 
 
 def an_index_beyond_the_end_raises(case: SourceCase) -> None:
-    """IndexError: what is no image must not be counted as a broken one."""
+    """An index past the end raises IndexError, so that it is not counted as a broken image."""
     remedy = "raise IndexError"
     try:
         case.train.read(len(case.train))
     except IndexError:
         return
-    except Exception as error:  # whatever it is, it is another one
+    except Exception as error:  # anything but IndexError
         require(False, f"an index beyond the end raises {type(error).__name__}", remedy)
     require(False, "an index beyond the end gives an image", remedy)
 
 
 def splits_are_apart(case: SourceCase) -> None:
-    """No training image is in the test split; where there is no such split, opening it raises DataError."""
+    """No training image is in the test split. Without a test split, opening it raises DataError."""
     splits = dict(_splits(case))
     if "test" not in splits:
         return
     train, test = splits["train"], splits["test"]
     require(len(test) > 0, "the test split is empty", "raise DataError, saying how to get one")
     numbers = {text: index for index, text in enumerate(described(train))}
-    # two tables may describe their rows alike: then it is the pixels that tell
+    # two tables may describe their rows alike, so equal descriptions alone prove nothing: compare pixels
     alike = [(numbers[text], index) for index, text in enumerate(described(test)) if text in numbers][:_SAMPLE]
     both = [one for one, other in alike if digests(train, [one]) == digests(test, [other])]
     shown = train.describe(both[0]) if both else ""
-    require(not both, f"{shown} is in the training and in the test split", "hold out by unlabeled.holdout")
+    require(not both, f"{shown} is in both the training and the test split", "split with unlabeled.holdout")
 
 
 def encoded_content_is_the_image(case: SourceCase) -> None:
-    """Where a source gives the bytes or the file behind an image, `unlabeled.decode_rgb` makes the image of them."""
+    """If a source returns the bytes or file of an image, `unlabeled.decode_rgb` decodes them to that image."""
     for index in case.sample():
         content = encoded(case.train, index)
         if content is None:
@@ -234,13 +244,15 @@ def encoded_content_is_the_image(case: SourceCase) -> None:
         fits = isinstance(content, (bytes, Path))
         require(fits, f"encoded gives a {type(content).__name__}", "give bytes, a Path, or None")
         same = torch.equal(decode_rgb(content, case.train.describe(index)), case.train.read(index))
-        require(same, f"image {index} is not what encoded gives", "read it as decode_rgb(self.encoded(index), name)")
+        require(
+            same, f"image {index} differs from what encoded returns", "read it as decode_rgb(self.encoded(index), name)"
+        )
 
 
 def what_cannot_be_decoded_is_a_decode_error(case: SourceCase) -> None:
-    """Tried where `read` goes through ``encoded``. The loader skips, counts and lists what raises DecodeError."""
+    """`read` raises DecodeError for broken content, which the loader skips, counts and lists."""
     if not hasattr(case.train, "encoded"):
-        return
+        return  # only a source that reads through `encoded` can be given broken content
     broken: Any = copy.copy(case.train)
     try:
         broken.encoded = lambda index: b"not an image"
@@ -248,13 +260,13 @@ def what_cannot_be_decoded_is_a_decode_error(case: SourceCase) -> None:
     except DecodeError as error:
         name = broken.describe(0)
         require(name in str(error), f"DecodeError does not name the image ({error})", "begin it with describe(index)")
-    except Exception as error:  # that is the rule
+    except Exception as error:  # every other error breaks the rule
         raised = f"an image that cannot be decoded raises {type(error).__name__}"
         require(False, raised, "raise DecodeError, as unlabeled.decode_rgb does")
 
 
 def masks_fit_the_images(case: SourceCase) -> None:
-    """uint8 (H, W): 0 is background, class c is c + 1, 255 unknown."""
+    """Masks are uint8 (H, W): 0 is background, class c is c + 1, 255 is unknown."""
     source = case.train
     if not isinstance(source, MaskSource):
         return
@@ -268,7 +280,7 @@ def masks_fit_the_images(case: SourceCase) -> None:
 
 
 def boxes_fit_the_images(case: SourceCase) -> None:
-    """float32 (N, 4): left, top, right, bottom in pixels from the corner; None where nobody drew any."""
+    """Boxes are float32 (N, 4): left, top, right, bottom in pixels; None for an image without annotation."""
     for index in case.sample():
         boxes = annotated_boxes(case.train, index)
         if boxes is None:
@@ -285,12 +297,12 @@ def boxes_fit_the_images(case: SourceCase) -> None:
 
 
 def another_process_reads_the_same(case: SourceCase) -> None:
-    """It pickles, as it does to loader workers; the class must be importable there. Starts a process: some seconds."""
+    """It pickles, as for loader workers, and a new process reads the same pixels. Takes a few seconds."""
     compare_with_another(case, read_in_another_process([case])[0])
 
 
 def read_in_another_process(cases: Sequence[SourceCase]) -> list[list[str] | str]:
-    """Of each subject, what a fresh process finds: the digests of its `sample`, or the error in words."""
+    """For each case, what a new process finds: the digests of its `sample`, or the error as text."""
     given = [(_pickled(case), case.sample()) for case in cases]
     with tempfile.TemporaryDirectory() as folder:
         there, back = Path(folder, "there"), Path(folder, "back")
@@ -301,9 +313,9 @@ def read_in_another_process(cases: Sequence[SourceCase]) -> list[list[str] | str
 
 
 def compare_with_another(case: SourceCase, found: list[str] | str) -> None:
-    """Raises ContractError where another process found an error or other pixels."""
+    """Raises ContractError if another process got an error or different pixels."""
     require(isinstance(found, list), f"another process cannot read it ({found})", _PLAIN)
-    require(found == digests(case.train, case.sample()), "another process reads other pixels", _PLAIN)
+    require(found == digests(case.train, case.sample()), "another process reads different pixels", _PLAIN)
 
 
 def _pickled(case: SourceCase) -> bytes:
@@ -314,7 +326,7 @@ def _pickled(case: SourceCase) -> bytes:
 
 
 SourceCheck = Callable[[SourceCase], None]
-"""Raises ContractError when the rule that its name states is broken."""
+"""Raises ContractError when the rule stated by its name is broken."""
 
 SOURCE_CHECKS: tuple[SourceCheck, ...] = (
     source_and_settings_are_documented,
@@ -332,16 +344,16 @@ SOURCE_CHECKS: tuple[SourceCheck, ...] = (
     masks_fit_the_images,
     boxes_fit_the_images,
 )
-"""Every rule that needs no other process, those first on which others build."""
+"""Every rule that needs no other process. Later rules assume that earlier ones hold."""
 
 
 def check_source(source: str | type[Any] | DataConfig, settings: Mapping[str, Any] | None = None) -> None:
-    """Tries every rule of the contract on `source`; some seconds, most of them for a process that reads it too.
+    """Checks `source` against every rule of the contract; takes a few seconds, mostly to start a second process.
 
-    `source`: a registered name, the class itself, or a section of data with its settings; `settings`: fields of its
-    Config, such as where its images lie. Its images must be readable.
+    `source`: a registered name, the class itself, or a section of data with its settings. `settings`: fields of its
+    Config, such as the path of the images. The images must be readable.
 
-    Raises ContractError, an AssertionError, for the first rule that is broken.
+    Raises ContractError, an AssertionError, for the first broken rule.
     """
     if isinstance(source, DataConfig):
         settings = {"limit": source.limit, **(source.model_extra or {}), **(settings or {})}
@@ -352,12 +364,12 @@ def check_source(source: str | type[Any] | DataConfig, settings: Mapping[str, An
 
 
 def digests(source: ImageSource, indices: Iterable[int]) -> list[str]:
-    """Hashes of the pixels of images."""
+    """SHA-256 of the pixels of each image."""
     return [hashlib.sha256(source.read(index).numpy().tobytes()).hexdigest() for index in indices]
 
 
 def described(source: ImageSource) -> list[str]:
-    """What images are called, the first `_DESCRIBED` of them."""
+    """Descriptions of the first `_DESCRIBED` images."""
     return [source.describe(index) for index in range(min(len(source), _DESCRIBED))]
 
 
