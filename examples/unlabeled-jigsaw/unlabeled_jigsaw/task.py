@@ -26,7 +26,7 @@ class JigsawConfig(TaskConfig):
     permutations: int = Field(1000, ge=2)
     """Number of orders to choose from. There are only 24 orders of 2x2 tiles."""
     gap: float = Field(75 / 64, ge=1)
-    """Side of a cell relative to the tile cropped from it at random, so that edges of neighboring tiles do not match."""
+    """Side of a cell relative to the tile cropped from it at random, so that edges of neighbors do not match."""
     gray: float = Field(0.3, ge=0, le=1)
     """Probability of a gray image. Color fringes would reveal the order."""
 
