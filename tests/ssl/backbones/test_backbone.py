@@ -186,7 +186,7 @@ def test_capability_error_tells_which_tasks_would_do(monkeypatch):
         setattr(module, name, type(name, (PretextTask,), {"requires": frozenset(requires)}))
     module.missing_reason = lambda backbone: f"{backbone.name} is too small"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setitem(CAPABILITIES, "impossible", f"{module.__name__}:lacks")
+    monkeypatch.setitem(CAPABILITIES, "impossible", f"{module.__name__}:missing_reason")
     targets = {"easy": f"{module.__name__}:Easy", "hard": f"{module.__name__}:Hard", "broken": "no_such_module:X"}
     monkeypatch.setattr(registry.REGISTRY, "targets", targets)
     expected = r"test_resnet cannot do Hard: it lacks impossible \(test_resnet is too small\); it can do: easy$"

@@ -130,7 +130,7 @@ class ViewDataset(Dataset[Sample]):
         """Views of image `key`, and int64 () ``"index"``: the image really used, and its ``"label"`` if known."""
         epoch, index = key
         image, used, bad = self._read(index)
-        with seeded(derive("image", self.seed, epoch, index)):
+        with seeded(derive("picture", self.seed, epoch, index)):  # the key of all runs so far: it fixes their views
             views = self.views(image)
         known = {} if self.labels is None else {"label": self.labels[used]}
         return Sample({**views, "index": torch.tensor(used), **known}, bad)
