@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from unlabeled.ssl.config.schema import EngineConfig
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.train.accelerator import create_accelerator
-from unlabeled.ssl.train.loop import gradient_norm, parts_of
+from unlabeled.ssl.train.loop import gradient_norm, parameters_by_child
 
 LIMIT = 1.5
 
@@ -101,7 +101,7 @@ def test_without_parts_all_are_clipped_together(accelerator: Any) -> None:
 
 def test_every_trainable_parameter_is_in_one_part() -> None:
     task: Any = Task()
-    parts = [{id(parameter) for parameter in part} for part in parts_of(task)]
+    parts = [{id(parameter) for parameter in part} for part in parameters_by_child(task)]
     assert len(parts) == 4  # the token, backbone with the layer that is shared, heads, unused
     assert sum(map(len, parts)) == len(set().union(*parts)) == sum(p.requires_grad for p in task.parameters())
 

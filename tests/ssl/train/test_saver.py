@@ -59,7 +59,7 @@ def worker(rank: int, rendezvous: str, folder: str) -> None:
     assert other.load(newest, Meter()) == 3
     train(model, optimizer, 2)
     train(again, its_optimizer, 2)
-    ours, theirs = saver.whole_model(), other.whole_model()
+    ours, theirs = saver.full_model_state(), other.full_model_state()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     dist.barrier()  # nobody leaves while the other still talks
     dist.destroy_process_group()

@@ -5,7 +5,7 @@ import pytest
 
 from unlabeled.pretext.common.teacher import cosine_momentum
 from unlabeled.ssl.config.schema import OptimConfig, ScheduleConfig
-from unlabeled.ssl.train.schedule import Schedule, peak_rate, weight_decay_at
+from unlabeled.ssl.train.schedule import Schedule, peak_learning_rate, weight_decay_at
 
 
 def test_warm_up_starts_at_zero_reaches_the_peak_and_the_cosine_ends_near_zero() -> None:
@@ -30,7 +30,7 @@ def test_constant_stays_at_the_peak() -> None:
 
 @pytest.mark.parametrize(("rule", "peak"), [("linear", 2.4e-3), ("sqrt", 6e-4), ("none", 1.5e-4)])
 def test_scaling_rules(rule: str, peak: float) -> None:
-    assert peak_rate(OptimConfig(lr=1.5e-4, lr_scaling=rule), 4096) == pytest.approx(peak)
+    assert peak_learning_rate(OptimConfig(lr=1.5e-4, lr_scaling=rule), 4096) == pytest.approx(peak)
 
 
 def test_weight_decay_follows_a_cosine_to_its_end() -> None:
