@@ -75,7 +75,7 @@ def filled(data: DataConfigT, field: str = "data") -> DataConfigT:
 
 
 def labeled(data: DataConfigT, field: str = "data") -> DataConfigT:
-    """`data` with ``labels=True``, if its source has that setting and would otherwise not read labels."""
+    """`data` with ``labels=True`` if its source has that setting; other sources always read labels."""
     has_setting = "labels" in _named(data.name, field).Config.model_fields
     return data.model_copy(update={"labels": True}) if has_setting else data
 

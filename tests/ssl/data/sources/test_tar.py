@@ -80,7 +80,7 @@ def test_without_labels_everything_is_for_training(tmp_path: Path) -> None:
     assert source.labels() is None
     assert source.classes is None
     assert shades(source) == [1, 2]
-    with pytest.raises(DataError, match=r"no test shards and no labels to hold a part out by; set data\.test_path"):
+    with pytest.raises(DataError, match=r"no test shards and no labels to hold out a fraction by; set data\.test_path"):
         opened(file, "test")
 
 
@@ -88,7 +88,7 @@ def test_what_cannot_be_read_is_said_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no tar files at"):
         opened(tmp_path)
     (tmp_path / "broken.tar").write_bytes(b"nothing like it" * 100)
-    with pytest.raises(DataError, match=r"broken\.tar is no plain tar file"):
+    with pytest.raises(DataError, match=r"broken\.tar is not an uncompressed tar file"):
         opened(tmp_path)
     with pytest.raises(DataError, match="no images in 1 shards"):
         opened(shard(tmp_path / "empty.tar", {"a.txt": b"x"}))

@@ -152,7 +152,7 @@ def test_what_does_not_fit_is_said_in_one_line(tmp_path):
     with pytest.raises(DataError, match=r"data\.dataset: .* has no folder Layout"):
         opened(root, dataset="Layout")
     lists(root, train=["a", "missing"])
-    with pytest.raises(DataError, match="1 names that JPEGImages lacks, such as missing"):
+    with pytest.raises(DataError, match="1 names that are not in JPEGImages, such as missing"):
         opened(root)
     lists(root, train=[])
     with pytest.raises(DataError, match="has no names"):
