@@ -161,8 +161,8 @@ def test_each_step_has_its_size_and_the_announcement_says_so() -> None:
     curriculum = create_curriculum("efficienttrain", rotation(), 10)
     assert curriculum is not None
     assert [curriculum.size(step) for step in range(10)] == [(48, 48)] * 6 + [(56, 56)] * 2 + [(64, 64)] * 2
-    said = "efficienttrain: 48x48 in steps 1 to 6, 56x56 in steps 7 to 8, 64x64 in steps 9 to 10; about 69 %"
-    assert str(curriculum).replace("%", " %").startswith(said)
+    expected = "efficienttrain: 48x48 in steps 1 to 6, 56x56 in steps 7 to 8, 64x64 in steps 9 to 10; about 69 %"
+    assert str(curriculum).replace("%", " %").startswith(expected)
     assert create_curriculum(None, rotation(), 10) is None
 
 
@@ -217,7 +217,7 @@ def test_networks_that_cannot_say_what_to_change(name: str, arguments: dict[str,
         create_curriculum("efficienttrain", task, 10)
 
 
-def test_a_task_can_refuse_small_images_or_all_but_whole_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_can_refuse_small_images_or_all_but_full_size_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = create_backbone("vit_tiny_patch16_224", dynamic_img_size=True, **(VIT | {"patch_size": 16}))
     decoder = {"dim": 16, "depth": 1, "heads": 2}
     masked = create_task({"name": "mae", "mask_ratio": 0.9, "decoder": decoder}, backbone)

@@ -66,7 +66,7 @@ def worker(rank: int, rendezvous: str, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_sharded_run_is_saved_whole_and_goes_on_exactly(tmp_path: Path) -> None:
+def test_a_sharded_run_is_saved_unsharded_and_resumes_exactly(tmp_path: Path) -> None:
     mp.start_processes(worker, args=(str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2, start_method="forkserver")
     model, _, state = load_checkpoint(tmp_path / "checkpoints" / "step_00000003")
     single = network()

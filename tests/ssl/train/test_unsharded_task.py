@@ -53,5 +53,5 @@ def worker(rank: int, rendezvous: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_network_of_ones_own_comes_back_whole(tmp_path: Path) -> None:
+def test_a_custom_backbone_is_restored_in_full(tmp_path: Path) -> None:
     mp.spawn(worker, args=(str(tmp_path / "rendezvous"),), nprocs=2)

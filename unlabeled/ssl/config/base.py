@@ -16,5 +16,5 @@ they cannot hold (see `plain`)."""
 class Section(BaseModel):
     """A group of settings: unknown keys are refused, and values are immutable after validation."""
 
-    # pydantic skips defaults unless told to validate them, and a wrong default would only show up far into a run
+    # by default, pydantic does not validate defaults, and a wrong default would only show up far into a run
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)

@@ -175,9 +175,10 @@ def _progress_bar() -> Progress:
 
 
 def _short(values: Mapping[str, float]) -> str:
-    parts = [f"loss {values['loss']:.4f}"] if "loss" in values else []
-    parts += [f"lr {values['lr']:.2e}"] if "lr" in values else []
+    """The values that the progress bar and the log show."""
+    shown = [f"loss {values['loss']:.4f}"] if "loss" in values else []
+    shown += [f"lr {values['lr']:.2e}"] if "lr" in values else []
     if "images_per_s" in values:
-        parts.append(f"{values['images_per_s']:.0f} images/s")
-        parts.append(f"wait {values['data_wait']:.0%}")
-    return "  ".join(parts)
+        shown.append(f"{values['images_per_s']:.0f} images/s")
+        shown.append(f"wait {values['data_wait']:.0%}")
+    return "  ".join(shown)

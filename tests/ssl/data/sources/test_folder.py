@@ -224,7 +224,7 @@ def test_missing_paths_are_refused(tmp_path: Path) -> None:
         opened(tmp_path / "a.png")
 
 
-def test_empty_folders_say_what_was_looked_at(tmp_path: Path) -> None:
+def test_empty_folders_are_reported(tmp_path: Path) -> None:
     for name in ("a.txt", "b.mp4", "sub/c.csv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
