@@ -311,9 +311,7 @@ def test_too_many_bad_images_stop_a_run(tmp_path: Path) -> None:
     listed.add(bad(1, 2))
     listed.check()
     listed.add(bad(3))
-    expected = (
-        r"^data: 3 of 40 images \(7\.5%\) cannot be decoded, more than data\.max_bad_fraction=0\.05; see .*jsonl"
-    )
+    expected = r"^data: 3 of 40 images \(7\.5%\) cannot be decoded, more than data\.max_bad_fraction=0\.05; see .*jsonl"
     with pytest.raises(DataError, match=expected):
         listed.check()
 
