@@ -12,7 +12,8 @@ import struct
 
 def derive(*keys: int | str) -> int:
     """A 63-bit seed from `keys`; different keys give independent seeds (BLAKE2b of their bytes)."""
-    # not hash(): that of a string differs in each process
+    # not hash(): that of a string differs in each process. The strings at the calls must never change: new names would
+    # be new seeds, and a run would not resume as it began
     digest = hashlib.blake2b(digest_size=8)
     for key in keys:
         # the terminator keeps ("ab", "c") apart from ("a", "bc")

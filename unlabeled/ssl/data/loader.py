@@ -131,8 +131,8 @@ class ViewDataset(Dataset[Sample]):
         """The views of image `key`, with the int64 scalars ``"index"`` (of the image actually used) and ``"label"``."""
         epoch, index = key
         image, used, bad = self._read(index)
-        # seeded by the requested index: the random numbers of other images do not depend on what is broken
-        with seeded(derive("image", self.seed, epoch, index)):
+        # by the requested index, not the used one; "picture" is part of the seed, so renaming it would change every run
+        with seeded(derive("picture", self.seed, epoch, index)):
             views = self.views(image)
         known = {} if self.labels is None else {"label": self.labels[used]}
         return Sample({**views, "index": torch.tensor(used), **known}, bad)
