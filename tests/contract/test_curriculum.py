@@ -36,11 +36,11 @@ def test_smaller_images_train_the_same_parameters(name: str) -> None:
     try:
         curriculum = create_curriculum("efficienttrain", task, 10)
         assert curriculum is not None
-        batches = [curriculum.apply(whole, stage.first) for stage in curriculum.stages[:-1]]
+        batches = [curriculum.apply(whole, phase.first) for phase in curriculum.phases[:-1]]
     except ConfigError as error:
         pytest.skip(str(error))
-    for stage, batch in zip(curriculum.stages, batches, strict=False):
-        assert any(tensor.shape[-2:] == stage.size for tensor in batch.values())
+    for phase, batch in zip(curriculum.phases, batches, strict=False):
+        assert any(tensor.shape[-2:] == phase.size for tensor in batch.values())
         task.zero_grad()
         output = task(batch, **task.draw(batch))
         output.loss.backward()

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from unlabeled.ssl.config.schema import OptimConfig, ScheduleConfig
-from unlabeled.ssl.train.schedule import Schedule, peak_rate, weight_decay_at
+from unlabeled.ssl.train.schedule import Schedule, peak_learning_rate, weight_decay_at
 
 
 def published(method: str, settings: dict) -> tuple[Schedule, OptimConfig]:
@@ -41,7 +41,7 @@ def published(method: str, settings: dict) -> tuple[Schedule, OptimConfig]:
         config = ScheduleConfig(start_factor=1 / settings["warmup_multiplier"], min_lr=settings["min_lr"], **common)
     if "lr_scale_divisor" in settings:
         optim = optim.model_copy(update={"lr_scaling": "linear", "lr_batch": settings["lr_scale_divisor"]})
-    return Schedule(config, peak_rate(optim, batch), iterations, iterations * epochs), optim
+    return Schedule(config, peak_learning_rate(optim, batch), iterations, iterations * epochs), optim
 
 
 def check(pair, name: str, values: list[float], peak: float) -> None:

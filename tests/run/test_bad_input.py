@@ -31,11 +31,11 @@ TINY = [
 
 
 def pretrain(out: Path, *overrides: str) -> int:
-    data = [] if any(word.startswith("data=") for word in overrides) else ["data=shapes", "data.count=32"]
+    data = [] if any(override.startswith("data=") for override in overrides) else ["data=shapes", "data.count=32"]
     return main(["pretrain", *TINY, *data, f"out={out}", *overrides])
 
 
-def said(capsys: pytest.CaptureFixture[str]) -> str:
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
     """The one line of an error, without the log."""
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("unlabeled")]
     assert len(lines) == 1, lines
@@ -106,7 +106,7 @@ def test_settings_that_cannot_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
 ) -> None:
     assert pretrain(tmp_path / "run", *overrides) == 2
-    assert message in said(capsys)
+    assert message in error_line(capsys)
     assert not (tmp_path / "run").exists(), "nothing is written before everything is known to fit"
 
 
@@ -115,11 +115,11 @@ def test_what_an_evaluation_needs_is_refused_before_a_sweep_begins(
 ) -> None:
     overrides = [*TINY, "evaluate.evaluators=[knn],[knn,liner]", f"out={tmp_path / 'sweep'}"]
     assert main(["pretrain", "--multirun", *overrides]) == 2
-    assert "'liner' is not an evaluator; did you mean 'linear'?" in said(capsys)
+    assert "'liner' is not an evaluator; did you mean 'linear'?" in error_line(capsys)
     assert not (tmp_path / "sweep").exists()
 
 
-def test_settings_of_what_runs_are_taken_and_written_out_whole(tmp_path: Path) -> None:
+def test_settings_of_what_runs_are_used_and_written_out_in_full(tmp_path: Path) -> None:
     few = ["evaluate.evaluators=[few_shot,cluster]", "evaluate.few_shot.ways=3"]
     config = pretrain_config([*TINY, *few])
     stored = yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))["evaluate"]
@@ -131,12 +131,12 @@ def test_settings_of_what_runs_are_taken_and_written_out_whole(tmp_path: Path) -
     assert pretrain_config([*TINY, "evaluate.evaluators=all", "evaluate.few_shot.ways=3"]).evaluate.few_shot.ways == 3
 
 
-def test_sections_that_words_did_not_set_need_no_effect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sections_that_overrides_did_not_set_need_no_effect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate = EvaluateConfig.model_validate({"few_shot": {"ways": 3}})
     assert evaluator_config(settle(evaluate, given=()), "few_shot").model_dump()["ways"] == 3
     assert pretrain(tmp_path / "run") == 0
     record = tmp_path / "run" / "config.yaml"
-    before = yaml.safe_load(record.read_text())  # in a folder of old there were sections of all evaluators
+    before = yaml.safe_load(record.read_text())  # older versions wrote sections for all evaluators
     before["evaluate"] |= {name: evaluator_config(evaluate, name).model_dump(mode="json") for name in evaluator_names()}
     record.write_text(yaml.safe_dump(before))
     assert pretrain(tmp_path / "run") == 0
@@ -144,16 +144,16 @@ def test_sections_that_words_did_not_set_need_no_effect(tmp_path: Path, capsys: 
     assert main([*target, "evaluate.evaluators=[knn]"]) == 0
     capsys.readouterr()
     assert main([*target, "evaluate.cluster.restarts=2"]) == 2
-    assert "evaluate.cluster: restarts=2 has no effect" in said(capsys)
+    assert "evaluate.cluster: restarts=2 has no effect" in error_line(capsys)
 
 
 def test_a_file_for_a_folder_and_a_folder_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").touch()
     assert pretrain(tmp_path / "run", "data=folder", f"data.path={tmp_path / 'empty'}") == 2
-    assert "empty" in said(capsys)
+    assert "empty" in error_line(capsys)
     assert pretrain(tmp_path / "run", "data=folder", f"data.path={tmp_path / 'empty' / 'notes.txt'}") == 2
-    assert "notes.txt is a file" in said(capsys)
+    assert "notes.txt is a file" in error_line(capsys)
 
 
 def test_some_corrupt_images_are_skipped_counted_and_listed(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_too_many_corrupt_images_stop_the_run(
 ) -> None:
     folder = write_images(tmp_path / "images", 40, corrupt)
     assert pretrain(tmp_path / "run", "data=folder", f"data.path={folder}") == 2
-    assert message in said(capsys)
+    assert message in error_line(capsys)
 
 
 def test_another_runs_folder_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,9 +178,9 @@ def test_another_runs_folder_is_left_alone(tmp_path: Path, capsys: pytest.Captur
     before = files_of(tmp_path / "run")
     capsys.readouterr()
     assert pretrain(tmp_path / "run", "optim.lr=1e-2") == 2
-    assert "holds another run (optim.lr: 0.00015 there, 0.01 here)" in said(capsys)
+    assert "holds another run (optim.lr: 0.00015 there, 0.01 here)" in error_line(capsys)
     assert pretrain(tmp_path / "run", "resume=never") == 2
-    assert "already holds step_00000008" in said(capsys)
+    assert "already holds step_00000008" in error_line(capsys)
     assert files_of(tmp_path / "run") == before
 
 
@@ -190,7 +190,7 @@ def test_a_run_from_before_a_setting_existed_goes_on(tmp_path: Path, capsys: pyt
     record.write_text("".join(line for line in record.open() if "patch_embed_lr" not in line))
     capsys.readouterr()
     assert pretrain(tmp_path / "run", "optim.patch_embed_lr=0.5") == 2
-    assert "holds another run (optim.patch_embed_lr: 1.0 there, 0.5 here)" in said(capsys)
+    assert "holds another run (optim.patch_embed_lr: 1.0 there, 0.5 here)" in error_line(capsys)
     assert pretrain(tmp_path / "run") == 0
 
 
@@ -208,7 +208,7 @@ def test_a_full_disk_during_a_checkpoint_keeps_the_one_before(
 
     monkeypatch.setattr(checkpoint, "save_file", save_until_full)
     assert pretrain(tmp_path / "run") == 2
-    assert "step 4 could not be written" in said(capsys)
+    assert "step 4 could not be written" in error_line(capsys)
     assert (tmp_path / "run" / "checkpoints" / "last").read_text() == "step_00000002"
     monkeypatch.undo()
     assert pretrain(tmp_path / "run") == 0
@@ -222,7 +222,7 @@ def test_an_unreadable_checkpoint_is_named_with_the_one_before(
     (tmp_path / "run" / "checkpoints" / "step_00000008" / "model.safetensors").write_bytes(b"cut short")
     capsys.readouterr()
     assert pretrain(tmp_path / "run") == 2
-    assert "step_00000008 cannot be read" in (line := said(capsys))
+    assert "step_00000008 cannot be read" in (line := error_line(capsys))
     assert "write 'step_00000006' into" in line
 
 
@@ -237,7 +237,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
 
     monkeypatch.setattr(engine, "gradient_norm", spoil)
     assert pretrain(tmp_path / "run") == 2
-    line = said(capsys)
+    line = error_line(capsys)
     assert "not finite at step 2" in line
     assert "step_00000002" in line
     assert (tmp_path / "run" / "checkpoints" / "last").read_text() == "step_00000002"
@@ -257,12 +257,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
 )
 def test_evaluate(capsys: pytest.CaptureFixture[str], overrides: list[str], message: str) -> None:
     assert main(["evaluate", *overrides]) == 2
-    assert message in said(capsys)
+    assert message in error_line(capsys)
 
 
 def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "data=folder", f"data.path={tmp_path / 'nowhere'}"]) == 2
-    assert "nowhere" in said(capsys)
+    assert "nowhere" in error_line(capsys)
     folder = write_images(tmp_path / "images", 10, corrupt=1)
     assert main(["doctor", "data=folder", f"data.path={folder}", "workers=0"]) == 0
     assert "000.png" in capsys.readouterr().out

@@ -201,7 +201,7 @@ def test_objects_pass_and_files_name_them() -> None:
         ({"optim__lr": 1, "optim.lr": 2}, r"^optim.lr: given twice, as optim__lr and as optim.lr; give it once$"),
         ({"optim": 5, "optim__lr": 1}, r"^optim: given twice, 5 and \{'lr': 1\}; give it once$"),
         ({"optim": 5}, r"^optim: 5 is not possible; give a mapping of settings"),
-        ({"optim": {1: 2}}, r"^optim.1: 1 is no name of a setting; names are text"),
+        ({"optim": {1: 2}}, r"^optim.1: 1 is not the name of a setting; names are text"),
         ({"optim": {"lrr": 1}}, r"^optim.lrr: there is no such setting in optim; did you mean 'lr'\?"),
         ({"optim__": 1}, r"^optim.: there is no such setting in optim"),
         ({"optm__lr": 1}, r"^optm: there is no such setting; did you mean 'optim'\?"),

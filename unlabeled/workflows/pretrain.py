@@ -37,7 +37,7 @@ from unlabeled.ssl.data.source import ImageSource, Split
 from unlabeled.ssl.task import PretextTask
 from unlabeled.ssl.train.accelerator import create_accelerator
 from unlabeled.ssl.train.build import assemble, build_backbone
-from unlabeled.ssl.train.loop import Training, train, whole_task
+from unlabeled.ssl.train.loop import Training, train, unsharded_task
 from unlabeled.ssl.train.monitor import read_metrics
 from unlabeled.ssl.train.run_folder import Plan, claim_folder
 from unlabeled.workflows.settings import compose_settings, settle_evaluation, tiny
@@ -108,7 +108,7 @@ def pretrain_from(config: PretrainConfig, backbone: Backbone | None = None) -> P
         stopped = train(run)
     finally:
         run.monitor.close()
-    task = whole_task(run)
+    task = unsharded_task(run)
     encoder = task.encoder()
     if run.accelerator.is_main_process:
         export_backbone(encoder, config.out, elastic=task.elastic())

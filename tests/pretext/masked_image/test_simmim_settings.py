@@ -14,7 +14,7 @@ from unlabeled.pretext.registry import create_task, task_config
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.config.schema import PretrainConfig
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
-from unlabeled.ssl.train.schedule import peak_rate
+from unlabeled.ssl.train.schedule import peak_learning_rate
 from unlabeled.workflows.settings import compose_settings
 
 ARCHITECTURES = json.loads(
@@ -73,8 +73,8 @@ def test_hiera_has_no_norm_over_its_last_map():
 
 def test_published_recipe():
     config = compose_settings("pretrain", ["task=simmim"], PretrainConfig)
-    assert peak_rate(config.optim, 2048) == pytest.approx(8e-4)
-    assert peak_rate(config.optim, 512) == pytest.approx(2e-4)
+    assert peak_learning_rate(config.optim, 2048) == pytest.approx(8e-4)
+    assert peak_learning_rate(config.optim, 512) == pytest.approx(2e-4)
     assert config.engine.clip == 5.0
     assert config.optim.betas == (0.9, 0.999)
     assert config.schedule.start_factor * 2e-4 == pytest.approx(1e-6)

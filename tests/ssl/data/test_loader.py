@@ -311,9 +311,7 @@ def test_too_many_bad_images_stop_a_run(tmp_path: Path) -> None:
     listed.add(bad(1, 2))
     listed.check()
     listed.add(bad(3))
-    expected = (
-        r"^data: 3 of 40 images \(7\.5%\) cannot be decoded, more than data\.max_bad_fraction=0\.05; look at .*jsonl"
-    )
+    expected = r"^data: 3 of 40 images \(7\.5%\) cannot be decoded, more than data\.max_bad_fraction=0\.05; see .*jsonl"
     with pytest.raises(DataError, match=expected):
         listed.check()
 
@@ -329,14 +327,14 @@ def test_a_folder_with_some_torn_files_from_disk_to_list(tmp_path: Path) -> None
     source = open_source(DataConfig(name="folder", path=tmp_path / "data"))
     epoch = RunSampler(length=40, batch_size=10, total_steps=4, seed=0)
     listed = BadImages(tmp_path / "bad_images.jsonl", total=len(source), max_fraction=0.05)
-    seen = Counter[int]()
+    counts = Counter[int]()
     for batch in make_loader(ViewDataset(source, draws, seed=0), epoch, workers=2):
         listed.add(batch.bad)
         listed.check()
         assert torch.equal(batch.tensors["image"][:, 0, 0, 0], batch.tensors["index"].to(torch.uint8))
-        seen.update(batch.tensors["index"].tolist())
-    assert seen.total() == 40
-    assert set(range(40)) - set(seen) == {7, 31}
+        counts.update(batch.tensors["index"].tolist())
+    assert counts.total() == 40
+    assert set(range(40)) - set(counts) == {7, 31}
     lines = [json.loads(line) for line in listed.path.read_text().splitlines()]
     assert sorted(line["name"] for line in lines) == [str(path) for path in torn]
     assert all(line["reason"].startswith("cannot be decoded (") for line in lines)

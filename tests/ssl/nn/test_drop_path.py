@@ -54,7 +54,7 @@ def test_a_sub_network_takes_the_rate() -> None:
     uniform_drop_path(sub.model, 0.2)
     assert rates(sub.model) == [0.2] * 4
     assert rates(backbone.model) == [0.2] * 8
-    assert rates(elastic.extract(backbone, elastic.sizes[0]).model) == []  # what is built anew is free of it
+    assert rates(elastic.extract(backbone, elastic.sizes[0]).model) == []  # an extracted backbone is created without it
 
 
 def test_what_is_refused() -> None:

@@ -42,6 +42,6 @@ def test_shapes_and_types_stay():
     assert all(parameter.grad_fn is None for parameter in teacher.parameters())
 
 
-def test_networks_of_different_structure_are_refused():
+def test_modules_of_different_structure_are_refused():
     with pytest.raises(RuntimeError, match=r"same number|size|length"):
         ema_update(nn.Linear(2, 2), nn.Linear(2, 2, bias=False), 0.9)

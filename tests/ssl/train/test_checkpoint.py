@@ -76,8 +76,8 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
         load_checkpoint(path)
 
 
-def test_last_naming_a_missing_checkpoint_is_said(tmp_path: Path) -> None:
+def test_last_naming_a_missing_checkpoint_is_reported(tmp_path: Path) -> None:
     save(tmp_path, 1)
     (tmp_path / "last").write_text("step_00000007")
-    with pytest.raises(CheckpointError, match=r"names step_00000007, which is not there"):
+    with pytest.raises(CheckpointError, match=r"names step_00000007, which is missing"):
         last_checkpoint(tmp_path)

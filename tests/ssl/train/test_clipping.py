@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from unlabeled.ssl.config.schema import EngineConfig
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.train.accelerator import create_accelerator
-from unlabeled.ssl.train.loop import gradient_norm, parts_of
+from unlabeled.ssl.train.loop import gradient_norm, parameters_by_child
 
 LIMIT = 1.5
 
@@ -101,12 +101,12 @@ def test_without_parts_all_are_clipped_together(accelerator: Any) -> None:
 
 def test_every_trainable_parameter_is_in_one_part() -> None:
     task: Any = Task()
-    parts = [{id(parameter) for parameter in part} for part in parts_of(task)]
+    parts = [{id(parameter) for parameter in part} for part in parameters_by_child(task)]
     assert len(parts) == 4  # the token, backbone with the layer that is shared, heads, unused
     assert sum(map(len, parts)) == len(set().union(*parts)) == sum(p.requires_grad for p in task.parameters())
 
 
-def test_parts_want_a_limit_and_whole_gradients() -> None:
+def test_clip_parts_needs_a_limit_and_full_gradients() -> None:
     with pytest.raises(ValidationError, match=r"clip_parts has no effect without clip; set engine\.clip"):
         EngineConfig(clip_parts=True)
     older: Any = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=False)
@@ -142,5 +142,5 @@ def worker(rank: int, rendezvous: str) -> None:
 
 
 @pytest.mark.slow
-def test_sharded_gradients_are_clipped_like_whole_ones(tmp_path: Any) -> None:
+def test_sharded_gradients_are_clipped_like_unsharded_ones(tmp_path: Any) -> None:
     mp.start_processes(worker, args=(str(tmp_path / "rendezvous"),), nprocs=2, start_method="forkserver")

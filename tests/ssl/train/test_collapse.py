@@ -1,4 +1,4 @@
-"""What counts as collapse, and when it is said."""
+"""What counts as collapse, and when a warning is logged."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from unlabeled.ssl.train.collapse import CollapseAlarm, feature_metrics
 
 
-def test_figures_of_known_features() -> None:
+def test_metrics_of_known_features() -> None:
     torch.manual_seed(0)
     even = feature_metrics(torch.randn(256, 16))
     assert even["feature_spread"] == pytest.approx(1, abs=0.02)
@@ -23,8 +23,8 @@ def test_figures_of_known_features() -> None:
 def test_the_alarm_warns_once_after_several_low_readings(caplog: pytest.LogCaptureFixture) -> None:
     alarm = CollapseAlarm("change this", after=10, readings=3)
     low, fine = {"feature_spread": 1e-3}, {"feature_spread": 0.5}
-    said = [alarm.update(step, values) for step, values in enumerate([low] * 14 + [fine] + [low] * 6)]
-    assert [step for step, warning in enumerate(said) if warning] == [13]
+    warnings = [alarm.update(step, values) for step, values in enumerate([low] * 14 + [fine] + [low] * 6)]
+    assert [step for step, warning in enumerate(warnings) if warning] == [13]
     assert "change this" in caplog.text
     assert caplog.text.count("healthy above") == 1
 
@@ -36,7 +36,7 @@ def test_a_single_low_reading_or_none_is_no_alarm() -> None:
         assert alarm.update(step, {"loss": 0.0}) is None
 
 
-def test_features_that_shrink_are_told_by_their_deviation() -> None:
+def test_features_that_shrink_are_detected_by_their_deviation() -> None:
     """Directions say nothing then: spread and rank of the shrunken features are those of the healthy ones."""
     torch.manual_seed(0)
     features = torch.randn(64, 16)

@@ -110,21 +110,21 @@ def test_the_transform_runs_in_float32_under_autocast(dtype: torch.dtype) -> Non
 
 
 def test_published_schedules() -> None:
-    """60, 20 and 20 % of the steps; and stages of equal compute, 2, 4 and 4 of ten."""
+    """60, 20 and 20 % of the steps; and phases of equal compute, 2, 4 and 4 of ten."""
     plain = plan_phases("efficienttrain", 1000, (224, 224), (32, 32))
     assert plain == [
         CurriculumPhase(0, 600, (160, 160)),
         CurriculumPhase(600, 200, (192, 192)),
         CurriculumPhase(800, 200, (224, 224)),
     ]
-    stages = plan_phases("efficienttrain++", 1000, (224, 224), (32, 32))
-    assert [stage.size[0] for stage in stages] == [96, 160, 224]
-    assert [stage.first for stage in stages] == [0, stages[0].steps, stages[0].steps + stages[1].steps]
-    assert sum(stage.steps for stage in stages) == 1000
-    share = 1000 / sum(n * (224 / size) ** 2 for n, size in ((2, 96), (4, 160), (4, 224)))  # of full size, per stage
-    for stage, count in zip(stages, (2, 4, 4), strict=True):
-        assert abs(stage.steps - count * share * (224 / stage.size[0]) ** 2) <= 1
-    parts = [Curriculum("x", tuple(found), torch.nn.Identity()).compute for found in (plain, stages)]
+    phases = plan_phases("efficienttrain++", 1000, (224, 224), (32, 32))
+    assert [phase.size[0] for phase in phases] == [96, 160, 224]
+    assert [phase.first for phase in phases] == [0, phases[0].steps, phases[0].steps + phases[1].steps]
+    assert sum(phase.steps for phase in phases) == 1000
+    share = 1000 / sum(n * (224 / size) ** 2 for n, size in ((2, 96), (4, 160), (4, 224)))  # of full size, per phase
+    for phase, count in zip(phases, (2, 4, 4), strict=True):
+        assert abs(phase.steps - count * share * (224 / phase.size[0]) ** 2) <= 1
+    parts = [Curriculum("x", tuple(found), torch.nn.Identity()).compute for found in (plain, phases)]
     assert parts == pytest.approx([0.6 * (160 / 224) ** 2 + 0.2 * (192 / 224) ** 2 + 0.2, 10 * share / 1000], abs=1e-3)
 
 
@@ -133,23 +133,23 @@ def test_published_schedules() -> None:
 def test_any_number_of_steps_is_divided_without_gaps_and_ends_at_full_size(
     name: CurriculumName, full: tuple[int, int], step: tuple[int, int]
 ) -> None:
-    weights = {stage.size: stage.steps / 1e6 for stage in plan_phases(name, 1_000_000, full, step)}
+    weights = {phase.size: phase.steps / 1e6 for phase in plan_phases(name, 1_000_000, full, step)}
     for total in [*range(1, 40), 997]:
-        stages = plan_phases(name, total, full, step)
-        assert [stage.first for stage in stages] == [sum(s.steps for s in stages[:n]) for n in range(len(stages))]
-        assert sum(stage.steps for stage in stages) == total
-        assert stages[-1].size == full
-        assert all(stage.steps > 0 for stage in stages)
-        assert all(abs(stage.steps - total * weights[stage.size]) <= 1.01 for stage in stages)
-        areas = [h * w for h, w in (stage.size for stage in stages)]
+        phases = plan_phases(name, total, full, step)
+        assert [phase.first for phase in phases] == [sum(s.steps for s in phases[:n]) for n in range(len(phases))]
+        assert sum(phase.steps for phase in phases) == total
+        assert phases[-1].size == full
+        assert all(phase.steps > 0 for phase in phases)
+        assert all(abs(phase.steps - total * weights[phase.size]) <= 1.01 for phase in phases)
+        areas = [h * w for h, w in (phase.size for phase in phases)]
         assert areas == sorted(set(areas))
-        for size in (stage.size for stage in stages[:-1]):
+        for size in (phase.size for phase in phases[:-1]):
             sides = zip(size, full, step, strict=True)
             assert all(side % multiple == 0 or side == whole for side, whole, multiple in sides)
 
 
 def test_sides_shrink_each_for_itself() -> None:
-    sizes = [stage.size for stage in plan_phases("efficienttrain", 100, (96, 160), (8, 16))]
+    sizes = [phase.size for phase in plan_phases("efficienttrain", 100, (96, 160), (8, 16))]
     assert sizes == [(72, 112), (80, 144), (96, 160)]  # 68.6 x 114.3 and 82.3 x 137.1, rounded
 
 
@@ -161,8 +161,8 @@ def test_each_step_has_its_size_and_the_announcement_says_so() -> None:
     curriculum = create_curriculum("efficienttrain", rotation(), 10)
     assert curriculum is not None
     assert [curriculum.size(step) for step in range(10)] == [(48, 48)] * 6 + [(56, 56)] * 2 + [(64, 64)] * 2
-    said = "efficienttrain: 48x48 in steps 1 to 6, 56x56 in steps 7 to 8, 64x64 in steps 9 to 10; about 69 %"
-    assert str(curriculum).replace("%", " %").startswith(said)
+    expected = "efficienttrain: 48x48 in steps 1 to 6, 56x56 in steps 7 to 8, 64x64 in steps 9 to 10; about 69 %"
+    assert str(curriculum).replace("%", " %").startswith(expected)
     assert create_curriculum(None, rotation(), 10) is None
 
 
@@ -183,8 +183,8 @@ def test_images_of_full_size_shrink_and_everything_else_stays() -> None:
     assert torch.equal(smaller["globals"], low_frequencies(batch["globals"], (48, 48)) / 255)
     assert torch.allclose(smaller["globals"].mean(), batch["globals"].float().mean() / 255, atol=1e-5)
     assert all(smaller[name] is batch[name] for name in batch.keys() - {"globals"})
-    assert curriculum.apply(batch, 8) is batch, "the last stage sees what the loader gave"
-    with pytest.raises(ConfigError, match=r"engine.curriculum: no images of the batch have the network's 64x64"):
+    assert curriculum.apply(batch, 8) is batch, "the last phase sees what the loader gave"
+    with pytest.raises(ConfigError, match=r"engine.curriculum: no images of the batch have the backbone's 64x64"):
         curriculum.apply({"locals": batch["locals"]}, 0)
 
 
@@ -206,8 +206,8 @@ def test_masked_tasks_get_what_they_take_for_normalized(task: str) -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("vit_tiny_patch16_224", VIT, r"takes no images of 48x48 \(.*\); set backbone.kwargs.dynamic_img_size=true"),
-        ("vit_relpos_small_patch16_224", VIT, r"takes no images of 48x48 .*; take a network for any size"),
+        ("vit_tiny_patch16_224", VIT, r"does not accept images of 48x48 \(.*\); .*dynamic_img_size=true"),
+        ("vit_relpos_small_patch16_224", VIT, r"does not accept images of 48x48 .*; choose a backbone for any size"),
         ("resnet18", {"size": 32}, r"no smaller size for images of 32x32 \(multiples of 32x32, 10 steps\)"),
     ],
 )
@@ -217,7 +217,7 @@ def test_networks_that_cannot_say_what_to_change(name: str, arguments: dict[str,
         create_curriculum("efficienttrain", task, 10)
 
 
-def test_a_task_can_refuse_small_images_or_all_but_whole_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_can_refuse_small_images_or_all_but_full_size_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = create_backbone("vit_tiny_patch16_224", dynamic_img_size=True, **(VIT | {"patch_size": 16}))
     decoder = {"dim": 16, "depth": 1, "heads": 2}
     masked = create_task({"name": "mae", "mask_ratio": 0.9, "decoder": decoder}, backbone)

@@ -36,7 +36,7 @@ def test_layer_decay_falls_from_the_head_to_the_stem(mae) -> None:
     assert scale["backbone.model.norm.weight"] == scale["decoder.pred.weight"] == 1.0
 
 
-def test_rates_reach_every_group(mae) -> None:
+def test_learning_rates_reach_every_group(mae) -> None:
     optimizer = create_optimizer(mae, OptimConfig(layer_decay=0.5))
     set_learning_rates(optimizer, lr=1.0, weight_decay=0.1)
     for group in optimizer.param_groups:

@@ -42,7 +42,7 @@ def test_settings_that_do_not_touch_the_result_may_change(tmp_path: Path) -> Non
         ({"epochs": 7}, r"another run \(epochs: 100.0 there, 7.0 here\)"),
         ({"engine": {"seed": 1}}, r"another run \(engine.seed: 0 there, 1 here\)"),
         ({"backbone": {"name": "x", "kwargs": {"a": 1}}}, r"another run \(backbone.name"),
-        ({"resume": "never"}, r"already holds step_00000004; resume=auto goes on"),
+        ({"resume": "never"}, r"already holds step_00000004; resume=auto continues"),
     ],
 )
 def test_another_runs_folder_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:

@@ -59,14 +59,14 @@ def worker(rank: int, rendezvous: str, folder: str) -> None:
     assert other.load(newest, Meter()) == 3
     train(model, optimizer, 2)
     train(again, its_optimizer, 2)
-    ours, theirs = saver.whole_model(), other.whole_model()
+    ours, theirs = saver.full_model_state(), other.full_model_state()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     dist.barrier()  # nobody leaves while the other still talks
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_a_sharded_run_is_saved_whole_and_goes_on_exactly(tmp_path: Path) -> None:
+def test_a_sharded_run_is_saved_unsharded_and_resumes_exactly(tmp_path: Path) -> None:
     mp.start_processes(worker, args=(str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2, start_method="forkserver")
     model, _, state = load_checkpoint(tmp_path / "checkpoints" / "step_00000003")
     single = network()

@@ -5,7 +5,7 @@ import pytest
 
 from unlabeled.pretext.common.teacher import cosine_momentum
 from unlabeled.ssl.config.schema import OptimConfig, ScheduleConfig
-from unlabeled.ssl.train.schedule import Schedule, peak_rate, weight_decay_at
+from unlabeled.ssl.train.schedule import Schedule, peak_learning_rate, weight_decay_at
 
 
 def test_warm_up_starts_at_zero_reaches_the_peak_and_the_cosine_ends_near_zero() -> None:
@@ -19,8 +19,8 @@ def test_warm_up_starts_at_zero_reaches_the_peak_and_the_cosine_ends_near_zero()
 def test_multistep_is_the_table_of_the_rotation_paper() -> None:
     table = ScheduleConfig(name="multistep", warmup_epochs=0, milestones=(60, 120, 160), gamma=0.2)
     schedule = Schedule(table, peak=0.1, steps_per_epoch=1, total_steps=200)
-    rates = [schedule(epoch) for epoch in (0, 59, 60, 119, 120, 159, 160, 199)]
-    assert rates == pytest.approx([0.1, 0.1, 0.02, 0.02, 0.004, 0.004, 0.0008, 0.0008])
+    learning_rates = [schedule(epoch) for epoch in (0, 59, 60, 119, 120, 159, 160, 199)]
+    assert learning_rates == pytest.approx([0.1, 0.1, 0.02, 0.02, 0.004, 0.004, 0.0008, 0.0008])
 
 
 def test_constant_stays_at_the_peak() -> None:
@@ -30,7 +30,7 @@ def test_constant_stays_at_the_peak() -> None:
 
 @pytest.mark.parametrize(("rule", "peak"), [("linear", 2.4e-3), ("sqrt", 6e-4), ("none", 1.5e-4)])
 def test_scaling_rules(rule: str, peak: float) -> None:
-    assert peak_rate(OptimConfig(lr=1.5e-4, lr_scaling=rule), 4096) == pytest.approx(peak)
+    assert peak_learning_rate(OptimConfig(lr=1.5e-4, lr_scaling=rule), 4096) == pytest.approx(peak)
 
 
 def test_weight_decay_follows_a_cosine_to_its_end() -> None:
@@ -59,8 +59,8 @@ def test_schedules_of_poa(epochs: int, warmup: int, steps: int, stretch: float) 
     schedule = Schedule(config, peak=0.005, steps_per_epoch=steps, total_steps=total)
     positions = np.arange(int(total / stretch) - warmup * steps)
     cosine = 2e-5 + 0.5 * (0.005 - 2e-5) * (1 + np.cos(np.pi * positions / len(positions)))
-    rates = np.array([schedule(step) for step in range(warmup * steps, total)])
-    np.testing.assert_allclose(rates, cosine[: total - warmup * steps], rtol=1e-12)
+    learning_rates = np.array([schedule(step) for step in range(warmup * steps, total)])
+    np.testing.assert_allclose(learning_rates, cosine[: total - warmup * steps], rtol=1e-12)
 
 
 def test_a_momentum_is_stretched_through_its_progress() -> None:

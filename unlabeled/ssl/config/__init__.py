@@ -1,1 +1,1 @@
-"""Settings: their base model, the schema of a run, composition from files and words, and messages about faults."""
+"""Settings: base model, schema of a run, composition from files and overrides, and error messages."""

@@ -1,4 +1,4 @@
-"""Docstrings under fields: the one text that the command line, the docs and the contract checks read."""
+"""Docstrings under fields: the single source of what the command line, the docs and the contract checks show."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ _UNIT = re.compile(r"\s*\[([^\[\]]+)\]$")
 
 
 class FieldText(NamedTuple):
-    """What a field's docstring says."""
+    """The docstring of a field."""
 
     meaning: str
-    """One paragraph of plain text; empty where there is none."""
+    """One paragraph of plain text; empty if there is no docstring."""
     unit: str
-    """The words in square brackets that end the docstring, such as ``pixels``; empty for a field without a unit."""
+    """The unit in square brackets at the end of the docstring, such as ``pixels``; empty for a field without a unit."""
 
 
 def field_texts(model: type[BaseModel]) -> dict[str, FieldText]:
-    """Field → what its docstring says, inherited where a subclass changes only the default.
+    """The docstring of each field by name; a subclass that only changes a default inherits the docstring.
 
-    Fields of classes without source at hand (typed into an interpreter) are not in it, unless they have a
+    Fields of classes without available source code (typed into an interpreter) are missing unless they have a
     ``Field(description=...)``.
     """
     found: dict[str, str] = {}
+    # bases first, so that a subclass overrides them
     for cls in reversed(model.__mro__):
         if issubclass(cls, BaseModel) and cls is not BaseModel:
             found |= _documented(cls) or {}
@@ -48,22 +49,24 @@ def split_unit(text: str) -> FieldText:
 def first_sentence(text: str | None) -> str:
     """The first sentence of a docstring, on one line, without backquotes; empty for None.
 
-    A docstring's first paragraph counts: "e.g." and "arXiv 2111.06377" do not end a sentence.
+    Only the first paragraph counts. "e.g." and "arXiv 2111.06377" do not end a sentence.
     """
+    # a sentence ends at punctuation that is followed by a space and a capital letter or parenthesis
     paragraph = " ".join((text or "").strip().split("\n\n")[0].split()).replace("`", "")
     match = re.match(r"(.*?(?<!e\.g)(?<!i\.e)[.!?])(?=\s+[A-Z(]|$)", paragraph)
     return match[1] if match else paragraph
 
 
 def has_source(model: type[BaseModel]) -> bool:
-    """Whether the source of `model` and its bases is at hand, so that a missing docstring is known to be missing."""
+    """Whether the source code of `model` and its bases is available, so that a docstring can be found missing."""
     bases = [cls for cls in model.__mro__ if issubclass(cls, BaseModel) and cls is not BaseModel]
     return all(_documented(cls) is not None for cls in bases)
 
 
 @cache
 def _documented(cls: type[BaseModel]) -> dict[str, str] | None:
-    """Field → the string that follows it in the body of `cls` itself; None where the source is not at hand."""
+    """The string that follows each field in the body of `cls` itself; None if its source code is not available."""
+    # Python discards strings under attributes, so the source is parsed; dedent for classes inside functions
     try:
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     except (OSError, TypeError, SyntaxError):

@@ -1,4 +1,4 @@
-"""Turns a pydantic ValidationError into one line that names the field, the value and the remedy."""
+"""Turns a pydantic ValidationError into one line with the field, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -11,36 +11,41 @@ from pydantic import BaseModel, ValidationError
 from unlabeled.ssl.core.errors import nearest
 
 _SHOWN = 80
+"""Characters of a value that a message shows."""
 
+# types of pydantic errors, for which pydantic's own message would name classes
 _MAPPINGS = {"dict_type", "model_type", "model_attributes_type"}
 _LISTS = {"list_type", "tuple_type"}
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
-    """One line for the first fault in `error`; says how many others there are.
+    """One line for the first error in `error`, with the number of further ones.
 
-    `prefix` is the section that `model` stands in, such as ``task``; it is put before the field's name.
+    `prefix` is the section that `model` belongs to, such as ``task``; it precedes the name of the field.
     """
     faults = [(fault, _location(fault, model)) for fault in error.errors()]
     fault, location = faults[0]
     same, either = [fault], ""
-    if fault["type"] == "literal_error":  # a word, or something else: the fault within a list is told
+    # a union of a literal and something else, such as "all" or a list, reports one error for each member
+    if fault["type"] == "literal_error":
         same = [other for other, where in faults if where[: len(location)] == location]
+        # an entry of a list that is wrong is more specific than the wrong type of the whole value
         fault, location = next((pair for pair in faults if pair[1][:-1] == location), faults[0])
         if fault is same[0]:
             either = "".join(f" or {_wanted(other).split(',')[0]}" for other in same[1:])
-    field = ".".join(str(part) for part in ([prefix] if prefix else []) + location)
+    field = ".".join(str(key) for key in ([prefix] if prefix else []) + location)
     more = f" (and {len(faults) - len(same)} more)" if len(faults) > len(same) else ""
     return _phrase(fault, field, location, model, prefix) + either + more
 
 
 def _location(fault: Any, model: type[BaseModel]) -> list[str | int]:
-    """Where the fault is, without pydantic's names of the members of a union."""
+    """The keys that lead to the error, without pydantic's names for the members of a union."""
     location: list[str | int] = []
-    for part in fault["loc"]:
+    for key in fault["loc"]:
         section = _model_at(model, location)
-        if not _is_union_tag(part) or (section is not None and part in section.model_fields):  # "path" may be either
-            location.append(part)
+        # "path" may be a member of a union or a field
+        if not _is_union_tag(key) or (section is not None and key in section.model_fields):
+            location.append(key)
     return location
 
 
@@ -50,16 +55,16 @@ def _phrase(fault: Any, field: str, location: list[str | int], model: type[BaseM
     if kind == "extra_forbidden":
         section = _model_at(model, location[:-1])
         known = list(section.model_fields) if section else []
-        where = ".".join(([prefix] if prefix else []) + [str(part) for part in location[:-1]])
+        where = ".".join(([prefix] if prefix else []) + [str(key) for key in location[:-1]])
         near = nearest(str(location[-1]), known)
         return f"{field}: there is no such setting{f' in {where}' if where else ''}; {near}"
     if kind == "invalid_key":
-        return f"{field}: {shown} is no name of a setting; names are text"
+        return f"{field}: {shown} is not the name of a setting; names are text"
     if kind == "missing":
         return f"{field}: not given; set {field}=..."
     if kind == "literal_error":
         return f"{field}: {shown} is not possible; choose {fault['ctx']['expected']}"
-    if kind == "value_error":
+    if kind == "value_error":  # raised by a validator of ours, whose text already has value and remedy
         return f"{field or 'config'}: {str(fault['ctx']['error']).replace(chr(10), ' ')}"
     return f"{field}: {shown} is not possible; give {_wanted(fault)}"
 
@@ -74,23 +79,24 @@ def _wanted(fault: Any) -> str:
 
 
 def in_short(value: object) -> str:
-    """`value` in one line of a message."""
+    """`value` on one line, cut to 80 characters, for use in a message."""
     text = value.__name__ if isinstance(value, type) else " ".join(repr(value).split())
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def _is_union_tag(part: str | int) -> bool:
-    """Pydantic names the member of a union in the location: ``int``, ``tuple[int, int]``, ``BaseModel``."""
-    return isinstance(part, str) and (
-        part in {"int", "float", "bool", "str", "none", "list", "dict", "path"} or "[" in part or part[:1].isupper()
+def _is_union_tag(key: str | int) -> bool:
+    """Whether `key` is how pydantic names a member of a union: ``int``, ``tuple[int, int]``, ``BaseModel``."""
+    return isinstance(key, str) and (
+        key in {"int", "float", "bool", "str", "none", "list", "dict", "path"} or "[" in key or key[:1].isupper()
     )
 
 
 def _model_at(model: type[BaseModel], path: list[str | int]) -> type[BaseModel] | None:
-    for part in path:
-        if isinstance(part, int):  # a place in a list, whose entries are of one model
+    """The section that `path` leads to from `model`; None if something else is there."""
+    for key in path:
+        if isinstance(key, int):  # an index into a list; all entries share one model
             continue
-        field = model.model_fields.get(str(part))
+        field = model.model_fields.get(str(key))
         if field is None:
             return None
         inner = _inner_model(field.annotation)
@@ -104,6 +110,7 @@ def _inner_model(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if typing.get_origin(annotation) in (typing.Annotated, tuple):
+        # Annotated[Section, ...] and tuple[Section, ...]: the first argument is the model
         return _inner_model(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         for member in typing.get_args(annotation):

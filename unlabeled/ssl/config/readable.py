@@ -1,4 +1,4 @@
-"""Types and values of settings as a reader of a table sees them, and as a user types them."""
+"""Types and values of settings as tables show them and as users type them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 REQUIRED = "required"
-"""Stands in place of a default where there is none."""
+"""Shown in place of a default for a setting without one."""
 
 _NAMES = {int: "integer", float: "number", str: "text", bool: "true/false"}
 _PLURALS = {"integer": "integers", "number": "numbers", "path": "paths", "pair": "pairs", "tuple": "tuples"}
@@ -20,7 +20,7 @@ _COUNTS = {2: "two", 3: "three", 4: "four"}
 
 
 class Shape(NamedTuple):
-    """What an annotation allows, with ``Annotated`` taken off and unions flattened."""
+    """What an annotation allows, without ``Annotated`` and with unions flattened."""
 
     members: tuple[Any, ...]
     optional: bool
@@ -28,7 +28,7 @@ class Shape(NamedTuple):
 
 
 def shape_of(annotation: Any) -> Shape:
-    """The members of `annotation`, in the order in which they are written."""
+    """The members of `annotation`, in the order in which the source code has them."""
     found = list(_members(annotation))
     return Shape(tuple(one for one in found if one is not type(None)), type(None) in found)
 
@@ -51,6 +51,7 @@ def readable_type(annotation: Any) -> str:
     others = [_single(one) for one in shape.members if typing.get_origin(one) is not Literal]
     names = [*literals, *others, *(["null"] if shape.optional else [])]
     if literals and len(names) > 1:
+        # "one of: a, b, null" reads better than "a or b or null"
         return "one of: " + ", ".join(names)
     return " or ".join(names)
 
@@ -59,6 +60,7 @@ def _single(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (tuple, list, set, frozenset):
         inner = [one for one in arguments if one is not Ellipsis]
+        # tuple[int, str] is a pair, tuple[int, int] two integers, tuple[int, ...] a list of integers
         if origin is tuple and Ellipsis not in arguments and len({readable_type(one) for one in inner}) > 1:
             return "pair" if len(inner) == 2 else "tuple"
         if origin is tuple and Ellipsis not in arguments and len(inner) in _COUNTS:
@@ -72,6 +74,7 @@ def _single(annotation: Any) -> str:
         return "path"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "settings"
+    # a NamedTuple is typed on the command line like a mapping
     return "mapping" if annotation is dict or hasattr(annotation, "_fields") else "any value"
 
 
@@ -86,27 +89,28 @@ def _values(annotation: Any) -> tuple[Any, ...]:
 
 
 def choices_in(annotation: Any) -> list[str]:
-    """The words that `annotation` allows, as they are typed: those of a ``Literal``, true and false, null."""
+    """Values that can be listed, as users type them: those of a ``Literal``, true and false, null."""
     shape, found = shape_of(annotation), list[str]()
     for one in shape.members:
         if typing.get_origin(one) is Literal:
             found += [typed_value(value) for value in _values(one)]
         elif one is bool:
             found += ["true", "false"]
-    return [*found, "null"] if found and shape.optional else found
+    return [*found, "null"] if found and shape.optional else found  # null alone is not worth suggesting
 
 
 def typed_value(value: Any) -> str:
-    """`value` as it is typed on the command line: ``null``, ``true``, ``0.05``, ``[0.2,1]``, ``{name: mae}``."""
+    """`value` as users type it on the command line: ``null``, ``true``, ``0.05``, ``[0.2,1]``, ``{name: mae}``."""
     if value is PydanticUndefined or value is ...:
         return REQUIRED
     if value is None:
         return "null"
-    if isinstance(value, bool):
+    if isinstance(value, bool):  # before numbers: True is an int
         return str(value).lower()
     if isinstance(value, float):
         return _number(value)
     if isinstance(value, BaseModel):
+        # only what was set; the table of that section lists the rest
         fields = {name: getattr(value, name) for name in type(value).model_fields if name in value.model_fields_set}
         return typed_value({name: one for name, one in fields.items() if typed_value(one) != "{}"})
     if isinstance(value, Mapping):
@@ -117,7 +121,7 @@ def typed_value(value: Any) -> str:
 
 
 def _number(value: float) -> str:
-    """The shortest form of six digits: 25 and not 25.0, 1.5e-4 and not 0.00015."""
+    """The shortest form with up to six digits: 25 rather than 25.0, 1.5e-4 rather than 0.00015."""
     if 0 < abs(value) < 1e-3:
         mantissa, _, exponent = f"{value:.5e}".partition("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"

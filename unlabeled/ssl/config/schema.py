@@ -1,7 +1,7 @@
 """Every setting of a run: its name, type, default, unit and meaning.
 
-`unlabeled.ssl.config.composition` fills these models from the YAML files in ``configs/`` and the words of the command
-line.
+`unlabeled.ssl.config.composition` fills these models from the YAML files in ``configs/`` and the overrides on the
+command line.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from unlabeled.ssl.config.base import Arguments, Section
 
 Size = Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
 Depth = Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], ...]
-"""Blocks of all stages together, or of each stage."""
+"""Number of blocks, of the whole backbone or of each stage."""
 
 
 def _list_of_sizes(value: Any) -> Any:
+    # checked before the types, since pydantic's own message would list an error for each member of the union
     pairs = isinstance(value, (list, tuple)) and all(isinstance(one, (list, tuple)) and len(one) == 2 for one in value)
     if value == "all" or (value and pairs):
         return value
@@ -28,12 +29,12 @@ def _list_of_sizes(value: Any) -> Any:
 Sizes = Annotated[
     Literal["all"] | tuple[tuple[Annotated[int, Field(ge=1)], Depth], ...], BeforeValidator(_list_of_sizes)
 ]
-"""Of an elastic network: all of them, or a list of [width, depth]."""
+"""Sizes of an elastic backbone: all of them, or a list of [width, depth]."""
 CurriculumName = Literal["efficienttrain", "efficienttrain++"]
 
 
 class BackboneConfig(Section):
-    """The network to pretrain and the weights that it starts from."""
+    """The backbone to pretrain and the weights that it starts from."""
 
     name: str = "vit_small_patch16_224"
     """Name of a timm model; see timm.list_models(). unlabeled adds a few, such as nin_cifar and contextnet."""
@@ -43,7 +44,7 @@ class BackboneConfig(Section):
     """Start from the weights in this file: a run folder, its backbone.safetensors, or a state dict saved by timm,
     PyTorch or safetensors."""
     size: Size | None = None
-    """Side of the images that the network receives, one number or [height, width]; null: the model's own. [pixels]"""
+    """Side of the images that the backbone receives, one number or [height, width]; null: the model's own. [pixels]"""
     kwargs: Arguments = Field(default_factory=dict)
     """Further arguments of timm.create_model, such as {patch_size: 4}."""
     module: str | None = None
@@ -56,6 +57,7 @@ class BackboneConfig(Section):
 class DataConfig(Section):
     """Where the images come from. The other settings depend on the source that `name` chooses."""
 
+    # the settings of a source are validated by its own Config, in `unlabeled.ssl.data.registry.source_config`
     model_config = ConfigDict(extra="allow")
 
     name: str = "folder"
@@ -162,7 +164,7 @@ class EngineConfig(Section):
     """CPU threads of each process; null: PyTorch's choice, or the cores divided among the processes of a launcher.
     [threads]"""
     device: Literal["auto", "cpu"] = "auto"
-    """Where networks run. auto: on the GPU if there is one."""
+    """Device to run on. auto: the GPU if there is one."""
     checkpoint_epochs: float = Field(1.0, gt=0)
     """Time between checkpoints; the last step always writes one. [epochs]"""
     checkpoint_steps: int | None = Field(None, ge=1)
@@ -171,7 +173,7 @@ class EngineConfig(Section):
     """How many of the newest checkpoints to keep. [checkpoints]"""
 
     @model_validator(mode="after")
-    def _parts_are_clipped_to_something(self) -> EngineConfig:
+    def _require_clip_for_clip_parts(self) -> EngineConfig:
         if self.clip_parts and self.clip is None:
             raise ValueError("clip_parts has no effect without clip; set engine.clip, such as 1.5")
         return self
@@ -180,9 +182,10 @@ class EngineConfig(Section):
 class EvaluateConfig(Section):
     """How the features are evaluated, during the run and at its end.
 
-    Each evaluator adds a section of its own name, such as ``knn``, which `unlabeled.eval.registry.settle` checks.
+    Each evaluator adds a section of its own name, such as ``knn``.
     """
 
+    # the sections of evaluators are validated in `unlabeled.eval.registry.settle`, which knows plugins too
     model_config = ConfigDict(extra="allow")
 
     every: float = Field(0.0, ge=0)
@@ -229,7 +232,7 @@ class LogConfig(Section):
 
 
 class RunConfig(Section):
-    """Settings of any training run that belong to no group."""
+    """Settings that every training run has outside of the groups."""
 
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
@@ -262,7 +265,8 @@ class PretrainConfig(RunConfig):
     """Start the whole task (backbone, decoder, heads) from a checkpoint of the method's authors."""
 
     @model_validator(mode="after")
-    def _task_has_a_name(self) -> PretrainConfig:
+    def _require_task_name(self) -> PretrainConfig:
+        # the rest of `task` is validated by the task's own Config, once its class is known
         if not isinstance(self.task.get("name"), str):
             raise ValueError("task.name is not given; set task=mae, task=rotation, ...")
         return self
@@ -275,7 +279,7 @@ class EvaluateRun(Section):
     """What to evaluate: a run folder, the name of a timm model, or a weights file (which also needs backbone.name).
     Typed without target=."""
     backbone: BackboneConfig | None = None
-    """For a weights file: the network that the weights belong to."""
+    """For a weights file: the backbone that the weights belong to."""
     pretrained: bool = True
     """For a timm name: load its published weights."""
     data: DataConfig | None = None
@@ -285,11 +289,11 @@ class EvaluateRun(Section):
     """For an elastic run: also evaluate these of its sizes, each with a baseline of random weights, and draw accuracy
     over size. all, or a list of [width, depth]."""
     versus: tuple[Path, ...] = ()
-    """With `sizes`: runs of fixed-size networks of the same kind, drawn in the same figure as "trained alone"."""
+    """With `sizes`: runs of fixed-size backbones of the same kind, drawn in the same figure as "trained alone"."""
     out: Path | None = None
     """Folder of the report; null: report/ in the run folder, or reports/TARGET."""
     device: Literal["auto", "cpu"] = "auto"
-    """Where networks run. auto: on the GPU if there is one."""
+    """Device to run on. auto: the GPU if there is one."""
     workers: int = Field(2, ge=0)
     """Processes that load images; 0 loads them in the main process. [processes]"""
     seed: int = 0
@@ -308,9 +312,9 @@ class DoctorRun(Section):
 
 
 class ExportRun(Section):
-    """Writes the network of a run, or sub-networks of an elastic run, as files that timm loads.
+    """Writes the backbone of a run, or sub-networks of an elastic run, as files that timm loads.
 
-    Without `width`, `like` and `sizes` it is the whole network.
+    Without `width`, `like` and `sizes` it writes the backbone at full size.
     """
 
     run: Path
@@ -335,6 +339,6 @@ class ExportRun(Section):
     batch_size: int = Field(256, ge=1)
     """Images per batch for `recalibrate`. [images]"""
     device: Literal["auto", "cpu"] = "auto"
-    """Where networks run. auto: on the GPU if there is one."""
+    """Device to run on. auto: the GPU if there is one."""
     workers: int = Field(2, ge=0)
     """Processes that load images; 0 loads them in the main process. [processes]"""

@@ -1,1 +1,1 @@
-"""The ground floor: errors, seeds, signals, files, processes and processor kernels. It knows nothing of images."""
+"""The foundation: errors, seeds, signals, files, processes and CPU kernels. Nothing in here knows about images."""

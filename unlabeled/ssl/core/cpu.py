@@ -1,12 +1,12 @@
-"""Kernels that some CPUs have faster ways to than the ones torch chooses by itself.
+"""Faster CPU kernels than those that torch chooses by default.
 
 Two cases, both measured on AMD processors with AVX-512 (``benchmarks/masked.py``):
 
-- Linear layers in float32. torch gives float32 products on x86 to Intel's MKL, which on other makers' processors leaves
-  AVX-512 unused and then reaches half of what oneDNN does (convolutions and half precision go to oneDNN anyway). The
-  numbers are the same up to the order of summation.
-- Attention in bfloat16. torch's blocked kernel, written for Intel's matrix tiles, takes two to five times as long as
-  two batched products around a softmax. These round the scores to bfloat16, as unfused attention does everywhere.
+- Linear layers in float32. On x86, torch passes float32 products to Intel's MKL, which does not use AVX-512 on other
+  vendors' processors and then reaches half the speed of oneDNN. (Convolutions and half precision use oneDNN anyway.)
+  The results are the same up to the order of summation.
+- Attention in bfloat16. torch's blocked kernel is written for Intel's matrix tiles and takes two to five times as long
+  as two batched products around a softmax. The latter round the scores to bfloat16, as unfused attention always does.
 """
 
 from __future__ import annotations
@@ -23,22 +23,24 @@ from torch.overrides import TorchFunctionMode
 
 
 def cpu_kernels(device: torch.device, wanted: bool | None = None) -> AbstractContextManager[Any]:
-    """A context in which the kernels above are used where they are faster on `device`; else one of no effect.
+    """Context manager that enables the kernels above if they are faster on `device`, and otherwise does nothing.
 
-    `wanted` True or False decides instead. Backward passes may run outside of the context.
+    Set `wanted` to True or False to decide yourself. Backward passes may run outside the context.
     """
     return _Kernels() if (_faster_on(device) if wanted is None else wanted and _available()) else nullcontext()
 
 
 def matrix_product(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """The faster way on `device` from x (M, K) and y (N, K), float32, to x yᵀ (M, N); without gradients.
+    """Returns the fastest function on `device` from x (M, K) and y (N, K), float32, to x yᵀ (M, N), without gradients.
 
-    Each may be contiguous or the transpose of a contiguous matrix. (oneDNN takes a thousand times as long for others.)
+    Each input must be contiguous or the transpose of a contiguous matrix.
     """
+    # oneDNN takes a thousand times as long for any other memory layout
     return (lambda x, y: _product(x, y, None)) if _faster_on(device) else F.linear
 
 
 def _available() -> bool:
+    # `_linear_pointwise` is private and may be missing from other builds of torch
     return bool(cast(Any, torch.backends.mkldnn).is_available()) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -49,8 +51,9 @@ def _faster_on(device: torch.device) -> bool:
         or not cast(Any, torch.backends.mkl).is_available()
     ):
         return False
-    listing = Path("/proc/cpuinfo")
-    return listing.is_file() and "AuthenticAMD" in listing.read_text(errors="replace") and _available()
+    # Linux only: elsewhere the vendor is unknown, and torch's own choice stands
+    cpu_info = Path("/proc/cpuinfo")
+    return cpu_info.is_file() and "AuthenticAMD" in cpu_info.read_text(errors="replace") and _available()
 
 
 class _Kernels(TorchFunctionMode):
@@ -61,6 +64,7 @@ class _Kernels(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        # everything that is not one of the two cases passes through unchanged
         if func is F.linear and not kwargs and _is_plain_product(*args):
             return _Linear.apply(args[0], args[1], args[2] if len(args) > 2 else None)
         if func is F.scaled_dot_product_attention and _is_half_attention(*args, **(kwargs or {})):
@@ -70,6 +74,7 @@ class _Kernels(TorchFunctionMode):
 
 def _is_plain_product(x: Tensor, weight: Tensor, *_: Any) -> bool:
     plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() > 0
+    # under autocast the product is bfloat16, and the compiler chooses kernels itself
     return plain and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
 
 
@@ -84,17 +89,17 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), gradient = cast(tuple[Tensor, Tensor], ctx.saved_tensors), gradients[0]
-        of_x, of_weight, of_bias = ctx.needs_input_grad
-        rows = gradient.reshape(-1, gradient.shape[-1])
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        flat = gradient.reshape(-1, gradient.shape[-1])  # (..., N) -> (M, N)
         return (
-            _product(gradient, weight.t(), None) if of_x else None,
-            _product(rows.t(), x.reshape(-1, x.shape[-1]).t(), None) if of_weight else None,
-            rows.sum(0) if of_bias else None,
+            _product(gradient, weight.t(), None) if for_x else None,
+            _product(flat.t(), x.reshape(-1, x.shape[-1]).t(), None) if for_weight else None,
+            flat.sum(0) if for_bias else None,
         )
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(..., K) times the transpose of (N, K)."""
+    """x (..., K) times the transpose of weight (N, K), plus bias (N,) → (..., N)."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return product
 
@@ -110,12 +115,13 @@ def _is_half_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> bool:
-    """Whether an attention is to be computed in bfloat16, and `_attention` can."""
+    """Whether an attention call runs in bfloat16 and uses only options that `_attention` supports."""
     if query.device.type != "cpu" or torch.compiler.is_compiling() or dropout_p or is_causal or enable_gqa:
         return False
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
+    if attn_mask is not None and attn_mask.dtype == torch.bool:  # `_attention` adds masks, so they must be numbers
         return False
     if torch.is_autocast_enabled("cpu"):
+        # autocast converts any floating input except float64
         return torch.get_autocast_dtype("cpu") == torch.bfloat16 and query.dtype != torch.float64
     return query.dtype == torch.bfloat16
 
@@ -130,7 +136,8 @@ def _attention(
     **__: Any,
 ) -> Tensor:
     """Queries (..., N, d), keys (..., M, d), values (..., M, D), bias broadcast to (..., N, M) → (..., N, D)."""
-    query, key, value = (one.bfloat16() for one in (query, key, value))
+    query, key, value = (tensor.bfloat16() for tensor in (query, key, value))
+    # scaling the queries is cheaper than scaling the (N, M) scores
     scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
     if attn_mask is not None:
         scores = scores + attn_mask.bfloat16()

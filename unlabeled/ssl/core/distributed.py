@@ -1,4 +1,4 @@
-"""The processes of a run: reductions over ranks, gathering, and faults that all of them meet."""
+"""The processes (ranks) of a distributed run: sums and gathering over ranks, and errors that all ranks raise."""
 
 from __future__ import annotations
 
@@ -19,76 +19,78 @@ ItemT = TypeVar("ItemT")
 
 @contextlib.contextmanager
 def report_errors_once() -> Iterator[None]:
-    """A fault that all ranks meet is told by the first one; the others leave without a word."""
+    """Reports an error that every rank raises only on the first rank; the others exit silently with code 2."""
     try:
         yield
     except UnlabeledError:
-        if launched_rank() > 0:
+        if launched_rank() > 0:  # not `rank()`: errors in the settings are raised before the process group exists
             raise SystemExit(2) from None
         raise
 
 
 def rank() -> int:
-    """Number of this process among the ranks; 0 where there is no group of them."""
-    return dist.get_rank() if _grouped() else 0
+    """Index of this process among the ranks; 0 without a process group."""
+    return dist.get_rank() if _in_process_group() else 0
 
 
 def world_size() -> int:
-    """Ranks of this run; 1 where there is no group of them."""
-    return dist.get_world_size() if _grouped() else 1
+    """Number of ranks; 1 without a process group."""
+    return dist.get_world_size() if _in_process_group() else 1
 
 
 def launched_rank() -> int:
-    """The number that a launcher gave this process: what `rank` will be, before there is a group and after it."""
+    """The rank that a launcher assigned to this process; unlike `rank`, also known without a process group."""
     return int(os.environ.get("RANK", "0"))
 
 
-def _grouped() -> bool:
+def _in_process_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
 def leave_ranks() -> None:
-    """Takes this process out of the group of ranks, whose threads must not outlive Python's own shutdown."""
-    if _grouped():
+    """Destroys the process group, if there is one."""
+    if _in_process_group():  # its threads must not outlive Python's own shutdown
         dist.destroy_process_group()
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Sum of `values` over all ranks, in place; the same tensor in a single process."""
+    """Sums `values` over all ranks, in place, and returns it; does nothing in a single process. No gradient."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
-def gather_across_ranks(rows: Tensor) -> Tensor:
-    """(B, ...) of each rank → (B * ranks, ...) in the order of ranks, on every rank; all ranks must bring equally many.
+def gather_across_ranks(tensor: Tensor) -> Tensor:
+    """Concatenates (B, ...) of each rank to (B * ranks, ...), in rank order, on every rank; B must be the same on all.
 
-    With a gradient: what the losses of all ranks say about a row is summed up at the rank that it came from.
+    Differentiable: the gradient of an entry is summed over the losses of all ranks and returned to the rank that
+    contributed the entry.
     """
     if world_size() == 1:
-        return rows
-    gathered: Tensor = _GatherAcrossRanks.apply(rows)
+        return tensor
+    gathered: Tensor = _GatherAcrossRanks.apply(tensor)
     return gathered
 
 
 class _GatherAcrossRanks(Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        parts = [torch.empty_like(rows) for _ in range(world_size())]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        by_rank = [torch.empty_like(tensor) for _ in range(world_size())]
+        dist.all_gather(by_rank, tensor.contiguous())
+        return torch.cat(by_rank)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        # a clone, since autograd may use the incoming gradient elsewhere and all_reduce works in place
         summed = gradients[0].contiguous().clone()
         dist.all_reduce(summed)
         return summed.chunk(world_size())[rank()]
 
 
 def gather_lists(items: list[ItemT]) -> list[ItemT]:
-    """The items of all ranks, in the order of ranks, on every rank."""
+    """The picklable items of all ranks, in rank order, on every rank; ranks may contribute different numbers."""
     if world_size() == 1:
         return items
-    parts: list[list[ItemT]] = [[] for _ in range(world_size())]
-    dist.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
+    by_rank: list[list[ItemT]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(by_rank, items)
+    return [item for gathered in by_rank for item in gathered]

@@ -1,4 +1,4 @@
-"""Errors that a user can cause. Each message is one line: the field, the value, the remedy."""
+"""Errors that a user can cause. Each message is one line with the field, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -11,48 +11,48 @@ class UnlabeledError(Exception):
 
 
 class ConfigError(UnlabeledError):
-    """A setting is unknown, of the wrong type, or impossible."""
+    """A setting is unknown, has the wrong type, or has an impossible value."""
 
 
 class DataError(UnlabeledError):
-    """Images are missing, unreadable, or do not fit what was asked for."""
+    """Images or labels are missing, unreadable, or do not fit the settings."""
 
 
 class CapabilityError(UnlabeledError):
-    """A backbone cannot do what a task needs of it."""
+    """A backbone cannot do what a task needs."""
 
 
 class MissingCapabilityError(CapabilityError):
-    """A backbone lacks a capability that a task asks for by name."""
+    """A backbone is missing a capability that a task lists in `requires`."""
 
 
 class DivergedError(UnlabeledError):
-    """The loss or the gradients are not finite any more."""
+    """The loss or the gradients are no longer finite."""
 
 
 class CheckpointError(UnlabeledError):
-    """A checkpoint or run folder cannot be written, read, or belongs to something else."""
+    """A checkpoint or run folder cannot be written or read, or belongs to another run."""
 
 
 def first_line(error: BaseException, limit: int = 160) -> str:
-    """The first line of an error's message, cut to `limit` characters; its kind where it has no message.
+    """The first line of an error's message, cut to `limit` characters; the error's class name if it has no message.
 
-    Of an error of the operating system it is the bare reason, since the message around it names the file.
+    For an error of the operating system, only the reason, such as "No space left on device".
     """
-    if isinstance(error, OSError) and error.strerror:
+    if isinstance(error, OSError) and error.strerror:  # str(error) would repeat the file that our message names
         return error.strerror
     lines = str(error).strip().splitlines()
     return lines[0][:limit] if lines else type(error).__name__
 
 
 def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
-    """Phrase for an error message: the known names nearest to `name`, or all of them when none is near.
+    """Phrase for an error message: the known names most similar to `name`, or a list of them if none is similar.
 
     >>> nearest("rotatoin", ["mae", "rotation"])
     "did you mean 'rotation'?"
     """
     names = sorted(known)
-    matches = difflib.get_close_matches(name, names, n=limit, cutoff=0.6)
+    matches = difflib.get_close_matches(name, names, n=limit, cutoff=0.6)  # 0.6: difflib's own default
     if matches:
         return "did you mean " + " or ".join(repr(match) for match in matches) + "?"
     shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")

@@ -1,4 +1,4 @@
-"""Files that are complete or as they were: written beside their place, flushed to disk, and moved there."""
+"""Atomic file writes: written under a temporary name, flushed to disk, then renamed over the old file."""
 
 from __future__ import annotations
 
@@ -11,23 +11,27 @@ from unlabeled.ssl.core.errors import CheckpointError, first_line
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces the file `path` by one of `text` in one move."""
-    replace_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+    """Replaces the content of the file `path` with `text`, in UTF-8; a crash leaves the old file or the new one."""
+    replace_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Replaces the file `path` by what `write` puts into the file it is given: a reader sees the old or the new."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    """Replaces the file `path` with what `write` writes to the temporary path that it receives.
+
+    A reader sees either the old file or the new one, never a mixture.
+    """
+    # in the same folder, since a rename is atomic only within a file system; with the process id against collisions
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        write(part)
-        flush(part)
-        os.replace(part, path)
+        write(partial)
+        flush(partial)  # before the rename: else a power failure can leave an empty file under the final name
+        os.replace(partial, path)
     finally:
-        part.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:
-    """Sends what was written to a file, or the names in a folder, to the disk."""
+    """Forces the content of a file, or the entries of a folder, onto the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -37,7 +41,7 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def writing(what: str) -> Iterator[None]:
-    """Turns a failing disk into one line that names what was being written."""
+    """Turns an OSError inside the context into a CheckpointError that names `what` was being written."""
     try:
         yield
     except OSError as error:

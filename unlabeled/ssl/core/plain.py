@@ -1,4 +1,4 @@
-"""Python values as files hold them: what YAML and JSON have no form for is named instead."""
+"""Python values in a form that YAML and JSON can store; objects that they cannot store are replaced by their name."""
 
 from __future__ import annotations
 
@@ -7,42 +7,43 @@ from pathlib import PurePath
 from typing import Any
 
 PYTHON = "python:"
-"""Begins the text that stands in a file for an object that no file holds."""
+"""Prefix of the text that replaces, in a file, an object that YAML and JSON cannot store."""
 
 
 def plain(value: Any) -> Any:
-    """`value` of mappings, lists, text, numbers, truth values and None alone.
+    """`value` with only mappings, lists, strings, numbers, booleans and None in it.
 
-    Scalars of numpy and torch become numbers, paths text, tuples and sets lists. A class or function becomes
-    ``python:package.module:name``, any other object that with its text, where this says the same in every process.
+    Scalars of numpy and torch become numbers, paths become strings, tuples and sets become lists. A class or function
+    becomes ``python:package.module:name``; any other object becomes the same for its class, followed by its repr.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
-        return number(value)
+        return number(value)  # np.float64 is a float, and YAML cannot write it
     if isinstance(value, Mapping):
         return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(inner) for inner in value]
     if isinstance(value, (set, frozenset)):
-        return sorted((plain(inner) for inner in value), key=str)
+        return sorted((plain(inner) for inner in value), key=str)  # sets have no order, files should
     if isinstance(value, PurePath):
         return str(value)
     scalar = number(value)
-    return named(value) if scalar is value else scalar
+    return named(value) if scalar is value else scalar  # the same object: it was not a scalar of numpy or torch
 
 
 def number(value: Any) -> Any:
-    """A scalar of numpy or torch as Python's own number; anything else as it is."""
+    """A numpy or torch scalar as a Python number; anything else unchanged."""
     if getattr(value, "shape", None) == () and callable(getattr(value, "item", None)):
         return value.item()
     return value
 
 
 def named(value: Any) -> str:
-    """``python:package.module:name`` of a class or function; of any other object its class and its text."""
+    """``python:package.module:name`` of a class or function; for any other object its class and its repr."""
     if hasattr(value, "__qualname__"):
         return f"{PYTHON}{class_path(value)}"
     text = " ".join(repr(value).split())
-    return f"{PYTHON}{class_path(type(value))}" + ("" if " at 0x" in text else f" {text}")  # no address lasts
+    # without a repr that has a memory address, which differs in each process and would make a resumed run look changed
+    return f"{PYTHON}{class_path(type(value))}" + ("" if " at 0x" in text else f" {text}")
 
 
 def class_path(kind: Any) -> str:
@@ -51,7 +52,7 @@ def class_path(kind: Any) -> str:
 
 
 def objects_in(value: Any, field: str) -> str | None:
-    """The field, within `field`, of the first object that a file only names (see `plain`); None without any."""
+    """Dotted path, starting with `field`, of the first object in `value` that `plain` replaced by its name; or None."""
     if isinstance(value, str):
         return field if value.startswith(PYTHON) else None
     inner = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()

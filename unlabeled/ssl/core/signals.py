@@ -1,4 +1,4 @@
-"""Stops a run between two steps when it is asked to: SIGTERM, SIGINT, SIGUSR1."""
+"""Signals that stop a run between two steps: SIGTERM, SIGINT, SIGUSR1."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ import threading
 from types import FrameType, TracebackType
 
 EXIT_STOPPED = 75
-"""Exit code of a run that a signal stopped after writing a checkpoint; the same command resumes it (EX_TEMPFAIL)."""
+"""Exit code of a run that a signal stopped after it wrote a checkpoint; the same command resumes it (EX_TEMPFAIL)."""
 
+# by name, since Windows has no SIGUSR1; Slurm can send it ahead of a time limit
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 
 
 class StopRequest:
-    """Context in which the first signal sets `requested`; a second SIGINT interrupts at once."""
+    """Context manager in which the first signal sets `requested`; a second SIGINT interrupts immediately."""
 
     def __init__(self) -> None:
         self.requested: str | None = None
+        """Name of the last signal received, such as ``SIGTERM``; None before the first."""
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
             for name in _SIGNALS:
                 if (number := getattr(signal, name, None)) is not None:
                     self._previous[number] = signal.signal(number, self._remember)
@@ -33,6 +35,6 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal itself returned
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.requested is not None and number == signal.SIGINT:
+        if self.requested is not None and number == signal.SIGINT:  # Ctrl-C twice: do not wait for the checkpoint
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name

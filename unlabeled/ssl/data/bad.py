@@ -1,4 +1,4 @@
-"""Images that cannot be decoded: listed in the run folder, counted, and at some point too many."""
+"""Images that cannot be decoded: lists them in the run folder and stops the run if there are too many."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ class BadImage:
     """One image that could not be decoded."""
 
     index: int
-    """Its place in the source."""
+    """Its index in the source."""
     name: str
-    """What the source calls it."""
+    """Its name, as the source describes it."""
     reason: str
+    """Why it cannot be decoded."""
 
 
 class BadImages:
     """The distinct broken images of a run, one JSON line each in the file `path`.
 
-    A file that is there already, of a run that is resumed, is read and continued. Only one process may write it: in a
-    distributed run the others send theirs to the main one.
+    If the file exists, because the run was resumed, new images are appended to it.
     """
 
     def __init__(self, path: Path, total: int, max_fraction: float, *, write: bool = True) -> None:
-        """`write`: whether this process keeps the file; the others only count."""
+        """`total` images in the data, of which `max_fraction` may be broken. `write`: whether to write the file."""
+        # only the main process writes; the other ranks send their images to it and count along
         self.path = path
         self.write = write
         self.total = total
@@ -42,7 +43,8 @@ class BadImages:
         return len(self._known)
 
     def add(self, bad: Iterable[BadImage]) -> int:
-        """Notes `bad`; returns how many of them were not known yet."""
+        """Records the images in `bad`; returns how many of them were not known yet."""
+        # an image comes up again in every epoch
         new = {image.index: image for image in bad if image.index not in self._known}
         self._known.update(new)
         if new and self.write:
@@ -52,16 +54,17 @@ class BadImages:
         return len(new)
 
     def check(self) -> None:
-        """Raises DataError when more than `max_fraction` of the data is broken."""
+        """Raises DataError if more than `max_fraction` of the data is broken."""
         if self.count > self.max_fraction * self.total:
             raise DataError(
                 f"data: {self.count} of {self.total} images ({self.count / self.total:.1%}) cannot be decoded, more "
-                f"than data.max_bad_fraction={self.max_fraction}; look at {self.path}, then mend them or raise it"
+                f"than data.max_bad_fraction={self.max_fraction}; see {self.path}, then repair them or raise it"
             )
 
 
 def _indices(path: Path) -> set[int]:
-    """Indices in the complete lines of `path`; a last line that a kill cut short is taken off."""
+    """Indices in the lines of `path`. Removes an incomplete last line from the file."""
+    # a kill during a write leaves one, and the next line would be appended to it
     text = path.read_text(encoding="utf-8")
     complete = text[: text.rfind("\n") + 1]
     if complete != text:

@@ -1,11 +1,11 @@
-"""Bytes or a file → RGB uint8 (3, H, W), for every kind of image that people have on disk.
+"""Decodes image files and bytes to RGB uint8 (3, H, W), whatever their format and mode.
 
-What is not plain RGB becomes so by these rules:
+Images that are not plain RGB are converted by these rules:
 
 - transparency (RGBA, LA, palettes and gray values marked transparent) is composited on white;
-- 16-bit gray is divided by 257, so that 65535 is white; 32-bit gray within 0..255 or 0..65535 is read as 8 or 16 bits,
-  floats within 0..1 as such, and any other range is stretched from its minimum to its maximum;
-- the EXIF orientation is applied; of an animation the first frame is taken.
+- 16-bit gray is divided by 257, so that 65535 is white; 32-bit gray within 0..255 or 0..65535 is treated as 8 or 16
+  bits, floats within 0..1 are multiplied by 255, and any other range is stretched from its minimum to its maximum;
+- the EXIF orientation is applied; only the first frame of an animation is used.
 """
 
 from __future__ import annotations
@@ -29,10 +29,13 @@ from unlabeled.ssl.data.source import DecodeError
 _JPEG = {".jpg", ".jpeg", ".jpe", ".jfif", ".jp2"}
 _NETPBM = {".ppm", ".pgm", ".pbm", ".pnm"}
 EXTENSIONS = frozenset(_JPEG | _NETPBM | {".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
-"""File names that are taken for images, in lower case."""
+"""File extensions of images, in lower case."""
 
+# Pillow's names; its other plugins are left out, see `_formats`
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
 _ORIENTATION = 0x0112
+"""EXIF tag."""
+# EXIF value → how to bring the image upright; 1 is upright already
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -45,29 +48,29 @@ _TRANSPOSE = {
 
 
 class Header(NamedTuple):
-    """What an image says of itself before it is decoded."""
+    """What the header of an image file says, without decoding the image."""
 
     format: str
     mode: str
-    """Pillow's name of the channels, such as ``RGB``, ``L`` or ``CMYK``."""
+    """Pillow's name for the channels, such as ``RGB``, ``L`` or ``CMYK``."""
 
 
 def decode_rgb(data: bytes | str | os.PathLike[str], name: str | None = None) -> torch.Tensor:
     """Decodes an encoded image, or the file at a path, to uint8 (3, H, W).
 
-    `name` is what the error calls it. Raises DecodeError, in one line, for whatever cannot be decoded: truncated,
-    corrupt or empty data, decompression bombs, other kinds of files, and paths that are no files.
+    Error messages call the image `name`. Raises DecodeError for everything that cannot be decoded: truncated, corrupt
+    or empty data, decompression bombs, other kinds of files, and paths that are not files.
     """
-    called = name or (f"image of {len(data)} bytes" if isinstance(data, bytes) else _printable(data))
-    content = data if isinstance(data, bytes) else read_bytes(data, called)
-    with _decoding(called), _open(content, called) as image:
-        image.load()
+    name = name or (f"image of {len(data)} bytes" if isinstance(data, bytes) else _printable(data))
+    content = data if isinstance(data, bytes) else read_bytes(data, name)
+    with _decoding(name), _open(content, name) as image:
+        image.load()  # the first frame only; Pillow decodes lazily
         return rgb_tensor(_upright(image))
 
 
 def rgb_tensor(image: Image.Image) -> torch.Tensor:
-    """Pillow image of any mode → RGB uint8 (3, H, W), by this module's rules (orientation excepted)."""
-    pixels = np.array(_to_rgb(image))
+    """Pillow image of any mode → RGB uint8 (3, H, W), by the rules of this module except for the orientation."""
+    pixels = np.array(_to_rgb(image))  # (H, W, 3), a copy, since torch wants writable memory
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
@@ -78,9 +81,9 @@ def read_header(content: bytes, name: str) -> Header:
 
 
 def read_bytes(path: str | os.PathLike[str], name: str) -> bytes:
-    """The content of a regular file. Raises DecodeError when there is no such file or it cannot be read."""
+    """The content of a regular file. Raises DecodeError if there is no such file or it cannot be read."""
     try:
-        # a pipe or a device would block for ever: only regular files are opened
+        # a pipe or a device would block forever: only regular files are opened
         if not os.path.isfile(path):
             reason = "is not a file" if os.path.exists(path) else "there is no such file"
             raise DecodeError(f"{name}: {reason}")
@@ -91,7 +94,7 @@ def read_bytes(path: str | os.PathLike[str], name: str) -> bytes:
 
 @contextlib.contextmanager
 def _decoding(name: str) -> Iterator[None]:
-    """Silences Pillow's warnings and turns whatever goes wrong inside into a DecodeError."""
+    """Silences Pillow's warnings and turns every exception inside into a DecodeError."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -113,7 +116,8 @@ def _open(content: bytes, name: str) -> Image.Image:
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """Formats this Pillow was built with. Not all that it knows: some of its plugins start other programs."""
+    """The formats in `_FORMATS` that the installed Pillow supports."""
+    # not all formats of Pillow: some of its plugins, such as EPS, start other programs
     Image.init()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
@@ -121,13 +125,14 @@ def _formats() -> tuple[str, ...]:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # an image with broken EXIF is still an image, taken as it lies
+    except Exception:  # an image with broken EXIF is still usable
         orientation = 1
     method = _TRANSPOSE.get(orientation)
     return image if method is None else image.transpose(method)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    # Pillow's own conversion clips 16-bit and 32-bit gray at 255
     if image.mode.startswith("I;16"):
         return _gray(np.asarray(image).astype(np.float64) / 257)
     if image.mode in ("I", "F"):
@@ -140,7 +145,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_255(values: npt.NDArray[np.float64], *, unit_range: bool) -> npt.NDArray[np.float64]:
-    """Values of unknown range → 0..255; those that are not finite become 0."""
+    """Maps values of unknown range to 0..255; values that are not finite become the smallest one."""
     finite = np.isfinite(values)
     low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0)
     clean = np.where(finite, values, low)
@@ -154,11 +159,11 @@ def _to_255(values: npt.NDArray[np.float64], *, unit_range: bool) -> npt.NDArray
 
 
 def _gray(values: npt.NDArray[np.float64]) -> Image.Image:
-    return Image.fromarray((values + 0.5).astype(np.uint8)).convert("RGB")
+    return Image.fromarray((values + 0.5).astype(np.uint8)).convert("RGB")  # + 0.5: rounds
 
 
 def _printable(path: str | os.PathLike[str]) -> str:
-    """A path that any terminal can show, also where its bytes are not UTF-8."""
+    """A path as text that any terminal can show, even if its bytes are not UTF-8."""
     return os.fsencode(path).decode("utf-8", "replace")
 
 

@@ -1,7 +1,8 @@
-"""From a source to batches: which images each step sees, their views, and what happens to broken ones.
+"""From a source to batches: which images each step uses, their views, and how broken images are replaced.
 
-A batch depends on the seed, the step and the data alone: not on loader workers, and the set of its images neither on
-the number of processes nor on accumulation. A run can therefore go on at any step as if it had never stopped.
+A batch depends only on the seed, the step and the data, and not on the number of loader workers. The set of its images
+does not depend on the number of processes or on accumulation either. A run can therefore be resumed at any step as if
+it had never stopped.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from unlabeled.ssl.data.source import DecodeError, ImageSource
 from unlabeled.ssl.data.views import Views
 
 Key = tuple[int, int]
-"""(epoch, index of the image): together with the run's seed this fixes what the views draw."""
+"""(epoch, index of the image): together with the run's seed, this determines the random numbers of the views."""
 
 
 def require_batch(batch_size: int, images: int, world: int, accumulation: int) -> None:
-    """Raises ConfigError when a batch is larger than the data, or cannot be split over processes and micro-steps."""
+    """Raises ConfigError if a batch is larger than the data or cannot be split over processes and micro-steps."""
     if batch_size > images:
         raise ConfigError(
             f"batch_size: {batch_size} is larger than the data ({images} images); give batch_size={images} or less"
@@ -46,11 +47,10 @@ def require_batch(batch_size: int, images: int, world: int, accumulation: int) -
 
 
 class RunSampler(Sampler[list[Key]]):
-    """The keys of every micro-step that one process sees, from `start_step` to the end of the run.
+    """Yields the keys of each micro-step of one process, from `start_step` to the end of the run.
 
-    Each epoch is a permutation of the data, cut to full batches; optimizer step s takes `batch_size` places of the
-    row of all epochs. They are laid out as [micro-step][rank][local], so that the images of a step are the same
-    whatever `world` and `accumulation` are. Raises ConfigError when a batch is larger than the data or does not divide.
+    Each epoch is a permutation of the data, cut to full batches, and each optimizer step takes the next `batch_size`
+    images. Raises ConfigError if a batch is larger than the data or cannot be split (see `require_batch`).
     """
 
     def __init__(
@@ -81,17 +81,18 @@ class RunSampler(Sampler[list[Key]]):
         return self.length // self.batch_size
 
     def __len__(self) -> int:
-        """Micro-steps that are left."""
+        """Number of remaining micro-steps."""
         return max(self.total_steps - self.start_step, 0) * self.accumulation
 
     def __iter__(self) -> Iterator[list[Key]]:
         local = self.batch_size // (self.world * self.accumulation)
-        shuffled, order = -1, np.empty(0, dtype=np.int64)
+        shuffled, order = -1, np.empty(0, dtype=np.int64)  # the epoch of `order`; none yet
         for step in range(self.start_step, self.total_steps):
             epoch, position = divmod(step, self.steps_per_epoch)
             if epoch != shuffled:
                 shuffled, order = epoch, self._order(epoch)
             for micro in range(self.accumulation):
+                # laid out as [micro-step][rank][local]: a step has the same images for any `world` and `accumulation`
                 first = position * self.batch_size + (micro * self.world + self.rank) * local
                 yield [(epoch, index) for index in order[first : first + local].tolist()]
 
@@ -100,23 +101,23 @@ class RunSampler(Sampler[list[Key]]):
 
 
 class Sample(NamedTuple):
-    """One image's views, and the broken images met on the way to it."""
+    """The views of one image, and the broken images that it replaces."""
 
     views: dict[str, Tensor]
     bad: list[BadImage]
 
 
 class ViewDataset(Dataset[Sample]):
-    """Images of a source through a task's views, under randomness that belongs to (seed, epoch, index).
+    """Applies a task's views to the images of a source, with random numbers seeded from (seed, epoch, index).
 
-    An image that cannot be decoded is replaced by another one, fixed by (seed, index, attempt), and reported. Raises
-    DataError when `max_attempts` images in a row are broken.
+    An image that cannot be decoded is reported and replaced by another one that depends on (seed, index, attempt).
+    Raises DataError if `max_attempts` images in a row are broken.
     """
 
     def __init__(
         self, source: ImageSource, views: Views, seed: int, max_attempts: int = 16, labels: Tensor | None = None
     ) -> None:
-        """`labels`, int64 (N,), go with the views; None: the task has none."""
+        """`labels`, int64 (N,), are added to the views; None: the task uses no labels."""
         self.source = source
         self.views = views
         self.seed = seed
@@ -127,19 +128,21 @@ class ViewDataset(Dataset[Sample]):
         return len(self.source)
 
     def __getitem__(self, key: Key) -> Sample:
-        """Views of image `key`, and int64 () ``"index"``: the image really used, and its ``"label"`` if known."""
+        """The views of image `key`, with the int64 scalars ``"index"`` (of the image actually used) and ``"label"``."""
         epoch, index = key
         image, used, bad = self._read(index)
-        with seeded(derive("picture", self.seed, epoch, index)):  # the key of all runs so far: it fixes their views
+        # by the requested index, not the used one; "picture" is part of the seed, so renaming it would change every run
+        with seeded(derive("picture", self.seed, epoch, index)):
             views = self.views(image)
         known = {} if self.labels is None else {"label": self.labels[used]}
         return Sample({**views, "index": torch.tensor(used), **known}, bad)
 
     def __getitems__(self, keys: Sequence[Key]) -> list[Sample] | UnlabeledError:
-        """One batch. In a worker an error that a user can cause is returned, for `RunLoader` to raise: see there."""
+        """The samples of one batch; in a worker, an UnlabeledError is returned instead of raised."""
         try:
             return [self[key] for key in keys]
         except UnlabeledError as error:
+            # torch would raise a worker's error with its traceback as the message; `RunLoader` raises it unchanged
             if get_worker_info() is None:
                 raise
             return error
@@ -162,21 +165,21 @@ class ViewDataset(Dataset[Sample]):
 
 @dataclass
 class LoadedBatch:
-    """What a loader yields: the views of all images stacked, and the broken images that were replaced."""
+    """One micro-batch: the stacked views of all images, and the broken images that were replaced."""
 
     tensors: dict[str, Tensor]
     """Each (B, ...); ``"index"`` is int64 (B,)."""
     bad: list[BadImage]
 
     def pin_memory(self) -> LoadedBatch:
-        """The same batch in page-locked memory; called by torch's loader."""
+        """The same batch in page-locked memory; torch's loader calls this."""
         return LoadedBatch({name: tensor.pin_memory() for name, tensor in self.tensors.items()}, self.bad)
 
 
 class RunLoader(DataLoader[Any]):
-    """A DataLoader that raises a worker's UnlabeledError as it was: one line instead of a traceback in a traceback.
+    """A DataLoader that raises a worker's UnlabeledError unchanged, as one line instead of a traceback in a traceback.
 
-    Its workers end with its iterator: when that is exhausted, closed, dropped, or raises.
+    Its workers end when its iterator is exhausted, closed, deleted, or raises.
     """
 
     def __iter__(self) -> Any:
@@ -188,41 +191,43 @@ class RunLoader(DataLoader[Any]):
                     raise batch
                 yield batch
         except RuntimeError as error:
+            # torch has no exception class for a worker that was killed
             if re.match(r"DataLoader worker \(pid", str(error)) is None:
                 raise
             raise DataError(
-                "engine.workers: a loader process died, most often for want of memory; set engine.workers lower"
+                "engine.workers: a loader process died, usually out of memory; set engine.workers lower"
             ) from error
         finally:
             workers.end()
 
 
 class _Workers:
-    """The loader processes of one of torch's iterators; they end once, at the latest when Python exits.
-
-    The registration also keeps the iterator out of reference cycles with a traceback: collected in one, it loses its
-    queues before it has told the workers to leave, and waits for them in vain.
-    """
+    """The loader processes of one of torch's iterators, which end at the latest when Python exits."""
 
     def __init__(self, iterator: object) -> None:
         self._iterator = iterator if isinstance(iterator, _MultiProcessingDataLoaderIter) else None
         if self._iterator is not None:
+            # this reference also keeps the garbage collector from the iterator: collected in a cycle with a traceback,
+            # it loses its queues before it can stop the workers, and waits for them in vain
             atexit.register(self.end)
 
     def end(self) -> None:
-        """Tells them to leave, waits for them some seconds, and kills those that are stuck."""
+        """Stops the workers, waits a few seconds for them, and kills those that are stuck. Later calls do nothing."""
         iterator, self._iterator = self._iterator, None
         if iterator is None:
             return
         atexit.unregister(self.end)
         iterator._shutdown_workers()
         for process in iterator._workers:
-            if process.is_alive():  # torch's own last resort is the SIGTERM that they ignore
+            if process.is_alive():  # torch's own last resort is SIGTERM, which the workers ignore
                 process.kill()
 
 
 def make_loader(dataset: ViewDataset, sampler: RunSampler, workers: int, pin_memory: bool = False) -> RunLoader:
-    """Yields a `LoadedBatch` per micro-step; one iterator, and with it one set of workers, lasts the whole run."""
+    """Creates the loader of a run, which yields one `LoadedBatch` per micro-step.
+
+    Use a single iterator: it keeps one set of workers for the entire run.
+    """
     return RunLoader(
         dataset,
         batch_sampler=sampler,
@@ -230,13 +235,13 @@ def make_loader(dataset: ViewDataset, sampler: RunSampler, workers: int, pin_mem
         pin_memory=pin_memory,
         collate_fn=collate,
         worker_init_fn=start_worker,
-        # of its own, since a loader draws a number from the global generator when it starts
+        # its own generator, since a loader draws from the global one when it starts
         generator=torch.Generator(),
     )
 
 
 def collate(samples: list[Sample] | UnlabeledError) -> LoadedBatch | UnlabeledError:
-    """Stacks samples; an error passes through."""
+    """Stacks samples into a batch; returns an error unchanged."""
     if isinstance(samples, UnlabeledError):
         return samples
     tensors: dict[str, Tensor] = default_collate([sample.views for sample in samples])
@@ -244,18 +249,19 @@ def collate(samples: list[Sample] | UnlabeledError) -> LoadedBatch | UnlabeledEr
 
 
 def start_worker(worker: int) -> None:
-    """Set-up of a loader process: the main process alone answers signals, and one thread is enough."""
+    """Sets up a loader process."""
+    # a launcher signals all processes, and the main one still needs its workers until the next checkpoint
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # the workers already use all cores
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seeds the CPU generators of torch, numpy and Python; in the main process they are then put back."""
-    # not torch.manual_seed: that reaches for the GPU's generators too, and is ten times slower
+    """Seeds the CPU generators of torch, numpy and Python; in the main process, restores their state afterwards."""
+    # not torch.manual_seed, which also seeds the GPU's generators and is ten times slower
     generator = torch.default_generator
-    # in a worker nothing else draws from them, and numpy takes longer over its state than a small image to decode
+    # in a worker nothing else uses them, and saving numpy's state takes longer than decoding a small image
     restored = get_worker_info() is None
     if restored:
         before = generator.get_state(), np.random.get_state(), random.getstate()

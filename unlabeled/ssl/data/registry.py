@@ -1,4 +1,4 @@
-"""Name → source class. A new source is one line here, its file and its test."""
+"""Data sources by name. To add a built-in source, add one line here, its file and its test."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SOURCES: dict[str, str] = {
 }
 
 GROUP = "unlabeled.sources"
-"""Entry-point group in which installed packages name their sources."""
+"""Entry-point group through which installed packages add sources."""
 
 REGISTRY = Registry("data", "a data source", group=GROUP, targets=SOURCES)
 
@@ -34,32 +34,32 @@ DataConfigT = TypeVar("DataConfigT", bound=DataConfig)
 
 
 def register_source(name: str, target: str) -> None:
-    """Adds source `name` as ``"module:Class"``. Raises ConfigError when the name is taken."""
+    """Adds the source `name` with the target ``"module:Class"``. Raises ConfigError if the name is taken."""
     REGISTRY.register(name, target)
 
 
 def source_names() -> list[str]:
-    """All names of sources: built in, registered, and from installed packages (entry-point group `GROUP`)."""
+    """Names of all sources: built in, registered, and from installed packages (entry-point group `GROUP`)."""
     return REGISTRY.names()
 
 
 def source_origin(name: str) -> str:
-    """Who brings source `name`: "built in", a distribution and its version, or the module that registered it."""
+    """Where source `name` comes from: "built in", a distribution with its version, or the module that registered it."""
     return REGISTRY.origin(name)
 
 
 def source_class(name: str) -> SourceClass:
-    """The class of source `name`, imported on demand.
+    """The class of source `name`, imported now.
 
-    Raises ConfigError naming the nearest known sources, or saying why a plugin's source cannot be imported.
+    Raises ConfigError with similar names if it is unknown, and with the reason if a plugin cannot be imported.
     """
     return cast(SourceClass, REGISTRY.load(name))
 
 
 def source_config(data: DataConfig, field: str = "data") -> SourceConfig:
-    """The settings of the source that `data`, the section `field`, names, by that source's own `Config`.
+    """The settings in `data`, validated by the `Config` of the source that it names; messages call the section `field`.
 
-    Raises ConfigError, in one line, for an unknown name, a setting that the source does not have, an impossible value.
+    Raises ConfigError for an unknown name, a setting that the source does not have, or an impossible value.
     """
     cls = _named(data.name, field)
     try:
@@ -69,29 +69,27 @@ def source_config(data: DataConfig, field: str = "data") -> SourceConfig:
 
 
 def filled(data: DataConfigT, field: str = "data") -> DataConfigT:
-    """`data` with every setting of its source: what was not given has the source's default. Raises as `source_config`.
-
-    So the settings that a run writes down say all that it did.
-    """
+    """`data` with the defaults of its source for all settings that are not given. Raises like `source_config`."""
+    # so that config.yaml records every setting, even if a default changes later
     return data.model_copy(update=_values(source_config(data, field)))
 
 
 def labeled(data: DataConfigT, field: str = "data") -> DataConfigT:
-    """`data` with its labels, where its source reads them only when it is asked to."""
-    asked = "labels" in _named(data.name, field).Config.model_fields
-    return data.model_copy(update={"labels": True}) if asked else data
+    """`data` with ``labels=True`` if its source has that setting; other sources always read labels."""
+    has_setting = "labels" in _named(data.name, field).Config.model_fields
+    return data.model_copy(update={"labels": True}) if has_setting else data
 
 
 def tiny(data: DataConfigT, limit: int) -> DataConfigT:
-    """`data` as tiny mode has it: at most `limit` images, and what the source itself makes smaller."""
+    """`data` for tiny mode: at most `limit` images, and the settings that the source reduces for it."""
     return data.model_copy(update={"limit": limit, **source_class(data.name).Config.debug})
 
 
 def open_source(data: DataConfig, split: Split = "train") -> ImageSource:
-    """Opens split `split` of the data that `data` names; ``data.limit`` applies to each split.
+    """Opens one split of the data that `data` describes; ``data.limit`` applies to each split.
 
-    Raises ConfigError for an unknown name and settings that the source does not have, DataError for a missing path, an
-    empty folder, or a split that the data does not have.
+    Raises ConfigError for an unknown source or setting, and DataError for a missing path, an empty folder, or a split
+    that the data does not have.
     """
     if not isinstance(data, DataConfig):
         given = "an unlabeled.DataConfig, such as DataConfig(name='folder', path=...)"
@@ -101,7 +99,7 @@ def open_source(data: DataConfig, split: Split = "train") -> ImageSource:
 
 
 class Sources(Mapping[str, Mapping[str, Any]]):
-    """Source → what ``data=NAME`` stands for; an unknown name raises ConfigError, with what may have been meant."""
+    """Source → settings that ``data=NAME`` stands for. An unknown name raises ConfigError with similar names."""
 
     def __getitem__(self, name: str) -> Mapping[str, Any]:
         _named(name, "data")
@@ -118,7 +116,7 @@ class Sources(Mapping[str, Mapping[str, Any]]):
 
 
 def _named(name: str, field: str) -> SourceClass:
-    """`source_class`, with `field` in what its errors say, and a hint for a path in place of a name."""
+    """Like `source_class`, with `field` in error messages and a hint if `name` is a path."""
     try:
         return source_class(name)
     except ConfigError as error:
@@ -128,7 +126,7 @@ def _named(name: str, field: str) -> SourceClass:
 
 
 def _without_effect(error: ValidationError, name: str, field: str) -> str | None:
-    """What is said of a setting of other sources; None when the first fault is something else."""
+    """Message for a setting that only other sources have; None if the first error is a different one."""
     fault = error.errors()[0]
     setting = str(fault["loc"][0]) if fault["loc"] else ""
     if fault["type"] != "extra_forbidden" or len(fault["loc"]) > 1:
@@ -145,10 +143,11 @@ def _without_effect(error: ValidationError, name: str, field: str) -> str | None
 def _settings_of(name: str) -> Mapping[str, Any]:
     try:
         return source_class(name).Config.model_fields
-    except (ConfigError, ImportError):  # of a package that cannot be imported here
+    except (ConfigError, ImportError):  # a plugin that cannot be imported here
         return {}
 
 
 def _values(config: SourceConfig) -> dict[str, Any]:
-    """Objects as they are: a dump would make them words."""
+    """All settings in `config` by name, as Python objects."""
+    # not model_dump, which would turn objects into text and sections into mappings
     return {name: getattr(config, name) for name in type(config).model_fields}

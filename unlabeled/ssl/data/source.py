@@ -1,9 +1,9 @@
-"""The contract of a data source and of its settings.
+"""The interface of a data source and its settings.
 
-A source answers four questions about an index: the image, its label, what to call it, and (where it has one) its
-segmentation mask. Sources are opened in the main process, pickled to loader workers, and must therefore hold paths
-and tables rather than open files. A class of sources has its settings as ``Config``, a subclass of `SourceConfig`, and
-is built as ``Source(config, split)``; `unlabeled.ssl.data.registry` finds it by its name.
+For each index a source provides the image, its label, a description and, if it has one, its segmentation mask. Sources
+are opened in the main process and pickled to loader workers, so they must hold paths and tables rather than open files.
+The class of a source has its settings as ``Config``, a subclass of `SourceConfig`, and is created as
+``Source(config, split)``; `unlabeled.ssl.data.registry` finds it by name.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ Split = Literal["train", "test"]
 
 
 class DecodeError(DataError):
-    """One image cannot be decoded; the loader skips it, counts it and lists it."""
+    """One image cannot be decoded. The loader replaces, counts and lists it instead of stopping."""
 
 
 class SourceConfig(Section):
-    """What every source can be told; a source adds its own settings, each with a docstring under it.
+    """Settings that every source has. A source adds its own, each with a docstring under it.
 
-    Reports call data by its settings ``dataset`` and ``path``, where there are such. A source that reads labels only
-    when it is asked to has a setting ``labels``, false by default, which evaluation and fine-tuning turn on.
+    Two names have a meaning: reports describe data by its ``dataset`` and ``path``, and evaluation and fine-tuning turn
+    on ``labels`` in sources that read labels only on request (``labels: bool = False``).
     """
 
     debug: ClassVar[Mapping[str, Any]] = {}
-    """Settings of tiny mode (``debug=true``), such as fewer images where the source makes them."""
+    """Settings for tiny mode (``debug=true``), such as fewer images in a source that generates them."""
 
     limit: int | None = Field(None, ge=1)
     """Use at most this many images per split, chosen by a fixed shuffle; null: all. [images]"""
@@ -49,41 +49,41 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> torch.Tensor:
-        """Image `index` as RGB, uint8 (3, H, W). Raises DecodeError when it cannot be decoded."""
+        """Image `index` as RGB, uint8 (3, H, W). Raises DecodeError if it cannot be decoded."""
         ...
 
     def labels(self) -> torch.Tensor | None:
-        """All labels, int64 (N,), without decoding an image; -1 for one that has none; None when there are none."""
+        """All labels, int64 (N,), without decoding images; -1 for an image without one; None if there are no labels."""
         ...
 
     def describe(self, index: int) -> str:
-        """What a person calls image `index`: its path, or its row and file."""
+        """Name of image `index` for messages: its path, or its row and file."""
         ...
 
 
 class SourceClass(Protocol):
-    """A class of sources, as the registry holds it."""
+    """The class of a source, as the registry returns it."""
 
     Config: ClassVar[type[SourceConfig]]
-    """Its settings; defaults for all that a user need not say."""
+    """Its settings, with defaults for all that are optional."""
     __name__: str
 
     def __call__(self, config: Any, split: Split = "train") -> ImageSource:
-        """Opens one split of what `config`, an instance of `Config`, names.
+        """Opens one split of the data that `config`, an instance of `Config`, describes.
 
-        Raises ConfigError for settings that cannot be, DataError for data that is missing or lacks the split.
+        Raises ConfigError for impossible settings, and DataError if the data or the split is missing.
         """
         ...
 
 
 @runtime_checkable
 class MaskSource(ImageSource, Protocol):
-    """A source that also knows which pixels show what."""
+    """A source with segmentation masks."""
 
     def mask(self, index: int) -> torch.Tensor:
         """Segmentation of image `index`, uint8 (H, W): 0 is background, class c is c + 1.
 
-        255 says that nobody knows, or that it does not matter: such pixels are left out of every measure.
+        255 marks pixels whose class is unknown or irrelevant; all metrics ignore them.
         """
         ...
 
@@ -126,20 +126,22 @@ class MaskSubset(Subset):
 
 
 def limited(source: ImageSource, limit: int | None) -> ImageSource:
-    """The first `limit` images of a fixed shuffle of `source`, or all when there are no more than that."""
+    """The first `limit` images of a fixed shuffle of `source`, or `source` itself if it has no more than that."""
     if limit is None or limit >= len(source):
         return source
+    # shuffled, since the first images of a sorted folder are all of one class
     shuffled = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
-    kind = MaskSubset if isinstance(source, MaskSource) else Subset
-    # a clone, since a slice would carry the whole shuffle to every worker
-    return kind(source, shuffled[:limit].clone())
+    subset_class = MaskSubset if isinstance(source, MaskSource) else Subset
+    # a clone, since pickling a slice would send the whole shuffle to every worker
+    return subset_class(source, shuffled[:limit].clone())
 
 
 def encoded(source: ImageSource, index: int) -> bytes | Path | None:
-    """The file or the bytes behind image `index`; None where images are made or kept as arrays.
+    """The file or the encoded bytes of image `index`; None if the source generates images or keeps them as arrays.
 
-    A source offers this by a method of the same name. Raises DecodeError when there is nothing where it should be.
+    Calls the source's method ``encoded``, if it has one. Raises DecodeError if the file or bytes are missing.
     """
+    # not part of `ImageSource`, so that a plugin works without it
     method = getattr(source, "encoded", None)
     content: bytes | Path | None = method(index) if method is not None else None
     return content
@@ -148,7 +150,7 @@ def encoded(source: ImageSource, index: int) -> bytes | Path | None:
 def annotated_boxes(source: ImageSource, index: int) -> torch.Tensor | None:
     """Boxes around the objects of image `index`, float32 (N, 4): left, top, right, bottom in pixels from the corner.
 
-    None where nobody drew any. A source offers this by a method ``boxes``.
+    Calls the source's method ``boxes``. None if the source has no such method or the image has no annotation.
     """
     method = getattr(source, "boxes", None)
     found: torch.Tensor | None = method(index) if method is not None else None

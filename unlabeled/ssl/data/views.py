@@ -1,4 +1,4 @@
-"""What turns an image of a source into what a task sees of it."""
+"""The type of a task's views: the transform of an image of a source into the input of the task."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ from collections.abc import Callable
 from torch import Tensor
 
 Views = Callable[[Tensor], dict[str, Tensor]]
-"""Image, uint8 (3, H, W) of any size → tensors of fixed shape by name."""
+"""Function from an image, uint8 (3, H, W) of any size, to tensors of fixed shape by name."""

@@ -1,1 +1,1 @@
-"""Building blocks of networks, and optimizers of our own."""
+"""Building blocks of models, and optimizers that timm does not have."""

@@ -1,8 +1,8 @@
-"""Batch norm whose statistics span all ranks, on any device, over any number of rows on each.
+"""Batch norm with statistics over all ranks, on any device and with any number of features on each rank.
 
-torch's SyncBatchNorm runs on accelerators only; sparse maps may hold different numbers of visible places on each rank,
-and a run on two CPU processes must equal one process. So the statistics are summed here: mean first, then the squares
-around it, each through an all-reduce with a gradient.
+torch's SyncBatchNorm runs on accelerators only, while here a run on two CPU processes must equal one on a single
+process, and sparse maps may have different numbers of visible positions on each rank. The mean is computed first, then
+the squared deviations from it, each through an all-reduce that passes gradients.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from unlabeled.ssl.core.distributed import world_size
 
 
 class SyncedBatchNorm1d(nn.BatchNorm1d):
-    """nn.BatchNorm1d whose training statistics are those of all ranks' rows together."""
+    """nn.BatchNorm1d that computes its training statistics over the features of all ranks."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  torch's name
         """(B, C) → the same shape."""
@@ -29,14 +29,11 @@ class SyncedBatchNorm1d(nn.BatchNorm1d):
 
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d whose training statistics are those of all ranks' maps together."""
+    """nn.BatchNorm2d that computes its training statistics over the feature maps of all ranks."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  torch's name
         """(B, C, H, W) → the same shape."""
-        if not (self.training and synced()):
-            return super().forward(input)
-        rows = input.permute(0, 2, 3, 1)
-        return batch_norm_features(self, rows.reshape(-1, rows.shape[-1])).view(rows.shape).permute(0, 3, 1, 2)
+        return _batch_norm_map(self, input) if self.training and synced() else super().forward(input)
 
 
 class _SyncedBatchNormAct2d(BatchNormAct2d):  # type: ignore[misc]
@@ -44,9 +41,8 @@ class _SyncedBatchNormAct2d(BatchNormAct2d):  # type: ignore[misc]
         if not (self.training and synced()):
             plain: Tensor = super().forward(x)
             return plain
-        rows = x.permute(0, 2, 3, 1)
-        normalized = batch_norm_features(self, rows.reshape(-1, rows.shape[-1])).view(rows.shape).permute(0, 3, 1, 2)
-        activated: Tensor = self.act(self.drop(normalized))
+        # timm's class has dropout and activation inside
+        activated: Tensor = self.act(self.drop(_batch_norm_map(self, x)))
         return activated
 
 
@@ -58,11 +54,13 @@ _SYNCED: dict[type, type] = {
 
 
 def synchronize(module: nn.Module) -> None:
-    """Gives every batch norm inside `module` the statistics of all ranks, in place; parameters and names stay.
+    """Makes every batch norm inside `module` compute statistics over all ranks, in place.
 
-    On any device, unlike torch's SyncBatchNorm. A norm without learnable or running parts is converted as well.
+    Parameters and their names are unchanged. Unlike torch's SyncBatchNorm, it works on any device, and also for norms
+    without learnable parameters or running statistics.
     """
     for layer in module.modules():
+        # replacing the class keeps parameters, hooks, and the optimizer's references to them
         if type(layer) in _SYNCED:
             layer.__class__ = _SYNCED[type(layer)]
 
@@ -72,45 +70,58 @@ def synced() -> bool:
     return world_size() > 1
 
 
-def batch_norm_features(module: _BatchNorm, rows: Tensor) -> Tensor:
-    """Batch norm of (M, C) with the settings of `module`, moving its running statistics as torch does.
+def _batch_norm_map(module: _BatchNorm, x: Tensor) -> Tensor:
+    """`batch_norm_features` for a map (B, C, H, W), which keeps its shape."""
+    channels_last = x.permute(0, 2, 3, 1)
+    normalized = batch_norm_features(module, channels_last.reshape(-1, channels_last.shape[-1]))
+    return normalized.view(channels_last.shape).permute(0, 3, 1, 2)
 
-    In training the statistics are those of all rows of all ranks; the running variance takes the unbiased one.
+
+def batch_norm_features(module: _BatchNorm, features: Tensor) -> Tensor:
+    """Batch norm of features (M, C) with the settings of `module`; updates its running statistics as torch does.
+
+    In training mode the statistics are computed over the features of all ranks; M may differ between ranks.
     """
     training = module.training or module.running_mean is None
     momentum = _momentum(module) if module.training else 0.0
     mean, var = module.running_mean, module.running_var
     if not (training and synced()):
-        return F.batch_norm(rows, mean, var, module.weight, module.bias, training, momentum, module.eps)
-    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    count = wide.new_tensor([float(rows.shape[0])])
+        return F.batch_norm(features, mean, var, module.weight, module.bias, training, momentum, module.eps)
+
+    # statistics over all ranks, at least in float32; the number of features travels in the same reduction as their sum
+    wide = features.to(torch.promote_types(features.dtype, torch.float32))
+    count = wide.new_tensor([float(features.shape[0])])
     total = _all_reduce(torch.cat([count, wide.sum(0)]))
     count, center = total[0].detach(), total[1:] / total[0].detach()
+    # in two passes: the mean of squares minus the squared mean cancels badly
     variance = _all_reduce((wide - center).square().sum(0)) / count
+
     if module.training and mean is not None and var is not None:
         with torch.no_grad():
             mean.lerp_(center.to(mean.dtype), momentum)
+            # torch normalizes with the biased variance, but tracks the unbiased one
             var.lerp_((variance * (count / (count - 1))).to(var.dtype), momentum)
     normalized = (wide - center) * (variance + module.eps).rsqrt()
     if module.affine:
         normalized = normalized * module.weight + module.bias
-    return normalized.to(rows.dtype)
+    return normalized.to(features.dtype)
 
 
 def _momentum(module: _BatchNorm) -> float:
-    """Counts the step, as torch's own forward does; without a momentum the average over steps is cumulative."""
+    """Counts the step, as torch's forward does, and returns the weight of the new statistics."""
     if not module.track_running_stats or module.num_batches_tracked is None:
         return 0.0
     module.num_batches_tracked.add_(1)
+    # without a momentum, torch averages over all steps so far
     return module.momentum if module.momentum is not None else 1.0 / float(module.num_batches_tracked)
 
 
 class _AllReduce(Function):
-    """Sum over ranks; each rank's summand reaches the losses of all, so gradients are summed as well."""
+    """Sum over ranks. The sum enters the losses of all ranks, so the backward pass sums their gradients."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        total = tensor.clone()
+        total = tensor.clone()  # all_reduce works in place
         dist.all_reduce(total)
         return total
 

@@ -1,4 +1,4 @@
-"""Stochastic depth (arXiv 1603.09382): residual branches that are left out at random, for an image at a time."""
+"""Stochastic depth (arXiv 1603.09382): residual branches that are dropped at random, independently for each image."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import nn
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 
 _NAMES = ("drop_path", "drop_path1", "drop_path2")
-"""What the blocks of timm's networks call their stochastic depth."""
+"""Attributes in which the blocks of timm's models keep their stochastic depth."""
 
 _NONE_OR_SOME = (nn.Identity, type(None), DropPath)
-"""What stands there: transformers and ConvNeXt have an Identity for a rate of 0, ResNets have None."""
+"""Types of these attributes: at a rate of 0, transformers and ConvNeXt have an Identity and ResNets have None."""
 
 
 def uniform_drop_path(model: nn.Module, rate: float) -> None:
-    """Gives all residual branches of a timm `model` the same `rate` in [0, 1), where timm lets it grow with depth.
+    """Sets one drop `rate` in [0, 1) for all residual branches of a timm `model`; timm would increase it with depth.
 
-    Raises ConfigError for another rate, CapabilityError for a network without stochastic depth.
+    Raises ConfigError for any other rate and CapabilityError for a model without stochastic depth.
     """
     if not 0 <= rate < 1:
         raise ConfigError(f"drop path: a rate of {rate} is not possible; give one from 0 to below 1")
@@ -25,11 +25,11 @@ def uniform_drop_path(model: nn.Module, rate: float) -> None:
         (module, name)
         for module in model.modules()
         for name in _NAMES
-        if isinstance(getattr(module, name, 0), _NONE_OR_SOME)
+        if isinstance(getattr(module, name, 0), _NONE_OR_SOME)  # 0 for a missing attribute, since None is a hit
     ]
     if not branches:
         raise CapabilityError(
             f"drop path: {type(model).__name__} has no residual branches that are dropped; leave the rate out"
         )
     for module, name in branches:
-        setattr(module, name, DropPath(rate).train(module.training))
+        setattr(module, name, DropPath(rate).train(module.training))  # new modules are in training mode

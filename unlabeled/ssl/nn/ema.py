@@ -1,4 +1,4 @@
-"""Exponential moving average of a network's weights, for teachers."""
+"""Exponential moving average of a student's weights, for teachers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """teacher ← momentum * teacher + (1 - momentum) * student, in place, for every parameter.
 
-    Buffers stay: a teacher in train mode keeps batch-norm statistics of its own. The two networks must have the same
-    structure. Parameters of one dtype and device move in one fused operation.
+    Buffers are unchanged, so that a teacher in training mode keeps its own batch-norm statistics. The two modules must
+    have the same structure.
     """
-    moving: list[Tensor] = list(teacher.parameters())
-    if moving:
-        torch._foreach_lerp_(moving, list(student.parameters()), 1 - momentum)
+    averages: list[Tensor] = list(teacher.parameters())
+    if averages:  # torch refuses an empty list
+        # one fused operation for all parameters of a dtype and device
+        torch._foreach_lerp_(averages, list(student.parameters()), 1 - momentum)

@@ -1,8 +1,8 @@
-"""LARS as PixPro trains with it, under the name ``larspixpro`` among timm's optimizers.
+"""LARS as in PixPro's code, registered with timm's optimizers as ``larspixpro``.
 
-You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks", arXiv 1708.03888, in the form of
-github.com/zdaxie/PixPro. timm's ``lars`` and lightly's put |g| + decay * |w| where this one has |g + decay * w|, and
-their defaults adapt other tensors.
+You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks", arXiv 1708.03888, in the variant of
+github.com/zdaxie/PixPro. It divides by |g + decay * w|, where timm's ``lars`` and lightly's divide by
+|g| + decay * |w|; their defaults also adapt other tensors.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch.optim.sgd import sgd
 
 
 class LARS(Optimizer):
-    """SGD with momentum whose gradients of matrices and convolutions have a length of `trust` times their weights'.
+    """SGD with momentum that scales the gradient of each matrix and convolution to `trust` times the weight's norm.
 
     For each tensor of two or more dimensions: g ← g + decay * w, then g ← g * trust * |w| / (|g| + eps), unless one of
-    the two norms is zero. Tensors of one dimension (biases, norms) keep their gradient and do not decay. Then SGD:
+    the two norms is zero. One-dimensional tensors (biases, norms) keep their gradient and do not decay. Then SGD:
     v ← momentum * v + g, w ← w - lr * v.
     """
 
@@ -45,42 +45,46 @@ class LARS(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One step; `closure`, if one is given, computes loss and gradients anew, and the loss is returned."""
+        """Performs one step. `closure`, if given, is called to recompute loss and gradients; its loss is returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            moving: list[Tensor] = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if not moving:
+            updated: list[Tensor] = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not updated:
                 continue
-            velocities = [self.state[parameter].get("momentum_buffer") for parameter in moving]
+            velocities = [self.state[parameter].get("momentum_buffer") for parameter in updated]
+            # weight_decay=0: the decay is in the adapted gradients already
             sgd(
-                moving, adapted_gradients(moving, group["weight_decay"], group["trust"], group["eps"]), velocities,
+                updated, adapted_gradients(updated, group["weight_decay"], group["trust"], group["eps"]), velocities,
                 weight_decay=0.0, momentum=group["momentum"], lr=group["lr"], dampening=0.0, nesterov=False,
                 maximize=False,
             )  # fmt: skip
-            for parameter, velocity in zip(moving, velocities, strict=True):
+            # sgd replaces the None of a first step in the list, not in the state
+            for parameter, velocity in zip(updated, velocities, strict=True):
                 self.state[parameter]["momentum_buffer"] = velocity
         return loss
 
 
 def adapted_gradients(parameters: list[Tensor], weight_decay: float, trust: float, eps: float) -> list[Tensor]:
-    """Gradients of `parameters` in their order, as `LARS` hands them to SGD; those in ``.grad`` stay as they are."""
+    """The gradients of `parameters`, in order, as `LARS` passes them to SGD; ``.grad`` is not modified."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     positions = [position for position, parameter in enumerate(parameters) if parameter.ndim > 1]
     if not positions:
         return gradients
     weights = [parameters[position] for position in positions]
     decayed = torch._foreach_add([gradients[position] for position in positions], weights, alpha=weight_decay)
-    lengths, slopes = (torch.stack(torch._foreach_norm(tensors)) for tensors in (weights, list(decayed)))
-    scales = torch.where((lengths > 0) & (slopes > 0), trust * lengths / (slopes + eps), 1.0)
+    weight_norms, gradient_norms = (torch.stack(torch._foreach_norm(tensors)) for tensors in (weights, list(decayed)))
+    # 1 where a norm is zero, so that tensors initialized to zero can leave it
+    scales = torch.where((weight_norms > 0) & (gradient_norms > 0), trust * weight_norms / (gradient_norms + eps), 1.0)
     torch._foreach_mul_(decayed, list(scales.unbind()))
     for position, gradient in zip(positions, decayed, strict=True):
         gradients[position] = gradient
     return gradients
 
 
+# at import, so that optim.name=larspixpro works like any of timm's names
 default_registry.register(
     OptimInfo("larspixpro", LARS, "LARS as PixPro trains with it", has_eps=True, has_momentum=True)
 )

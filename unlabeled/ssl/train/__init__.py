@@ -1,1 +1,1 @@
-"""A run: the loop, what it is built from, its optimizer and schedule, its folder, checkpoints and metrics."""
+"""A training run: loop, assembly, optimizer, schedule, run folder, checkpoints and metrics."""

@@ -1,4 +1,4 @@
-"""From a configuration to a `Training` that is ready for its first (or next) step."""
+"""Builds a `Training` that is ready for its first (or next) step from a configuration."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from unlabeled.ssl.train.monitor import Meter, Monitor, Stopwatch
 from unlabeled.ssl.train.optimizer import create_optimizer
 from unlabeled.ssl.train.run_folder import Plan, write_config
 from unlabeled.ssl.train.saver import Saver
-from unlabeled.ssl.train.schedule import Schedule, peak_rate
+from unlabeled.ssl.train.schedule import Schedule, peak_learning_rate
 
 logger = logging.getLogger(__name__)
 
@@ -40,21 +40,27 @@ def assemble(
     dataset: ViewDataset,
     online: Online,
 ) -> Training:
-    """A run of `task` on `dataset`, restored from `checkpoint` if there is one; its settings are in its folder then."""
+    """Prepares a run of `task` on `dataset`: writes its settings into its folder and restores `checkpoint`, if any."""
     main = accelerator.is_main_process
+
+    # model and optimizer
     curriculum = create_curriculum(config.engine.curriculum, task, plan.total_steps)
-    warn_of_small_images(dataset.source, task.backbone)
+    warn_about_small_images(dataset.source, task.backbone)
     set_layout(task, config, accelerator)
     optimizer = create_optimizer(task, config.optim)
     model, optimizer = accelerator.prepare(task, optimizer)
-    accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+
+    # run folder and state; no rank may write before all ranks have checked the folder
+    accelerator.wait_for_everyone()
     if main:
         write_config(config)
     accelerator.wait_for_everyone()
     saver = create_saver(config, accelerator, plan, model, optimizer)
     meter = Meter()
     start = saver.load(checkpoint, meter) if checkpoint is not None else 0
-    peak = peak_rate(config.optim, config.batch_size)
+
+    # schedule and metrics
+    peak = peak_learning_rate(config.optim, config.batch_size)
     schedule = Schedule(config.schedule, peak, plan.steps_per_epoch, plan.total_steps)
     settings = config.model_dump(mode="json")
     monitor = Monitor(config.out, config.log, main=main, start_step=start, total_steps=plan.total_steps, run=settings)
@@ -85,7 +91,7 @@ def assemble(
 def create_saver(
     config: RunConfig, accelerator: Accelerator, plan: Plan, model: torch.nn.Module, optimizer: Any
 ) -> Saver:
-    """What writes the checkpoints, at the distance that the settings say."""
+    """The Saver of a run, with the interval between checkpoints from the settings."""
     engine = config.engine
     every_steps = engine.checkpoint_steps or max(round(engine.checkpoint_epochs * plan.steps_per_epoch), 1)
     return Saver(
@@ -95,10 +101,10 @@ def create_saver(
 
 
 def build_backbone(config: BackboneConfig, given: Backbone | None = None) -> Backbone:
-    """The network that `config` names, with the weights that it asks for; `given`, where it comes from Python."""
+    """The backbone that `config` describes, with its initial weights; `given` if it was passed from Python."""
     require_given(config, given)
     if given is not None:
-        require_same_weights(given)
+        require_same_weights(given)  # each rank created it in its own script
         return given
     backbone = create_backbone(config.name, pretrained=config.pretrained, size=config.size, **config.kwargs)
     if config.checkpoint is not None:
@@ -111,25 +117,26 @@ def build_backbone(config: BackboneConfig, given: Backbone | None = None) -> Bac
 
 
 def set_layout(task: PretextTask, config: RunConfig, accelerator: Accelerator) -> None:
-    """Memory format, synchronized batch norm, compilation."""
+    """Applies the memory format, synchronized batch norm and compilation to `task`, in place."""
     wanted = config.engine.channels_last
-    convolutional = len({stage.stride for stage in task.backbone.stages}) > 1
+    convolutional = len({stage.stride for stage in task.backbone.stages}) > 1  # a plain ViT has a single stride
     if wanted or (wanted is None and convolutional and accelerator.device.type == "cuda"):
         task.to(memory_format=torch.channels_last)
     synced = config.engine.sync_bn if config.engine.sync_bn is not None else task.synced_statistics
-    if synced and accelerator.num_processes > 1 and not task.masked_statistics:  # masked ones span all ranks anyway
+    # masked statistics already span all ranks (`unlabeled.ssl.backbones.masked`)
+    if synced and accelerator.num_processes > 1 and not task.masked_statistics:
         synchronize(task)
     if not task.per_image and config.engine.accumulation > 1:
         logger.warning(
-            "engine.accumulation: %s compares the images of a batch; each of %d micro-steps has only a part of it",
+            "engine.accumulation: %s compares the images of a batch; each of %d micro-steps sees only a fraction of it",
             type(task).__name__, config.engine.accumulation,
         )  # fmt: skip
     if config.engine.compile:
         task.compile()
 
 
-def warn_of_small_images(source: ImageSource, backbone: Backbone) -> None:
-    """One line when the first readable images are smaller than what the network sees."""
+def warn_about_small_images(source: ImageSource, backbone: Backbone) -> None:
+    """Logs a warning if the first readable image is smaller than the backbone's input."""
     height, width = backbone.input_size
     for index in range(min(8, len(source))):
         try:
@@ -138,14 +145,14 @@ def warn_of_small_images(source: ImageSource, backbone: Backbone) -> None:
             continue
         if shape[1] < height or shape[2] < width:
             logger.warning(
-                "data: %s is %dx%d, smaller than the network's %dx%d, and will be enlarged; see backbone.size",
+                "data: %s is %dx%d, smaller than the backbone's %dx%d, and will be enlarged; see backbone.size",
                 source.describe(index), shape[1], shape[2], height, width,
             )  # fmt: skip
-        return
+        return  # one image is enough: this is a hint, `unlabeled doctor` scans all
 
 
 def open_loader(config: RunConfig, dataset: ViewDataset, plan: Plan, accelerator: Accelerator, start: int) -> Any:
-    """Batches of views of this rank, from step `start` to the end of the run."""
+    """The loader of this rank's batches of views, from step `start` to the end of the run."""
     sampler = RunSampler(
         length=plan.images,
         batch_size=plan.batch_size,
@@ -162,7 +169,7 @@ def open_loader(config: RunConfig, dataset: ViewDataset, plan: Plan, accelerator
 def announce(
     config: RunConfig, plan: Plan, schedule: Schedule, task: PretextTask, accelerator: Accelerator, start: int
 ) -> None:
-    """Says what is about to happen, the learning-rate rule included."""
+    """Logs the length of the run, the batch size and how the peak learning rate was computed."""
     if not accelerator.is_main_process:
         return
     optim = config.optim

@@ -1,8 +1,8 @@
-"""Checkpoints that are complete or absent, and a run folder that belongs to one run.
+"""Checkpoints that are either complete or absent.
 
 A checkpoint is a folder ``checkpoints/step_00000120`` with ``model.safetensors`` (parameters and buffers of the task),
-``optimizer.pt`` and ``state.json``. It is written beside its place, flushed to disk, and renamed; ``checkpoints/last``
-then names it. A crash at any moment leaves the one before it intact.
+``optimizer.pt`` and ``state.json``. It is written under a temporary name, flushed to disk, and renamed; then the file
+``checkpoints/last`` is updated to name it. A crash at any time leaves the previous checkpoint intact.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def save_checkpoint(
 ) -> Path:
     """Writes checkpoint `step` under `folder` and removes all but the newest `keep`; returns its path.
 
-    Raises CheckpointError, with everything that was there before still in place, when it cannot be written.
+    Raises CheckpointError if it cannot be written; earlier checkpoints are then still in place.
     """
     target, partial = folder / f"{_PREFIX}{step:08d}", folder / f".partial_{step:08d}"
     try:
@@ -44,9 +44,10 @@ def save_checkpoint(
         save_file(_unshared(model), partial / "model.safetensors")
         torch.save(dict(optimizer), partial / "optimizer.pt")
         (partial / "state.json").write_text(json.dumps(dict(state)))
+        # the order matters: content on disk, then the name, then the pointer, so that `last` never names a torso
         for path in partial.iterdir():
             flush(path)
-        if target.exists():  # the same step, written again after a resume from an earlier one
+        if target.exists():  # the same step, written again after a resume from an earlier checkpoint
             shutil.rmtree(target)
         partial.rename(target)
         write_atomically(folder / "last", target.name)
@@ -55,36 +56,40 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"checkpoint: step {step} could not be written to {folder} ({first_line(error)}); "
-            "make room or choose another out=, then run the same command again: it resumes from the checkpoint before"
+            "make room or choose another out=, then run the same command again: it resumes from the last checkpoint"
         ) from None
-    _prune(folder, keep)
+    _prune(folder, keep)  # after `last` names the new one
     return target
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """(model, optimizer, state) of a checkpoint folder. Raises CheckpointError when it cannot be read."""
+    """(model, optimizer, state) of the checkpoint folder `path`. Raises CheckpointError if it cannot be read."""
     try:
+        # to the CPU: a checkpoint of one device must load on any other
         model = load_file(path / "model.safetensors")
         optimizer: dict[str, Any] = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
-    except Exception as error:
+    except Exception as error:  # a damaged file raises anything from SafetensorError to pickle's errors
         others = [other.name for other in complete(path.parent) if other != path]
         remedy = (
-            f"write '{others[-1]}' into {path.parent / 'last'} to go on from there"
+            f"write '{others[-1]}' into {path.parent / 'last'} to continue from there"
             if others
-            else "start anew in another out="
+            else "start again in another out="
         )
         raise CheckpointError(f"checkpoint: {path} cannot be read ({first_line(error)}); {remedy}") from None
     return model, optimizer, state
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint that ``last`` names, or the newest complete one when ``last`` is missing; None without any."""
+    """The checkpoint that ``last`` names, or the newest complete one if ``last`` is missing; None without checkpoints.
+
+    Raises CheckpointError if ``last`` names a checkpoint that does not exist.
+    """
     pointer = folder / "last"
     if pointer.is_file():
         named = folder / pointer.read_text().strip()
         if not named.is_dir():
-            raise CheckpointError(f"checkpoint: {pointer} names {named.name}, which is not there; correct or delete it")
+            raise CheckpointError(f"checkpoint: {pointer} names {named.name}, which is missing; correct or delete it")
         return named
     found = complete(folder)
     return found[-1] if found else None
@@ -92,11 +97,12 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def complete(folder: Path) -> list[Path]:
     """Complete checkpoints under `folder`, oldest first."""
+    # zero-padded step numbers sort by name
     return sorted(folder.glob(f"{_PREFIX}*")) if folder.is_dir() else []
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous copies on the CPU; safetensors refuses tensors that share memory."""
+    """Contiguous copies on the CPU, since safetensors refuses tensors that share memory."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 

@@ -1,10 +1,10 @@
-"""The training loop. It knows no task: it draws batches, calls the task, and owns everything around that call.
+"""The training loop, which is the same for all tasks: a task computes the loss, the loop does everything else.
 
-    for each optimizer step: rates · micro-steps (forward, backward) · before_step · verdict of all ranks · clip · step
-                             · after_step · metrics · online evaluation · checkpoint
+    for each optimizer step: learning rates · micro-steps (forward, backward) · before_step · clip · check on all ranks
+                             · optimizer step · after_step · metrics · online evaluation · checkpoint
 
-Randomness is seeded anew for each micro-step from (seed, step, micro-step, rank), and the order of the data is a
-function of the step: a run that is killed anywhere and resumed is bit-equal to one that was never stopped.
+A run that is killed at any point and resumed is bit-equal to one that was never stopped: every micro-step is seeded
+from (seed, step, micro-step, rank), and the order of the data is a function of the step.
 """
 
 from __future__ import annotations
@@ -45,18 +45,20 @@ logger = logging.getLogger(__name__)
 
 
 class Online(Protocol):
-    """What is measured of the task while the run goes."""
+    """Evaluation of the task during the run."""
 
-    def due(self, step: int) -> bool: ...
+    def due(self, step: int) -> bool:
+        """Whether to evaluate after `step` optimizer steps."""
+        ...
 
     def run(self, task: PretextTask, device: torch.device) -> dict[str, float]:
-        """Values for a row of ``metrics.jsonl``, on the main process; all ranks call it. `task` is unsharded."""
+        """Metrics for a line of ``metrics.jsonl``, on the main process; all ranks call it. `task` is unsharded."""
         ...
 
 
 @dataclass
 class Training:
-    """What the loop works on; made by `unlabeled.ssl.train.build.prepare`."""
+    """Everything that the loop needs; created by `unlabeled.ssl.train.build.assemble`."""
 
     config: RunConfig
     accelerator: Accelerator
@@ -79,24 +81,30 @@ class Training:
 
 
 def train(run: Training) -> str | None:
-    """Runs until the last step or until a signal; returns the signal's name, or None when the run is complete.
+    """Runs until the last step or a signal; returns the signal's name, or None if the run is complete.
 
-    Raises DivergedError before the optimizer step when loss or gradients are not finite on any rank, and DataError
-    when too many images cannot be decoded.
+    Raises DivergedError, before the optimizer step, if the loss or the gradients are not finite on any rank, and
+    DataError if too many images cannot be decoded.
     """
     run.model.train()
+    # torch.compile chooses kernels itself
     kernels = False if run.config.engine.compile else run.config.engine.cpu_kernels
     with StopRequest() as stop, cpu_kernels(run.accelerator.device, kernels):
         for step in range(run.start_step, run.plan.total_steps):
+            # forward and backward
             lr = run.schedule(step)
             set_learning_rates(run.optimizer, lr, weight_decay_at(run.config.optim, step, run.schedule.cosine_steps))
             local, bad, features = accumulate(run, step)
             run.task.before_step(step / run.plan.total_steps)
             norm = gradient_norm(run)
+
+            # update, unless a rank reports a loss that is not finite
             values, stopping = consult_ranks(run, step, local, bad, norm, stop.requested is not None)
             run.optimizer.step()
             run.optimizer.zero_grad(set_to_none=True)
             run.task.after_step((step + 1) / run.plan.total_steps)
+
+            # metrics, evaluation, checkpoint; from here on, steps are counted from 1
             record(run, step + 1, values, lr, features)
             evaluate_online(run, step + 1)
             run.bad.check()
@@ -108,8 +116,8 @@ def train(run: Training) -> str | None:
 
 
 def accumulate(run: Training, step: int) -> tuple[dict[str, Tensor], list[BadImage], Tensor | None]:
-    """Forward and backward of all micro-steps: this rank's mean loss and logs, what it could not decode, and features
-    of the last micro-step where the task gives some."""
+    """Forward and backward passes of all micro-steps. Returns this rank's mean loss and logs, the images that could not
+    be decoded, and the features of the last micro-step if the task returns any."""
     config, accelerator = run.config.engine, run.accelerator
     totals: dict[str, Tensor] = {}
     bad: list[BadImage] = []
@@ -121,20 +129,23 @@ def accumulate(run: Training, step: int) -> tuple[dict[str, Tensor], list[BadIma
         }
         if run.curriculum is not None:
             tensors = run.curriculum.apply(tensors, step)
+        # a function of the step, so that a resumed run draws the same masks and dropout
         torch.manual_seed(derive("step", config.seed, step, micro, accelerator.process_index))
         last = micro == config.accumulation - 1
+        # gradients are summed over ranks in the last backward pass only
         with contextlib.nullcontext() if last else accelerator.no_sync(run.model):
             output: StepOutput = run.model(tensors)
             accelerator.backward(output.loss / config.accumulation)
         for name, value in {"loss": output.loss, **output.logs}.items():
-            share = value.detach().double() / config.accumulation
-            totals[name] = totals[name] + share if name in totals else share
+            # stays on the device: reading a value would wait for it
+            addend = value.detach().double() / config.accumulation
+            totals[name] = totals[name] + addend if name in totals else addend
     run.watch.images += run.plan.batch_size
     return totals, bad, output.features
 
 
 def next_batch(run: Training) -> LoadedBatch:
-    """The next micro-batch, with the wait for it on the clock."""
+    """The next micro-batch; adds the time spent waiting for it to the stopwatch."""
     begin = time.perf_counter()
     batch = next(run.batches)
     run.watch.waited += time.perf_counter() - begin
@@ -142,36 +153,36 @@ def next_batch(run: Training) -> LoadedBatch:
 
 
 def gradient_norm(run: Training) -> Tensor:
-    """L2 norm of all gradients before clipping; clips them to ``engine.clip`` if that is set, all of them together or
-    with ``engine.clip_parts`` those of each part of the task."""
+    """L2 norm of all gradients before clipping. Clips them to ``engine.clip`` if it is set: all together, or separately
+    for each submodule of the task with ``engine.clip_parts``."""
     config, accelerator = run.config.engine, run.accelerator
-    limit = config.clip if config.clip is not None else math.inf
+    limit = config.clip if config.clip is not None else math.inf  # infinite: only measures
     if not config.clip_parts:
-        return _whole(accelerator.clip_grad_norm_(run.model.parameters(), limit), accelerator.device)
+        return _full_norm(accelerator.clip_grad_norm_(run.model.parameters(), limit), accelerator.device)
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ConfigError("engine.clip_parts: FSDP 1 clips all gradients together; set fsdp_version: 2")
-    accelerator.unscale_gradients()
-    norms = [nn.utils.clip_grad_norm_(part, limit) for part in parts_of(run.task)]
-    total: Tensor = torch.linalg.vector_norm(torch.stack([_whole(norm, accelerator.device) for norm in norms]))
+    accelerator.unscale_gradients()  # Accelerate's own clipping does this itself, torch's does not
+    norms = [nn.utils.clip_grad_norm_(parameters, limit) for parameters in parameters_by_child(run.task)]
+    total: Tensor = torch.linalg.vector_norm(torch.stack([_full_norm(norm, accelerator.device) for norm in norms]))
     return total
 
 
-def parts_of(task: PretextTask) -> list[list[nn.Parameter]]:
-    """Trainable parameters of each child module of the task; one that several hold belongs to the first of them.
+def parameters_by_child(task: PretextTask) -> list[list[nn.Parameter]]:
+    """Trainable parameters of each child module of the task; a shared parameter counts for the first child only.
 
-    Parameters of the task itself, such as mask tokens, are a part too.
+    Parameters that the task itself owns, such as mask tokens, form one more list.
     """
-    parts: dict[str, list[nn.Parameter]] = {}
+    by_child: dict[str, list[nn.Parameter]] = {}
     for name, parameter in task.named_parameters():
         if parameter.requires_grad:
             child, inside, _ = name.partition(".")
-            parts.setdefault(child if inside else "", []).append(parameter)
-    return list(parts.values())
+            by_child.setdefault(child if inside else "", []).append(parameter)
+    return list(by_child.values())
 
 
-def _whole(norm: Tensor, device: torch.device) -> Tensor:
-    """A norm as a float64 scalar; under FSDP each rank has its share of it before."""
-    if isinstance(norm, DTensor):
+def _full_norm(norm: Tensor, device: torch.device) -> Tensor:
+    """A norm as a float64 scalar on `device`, the same on all ranks."""
+    if isinstance(norm, DTensor):  # under FSDP 2 each rank has only its own shard's contribution
         norm = norm.full_tensor()
     return torch.as_tensor(norm).detach().double().to(device)
 
@@ -179,14 +190,15 @@ def _whole(norm: Tensor, device: torch.device) -> Tensor:
 def consult_ranks(
     run: Training, step: int, values: dict[str, Tensor], bad: list[BadImage], norm: Tensor, stopping: bool
 ) -> tuple[dict[str, float], bool]:
-    """The ranks' verdict on a step: means of `values`, and whether any rank was asked to stop.
+    """Combines what the ranks know about a step: means of `values`, and whether any rank received a signal to stop.
 
-    One reduction, and the step's one synchronization with the device: after backward, before the optimizer step.
+    Raises DivergedError on all ranks if the loss or the gradients are not finite on any of them.
     """
     names, device = list(values), run.accelerator.device
     finite = torch.isfinite(values["loss"])
     if run.accelerator.scaler is None:  # under fp16 the scaler skips steps whose gradients overflow
         finite = finite & torch.isfinite(norm)
+    # everything in one tensor: one reduction, and the only synchronization with the device in a step
     flags = torch.tensor([len(bad), stopping], device=device, dtype=torch.float64)
     local = torch.cat([torch.stack([*values.values(), (~finite).double()]), flags])
     summed = sum_over_ranks(local)
@@ -199,13 +211,13 @@ def consult_ranks(
             "lower optim.lr, set engine.clip=1 or engine.precision=fp32; "
             f"last good checkpoint: {run.saver.newest() or 'none'}"
         )
-    if bad_images:
+    if bad_images:  # the same on all ranks, so that all of them gather or none does
         run.bad.add(gather_lists(bad))
     return means, bool(stops)
 
 
 def record(run: Training, step: int, values: dict[str, float], lr: float, features: Tensor | None) -> None:
-    """Adds a step to the meter; every ``log.every`` steps and at the end, writes a row. Looks out for collapse."""
+    """Adds a step to the meter, writes metrics every ``log.every`` steps and at the end, and checks for collapse."""
     run.meter.add(values)
     due = step % run.config.log.every == 0 or step == run.plan.total_steps
     watched = feature_metrics(features) if features is not None and (due or step % WATCH_EVERY == 0) else {}
@@ -215,28 +227,29 @@ def record(run: Training, step: int, values: dict[str, float], lr: float, featur
         row = {**run.meter.take(), **watched, "lr": lr, **run.watch.take()}
         row["memory_gb"] = memory_gb(run.accelerator.device)
         if run.curriculum is not None:
-            row["size"] = run.curriculum.size(step - 1)[0]
+            row["size"] = run.curriculum.size(step - 1)[0]  # `step` counts from 1 here
         if run.bad.count:
             row["bad_images"] = run.bad.count
         run.monitor.row(step, run.plan.epoch(step), row)
         run.monitor.show(step, row, run.bad.count)
 
 
-def whole_task(run: Training) -> PretextTask:
-    """The task for use outside of training: itself, or under FSDP an unsharded copy. All ranks must call it."""
+def unsharded_task(run: Training) -> PretextTask:
+    """The task for use outside training: the task itself, or an unsharded copy under FSDP. All ranks must call it."""
     if not run.saver.sharded:
         return run.task
     copy = type(run.task)(run.task.config, run.task.backbone.unfilled()).to(run.accelerator.device)
-    state = [run.saver.whole_model()]  # complete on the main process only
+    state = [run.saver.full_model_state()]  # complete on the main process only
     dist.broadcast_object_list(state, src=0)
     copy.load_state_dict(state[0])
     return copy
 
 
 def evaluate_online(run: Training, step: int) -> None:
+    """Evaluates the task after `step` steps if that is due, and writes the metrics."""
     if run.online.due(step):
-        values = run.online.run(whole_task(run), run.accelerator.device)
-        run.model.train()
+        values = run.online.run(unsharded_task(run), run.accelerator.device)
+        run.model.train()  # evaluation leaves the task in eval mode
         if values:
             run.monitor.row(step, run.plan.epoch(step), values)
             logger.info("epoch %.1f  %s", run.plan.epoch(step), "  ".join(f"{k} {v:.4f}" for k, v in values.items()))

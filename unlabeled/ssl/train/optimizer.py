@@ -1,4 +1,4 @@
-"""Parameter groups and the optimizer: which parameters decay, and how the rate falls with depth."""
+"""The optimizer and its parameter groups, which differ in weight decay and in the scale of the learning rate."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from unlabeled.ssl.task import PretextTask
 logger = logging.getLogger(__name__)
 
 _CLIPPING = frozenset({"clamb", "clambw", "lamb", "lambc", "lambcd", "lambcw", "lambw"})
-"""Optimizers that by default clip the gradient to 1, which is the engine's work (``engine.clip``)."""
+"""Optimizers that clip the gradient to 1 by default; clipping is up to the engine (``engine.clip``)."""
 
 
 def parameter_groups(task: PretextTask, config: OptimConfig) -> list[dict[str, Any]]:
-    """One group for each (layer multiplier, decays or not), in the order of first appearance.
+    """One group for each pair (learning-rate scale, decays or not), in the order of first appearance.
 
-    Each holds ``params``, ``names``, ``lr_scale`` (``layer_decay^(depth + 1 - layer)``, of the backbone's patch
-    embedding times ``patch_embed_lr``) and ``decays``.
+    Each has ``params``, ``names``, ``lr_scale`` (``layer_decay^(depth + 1 - layer)``, times ``patch_embed_lr`` for the
+    backbone's patch embedding) and ``decays``.
     """
     depth = task.encoder().depth
+    # checkpoints store optimizer states by position, so the order of groups and parameters must not change
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for named in task.parameter_groups():
         scale = layer_scale(named.layer, depth, config.layer_decay or 1.0)
@@ -45,14 +46,16 @@ def parameter_groups(task: PretextTask, config: OptimConfig) -> list[dict[str, A
 
 
 def _embeds_patches(name: str) -> bool:
-    """By name, as in DINOv2: timm's transformers call it patch_embed; stems of ConvNets are not meant."""
+    """Whether a parameter belongs to the patch embedding of a transformer, but not to the stem of a ConvNet."""
+    # by name, as in DINOv2: timm's transformers all call it patch_embed
     return name.startswith("backbone.") and ".patch_embed" in name
 
 
 def create_optimizer(task: PretextTask, config: OptimConfig) -> torch.optim.Optimizer:
-    """timm's optimizer `config.name` over the task's parameter groups; rates are set before each step.
+    """Creates timm's optimizer `config.name` for the task's parameter groups.
 
-    Raises ConfigError for an unknown name or arguments that the optimizer does not take.
+    Learning rates are set before each step, by `set_learning_rates`. Raises ConfigError for an unknown name or
+    arguments that the optimizer does not accept.
     """
     known = list_optimizers()
     if config.name not in known:
@@ -61,6 +64,7 @@ def create_optimizer(task: PretextTask, config: OptimConfig) -> torch.optim.Opti
         {**group, "weight_decay": config.weight_decay * group["decays"]} for group in parameter_groups(task, config)
     ]
     extra = dict(config.kwargs) | ({"betas": config.betas} if config.betas else {})
+    # one kernel for all parameters; torch does not use it by default
     if any(parameter.is_cuda for parameter in task.parameters()) and config.name in ("adam", "adamw"):
         extra.setdefault("fused", True)
     if config.name in _CLIPPING:
@@ -75,7 +79,7 @@ def create_optimizer(task: PretextTask, config: OptimConfig) -> torch.optim.Opti
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
-    """Sets learning rate and weight decay of every group for the step to come."""
+    """Sets the learning rate and weight decay of every group for the next step."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
         group["weight_decay"] = weight_decay * group["decays"]

@@ -1,7 +1,7 @@
-"""The run folder: whose it is, what lies in it, and how long the run will be.
+"""The run folder: which run it belongs to, its stored settings, and the length of the run.
 
 ``config.yaml`` (resolved) · ``metrics.jsonl`` · ``bad_images.jsonl`` · ``tensorboard/`` · ``checkpoints/step_*`` ·
-``backbone.safetensors`` + ``backbone.json`` · ``images/`` (what the task sees) · ``report/``
+``backbone.safetensors`` + ``backbone.json`` · ``pictures/`` (what the task sees) · ``report/``
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _MAY_CHANGE = frozenset(
     {"out", "resume", "log", "evaluate", "engine.workers", "engine.keep", "engine.checkpoint_epochs"}
     | {"engine.checkpoint_steps", "engine.device", "data.max_bad_fraction"}
 )
-"""Settings that a resumed run may have otherwise than the run it goes on with."""
+"""Settings that may differ when a run is resumed."""
 _ONCE_COMMON = frozenset(
     {"path", "test_path", "test_fraction", "labels", "dataset", "image_column", "label_column", "count"}
 )
-"""Settings that ``config.yaml`` once held for every source, before sources had settings of their own."""
+"""Settings that older versions wrote into ``config.yaml`` for every source, before sources had their own settings."""
 _KINDS = frozenset({"task", "target"})
-"""A setting of pretraining, and one of fine-tuning: without either it is no run's configuration."""
+"""Settings that only pretraining and only fine-tuning has; a file with neither is not the configuration of a run."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +46,25 @@ class Plan:
 
     @classmethod
     def of(cls, config: RunConfig, images: int, world: int) -> Plan:
-        """Raises ConfigError when a batch is larger than the data or cannot be split over processes."""
+        """The plan for a run on `images` images with `world` processes.
+
+        Raises ConfigError if a batch is larger than the data or cannot be split over processes and micro-steps.
+        """
         batch = config.batch_size
         require_batch(batch, images, world, config.engine.accumulation)
-        per_epoch = images // batch
+        per_epoch = images // batch  # the last, incomplete batch of an epoch is dropped
         return cls(images, batch, per_epoch, max(round(config.epochs * per_epoch), 1))
 
     def epoch(self, step: int) -> float:
-        """Epochs done after `step` optimizer steps."""
+        """Completed epochs after `step` optimizer steps, as a fraction."""
         return step / self.steps_per_epoch
 
 
 def claim_folder(config: RunConfig) -> Path | None:
-    """Checks that ``config.out`` is free or holds this very run; returns the checkpoint to resume from, if any.
+    """Checks that ``config.out`` is free or holds this same run; returns the checkpoint to resume from, if any.
 
-    Raises CheckpointError for another run's folder, a folder of other things, or a checkpoint under resume=never.
+    Raises CheckpointError if the folder belongs to another run, contains other files, or has a checkpoint although
+    resume=never.
     """
     out, record = config.out, config.out / "config.yaml"
     if out.exists() and not out.is_dir():
@@ -70,6 +74,7 @@ def claim_folder(config: RunConfig) -> Path | None:
             raise CheckpointError(f"out: {out} is not empty and holds no run; choose another folder")
         return None
     written = read_config(record)
+    # before the comparison, which could only say that two fingerprints differ
     require_same_module(out, written, getattr(config, "backbone", None))
     difference = _difference(written, config)
     if difference is not None:
@@ -81,13 +86,13 @@ def claim_folder(config: RunConfig) -> Path | None:
     checkpoint = last_checkpoint(out / "checkpoints")
     if checkpoint is not None and config.resume == "never":
         raise CheckpointError(
-            f"out: {out} already holds {checkpoint.name}; resume=auto goes on, another out= starts anew"
+            f"out: {out} already holds {checkpoint.name}; resume=auto continues it, another out= starts a new run"
         )
     return checkpoint
 
 
 def write_config(config: RunConfig) -> None:
-    """Makes the run folder and writes its ``config.yaml``."""
+    """Creates the run folder and writes its ``config.yaml``."""
     with writing(f"out: {config.out}"):
         config.out.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -95,7 +100,7 @@ def write_config(config: RunConfig) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A run's ``config.yaml``, its data as `current` has it. Raises CheckpointError when it is not one."""
+    """The settings in a run's ``config.yaml``, updated by `current`. Raises CheckpointError for any other file."""
     try:
         values = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
@@ -106,10 +111,10 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def current(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a run, with those sections that say where images come from as their sources have them now.
+    """The stored settings of a run in the form of this version.
 
-    What was added since has its default; what an earlier version wrote into every run, and this source never read, is
-    left out.
+    Settings have their present names. In the sections of data sources, new settings get their defaults, and settings
+    that older versions wrote for every source are dropped if the source does not have them.
     """
     values = with_new_names(values)
     result = dict(values)
@@ -123,7 +128,7 @@ def current(values: Mapping[str, Any]) -> dict[str, Any]:
 def _data_now(data: Mapping[str, Any]) -> dict[str, Any]:
     try:
         config = source_class(str(data.get("name"))).Config
-    except ConfigError:  # of a package that is not installed here; whoever opens the data is told so
+    except ConfigError:  # a plugin that is not installed here: opening the data raises, reading the settings must not
         return dict(data)
     own = config.model_fields
     kept = {name: value for name, value in data.items() if name in own or name not in _ONCE_COMMON}
@@ -131,24 +136,23 @@ def _data_now(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _difference(there: Mapping[str, Any], config: RunConfig) -> tuple[str, Any, Any] | None:
-    """First setting that differs and may not: (name, value there, value here).
-
-    A setting that did not exist yet when the run was started had what is its default now.
-    """
+    """First setting that differs and must not: (name, value there, value here); None if there is none."""
     flat_here = _flatten(current(config.model_dump(mode="json")))
+    # a setting that did not exist when the run was started counts as its present default
     defaults = _flatten(type(config).model_construct().model_dump(mode="json", exclude={"task"}))
     flat_there = {key: value for key, value in defaults.items() if key in flat_here} | _flatten(there)
     for key in [*flat_here, *(flat_there.keys() - flat_here.keys())]:
-        parents = {key.rsplit(".", depth)[0] for depth in range(key.count(".") + 1)}
+        parents = {key.rsplit(".", depth)[0] for depth in range(key.count(".") + 1)}  # with the key itself
         if flat_there.get(key) != flat_here.get(key) and not parents & _MAY_CHANGE:
             return key, flat_there.get(key), flat_here.get(key)
     return None
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one mapping with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping) and value:  # an empty one is a value, which would vanish
             flat |= _flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value

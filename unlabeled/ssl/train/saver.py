@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run in progress, and when one is due."""
+"""Saves and restores the state of a run, and decides when a checkpoint is due."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 
 
 class Saver:
-    """Saves and restores model, optimizer, loss scale and meter; under FSDP their full, unsharded state.
+    """Saves and restores the task, optimizer, loss scale and meter; under FSDP their full, unsharded state.
 
-    Nothing else is needed: rates, data order and all randomness are functions of the step.
+    Nothing else is needed: learning rates, data order and all random numbers are functions of the step.
     """
 
     def __init__(
@@ -50,22 +50,26 @@ class Saver:
         """Whether parameters are split over ranks (FSDP)."""
 
     def due(self, step: int) -> bool:
+        """Whether to write a checkpoint after `step` optimizer steps."""
         return step % self.every_steps == 0 or step == self.total_steps
 
     def newest(self) -> Path | None:
+        """The last checkpoint in the run folder; None before the first."""
         return last_checkpoint(self.folder)
 
     def save(self, step: int, meter: Meter) -> None:
-        """Writes checkpoint `step` from the main process. Raises CheckpointError, on every rank, when that fails."""
-        model, optimizer = self.whole_model(), self._whole_optimizer()
+        """Writes checkpoint `step` from the main process. Raises CheckpointError, on every rank, if that fails."""
+        # on all ranks, since gathering sharded state is a collective operation
+        model, optimizer = self.full_model_state(), self._full_optimizer_state()
         scaler = self._accelerator.scaler
         state = {
             "step": step,
             "world": self._accelerator.num_processes,
             "meter": meter.state_dict(),
-            "scaler": scaler.state_dict() if scaler is not None else None,
+            "scaler": scaler.state_dict() if scaler is not None else None,  # the loss scale of fp16
         }
         failure: CheckpointError | None = None
+        # an error on one rank alone would leave the others waiting in the next collective operation
         if self._accelerator.is_main_process:
             try:
                 save_checkpoint(self.folder, step, model=model, optimizer=optimizer, state=state, keep=self.keep)
@@ -75,12 +79,16 @@ class Saver:
             raise shared
 
     def load(self, path: Path, meter: Meter) -> int:
-        """Restores everything from checkpoint `path` and returns its step."""
+        """Restores everything from checkpoint `path` and returns its step.
+
+        Raises CheckpointError if it cannot be read or does not fit the run.
+        """
         model, optimizer, state = load_checkpoint(path)
         try:
             if self.sharded:
                 options = StateDictOptions(full_state_dict=True, strict=True)
                 set_model_state_dict(self._model, dict[str, Any](model), options=options)
+                # `.optimizer`: torch's own inside of Accelerate's wrapper, which these functions do not know
                 set_optimizer_state_dict(self._model, self._optimizer.optimizer, optimizer, options=options)
             else:
                 self._accelerator.unwrap_model(self._model).load_state_dict(model)
@@ -100,14 +108,14 @@ class Saver:
             )
         return int(state["step"])
 
-    def whole_model(self) -> dict[str, Any]:
-        """The task's state dict, gathered on the main process if it is sharded; all ranks must call it."""
+    def full_model_state(self) -> dict[str, Any]:
+        """The task's state dict; under FSDP gathered on the main process. All ranks must call it."""
         if self.sharded:
             return get_model_state_dict(self._model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         state: dict[str, Any] = self._accelerator.unwrap_model(self._model).state_dict()
         return state
 
-    def _whole_optimizer(self) -> dict[str, Any]:
+    def _full_optimizer_state(self) -> dict[str, Any]:
         if self.sharded:
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             return get_optimizer_state_dict(self._model, self._optimizer.optimizer, options=options)
@@ -115,7 +123,7 @@ class Saver:
         return state
 
     def _share(self, failure: CheckpointError | None) -> CheckpointError | None:
-        """The main process's failure, on every rank, so that all stop together."""
+        """Broadcasts the failure of the main process, so that all ranks raise it."""
         if world_size() == 1:
             return failure
         carried = [failure]

@@ -28,7 +28,7 @@ from unlabeled.ssl.data.loader import ViewDataset
 from unlabeled.ssl.data.registry import filled, labeled
 from unlabeled.ssl.train.accelerator import create_accelerator
 from unlabeled.ssl.train.build import assemble
-from unlabeled.ssl.train.loop import Training, train, whole_task
+from unlabeled.ssl.train.loop import Training, train, unsharded_task
 from unlabeled.ssl.train.monitor import read_metrics
 from unlabeled.ssl.train.run_folder import Plan, claim_folder, read_config
 from unlabeled.workflows.evaluate import Target, resolve_target
@@ -181,7 +181,7 @@ def _train(config: FinetuneConfig, backbone: Backbone | None) -> _Trained:
     finally:
         run.monitor.close()
     seconds = time.perf_counter() - begin
-    task = whole_task(run)
+    task = unsharded_task(run)
     assert isinstance(task, Finetune), "as prepared"
     return _Trained(
         network=task.encoder(),

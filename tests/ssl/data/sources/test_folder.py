@@ -220,15 +220,15 @@ def test_missing_paths_are_refused(tmp_path: Path) -> None:
         opened(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"^data\.test_path: .*/nowhere does not exist"):
         opened(tmp_path, test_path=tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"^data\.path: .*a\.png is a file; give the folder that it lies in$"):
+    with pytest.raises(DataError, match=r"^data\.path: .*a\.png is a file; give the folder that contains it$"):
         opened(tmp_path / "a.png")
 
 
-def test_empty_folders_say_what_was_looked_at(tmp_path: Path) -> None:
+def test_empty_folders_are_reported(tmp_path: Path) -> None:
     for name in ("a.txt", "b.mp4", "sub/c.csv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
-    with pytest.raises(DataError, match=r"^data: no images in .*: 3 files were looked at, those read end in .*\.jpg"):
+    with pytest.raises(DataError, match=r"^data: no images among 3 files in .*; add files that end in .*\.jpg"):
         opened(tmp_path)
 
 
@@ -237,7 +237,7 @@ def test_labels_need_sub_folders(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^data\.labels: .* has no sub-folders to name classes"):
         opened(tmp_path, labels=True)
     image(tmp_path / "cat" / "b.png")
-    with pytest.raises(DataError, match=r"^data\.labels: .*a\.png lies in no sub-folder and has no label"):
+    with pytest.raises(DataError, match=r"^data\.labels: .*a\.png is in no sub-folder and has no label"):
         opened(tmp_path, labels=True)
 
 
@@ -254,7 +254,7 @@ def test_a_missing_test_split_is_refused(tmp_path: Path) -> None:
         opened(tmp_path, "test")
     image(tmp_path / "one" / "only" / "a.png")
     (tmp_path / "a.png").unlink()
-    with pytest.raises(DataError, match="too few images a class to hold some out"):
+    with pytest.raises(DataError, match="too few images per class to hold some out"):
         opened(tmp_path, "test", labels=True)
 
 

@@ -76,7 +76,7 @@ def neighbors(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, tru
     return float((votes.argmax(1) == truth).float().mean())
 
 
-def test_shape_tells_the_class_and_pixels_and_colors_do_not() -> None:
+def test_shape_shows_the_class_and_pixels_and_colors_do_not() -> None:
     train, test = shapes(count=800), shapes("test", count=800)
     images = [torch.stack([source.read(i) for i in range(len(source))]).float() / 255 for source in (train, test)]
     outlines = [torch.stack([moments(source.mask(i)) for i in range(len(source))]) for source in (train, test)]
@@ -105,7 +105,7 @@ def test_every_shape_has_an_up_direction_and_no_shape_is_another_one_rotated() -
         assert min(float((mean - turn).abs().sum() / mean.sum()) for turn in turned) > 0.15
 
 
-def test_light_does_not_tell_what_is_up() -> None:
+def test_light_does_not_show_what_is_up() -> None:
     source = shapes(count=400)
     rows = torch.stack([source.read(index).float().mean((0, 2)) for index in range(400)])
     difference = rows[:, :16].mean(1) - rows[:, -16:].mean(1)

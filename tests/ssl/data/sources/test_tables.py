@@ -1,4 +1,4 @@
-"""Parquet files and Hugging Face data sets: columns, splits, labels, and what is refused."""
+"""Parquet files and Hugging Face datasets: columns, splits, labels, and what is refused."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def labels_of(source: ImageSource) -> list[int] | None:
 
 
 def marked(count: int) -> Any:
-    """A data set with the types of images and class labels, labels in turn."""
+    """A dataset with the types of images and class labels, labels in turn."""
     features = datasets.Features(
         {"id": datasets.Value("int64"), "pic": datasets.Image(), "kind": datasets.ClassLabel(names=["cat", "dog"])}
     )
@@ -232,17 +232,17 @@ def test_paths_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^data\.path: no parquet files at .*\*\.parquet"):
         opened(tmp_path / "*.parquet")
     (tmp_path / "bad.parquet").write_bytes(b"no parquet")
-    with pytest.raises(DataError, match=r"^data: .*bad\.parquet cannot be opened as a data set \(.+\); check it$"):
+    with pytest.raises(DataError, match=r"^data: .*bad\.parquet cannot be opened as a dataset \(.+\); check it$"):
         opened(tmp_path / "bad.parquet")
     with pytest.raises(ConfigError, match=r"^data\.path: the hf source needs either"):
         opened(None, name="hf")
-    with pytest.raises(DataError, match=r"^data\.path: .*/nowhere does not exist; give a saved data set$"):
+    with pytest.raises(DataError, match=r"^data\.path: .*/nowhere does not exist; give a saved dataset$"):
         opened(tmp_path / "nowhere", name="hf")
 
 
 def test_a_missing_test_split_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "x.parquet", image=cells(4))
-    with pytest.raises(DataError, match=r"^data\.path: .* has no test split and no labels to hold a part out by"):
+    with pytest.raises(DataError, match=r"^data\.path: .* has no test split and no labels to hold out a fraction by"):
         opened(path, "test")
 
 

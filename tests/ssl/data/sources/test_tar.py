@@ -63,7 +63,7 @@ def test_shards_in_the_order_of_names_with_their_labels(tmp_path: Path) -> None:
     assert train.describe(4) == f"0001.png in {tmp_path / 'train-1.tar'}"
 
 
-def test_samples_are_told_by_folder_and_name_up_to_the_first_dot(tmp_path: Path) -> None:
+def test_samples_are_distinguished_by_folder_and_name_up_to_the_first_dot(tmp_path: Path) -> None:
     members = {
         "a/1.left.png": png(1), "a/1.right.PNG": png(2), "a/1.json": json.dumps({"label": "cat"}).encode(),
         "b/1.png": png(3), "b/1.json": json.dumps({"label": "ant", "x": [1]}).encode(), "notes.txt": b"no image",
@@ -80,15 +80,15 @@ def test_without_labels_everything_is_for_training(tmp_path: Path) -> None:
     assert source.labels() is None
     assert source.classes is None
     assert shades(source) == [1, 2]
-    with pytest.raises(DataError, match=r"no test shards and no labels to hold a part out by; set data\.test_path"):
+    with pytest.raises(DataError, match=r"no test shards and no labels to hold out a fraction by; set data\.test_path"):
         opened(file, "test")
 
 
-def test_what_cannot_be_read_is_said_in_one_line(tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_reported_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no tar files at"):
         opened(tmp_path)
     (tmp_path / "broken.tar").write_bytes(b"nothing like it" * 100)
-    with pytest.raises(DataError, match=r"broken\.tar is no plain tar file"):
+    with pytest.raises(DataError, match=r"broken\.tar is not an uncompressed tar file"):
         opened(tmp_path)
     with pytest.raises(DataError, match="no images in 1 shards"):
         opened(shard(tmp_path / "empty.tar", {"a.txt": b"x"}))

@@ -142,7 +142,7 @@ def test_images_alone_can_be_pretrained_on(tmp_path):
         source.mask(0)
 
 
-def test_what_does_not_fit_is_said_in_one_line(tmp_path):
+def test_what_does_not_fit_is_reported_in_one_line(tmp_path):
     image(tmp_path / "kit" / "VOC2012", "a")
     with pytest.raises(DataError, match=r"has no folder JPEGImages; give data\.path=.*VOC2012"):
         opened(tmp_path)
@@ -152,7 +152,7 @@ def test_what_does_not_fit_is_said_in_one_line(tmp_path):
     with pytest.raises(DataError, match=r"data\.dataset: .* has no folder Layout"):
         opened(root, dataset="Layout")
     lists(root, train=["a", "missing"])
-    with pytest.raises(DataError, match="1 names that JPEGImages lacks, such as missing"):
+    with pytest.raises(DataError, match="1 names that are not in JPEGImages, such as missing"):
         opened(root)
     lists(root, train=[])
     with pytest.raises(DataError, match="has no names"):

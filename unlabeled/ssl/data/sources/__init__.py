@@ -1,1 +1,1 @@
-"""Where images come from: one file a kind of source."""
+"""Built-in data sources, one per file, and what they share."""

@@ -1,4 +1,4 @@
-"""scikit-learn's hand-written digits, which need no files."""
+"""scikit-learn's handwritten digits, which need no files."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ class DigitsConfig(SourceConfig):
 
 
 class DigitsSource:
-    """scikit-learn's 1797 hand-written digits, 8 x 8 pixels in 10 classes, a quarter held out; no files needed."""
+    """scikit-learn's 1797 handwritten digits, 8 x 8 pixels in 10 classes, a quarter held out; no files needed."""
 
     Config: ClassVar[type[SourceConfig]] = DigitsConfig
 
     def __init__(self, config: DigitsConfig, split: Split = "train") -> None:
         digits = load_digits()
         labels = torch.from_numpy(digits.target).long()
-        rows = holdout(labels, 0.25, split)
-        scaled = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8))
-        self._images = scaled[rows]
-        self._labels = labels[rows]
+        indices = holdout(labels, 0.25, split)
+        scaled = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8))  # values are 0..16
+        self._images = scaled[indices]
+        self._labels = labels[indices]
         self._split = split
         self.classes = [str(name) for name in digits.target_names]
 
@@ -36,12 +36,12 @@ class DigitsSource:
 
     def read(self, index: int) -> torch.Tensor:
         """Digit `index`, uint8 (3, 8, 8)."""
-        return self._images[index].expand(3, -1, -1).contiguous()
+        return self._images[index].expand(3, -1, -1).contiguous()  # gray as RGB
 
     def labels(self) -> torch.Tensor:
-        """The digits, int64 (N,)."""
+        """The digit of each image, int64 (N,)."""
         return self._labels
 
     def describe(self, index: int) -> str:
-        """Such as ``train digit 7``."""
+        """Split and index, such as ``train digit 7``."""
         return f"{self._split} digit {index}"

@@ -1,4 +1,4 @@
-"""Images that are files of their own: what sources of such files share."""
+"""Base class of sources with one file per image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from unlabeled.ssl.data.decode import decode_rgb
 
 
 class FileSource:
-    """Images that are files of their own; subclasses give ``encoded``, the file of image `index`, and `_labels`."""
+    """A source with one file per image; subclasses implement ``encoded`` and set `_labels`."""
 
     _labels: torch.Tensor | None
 
@@ -24,9 +24,9 @@ class FileSource:
         return decode_rgb(self.encoded(index), name=self.describe(index))
 
     def labels(self) -> torch.Tensor | None:
-        """Index of each image's class, int64 (N,); None where there are no labels."""
+        """Class index of each image, int64 (N,); None if there are no labels."""
         return self._labels
 
     def describe(self, index: int) -> str:
-        """The path, with what is not UTF-8 replaced."""
+        """The path, with bytes that are not UTF-8 replaced."""
         return os.fsencode(self.encoded(index)).decode("utf-8", "replace")

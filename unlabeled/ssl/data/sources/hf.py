@@ -1,4 +1,4 @@
-"""Hugging Face data sets: saved ones, local ones, and those of the Hub."""
+"""Hugging Face datasets: saved, local, or from the Hub."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 
 class HuggingFaceConfig(TableConfig):
-    """A Hugging Face data set, on disk or on the Hub.
+    """A Hugging Face dataset, on disk or on the Hub.
 
     Needs ``pip install 'unlabeled[hf]'``.
     """
 
     path: Path | None = None
-    """Folder written by save_to_disk, or a local data set."""
+    """Folder written by save_to_disk, or a local dataset."""
     dataset: str | None = None
-    """Name of a data set on the Hub, in place of `path`."""
+    """Name of a dataset on the Hub, in place of `path`."""
 
 
 class HuggingFaceSource(TableSource):
-    """A Hugging Face data set on disk, or ``data.dataset=NAME`` of the Hub (``pip install 'unlabeled[hf]'``)."""
+    """A Hugging Face dataset on disk, or ``data.dataset=NAME`` on the Hub (``pip install 'unlabeled[hf]'``)."""
 
     Config: ClassVar[type[SourceConfig]] = HuggingFaceConfig
 
@@ -37,7 +37,7 @@ class HuggingFaceSource(TableSource):
 
 
 def _tables(config: HuggingFaceConfig) -> tuple[Dataset, Dataset | None]:
-    """The training table, and the test table when there is one."""
+    """The training table, and the test table if there is one."""
     datasets = datasets_package("hf")
     if (config.path is None) == (config.dataset is None):
         raise ConfigError("data.path: the hf source needs either data.path=FOLDER or data.dataset=NAME")
@@ -45,19 +45,20 @@ def _tables(config: HuggingFaceConfig) -> tuple[Dataset, Dataset | None]:
         loaded = _open_dataset(datasets, config.path, "data.path")
     else:
         loaded = load_table(datasets.load_dataset, str(config.dataset))
-    tables = loaded if isinstance(loaded, dict) else {"train": loaded}
+    tables = loaded if isinstance(loaded, dict) else {"train": loaded}  # a DatasetDict is a dict, a Dataset is not
     test_key = test_name(tables)
     train_key = "train" if "train" in tables else next(iter(tables))
     test = tables[test_key] if test_key is not None and test_key != train_key else None
     if config.test_path is not None:
-        held = _open_dataset(datasets, config.test_path, "data.test_path")
-        test = held[test_name(held) or next(iter(held))] if isinstance(held, dict) else held
+        held_out = _open_dataset(datasets, config.test_path, "data.test_path")
+        test = held_out[test_name(held_out) or next(iter(held_out))] if isinstance(held_out, dict) else held_out
     return tables[train_key], test
 
 
 def _open_dataset(datasets: Any, path: Path, field: str) -> Any:
     folder = path.expanduser()
     if not folder.exists():
-        raise DataError(f"{field}: {folder} does not exist; give a saved data set")
+        raise DataError(f"{field}: {folder} does not exist; give a saved dataset")
+    # load_dataset refuses what save_to_disk wrote
     saved = any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))
     return load_table(datasets.load_from_disk if saved else datasets.load_dataset, str(folder))

@@ -25,7 +25,7 @@ class ParquetConfig(TableConfig):
 class ParquetSource(TableSource):
     """Parquet files, one or many; the image column is found by its type (``pip install 'unlabeled[hf]'``).
 
-    `config.path` is a file, a pattern such as ``data/*.parquet``, or a folder. Files that are named for a split
+    `config.path` is a file, a pattern such as ``data/*.parquet``, or a folder. Files with a split in their name
     (``train-0000.parquet``, ``test/0000.parquet``) belong to it.
     """
 
@@ -39,5 +39,6 @@ class ParquetSource(TableSource):
 
 
 def _opened(datasets: Any, files: list[Path]) -> Any:
-    # not load_dataset("parquet"): that counts its uses on the Hub's server, and waits for it where there is no network
+    # not load_dataset("parquet"), which reports each use to the Hub and waits for it without a network;
+    # escaped, since from_parquet expands patterns in names
     return load_table(datasets.Dataset.from_parquet, [glob.escape(str(file)) for file in files])

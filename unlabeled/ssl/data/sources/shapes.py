@@ -1,4 +1,4 @@
-"""Drawn shapes with labels and masks, which need no files."""
+"""Synthetic images of shapes with labels and masks, which need no files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from unlabeled.ssl.data.source import SourceConfig, Split
 
 Array = npt.NDArray[np.float32]
 _Draw = Callable[[Array, Array], Any]
-"""Signed distance to a shape's edge at its own coordinates u and v: negative inside, in units of its radius."""
+"""Signed distance to the edge of a shape at its own coordinates u and v: negative inside, in units of its radius."""
 
 
 class ShapesConfig(SourceConfig):
@@ -31,10 +31,10 @@ class ShapesConfig(SourceConfig):
 class ShapesSource:
     """Drawn shapes, 64 x 64 pixels in 8 classes, with labels and masks; no files needed.
 
-    `config.count` for training, a quarter as many for testing. Image `index` of a split is always the same. The shape
-    alone makes the class: size, place, tilt, colors and light are random, and a raw-pixel neighbor knows little.
-    Every shape has a top and stands upright within 20 degrees, and nothing else in the image tells what is up:
-    whoever can say how it was rotated knows the shapes.
+    There are `config.count` training images and a quarter as many test images; image `index` of a split is always the
+    same. The class depends on the shape alone: size, position, tilt, colors and light are random, so that nearest
+    neighbors in raw pixels say little. Every shape has a top, stands upright within 20 degrees, and nothing else in the
+    image shows which way is up, so that predicting rotations requires recognizing the shapes.
     """
 
     size = 64
@@ -62,27 +62,28 @@ class ShapesSource:
         return torch.from_numpy((coverage > 0.5).astype(np.uint8) * np.uint8(self._label(index) + 1))
 
     def labels(self) -> torch.Tensor:
-        """The classes in turn, int64 (N,), as many of one as of another."""
+        """The classes in turn, int64 (N,), so that all are equally frequent."""
         return torch.arange(self._count) % len(self.classes)
 
     def describe(self, index: int) -> str:
-        """Such as ``train shape 7 (moon)``."""
+        """Split, index and class, such as ``train shape 7 (moon)``."""
         return f"{self._split} shape {index} ({self.classes[self._label(index)]})"
 
     def _label(self, index: int) -> int:
-        if index >= self._count:  # any number would make an image
-            raise IndexError(f"there are {self._count} shapes, and no {index}")
+        if index >= self._count:  # any index would give an image, and iteration would never end
+            raise IndexError(f"index {index} is out of range for {self._count} shapes")
         return index % len(self.classes)
 
     def _draw(self, index: int) -> _Draw:
         return _SHAPES[self.classes[self._label(index)]]
 
     def _random(self, index: int) -> np.random.Generator:
+        # `read` and `mask` draw the same pose, since it comes first
         return np.random.default_rng((index, 0 if self._split == "train" else 1))
 
 
 TILT = math.radians(20)
-"""Largest tilt of a shape, radians."""
+"""Largest tilt of a shape, in radians."""
 
 _Pose = tuple[float, float, float, float]
 """Radius, center x, center y (units of half the image, y down), angle."""
@@ -90,33 +91,38 @@ _Pose = tuple[float, float, float, float]
 
 def _pose(random: np.random.Generator) -> _Pose:
     radius = random.uniform(0.45, 0.8)
+    # entirely inside the image
     x, y = random.uniform(-0.95 + radius, 0.95 - radius, size=2)
     return radius, float(x), float(y), random.uniform(-TILT, TILT)
 
 
 def _coverage(draw: _Draw, pose: _Pose, size: int) -> Array:
-    """How much of each pixel the shape covers, 0..1 (size, size)."""
+    """Fraction of each pixel that the shape covers, 0..1 (size, size)."""
     radius, x, y, angle = pose
     across, down = _grid(size)
+    # pixel centers in the shape's own coordinates: shifted, rotated, in units of its radius
     cosine, sine = math.cos(angle) / radius, math.sin(angle) / radius
     u = (across - x) * cosine + (down - y) * sine
     v = (down - y) * cosine - (across - x) * sine
-    pixels = draw(u, v) * (radius * size / 2)
-    covered: Array = np.clip(0.5 - pixels, 0, 1).astype(np.float32)
+    distance = draw(u, v) * (radius * size / 2)  # in pixels
+    covered: Array = np.clip(0.5 - distance, 0, 1).astype(np.float32)  # an edge one pixel wide, which is antialiased
     return covered
 
 
 def _paint(random: np.random.Generator, pose: _Pose, coverage: Array, size: int) -> Array:
-    """Background and object under light from any side, 0..1 (3, size, size)."""
+    """Background and object, lit from a random side, 0..1 (3, size, size)."""
     radius, x, y, _ = pose
     across, down = _grid(size)
+    # colors, with enough contrast
     ground, color = random.uniform(0.15, 0.85, (2, 3, 1, 1)).astype(np.float32)
     if np.abs(ground - color).mean() < 0.25:
         color = (ground + 0.5) % 1
+    # smooth texture: coarse noise, interpolated
     cells = int(random.integers(3, 12))
     rough = random.uniform(-1, 1, (4, cells, cells)).astype(np.float32) * random.uniform(0.05, 0.2)
     blend = _blend(cells, size)
-    texture = blend @ rough @ blend.T  # (4, size, size): three of the ground, one of the object
+    texture = blend @ rough @ blend.T  # (4, size, size): three channels of the background, one of the object
+    # light, and pixel noise on top
     light = random.uniform(0, 2 * np.pi)
     lit_across, lit_down = np.cos(light) * random.uniform(0.1, 0.3), np.sin(light) * random.uniform(0.05, 0.2)
     background = ground + texture[:3] + (lit_across * across + lit_down * down).astype(np.float32)
@@ -142,11 +148,12 @@ def _blend(cells: int, size: int) -> Array:
     return weights
 
 
-# Shapes by their distance in units of the radius, negative inside; u to the right, v down, all within a circle of 1.
+# Shapes as signed distances in units of the radius, negative inside; u points right, v down, all within a circle of 1.
+# np.minimum is the union of two shapes, np.maximum their intersection.
 
 
 def _box(u: Array, v: Array, x: float, y: float, width: float, height: float) -> Any:
-    """Rectangle around (x, y) of half `width` and half `height`."""
+    """Rectangle around (x, y) that extends `width` to each side and `height` up and down."""
     return np.maximum(np.abs(u - x) - width, np.abs(v - y) - height)
 
 
@@ -184,12 +191,12 @@ def _flag(u: Array, v: Array) -> Any:
 
 
 def _fish(u: Array, v: Array) -> Any:
-    body = (np.hypot((u - 0.22) / 0.72, v / 0.42) - 1) * 0.42
-    return np.minimum(body, _peak(v, -u, 0.2, 0.88, 0.42))
+    body = (np.hypot((u - 0.22) / 0.72, v / 0.42) - 1) * 0.42  # an ellipse; the distance is approximate
+    return np.minimum(body, _peak(v, -u, 0.2, 0.88, 0.42))  # a triangle on its side as the tail
 
 
 def _moon(u: Array, v: Array) -> Any:
-    return np.maximum(np.hypot(u, v) - 0.9, 0.72 - np.hypot(u - 0.4, v + 0.2))
+    return np.maximum(np.hypot(u, v) - 0.9, 0.72 - np.hypot(u - 0.4, v + 0.2))  # a disk without another disk
 
 
 _SHAPES: dict[str, _Draw] = {

@@ -1,7 +1,7 @@
-"""Tables of images through Hugging Face `datasets`: what sources of such tables share.
+"""Base class of sources that read tables of images with Hugging Face `datasets`.
 
-The table stays memory-mapped: a worker receives file names, not images. The image column holds encoded bytes, or
-``{bytes, path}``; it is decoded by `unlabeled.ssl.data.decode`, so that what is broken is reported like everywhere.
+The table stays memory-mapped: a worker receives file names, not images. The image column contains encoded bytes or
+``{bytes, path}``, which `unlabeled.ssl.data.decode` decodes, so that broken images are reported as in other sources.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 LABEL_NAMES = ("label", "labels", "fine_label", "class")
-"""Names of a label column that is not marked as one, the preferred first."""
+"""Names of label columns in tables without a column of type ClassLabel, the preferred first."""
 
 
 class TableConfig(FilesConfig):
@@ -33,10 +33,11 @@ class TableConfig(FilesConfig):
 
 
 class TableSource:
-    """Rows of `datasets.Dataset`s: subclasses open `train` and, where there is one, `test`; `origin` is their name.
+    """Rows of a `datasets.Dataset`; subclasses open the tables `train` and, if there is one, `test`.
 
-    Where there is no test table, `config.test_fraction` of each class is held out by a fixed shuffle; a table without
-    labels is all for training. Labels that were found without being asked for are left out when some are missing.
+    `origin` names the data in messages. Without a test table, `config.test_fraction` of each class is held out by a
+    fixed shuffle; without labels, all rows are for training. If labels are incomplete, they are ignored, unless
+    `config.label_column` asks for them.
     """
 
     def __init__(self, config: TableConfig, split: Split, *, train: Dataset, test: Dataset | None, origin: str) -> None:
@@ -54,7 +55,7 @@ class TableSource:
             self._labels = self._labels[self._rows]
         elif test is None and split == "test":
             raise DataError(
-                f"data.path: {self.origin} has no test split and no labels to hold a part out by; "
+                f"data.path: {self.origin} has no test split and no labels to hold out a fraction by; "
                 f"set data.test_path or data.label_column"
             )
         self._column = column
@@ -70,7 +71,7 @@ class TableSource:
         return decode_rgb(self.encoded(index), name=self.describe(index))
 
     def labels(self) -> torch.Tensor | None:
-        """All labels, int64 (N,); None when the table has none."""
+        """All labels, int64 (N,); None if the table has none."""
         return self._labels
 
     def describe(self, index: int) -> str:
@@ -78,8 +79,9 @@ class TableSource:
         return f"row {self._row(index)} of {self.origin}"
 
     def encoded(self, index: int) -> bytes | Path:
-        """The bytes in the table, or the file that it names. Raises DecodeError when it holds neither."""
+        """The bytes in the table, or the file that it names. Raises DecodeError if there is neither."""
         cell = self._images[self._row(index)][self._column]
+        # a struct {bytes, path}, or a bare value
         content, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, cell)
         if isinstance(content, bytes):
             return content
@@ -92,7 +94,7 @@ class TableSource:
 
 
 def image_column(table: Dataset, config: TableConfig, origin: str) -> str:
-    """Name of the image column: the one that was asked for, or the first of the type of images."""
+    """Name of the image column: `config.image_column`, or the first column whose type can hold images."""
     kinds: dict[str, str] = {name: _kind(feature) for name, feature in table.features.items()}
     listed = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in table.features.items())
     if config.image_column is not None:
@@ -109,7 +111,7 @@ def image_column(table: Dataset, config: TableConfig, origin: str) -> str:
 
 
 def _kind(feature: Any) -> str:
-    if type(feature).__name__ == "Image":
+    if type(feature).__name__ == "Image":  # by name, since `datasets` is imported only when a table is opened
         return "image"
     if isinstance(feature, dict):
         return "struct" if "bytes" in feature else "other"
@@ -120,6 +122,7 @@ def _undecoded(table: Dataset, column: str) -> Dataset:
     feature = table.features[column]
     if _kind(feature) != "image":
         return table
+    # else `datasets` would decode images itself, with errors of its own
     return table.cast_column(column, type(feature)(decode=False))
 
 
@@ -142,12 +145,13 @@ _LABEL_TYPES = frozenset(_INTEGERS | {"bool", "string", "large_string"})
 def _labels(
     train: Dataset, table: Dataset, column: str, asked_for: bool
 ) -> tuple[list[str] | None, torch.Tensor | None]:
-    """Class names and labels of `table`; both splits take their numbers from the values in `train`."""
+    """Class names and labels of `table`, or (None, None) if some are missing and `asked_for` is false."""
     feature = table.features[column]
     if getattr(feature, "dtype", "") not in _LABEL_TYPES:
         raise DataError(f"data.label_column: {column!r} holds no class labels but {feature}; give another column")
     values = _values(table, column)
-    names = getattr(feature, "names", None)
+    names = getattr(feature, "names", None)  # of a ClassLabel
+    # a ClassLabel has -1 for a missing label, other columns have null
     missing = sum(value is None or (names is not None and value < 0) for value in values)
     if missing:
         if asked_for:
@@ -155,6 +159,7 @@ def _labels(
         return None, None
     if names is not None:
         return list(names), torch.tensor(values, dtype=torch.int64)
+    # the numbers come from the training table for both splits
     known = sorted({value for value in _values(train, column) if value is not None})
     numbers = {value: label for label, value in enumerate(known)}
     unknown = next((value for value in values if value not in numbers), None)
@@ -164,23 +169,24 @@ def _labels(
 
 
 def _values(table: Dataset, column: str) -> list[Any]:
+    # without the other columns, since [:] decodes every image
     return list(table[:][column]) if table.num_columns == 1 else list(table.select_columns([column])[:][column])
 
 
 def datasets_package(source: str) -> Any:
-    """Hugging Face `datasets`. Raises ConfigError, naming the source that needs it, where it is not installed."""
+    """Imports Hugging Face `datasets`. Raises ConfigError for `source` if it is not installed."""
     try:
-        import datasets  # an extra
+        import datasets  # an optional dependency
     except ImportError:
         raise ConfigError(f"data: {source!r} needs the package datasets; run pip install 'unlabeled[hf]'") from None
     return datasets
 
 
 def load_table(load: Any, what: str | list[str]) -> Any:
-    """What `load`, a function of `datasets`, makes of `what`; raises DataError where it cannot."""
+    """Calls `load`, a function of `datasets`, with `what`. Raises DataError if it fails."""
     try:
         return load(what)
-    except Exception as error:  # datasets raises dozens of kinds, from its own to pyarrow's and the network's
+    except Exception as error:  # its own errors, those of pyarrow, of the network, and more
         name = what if isinstance(what, str) else what[0]
         reason = " ".join(str(error.__cause__ or error).split())
-        raise DataError(f"data: {name} cannot be opened as a data set ({reason}); check it") from error
+        raise DataError(f"data: {name} cannot be opened as a dataset ({reason}); check it") from error

@@ -1,8 +1,8 @@
-"""Tar shards as WebDataset writes them, read in any order.
+"""Tar shards in WebDataset's layout, read in random order.
 
-Members of a shard that share their path up to the first dot of the name are one sample: ``0001.jpg`` with ``0001.cls``
-(the class as text) or ``0001.json`` (with a field ``label``). The headers are read once when the source is opened; a
-image is then read by its place in the shard, so that shuffling and resuming are as exact as for single files.
+Members of a shard with the same path up to the first dot of the name form a sample: ``0001.jpg`` with ``0001.cls``
+(the class as text) or ``0001.json`` (with a field ``label``). Opening the source reads all headers once; images are
+then read by their offset in the shard, so that shuffling and resuming are as exact as with single files.
 """
 
 from __future__ import annotations
@@ -38,33 +38,35 @@ class TarConfig(FilesConfig):
 class TarSource:
     """Tar shards as WebDataset writes them, with labels from ``.cls`` or ``.json`` members.
 
-    All images of the shards at `config.path`, in the order of the shards' names and of their members. Shards named
-    for a split belong to it, `config.test_path` names test shards; otherwise `config.test_fraction` of each class is
-    held out. There are labels when every image has one.
+    Images are ordered by shard name, then as in the shard. Shards with a split in their name belong to it, and
+    `config.test_path` overrides the test shards; otherwise `config.test_fraction` of each class is held out. There are
+    labels if every image has one.
     """
 
     Config: ClassVar[type[SourceConfig]] = TarConfig
 
     def __init__(self, config: TarConfig, split: Split = "train") -> None:
         train_files, test_files = split_files(config, ".tar")
-        held_out = test_files is None
-        train = _read_index(train_files) if split == "train" or held_out else None
+        must_hold_out = test_files is None
+        train = _read_index(train_files) if split == "train" or must_hold_out else None
         shards = train if train is not None else _read_index(test_files or [])
         self.classes: list[str] | None = None
         self._labels: torch.Tensor | None = None
         self._index = shards
         if shards.labels is not None:
+            # both splits number the classes of the training shards
             known = shards.labels if train is not None else _read_index(train_files).labels
             if known is not None:
                 self.classes, self._labels = _numbered(known, shards.labels)
-        if not held_out:
+        if not must_hold_out:
             return
         if self._labels is not None:
             kept = holdout(self._labels, config.test_fraction, split)
             self._index, self._labels = shards.take(kept.numpy()), self._labels[kept]
         elif split == "test":
             raise DataError(
-                f"data.path: {config.path} has no test shards and no labels to hold a part out by; set data.test_path"
+                f"data.path: {config.path} has no test shards and no labels to hold out a fraction by; "
+                "set data.test_path"
             )
 
     def __len__(self) -> int:
@@ -75,7 +77,7 @@ class TarSource:
         return decode_rgb(self.encoded(index), name=self.describe(index))
 
     def labels(self) -> torch.Tensor | None:
-        """All labels, int64 (N,); None when not every image has one."""
+        """All labels, int64 (N,); None unless every image has one."""
         return self._labels
 
     def describe(self, index: int) -> str:
@@ -83,9 +85,10 @@ class TarSource:
         return f"{self._index.name(index)} in {self._index.file(index)}"
 
     def encoded(self, index: int) -> bytes:
-        """The bytes of image `index`. Raises DecodeError when the shard has become shorter or cannot be read."""
+        """The bytes of image `index`. Raises DecodeError if the shard has become shorter or cannot be read."""
         size = int(self._index.sizes[index])
         try:
+            # opened for each image: a source must be picklable, and workers must not share a file position
             with self._index.file(index).open("rb") as shard:
                 shard.seek(int(self._index.starts[index]))
                 content = shard.read(size)
@@ -97,19 +100,20 @@ class TarSource:
 
 
 class _Index(NamedTuple):
-    """Where N images lie. Arrays and not lists: forked workers would copy a list by counting its references."""
+    """Positions of N images in the shards."""
 
+    # arrays rather than lists, whose reference counts make forked workers copy their memory
     files: tuple[Path, ...]
     shards: npt.NDArray[np.int32]
-    """Which of `files`, (N,)."""
+    """Index of the shard in `files`, (N,)."""
     starts: npt.NDArray[np.int64]
-    """First byte within the shard, (N,)."""
+    """Offset of the first byte in the shard, (N,)."""
     sizes: npt.NDArray[np.int64]
-    """Bytes, (N,)."""
+    """Number of bytes, (N,)."""
     names: npt.NDArray[np.bytes_]
-    """Members' names, (N,)."""
+    """Names of the members, (N,)."""
     labels: npt.NDArray[np.str_] | None
-    """Class of each, as text, (N,); None unless each has one."""
+    """Classes as text, (N,); None unless every image has one."""
 
     def file(self, index: int) -> Path:
         return self.files[int(self.shards[index])]
@@ -117,14 +121,17 @@ class _Index(NamedTuple):
     def name(self, index: int) -> str:
         return bytes(self.names[index]).decode("utf-8", "replace")
 
-    def take(self, rows: npt.NDArray[np.int64]) -> _Index:
-        labels = None if self.labels is None else self.labels[rows]
+    def take(self, kept: npt.NDArray[np.int64]) -> _Index:
+        """The index of only the images `kept`, in that order."""
+        labels = None if self.labels is None else self.labels[kept]
         return _Index(
-            self.files, self.shards[rows], self.starts[rows], self.sizes[rows], self.names[rows], labels
+            self.files, self.shards[kept], self.starts[kept], self.sizes[kept], self.names[kept], labels
         )  # fmt: skip
 
 
 class _Member(NamedTuple):
+    """One image in a shard."""
+
     shard: int
     start: int
     size: int
@@ -148,11 +155,11 @@ def _read_index(files: list[Path]) -> _Index:
 
 
 def _members(number: int, file: Path) -> Iterator[_Member]:
-    """The images of one shard with their labels."""
+    """The images of one shard with their labels, in the order of the shard."""
     images: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, str] = {}
     try:
-        with tarfile.open(file, "r:") as shard:
+        with tarfile.open(file, "r:") as shard:  # "r:" refuses compressed files, which have no usable offsets
             for member in shard:
                 if not member.isreg():
                     continue
@@ -160,6 +167,7 @@ def _members(number: int, file: Path) -> Iterator[_Member]:
                 key = f"{folder}/{name.partition('.')[0]}"
                 ending = os.path.splitext(name)[1].lower()
                 if ending in EXTENSIONS:
+                    # a sample may have several images, such as 0001.left.jpg and 0001.right.jpg
                     images[f"{key}\0{name}"] = member
                 elif ending in (".cls", ".json"):
                     content = shard.extractfile(member)
@@ -167,14 +175,18 @@ def _members(number: int, file: Path) -> Iterator[_Member]:
                     if label is not None:
                         labels[key] = label
     except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"data.path: {file} is no plain tar file ({error}); unpack what is compressed") from error
+        raise DataError(
+            f"data.path: {file} is not an uncompressed tar file ({error}); decompress it or give another file"
+        ) from error
     except OSError as error:
         raise DataError(f"data.path: {file} cannot be read ({error.strerror or error})") from error
+    # after the loop, since a label may follow its image
     for key, member in images.items():
         yield _Member(number, member.offset_data, member.size, member.name, labels.get(key.partition("\0")[0]))
 
 
 def _label(ending: str, content: bytes) -> str | None:
+    """The class in a ``.cls`` or ``.json`` member; None if there is none."""
     text = content.decode("utf-8", "replace").strip()
     if ending == ".cls":
         return text or None
@@ -187,7 +199,8 @@ def _label(ending: str, content: bytes) -> str | None:
 
 
 def _numbered(known: npt.NDArray[np.str_], labels: npt.NDArray[np.str_]) -> tuple[list[str], torch.Tensor]:
-    """Class names, numbers in numeric order, and the label of each image."""
+    """Class names, and the label of each image."""
+    # numbers in numeric order: 10 comes after 9, not after 1
     found = {str(name) for name in known}
     names = sorted(found, key=int) if all(name.isdecimal() for name in found) else sorted(found)
     numbers = {name: number for number, name in enumerate(names)}

@@ -1,4 +1,4 @@
-"""Any labeled data set of torchvision that is already on disk; nothing is ever downloaded."""
+"""Any labeled torchvision dataset that is already on disk; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ _SPLITS: dict[Split, tuple[str, ...]] = {
     "test": ("test", "val", "valid"),
 }
 _LABELS = ("targets", "labels", "_labels", "y", "_samples", "samples")
+"""Attributes in which torchvision's classes keep labels, the preferred first."""
 _EXTRA: dict[str, dict[str, Any]] = {"EMNIST": {"split": "balanced"}}
-"""Arguments that a constructor cannot do without."""
+"""Arguments that a constructor requires in addition to its root."""
 
 
 class TorchvisionConfig(SourceConfig):
-    """A labeled data set of torchvision that is already on disk, such as CIFAR10; nothing is downloaded."""
+    """A labeled torchvision dataset that is already on disk, such as CIFAR10; nothing is downloaded."""
 
     path: Path | None = None
     """torchvision's root folder."""
     dataset: str = "CIFAR10"
     """Name of a class of torchvision.datasets."""
     test_fraction: float = Field(0.2, gt=0, lt=1)
-    """Fraction of each class that is held out for testing if the data set has no splits. [fraction]"""
+    """Fraction of each class that is held out for testing if the dataset has no splits. [fraction]"""
 
 
 class TorchvisionSource:
-    """Any labeled data set of torchvision that is on disk, such as ``data.dataset=CIFAR10``; nothing is downloaded.
+    """Any labeled torchvision dataset that is on disk, such as ``data.dataset=CIFAR10``; nothing is downloaded.
 
-    Where the class knows no splits, a part of each class is held out.
+    If torchvision's class has no splits, a fraction of each class is held out.
     """
 
     Config: ClassVar[type[SourceConfig]] = TorchvisionConfig
@@ -51,40 +52,44 @@ class TorchvisionSource:
         self._dataset, has_split = _opened(constructor, self.name, str(root), split)
         labels = _labels(self._dataset)
         self.classes: list[str] | None = None
-        self._rows: torch.Tensor | None = None
+        self._kept: torch.Tensor | None = None  # indices of this split; None: all images
         if labels is not None:
             self.classes = _class_names(self._dataset, labels)
         if not has_split and labels is not None:
-            self._rows = holdout(labels, config.test_fraction, split)
-            labels = labels[self._rows]
+            self._kept = holdout(labels, config.test_fraction, split)
+            labels = labels[self._kept]
         elif not has_split and split == "test":
-            raise DataError(f"data.dataset: {self.name} has neither a test split nor labels to hold a part out by")
+            raise DataError(
+                f"data.dataset: {self.name} has neither a test split nor labels to hold out a fraction by; "
+                "choose another class or data=folder"
+            )
         self._labels = labels
 
     def __len__(self) -> int:
-        return len(self._dataset) if self._rows is None else len(self._rows)
+        return len(self._dataset) if self._kept is None else len(self._kept)
 
     def read(self, index: int) -> torch.Tensor:
         """Image `index`, uint8 (3, H, W). Raises DecodeError."""
-        row = self._row(index)
+        position = self._position(index)
         try:
-            return rgb_tensor(self._dataset[row][0])
-        except Exception as error:  # what a damaged file raises is up to each of torchvision's classes
+            return rgb_tensor(self._dataset[position][0])
+        except Exception as error:  # each of torchvision's classes raises something else for a damaged file
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DecodeError(f"{self.describe(index)}: cannot be decoded ({reason})") from error
 
     def labels(self) -> torch.Tensor | None:
-        """All labels, int64 (N,); None when torchvision's class keeps no list of them."""
+        """All labels, int64 (N,); None if torchvision's class does not have a list of them."""
         return self._labels
 
     def describe(self, index: int) -> str:
-        """Place and data set, such as ``image 7 of CIFAR10``."""
-        return f"image {self._row(index)} of {self.name}"
+        """Index and dataset, such as ``image 7 of CIFAR10``."""
+        return f"image {self._position(index)} of {self.name}"
 
-    def _row(self, index: int) -> int:
-        if index >= len(self):  # of torchvision's classes, some would raise something else
-            raise IndexError(f"{self.name} has {len(self)} images, and no {index}")
-        return index if self._rows is None else int(self._rows[index])
+    def _position(self, index: int) -> int:
+        """Index of image `index` of this split in torchvision's dataset."""
+        if index >= len(self):  # some of torchvision's classes raise something else, and iteration would not end
+            raise IndexError(f"index {index} is out of range for {len(self)} images of {self.name}")
+        return index if self._kept is None else int(self._kept[index])
 
 
 def _constructor(name: str) -> Any:
@@ -95,7 +100,8 @@ def _constructor(name: str) -> Any:
 
 
 def _opened(constructor: Any, name: str, root: str, split: Split) -> tuple[Any, bool]:
-    """The data set, and whether its class has splits of its own."""
+    """The dataset, and whether its class has splits."""
+    # torchvision's constructors have train=True, split="train", or neither
     parameters = inspect.signature(constructor).parameters
     if "root" not in parameters:
         raise ConfigError(f"data.dataset: {name} cannot be opened by its root alone; choose another class")
@@ -107,12 +113,13 @@ def _opened(constructor: Any, name: str, root: str, split: Split) -> tuple[Any, 
     if "split" not in parameters:
         return _built(constructor, name, arguments), False
     for value in _SPLITS[split]:
-        with contextlib.suppress(ValueError):  # this class has no split of that name
+        with contextlib.suppress(ValueError):  # the class has no split of that name: try the next
             return _built(constructor, name, {**arguments, "split": value}), True
     raise DataError(f"data.dataset: {name} has no {split} split; choose another class or data=folder")
 
 
 def _built(constructor: Any, name: str, arguments: dict[str, Any]) -> Any:
+    """The dataset, with torchvision's errors as ours."""
     try:
         return constructor(**arguments)
     except (RuntimeError, OSError) as error:
@@ -125,14 +132,15 @@ def _built(constructor: Any, name: str, arguments: dict[str, Any]) -> Any:
 
 
 def _labels(dataset: Any) -> torch.Tensor | None:
-    """Labels without decoding: the lists that torchvision's classes keep, under one of a few names."""
+    """Labels without decoding images, from the lists that most of torchvision's classes have; None without one."""
     for attribute in _LABELS:
         values = getattr(dataset, attribute, None)
         if values is None or len(values) != len(dataset):
             continue
-        if isinstance(values[0], (tuple, list)):
+        if isinstance(values[0], (tuple, list)):  # samples: (file, label)
             values = [value[1] for value in values]
         labels = torch.as_tensor(values)
+        # anything else is a target of another kind, such as attributes or coordinates
         if labels.ndim == 1 and not labels.is_floating_point():
             return labels.long()
     return None

@@ -1,4 +1,4 @@
-"""Images with masks and boxes in the form of PASCAL VOC (Everingham et al., IJCV 2010), whole or in part."""
+"""Images with masks and boxes in the layout of PASCAL VOC (Everingham et al., IJCV 2010), complete or not."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
-"""In the order of the masks' values from 1."""
+"""In the order of the values in masks, which start at 1."""
 NO_OBJECT = "no object"
-"""Class of images that show none; it comes last, and only where there are such images."""
+"""Class of images without objects; it comes last, and only if there are such images."""
 _IGNORE = 255
+"""Value in masks of pixels without a class."""
 
 
 class VocObject(NamedTuple):
-    """One object of an annotation."""
+    """One object in an annotation."""
 
     name: str
     box: tuple[float, float, float, float]
-    """Left, top, right, bottom in pixels from the corner; VOC's own count from 1 and include the last."""
+    """Left, top, right, bottom in pixels from the corner of the image."""
 
     @property
     def area(self) -> float:
@@ -58,17 +59,17 @@ class VocConfig(SourceConfig):
 
 
 class VocSource(FileSource):
-    """Data in the form of PASCAL VOC: masks, boxes and lists, as far as they are there.
+    """Images in PASCAL VOC's layout, with masks, boxes and lists of the splits if there are any.
 
-    The folder has ``JPEGImages``, and as far as they are there ``SegmentationClass``, ``Annotations``, ``ImageSets``.
-    The splits are the lists ``train.txt`` and ``val.txt`` (else ``test.txt``) of ``ImageSets/Segmentation``, of
-    ``ImageSets/Main`` where there is no such folder, or of ``ImageSets/{data.dataset}``. Without lists a part of all
-    images is held out, chosen by a hash of the name.
+    The folder has ``JPEGImages`` and, optionally, ``SegmentationClass``, ``Annotations`` and ``ImageSets``. The splits
+    are the lists ``train.txt`` and ``val.txt`` (or ``test.txt``) in ``ImageSets/Segmentation``, in ``ImageSets/Main``
+    if there is no such folder, or in ``ImageSets/{data.dataset}``. Without lists, a fraction of all images is held out,
+    chosen by a hash of the name.
 
-    Classes are the lines of ``classes.txt``, in the order of the masks' values from 1; without that file VOC's twenty,
-    or, if the annotations name others, all their names by the alphabet. The label of an image is the class whose boxes
-    are largest together; without an annotation the class with most pixels in the mask. With neither annotations nor
-    masks there are no labels.
+    Classes are the lines of ``classes.txt``, in the order of the values in masks, which start at 1. Without that file
+    they are VOC's twenty, or, if the annotations have others, all names in the annotations in alphabetical order. The
+    label of an image is the class with the largest total area of boxes, or without an annotation the class with the
+    most pixels in the mask. With neither annotations nor masks there are no labels.
     """
 
     Config: ClassVar[type[SourceConfig]] = VocConfig
@@ -79,20 +80,21 @@ class VocSource(FileSource):
         if not images:
             raise DataError(f"data.path: no images in {self.root / 'JPEGImages'}")
         self._masks = _by_stem(self.root / "SegmentationClass", {".png"})
-        parts = _splits(self.root, config, images)
-        self._stems = parts[split]
+        splits = _splits(self.root, config, images)
+        self._stems = splits[split]
         self._files = [images[stem] for stem in self._stems]
         self.classes: list[str] | None = None
         self._names: tuple[str, ...] = ()
         self._labels: torch.Tensor | None = None
         annotated = (self.root / "Annotations").is_dir()
         if annotated or self._masks:
-            objects = {stem: self._objects(stem) for part in parts.values() for stem in part} if annotated else {}
+            # of both splits, so that they have the same classes
+            objects = {stem: self._objects(stem) for stems in splits.values() for stem in stems} if annotated else {}
             self._names = _class_names(self.root, {one.name for found in objects.values() for one in found or ()})
-            labels = {part: [self._label(stem, objects.get(stem)) for stem in stems] for part, stems in parts.items()}
+            labels = {name: [self._label(stem, objects.get(stem)) for stem in stems] for name, stems in splits.items()}
             empty = any(-1 in found for found in labels.values())
             self.classes = [*self._names, NO_OBJECT] if empty else list(self._names)
-            self._labels = torch.tensor(labels[split]).remainder(len(self.classes))  # -1 → the last
+            self._labels = torch.tensor(labels[split]).remainder(len(self.classes))  # -1 becomes the last class
 
     def __len__(self) -> int:
         return len(self._stems)
@@ -102,9 +104,9 @@ class VocSource(FileSource):
         return self.root / "JPEGImages" / self._files[index]
 
     def mask(self, index: int) -> torch.Tensor:
-        """uint8 (H, W): 0 is background, class c is c + 1, 255 unknown; all unknown for an image without a mask.
+        """uint8 (H, W): 0 is background, class c is c + 1, 255 is unknown; all 255 for an image without a mask.
 
-        Raises DataError for a folder without masks and for values beyond the classes, DecodeError for a broken file.
+        Raises DataError if the folder has no masks or a value has no class, DecodeError for a broken file.
         """
         if not self._masks:
             raise DataError(f"data.path: {self.root} has no masks; put them into SegmentationClass, named as images")
@@ -112,7 +114,7 @@ class VocSource(FileSource):
         return torch.full(self.read(index).shape[1:], _IGNORE, dtype=torch.uint8) if found is None else found
 
     def boxes(self, index: int) -> torch.Tensor | None:
-        """Boxes of all annotated objects, also difficult ones, float32 (N, 4); None without an annotation."""
+        """Boxes of all annotated objects, including difficult ones, float32 (N, 4); None without an annotation."""
         objects = self._objects(self._stems[index])
         if objects is None:
             return None
@@ -131,12 +133,12 @@ class VocSource(FileSource):
         if largest > len(self._names):
             raise DataError(
                 f"data.path: {name} of {self.root} has value {largest}, and there are {len(self._names)} classes; "
-                "write classes.txt there, one name a line, in the order of the values from 1"
+                "write classes.txt there, one name per line, in the order of the values from 1"
             )
         return mask
 
     def _label(self, stem: str, objects: Sequence[VocObject] | None) -> int:
-        """The class that is largest; -1 for an image without objects."""
+        """The class with the largest area; -1 for an image without objects."""
         sizes = np.zeros(len(self._names))
         if objects:
             for one in objects:
@@ -144,62 +146,69 @@ class VocSource(FileSource):
                     raise DataError(f"data.path: class {one.name!r} of {stem}.xml is not in classes.txt; add it there")
                 sizes[self._names.index(one.name)] += one.area
         elif (mask := self._mask(stem)) is not None:
-            sizes += np.bincount(mask.numpy().ravel(), minlength=256)[1 : len(sizes) + 1]
+            sizes += np.bincount(mask.numpy().ravel(), minlength=256)[1 : len(sizes) + 1]  # not background and 255
         return int(sizes.argmax()) if sizes.any() else -1
 
 
 def _root(folder: Path) -> Path:
+    """`folder` if it contains JPEGImages. Raises DataError, which suggests a sub-folder that does."""
     if (folder / "JPEGImages").is_dir():
         return folder
     near = sorted([*folder.glob("*/JPEGImages"), *folder.glob("*/*/JPEGImages")])
-    remedy = f"data.path={near[-1].parent}" if near else "the folder that it lies in, such as VOCdevkit/VOC2012"
+    # the last by name is the newest year
+    remedy = f"data.path={near[-1].parent}" if near else "the folder that contains it, such as VOCdevkit/VOC2012"
     raise DataError(f"data.path: {folder} has no folder JPEGImages; give {remedy}")
 
 
 def _by_stem(folder: Path, extensions: Iterable[str]) -> dict[str, str]:
-    """Name without extension → name of each file of one of the kinds, in the order of names; {} without the folder."""
+    """Name without extension → file name, of the files in `folder` with one of `extensions`; empty without a folder."""
     if not folder.is_dir():
         return {}
-    kinds = set(extensions)
-    split = (os.path.splitext(name) for name in sorted(os.listdir(folder)) if not name.startswith("."))
-    return {stem: stem + kind for stem, kind in split if kind.lower() in kinds}
+    allowed = set(extensions)
+    names = (os.path.splitext(name) for name in sorted(os.listdir(folder)) if not name.startswith("."))
+    return {stem: stem + extension for stem, extension in names if extension.lower() in allowed}
 
 
 def _splits(root: Path, config: VocConfig, images: dict[str, str]) -> dict[Split, list[str]]:
-    """Split → stems of its images."""
+    """Split → names of its images, without extension."""
     folders = (config.dataset,) if config.dataset is not None else ("Segmentation", "Main")
     lists = next((root / "ImageSets" / name for name in folders if (root / "ImageSets" / name).is_dir()), None)
     if lists is None and config.dataset is not None:
         raise DataError(f"data.dataset: {root / 'ImageSets'} has no folder {config.dataset}; remove it or give another")
     if lists is None:
-        order = functools.partial(hashlib.blake2b, digest_size=8)
-        digests = b"".join(order(os.fsencode(stem)).digest() for stem in images)
+        # by a hash of the name, so that an image stays in its split when others are added
+        blake2b = functools.partial(hashlib.blake2b, digest_size=8)
+        digests = b"".join(blake2b(os.fsencode(stem)).digest() for stem in images)
         keys = np.frombuffer(digests, dtype="<u8").astype(np.uint64)
         stems, one_class = list(images), torch.zeros(len(images), dtype=torch.int64)
         train, test = (holdout(one_class, config.test_fraction, split, keys) for split in ("train", "test"))
         return {"train": [stems[i] for i in train.tolist()], "test": [stems[i] for i in test.tolist()]}
-    held = next((name for name in ("val", "test") if (lists / f"{name}.txt").is_file()), "val")
-    return {"train": _listed(lists / "train.txt", images), "test": _listed(lists / f"{held}.txt", images)}
+    # val first: VOC's test list has no annotations
+    test_list = next((name for name in ("val", "test") if (lists / f"{name}.txt").is_file()), "val")
+    return {"train": _listed(lists / "train.txt", images), "test": _listed(lists / f"{test_list}.txt", images)}
 
 
 def _listed(file: Path, images: dict[str, str]) -> list[str]:
+    """The names in a list of images. Raises DataError if it cannot be read, is empty, or names a missing image."""
     try:
+        # lists in Main have a second column
         stems = [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except OSError as error:
         raise DataError(f"data.path: {file} cannot be read ({error.strerror}); each split needs its list") from error
     missing = [stem for stem in stems if stem not in images]
     if missing or not stems:
-        shown = f"{len(missing)} names that JPEGImages lacks, such as {missing[0]}" if missing else "no names"
-        raise DataError(f"data.path: {file} has {shown}; complete the data or mend the list")
+        shown = f"{len(missing)} names that are not in JPEGImages, such as {missing[0]}" if missing else "no names"
+        raise DataError(f"data.path: {file} has {shown}; complete the data or correct the list")
     return stems
 
 
 def _class_names(root: Path, annotated: set[str]) -> tuple[str, ...]:
+    """Class names, from ``classes.txt`` or from the names in the annotations."""
     file = root / "classes.txt"
     if file.is_file():
         names = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
         if len(set(names)) < len(names) or not 0 < len(names) < _IGNORE:
-            raise DataError(f"data.path: {file} has {len(names)} names; give 1 to 254 different ones, one a line")
+            raise DataError(f"data.path: {file} has {len(names)} names; give 1 to 254 different ones, one per line")
         return names
     return VOC_CLASSES if annotated <= set(VOC_CLASSES) else tuple(sorted(annotated))
 
@@ -209,13 +218,14 @@ def _read_annotation(file: Path) -> list[VocObject]:
         found = ElementTree.parse(file).getroot().findall("object")
         return [_object(one) for one in found if one.find("bndbox") is not None]
     except (ElementTree.ParseError, OSError, ValueError) as error:
-        raise DataError(f"data.path: {file} is not an annotation of VOC ({error}); mend or remove it") from error
+        raise DataError(f"data.path: {file} is not an annotation of VOC ({error}); correct or remove it") from error
 
 
 def _object(element: ElementTree.Element) -> VocObject:
     left, top, right, bottom = (
         float(element.findtext(f"bndbox/{side}", "")) for side in ("xmin", "ymin", "xmax", "ymax")
     )
+    # VOC counts pixels from 1 and includes the last
     return VocObject(element.findtext("name", "").strip(), (left - 1, top - 1, right, bottom))
 
 
@@ -223,9 +233,10 @@ def _read_mask(file: Path) -> torch.Tensor:
     try:
         with Image.open(file) as image:
             mode, values = image.mode, np.array(image)
-    except Exception as error:  # what a damaged file raises is up to Pillow's plugins
+    except Exception as error:  # each of Pillow's plugins raises something else for a damaged file
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DecodeError(f"{file}: cannot be decoded ({reason})") from error
     if mode not in ("P", "L"):
+        # np.array of a palette image gives the palette indices, which are the classes
         raise DataError(f"data.path: mask {file} is of mode {mode}; save class numbers, in gray or with a palette")
     return torch.from_numpy(values.astype(np.uint8))

@@ -20,7 +20,7 @@ from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.given import require_same_weights
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.task import PretextTask
-from unlabeled.ssl.train.loop import whole_task
+from unlabeled.ssl.train.loop import unsharded_task
 from unlabeled.ssl.train.saver import Saver
 
 
@@ -44,7 +44,7 @@ def worker(rank: int, rendezvous: str) -> None:
     )
     saver = Saver(Path("."), accelerator, model=model, optimizer=None, every_steps=1, total_steps=1, keep=1)
     run: Any = SimpleNamespace(task=model, saver=saver, accelerator=accelerator)
-    whole, single = whole_task(run), task()
+    whole, single = unsharded_task(run), task()
     assert whole.backbone.name == "Scaled"
     for name, tensor in single.state_dict().items():
         assert torch.equal(whole.state_dict()[name], tensor), name
@@ -53,5 +53,5 @@ def worker(rank: int, rendezvous: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_network_of_ones_own_comes_back_whole(tmp_path: Path) -> None:
+def test_a_custom_backbone_is_restored_in_full(tmp_path: Path) -> None:
     mp.spawn(worker, args=(str(tmp_path / "rendezvous"),), nprocs=2)
