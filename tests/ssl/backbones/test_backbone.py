@@ -162,10 +162,10 @@ def test_own_module_needs_timms_surface():
 
 def test_a_head_that_does_not_pool_is_found_out():
     assert Backbone(Tiny(pool=False), size=(16, 16)).missing_reason("pooled") == (
-        "its head does not pool but gives (6, 4, 4) for an image"
+        "its head does not pool but returns (6, 4, 4) for an image"
     )
     unpooled = create_backbone("test_vit", size=32, global_pool="")
-    assert unpooled.missing_reason("pooled") == "its head does not pool but gives (5, 64) for an image"
+    assert unpooled.missing_reason("pooled") == "its head does not pool but returns (5, 64) for an image"
 
 
 def test_unknown_capability():

@@ -88,7 +88,7 @@ def test_the_structure_is_no_part_of_the_module_and_travels_with_it() -> None:
     [
         ({"size": 0}, r"backbone.size: 0 is not possible; give pixels, one number or \(height, width\)"),
         ({"size": "big"}, r"backbone.size: 'big' is not possible"),
-        ({"mean": (0.5,)}, r"backbone.mean: \(0.5,\) is not possible; give three numbers, one a channel"),
+        ({"mean": (0.5,)}, r"backbone.mean: \(0.5,\) is not possible; give three numbers, one per channel"),
         ({"std": (0.5, 0, 1)}, r"backbone.std: .* give three positive numbers"),
         ({"size": 1}, r"backbone: OnlyLarge fails on an image of 3x1x1 \(too small\); give the size that it takes"),
     ],
