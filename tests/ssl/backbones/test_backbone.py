@@ -180,13 +180,13 @@ def test_a_class_and_a_size_in_words_are_refused():
         Backbone(Tiny(), size="64")
 
 
-def test_capability_error_tells_which_tasks_would_do(monkeypatch):
+def test_capability_error_names_the_tasks_that_work(monkeypatch):
     module = ModuleType("tasks_for_this_test")
     for name, requires in (("Easy", {"pooled"}), ("Hard", {"pooled", "impossible"})):
         setattr(module, name, type(name, (PretextTask,), {"requires": frozenset(requires)}))
     module.missing_reason = lambda backbone: f"{backbone.name} is too small"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setitem(CAPABILITIES, "impossible", f"{module.__name__}:lacks")
+    monkeypatch.setitem(CAPABILITIES, "impossible", f"{module.__name__}:missing_reason")
     targets = {"easy": f"{module.__name__}:Easy", "hard": f"{module.__name__}:Hard", "broken": "no_such_module:X"}
     monkeypatch.setattr(registry.REGISTRY, "targets", targets)
     expected = r"test_resnet cannot do Hard: it lacks impossible \(test_resnet is too small\); it can do: easy$"
@@ -195,7 +195,7 @@ def test_capability_error_tells_which_tasks_would_do(monkeypatch):
 
 
 def test_reached_by_pooled_forgets_earlier_passes():
-    """LeViT keeps its tables of biases in eval mode; a probe that sees the kept ones would call them unreachable."""
+    """LeViT caches its bias tables in eval mode; a probe that used the cached ones would call them unreachable."""
     backbone = create_backbone("levit_128s", size=64).eval()
     with torch.no_grad():
         backbone(torch.randn(1, 3, 64, 64))
