@@ -19,7 +19,7 @@ class NaFlex(TokenFamily):
     reached: ClassVar[frozenset[str]] = frozenset({"embeds", "rope", "norm_pre", "blocks", "norm"})
     has_own_table: ClassVar[bool] = False  # it is resampled from a grid that need not be the image's
 
-    def strange_stem(self) -> str | None:
+    def unsupported_stem(self) -> str | None:
         embeds = self.trunk.embeds
         if type(embeds).__name__ != "NaFlexEmbeds":
             return "its stem mixes neighboring patches"
@@ -100,7 +100,7 @@ class Gemma(VisionLanguage):
     attention_names: ClassVar[frozenset[str]] = frozenset({"Gemma4Attention"})
     encoders: ClassVar[frozenset[str]] = frozenset({"Gemma4VitEncoder"})
 
-    def strange_stem(self) -> str | None:
+    def unsupported_stem(self) -> str | None:
         known = type(self.trunk.patch_embed).__name__ == "Gemma4PatchEmbed"
         return None if known else "its stem mixes neighboring patches"
 

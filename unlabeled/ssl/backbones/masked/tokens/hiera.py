@@ -26,7 +26,7 @@ class Hiera(TokenFamily):
     reached: ClassVar[frozenset[str]] = frozenset({"patch_embed", "pos_embed", "pos_embed_win", "blocks"})
     has_own_table: ClassVar[bool] = False  # its tables have many entries for a unit
 
-    def strange_stem(self) -> str | None:
+    def unsupported_stem(self) -> str | None:
         tokens = self.model.mu_size // math.prod(self.model.q_stride) ** self.model.q_pool
         if self.model.pos_embed is None or len(self.model.mask_unit_size) != 2:
             return "it is built for video"

@@ -25,7 +25,7 @@ class CaiT(TokenFamily):
     def missing_reason(self) -> str | None:
         if self.trunk.blocks_token_only is None:
             return "its class attention was cut off"
-        return super().missing_reason() or self.strange_blocks(self.trunk.blocks_token_only)
+        return super().missing_reason() or self.unsupported_blocks(self.trunk.blocks_token_only)
 
     def positions(self, grid: tuple[int, int]) -> Positions:
         return Positions(self.projection.new_zeros(1, 0, self.dim), self.trunk.pos_embed[0])
@@ -45,7 +45,7 @@ class TNT(TokenFamily):
         {"pixel_embed", "norm1_proj", "proj", "norm2_proj", "cls_token", "patch_pos", "pixel_pos", "blocks", "norm"}
     )
 
-    def strange_stem(self) -> str | None:
+    def unsupported_stem(self) -> str | None:
         return "its stem mixes neighboring patches" if self.trunk.pixel_embed.legacy else None
 
     @property
