@@ -1,4 +1,4 @@
-"""Families whose tokens run in two streams: the class token apart from the patches, or pixels inside of each patch."""
+"""Families with two streams of tokens: the class token apart from the patches, or pixels inside each patch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class CaiT(TokenFamily):
 
 
 class TNT(TokenFamily):
-    """Transformer in transformer: the pixels of a patch are tokens among themselves and add up to the patch's token."""
+    """Transformer in transformer: inner tokens for the pixels of a patch form the token of that patch."""
 
     classes: ClassVar[tuple[str, ...]] = ("tnt:TNT",)
     recomputed: ClassVar[tuple[str, ...]] = ("forward_features",)
@@ -82,7 +82,7 @@ class TNT(TokenFamily):
         return self.finish(tokens)
 
     def _pixels(self, x: Tensor, ids: Tensor) -> Tensor:
-        """Pixel tokens of kept patches, (B * K, pixels of a patch, D'): a small map of each patch by itself."""
+        """Pixel tokens of kept patches, (B * K, pixels of a patch, D'); each patch is a small map of its own."""
         embed = self.trunk.pixel_embed
         maps = embed.proj(gather_patches(x, ids, self.cell).flatten(0, 1)) + self.trunk.pixel_pos
         return cast(Tensor, maps.flatten(2).transpose(1, 2))
