@@ -203,8 +203,8 @@ def test_half_precision_runs():
 @pytest.mark.parametrize(
     ("act", "reason"),
     [
-        (lambda x: x.flatten(2), "flatten puts its places into another order"),
-        (lambda x: x[:, :, ::2], "taking a part of the places of a map has no masked form"),
+        (lambda x: x.flatten(2), "flatten changes the order of its positions"),
+        (lambda x: x[:, :, ::2], "selecting some positions of a map has no masked form"),
         (lambda x: x.mean(2), r"mean over axes \[2\] has no masked form"),
         (lambda x: torch.fft.fft(x), "fft_fft has no masked form"),
         (lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"), r"interpolation \(bilinear\) mixes cells"),

@@ -220,8 +220,8 @@ def test_a_family_without_a_masked_form_says_why():
     asked = ("swin_transformer", "vision_transformer", "inception_v3")
     reasons = {module: build(module).missing_reason("sparse_convs") or "" for module in asked}
     assert all(0 < len(reason) < 120 and "\n" not in reason for reason in reasons.values()), reasons
-    assert reasons["swin_transformer"].endswith("attends to all places")
-    assert reasons["vision_transformer"].endswith("attn: Attention attends to all places")
+    assert reasons["swin_transformer"].endswith("attends to all positions")
+    assert reasons["vision_transformer"].endswith("attn: Attention attends to all positions")
     assert "does not divide into" in reasons["inception_v3"]
 
 

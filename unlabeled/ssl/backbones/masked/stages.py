@@ -84,8 +84,8 @@ class StageEncoder:
             mixes = [_times_mask(cells, side) for side in self.sides]
             maps = self.model.conv_stages(x.permute(0, 2, 3, 1), (mixes[0], mixes[1]))
             first, second = (
-                _cells_of(positions.permute(0, 3, 1, 2), masking, side)
-                for positions, side in zip(maps, self.sides, strict=True)
+                _cells_of(features.permute(0, 3, 1, 2), masking, side)
+                for features, side in zip(maps, self.sides, strict=True)
             )
         tokens = self.model.embed(second).flatten(1, 3)  # (B, K, 1, 1, D) → (B, K, D)
         tokens = tokens + F.embedding(masking.ids_keep, self.model.positions(masking.grid))
