@@ -17,7 +17,7 @@ from unlabeled.ssl.task import PretextTask
 
 
 class Tiny(nn.Module):
-    """The least that a user's own network needs."""
+    """The minimum that a user's own model needs."""
 
     def __init__(self, pool: bool = True) -> None:
         super().__init__()

@@ -52,7 +52,7 @@ def test_a_twin_has_the_structure_and_other_weights() -> None:
     assert one.model.again is one.model.block
     assert isinstance(one.model.block, nn.Conv2d)
     assert torch.equal(one.model.table, torch.arange(16.0))
-    assert torch.equal(one.model.norm.running_mean, torch.zeros(8)), "drawn anew with its layer"
+    assert torch.equal(one.model.norm.running_mean, torch.zeros(8)), "reset with its layer"
     assert torch.equal(one.model.stem.weight, same.model.stem.weight)
     assert not torch.equal(one.model.stem.weight, other.model.stem.weight)
     assert not torch.equal(one.model.stem.weight, given.model.stem.weight)

@@ -57,7 +57,7 @@ def test_export_round_trip(backbone, tmp_path):
     assert torch.equal(again.normalize(images), backbone.normalize(images))
 
 
-def test_export_replaces_an_older_one_whole(tmp_path, monkeypatch):
+def test_export_replaces_an_older_one_completely(tmp_path, monkeypatch):
     old, new = create_backbone("nin_cifar"), create_backbone("nin_cifar")
     export_backbone(old, tmp_path)
 
@@ -202,7 +202,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, capsys):
     assert "code was run" not in capsys.readouterr().out
 
 
-def test_weights_of_another_network(tmp_path):
+def test_weights_of_another_architecture(tmp_path):
     export_backbone(create_backbone("test_vit", size=32), tmp_path / "vit")
     with pytest.raises(CheckpointError, match=r"no tensor \(.*\) belongs to nin_cifar; check backbone.name"):
         load_weights(create_backbone("nin_cifar"), tmp_path / "vit")
