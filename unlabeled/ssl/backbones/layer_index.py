@@ -76,6 +76,7 @@ def block_layers(names: Iterable[str]) -> list[int]:
     """
     keys = _block_keys(list(names))
     order = {key: position for position, key in enumerate(dict.fromkeys(key for key in keys if key), start=1)}
+    # without blocks nothing is past the last one: every parameter gets layer 0
     last = max((position for position, key in enumerate(keys) if key), default=len(keys))
     layers, current = [], 0
     for position, key in enumerate(keys):

@@ -82,6 +82,7 @@ def _shape(
 ) -> tuple[int, int, int]:
     """(C, gh, gw) of a map, for images of `size`, by default the backbone's own."""
     pixels = size or backbone.input_size
+    # on a copy without values where possible, so this is cheap
     shape = probed(backbone.model, pixels, lambda net, x: _map(net, x, index, options).shape)
     return shape[1], shape[2], shape[3]
 

@@ -64,6 +64,7 @@ def reinitialized(outlined: nn.Module, name: str) -> nn.Module:
 
 
 def _reset(module: nn.Module) -> None:
+    # _reset_parameters is the name in nn.Transformer and nn.MultiheadAttention
     reset = next((found for name in _RESETS if callable(found := getattr(module, name, None))), None)
     if reset is not None:
         reset()

@@ -39,6 +39,7 @@ def costs_of(elastic: Elastic, backbone: Backbone) -> dict[SubSize, Cost]:
     costs: dict[SubSize, Cost] = {}
     for width in dict.fromkeys(size.width for size in elastic.sizes):
         same_width = [size for size in elastic.sizes if size.width == width]
+        # the smallest depth of each stage on its own, which need not be one of the sizes
         least = SubSize(width, tuple(map(min, zip(*(size.depths for size in same_width), strict=True))))
         base = _sub_cost(elastic, backbone, least)
         # what one more block of each stage adds; measured only for stages that vary

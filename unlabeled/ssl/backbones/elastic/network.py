@@ -174,6 +174,7 @@ def _bound(node: _Node, source: nn.Module) -> nn.Module:
     copy = _shell(node.module, source)
     # written to __dict__, since nn.Module.__setattr__ accepts only leaf parameters, and slices are not leaves
     slices, state = node.slices, copy.__dict__
+    # whatever changed since the skeleton was built: modes, drop rates, statistics, checkpointing
     for name in _SETTINGS:
         if name in state and name in source.__dict__:
             state[name] = source.__dict__[name]

@@ -36,6 +36,7 @@ class SizeSampler:
 
         Raises ConfigError if there is no size but the full one.
         """
+        # multiplicities are computed with the full size among them, as published, and that one is then left out
         times = multiplicities(sizes, scale, by_width=by_width)
         self.entries = [size for size, count in zip(sizes[:-1], times[:-1], strict=True) for _ in range(count)]
         if not self.entries:

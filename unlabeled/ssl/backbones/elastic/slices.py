@@ -62,6 +62,7 @@ def _view(full: Tensor, slice_: Slice) -> Tensor:
     """A view of `full`: axes of several groups are split into (groups, rest), and all are narrowed to the slice."""
     view, axis = full, 0
     for length, groups, own in zip(full.shape, slice_.groups, slice_.shape, strict=True):
+        # (n,) → (groups, n / groups): narrowing the second axis then keeps the first entries of each group
         if groups > 1:
             view = view.reshape(*view.shape[:axis], groups, length // groups, *view.shape[axis + 1 :])
             axis += 1

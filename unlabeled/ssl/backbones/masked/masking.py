@@ -58,6 +58,7 @@ def count_keep(cells: int, ratio: float, method: Method = "mae", rounding: Round
     to even. ``exact`` rounds the decimal product; ``reference`` rounds the product in double precision, as the authors'
     code does (MAE: 19 of 100 at 0.8, since that product is slightly below 20).
     """
+    # rounding down needs slack upwards (19.9999 of 20), rounding up needs it downwards
     slack = _SLACK if rounding == "exact" else 0.0
     if method == "simmim":
         return cells - math.ceil(cells * ratio - slack)

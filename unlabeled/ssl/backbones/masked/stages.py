@@ -87,12 +87,14 @@ class StageEncoder:
                 _cells_of(features.permute(0, 3, 1, 2), masking, side)
                 for features, side in zip(maps, self.sides, strict=True)
             )
+        # the last embedding sees one patch per cell, so both executions continue with gathered cells
         tokens = self.model.embed(second).flatten(1, 3)  # (B, K, 1, 1, D) → (B, K, D)
         tokens = tokens + F.embedding(masking.ids_keep, self.model.positions(masking.grid))
         return Stages(first, second, self.model.transform(tokens))
 
     def unreached(self) -> list[nn.Parameter]:
         """Parameters of the model that neither `encode` nor the last norm uses (a norm after pooling, a head)."""
+        # one of the two norms is an Identity, depending on the model's `fc_norm`
         return [p for name, p in self.model.named_parameters() if name.startswith(("fc_norm.", "head."))]
 
 

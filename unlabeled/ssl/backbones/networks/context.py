@@ -125,6 +125,7 @@ class ContextNet(nn.Module):
             for i, (width, stride) in enumerate(zip(widths, strides, strict=True))
         ]
         self.head = _Head(five, embed_dim, num_classes, global_pool, drop_rate)
+        # after all layers are built; the batch norms have nothing to initialize
         caffe_xavier_(self)
 
     def _maps(self, x: Tensor) -> Iterator[Tensor]:
@@ -162,6 +163,7 @@ class ContextNet(nn.Module):
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt: {output_fmt!r} is not possible; give 'NCHW'")
         wanted, last = feature_take_indices(len(self.blocks), indices)
+        # the generator runs lazily, so an early stop skips the later blocks
         maps = list(islice(self._maps(x), last + 1 if stop_early and intermediates_only else len(self.blocks)))
         chosen = [maps[index] for index in sorted(wanted)]
         return chosen if intermediates_only else (self.pool(maps[-1]), chosen)

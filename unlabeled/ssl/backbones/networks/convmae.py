@@ -82,7 +82,7 @@ class ConvBlock(nn.Module):
     def forward(self, x: Tensor, mix: Mix = convolve) -> Tensor:
         """(B, ..., C) → (B, ..., C)."""
         x = x + self.drop_path(self.conv2(mix(self.attn, self.conv1(self.norm1(x)))))
-        y: Tensor = self.drop_path(self.mlp(self.norm2(x)))
+        y: Tensor = self.drop_path(self.mlp(self.norm2(x)))  # a typed local, since nn.Module calls return Any
         return x + y
 
 
@@ -141,6 +141,7 @@ class ConvViT(nn.Module):
             ConvBlock(dims[1], mlp_ratio[1], next(drops), conv_norm_eps) for _ in range(depths[1])
         )
         self.patch_embed3 = PatchEmbed(dims[1], dims[2], patch_size[2], conv_norm_eps)
+        # a linear layer on top of the last patch embedding, as in the authors' code
         self.patch_embed4 = nn.Linear(dims[2], dims[2])
         self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.grid_size), dims[2]))
         self.blocks3 = nn.ModuleList(
@@ -238,6 +239,7 @@ class ConvViT(nn.Module):
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt: {output_fmt!r} is not possible; give 'NCHW'")
+        # as in timm: an int asks for the last n stages, negative indices count from the end
         wanted, last = feature_take_indices(3, indices)
         maps = list(islice(self._stages(x), last + 1 if stop_early and intermediates_only else 3))
         chosen = [self.norm(maps[stage]) if norm and stage == 2 else maps[stage] for stage in sorted(wanted)]

@@ -96,6 +96,7 @@ class NetworkInNetwork(nn.Module):
         wanted = {range(count)[index] for index in requested}  # negative indices count from the end
         maps = []
         for position, block in enumerate(self.blocks):
+            # timm's flag: nothing past the last wanted map is computed, so the features are those of that map
             if stop_early and position > max(wanted):
                 break
             x = block(x)

@@ -21,6 +21,7 @@ def split_attention(module: Any, forward: Callable[..., Any], x: MaskedMap) -> M
     gathered = mixed.gathered()
     batch, radix = gathered.shape[0], module.radix
     branches = gathered.reshape(batch, radix, -1, *gathered.shape[2:])  # (B, radix, C, R, 1)
+    # gathered features have visible positions only, so a plain mean ignores masked ones
     gap = branches.sum(1).mean((2, 3), keepdim=True)
     weights = module.rsoftmax(module.fc2(module.act1(module.bn1(module.fc1(gap)))))
     # contiguous, since the next layer may view the result

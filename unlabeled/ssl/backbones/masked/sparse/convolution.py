@@ -50,9 +50,11 @@ def convolve(
     kernel runs on the dense map.
     """
     kernel, step = (weight.shape[2], weight.shape[3]), _pair(stride)
+    # with a border of zeros, a kernel at the edge of the map also reads outside of its cell
     inside = groups == 1 and padding in (0, (0, 0), [0, 0], "valid") and not x.last and x.border is None
     divides = not (x.factor[0] % step[0] or x.factor[1] % step[1])
     factor = (x.factor[0] // step[0], x.factor[1] // step[1])
+    # a map that is stored dense at the output's resolution takes the dense path, which gives the same values
     if inside and divides and kernel in ((1, 1), step) and x.cells.gathers(factor):
         tokens = F.linear(_inputs(x, kernel, step), weight.permute(0, 2, 3, 1).flatten(1), bias)
         return MaskedMap.from_tokens(tokens, x.cells, factor)
@@ -73,7 +75,7 @@ def _inputs(x: MaskedMap, kernel: tuple[int, int], step: tuple[int, int]) -> Ten
 
 
 def _pair(value: Pair) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])  # also for a tuple of one
 
 
 def _padding(padding: Pair | str) -> tuple[int, int] | str:

@@ -67,6 +67,7 @@ class Cells:
 
 def gather_tokens(dense: Tensor, cells: Cells, factor: Factor) -> Tensor:
     """Features at visible positions, (B, C, H, W) → (B, R, C). Cheap for maps in channels_last memory."""
+    # a view, without a copy, if the map is in channels_last memory
     flat = dense.permute(0, 2, 3, 1).reshape(-1, dense.shape[1])
     tokens: Tensor = _Take.apply(flat, cells.index(factor))
     return tokens.view(cells.batch, -1, dense.shape[1])
@@ -103,4 +104,4 @@ class _Put(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return gradients[0].index_select(0, ctx.index), None, None
+        return gradients[0].index_select(0, ctx.index), None, None  # rows of zeros have no gradient

@@ -98,6 +98,7 @@ class MaskedMap(torch.Tensor):
         stored = self._without_border()
         if self.is_gathered:
             return stored
+        # (B, R, C) → (B, C, R, 1)
         return gather_tokens(stored, self.cells, self.factor).transpose(1, 2).unsqueeze(-1)
 
     def as_shown(self, *, gathered: bool = False) -> Tensor:
@@ -120,6 +121,7 @@ class MaskedMap(torch.Tensor):
         gathered = gathered.permute(0, 3, 1, 2) if self.last else gathered
         if self.is_gathered:
             return MaskedMap(gathered, self.cells, self.factor, is_gathered=True, last=self.last)
+        # stored dense: scatter, so that masked positions become zero
         dense = scatter_tokens(gathered.squeeze(-1).transpose(1, 2), self.cells, self.factor)
         return MaskedMap(dense, self.cells, self.factor, is_gathered=False, last=self.last)
 

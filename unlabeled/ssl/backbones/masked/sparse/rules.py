@@ -43,6 +43,7 @@ def pointwise(module: nn.Module, forward: Forward, x: MaskedMap) -> MaskedMap:
 
 
 def statistic(module: nn.Module, forward: Forward, x: MaskedMap) -> MaskedMap:
+    # nothing is masked: the layer computes exactly as before
     if x.unmasked:
         return x.from_shown(forward(x.as_shown()))
     return x.with_gathered(forward(x.as_shown(gathered=True)))
@@ -94,6 +95,7 @@ def response_norm(module: grn.GlobalResponseNorm, forward: Forward, x: MaskedMap
     if x.unmasked:
         return x.from_shown(forward(x.as_shown()))
     gathered = x.as_shown(gathered=True)
+    # float32 for half precision, float64 stays
     wide = torch.promote_types(gathered.dtype, torch.float32)
     norm = torch.linalg.vector_norm(gathered, dim=module.spatial_dim, keepdim=True, dtype=wide)
     relative = norm / (norm.mean(dim=module.channel_dim, keepdim=True) + module.eps)

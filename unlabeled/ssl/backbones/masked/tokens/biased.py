@@ -21,6 +21,7 @@ class _BiasedFamily(TokenFamily):
         positions = with_prefix(ids, self.prefix)
         shared = self._gathered(self._shared_bias(), positions)
         for block in self.trunk.blocks:
+            # gathered per block and step, since the table is trained
             own = self._gathered(self._own_bias(block.attn), positions)
             biases = [bias for bias in (own, shared) if bias is not None]
             tokens = self.run(self._block, block, tokens, sum(biases) if biases else None)

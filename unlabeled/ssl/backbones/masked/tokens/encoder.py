@@ -53,6 +53,7 @@ def _foreign_reason(model: nn.Module) -> str:
     if (reason := _FOREIGN.get(type(model).__name__)) is not None:
         return reason
     modules = list(model.modules())
+    # in models with `blocks`, a window size may be there for relative positions only
     if not hasattr(model, "blocks") and any(getattr(module, "window_size", None) for module in modules):
         return "windows need the whole grid"
     # more than one spatial convolution, or one with overlapping windows, lets patches see each other
@@ -138,6 +139,7 @@ class TokenEncoder:
         Kept tokens stay in the order of `ids_keep`. The final norm is applied, as in timm's ``forward_features``.
         Raises ConfigError for a size that does not fit.
         """
+        # a readable error for a size that does not fit, instead of one about reshaping
         self.grid((x.shape[-2], x.shape[-1]))
         return self.family.encode(x, ids_keep), self.prefix
 

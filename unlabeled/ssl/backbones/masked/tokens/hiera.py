@@ -59,12 +59,14 @@ class Hiera(TokenFamily):
 
     def encode(self, x: Tensor, ids: Tensor) -> Tensor:
         batch, units = ids.shape[0], math.prod(self.model.mask_spatial_shape)
+        # zero the pixels of dropped units, since the patch convolution overlaps them
         masked = torch.ones(batch, units, dtype=torch.bool, device=x.device).scatter(1, ids, False)
         masked = masked.view(batch, 1, *self.model.mask_spatial_shape)
         masked = masked.repeat_interleave(self.cell[0], 2).repeat_interleave(self.cell[1], 3)
         tokens = self.model.unroll(self.model._pos_embed(self.model.patch_embed(x.masked_fill(masked, 0.0))))
         # unroll sorts tokens by their position inside a unit; the units follow each other for each such position
         tokens = tokens.view(batch, self.model.mu_size, units, -1)
+        # the same units at each position inside a unit
         positions = ids[:, None, :, None].expand(-1, tokens.shape[1], -1, tokens.shape[-1])
         tokens = tokens.gather(2, positions).flatten(1, 2)
         for block in self.model.blocks:

@@ -28,6 +28,7 @@ class CaiT(TokenFamily):
         return super().missing_reason() or self.unsupported_blocks(self.trunk.blocks_token_only)
 
     def positions(self, grid: tuple[int, int]) -> Positions:
+        # no prefix here: the class token joins in `forward_cls`, after the blocks
         return Positions(self.projection.new_zeros(1, 0, self.dim), self.trunk.pos_embed[0])
 
     def finish(self, tokens: Tensor) -> Tensor:
@@ -72,6 +73,7 @@ class TNT(TokenFamily):
         return int(gh), int(gw)
 
     def encode(self, x: Tensor, ids: Tensor) -> Tensor:
+        # inner tokens (pixels) and outer tokens (patches) go through the blocks together
         pixels = self._pixels(x, ids)
         flat = pixels.reshape(*ids.shape, -1)
         patches = self.trunk.norm2_proj(self.trunk.proj(self.trunk.norm1_proj(flat)))
