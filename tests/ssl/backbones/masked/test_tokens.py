@@ -132,7 +132,7 @@ def test_sizes_that_do_not_fit_are_refused():
         ("samvit_base_patch16_224", "windows need the whole grid"),
         ("vitamin_small_224", "stem mixes neighboring patches"),
         ("vit_small_r26_s32_224", "stem mixes neighboring patches"),
-        ("mixer_s32_224", "weights for each place"),
+        ("mixer_s32_224", "weights for each position"),
         ("xcit_nano_12_p16_224", "neighboring patches interact"),
         ("vit_base_patch16_224:pos_drop", "set pos_drop_rate and patch_drop_rate to 0"),
         ("vit_base_patch16_224:patch_drop", "set pos_drop_rate and patch_drop_rate to 0"),
