@@ -107,7 +107,7 @@ def test_it_goes_on_exactly_when_it_is_given_again(result: unlabeled.PretrainRes
 def test_what_does_not_fit_the_folder_is_one_line(result: unlabeled.PretrainResult) -> None:
     out = result.out
     cases: list[tuple[Any, str]] = [
-        ("resnet18", r"holds a run of own_networks:TinyConv, a network that was given from Python; give it again"),
+        ("resnet18", r"holds a run of own_networks:TinyConv, a model that was passed from Python; pass it again"),
         (given(wide=4), r"holds a run of a own_networks:TinyConv with other tensors, size, mean or std"),
         (network(), r"with other tensors, size, mean or std"),
         (Backbone(Scaled(), size=16), r"holds a run of own_networks:TinyConv, not of own_networks:Scaled"),
@@ -117,7 +117,7 @@ def test_what_does_not_fit_the_folder_is_one_line(result: unlabeled.PretrainResu
         with pytest.raises(CheckpointError, match=message) as caught:
             unlabeled.pretrain(backbone=backbone, out=out, **PRETRAIN)
         assert "\n" not in str(caught.value)
-    with pytest.raises(ConfigError, match=r"backbone.module: a:B is a network that was given from Python; give it"):
+    with pytest.raises(ConfigError, match=r"backbone.module: a:B is a model that was passed from Python; pass it"):
         unlabeled.pretrain(backbone={"module": "a:B"}, out=out.parent / "words", **PRETRAIN)
 
 
@@ -172,7 +172,7 @@ def test_a_module_is_finetuned_by_itself(tmp_path: Path) -> None:
     assert torch.equal(module.model.scale, torch.ones(16))
     with pytest.raises(ConfigError, match="no reset_parameters"):
         unlabeled.finetune(module, out=tmp_path / "scratch", scratch=True, **FINETUNE)
-    with pytest.raises(CheckpointError, match=r"holds a run of own_networks:Scaled, a network .*from Python"):
+    with pytest.raises(CheckpointError, match=r"holds a run of own_networks:Scaled, a model .*from Python"):
         unlabeled.finetune("resnet18", out=tmp_path / "run", pretrained=False, **FINETUNE)
 
 

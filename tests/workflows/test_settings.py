@@ -244,7 +244,7 @@ def test_what_is_no_network_no_run_and_no_data_is_one_line() -> None:
         ConfigError, match=r"^run: Linear\(.*\) is not possible; give a run's folder, and its network as"
     ):
         unlabeled.export(nn.Linear(2, 2), "x.safetensors")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"^backbone: \[\] is no nn.Module; build it, and give that$"):
+    with pytest.raises(ConfigError, match=r"^backbone: \[\] is not an nn.Module; build it, and give that$"):
         unlabeled.load_weights([], "x.safetensors")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"^classes: 0 is not possible; give a number from 1$"):
         unlabeled.create_classifier(nn.Linear(2, 2), classes=0)

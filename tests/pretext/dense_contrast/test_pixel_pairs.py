@@ -218,7 +218,9 @@ def test_joint_passes_differ_only_in_what_batch_norm_sees():
 
 
 def test_a_map_below_three_cells_is_refused_with_a_remedy():
-    with pytest.raises(CapabilityError, match=r"resnet18 cannot do PixPro: map -1 has 1x1 places at 32x32 pixels, .*"):
+    with pytest.raises(
+        CapabilityError, match=r"resnet18 cannot do PixPro: map -1 has 1x1 positions at 32x32 pixels, .*"
+    ):
         PixPro(PixProConfig(), create_backbone("resnet18", size=32))
     with pytest.raises(
         CapabilityError, match=r"at least 3x3 are needed; set task.level=-3 \(4x4\), a smaller backbone"

@@ -299,10 +299,10 @@ def test_other_families(name: str, arguments: dict[str, Any], fine: int) -> None
 
 
 def test_what_cannot_be_is_said_in_one_line() -> None:
-    with pytest.raises(CapabilityError, match=r"cannot do POA: it lacks elastic \(networks of its kind have no known"):
+    with pytest.raises(CapabilityError, match=r"cannot do POA: it lacks elastic \(sub-networks are known for ViT"):
         tiny(create_backbone("mobilenetv3_small_050", size=64), locals=0)
     with pytest.raises(
-        ConfigError, match=r"elastic.width: 20 is not possible in a network of width 32; give a multiple"
+        ConfigError, match=r"elastic.width: 20 is not possible in a backbone of width 32; give a multiple"
     ):
         tiny(elastic={"width": 20})
     batch_norms = create_backbone("resnet50", size=64, layers=(1, 1, 4, 1), channels=(8, 8, 16, 32))

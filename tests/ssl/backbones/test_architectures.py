@@ -51,7 +51,7 @@ def _check_maps(backbone: Backbone, images: torch.Tensor) -> None:
     for found, stage in zip(maps, backbone.stages, strict=True):
         assert found.shape[:2] == (2, stage.channels)
         for length in found.shape[2:]:
-            # networks without padding (Inception) lose up to four places at an edge
+            # models without padding (Inception) lose up to four positions at an edge
             assert length == pytest.approx(side / stage.stride, abs=4.1 if side >= 128 else 3.1, rel=0.1)
     backwards = backbone.maps(images, [-1, 0])
     assert torch.equal(backwards[0], maps[-1])

@@ -17,7 +17,7 @@ from unlabeled.ssl.task import PretextTask
 
 
 class Tiny(nn.Module):
-    """The least that a user's own network needs."""
+    """The minimum that a user's own model needs."""
 
     def __init__(self, pool: bool = True) -> None:
         super().__init__()
@@ -162,10 +162,10 @@ def test_own_module_needs_timms_surface():
 
 def test_a_head_that_does_not_pool_is_found_out():
     assert Backbone(Tiny(pool=False), size=(16, 16)).missing_reason("pooled") == (
-        "its head does not pool but gives (6, 4, 4) for an image"
+        "its head does not pool but returns (6, 4, 4) for an image"
     )
     unpooled = create_backbone("test_vit", size=32, global_pool="")
-    assert unpooled.missing_reason("pooled") == "its head does not pool but gives (5, 64) for an image"
+    assert unpooled.missing_reason("pooled") == "its head does not pool but returns (5, 64) for an image"
 
 
 def test_unknown_capability():
@@ -180,7 +180,7 @@ def test_a_class_and_a_size_in_words_are_refused():
         Backbone(Tiny(), size="64")
 
 
-def test_capability_error_tells_which_tasks_would_do(monkeypatch):
+def test_capability_error_names_the_tasks_that_work(monkeypatch):
     module = ModuleType("tasks_for_this_test")
     for name, requires in (("Easy", {"pooled"}), ("Hard", {"pooled", "impossible"})):
         setattr(module, name, type(name, (PretextTask,), {"requires": frozenset(requires)}))
@@ -195,7 +195,7 @@ def test_capability_error_tells_which_tasks_would_do(monkeypatch):
 
 
 def test_reached_by_pooled_forgets_earlier_passes():
-    """LeViT keeps its tables of biases in eval mode; a probe that sees the kept ones would call them unreachable."""
+    """LeViT caches its bias tables in eval mode; a probe that used the cached ones would call them unreachable."""
     backbone = create_backbone("levit_128s", size=64).eval()
     with torch.no_grad():
         backbone(torch.randn(1, 3, 64, 64))

@@ -52,7 +52,7 @@ def test_a_twin_has_the_structure_and_other_weights() -> None:
     assert one.model.again is one.model.block
     assert isinstance(one.model.block, nn.Conv2d)
     assert torch.equal(one.model.table, torch.arange(16.0))
-    assert torch.equal(one.model.norm.running_mean, torch.zeros(8)), "drawn anew with its layer"
+    assert torch.equal(one.model.norm.running_mean, torch.zeros(8)), "reset with its layer"
     assert torch.equal(one.model.stem.weight, same.model.stem.weight)
     assert not torch.equal(one.model.stem.weight, other.model.stem.weight)
     assert not torch.equal(one.model.stem.weight, given.model.stem.weight)
@@ -88,7 +88,7 @@ def test_the_structure_is_no_part_of_the_module_and_travels_with_it() -> None:
     [
         ({"size": 0}, r"backbone.size: 0 is not possible; give pixels, one number or \(height, width\)"),
         ({"size": "big"}, r"backbone.size: 'big' is not possible"),
-        ({"mean": (0.5,)}, r"backbone.mean: \(0.5,\) is not possible; give three numbers, one a channel"),
+        ({"mean": (0.5,)}, r"backbone.mean: \(0.5,\) is not possible; give three numbers, one per channel"),
         ({"std": (0.5, 0, 1)}, r"backbone.std: .* give three positive numbers"),
         ({"size": 1}, r"backbone: OnlyLarge fails on an image of 3x1x1 \(too small\); give the size that it takes"),
     ],

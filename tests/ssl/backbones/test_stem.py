@@ -1,4 +1,4 @@
-"""Which first layers make one token of each patch, and what taking a token's place does."""
+"""Which first layers make one token of each patch, and how tokens are replaced."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIZE = (16, 24)
 
 
 class Net(nn.Module):
-    """A network of timm's surface: a stem and a convolution, with ways to spoil it."""
+    """A model with timm's methods: a stem and a convolution, with ways to spoil it."""
 
     def __init__(self, stem: nn.Module, *, twice: bool = False, bypass: bool = False) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def patches(kernel: int = 4, stride: int = 4, padding: int = 0, dilation: int = 
         (nn.Sequential(patches(), nn.GELU(), nn.Conv2d(8, 8, 1)), "stem"),
         (nn.Sequential(nn.Conv2d(3, 8, 2, 2), nn.Conv2d(8, 8, 2, 2)), "stem"),
         (nn.Sequential(patches(), Positions()), "stem.0"),  # the token comes before positions
-        (nn.Sequential(patches(), nn.BatchNorm2d(8)), "stem.0"),  # whose statistics would tell of hidden patches
+        (nn.Sequential(patches(), nn.BatchNorm2d(8)), "stem.0"),  # its statistics depend on masked patches
         (nn.Sequential(patches(), nn.GroupNorm(1, 8)), "stem.0"),
     ],
 )
@@ -115,7 +115,7 @@ def test_stems_of_timm(name, kwargs, expected):
 
 
 @pytest.mark.parametrize("layout", ["NLC", "NHWC", "NCHW"])
-def test_a_token_takes_the_place_of_hidden_patches_only_while_open(layout):
+def test_a_token_replaces_masked_patches_only_inside_the_context(layout):
     shapes = {"NLC": (0, 2, 3, 1), "NHWC": (0, 2, 3, 1), "NCHW": (0, 1, 2, 3)}
     net = nn.Sequential()
     net.add_module("stem", nn.Identity())

@@ -57,7 +57,7 @@ def test_export_round_trip(backbone, tmp_path):
     assert torch.equal(again.normalize(images), backbone.normalize(images))
 
 
-def test_export_replaces_an_older_one_whole(tmp_path, monkeypatch):
+def test_export_replaces_an_older_one_completely(tmp_path, monkeypatch):
     old, new = create_backbone("nin_cifar"), create_backbone("nin_cifar")
     export_backbone(old, tmp_path)
 
@@ -78,7 +78,7 @@ def test_arguments_that_json_cannot_hold(tmp_path):
     description = json.loads((tmp_path / "backbone.json").read_text())
     assert description["kwargs"]["norm_layer"] == "python:torch.nn.modules.normalization:LayerNorm"
     assert "unlabeled.load_weights(module, 'backbone.safetensors')" in description["load"]
-    with pytest.raises(CheckpointError, match=r"kwargs.norm_layer is an object of Python, which no file holds; bu"):
+    with pytest.raises(CheckpointError, match=r"kwargs.norm_layer is a Python object, which a file cannot hold; bu"):
         load_backbone(tmp_path)
     again = create_backbone("test_vit", size=32, norm_layer=nn.LayerNorm)
     assert load_weights(again, file).missing == []
@@ -185,7 +185,7 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(CheckpointError, match=r"bad.pth: not a file of tensors, or damaged"):
         load_weights(backbone, tmp_path / "bad.pth")
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
-    with pytest.raises(CheckpointError, match=r"empty.pth: holds no tensors by name"):
+    with pytest.raises(CheckpointError, match=r"empty.pth: holds no named tensors"):
         load_weights(backbone, tmp_path / "empty.pth")
 
 
@@ -202,7 +202,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, capsys):
     assert "code was run" not in capsys.readouterr().out
 
 
-def test_weights_of_another_network(tmp_path):
+def test_weights_of_another_architecture(tmp_path):
     export_backbone(create_backbone("test_vit", size=32), tmp_path / "vit")
     with pytest.raises(CheckpointError, match=r"no tensor \(.*\) belongs to nin_cifar; check backbone.name"):
         load_weights(create_backbone("nin_cifar"), tmp_path / "vit")
@@ -233,5 +233,5 @@ def test_folders_that_are_not_exports(tmp_path):
         load_backbone(tmp_path)
     changed = json.loads((tmp_path / "backbone.json").read_text()) | {"name": "nin_cipher"}
     (tmp_path / "backbone.json").write_text(json.dumps(changed))
-    with pytest.raises(CheckpointError, match=r"cannot be built again: backbone.name: 'nin_cipher'"):
+    with pytest.raises(CheckpointError, match=r"cannot be rebuilt: backbone.name: 'nin_cipher'"):
         load_backbone(tmp_path)

@@ -33,7 +33,9 @@ def worker(rank: int, rendezvous: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     require_same_weights(task().backbone)
-    with pytest.raises(ConfigError, match=r"Scaled has other weights in each process; call torch.manual_seed before"):
+    with pytest.raises(
+        ConfigError, match=r"Scaled has different weights in each process; call torch.manual_seed before"
+    ):
         require_same_weights(task(seed=rank).backbone)
     model = task()
     mesh = init_device_mesh("cpu", (2,))

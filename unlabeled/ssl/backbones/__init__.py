@@ -1,1 +1,1 @@
-"""Networks: any timm model behind one surface, its masked and elastic forms, and weights on disk."""
+"""Backbones: any timm model behind one interface, its masked and elastic forms, and weights on disk."""

@@ -1,4 +1,4 @@
-"""Any timm model behind one small surface, and what it is capable of."""
+"""Any timm model behind one small interface, and the capabilities it has."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from timm.data import resolve_model_data_config
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
-import unlabeled.ssl.backbones.networks  # noqa: F401  registers our own networks with timm
+import unlabeled.ssl.backbones.networks  # noqa: F401  registers our own architectures with timm
 from unlabeled.ssl.backbones.layer_index import block_layers, count_blocks
-from unlabeled.ssl.backbones.outline import outline, redrawn, unfilled
+from unlabeled.ssl.backbones.outline import outline, reinitialized, unfilled
 from unlabeled.ssl.backbones.shapes import Shapes, probe_shapes, reached_by_maps, reached_by_pooled
 from unlabeled.ssl.config.messages import in_short
 from unlabeled.ssl.core.errors import (
@@ -39,40 +39,42 @@ CAPABILITIES: dict[str, str] = {
     "sparse_convs": "unlabeled.ssl.backbones.masked.sparse:sparse_convs_missing_reason",
     "elastic": "unlabeled.ssl.backbones.elastic:elastic_missing_reason",
 }
-"""Capability → ``"module:function"``; the function takes a Backbone and says in a few words why it lacks it."""
+"""Capability → ``"module:function"``. The function takes a Backbone and returns why the capability is missing, or None.
+
+Named by path, not imported: those modules import this one."""
 
 CUSTOM = "custom"
-"""What files say in place of a timm name."""
-_USUAL_STRIDE = 32
-"""Pixels per place of the last map, where a network has no maps to measure."""
+"""Written in place of a timm name in settings and exports."""
+_DEFAULT_STRIDE = 32
+"""Assumed stride, in pixels, for a backbone without feature maps to measure."""
 
 
 class FeatureStage(NamedTuple):
-    """One level of a backbone's feature maps."""
+    """One level of a backbone's feature hierarchy."""
 
     channels: int
     stride: int
-    """Pixels of the input per place of the map."""
+    """Input pixels per position of the map."""
 
 
 class Backbone(nn.Module):
-    """A timm model, or any module with timm's surface, as a feature extractor without a head.
+    """A timm model, or any module with timm's methods, as a feature extractor without a head.
 
     >>> backbone = unlabeled.Backbone(MyNet(), size=(64, 64), mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
 
-    The surface: ``forward_features(x)`` and ``forward_head(features, pre_logits=True)``, which give the pooled
-    features; for feature maps also ``feature_info`` and ``forward_intermediates(x, indices, output_fmt,
-    intermediates_only)``. Widths and strides are measured, not believed (see `unlabeled.ssl.backbones.shapes`).
+    The module needs ``forward_features(x)`` and ``forward_head(features, pre_logits=True)``, which return the pooled
+    features. Feature maps also need ``feature_info`` and ``forward_intermediates(x, indices, output_fmt,
+    intermediates_only)``. Widths and strides are measured rather than read (see `unlabeled.ssl.backbones.shapes`).
 
-    `name` and `kwargs` are what ``timm.create_model`` built the model by; None: it is a module of the user's own.
-    `size` in pixels, one number or (h, w), `mean` and `std` of 0..1 values; None: those of the model's
-    ``pretrained_cfg``, else 224 and ImageNet's.
+    `name` and `kwargs` are the arguments that ``timm.create_model`` built the model with; `name` is None for a module
+    of your own. `size` is in pixels, one number or (h, w); `mean` and `std` are on the 0..1 scale. They default to the
+    model's ``pretrained_cfg``, else to 224 and ImageNet's statistics.
 
-    Attributes: `model`, `name` (of the class, where it has none of timm), `custom` (whether it has none), `origin`
-    (``package.module:Class``), `kwargs`, `embed_dim`, `stages` (empty without feature maps), `input_size` (h, w),
-    `depth` (number of blocks), `mean`, `std`.
+    Attributes: `model`, `name` (the class name if there is no timm name), `custom` (whether there is no timm name),
+    `origin` (``package.module:Class``), `kwargs`, `embed_dim`, `stages` (empty without feature maps), `input_size`
+    (h, w), `depth` (number of blocks), `mean`, `std`.
 
-    Raises CapabilityError for a module without that surface and ConfigError for a size that it cannot take.
+    Raises CapabilityError for a module without these methods and ConfigError for a size that it cannot take.
     """
 
     def __init__(
@@ -93,7 +95,7 @@ class Backbone(nn.Module):
         self.origin = class_path(type(model))
         self.kwargs = dict(kwargs or {})
         self.trained = False
-        """Whether it starts from trained weights, which a task then keeps."""
+        """Whether it starts from trained weights, which a task then leaves as they are."""
         data = resolve_model_data_config(model)
         self.input_size: tuple[int, int] = _pixels(size) or (int(data["input_size"][-2]), int(data["input_size"][-1]))
         self.mean = _statistics("mean", data["mean"] if mean is None else mean)
@@ -102,8 +104,9 @@ class Backbone(nn.Module):
         self.embed_dim: int = self._shapes.pooled[0]
         self.stages: list[FeatureStage] = _stages(model, self._shapes, self.input_size)
         self.depth = count_blocks(name for name, _ in model.named_parameters())
-        # in a tuple, so that it is no part of this module; before a task changes the network
+        # In a tuple, so that it is not registered as a submodule. Taken now, before a task changes the model.
         self._outline: tuple[nn.Module, ...] = (outline(model),) if self.custom else ()
+        # not persistent: state dicts have the names and tensors of the timm model, nothing else
         self.register_buffer("_mean", torch.tensor(self.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("_std", torch.tensor(self.std).view(1, -1, 1, 1), persistent=False)
 
@@ -113,15 +116,17 @@ class Backbone(nn.Module):
         return (scaled - cast(Tensor, self._mean)) / cast(Tensor, self._std)
 
     def set_statistics(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        """Normalizes with `mean` and `std` of 0..1 values from here on."""
+        """Sets the `mean` and `std`, on the 0..1 scale, that `normalize` uses from now on."""
         self.mean, self.std = mean, std
+        # in place, so that the buffers stay on their device
         cast(Tensor, self._mean).copy_(torch.tensor(mean).view(1, -1, 1, 1))
         cast(Tensor, self._std).copy_(torch.tensor(std).view(1, -1, 1, 1))
 
     def pooled(self, x: Tensor) -> Tensor:
-        """Normalized (B, 3, H, W) → (B, embed_dim), as timm's ``forward_head(..., pre_logits=True)`` gives it."""
+        """Normalized (B, 3, H, W) → (B, embed_dim), the result of timm's ``forward_head(..., pre_logits=True)``."""
         model = cast(Any, self.model)
         features: Tensor = model.forward_head(model.forward_features(x), pre_logits=True)
+        # some heads keep 1x1 spatial axes
         return features.flatten(1)
 
     def map(self, x: Tensor) -> Tensor:
@@ -129,16 +134,16 @@ class Backbone(nn.Module):
         return self.maps(x, [-1])[0]
 
     def maps(self, x: Tensor, indices: Iterable[int]) -> list[Tensor]:
-        """Feature maps (B, C_i, H_i, W_i) of the stages `indices` (negative ones count from the end), in that order.
+        """Feature maps (B, C_i, H_i, W_i) of the stages `indices`, in that order; negative indices count from the end.
 
         Raises CapabilityError for a stage that the backbone does not have.
         """
-        asked = list(indices)
+        requested = list(indices)
         count = len(self.stages)
-        if missing := [index for index in asked if not -count <= index < count]:
+        if missing := [index for index in requested if not -count <= index < count]:
             raise CapabilityError(f"backbone: {self.name} has {count} feature maps; there is no number {missing[0]}")
-        positions = [index % count for index in asked]
-        ascending = sorted(set(positions))  # timm gives them in the order of the network
+        positions = [index % count for index in requested]
+        ascending = sorted(set(positions))  # timm returns maps in network order, whatever order you ask for
         found: list[Tensor] = cast(Any, self.model).forward_intermediates(
             x, indices=ascending, output_fmt="NCHW", intermediates_only=True
         )
@@ -149,7 +154,7 @@ class Backbone(nn.Module):
         return self.pooled(x)
 
     def missing_reason(self, capability: str) -> str | None:
-        """Why this backbone lacks `capability`, in a few words; None when it has it."""
+        """Why this backbone is missing `capability`, in a few words; None if it has it."""
         if capability not in CAPABILITIES:
             raise CapabilityError(f"capability: {capability!r} is unknown; {nearest(capability, CAPABILITIES)}")
         module, _, function = CAPABILITIES[capability].partition(":")
@@ -157,11 +162,11 @@ class Backbone(nn.Module):
         return reason
 
     def lacks(self, capability: str) -> str | None:
-        """The old name of `missing_reason`."""
+        """Old name of `missing_reason`."""
         return self.missing_reason(capability)
 
     def require(self, capabilities: Iterable[str], *, task: str) -> None:
-        """Raises LacksCapabilityError naming the backbone, the task and what is missing."""
+        """Raises MissingCapabilityError naming the backbone, the task and the first missing capability."""
         for capability in sorted(capabilities):
             if (reason := self.missing_reason(capability)) is not None:
                 raise MissingCapabilityError(
@@ -169,45 +174,47 @@ class Backbone(nn.Module):
                 )
 
     def size_step(self) -> tuple[int, int]:
-        """Multiples (h, w) that sides of images should be: of the total stride of the maps, and of the patch."""
+        """Multiples (h, w) that image sides should be: of the largest stride of the maps, and of the patch size."""
         embed = getattr(self.model, "patch_embed", None)
         patch = embed.patch_size if isinstance(embed, PatchEmbed) else (1, 1)
-        stride = max((stage.stride for stage in self.stages), default=_USUAL_STRIDE)
+        stride = max((stage.stride for stage in self.stages), default=_DEFAULT_STRIDE)
         return math.lcm(stride, int(patch[0])), math.lcm(stride, int(patch[1]))
 
     def refuses(self, size: tuple[int, int]) -> str | None:
-        """Why the network, built for `input_size`, cannot take images of `size`; None when it can."""
+        """Why the backbone, built for `input_size`, cannot take images of `size`; None if it can."""
         try:
             shapes = probe_shapes(self.model, size)
-        except Exception as error:  # whatever its forward raises
+        except Exception as error:  # a model's forward may raise anything
             return first_line(error)
+        # models that flatten their map into a linear layer accept other sizes only without that layer
         return None if shapes.pooled == self._shapes.pooled else "its features then have another width"
 
     def parameter_layers(self) -> dict[str, int]:
-        """Name of each parameter (relative to this module) → layer for layer-wise decay: 0 stem .. depth + 1."""
+        """Parameter name (relative to this module) → layer for layer-wise decay: 0 for the stem, up to depth + 1."""
         names = [name for name, _ in self.model.named_parameters()]
         return dict(zip((f"model.{name}" for name in names), block_layers(names), strict=True))
 
     def twin(self) -> Backbone:
-        """The same architecture with fresh random weights and the same statistics of the images.
+        """The same architecture with fresh random weights and the same image statistics.
 
-        A module without a timm name is drawn by its layers' own ``reset_parameters``. Raises ConfigError when that
-        leaves some of its parameters out.
+        A module without a timm name is reinitialized by its layers' own ``reset_parameters``. Raises ConfigError when
+        some of its parameters have no such method.
         """
-        return self._again(redrawn(self._outline[0], self.name)) if self.custom else self.unfilled()
+        return self._rewrap(reinitialized(self._outline[0], self.name)) if self.custom else self.unfilled()
 
     def unfilled(self) -> Backbone:
-        """The same architecture with weights that have yet to be loaded."""
+        """The same architecture, for weights that are loaded next; its own values mean nothing."""
         if self.custom:
-            return self._again(unfilled(self._outline[0]))
-        again = create_backbone(self.name, size=self.input_size, **self.kwargs)
-        again.set_statistics(self.mean, self.std)
-        return again
+            return self._rewrap(unfilled(self._outline[0]))
+        rebuilt = create_backbone(self.name, size=self.input_size, **self.kwargs)
+        rebuilt.set_statistics(self.mean, self.std)
+        return rebuilt
 
-    def _again(self, model: nn.Module) -> Backbone:
-        again = Backbone(model, size=self.input_size, mean=self.mean, std=self.std)
-        again.name, again.origin = self.name, self.origin
-        return again
+    def _rewrap(self, model: nn.Module) -> Backbone:
+        """`model` in a Backbone with the size, statistics, name and origin of this one."""
+        backbone = Backbone(model, size=self.input_size, mean=self.mean, std=self.std)
+        backbone.name, backbone.origin = self.name, self.origin
+        return backbone
 
     def reached_by_pooled(self) -> set[str]:
         """Names of the parameters (relative to this module) that the pooled features depend on."""
@@ -226,10 +233,10 @@ def create_backbone(
     size: int | tuple[int, int] | None = None,
     **kwargs: Any,
 ) -> Backbone:
-    """Builds timm model `name` without a head; `size` is passed on as ``img_size`` where the model takes one.
+    """Builds timm model `name` without a head. `size` is passed on as ``img_size`` if the model takes one.
 
-    Raises ConfigError for an unknown name (with the nearest ones), for arguments that the model refuses and for a size
-    that does not fit it, and CheckpointError when published weights cannot be had.
+    Raises ConfigError for an unknown name (listing the nearest ones), for arguments that the model does not take and
+    for a size that does not fit it; CheckpointError when published weights cannot be downloaded.
     """
     if not timm.is_model(name.split(".")[0]):
         raise ConfigError(f"backbone.name: {name!r} is not a timm model; {nearest(name, timm.list_models())}")
@@ -241,16 +248,17 @@ def create_backbone(
         raise ConfigError(f"backbone.size: {size} and backbone.kwargs.img_size: {own[0]}x{own[1]} differ; give one")
     pixels = pixels or own
     arguments: dict[str, Any] = {"num_classes": 0, **kwargs}
+    # fixed-size models (ViT, Swin) need img_size at construction; the others reject it and take any size
     if pixels is not None:
         try:
-            return _wrapped(name, pretrained, arguments | {"img_size": pixels}, pixels)
+            return _create(name, pretrained, arguments | {"img_size": pixels}, pixels)
         except _UnknownArgumentError as error:
             if error.argument != "img_size" or own:
                 raise
-    return _wrapped(name, pretrained, arguments, pixels)
+    return _create(name, pretrained, arguments, pixels)
 
 
-def _wrapped(name: str, pretrained: bool, arguments: dict[str, Any], size: tuple[int, int] | None) -> Backbone:
+def _create(name: str, pretrained: bool, arguments: dict[str, Any], size: tuple[int, int] | None) -> Backbone:
     backbone = Backbone(_build(name, pretrained, arguments), name, arguments, size)
     backbone.trained = pretrained
     return backbone
@@ -265,7 +273,8 @@ class _UnknownArgumentError(ConfigError):
 def _build(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
-    except Exception as error:  # constructors and the hub raise whatever they like; it is told in one line
+    except Exception as error:  # constructors and the hub raise anything; report it in one line
+        # timm has no exception of its own for this, so the argument's name is taken from Python's message
         if match := re.search(r"unexpected keyword argument[^']*'(\w+)'", str(error)):
             raise _UnknownArgumentError(name, match.group(1)) from error
         if pretrained and not isinstance(error, (AssertionError, TypeError)):
@@ -278,48 +287,48 @@ def _build(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
 
 
 def _check_surface(model: Any) -> None:
-    """Raises CapabilityError unless `model` has timm's surface."""
+    """Raises CapabilityError unless `model` has timm's methods."""
     if isinstance(model, type):
         raise CapabilityError(f"backbone: {in_short(model)} is a class; build it: {model.__name__}(...)")
     if not isinstance(model, nn.Module):
         raise CapabilityError(
-            f"backbone: {in_short(model)} is no nn.Module; build one, or give a timm name to create_backbone"
+            f"backbone: {in_short(model)} is not an nn.Module; build one, or give a timm name to create_backbone"
         )
     for method in ("forward_features", "forward_head"):
         if not callable(getattr(model, method, None)):
-            surface = "forward_features(x) and forward_head(features, pre_logits=True), as timm's models have"
-            raise CapabilityError(f"backbone: {type(model).__name__} has no {method}; a backbone needs {surface}")
+            needed = "forward_features(x) and forward_head(features, pre_logits=True), as timm's models have"
+            raise CapabilityError(f"backbone: {type(model).__name__} has no {method}; a backbone needs {needed}")
 
 
 def _statistics(field: str, values: Sequence[float]) -> tuple[float, ...]:
-    """`values` as one number for each channel. Raises ConfigError for anything else."""
+    """`values` as three floats, one per channel. Raises ConfigError for anything else."""
     try:
         found = tuple(float(value) for value in values)
     except (TypeError, ValueError):
         found = ()
     if len(found) != 3 or (field == "std" and min(found) <= 0):
         sign = "positive numbers" if field == "std" else "numbers"
-        raise ConfigError(f"backbone.{field}: {values!r} is not possible; give three {sign}, one a channel")
+        raise ConfigError(f"backbone.{field}: {values!r} is not possible; give three {sign}, one per channel")
     return found
 
 
 def _measure(model: nn.Module, name: str, size: tuple[int, int], custom: bool) -> Shapes:
-    """Shapes of what the model gives at `size`. Raises ConfigError when it cannot take that size."""
+    """Output shapes of the model at `size`. Raises ConfigError if it cannot take that size."""
     shown = f"{size[0]}x{size[1]}"
     patches = getattr(model, "patch_embed", None)
     if isinstance(patches, PatchEmbed) and not patches.dynamic_img_pad:
-        # timm would cut off the rest of the image without a word
+        # timm would silently cut off the rest of the image
         for pixels, patch in zip(size, cast(tuple[int, int], patches.patch_size), strict=True):
             if pixels % patch:
                 near = " or ".join(str(patch * n) for n in (pixels // patch, pixels // patch + 1) if n)
                 raise ConfigError(f"backbone.size: {shown} is not a multiple of {name}'s patch, {patch}; give {near}")
     try:
         return probe_shapes(model, size)
-    except Exception as error:  # whatever a network's forward raises: it is told in one line, with its cause
+    except Exception as error:  # a model's forward may raise anything; report it in one line, with its cause
         if custom:
             raise ConfigError(
                 f"backbone: {name} fails on an image of 3x{shown} ({first_line(error)}); give the size that it takes, "
-                "as unlabeled.Backbone(module, size=(h, w)), or mend its forward_features and forward_head"
+                "as unlabeled.Backbone(module, size=(h, w)), or fix its forward_features and forward_head"
             ) from error
         raise ConfigError(
             f"backbone.size: {name} cannot take images of {shown} ({first_line(error)}); give another backbone.size"
@@ -327,7 +336,7 @@ def _measure(model: nn.Module, name: str, size: tuple[int, int], custom: bool) -
 
 
 def _stages(model: nn.Module, shapes: Shapes, size: tuple[int, int]) -> list[FeatureStage]:
-    """Channels and stride of each map: the stated stride, unless the map is far from the size that it implies."""
+    """Channels and stride of each map: the stated stride, unless it is far from the map's measured size."""
     if shapes.maps is None or not all(len(shape) == 3 for shape in shapes.maps):
         return []
     info = getattr(model, "feature_info", [])
@@ -336,7 +345,7 @@ def _stages(model: nn.Module, shapes: Shapes, size: tuple[int, int]) -> list[Fea
     for position, (channels, height, _) in enumerate(shapes.maps):
         measured = max(1, round(size[0] / height))
         stride = stated[position] if len(stated) == len(shapes.maps) else measured
-        # maps of networks without padding are up to four places smaller than their stride implies
+        # maps of models without padding are up to four positions smaller than their stride implies
         near = abs(size[0] / stride - height) <= max(4.0, 0.25 * height)
         stages.append(FeatureStage(channels, stride if near else measured))
     return stages
@@ -356,10 +365,11 @@ def _pixels(size: Any) -> tuple[int, int] | None:
 
 
 def _pooled_missing_reason(backbone: Backbone) -> str | None:
+    # (D, 1, 1) counts as pooled: `Backbone.pooled` flattens it
     shape = backbone._shapes.pooled
     if all(length == 1 for length in shape[1:]):
         return None
-    return f"its head does not pool but gives {tuple(shape)} for an image"
+    return f"its head does not pool but returns {tuple(shape)} for an image"
 
 
 def _dense_map_missing_reason(backbone: Backbone) -> str | None:

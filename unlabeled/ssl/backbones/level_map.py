@@ -1,4 +1,4 @@
-"""One feature map of a network, for tasks that compare places: which one, how large, and what it depends on."""
+"""One feature map of a backbone, for tasks that compare positions: which one, its size, and what it depends on."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 
 
 class LevelMap:
-    """Map number `level` of a network of the architecture of `backbone`; negative ones count from the last.
+    """Feature map number `level` of backbones with the architecture of `backbone`; negative numbers count from the end.
 
-    The last map is taken after the network's final norm, where the network can do that (transformers are trained with
-    it). For any other map the network is run no further than it takes.
+    The last map is taken after the backbone's final norm if there is one (transformers are trained with it). For any
+    other map the forward pass stops early if the model supports that.
 
-    Attributes: `channels`, `grid` (places (gh, gw) for an image of the backbone's own size).
+    Attributes: `channels`, `grid` (positions (gh, gw) for an image of the backbone's own size).
     """
 
     def __init__(self, backbone: Backbone, level: int, *, task: str, positions: int = 1) -> None:
-        """`positions`: how many the map must have along each side; `task`: who asks, for messages.
+        """`positions`: how many the map needs along each side; `task`: its name, for messages.
 
-        Raises ConfigError for a level that the backbone does not have, CapabilityError for too few places.
+        Raises ConfigError for a level that the backbone does not have, CapabilityError for too few positions.
         """
         count = len(backbone.stages)
         if not -count <= level < count:
@@ -37,11 +37,11 @@ class LevelMap:
             raise CapabilityError(_too_small(backbone, self, task, positions))
 
     def __call__(self, backbone: Backbone, images: Tensor) -> Tensor:
-        """Normalized (B, 3, H, W) → (B, channels, gh, gw), by the weights of `backbone`."""
+        """Normalized (B, 3, H, W) → (B, channels, gh, gw), with the weights of `backbone`."""
         return _map(backbone.model, images, self.index, self._options)
 
     def grid_of(self, backbone: Backbone, size: tuple[int, int]) -> tuple[int, int]:
-        """Places (gh, gw) of the map for images of `size` (h, w)."""
+        """Grid of the map, (gh, gw), for images of `size` (h, w)."""
         _, rows, columns = _shape(backbone, self.index, self._options, size)
         return rows, columns
 
@@ -66,11 +66,12 @@ def _map(model: nn.Module, images: Tensor, index: int, options: dict[str, bool])
 
 
 def _options(backbone: Backbone, index: int) -> dict[str, bool]:
-    """The final norm with the last map and an early stop before any other, as far as the network knows them."""
+    """Arguments for the final norm (last map) or an early stop (any other map), if the model supports them."""
     wanted = {"norm": True} if index == len(backbone.stages) - 1 else {"stop_early": True}
+    # timm's models differ in what forward_intermediates takes, and some take it but raise: so try it
     try:
         _shape(backbone, index, wanted)
-    except (AssertionError, TypeError, NotImplementedError):  # Hiera, which pools first, cannot norm its maps
+    except (AssertionError, TypeError, NotImplementedError):  # Hiera pools before its norm, so it cannot norm its maps
         return {}
     return wanted
 
@@ -79,22 +80,24 @@ def _options(backbone: Backbone, index: int) -> dict[str, bool]:
 def _shape(
     backbone: Backbone, index: int, options: dict[str, bool], size: tuple[int, int] | None = None
 ) -> tuple[int, int, int]:
-    """(C, gh, gw) of a map, for images of `size`, or of the backbone's own."""
+    """(C, gh, gw) of a map, for images of `size`, by default the backbone's own."""
     pixels = size or backbone.input_size
+    # on a copy without values where possible, so this is cheap
     shape = probed(backbone.model, pixels, lambda net, x: _map(net, x, index, options).shape)
     return shape[1], shape[2], shape[3]
 
 
-def _too_small(backbone: Backbone, found: LevelMap, task: str, positions: int) -> str:
-    """The message for a map of too few places, with the nearest one that has enough, if there is one."""
+def _too_small(backbone: Backbone, level_map: LevelMap, task: str, positions: int) -> str:
+    """The message for a map with too few positions; it names the nearest earlier map with enough, if there is one."""
     count, size = len(backbone.stages), backbone.input_size
-    remedies = ["a smaller backbone.kwargs.output_stride (if the network has that) or a larger backbone.size"]
-    for index in range(found.index):
+    remedies = ["a smaller backbone.kwargs.output_stride (if the model has one) or a larger backbone.size"]
+    for index in range(level_map.index):
         _, rows, columns = _shape(backbone, index, {})
         if min(rows, columns) >= positions:
+            # the last hit wins, so the map closest to the requested one is named
             remedies[:-1] = [f"task.level={index - count} ({rows}x{columns})"]
-    shown = f"{found.grid[0]}x{found.grid[1]} places at {size[0]}x{size[1]} pixels"
+    shown = f"{level_map.grid[0]}x{level_map.grid[1]} positions at {size[0]}x{size[1]} pixels"
     return (
-        f"backbone: {backbone.name} cannot do {task}: map {found.index - count} has {shown}, "
+        f"backbone: {backbone.name} cannot do {task}: map {level_map.index - count} has {shown}, "
         f"at least {positions}x{positions} are needed; set {', '.join(remedies)}"
     )

@@ -1,6 +1,6 @@
-"""The structure of a network that has no name to build it by: kept without weights, from which new copies are made.
+"""The structure of a model that timm cannot build by name, kept without values, to make new copies from.
 
-Taken before anything is done to the network: tasks replace parts of theirs, and FSDP's cannot be copied any more.
+Taken before anything is done to the model: tasks replace some of its modules, and FSDP's modules cannot be copied.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError, first_line
 
 _RESETS = ("reset_parameters", "_reset_parameters")
-"""What torch's layers call the method that draws their initial weights."""
+"""Names that torch's layers use for the method that draws their initial weights."""
 
 
 def outline(model: nn.Module) -> nn.Module:
-    """A copy of `model` whose parameters have shapes but no values; buffers keep theirs.
+    """A copy of `model` with parameters that have shapes but no values; buffers keep their values.
 
     Raises CapabilityError for a module that Python cannot copy.
     """
     try:
         with modes_kept(model):
             return _copied(model, lambda parameter: torch.empty_like(parameter, device="meta"))
-    except Exception as error:  # __deepcopy__ and __reduce__ raise whatever they like
+    except Exception as error:  # __deepcopy__ and __reduce__ may raise anything
         name = type(model).__name__
         raise CapabilityError(
             f"backbone: {name} cannot be copied ({first_line(error)}), and a run needs copies of it; keep what copy."
@@ -36,22 +36,23 @@ def outline(model: nn.Module) -> nn.Module:
 
 
 def unfilled(outlined: nn.Module) -> nn.Module:
-    """The network with parameters on the CPU that have yet to be loaded."""
+    """The model with parameters on the CPU, to load a state dict into; until then they are zero."""
     return _copied(outlined, lambda parameter: torch.zeros_like(parameter, device="cpu"))
 
 
-def redrawn(outlined: nn.Module, name: str) -> nn.Module:
-    """The network with new random weights from torch's global generator, by its layers' own ``reset_parameters``.
+def reinitialized(outlined: nn.Module, name: str) -> nn.Module:
+    """The model with new random weights, drawn by its layers' ``reset_parameters`` from torch's global generator.
 
-    Buffers stay as they were unless a layer resets them too. Raises ConfigError, naming the first of them, when there
-    are parameters that no layer draws.
+    Buffers keep their values unless a layer resets them too. Raises ConfigError if no layer draws some parameter; the
+    message names the first one.
     """
+    # NaN marks the parameters that no reset has filled
     model = _copied(outlined, lambda parameter: torch.full_like(parameter, torch.nan, device="cpu"))
     try:
         with torch.no_grad():
-            model.apply(_reset)  # children first, so that a network's own method has the last word
-    except Exception as error:  # a method of the user's
-        raise ConfigError(f"backbone: {name} cannot be drawn anew, its reset fails ({first_line(error)})") from error
+            model.apply(_reset)  # children first, so that a model's own method overrides its layers'
+    except Exception as error:  # the method may be user code
+        raise ConfigError(f"backbone: {name} cannot be reinitialized, its reset fails ({first_line(error)})") from error
     kept = [key for key, parameter in model.named_parameters() if bool(parameter.isnan().any())]
     if kept:
         more = f" and {len(kept) - 1} more" if len(kept) > 1 else ""
@@ -63,13 +64,15 @@ def redrawn(outlined: nn.Module, name: str) -> nn.Module:
 
 
 def _reset(module: nn.Module) -> None:
+    # _reset_parameters is the name in nn.Transformer and nn.MultiheadAttention
     reset = next((found for name in _RESETS if callable(found := getattr(module, name, None))), None)
     if reset is not None:
         reset()
 
 
 def _copied(model: nn.Module, values: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A deep copy with `values` of each parameter in its place; parameters that are shared stay shared."""
+    """A deep copy with `values(parameter)` in place of each parameter; shared parameters stay shared."""
+    # deepcopy takes objects from its memo instead of copying them
     memo: dict[int, Any] = {
         id(parameter): nn.Parameter(values(parameter.detach()), requires_grad=parameter.requires_grad)
         for parameter in model.parameters()

@@ -69,8 +69,8 @@ def render_terminal(matrix: Matrix) -> RenderableType:
 def _general(reason: str) -> str:
     """`reason` without what belongs to one network only: the place inside of it, and numbers of pixels."""
     reason = re.sub(r"^[\w.]+ \((\w+)\): ", r"\1: ", re.sub(r"^(the network|[\w.]+): ", "", reason))
-    if reason.endswith(" attends to all places"):
-        return "attention between all places needs the whole grid"
+    if reason.endswith(" attends to all positions"):
+        return "attention between all positions needs the whole grid"
     return re.sub(r"\d+x\d+", "NxN", re.sub(r"^(\w+): \1 ", r"\1 ", reason))
 
 

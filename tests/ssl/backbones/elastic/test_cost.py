@@ -1,4 +1,4 @@
-"""What sizes cost: against a closed form, and against each network counted by itself."""
+"""Costs of sizes against a closed form, and against each sub-network counted by itself."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ NETWORKS = {
 def test_every_size_costs_what_its_network_costs(name: str) -> None:
     model, arguments, sizes = NETWORKS[name]
     with torch.device("meta"):
-        whole = create_backbone(model, size=32, **arguments)
-        elastic = Elastic(whole, ElasticConfig(**sizes))
-        costs = costs_of(elastic, whole)
+        full = create_backbone(model, size=32, **arguments)
+        elastic = Elastic(full, ElasticConfig(**sizes))
+        costs = costs_of(elastic, full)
         assert list(costs) == elastic.sizes
-        assert costs[elastic.full] == cost_of(whole)
+        assert costs[elastic.full] == cost_of(full)
         for size in elastic.sizes[:: max(1, len(elastic.sizes) // 2)]:
             assert costs[size] == cost_of(create_backbone(model, size=32, **elastic.arguments(size))), size
 

@@ -1,4 +1,4 @@
-"""Every size of a small network of each family: gradients, extraction, and what timm builds."""
+"""Every size of a small model of each family: gradients, extraction, and what timm builds."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 GROUPS = (
     (r"\.qkv\.", 0, 3), (r"\.kv\.", 0, 2), (r"\.reduction\.", 1, 4),
 )  # fmt: skip
-"""Parameters that fall into equal parts: pattern, axis, parts; told here again, apart from the code."""
+"""Parameters split into equal groups: pattern, axis, number of groups; repeated here independently of the code."""
 OWN_GROUPS = {
     "dinov2_swiglu": ((r"\.fc1\.", 0, 2),), "eva02_joint": ((r"\.fc1\.", 0, 2),),
     "swin": ((r"\.downsample\.norm\.", 0, 4),),
@@ -56,7 +56,7 @@ OWN_GROUPS = {
 
 
 def build(case: str) -> tuple[Backbone, Elastic]:
-    """A network whose every parameter matters, and its sizes: two or three widths, two depths."""
+    """A backbone with no parameter without effect, and its sizes: two or three widths, two depths."""
     name, arguments = CASES[case]
     torch.manual_seed(0)
     backbone = create_backbone(name, **arguments, drop_path_rate=0.0)
@@ -77,7 +77,7 @@ def randomize(backbone: nn.Module) -> None:
 
 
 def source(elastic: Elastic, size: SubSize, name: str) -> str:
-    """The whole network's name of a parameter of a sub-network."""
+    """The full backbone's name of a parameter of a sub-network."""
     for stage, kept in enumerate(elastic.blocks(size)):
         prefix = f"model.{elastic.family.blocks(stage)}."
         if name.startswith(prefix):
@@ -86,14 +86,14 @@ def source(elastic: Elastic, size: SubSize, name: str) -> str:
     return name
 
 
-def selected(case: str, name: str, whole: Tensor, shape: torch.Size) -> Tensor:
+def selected(case: str, name: str, full: Tensor, shape: torch.Size) -> Tensor:
     """True where the sub-network's parameter comes from."""
-    chosen = torch.ones_like(whole, dtype=torch.bool)
+    chosen = torch.ones_like(full, dtype=torch.bool)
     groups = [*GROUPS, *OWN_GROUPS.get(case, ())]
-    for axis, (length, own) in enumerate(zip(whole.shape, shape, strict=True)):
+    for axis, (length, own) in enumerate(zip(full.shape, shape, strict=True)):
         parts = next((n for pattern, a, n in groups if a == axis and re.search(pattern, name)), 1)
         kept = torch.arange(length) % (length // parts) < own // parts
-        chosen &= kept.view(-1, *[1] * (whole.ndim - axis - 1))
+        chosen &= kept.view(-1, *[1] * (full.ndim - axis - 1))
     return chosen
 
 
@@ -143,15 +143,15 @@ def only_used_parts_have_gradients(
 
 
 @pytest.mark.parametrize(("name", "arguments", "reason"), [
-    ("densenet121", {}, "networks of its kind have no known sub-networks, those of ViT, DeiT, BEiT, EVA, Swin"),
-    ("resnet18", {}, "its blocks have no inner width; give a ResNet of bottlenecks, such as resnet50"),
-    ("resnext50_32x4d", {}, "its 3x3 convolutions fall into groups; give a plain ResNet, such as resnet50"),
-    ("seresnet50", {}, "attention over its channels has widths of its own; give a plain ResNet, such as resnet50"),
+    ("densenet121", {}, "sub-networks are known for ViT, DeiT, BEiT, EVA, Swin, ConvNeXt and bottleneck ResNets only"),
+    ("resnet18", {}, "its blocks have no inner width; give a bottleneck ResNet, such as resnet50"),
+    ("resnext50_32x4d", {}, "its 3x3 convolutions are grouped; give a plain ResNet, such as resnet50"),
+    ("seresnet50", {}, "its channel attention has widths of its own; give a plain ResNet, such as resnet50"),
     ("vit_base_patch16_xp_224", PLAIN, "one layer of its blocks joins attention and MLP; give a plain transformer"),
-    ("vit_small_patch16_rope_mixed_224", PLAIN, "rotary frequencies of all blocks are one table; give a plain"),
+    ("vit_small_patch16_rope_mixed_224", PLAIN, "its rotary frequencies are one table for all blocks; give"),
     ("vit_large_patch16_sapiens2", PLAIN | {"embed_dim": 64, "depth": 24, "num_heads": 16}, "its heads share keys"),
 ])  # fmt: skip
-def test_networks_that_cannot_be_elastic(name: str, arguments: dict[str, Any], reason: str) -> None:
+def test_models_that_cannot_be_elastic(name: str, arguments: dict[str, Any], reason: str) -> None:
     backbone = create_backbone(name, **arguments)
     with pytest.raises(CapabilityError, match=f"backbone: {name} cannot be elastic: {reason}"):
         Elastic(backbone, ElasticConfig())
@@ -166,7 +166,7 @@ def test_a_module_of_ones_own_cannot_be_elastic() -> None:
 def test_widths_that_no_head_divides_are_refused_with_the_remedy() -> None:
     wide = create_backbone("swin_base_patch4_window7_224", size=32, window_size=1, depths=(1, 1, 2, 1))
     with pytest.raises(ConfigError, match=(
-        r"^elastic.width: 112 is not possible in a network of width 128; give a multiple of 32 that is no larger, "
+        r"^elastic.width: 112 is not possible in a backbone of width 128; give a multiple of 32 that is no larger, "
         r"or more heads in backbone.kwargs.num_heads$"
     )):  # fmt: skip
         Elastic(wide, ElasticConfig(width=112))
@@ -176,7 +176,7 @@ def test_widths_that_no_head_divides_are_refused_with_the_remedy() -> None:
     assert Elastic(more, ElasticConfig(width=112)).sizes[0].width == 112
 
 
-def test_a_width_that_timm_refuses_is_told_before_training() -> None:
+def test_a_width_that_timm_rejects_fails_before_training() -> None:
     backbone = create_backbone("vit_giant_patch14_dinov2", **PLAIN | {"mlp_ratio": 2.625})
     with pytest.raises(CapabilityError, match=r"cannot be elastic: timm does not build it at width 24 \("):
         Elastic(backbone, ElasticConfig(candidates=((24, 2),)))

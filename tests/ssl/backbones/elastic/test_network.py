@@ -1,4 +1,4 @@
-"""What a sub-network shares with the whole network and what not: modes, rates, statistics, randomness, graphs."""
+"""What a sub-network does and does not share with the full backbone: modes, drop rates, buffers, randomness, graphs."""
 
 from __future__ import annotations
 
@@ -120,8 +120,8 @@ def test_a_kept_block_keeps_its_rate_of_dropping(name: str, arguments: dict[str,
     block, kept = path.rpartition(".")[0], elastic.blocks(elastic.sizes[0])
     numbers = next(numbers for numbers in kept if len(numbers) == 3)
 
-    def rates(network: Backbone, numbers: tuple[int, ...]) -> list[float]:
-        blocks = [dict(network.model.get_submodule(block.format(n)).named_modules()) for n in numbers]
+    def rates(sized: Backbone, numbers: tuple[int, ...]) -> list[float]:
+        blocks = [dict(sized.model.get_submodule(block.format(n)).named_modules()) for n in numbers]
         return [getattr(one.get(path.rpartition(".")[2]), "drop_prob", 0.0) for one in blocks]
 
     assert numbers == (0, 1, 3)
@@ -134,7 +134,7 @@ def test_a_kept_block_keeps_its_rate_of_dropping(name: str, arguments: dict[str,
     assert 0.125 in rates(elastic.take(backbone, elastic.sizes[0]), (0, 1, 2))
 
 
-def test_batch_norms_leave_the_statistics_of_the_whole_network_alone() -> None:
+def test_batch_norms_leave_the_running_statistics_of_the_full_backbone_alone() -> None:
     backbone, elastic = build("resnetaa50d", RESNET)
     before = copy.deepcopy(backbone.state_dict())
     taken = elastic.take(backbone, elastic.sizes[0])
@@ -146,15 +146,17 @@ def test_batch_norms_leave_the_statistics_of_the_whole_network_alone() -> None:
     assert inner.running_mean.any()
     backbone(images(backbone, 4))
     slices = elastic.extract(backbone, elastic.sizes[0]).get_submodule("model.layer1.0.bn1").running_mean
-    whole: Any = backbone.get_submodule("model.layer1.0.bn1").running_mean
-    assert torch.equal(slices, whole[:8])  # type: ignore[arg-type]
+    full: Any = backbone.get_submodule("model.layer1.0.bn1").running_mean
+    assert torch.equal(slices, full[:8])  # type: ignore[arg-type]
 
 
 def test_batch_norms_that_are_synchronized_later_are_so_in_sub_networks() -> None:
     backbone, elastic = build("resnet50", RESNET)
     elastic.take(backbone, elastic.sizes[0])
     synchronize(backbone)
-    norms = [part for part in elastic.take(backbone, elastic.sizes[0]).modules() if isinstance(part, nn.BatchNorm2d)]
+    norms = [
+        module for module in elastic.take(backbone, elastic.sizes[0]).modules() if isinstance(module, nn.BatchNorm2d)
+    ]
     assert norms
     assert all(type(norm) is SyncedBatchNorm2d for norm in norms)
 
@@ -183,10 +185,10 @@ def test_the_type_of_numbers_is_followed_and_nothing_is_lost(name: str, argument
     size, x = elastic.sizes[0], images(backbone)
     expected = elastic.take(backbone, size)(x)
     backbone.double()
-    for network in (elastic.take(backbone, size), elastic.extract(backbone, size)):
-        tensors = [*network.parameters(), *network.buffers()]
+    for model in (elastic.take(backbone, size), elastic.extract(backbone, size)):
+        tensors = [*model.parameters(), *model.buffers()]
         assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.float64}
-        torch.testing.assert_close(network(x.double()).float(), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(x.double()).float(), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(elastic.take(backbone.float(), size)(x), expected)
 
 
@@ -196,9 +198,9 @@ def test_networks_can_be_copied_and_pickled_after_use() -> None:
     features = elastic.take(backbone, elastic.sizes[0])(x)
     features.sum().backward()
     pickled = pickle.loads(pickle.dumps(backbone))
-    for network, sizes in (copy.deepcopy((backbone, elastic)), (pickled, elastic)):
-        assert network is not backbone
-        torch.testing.assert_close(sizes.take(network, elastic.sizes[0])(x), features)
+    for model, sizes in (copy.deepcopy((backbone, elastic)), (pickled, elastic)):
+        assert model is not backbone
+        torch.testing.assert_close(sizes.take(model, elastic.sizes[0])(x), features)
 
 
 def test_a_twin_lends_its_parameters_as_well() -> None:
@@ -217,7 +219,7 @@ def test_modes_hooks_and_statistics_of_images() -> None:
     backbone.model.get_submodule("blocks.3").train()
     backbone.set_statistics((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     taken = elastic.take(backbone, elastic.sizes[0])
-    modes = {name for name, part in taken.model.blocks.named_children() if part.training}  # type: ignore[union-attr]
+    modes = {name for name, module in taken.model.blocks.named_children() if module.training}  # type: ignore[union-attr]
     assert modes == {"1"}
     assert (taken.mean, taken.std) == (backbone.mean, backbone.std)
     image = torch.rand(1, 3, 32, 32)
@@ -231,7 +233,7 @@ def test_modes_hooks_and_statistics_of_images() -> None:
     assert not again.training
 
 
-def test_layers_of_parameters_are_those_of_the_whole_network() -> None:
+def test_layers_of_parameters_are_those_of_the_full_backbone() -> None:
     backbone, elastic = build("vit_tiny_patch16_224", VIT)
     layers = backbone.parameter_layers()
     taken = elastic.take(backbone, elastic.sizes[0])
@@ -255,6 +257,6 @@ def test_norms_of_every_size_have_biases() -> None:
     """The published code passes a device where newer torch expects the bias, and has none."""
     backbone, elastic = build("vit_tiny_patch16_224", VIT)
     for size in elastic.sizes:
-        norms = [part for part in elastic.take(backbone, size).modules() if isinstance(part, nn.LayerNorm)]
+        norms = [module for module in elastic.take(backbone, size).modules() if isinstance(module, nn.LayerNorm)]
         assert len(norms) == 2 * size.depth + 1
         assert all(norm.bias is not None and norm.bias.shape == norm.weight.shape for norm in norms)

@@ -20,14 +20,14 @@ SWIN: dict[str, Any] = {
 
 
 def build(name: str, arguments: dict[str, Any], width: int, depth: int | tuple[int, ...]) -> tuple[Any, Any, Elastic]:
-    """A network of random values, one of its sub-networks, and what connects them."""
+    """A model with random values, one of its sub-networks, and the `Elastic` that connects them."""
     torch.manual_seed(0)
-    whole = create_backbone(name, **arguments).double().eval()
+    full = create_backbone(name, **arguments).double().eval()
     with torch.no_grad():
-        for parameter in whole.parameters():
+        for parameter in full.parameters():
             parameter.normal_(std=parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.5)
-    elastic = Elastic(whole, ElasticConfig(candidates=((width, depth),)))
-    return whole.model, elastic.take(whole, elastic.sizes[0]).model, elastic
+    elastic = Elastic(full, ElasticConfig(candidates=((width, depth),)))
+    return full.model, elastic.take(full, elastic.sizes[0]).model, elastic
 
 
 def close(ours: Tensor, expected: Tensor) -> None:
@@ -65,9 +65,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = No
     size = q.shape[-1] // heads
     results = []
     for head in range(heads):
-        part = slice(head * size, (head + 1) * size)
-        logits = q[..., part] @ k[..., part].transpose(-1, -2) * size**-0.5
-        results.append((logits if bias is None else logits + bias[head]).softmax(-1) @ v[..., part])
+        channels = slice(head * size, (head + 1) * size)
+        logits = q[..., channels] @ k[..., channels].transpose(-1, -2) * size**-0.5
+        results.append((logits if bias is None else logits + bias[head]).softmax(-1) @ v[..., channels])
     return torch.cat(results, -1)
 
 
@@ -86,22 +86,22 @@ def mlp(module: Any, x: Tensor, hidden: int) -> Tensor:
 
 @pytest.mark.parametrize(("width", "depth"), [(8, 2), (8, 4), (24, 3), (32, 2)])
 def test_vit(width: int, depth: int) -> None:
-    whole, part, _ = build("vit_small_patch14_reg4_dinov2", PLAIN, width, depth)
+    full, sub, _ = build("vit_small_patch14_reg4_dinov2", PLAIN, width, depth)
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    x = F.conv2d(images, whole.patch_embed.proj.weight, whole.patch_embed.proj.bias, stride=16)
-    x = x.flatten(2).transpose(1, 2)[..., :width] + whole.pos_embed[..., :width]
-    tokens = [token[..., :width].expand(2, -1, -1) for token in (whole.cls_token, whole.reg_token)]
+    x = F.conv2d(images, full.patch_embed.proj.weight, full.patch_embed.proj.bias, stride=16)
+    x = x.flatten(2).transpose(1, 2)[..., :width] + full.pos_embed[..., :width]
+    tokens = [token[..., :width].expand(2, -1, -1) for token in (full.cls_token, full.reg_token)]
     x = torch.cat([*tokens, x], 1)
     for number in {2: (0, 3), 3: (0, 1, 3), 4: (0, 1, 2, 3)}[depth]:
-        block = whole.blocks[number]
+        block = full.blocks[number]
         x = x + block.ls1.gamma[:width] * attention(block.attn, norm(x, block.norm1), width // 8)
         x = x + block.ls2.gamma[:width] * mlp(block.mlp, norm(x, block.norm2), 4 * width)
-    assert whole.norm.bias is not None
-    assert whole.blocks[0].norm1.bias is not None
-    expected = norm(x, whole.norm)[:, 0]
-    features = part.forward_head(part.forward_features(images), pre_logits=True)
+    assert full.norm.bias is not None
+    assert full.blocks[0].norm1.bias is not None
+    expected = norm(x, full.norm)[:, 0]
+    features = sub.forward_head(sub.forward_features(images), pre_logits=True)
     close(features, expected)
-    parameters = list(whole.parameters())
+    parameters = list(full.parameters())
     ours, theirs = (
         torch.autograd.grad(result.square().sum(), parameters, materialize_grads=True)
         for result in (features, expected)
@@ -110,56 +110,56 @@ def test_vit(width: int, depth: int) -> None:
 
 
 def test_packed_gated_unit() -> None:
-    whole, part, _ = build("vit_giant_patch14_dinov2", PLAIN | {"mlp_ratio": 4}, 16, 2)
+    full, sub, _ = build("vit_giant_patch14_dinov2", PLAIN | {"mlp_ratio": 4}, 16, 2)
     x = torch.randn(2, 5, 16, dtype=torch.float64)
-    layers = whole.blocks[3].mlp
+    layers = full.blocks[3].mlp
     weights, biases = layers.fc1.weight.chunk(2), layers.fc1.bias.chunk(2)
     gate, value = (scaled_linear(x, weights[n], biases[n], 32) for n in range(2))
-    close(part.blocks[1].mlp(x), scaled_linear(F.silu(gate) * value, layers.fc2.weight, layers.fc2.bias, 16))
+    close(sub.blocks[1].mlp(x), scaled_linear(F.silu(gate) * value, layers.fc2.weight, layers.fc2.bias, 16))
 
 
 @pytest.mark.parametrize(("name", "heads"), [("vit_base_patch16_siglip_224", 2), ("vit_pe_core_tiny_patch16_384", 4)])
 def test_attention_pooling(name: str, heads: int) -> None:
-    whole, part, _ = build(name, PLAIN, 16, 2)
-    assert whole.attn_pool.num_heads == 2 * heads
+    full, sub, _ = build(name, PLAIN, 16, 2)
+    assert full.attn_pool.num_heads == 2 * heads
     x = torch.randn(2, 4, 16, dtype=torch.float64)
-    pool = whole.attn_pool
+    pool = full.attn_pool
     q = scaled_linear(pool.latent[0, :, :16], pool.q.weight, pool.q.bias, 16).expand(2, -1, -1)
     k, v = (scaled_linear(x, pool.kv.weight.chunk(2)[n], pool.kv.bias.chunk(2)[n], 16) for n in range(2))
     pooled = scaled_linear(attend(q, k, v, heads), pool.proj.weight, pool.proj.bias, 16)
     pooled = pooled + mlp(pool.mlp, norm(pooled, pool.norm), 64)
-    close(part.attn_pool(x), pooled[:, 0])
+    close(sub.attn_pool(x), pooled[:, 0])
 
 
 @pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "eva02_base_patch14_224", "beit_base_patch16_224"])
 def test_attention_with_biases_and_norms_of_its_own(name: str) -> None:
-    whole, part, _ = build(name, PLAIN, 16, 3)
+    full, sub, _ = build(name, PLAIN, 16, 3)
     x = torch.randn(2, 5, 16, dtype=torch.float64)
-    layers = whole.blocks[1].attn
+    layers = full.blocks[1].attn
     bias = layers._get_rel_pos_bias()[0, :2] if name.startswith("beit") else None
-    close(part.blocks[1].attn(x), attention(layers, x, 2, bias))
+    close(sub.blocks[1].attn(x), attention(layers, x, 2, bias))
 
 
 def test_separate_gated_unit() -> None:
-    whole, part, _ = build("eva02_base_patch14_224", PLAIN, 16, 2)
+    full, sub, _ = build("eva02_base_patch14_224", PLAIN, 16, 2)
     x = torch.randn(2, 5, 16, dtype=torch.float64)
-    layers = whole.blocks[3].mlp
-    hidden = part.blocks[1].mlp.fc2.in_features
+    layers = full.blocks[3].mlp
+    hidden = sub.blocks[1].mlp.fc2.in_features
     assert hidden == int(16 * 4 * 2 / 3)
     gate, value = (scaled_linear(x, layer.weight, layer.bias, hidden) for layer in (layers.fc1_g, layers.fc1_x))
     inner = norm(F.silu(gate) * value, layers.norm)
-    close(part.blocks[1].mlp(x), scaled_linear(inner, layers.fc2.weight, layers.fc2.bias, 16))
+    close(sub.blocks[1].mlp(x), scaled_linear(inner, layers.fc2.weight, layers.fc2.bias, 16))
 
 
 def test_relative_positions_of_each_head() -> None:
-    whole, part, _ = build("vit_relpos_small_patch16_224", PLAIN, 16, 2)
+    full, sub, _ = build("vit_relpos_small_patch16_224", PLAIN, 16, 2)
     x = torch.randn(2, 4, 16, dtype=torch.float64)
-    layers = whole.blocks[3].attn
-    close(part.blocks[1].attn(x), attention(layers, x, 2, layers.rel_pos.get_bias()[0, :2]))
+    layers = full.blocks[3].attn
+    close(sub.blocks[1].attn(x), attention(layers, x, 2, layers.rel_pos.get_bias()[0, :2]))
 
 
 def merged(x: Tensor, layer: Any, *, norm_first: bool) -> Tensor:
-    """Swin's merging of 2 x 2 places, neighbor by neighbor, each with the first columns of its own quarter."""
+    """Swin's merging of 2 x 2 positions, neighbor by neighbor, each with the first columns of its own quarter."""
     width, full = x.shape[-1], layer.dim
     neighbors = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
     if norm_first:
@@ -177,21 +177,21 @@ def merged(x: Tensor, layer: Any, *, norm_first: bool) -> Tensor:
 
 
 def test_swin() -> None:
-    whole, part, _ = build("swin_tiny_patch4_window7_224", SWIN, 16, (2, 1, 3, 1))
+    full, sub, _ = build("swin_tiny_patch4_window7_224", SWIN, 16, (2, 1, 3, 1))
     for stage, heads in ((0, 2), (2, 8)):
         windows = torch.randn(6, 4, 8 * heads, dtype=torch.float64)
-        layers = whole.layers[stage].blocks[0].attn
+        layers = full.layers[stage].blocks[0].attn
         table = layers.relative_position_bias_table[:, :heads]
         bias = table[layers.relative_position_index.flatten()].view(4, 4, heads).permute(2, 0, 1)
-        close(part.layers[stage].blocks[0].attn(windows), attention(layers, windows, heads, bias))
+        close(sub.layers[stage].blocks[0].attn(windows), attention(layers, windows, heads, bias))
     x = torch.randn(2, 4, 4, 32, dtype=torch.float64)
-    close(part.layers[2].downsample(x), merged(x, whole.layers[2].downsample, norm_first=True))
+    close(sub.layers[2].downsample(x), merged(x, full.layers[2].downsample, norm_first=True))
 
 
 def test_swin_v2() -> None:
-    whole, part, _ = build("swinv2_tiny_window8_256", SWIN, 16, (2, 1, 3, 1))
+    full, sub, _ = build("swinv2_tiny_window8_256", SWIN, 16, (2, 1, 3, 1))
     windows = torch.randn(6, 4, 16, dtype=torch.float64)
-    layers = whole.layers[0].blocks[0].attn
+    layers = full.layers[0].blocks[0].attn
     q, k, v = projections(layers, windows, 16)
     table = 16 * layers.cpb_mlp(layers.relative_coords_table).view(-1, 3).sigmoid()
     results = []
@@ -201,17 +201,17 @@ def test_swin_v2() -> None:
         bias = table[layers.relative_position_index.flatten(), head].view(4, 4)
         results.append((cosine * layers.logit_scale[head].exp() + bias).softmax(-1) @ v[..., part_of_head])
     expected = scaled_linear(torch.cat(results, -1), layers.proj.weight, layers.proj.bias, 16)
-    close(part.layers[0].blocks[0].attn(windows), expected)
+    close(sub.layers[0].blocks[0].attn(windows), expected)
     x = torch.randn(2, 4, 4, 32, dtype=torch.float64)
-    close(part.layers[2].downsample(x), merged(x, whole.layers[2].downsample, norm_first=False))
+    close(sub.layers[2].downsample(x), merged(x, full.layers[2].downsample, norm_first=False))
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", "convnextv2_atto"])
 def test_convnext(name: str) -> None:
     sizes = {"size": 32, "dims": (16, 32, 40, 48), "depths": (1, 1, 4, 1), "conv_mlp": False}
-    whole, part, _ = build(name, sizes, 8, (1, 1, 2, 1))
+    full, sub, _ = build(name, sizes, 8, (1, 1, 2, 1))
     x = torch.randn(2, 20, 4, 4, dtype=torch.float64)
-    block = whole.stages[2].blocks[3]
+    block = full.stages[2].blocks[3]
     inner = torch.stack([
         F.conv2d(x[:, channel : channel + 1], block.conv_dw.weight[channel : channel + 1], padding=3)[:, 0]
         + block.conv_dw.bias[channel] for channel in range(20)
@@ -223,22 +223,22 @@ def test_convnext(name: str) -> None:
         inner = inner + block.mlp.grn.bias[:80] + block.mlp.grn.weight[:80] * inner * share
     inner = scaled_linear(inner, block.mlp.fc2.weight, block.mlp.fc2.bias, 20)
     inner = inner if block.gamma is None else inner * block.gamma[:20]
-    close(part.stages[2].blocks[1](x), x + inner.permute(0, 3, 1, 2))
+    close(sub.stages[2].blocks[1](x), x + inner.permute(0, 3, 1, 2))
 
     x = torch.randn(2, 16, 8, 8, dtype=torch.float64)
-    layer = whole.stages[2].downsample
+    layer = full.stages[2].downsample
     normed = norm(x.permute(0, 2, 3, 1), layer[0]).permute(0, 3, 1, 2)
     expected = F.conv2d(2 * normed, layer[1].weight[:20, :16], layer[1].bias[:20], stride=2)
-    close(part.stages[2].downsample(x), expected)
+    close(sub.stages[2].downsample(x), expected)
 
 
 @pytest.mark.parametrize("norms", ["groupnorm", "batchnorm2d"])
 def test_resnet(norms: str) -> None:
     """Neither the input nor the output of a block is sliced, so alpha stands before its second and third layer."""
     sizes = {"size": 64, "channels": (64, 64, 64, 64), "layers": (1, 1, 4, 1), "norm_layer": norms, "base_width": 96}
-    whole, part, _ = build("resnet50", sizes, 64, (1, 1, 2, 1))
+    full, sub, _ = build("resnet50", sizes, 64, (1, 1, 2, 1))
     x = torch.randn(3, 256, 4, 4, dtype=torch.float64)
-    block, alpha = whole.layer3[3].train(), 96 / 64
+    block, alpha = full.layer3[3].train(), 96 / 64
 
     def normed(x: Tensor, layer: Any) -> Tensor:
         width = x.shape[1]
@@ -250,12 +250,12 @@ def test_resnet(norms: str) -> None:
     inner = F.conv2d(x, block.conv1.weight[:64]).clone()
     inner = F.conv2d(alpha * normed(inner, block.bn1).relu(), block.conv2.weight[:64, :64], padding=1)
     inner = F.conv2d(alpha * normed(inner, block.bn2).relu(), block.conv3.weight[:, :64])
-    close(part.layer3[1].train()(x.clone()), (x + normed(inner, block.bn3)).relu())
+    close(sub.layer3[1].train()(x.clone()), (x + normed(inner, block.bn3)).relu())
 
 
 def test_a_prefix_of_the_stacked_matrix_would_be_queries_alone() -> None:
-    whole, part, _ = build("vit_tiny_patch16_224", PLAIN, 16, 2)
-    wrong, right = whole.blocks[0].attn.qkv.weight[:48, :16], part.blocks[0].attn.qkv.weight
+    full, sub, _ = build("vit_tiny_patch16_224", PLAIN, 16, 2)
+    wrong, right = full.blocks[0].attn.qkv.weight[:48, :16], sub.blocks[0].attn.qkv.weight
     torch.testing.assert_close(right[:16], 2 * wrong[:16])
     assert not torch.isclose(right[16:], 2 * wrong[16:]).any()
 
@@ -280,7 +280,7 @@ def test_the_published_small_of_a_large_vit_is_timms_vit_small() -> None:
     torch.testing.assert_close(small.eval()(images), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_whole_network_is_its_own_largest() -> None:
+def test_the_full_backbone_is_its_own_largest_size() -> None:
     backbone = create_backbone("vit_tiny_patch16_224", **PLAIN)
     elastic = Elastic(backbone, ElasticConfig(depth=3))
     assert elastic.take(backbone, elastic.full) is backbone

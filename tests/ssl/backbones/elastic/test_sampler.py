@@ -1,4 +1,4 @@
-"""The walk through the list of sub-networks."""
+"""Passes through the list of sub-networks."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ TINY = candidates(ElasticConfig(width=8, depth=2), SubSize(24, (4,)), 8)
     [(VIT, 3.0, True, 572), (SWIN, 2.0, True, 88), (SWIN, 3.0, True, 156), (RESNET, 2.0, False, 698)],
     ids=["vit", "swin", "swin of the paper", "resnet"],
 )
-def test_each_pass_holds_each_size_as_often_as_published_and_the_whole_network_never(
+def test_each_pass_holds_each_size_as_often_as_published_and_the_full_size_never(
     sizes: list[SubSize], scale: float, by_width: bool, length: int
 ) -> None:
     sampler = SizeSampler(sizes, seed=0, scale=scale, by_width=by_width)
     assert len(sampler.entries) == length
     times = Counter(dict(zip(sizes, multiplicities(sizes, scale, by_width=by_width), strict=True)))
     del times[sizes[-1]]
-    walks = [[sampler.at(walk * length + position) for position in range(length)] for walk in range(2)]
-    assert Counter(walks[0]) == Counter(walks[1]) == times
-    assert walks[0] != walks[1]
-    assert all(walk != sampler.entries for walk in walks)
+    passes = [[sampler.at(walk * length + position) for position in range(length)] for walk in range(2)]
+    assert Counter(passes[0]) == Counter(passes[1]) == times
+    assert passes[0] != passes[1]
+    assert all(walk != sampler.entries for walk in passes)
 
 
 def test_the_smallest_published_vit_is_drawn_nine_times_of_572() -> None:
@@ -43,7 +43,7 @@ def test_the_smallest_published_vit_is_drawn_nine_times_of_572() -> None:
 
 
 def test_frequencies_are_the_papers_probabilities_up_to_rounding() -> None:
-    """p(i, j) ~ ((S - 1)(N - i) / N + 1)((S - 1)(M - j) / M + 1) of the paper, without the whole network."""
+    """p(i, j) ~ ((S - 1)(N - i) / N + 1)((S - 1)(M - j) / M + 1) of the paper, without the full size."""
     drawn = Counter(SizeSampler(VIT, seed=0, scale=3.0).entries)
     weights = {
         SubSize(384 + 64 * i, (12 + j,)): (2 * (10 - i) / 10 + 1) * (2 * (12 - j) / 12 + 1)
@@ -71,13 +71,13 @@ def test_ranks_walk_together_or_each_by_itself() -> None:
     steps = range(100)
     together = SizeSampler(VIT, seed=0)
     assert [together.at(step, 0) for step in steps] == [together.at(step, 5) for step in steps]
-    apart = SizeSampler(VIT, seed=0, shared=False)
-    walks = [[apart.at(step, rank) for step in steps] for rank in range(3)]
-    assert len({tuple(walk) for walk in walks}) == 3
-    both = [(apart.at(step, 0), apart.at(step, 1)) for step in steps]  # ranks of one process in turn
-    assert both == list(zip(walks[0], walks[1], strict=True))
+    separate = SizeSampler(VIT, seed=0, shared=False)
+    passes = [[separate.at(step, rank) for step in steps] for rank in range(3)]
+    assert len({tuple(walk) for walk in passes}) == 3
+    both = [(separate.at(step, 0), separate.at(step, 1)) for step in steps]  # ranks of one process in turn
+    assert both == list(zip(passes[0], passes[1], strict=True))
 
 
 def test_a_network_of_one_size_has_nothing_to_draw() -> None:
-    with pytest.raises(ConfigError, match="no size but the whole network's; give a smaller width or depth"):
+    with pytest.raises(ConfigError, match="no size but the full one; give a smaller width or depth"):
         SizeSampler(TINY[-1:], seed=0)

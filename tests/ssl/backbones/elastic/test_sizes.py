@@ -43,7 +43,7 @@ def test_alternating_blocks_keep_their_parity() -> None:
 
 
 def elastic_of(name: str, arguments: dict[str, Any], **config: Any) -> Elastic:
-    """Of a network without values, which are not looked at and take long to draw."""
+    """Sizes of a model on the meta device: values do not matter here, and take long to draw."""
     with torch.device("meta"):
         return Elastic(create_backbone(name, **arguments), ElasticConfig(**config))
 

@@ -1,4 +1,4 @@
-"""Rules of the masked form one by one: against arithmetic on the visible places alone."""
+"""Rules of the masked form one by one, against arithmetic on visible positions alone."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def lively(module: nn.Module) -> nn.Module:
     return convert(module)
 
 
-def test_rows_stand_cell_by_cell_and_go_back_to_their_places():
+def test_gathered_tokens_are_ordered_by_cell_and_scatter_back():
     positions = torch.arange(3 * 4 * 12.0).view(3, 1, 4, 12)
     cells = Cells(masking())
     tokens = gather_tokens(positions, cells, FACTOR)
@@ -64,7 +64,7 @@ def test_gradients_of_moving_rows():
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
 @pytest.mark.parametrize("keep", [2, 4])
-def test_batch_norm_counts_visible_places_only(execution, keep):
+def test_batch_norm_counts_visible_positions_only(execution, keep):
     x = masked(execution, keep=keep)
     norm = lively(BatchNormAct2d(CHANNELS, act_layer=nn.ReLU)).train()
     tokens = x.tokens().flatten(0, 1)
@@ -77,17 +77,17 @@ def test_batch_norm_counts_visible_places_only(execution, keep):
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
-def test_layer_norm_leaves_masked_places_at_zero(execution):
+def test_layer_norm_leaves_masked_positions_at_zero(execution):
     x = masked(execution)
     norm = lively(LayerNorm2d(CHANNELS))
     found = norm(x)
     torch.testing.assert_close(found.tokens(), F.layer_norm(x.tokens(), (CHANNELS,), norm.weight, norm.bias, norm.eps))
-    hidden = ~x.cells.active(FACTOR).expand(found.shape)
-    assert not found.dense()[hidden].any()
+    inactive = ~x.cells.active(FACTOR).expand(found.shape)
+    assert not found.dense()[inactive].any()
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
-def test_squeeze_and_excite_averages_over_visible_places(execution):
+def test_squeeze_and_excite_averages_over_visible_positions(execution):
     x = masked(execution)
     gate = lively(SEModule(CHANNELS, rd_channels=4))
     mean = x.tokens().mean(1)[:, :, None, None]
@@ -96,7 +96,7 @@ def test_squeeze_and_excite_averages_over_visible_places(execution):
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
-def test_response_norm_is_of_each_image_and_of_visible_places(execution):
+def test_response_norm_is_per_image_and_over_visible_positions(execution):
     x = masked(execution)
     norm = lively(GlobalResponseNorm(CHANNELS, channels_last=False))
     found = norm(x).tokens()
@@ -117,7 +117,7 @@ def test_response_norm_survives_large_activations_in_half_precision():
     assert torch.equal(norm(x).tokens(), 600 * torch.ones(3, 24, CHANNELS, dtype=torch.half))
 
 
-def test_an_average_pool_counts_masked_places_in_its_divisor():
+def test_an_average_pool_counts_masked_positions_in_its_divisor():
     pool = convert(nn.AvgPool2d(3, 1, 1))
     visible = torch.zeros(1, 2, 2, dtype=torch.bool)
     visible[0, 0, 0] = True
@@ -126,7 +126,7 @@ def test_an_average_pool_counts_masked_places_in_its_divisor():
     assert pool(x).dense()[0, 0, 0, 0] == pytest.approx(4 / 9)  # two by two ones among nine
 
 
-def test_in_a_max_pool_the_zeros_of_masked_places_beat_negative_values():
+def test_in_a_max_pool_the_zeros_of_masked_positions_beat_negative_values():
     pool = convert(nn.MaxPool2d(3, 1, 1))
     visible = torch.tensor([[[True, False], [False, False]]])
     cells = Cells(random_masking((~visible).flatten(1).float(), 1, (2, 2)))
@@ -135,7 +135,7 @@ def test_in_a_max_pool_the_zeros_of_masked_places_beat_negative_values():
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(1, 1, 0), (2, 2, 0), (1, 2, 0), (3, 1, 1), (3, 2, 1)])
-def test_convolutions_see_zeros_at_masked_places(kernel, stride, padding):
+def test_convolutions_see_zeros_at_masked_positions(kernel, stride, padding):
     layer = lively(nn.Conv2d(CHANNELS, 5, kernel, stride, padding))
     x = masked("gathered")
     full = F.conv2d(x.dense(), layer.weight, layer.bias, stride, padding)
@@ -155,7 +155,7 @@ def test_weights_stay_standardized():
     torch.testing.assert_close(layer(x).dense(), wanted)
 
 
-def test_a_converted_network_is_the_same_for_whole_images():
+def test_a_converted_model_is_the_same_on_unmasked_images():
     backbone = create_backbone("convnextv2_atto", size=64, dims=(8, 16, 16, 16), depths=(1, 1, 1, 1))
     names = list(backbone.state_dict())
     images = torch.randn(2, 3, 64, 64)
@@ -203,8 +203,8 @@ def test_half_precision_runs():
 @pytest.mark.parametrize(
     ("act", "reason"),
     [
-        (lambda x: x.flatten(2), "flatten puts its places into another order"),
-        (lambda x: x[:, :, ::2], "taking a part of the places of a map has no masked form"),
+        (lambda x: x.flatten(2), "flatten changes the order of its positions"),
+        (lambda x: x[:, :, ::2], "selecting some positions of a map has no masked form"),
         (lambda x: x.mean(2), r"mean over axes \[2\] has no masked form"),
         (lambda x: torch.fft.fft(x), "fft_fft has no masked form"),
         (lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"), r"interpolation \(bilinear\) mixes cells"),

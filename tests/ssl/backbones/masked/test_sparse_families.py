@@ -1,4 +1,4 @@
-"""The masked form of every family of timm that has one: the same network, no leak, both executions alike."""
+"""The masked form of every family of timm that has one: the same model, no leak, both executions equal."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ NARROWER = {
     "vgg": {"mlp_ratio": 0.01},
     "xception_aligned": {"block_cfg": XCEPTION},
 }
-"""The same layers as in the table, with fewer channels, where a network has many."""
+"""The same layers as in the table, with fewer channels if a model has many."""
 
 
 def build(module: str) -> Backbone:
@@ -92,11 +92,11 @@ def build(module: str) -> Backbone:
 
 @cache
 def prepared(module: str) -> tuple[nn.Module, tuple[int, int], tuple[int, int]]:
-    """The network in double precision with lively norms, its size, and one cell of its mask."""
+    """The model in double precision with random norms, its size, and one cell of its mask."""
     backbone = build(module)
     model = backbone.model.double()
     if module == "convmixer":
-        model.blocks = model.blocks[:4]  # its 32 with norms over twelve places blow rounding up
+        model.blocks = model.blocks[:4]  # 32 blocks with norms over twelve positions amplify rounding errors
     if module == "vgg":
         model.pre_logits = nn.Identity()  # 100 M parameters behind the last map
     for layer in model.modules():
@@ -133,8 +133,8 @@ def test_with_everything_visible_it_is_the_original_bit_for_bit(module):
     images = torch.randn(2, 3, *size, dtype=torch.double)
     plain, masked, tokens = copy.deepcopy(model), convert(copy.deepcopy(model)), convert(copy.deepcopy(model))
     for training in (False, True):  # the pass in eval mode leaves the networks as they were
-        for network in (plain, masked, tokens):
-            network.train(training)
+        for variant in (plain, masked, tokens):
+            variant.train(training)
         torch.manual_seed(1)
         expected = plain.forward_intermediates(images, output_fmt="NCHW", intermediates_only=True)
         for found, wanted in zip(maps(masked, images, masking, cell, "dense"), expected, strict=True):
@@ -142,7 +142,7 @@ def test_with_everything_visible_it_is_the_original_bit_for_bit(module):
         for found, wanted in zip(masked.state_dict().items(), plain.state_dict().items(), strict=True):
             assert found[0] == wanted[0]
             assert torch.equal(found[1], wanted[1]), found[0]  # running statistics
-        # On rows the sums run in another order.
+        # On gathered tokens the sums run in another order.
         for found, wanted in zip(maps(tokens, images, masking, cell), expected, strict=True):
             torch.testing.assert_close(found, wanted, atol=1e-7, rtol=1e-7)
 
@@ -162,13 +162,13 @@ def test_masked_places_are_zero_and_nothing_of_them_leaks(module):
         for one, other in zip(first, second, strict=True):
             assert torch.equal(one, other)
             factor = (one.shape[-2] // 2, one.shape[-1] // 3)
-            hidden = ~masking.enlarged(factor)[:, None].expand_as(one)
-            assert not one[hidden].any()
-            assert one[~hidden].abs().sum() > 0
+            inactive = ~masking.enlarged(factor)[:, None].expand_as(one)
+            assert not one[inactive].any()
+            assert one[~inactive].abs().sum() > 0
 
 
 def _encoder(model: nn.Module, size, cell, execution: str):
-    """`SparseEncoder.maps` on a bare network: images enter as they are, with their masked pixels."""
+    """`SparseEncoder.maps` on a bare model: images enter unchanged, with their masked pixels."""
 
     class Bare:
         def maps(self, x: Tensor, indices: list[int]) -> list[Tensor]:
@@ -192,12 +192,12 @@ def test_rows_and_masked_maps_give_the_same_values_and_gradients(module):
     images = torch.randn(2, 3, *size, dtype=torch.double)
     results = {}
     for execution in ("dense", "gathered"):
-        network = convert(copy.deepcopy(model)).train()
-        found = maps(network, images, masking, cell, execution)
+        converted = convert(copy.deepcopy(model)).train()
+        found = maps(converted, images, masking, cell, execution)
         torch.manual_seed(3)
         sum((one * torch.randn(one.shape, dtype=one.dtype)).sum() for one in found).backward()
-        gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
-        results[execution] = (found, gradients, dict(network.named_buffers()))
+        gradients = {name: p.grad for name, p in converted.named_parameters() if p.grad is not None}
+        results[execution] = (found, gradients, dict(converted.named_buffers()))
     (maps_a, gradients_a, buffers_a), (maps_b, gradients_b, buffers_b) = results["dense"], results["gathered"]
     for one, other in zip(maps_a, maps_b, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
@@ -220,8 +220,8 @@ def test_a_family_without_a_masked_form_says_why():
     asked = ("swin_transformer", "vision_transformer", "inception_v3")
     reasons = {module: build(module).missing_reason("sparse_convs") or "" for module in asked}
     assert all(0 < len(reason) < 120 and "\n" not in reason for reason in reasons.values()), reasons
-    assert reasons["swin_transformer"].endswith("attends to all places")
-    assert reasons["vision_transformer"].endswith("attn: Attention attends to all places")
+    assert reasons["swin_transformer"].endswith("attends to all positions")
+    assert reasons["vision_transformer"].endswith("attn: Attention attends to all positions")
     assert "does not divide into" in reasons["inception_v3"]
 
 

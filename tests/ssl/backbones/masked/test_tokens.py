@@ -43,7 +43,7 @@ MODELS = {
 
 
 def build(case: str, **kwargs: object) -> Backbone:
-    """The tiny network of `case` on 3x2 patches, with every parameter moved away from its initial value."""
+    """The tiny model of `case` on 3x2 patches, with every parameter moved away from its initial value."""
     name = case.partition(":")[0]
     settings = {**TINY, **MODELS.get(case, {}), **kwargs}
     probe = settings.get("patch_size", 14 if "patch14" in name else 16)
@@ -89,9 +89,9 @@ def test_dropped_patches_cannot_leak(case):
     encoder = TokenEncoder(backbone)
     x = images(backbone)
     kept = torch.tensor([[4, 1], [0, 5]])
-    hidden = torch.ones(2, 6, dtype=torch.bool).scatter(1, kept, False)
+    masked = torch.ones(2, 6, dtype=torch.bool).scatter(1, kept, False)
     mask = (
-        hidden.view(2, 1, 3, 2).repeat_interleave(encoder.patch_size[0], 2).repeat_interleave(encoder.patch_size[1], 3)
+        masked.view(2, 1, 3, 2).repeat_interleave(encoder.patch_size[0], 2).repeat_interleave(encoder.patch_size[1], 3)
     )
     before, prefix = encoder.encode(x, kept)
     after, _ = encoder.encode(torch.where(mask, float("nan"), x), kept)
@@ -132,7 +132,7 @@ def test_sizes_that_do_not_fit_are_refused():
         ("samvit_base_patch16_224", "windows need the whole grid"),
         ("vitamin_small_224", "stem mixes neighboring patches"),
         ("vit_small_r26_s32_224", "stem mixes neighboring patches"),
-        ("mixer_s32_224", "weights for each place"),
+        ("mixer_s32_224", "weights for each position"),
         ("xcit_nano_12_p16_224", "neighboring patches interact"),
         ("vit_base_patch16_224:pos_drop", "set pos_drop_rate and patch_drop_rate to 0"),
         ("vit_base_patch16_224:patch_drop", "set pos_drop_rate and patch_drop_rate to 0"),

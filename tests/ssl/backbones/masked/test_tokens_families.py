@@ -1,4 +1,4 @@
-"""Token dropping of each family is exact: equal to the whole network with the dropped tokens hidden from attention.
+"""Token dropping of each family is exact: equal to the full model with the dropped tokens masked in attention.
 
 The reference is timm's own ``forward_features`` on all patches, run under a mode that takes the dropped keys out of
 every softmax between tokens; no code of `unlabeled.ssl.backbones.masked.tokens` takes part in it. Float64, results and
@@ -37,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
         **{"use_rel_pos_bias": False, "use_abs_pos_emb": True, "qkv_bias": False, "init_values": None},
         **{"swiglu_mlp": True, "scale_mlp": True, "global_pool": "token"},
     },
-    "vit_relpos_small_patch16_224": TINY,  # a network of the distance in each block, no class token
+    "vit_relpos_small_patch16_224": TINY,  # an MLP on the distance in each block, no class token
     "vit_srelpos_small_patch16_224": TINY,  # one for all blocks
     "vit_relpos_base_patch16_clsgap_224": TINY,  # class token
     "vit_relpos_small_patch16_rpn_224": TINY,  # norm after attention
@@ -73,7 +73,7 @@ SINGLE = {"deepseek_vit_412m": 1e-5}
 
 
 def build(case: str) -> Backbone:
-    """The tiny network of `case` on 3x2 cells (ConViT knows squares only), in float64, with no parameter at rest."""
+    """The tiny model of `case` on 3x2 cells (ConViT knows squares only), in float64, with no parameter at rest."""
     name = case.partition(":")[0]
     settings = {key: value for key, value in CASES[case].items() if value is not None}
     cell = 32 if "hiera" in name else 14 if "patch14" in name or "deepseek" in name else 16
@@ -89,20 +89,20 @@ def build(case: str) -> Backbone:
 
 
 class MaskedPatches(TorchFunctionMode):
-    """Takes the keys `hidden` (B, N patches) out of every softmax over tokens of the images."""
+    """Takes the keys `masked` (B, N patches) out of every softmax over tokens of the images."""
 
-    def __init__(self, hidden: Tensor) -> None:
+    def __init__(self, masked: Tensor) -> None:
         super().__init__()
-        self.hidden = hidden
+        self.masked = masked
         self.used = 0
 
     def keys(self, shape: torch.Size) -> Tensor | None:
-        """Bool (B, 1, 1, keys) for scores of `shape`: prefix tokens are never hidden; None for other things."""
-        prefix = shape[-1] - self.hidden.shape[1]
-        if len(shape) != 4 or shape[0] != len(self.hidden) or prefix < 0 or prefix > 8:
+        """Bool (B, 1, 1, keys) for scores of `shape`: prefix tokens are never masked; None for other things."""
+        prefix = shape[-1] - self.masked.shape[1]
+        if len(shape) != 4 or shape[0] != len(self.masked) or prefix < 0 or prefix > 8:
             return None
         self.used += 1
-        return F.pad(self.hidden, (prefix, 0))[:, None, None]
+        return F.pad(self.masked, (prefix, 0))[:, None, None]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -125,14 +125,14 @@ class MaskedPatches(TorchFunctionMode):
 
 
 def dense(backbone: Backbone, x: Tensor, kept: Tensor) -> Tensor:
-    """What the whole network gives for the prefix and for the patches `kept` (B, K), the others hidden."""
+    """Output of the full model for the prefix and for the patches `kept` (B, K), with the others masked."""
     encoder = TokenEncoder(backbone)
     gh, gw = encoder.grid(backbone.input_size)
-    hidden = torch.ones(len(kept), gh * gw, dtype=torch.bool).scatter(1, kept, False)
+    masked = torch.ones(len(kept), gh * gw, dtype=torch.bool).scatter(1, kept, False)
     if "hiera" in backbone.name:  # timm itself can drop mask units; it gives them in raster order
-        found = backbone.model.forward_features(x, mask=~hidden)
+        found = backbone.model.forward_features(x, mask=~masked)
         return found.gather(1, kept.argsort(1).argsort(1)[..., None].expand(-1, -1, found.shape[-1]))
-    with MaskedPatches(hidden) as mode:
+    with MaskedPatches(masked) as mode:
         found = backbone.model.forward_features(x)
     assert mode.used >= 2  # two blocks
     found = found.flatten(1, -2)  # some give (B, gh, gw, D)
@@ -192,11 +192,11 @@ def test_dropped_patches_cannot_leak(case):
     backbone = build(case)
     encoder, x, kept = TokenEncoder(backbone), images(backbone), torch.tensor([[4, 1], [0, 5]])
     gh, gw = encoder.grid(backbone.input_size)
-    hidden = torch.ones(2, gh * gw, dtype=torch.bool).scatter(1, kept, False).view(2, 1, gh, gw)
-    hidden = hidden.repeat_interleave(encoder.patch_size[0], 2).repeat_interleave(encoder.patch_size[1], 3)
+    masked = torch.ones(2, gh * gw, dtype=torch.bool).scatter(1, kept, False).view(2, 1, gh, gw)
+    masked = masked.repeat_interleave(encoder.patch_size[0], 2).repeat_interleave(encoder.patch_size[1], 3)
     before, _ = encoder.encode(x, kept)
-    assert torch.equal(before, encoder.encode(torch.where(hidden, float("nan"), x), kept)[0])
-    assert not torch.allclose(before, encoder.encode(torch.where(hidden, x, x + 1), kept)[0])
+    assert torch.equal(before, encoder.encode(torch.where(masked, float("nan"), x), kept)[0])
+    assert not torch.allclose(before, encoder.encode(torch.where(masked, x, x + 1), kept)[0])
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "convit" not in case])  # ConViT cannot in timm either

@@ -1,4 +1,4 @@
-"""The network of context prediction: the table of the paper's repository, and timm's surface."""
+"""The AlexNet of context prediction: the table in the paper's repository, and timm's methods."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_forward_is_layer_by_layer_what_the_table_says():
 
 
 def test_no_batch_norm_can_learn():
-    """With scale and shift the network can silence itself and predict everything alike (the authors' warning)."""
+    """With scale and shift the network can turn itself off and predict the same everywhere (the authors' warning)."""
     model = timm.create_model("contextnet", **TINY)
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     assert len(norms) == 4
@@ -111,7 +111,7 @@ def test_other_sizes(size):
     assert backbone.missing_reason("dense_map") is None
 
 
-def test_larger_images_average_fc6_over_places():
+def test_larger_images_average_fc6_over_positions():
     model = timm.create_model("contextnet", num_classes=0, **TINY).eval()
     features = torch.randn(1, 12, 3, 4)
     expected = (model.forward_head(features[..., :3]) + model.forward_head(features[..., 1:])) / 2

@@ -1,4 +1,4 @@
-"""ConvMAE's network: the authors' block and sizes, timm's surface, and its run on visible cells only."""
+"""ConvMAE's backbone: the authors' block and sizes, timm's methods, and its run on visible cells only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZE = (24, 40)  # 3 x 5 cells
 
 
 def tiny_backbone(size: tuple[int, int] = SIZE, **kwargs: object) -> Backbone:
-    """With random values in norms and biases too, so that nothing is hidden by a zero or a one."""
+    """With random values in norms and biases too, so that no zero or one can conceal a difference."""
     torch.manual_seed(0)
     backbone = create_backbone("convmae_small", size=size, **{**TINY, **kwargs})
     for parameter in backbone.parameters():
@@ -39,7 +39,7 @@ def images(size: tuple[int, int] = SIZE) -> Tensor:
 
 
 def reference_block(block: ConvBlock, x: Tensor, visible: Tensor) -> Tensor:
-    """The block on a whole map (B, C, H, W), by its formula: only the input of the 5 x 5 convolution is masked."""
+    """The block on a dense map (B, C, H, W), by its formula: only the input of the 5 x 5 convolution is masked."""
 
     def norm(layer: nn.LayerNorm, value: Tensor) -> Tensor:
         mean, variance = value.mean(1, keepdim=True), value.var(1, keepdim=True, correction=0)
@@ -57,7 +57,7 @@ def reference_block(block: ConvBlock, x: Tensor, visible: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("name", "millions"), [("small", 21.94), ("base", 84.61), ("large", 321.95)])
 def test_sizes(name, millions):
-    """Of the base network 84.61 without its skips are the authors' (their tables round to 88 with the skips)."""
+    """For the base size, 84.61 without its skips is the authors' number (their tables round to 88 with the skips)."""
     with torch.device("meta"):
         model = timm.create_model(f"convmae_{name}", num_classes=0)
     assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 2) == millions
@@ -166,7 +166,7 @@ def test_layers_for_rate_decay():
     assert model.no_weight_decay() == {"pos_embed"}
 
 
-def test_stochastic_depth_drops_whole_images():
+def test_stochastic_depth_drops_complete_images():
     torch.manual_seed(0)
     block = ConvBlock(4, 2.0, drop_path=0.5, norm_eps=1e-5).train()
     x = torch.randn(64, 3, 2, 2, 4)  # cells of 64 images
@@ -199,7 +199,7 @@ def test_capabilities():
 
 
 def test_visible_cells_give_what_the_formula_gives():
-    """Against a reference on whole maps, in which garbage flows at hidden places but never reaches visible ones."""
+    """Against a reference on dense maps, where masked positions hold garbage that never reaches visible ones."""
     model, mask = tiny_backbone().double().model, masking()
     x = images().double()
     stages = StageEncoder(Backbone(model, size=SIZE)).encode(x, mask)
@@ -242,12 +242,12 @@ def test_gathered_and_dense_execution_agree(dtype, tolerance, patch_size):
 
 
 @pytest.mark.parametrize("execution", ["gathered", "dense"])
-def test_hidden_pixels_never_reach_visible_cells(execution):
+def test_masked_pixels_never_reach_visible_cells(execution):
     encoder, mask, x = StageEncoder(tiny_backbone()), masking(), images()
     visible = mask.enlarged((8, 8))[:, None]
     first = encoder.encode(x, mask, execution)
-    hidden = float("nan") if execution == "gathered" else 1e4  # a product with zero keeps what is not a number
-    second = encoder.encode(torch.where(visible, x, hidden), mask, execution)
+    fill = float("nan") if execution == "gathered" else 1e4  # a product with zero keeps what is not a number
+    second = encoder.encode(torch.where(visible, x, fill), mask, execution)
     third = encoder.encode(torch.where(visible, x + 1, x), mask, execution)
     for one, other, moved in zip(first, second, third, strict=True):
         assert torch.equal(one, other)
@@ -255,29 +255,29 @@ def test_hidden_pixels_never_reach_visible_cells(execution):
 
 
 @pytest.mark.parametrize("execution", ["gathered", "dense"])
-def test_everything_visible_is_the_plain_network(execution):
+def test_everything_visible_is_the_plain_model(execution):
     backbone = tiny_backbone().double().eval()
     mask, x = masking(keep=15), images().double()
     stages = StageEncoder(backbone).encode(x, mask, execution)
     tokens = backbone.model.norm(mask.restore(stages.tokens))
     torch.testing.assert_close(tokens, backbone.model.forward_features(x), atol=1e-12, rtol=0)
     maps = backbone.maps(x, [0, 1])
-    for found, whole, side in zip(stages[:2], maps, (4, 2), strict=True):
+    for found, dense, side in zip(stages[:2], maps, (4, 2), strict=True):
         cells = mask.restore(found.flatten(2)).view(2, 3, 5, side, side, -1)
-        rebuilt = cells.permute(0, 5, 1, 3, 2, 4).reshape(whole.shape)
-        torch.testing.assert_close(rebuilt, whole, atol=1e-12, rtol=0)
+        rebuilt = cells.permute(0, 5, 1, 3, 2, 4).reshape(dense.shape)
+        torch.testing.assert_close(rebuilt, dense, atol=1e-12, rtol=0)
 
 
 def test_visible_cells_see_their_visible_neighbors():
-    """The 5 x 5 convolutions reach over the border of a cell: another neighbor, other places."""
+    """The 5 x 5 convolutions reach over the border of a cell: another neighbor, other values."""
     encoder, x = StageEncoder(tiny_backbone()), images()
     both = encoder.encode(x, random_masking(torch.tensor([[0.1, 0.2, *[0.5] * 13]] * 2), 2, (3, 5)))
-    apart = encoder.encode(x, random_masking(torch.tensor([[0.1, *[0.5] * 13, 0.2]] * 2), 2, (3, 5)))
-    assert not torch.allclose(both.first[:, 0], apart.first[:, 0])
+    distant = encoder.encode(x, random_masking(torch.tensor([[0.1, *[0.5] * 13, 0.2]] * 2), 2, (3, 5)))
+    assert not torch.allclose(both.first[:, 0], distant.first[:, 0])
 
 
 @pytest.mark.parametrize("execution", ["gathered", "dense"])
-def test_activations_computed_anew_give_the_same_gradients(execution):
+def test_recomputed_activations_give_the_same_gradients(execution):
     backbone, mask = tiny_backbone().double().train(), masking()
     found = []
     for enabled in (False, True):

@@ -1,4 +1,4 @@
-"""RotNet's network-in-network: the table of the paper's repository, and timm's surface."""
+"""RotNet's network-in-network: the table in the paper's repository, and timm's methods."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-import unlabeled.ssl.backbones.backbone  # noqa: F401  registers the network
+import unlabeled.ssl.backbones.backbone  # noqa: F401  registers the architecture
 
 
 def test_registered_by_importing_the_backbone():
@@ -17,7 +17,7 @@ def test_registered_by_importing_the_backbone():
 
 @pytest.mark.parametrize(("blocks", "parameters"), [(3, 1_004_484), (4, 1_411_140), (5, 1_817_796)])
 def test_parameter_count_with_the_head_of_four(blocks, parameters):
-    """1,411,140 is the released network's; a block more is 192 * 192 * (9 + 1 + 1) + 6 * 192."""
+    """1,411,140 is the released number; one more block adds 192 * 192 * (9 + 1 + 1) + 6 * 192."""
     model = timm.create_model("nin_cifar", num_blocks=blocks, num_classes=4)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
@@ -43,7 +43,7 @@ def test_maps_of_the_paper():
 
 
 def test_average_pooling_counts_the_padding():
-    """A map of ones: a corner's window has 4 of 9 places inside, an edge's 6, the zeros of the padding count."""
+    """A map of ones: a corner's window has 4 of 9 positions inside, an edge's 6; zeros of the padding count."""
     pool = timm.create_model("nin_cifar").blocks[1].pool
     pooled = pool(torch.ones(1, 1, 16, 16))[0, 0]
     assert pooled.shape == (8, 8)

@@ -1,4 +1,4 @@
-"""Elastic networks: one network whose prefixes in width and depth are networks of their own (POA, arXiv 2408.01031)."""
+"""Elastic backbones: prefixes in width and depth are backbones of their own (POA, arXiv 2408.01031)."""
 
 from unlabeled.ssl.backbones.elastic.config import ElasticConfig
 from unlabeled.ssl.backbones.elastic.families import elastic_missing_reason

@@ -1,7 +1,7 @@
-"""Which of timm's networks are elastic: how their size is read, asked for and numbered.
+"""Which timm architectures are elastic: how to read, request and count their sizes.
 
-A family needs residual blocks that keep the shape, norms over the channels of one place or image, and widths that
-are prefixes in all layers of the residual stream. Networks that join maps (DenseNet), have no residuals (VGG) or
+A family needs residual blocks that keep the shape, norms over the channels of one position or image, and widths that
+are prefixes in all layers of the residual stream. Models that concatenate maps (DenseNet), have no residuals (VGG) or
 irregular widths (EfficientNet) have no such sub-networks.
 """
 
@@ -31,61 +31,62 @@ from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.elastic.sizes import SubSize
 from unlabeled.ssl.core.errors import CapabilityError
 
-_KNOWN = "ViT, DeiT, BEiT, EVA, Swin, ConvNeXt and ResNets of bottlenecks"
+_KNOWN = "ViT, DeiT, BEiT, EVA, Swin, ConvNeXt and bottleneck ResNets"
 _JOINT = {"qkv": 3, "kv": 2}
-"""Names of linear layers that make queries, keys and values at once → how many of these."""
+"""Names of linear layers that compute several of queries, keys and values at once → how many of them."""
 
 
 @dataclass(frozen=True)
 class ElasticFamily:
-    """One kind of network. Functions take the model, and its full size where it is needed."""
+    """One kind of elastic architecture. Its functions take the model and, where needed, a size."""
 
     kind: type[nn.Module]
     read: Callable[[Any], SubSize]
-    """The model's own size."""
+    """The model's own size, which is the full one."""
     unit: Callable[[Any], int]
-    """What widths must be multiples of."""
+    """The number that widths must be multiples of."""
     arguments: Callable[[Any, SubSize], Mapping[str, Any]]
-    """What ``timm.create_model`` is to be told for a sub-network, beside the arguments of the model itself."""
+    """Arguments of ``timm.create_model`` for a sub-network, in addition to those of the full model."""
     blocks: Callable[[int], str]
-    """Path of the list of blocks of a stage."""
+    """Path of the module list with the blocks of a stage."""
     shifts: bool = False
-    """Whether even and odd blocks differ."""
+    """Whether even and odd blocks differ (shifted windows)."""
     remedy: str = ""
-    """What else would do for a width that is no multiple of the unit."""
+    """Another way out, for the message about a width that is not a multiple of the unit."""
     multiplied_by_width: bool = True
-    """Whether small widths are published to be drawn more often."""
+    """Whether the published sampler draws small widths more often, as it does small depths."""
 
 
 def family_of(backbone: Backbone) -> ElasticFamily:
-    """The family of a network. Raises CapabilityError when it has none."""
+    """The family of a backbone. Raises CapabilityError if it has none."""
     if reason := elastic_missing_reason(backbone):
         raise CapabilityError(f"backbone: {backbone.name} cannot be elastic: {reason}")
+    # the exact class: a subclass may have parameters that no rule here slices
     return next(family for family in FAMILIES if type(backbone.model) is family.kind)
 
 
 def elastic_missing_reason(backbone: Backbone) -> str | None:
-    """Why the network has no sub-networks, in a few words; None when it has."""
+    """Why the backbone has no sub-networks, in a few words; None if it has some."""
     model = backbone.model
     if type(model) not in {family.kind for family in FAMILIES}:
-        return f"networks of its kind have no known sub-networks, those of {_KNOWN} have"
+        return f"sub-networks are known for {_KNOWN} only"
     if backbone.custom:
         return "a module of your own is not built by name; give the name of a timm model"
     return _obstacle(model)
 
 
 def axis_groups(parent: nn.Module | None, role: str, axes: int) -> tuple[int, ...]:
-    """Into how many equal parts each axis falls (see `unlabeled.ssl.backbones.elastic.slices`) of a parameter of the
-    module that `parent` calls `role`."""
+    """How many equal groups each axis of a parameter is split into (see `unlabeled.ssl.backbones.elastic.slices`), for
+    a parameter of the module that `parent` names `role`."""
     groups = [1] * axes
     if role in _JOINT:
         groups[0] = _JOINT[role]
     elif role == "fc1" and isinstance(parent, GluMlp):
-        groups[0] = 2
+        groups[0] = 2  # one layer computes gate and value
     elif isinstance(parent, (PatchMerging, PatchMergingV2)) and role == "reduction":
-        groups[-1] = 4
+        groups[-1] = 4  # four neighbors side by side
     elif isinstance(parent, PatchMerging) and role == "norm":
-        groups[0] = 4
+        groups[0] = 4  # Swin v1 norms the merged neighbors; v2 norms after the reduction
     return tuple(groups)
 
 
@@ -93,28 +94,28 @@ _OBSTACLES: dict[type[nn.Module], str] = {
     ParallelScalingBlock: "one layer of its blocks joins attention and MLP",
     DiffParallelScalingBlock: "one layer of its blocks joins attention and MLP",
     DiffAttention: "its attention depends on the number of the block",
-    RotaryEmbeddingMixed: "rotary frequencies of all blocks are one table",
+    RotaryEmbeddingMixed: "its rotary frequencies are one table for all blocks",
 }
 
 
 def _obstacle(model: nn.Module) -> str | None:
-    """Why `model` has no sub-networks although its class has, and what would do instead."""
+    """Why `model` has no sub-networks although its class usually has; the message includes an alternative."""
     for module in model.modules():
         if reason := _OBSTACLES.get(type(module)):
             return f"{reason}; give a plain transformer, such as vit_small_patch16_224"
         if isinstance(module, AttentionRope) and module.num_kv_heads != module.num_heads:
             return "its heads share keys and values; give a plain transformer, such as vit_small_patch16_224"
     if isinstance(model, ResNet) and not isinstance(model.layer1[0], Bottleneck):
-        return "its blocks have no inner width; give a ResNet of bottlenecks, such as resnet50"
+        return "its blocks have no inner width; give a bottleneck ResNet, such as resnet50"
     if isinstance(model, ResNet) and model.layer1[0].conv2.groups > 1:
-        return "its 3x3 convolutions fall into groups; give a plain ResNet, such as resnet50"
+        return "its 3x3 convolutions are grouped; give a plain ResNet, such as resnet50"
     if isinstance(model, ResNet) and getattr(model.layer1[0], "se", None) is not None:
-        return "attention over its channels has widths of its own; give a plain ResNet, such as resnet50"
+        return "its channel attention has widths of its own; give a plain ResNet, such as resnet50"
     return None
 
 
 def _head_unit(model: Any) -> int:
-    """Width per attention head, or the least multiple that leaves each attention a whole number of heads."""
+    """Width of one attention head, or the smallest multiple of it that gives every layer a whole number of heads."""
     heads = [module.num_heads for module in model.modules() if isinstance(getattr(module, "num_heads", None), int)]
     return int(model.embed_dim // math.gcd(model.embed_dim, *heads))
 
@@ -130,11 +131,12 @@ def _plain(kind: type[nn.Module]) -> ElasticFamily:
     """Transformers without stages."""
 
     def arguments(model: Any, size: SubSize) -> dict[str, Any]:
-        given = {"embed_dim": size.width, "depth": size.depths[0], "num_heads": _heads(model.blocks[0])}
+        sizes = {"embed_dim": size.width, "depth": size.depths[0], "num_heads": _heads(model.blocks[0])}
         if kind is Eva and model.attn_pool is not None:
-            given["attn_pool_num_heads"] = model.attn_pool.num_heads
-        heads = {name: count * size.width // model.embed_dim for name, count in given.items() if "heads" in name}
-        return given | heads
+            sizes["attn_pool_num_heads"] = model.attn_pool.num_heads
+        # heads keep their width, so their number shrinks with the model
+        heads = {name: count * size.width // model.embed_dim for name, count in sizes.items() if "heads" in name}
+        return sizes | heads
 
     return ElasticFamily(
         kind,
@@ -174,13 +176,14 @@ def _scaled(channels: list[int], width: int) -> tuple[int, ...]:
     return tuple(count * width // channels[0] for count in channels)
 
 
+# Of a bottleneck ResNet only the inner width changes: the residual stream keeps its channels.
 def _resnet_size(model: Any) -> SubSize:
     stages = [getattr(model, f"layer{stage + 1}") for stage in range(4)]
     return SubSize(stages[0][0].conv2.out_channels, tuple(map(len, stages)))
 
 
 def _resnet_unit(model: Any) -> int:
-    """Groups of the group norms, so that each keeps whole channels; 8 for other norms."""
+    """Number of groups of group norms, so that each group keeps whole channels; 8 for other norms."""
     norm = model.layer1[0].bn1
     return int(norm.num_groups) if isinstance(norm, nn.GroupNorm) else 8
 

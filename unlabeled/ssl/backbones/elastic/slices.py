@@ -1,8 +1,8 @@
-"""Parameters of a sub-network as slices of those of the whole network.
+"""Parameters of a sub-network as slices of the full backbone's parameters.
 
-Along each axis a slice takes the first part of each of `groups` equal parts: one group for most axes; three for the
-rows of a joint projection to queries, keys and values, of which a plain prefix would take queries alone; four for the
-columns of Swin's patch merging, whose input are four neighbors side by side; two for gated units.
+Along each axis, a slice takes the first entries of each of `groups` equal groups: one group for most axes; three for
+the rows of a joint projection to queries, keys and values, where a plain prefix would contain queries only; four for
+the columns of Swin's patch merging, whose inputs are four neighbors side by side; two for gated units.
 """
 
 from __future__ import annotations
@@ -14,53 +14,55 @@ from torch import Tensor
 
 
 class Slice(NamedTuple):
-    """How a parameter or buffer of a sub-network follows from the whole network's."""
+    """How a parameter or buffer of a sub-network follows from the full backbone's."""
 
     shape: tuple[int, ...]
-    """Of the slice."""
+    """Shape of the slice."""
     groups: tuple[int, ...]
-    """Equal parts of each axis, of each of which the first part is taken."""
+    """Number of equal groups along each axis; the first entries of each group are taken."""
     scale: float = 1.0
-    """What the values are multiplied by: for weights the number of whole over that of sliced inputs (alpha in the
-    paper), so that a sum over fewer inputs keeps its size. The paper scales the input, which is the same."""
+    """Factor on the values. For weights it is the number of full inputs divided by that of sliced inputs (alpha in the
+    paper), so that a sum over fewer inputs keeps its magnitude. The paper scales the input, which is equivalent."""
 
-    def of(self, whole: Tensor) -> Tensor:
-        """The slice of `whole`, in its graph; `whole` itself where nothing is left out."""
-        if whole.shape == self.shape and self.scale == 1:
-            return whole
-        return cast(Tensor, _Sliced.apply(whole, self))
+    def of(self, full: Tensor) -> Tensor:
+        """The slice of `full`, in its graph; `full` itself if nothing is left out."""
+        if full.shape == self.shape and self.scale == 1:
+            return full
+        return cast(Tensor, _Sliced.apply(full, self))
 
-    def fits(self, whole: Tensor) -> bool:
-        """Whether `whole` has such a slice."""
-        axes = zip(self.shape, self.groups, whole.shape, strict=False)
-        return len(self.shape) == whole.ndim and all(
+    def fits(self, full: Tensor) -> bool:
+        """Whether `full` has such a slice."""
+        axes = zip(self.shape, self.groups, full.shape, strict=False)
+        return len(self.shape) == full.ndim and all(
             own <= length and own % groups == length % groups == 0 for own, groups, length in axes
         )
 
 
 class _Sliced(torch.autograd.Function):
-    """One copy forward and one backward, whatever the number of axes."""
+    """Slices with one copy forward and one backward; narrow, index and multiply would copy once per axis."""
 
     @staticmethod
-    def forward(ctx: Any, whole: Tensor, part: Slice) -> Tensor:
-        ctx.part, ctx.shape = part, whole.shape
-        view = _view(whole, part)
-        copy = view.clone(memory_format=torch.contiguous_format) if part.scale == 1 else view * part.scale
-        return copy.reshape(part.shape)
+    def forward(ctx: Any, full: Tensor, slice_: Slice) -> Tensor:
+        ctx.slice, ctx.shape = slice_, full.shape
+        view = _view(full, slice_)
+        copy = view.clone(memory_format=torch.contiguous_format) if slice_.scale == 1 else view * slice_.scale
+        return copy.reshape(slice_.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
-        part: Slice = ctx.part
-        whole = gradients[0].new_zeros(ctx.shape)
-        view = _view(whole, part)
-        torch.mul(gradients[0].reshape(view.shape), part.scale, out=view)
-        return whole, None
+        slice_: Slice = ctx.slice
+        # entries outside of the slice get a gradient of zero, not None
+        full = gradients[0].new_zeros(ctx.shape)
+        view = _view(full, slice_)
+        torch.mul(gradients[0].reshape(view.shape), slice_.scale, out=view)  # writes through the view into `full`
+        return full, None
 
 
-def _view(whole: Tensor, part: Slice) -> Tensor:
-    """`whole` with the axes of several groups split into (groups, rest), and all narrowed to what is taken."""
-    view, axis = whole, 0
-    for length, groups, own in zip(whole.shape, part.groups, part.shape, strict=True):
+def _view(full: Tensor, slice_: Slice) -> Tensor:
+    """A view of `full`: axes of several groups are split into (groups, rest), and all are narrowed to the slice."""
+    view, axis = full, 0
+    for length, groups, own in zip(full.shape, slice_.groups, slice_.shape, strict=True):
+        # (n,) → (groups, n / groups): narrowing the second axis then keeps the first entries of each group
         if groups > 1:
             view = view.reshape(*view.shape[:axis], groups, length // groups, *view.shape[axis + 1 :])
             axis += 1

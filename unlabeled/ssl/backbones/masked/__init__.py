@@ -1,1 +1,1 @@
-"""Networks that see a part of the image: transformers on some of their tokens, ConvNets on some of their positions."""
+"""Backbones on part of an image: transformers on some of their tokens, ConvNets on some of their positions."""

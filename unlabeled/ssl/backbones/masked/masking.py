@@ -1,7 +1,7 @@
-"""Masks over a grid of cells: how many stay visible, which, and in what pattern.
+"""Masks over a grid of cells: how many cells stay visible, which ones, and in what pattern.
 
-A mask says *visible* (True) everywhere in this package; files and papers that say otherwise are converted at the edge.
-Every image of a batch keeps the same number K of cells, so that shapes are static.
+In this package, True in a mask means *visible*. Files and papers with the opposite convention are converted on input.
+All images of a batch keep the same number K of cells, so that shapes are static.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Rounding = Literal["exact", "official"]
 Pattern = Literal["random", "block", "grid"]
 
 _SLACK = 1e-9
-"""What a product of a count and a decimal ratio may be off by in double precision."""
+"""Error that a product of a count and a decimal ratio may have in double precision."""
 _RECTANGLES = 32
-"""Rectangles drawn for a block-wise mask; those past the ratio only decide the order of what is left."""
+"""Rectangles drawn per block-wise mask; those beyond the ratio only determine the order of the remaining cells."""
 
 
 class Masking(NamedTuple):
@@ -31,9 +31,9 @@ class Masking(NamedTuple):
     ids_keep: Tensor
     """Raster indices of the kept cells, int64 (B, K), in ascending order of noise."""
     ids_masked: Tensor
-    """Raster indices of the others, int64 (B, L - K), in ascending order of noise."""
+    """Raster indices of the masked cells, int64 (B, L - K), in ascending order of noise."""
     ids_restore: Tensor
-    """Rank of each raster position, int64 (B, L): gathering ``cat(kept, masked)`` with it gives raster order."""
+    """Rank of each raster position, int64 (B, L): indexing ``cat(kept, masked)`` with it gives raster order."""
     visible: Tensor
     """Bool (B, gh, gw)."""
 
@@ -43,21 +43,22 @@ class Masking(NamedTuple):
         return self.visible.shape[1], self.visible.shape[2]
 
     def restore(self, tokens: Tensor) -> Tensor:
-        """(B, L, D) with the kept tokens first and the masked ones after them → raster order."""
+        """(B, L, D), kept tokens first and masked ones after them → raster order."""
         return tokens.gather(1, self.ids_restore[..., None].expand(-1, -1, tokens.shape[-1]))
 
     def enlarged(self, cell: tuple[int, int]) -> Tensor:
-        """`visible` with each cell repeated to `cell` = (rows, columns) places: bool (B, gh * rows, gw * columns)."""
+        """`visible` with each cell repeated to `cell` = (rows, columns) positions: (B, gh * rows, gw * columns)."""
         return self.visible.repeat_interleave(cell[0], 1).repeat_interleave(cell[1], 2)
 
 
 def count_keep(cells: int, ratio: float, method: Method = "mae", rounding: Rounding = "exact") -> int:
-    """Cells that stay visible when the part `ratio` of them is masked, as `method` counts them.
+    """Number of visible cells when a fraction `ratio` is masked, as `method` rounds it.
 
-    mae, convmae, fcmae: the integer part of L (1 - r). simmim: all but the next integer from L r. spark: L (1 - r)
-    rounded, halves to even. ``exact`` rounds the decimal product; ``official`` rounds the product in double precision
-    as the authors' code does (MAE: 19 of 100 at 0.8, since that product is slightly under 20).
+    mae, convmae, fcmae: the integer part of L (1 - r). simmim: L minus L r rounded up. spark: L (1 - r) rounded, halves
+    to even. ``exact`` rounds the decimal product; ``official`` rounds the product in double precision, as the authors'
+    code does (MAE: 19 of 100 at 0.8, since that product is slightly below 20).
     """
+    # rounding down needs slack upwards (19.9999 of 20), rounding up needs it downwards
     slack = _SLACK if rounding == "exact" else 0.0
     if method == "simmim":
         return cells - math.ceil(cells * ratio - slack)
@@ -68,7 +69,7 @@ def count_keep(cells: int, ratio: float, method: Method = "mae", rounding: Round
 
 
 def random_masking(noise: Tensor, keep: int, grid: tuple[int, int]) -> Masking:
-    """Keeps the `keep` cells with the smallest `noise` (B, L) of each image, each image by itself.
+    """Keeps the `keep` cells with the smallest `noise` (B, L) in each image independently.
 
     Source: MAE (arXiv 2111.06377), appendix A.1: random sampling without replacement, by a shuffle.
     """
@@ -80,9 +81,9 @@ def random_masking(noise: Tensor, keep: int, grid: tuple[int, int]) -> Masking:
 
 
 def masking_of(visible: Tensor) -> Masking:
-    """The masking of a given map, bool (B, gh, gw); kept and masked cells stand in raster order.
+    """The masking for a given mask, bool (B, gh, gw), with kept and masked cells in raster order.
 
-    Raises ConfigError when images keep different numbers of cells, or all or none.
+    Raises ConfigError if images keep different numbers of cells, or none.
     """
     counts = visible.flatten(1).sum(1)
     keep, cells = int(counts[0]), visible[0].numel()
@@ -96,11 +97,11 @@ def masking_of(visible: Tensor) -> Masking:
 
 
 def mask_noise(pattern: Pattern, batch: int, grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
-    """Noise (B, L) whose smallest values make a mask of `pattern` under `random_masking`, for any number of kept cells.
+    """Noise (B, L) that makes a mask of `pattern` when passed to `random_masking`, for any number of kept cells.
 
-    random: uniform. grid: one phase of each 2x2 group after another, so that a quarter is a regular grid (MAE,
-    arXiv 2111.06377, figure 6). block: cells are masked rectangle by rectangle, of aspect 0.3 to 3.3 (BEiT, arXiv
-    2106.08254, algorithm 1). Drawn from torch's global generator of `device`.
+    random: uniform. grid: the four phases of each 2x2 group one after another, so that a quarter is a regular grid
+    (MAE, arXiv 2111.06377, figure 6). block: cells are masked rectangle by rectangle, with aspect ratios from 0.3 to
+    3.3 (BEiT, arXiv 2106.08254, algorithm 1). Drawn from torch's global generator of `device`.
     """
     if pattern == "random":
         return torch.rand(batch, grid[0] * grid[1], device=device)
@@ -109,14 +110,15 @@ def mask_noise(pattern: Pattern, batch: int, grid: tuple[int, int], device: torc
 
 def _grid_noise(batch: int, grid: tuple[int, int], device: torch.device | None) -> Tensor:
     rows, columns = _coordinates(grid, device)
-    first = torch.rand(batch, 4, device=device).argsort(dim=1)  # (B, 4): the place of each phase in the order
-    phase = first[:, (rows % 2) * 2 + columns % 2].flatten(1)  # (B, L)
-    return (phase + torch.rand(phase.shape, device=device)) / 4
+    order = torch.rand(batch, 4, device=device).argsort(dim=1)  # (B, 4): the rank of each phase
+    phase = order[:, (rows % 2) * 2 + columns % 2].flatten(1)  # (B, L)
+    return (phase + torch.rand(phase.shape, device=device)) / 4  # the fraction shuffles cells of one phase
 
 
 def _block_noise(batch: int, grid: tuple[int, int], device: torch.device | None) -> Tensor:
     rows, columns = _coordinates(grid, device)
     area, shape, top, left = torch.rand(4, batch, _RECTANGLES, 1, 1, device=device)
+    # area 8% to 30% of the grid, aspect log-uniform, position uniform among those that fit
     area = grid[0] * grid[1] * (0.08 + 0.22 * area)
     aspect = (math.log(0.3) * (1 - 2 * shape)).exp()
     height = (area * aspect).sqrt().round().clamp(1, grid[0])
@@ -124,8 +126,9 @@ def _block_noise(batch: int, grid: tuple[int, int], device: torch.device | None)
     top = (top * (grid[0] - height + 1)).floor()
     left = (left * (grid[1] - width + 1)).floor()
     inside = (rows >= top) & (rows < top + height) & (columns >= left) & (columns < left + width)
-    order = torch.arange(_RECTANGLES, 0, -1, device=device).view(1, -1, 1, 1)  # an earlier rectangle weighs more
-    weight: Tensor = (inside * order).amax(1).flatten(1)  # (B, L), 0 outside of all
+    order = torch.arange(_RECTANGLES, 0, -1, device=device).view(1, -1, 1, 1)  # earlier rectangles have more weight
+    weight: Tensor = (inside * order).amax(1).flatten(1)  # (B, L), 0 outside of all rectangles
+    # the largest noise is masked first: the earliest rectangle, its cells in random order
     return (weight + torch.rand(weight.shape, device=device)) / (_RECTANGLES + 1)
 
 

@@ -1,12 +1,13 @@
-"""The *masked_stages* capability: a network of convolution stages and a transformer, run on its visible cells only.
+"""The *masked_stages* capability: a backbone of convolution stages and a transformer, run on visible cells only.
 
-A cell is the patch of the last stage, and places of an earlier stage lie inside one cell. Everything but the depthwise
-convolutions works inside cells, so the network is given the pixels of the K visible cells, (B, K, c, c, C), and never
-reads the others. Only around a depthwise convolution do they become a map: their places are put into zeros, convolved,
-and taken out again. At visible places that is what masking the whole map before each such convolution gives
-(arXiv 2205.03892, section 3.2), without computing the rest; ``execution="dense"`` does that, to compare with.
+A cell is one patch of the last stage, so each position of an earlier stage lies inside one cell. Everything but the
+depthwise convolutions works inside cells. The model therefore gets the pixels of the K visible cells,
+(B, K, c, c, C), and never reads the others. Only for a depthwise convolution are the positions scattered into a map of
+zeros, convolved, and gathered again. At visible positions, the result equals masking the dense map before each such
+convolution (arXiv 2205.03892, section 3.2), without computing the rest. ``execution="dense"`` does the latter, for
+comparison.
 
-Shapes: B images, L = gh * gw cells in raster order, K visible ones, c places along a cell's side, C and D channels.
+Shapes: B images, L = gh * gw cells in raster order, K visible ones, c positions along a cell's side, C and D channels.
 """
 
 from __future__ import annotations
@@ -26,27 +27,27 @@ Execution = Literal["gathered", "dense"]
 
 
 def masked_stages_missing_reason(backbone: Backbone) -> str | None:
-    """Why this backbone cannot run on visible cells stage by stage, in a few words; None when it can."""
+    """Why this backbone cannot run on visible cells stage by stage, in a few words; None if it can."""
     if type(backbone.model) is not ConvViT:
         return "only convmae_* have convolution stages that mask themselves before a transformer"
     return None
 
 
 class Stages(NamedTuple):
-    """What the visible cells give, in the order of their ids."""
+    """Outputs of the stages at visible cells, in the order of their ids."""
 
     first: Tensor
-    """Places of the first stage, (B, K, c1, c1, C1)."""
+    """Positions of the first stage, (B, K, c1, c1, C1)."""
     second: Tensor
-    """Places of the second stage, (B, K, c2, c2, C2)."""
+    """Positions of the second stage, (B, K, c2, c2, C2)."""
     tokens: Tensor
-    """The transformer's tokens before its last norm, (B, K, D)."""
+    """Tokens of the transformer before its last norm, (B, K, D)."""
 
 
 class StageEncoder:
-    """Runs the network inside `backbone` on visible cells; a view without parameters or state of its own.
+    """Runs the model inside `backbone` on visible cells; a wrapper without parameters or state of its own.
 
-    Build it where it is used (it costs nothing), after ``backbone.require({"masked_stages"}, ...)`` has passed.
+    Create it where you need it (this costs nothing), after ``backbone.require({"masked_stages"}, ...)`` has passed.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -54,12 +55,12 @@ class StageEncoder:
 
     @property
     def cell(self) -> tuple[int, int]:
-        """Pixels of a cell, (height, width)."""
+        """Size of a cell in pixels, (height, width)."""
         return self.model.strides[-1], self.model.strides[-1]
 
     @property
     def sides(self) -> tuple[int, int]:
-        """Places along a cell's side in the first and in the second stage."""
+        """Positions along a cell's side, in the first and in the second stage."""
         first, second, cell = self.model.strides
         return cell // first, cell // second
 
@@ -69,9 +70,9 @@ class StageEncoder:
         return self.model.patch_embed1.proj.in_channels
 
     def encode(self, x: Tensor, masking: Masking, execution: Execution = "gathered") -> Stages:
-        """Normalized (B, C, gh * 16, gw * 16) and its mask → what each of the stages gives at visible cells.
+        """Normalized images (B, C, gh * 16, gw * 16) and their mask → outputs of all stages at visible cells.
 
-        ``is_gathered`` computes these only, ``dense`` everything. The rest gets no gradient either way.
+        ``gathered`` computes only these, ``dense`` computes the full maps. Masked cells get no gradient either way.
         """
         cells = Cells(masking)
         if execution == "gathered":
@@ -79,18 +80,21 @@ class StageEncoder:
             mixes = [_at_visible_positions(cells, side) for side in self.sides]
             first, second = self.model.conv_stages(pixels, (mixes[0], mixes[1]))
         else:
+            # compute dense maps, then take the visible cells out of them
             mixes = [_times_mask(cells, side) for side in self.sides]
             maps = self.model.conv_stages(x.permute(0, 2, 3, 1), (mixes[0], mixes[1]))
             first, second = (
-                _cells_of(positions.permute(0, 3, 1, 2), masking, side)
-                for positions, side in zip(maps, self.sides, strict=True)
+                _cells_of(features.permute(0, 3, 1, 2), masking, side)
+                for features, side in zip(maps, self.sides, strict=True)
             )
+        # the last embedding sees one patch per cell, so both executions continue with gathered cells
         tokens = self.model.embed(second).flatten(1, 3)  # (B, K, 1, 1, D) → (B, K, D)
         tokens = tokens + F.embedding(masking.ids_keep, self.model.positions(masking.grid))
         return Stages(first, second, self.model.transform(tokens))
 
     def unreached(self) -> list[nn.Parameter]:
-        """Parameters of the model that neither `encode` nor its last norm uses (a norm after pooling, a head)."""
+        """Parameters of the model that neither `encode` nor the last norm uses (a norm after pooling, a head)."""
+        # one of the two norms is an Identity, depending on the model's `fc_norm`
         return [p for name, p in self.model.named_parameters() if name.startswith(("fc_norm.", "head."))]
 
 
@@ -100,7 +104,7 @@ def _cells_of(x: Tensor, masking: Masking, side: int) -> Tensor:
 
 
 def _at_visible_positions(cells: Cells, side: int) -> Mix:
-    """The `Mix` of visible cells alone, (B, K, side, side, C): all other places of the map are zero."""
+    """The `Mix` for visible cells, (B, K, side, side, C): all other positions of the map are zero."""
 
     def mix(conv: nn.Conv2d, x: Tensor) -> Tensor:
         mixed = conv(scatter_tokens(x.flatten(1, 3), cells, (side, side)))
@@ -110,6 +114,6 @@ def _at_visible_positions(cells: Cells, side: int) -> Mix:
 
 
 def _times_mask(cells: Cells, side: int) -> Mix:
-    """The `Mix` of whole maps, (B, H, W, C), as the authors compute it: masked places are multiplied by zero."""
+    """The `Mix` for dense maps, (B, H, W, C), as the authors compute it: masked positions are multiplied by zero."""
     visible = cells.active((side, side))[:, 0, :, :, None]
     return lambda conv, x: convolve(conv, x * visible)

@@ -1,4 +1,4 @@
-"""Networks of our own, registered with timm when this package is imported."""
+"""Our own architectures, registered with timm when this package is imported."""
 
 from unlabeled.ssl.backbones.networks.context import ContextNet, contextnet
 from unlabeled.ssl.backbones.networks.convmae import ConvViT, convmae_base, convmae_large, convmae_small
@@ -18,8 +18,8 @@ __all__ = [
 
 
 def register_networks() -> None:
-    """Makes timm know our own networks (``nin_cifar``, ``convmae_small``, ...), as any other function of ours does.
+    """Makes timm know our own architectures (``nin_cifar``, ``convmae_small``, ...).
 
-    Only for Python that uses nothing but timm afterwards: ``timm.create_model("nin_cifar", checkpoint_path=...)``.
+    You need it only in Python code that uses just timm: ``timm.create_model("nin_cifar", checkpoint_path=...)``.
     """
-    # nothing to do: they were registered when this package was imported
+    # a no-op: importing this package has registered them

@@ -1,10 +1,10 @@
-"""The network of context prediction for patches of 96 x 96 pixels, with timm's surface.
+"""The AlexNet of context prediction for patches of 96 x 96 pixels, with timm's methods.
 
 Doersch, Gupta, Efros: Unsupervised Visual Representation Learning by Context Prediction, ICCV 2015, arXiv 1505.05192;
-repository github.com/cdoersch/deepcontext, whose second layer (256 channels, stride 1) is taken, not the figure's.
+repository github.com/cdoersch/deepcontext. Its second layer (256 channels, stride 1) is used, not the paper's figure.
 
-An AlexNet without groups whose batch norms have no scale and shift: with a scale that is learned, the network can
-silence itself, and then predicts all positions alike.
+It has no groups, and its batch norms have no scale and shift: with a learned scale, the network can turn itself off
+and predict the same for all positions.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 _FC6 = 3
-"""Rows and columns of the map that the first fully connected layer takes: 96 pixels give 24, 12, 6 and then 3."""
+"""Side of the map that the first fully connected layer takes: 96 pixels become 24, 12, 6 and then 3 positions."""
 
 
 class ResponseNorm(nn.LocalResponseNorm):
-    """Krizhevsky's normalization over five neighboring channels, in float32: squares of what patches of RMS 50 give
-    overflow fp16."""
+    """Krizhevsky's normalization over five neighboring channels, in float32: for patches of RMS 50, the squares
+    overflow in fp16."""
 
     def __init__(self) -> None:
         super().__init__(size=5, alpha=1e-4, beta=0.75, k=1.0)
@@ -38,8 +38,8 @@ class ResponseNorm(nn.LocalResponseNorm):
 
 
 def caffe_xavier_(module: nn.Module) -> None:
-    """Weights of every convolution and linear layer inside `module` from U(-sqrt(3 / fan_in), sqrt(3 / fan_in)), their
-    biases 0: Caffe's filler `xavier`."""
+    """Caffe's `xavier` filler: weights of every convolution and linear layer in `module` from
+    U(-sqrt(3 / fan_in), sqrt(3 / fan_in)), biases 0."""
     for layer in module.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             bound = math.sqrt(3 / math.prod(layer.weight.shape[1:]))
@@ -49,19 +49,19 @@ def caffe_xavier_(module: nn.Module) -> None:
 
 
 def _block(conv: nn.Conv2d, *, pool: bool) -> nn.Sequential:
-    """With `pool`, pooling and response norm of the block before; convolution; a norm where it has no bias; ReLU."""
-    parts: list[tuple[str, nn.Module]] = []
+    """Pooling and response norm of the previous block if `pool`; convolution; a norm if it has no bias; ReLU."""
+    layers: list[tuple[str, nn.Module]] = []
     if pool:
-        parts += [("pool", nn.MaxPool2d(3, stride=2, ceil_mode=True)), ("lrn", ResponseNorm())]
-    parts.append(("conv", conv))
-    if conv.bias is None:  # a norm without shift undoes a bias before it
-        parts.append(("bn", nn.BatchNorm2d(conv.out_channels, affine=False)))
-    parts.append(("act", nn.ReLU()))
-    return nn.Sequential(OrderedDict(parts))
+        layers += [("pool", nn.MaxPool2d(3, stride=2, ceil_mode=True)), ("lrn", ResponseNorm())]
+    layers.append(("conv", conv))
+    if conv.bias is None:  # batch norm would cancel a bias
+        layers.append(("bn", nn.BatchNorm2d(conv.out_channels, affine=False)))
+    layers.append(("act", nn.ReLU()))
+    return nn.Sequential(OrderedDict(layers))
 
 
 class _Head(nn.Module):
-    """fc6 at every place of the map, the mean over places (one for 96 pixels), and the classifier."""
+    """fc6 at every position of the map, the mean over positions (one for 96 pixels), and the classifier."""
 
     def __init__(self, inputs: int, embed_dim: int, num_classes: int, global_pool: str, drop_rate: float) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class _Head(nn.Module):
         self.fc = _classifier(embed_dim, num_classes)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        if min(x.shape[-2:]) < _FC6:  # small images: the nearest places stand in for those that are missing
+        if min(x.shape[-2:]) < _FC6:  # small images: upsample the map to the kernel's size, by repeating neighbors
             x = F.adaptive_avg_pool2d(x, (max(_FC6, x.shape[2]), max(_FC6, x.shape[3])))
         x = self.act(self.bn6(self.fc6(x)))
         if not self.global_pool:
@@ -88,10 +88,10 @@ def _classifier(inputs: int, num_classes: int) -> nn.Module:
 
 
 class ContextNet(nn.Module):
-    """conv1 to conv5 (strides 4, 8, 16, 16, 16), a last pooling to stride 32, and fc6, whose outputs are the features.
+    """conv1 to conv5 (strides 4, 8, 16, 16, 16), a last pooling to stride 32, and fc6, which gives the features.
 
-    With the statistics of its default configuration, images enter on the scale 0..255 without their mean color,
-    about as large as the patches of RMS 50 that it is pretrained on.
+    With the statistics of its default configuration, images are on the scale 0..255 minus the mean color, which is
+    roughly the magnitude of the patches of RMS 50 that it is pretrained on.
     """
 
     def __init__(
@@ -116,6 +116,7 @@ class ContextNet(nn.Module):
         )
         self.pool = nn.MaxPool2d(3, stride=2, ceil_mode=True)
         self.num_classes = num_classes
+        # timm: channels of the map and of the pooled features, which differ here
         self.num_features = five
         self.head_hidden_size = embed_dim
         strides = (4, 8, 16, 16, 16)
@@ -124,6 +125,7 @@ class ContextNet(nn.Module):
             for i, (width, stride) in enumerate(zip(widths, strides, strict=True))
         ]
         self.head = _Head(five, embed_dim, num_classes, global_pool, drop_rate)
+        # after all layers are built; the batch norms have nothing to initialize
         caffe_xavier_(self)
 
     def _maps(self, x: Tensor) -> Iterator[Tensor]:
@@ -153,14 +155,15 @@ class ContextNet(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Maps of conv1 ... conv5 at `indices` (a number: the last so many), and the pooled map of
-        `forward_features` before them unless asked not to.
+        """Maps of conv1 ... conv5 at `indices` (a number n: the last n), preceded by the pooled map of
+        `forward_features` unless `intermediates_only`.
 
-        `norm` belongs to timm's surface and has nothing to do here.
+        `norm` is part of timm's signature and has no effect here.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt: {output_fmt!r} is not possible; give 'NCHW'")
         wanted, last = feature_take_indices(len(self.blocks), indices)
+        # the generator runs lazily, so an early stop skips the later blocks
         maps = list(islice(self._maps(x), last + 1 if stop_early and intermediates_only else len(self.blocks)))
         chosen = [maps[index] for index in sorted(wanted)]
         return chosen if intermediates_only else (self.pool(maps[-1]), chosen)
@@ -170,13 +173,13 @@ class ContextNet(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh classifier of `num_classes`; 0: none."""
+        """Replaces the classifier by a fresh one for `num_classes`; 0: no classifier."""
         self.num_classes = num_classes
         self.head.global_pool = self.head.global_pool if global_pool is None else global_pool
         self.head.fc = _classifier(self.head_hidden_size, num_classes)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's description of the layers; there is no stem."""
+        """timm's description of the layers, for layer-wise decay; there is no stem."""
         return {"stem": r"^stem", "blocks": [(r"^blocks\.(\d+)", None), (r"^head\.fc6", (99999,))]}
 
 
@@ -190,7 +193,7 @@ default_cfgs = generate_default_cfgs(
             "crop_pct": 0.875,
             "interpolation": "bilinear",
             "mean": (0.485, 0.456, 0.406),
-            "std": (1 / 255, 1 / 255, 1 / 255),
+            "std": (1 / 255, 1 / 255, 1 / 255),  # so that normalized images are on the scale 0..255
             "first_conv": "blocks.0.conv",
             "classifier": "head.fc",
             "paper_ids": "arXiv:1505.05192",
@@ -200,7 +203,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def contextnet(pretrained: bool = False, **kwargs: Any) -> ContextNet:
-    """The trunk of context prediction; ``widths`` of conv1 to conv5 and ``embed_dim`` of fc6 can be changed."""
+    """The AlexNet of context prediction; you can change ``widths`` of conv1 to conv5 and ``embed_dim`` of fc6."""
     features = {"out_indices": (0, 1, 2, 3, 4), "feature_cls": "getter"}
     model: ContextNet = build_model_with_cfg(ContextNet, "contextnet", pretrained, feature_cfg=features, **kwargs)
     return model

@@ -1,11 +1,11 @@
-"""The hybrid network of ConvMAE, two stages of convolutions and one of attention, with timm's surface.
+"""The hybrid backbone of ConvMAE, two stages of convolutions and one of attention, with timm's methods.
 
 Gao, Ma, Li, Lin, Dai, Qiao: MCMAE: Masked Convolution Meets Masked Autoencoders, NeurIPS 2022, arXiv 2205.03892;
-repository github.com/Alpha-VL/ConvMAE, whose names the parameters have. It calls this network ConvViT.
+repository github.com/Alpha-VL/ConvMAE, which calls it ConvViT. Parameters have the repository's names.
 
-Inside, maps have their channels last: (B, H, W, C). All but the depthwise convolutions then works on the last axes of
-a tensor of any rank, so that a masked run can give it the visible cells alone, (B, K, c, c, C), and say with a `Mix`
-how those meet their neighbors; see `unlabeled.ssl.backbones.masked.stages`.
+Inside, maps are channels-last: (B, H, W, C). Everything but the depthwise convolutions works on the last axes of a
+tensor of any rank. A masked run can therefore pass the visible cells alone, (B, K, c, c, C), with a `Mix` that says how
+they meet their neighbors; see `unlabeled.ssl.backbones.masked.stages`.
 """
 
 from __future__ import annotations
@@ -27,23 +27,24 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Mix = Callable[[nn.Conv2d, Tensor], Tensor]
-"""Applies a depthwise convolution of the same resolution to channels-last places, and gives them back so."""
+"""Applies a depthwise convolution that keeps the resolution to channels-last features, and returns them as such."""
 
 
 def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """The `Mix` of a whole map, (B, H, W, C) → (B, H, W, C)."""
+    """The `Mix` for a dense map, (B, H, W, C) → (B, H, W, C)."""
     mixed: Tensor = conv(x.permute(0, 3, 1, 2))
     return mixed.permute(0, 2, 3, 1)
 
 
 class PatchConv(nn.Conv2d):
-    """Convolution whose stride is its kernel, for channels last: (..., H, W, C) → (..., H / p, W / p, D)."""
+    """Convolution with stride = kernel, for channels last: (..., H, W, C) → (..., H / p, W / p, D)."""
 
     def __init__(self, inputs: int, outputs: int, patch: int) -> None:
         super().__init__(inputs, outputs, patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
         patch, (*leading, height, width, channels) = self.kernel_size[0], x.shape
+        # cut into patches and apply a linear map, which is the same convolution for any number of leading axes
         x = x.reshape(*leading, height // patch, patch, width // patch, patch, channels).transpose(-4, -3).flatten(-3)
         return F.linear(x, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)  # x: (..., H / p, W / p, p * p * C)
 
@@ -63,7 +64,7 @@ class PatchEmbed(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """A transformer block whose attention is a 5 x 5 depthwise convolution between two pointwise ones."""
+    """A transformer block with a 5 x 5 depthwise convolution between two pointwise ones in place of attention."""
 
     def __init__(self, dim: int, mlp_ratio: float, drop_path: float, norm_eps: float) -> None:
         super().__init__()
@@ -81,16 +82,16 @@ class ConvBlock(nn.Module):
     def forward(self, x: Tensor, mix: Mix = convolve) -> Tensor:
         """(B, ..., C) → (B, ..., C)."""
         x = x + self.drop_path(self.conv2(mix(self.attn, self.conv1(self.norm1(x)))))
-        y: Tensor = self.drop_path(self.mlp(self.norm2(x)))
+        y: Tensor = self.drop_path(self.mlp(self.norm2(x)))  # a typed local, since nn.Module calls return Any
         return x + y
 
 
 class ConvViT(nn.Module):
     """Stages of strides 4, 8 (convolutions) and 16 (transformer) by default; no class token.
 
-    `patch_size` gives the strides of the three embeddings: their product is the cell of a mask. `fc_norm` moves the
-    last norm behind the pooling, as the authors fine-tune; without it tokens are normed and then pooled. Positions are
-    a parameter; a table for another grid is resampled bicubically.
+    `patch_size` gives the strides of the three embeddings; their product is the side of a mask cell. `fc_norm` moves
+    the last norm behind the pooling, as the authors do for fine-tuning; without it, tokens are normed and then pooled.
+    Positions are a parameter; a table for another grid is resampled bicubically.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class ConvViT(nn.Module):
         norm_eps: float = 1e-6,
         conv_norm_eps: float = 1e-5,
     ) -> None:
-        """Raises ValueError for a number of stages other than three and for an image that cells do not tile."""
+        """Raises ValueError for a number of stages other than three, and for an image that cells do not tile."""
         super().__init__()
         for name, values in {"patch_size": patch_size, "dims": dims, "depths": depths, "mlp_ratio": mlp_ratio}.items():
             if len(values) != 3:
@@ -129,7 +130,7 @@ class ConvViT(nn.Module):
         self.grad_checkpointing = False
         self.grid_size = self._grid((img_size, img_size) if isinstance(img_size, int) else tuple(img_size))
 
-        drops = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        drops = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))  # rises over the blocks of all stages
         norm = partial(nn.LayerNorm, eps=norm_eps)
         self.patch_embed1 = PatchEmbed(in_chans, dims[0], patch_size[0], conv_norm_eps)
         self.blocks1 = nn.ModuleList(
@@ -140,6 +141,7 @@ class ConvViT(nn.Module):
             ConvBlock(dims[1], mlp_ratio[1], next(drops), conv_norm_eps) for _ in range(depths[1])
         )
         self.patch_embed3 = PatchEmbed(dims[1], dims[2], patch_size[2], conv_norm_eps)
+        # a linear layer on top of the last patch embedding, as in the authors' code
         self.patch_embed4 = nn.Linear(dims[2], dims[2])
         self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.grid_size), dims[2]))
         self.blocks3 = nn.ModuleList(
@@ -153,8 +155,9 @@ class ConvViT(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """Linear layers and positions from a normal distribution of 0.02, cut off at 2; convolutions as they were."""
+        """Linear layers and positions from a normal distribution of std 0.02, cut off at 2; convolutions as built."""
         for module in self.modules():
+            # PatchConv is a convolution and keeps torch's initial values, as in the authors' code
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
@@ -174,22 +177,23 @@ class ConvViT(nn.Module):
         return table[0]
 
     def conv_stages(self, x: Tensor, mixes: tuple[Mix, Mix] = (convolve, convolve)) -> Iterator[Tensor]:
-        """Pixels (B, ..., H, W, 3) → places (B, ..., H / 4, W / 4, C1), then (B, ..., H / 8, W / 8, C2)."""
+        """Pixels (B, ..., H, W, 3) → features (B, ..., H / 4, W / 4, C1), then (B, ..., H / 8, W / 8, C2)."""
         x = self._run(self.blocks1, self.patch_embed1(x), mixes[0])
         yield x
         yield self._run(self.blocks2, self.patch_embed2(x), mixes[1])
 
     def embed(self, second: Tensor) -> Tensor:
-        """Places of stage 2 → tokens without positions, (B, ..., H / 16, W / 16, D)."""
+        """Features of stage 2 → tokens without positions, (B, ..., H / 16, W / 16, D)."""
         tokens: Tensor = self.patch_embed4(self.patch_embed3(second))
         return tokens
 
     def transform(self, tokens: Tensor) -> Tensor:
-        """Tokens with positions through the third stage, before the last norm: (B, K, D) → (B, K, D)."""
+        """Tokens with positions → output of the third stage, before the last norm: (B, K, D) → (B, K, D)."""
         return self._run(self.blocks3, tokens)
 
     def _run(self, blocks: Iterable[nn.Module], x: Tensor, *arguments: Any) -> Tensor:
         for block in blocks:
+            # not `checkpoint_seq`, which passes no further arguments to the blocks
             if self.grad_checkpointing and self.training:
                 x = checkpoint(block, x, *arguments, use_reentrant=False)
             else:
@@ -197,11 +201,12 @@ class ConvViT(nn.Module):
         return x
 
     def _stages(self, x: Tensor) -> Iterator[Tensor]:
-        """(B, 3, H, W) → one map (B, H_i, W_i, C_i) after another, the third before the last norm."""
+        """(B, 3, H, W) → the map of each stage, (B, H_i, W_i, C_i), the third before the last norm."""
         grid = self._grid(tuple(x.shape[-2:]))
-        for positions in self.conv_stages(x.permute(0, 2, 3, 1)):
-            yield positions
-        tokens = self.transform(self.embed(positions).flatten(1, 2) + self.positions(grid))
+        for features in self.conv_stages(x.permute(0, 2, 3, 1)):
+            yield features
+        # `features` is now the output of stage 2
+        tokens = self.transform(self.embed(features).flatten(1, 2) + self.positions(grid))
         yield tokens.view(-1, *grid, self.embed_dim)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -228,12 +233,13 @@ class ConvViT(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Maps of the stages `indices` (a number: the last so many), and the tokens too unless asked not to.
+        """Maps of the stages `indices` (a number n: the last n), preceded by the tokens unless `intermediates_only`.
 
         `norm` applies the last norm to the map of the third stage.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt: {output_fmt!r} is not possible; give 'NCHW'")
+        # as in timm: an int asks for the last n stages, negative indices count from the end
         wanted, last = feature_take_indices(3, indices)
         maps = list(islice(self._stages(x), last + 1 if stop_early and intermediates_only else 3))
         chosen = [self.norm(maps[stage]) if norm and stage == 2 else maps[stage] for stage in sorted(wanted)]
@@ -241,14 +247,14 @@ class ConvViT(nn.Module):
         return intermediates if intermediates_only else (self.norm(maps[-1].flatten(1, 2)), intermediates)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether blocks compute their activations anew in the backward pass."""
+        """Whether blocks recompute their activations in the backward pass."""
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
         return {"pos_embed"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layers as the authors number them: all before the transformer is the stem."""
+        """Layers as the authors number them: everything before the transformer is the stem."""
         stem = r"^pos_embed|^patch_embed|^blocks1|^blocks2"
         return {"stem": stem, "blocks": [(r"^blocks3\.(\d+)", None), (r"^norm|^fc_norm", (99999,))]}
 
@@ -257,14 +263,14 @@ class ConvViT(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh head of `num_classes`; 0: none."""
+        """Replaces the head by a fresh one for `num_classes`; 0: no head."""
         self.num_classes = num_classes
         self.global_pool = self.global_pool if global_pool is None else global_pool
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
 
 def checkpoint_filter_fn(state: Mapping[str, Tensor], model: ConvViT) -> dict[str, Tensor]:
-    """`state` with positions of the model's grid (timm's hook for files of weights)."""
+    """`state` with the position table resampled to the model's grid; timm calls this when it loads weights."""
     converted = dict(state)
     table = converted.get("pos_embed")
     if table is not None and table.shape != model.pos_embed.shape:
@@ -308,7 +314,7 @@ def _create(name: str, pretrained: bool, sizes: dict[str, Any], kwargs: dict[str
 
 
 def convmae_small(pretrained: bool = False, **kwargs: Any) -> ConvViT:
-    """ConvMAE-S: widths 128, 256, 384 and 6 heads, as code built on the authors' FastConvMAE has it."""
+    """ConvMAE-S: widths 128, 256, 384 and 6 heads, as in code built on the authors' FastConvMAE."""
     return _create("convmae_small", pretrained, {"dims": (128, 256, 384), "num_heads": 6}, kwargs)
 
 
@@ -320,7 +326,7 @@ def convmae_base(pretrained: bool = False, **kwargs: Any) -> ConvViT:
 def convmae_large(pretrained: bool = False, **kwargs: Any) -> ConvViT:
     """ConvMAE-L: widths 384, 768, 1024, depths 2, 2, 23, 16 heads, mlp ratios 8, 8, 4.
 
-    As code derived from the authors' has it. Issue 32 of their repository reports that released files of this size
+    As in code derived from the authors'. Issue 32 of their repository reports that released files of this size
     differ from the paper's table in the ratios, so ``mlp_ratio`` may have to be given.
     """
     sizes = {"dims": (384, 768, 1024), "depths": (2, 2, 23), "num_heads": 16, "mlp_ratio": (8.0, 8.0, 4.0)}

@@ -1,4 +1,4 @@
-"""The Network-in-Network of RotNet for 32 x 32 images, with timm's surface.
+"""The Network-in-Network of RotNet for 32 x 32 images, with timm's methods.
 
 Gidaris, Singh, Komodakis: Unsupervised Representation Learning by Predicting Image Rotations, ICLR 2018,
 arXiv 1803.07728; repository github.com/gidariss/FeatureLearningRotNet.
@@ -15,27 +15,27 @@ from torch import Tensor, nn
 
 
 def _unit(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
-    """Convolution without bias, batch norm, ReLU; the size of the map stays."""
+    """Convolution without bias, batch norm, ReLU; the map keeps its size."""
     conv = nn.Conv2d(inputs, outputs, kernel, padding=(kernel - 1) // 2, bias=False)
-    parts: list[tuple[str, nn.Module]] = [("conv", conv), ("bn", nn.BatchNorm2d(outputs)), ("act", nn.ReLU())]
-    return nn.Sequential(OrderedDict(parts))
+    layers: list[tuple[str, nn.Module]] = [("conv", conv), ("bn", nn.BatchNorm2d(outputs)), ("act", nn.ReLU())]
+    return nn.Sequential(OrderedDict(layers))
 
 
 def _block(inputs: int, widths: tuple[int, int, int], kernel: int, pool: nn.Module | None) -> nn.Sequential:
-    """One spatial convolution and two of 1 x 1, then the pooling that belongs to the block."""
+    """One spatial convolution and two of 1 x 1, then the block's pooling, if any."""
     first, second, third = widths
-    parts: list[tuple[str, nn.Module]] = [
+    layers: list[tuple[str, nn.Module]] = [
         ("conv1", _unit(inputs, first, kernel)),
         ("conv2", _unit(first, second, 1)),
         ("conv3", _unit(second, third, 1)),
     ]
-    return nn.Sequential(OrderedDict([*parts, ("pool", pool)] if pool is not None else parts))
+    return nn.Sequential(OrderedDict([*layers, ("pool", pool)] if pool is not None else layers))
 
 
 class NetworkInNetwork(nn.Module):
-    """Blocks of 96 (stride 2), 192 (stride 4), 192, ... channels; the later ones keep stride 4.
+    """Blocks of 96 (stride 2), 192 (stride 4), 192, ... channels; later blocks keep stride 4.
 
-    No third pooling and the framework's default initialization, as in the released configuration.
+    As in the released configuration, there is no third pooling, and weights have the framework's default values.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class NetworkInNetwork(nn.Module):
         super().__init__()
         if num_blocks < 3:
             raise ValueError(f"num_blocks: {num_blocks} is not possible; give 3, 4 or 5")
-        average = nn.AvgPool2d(3, stride=2, padding=1, count_include_pad=True)  # the zeros of the padding count
+        average = nn.AvgPool2d(3, stride=2, padding=1, count_include_pad=True)  # zeros of the padding count
         self.blocks = nn.Sequential(
             _block(in_chans, (192, 160, 96), 5, nn.MaxPool2d(3, stride=2, padding=1)),
             _block(96, (192, 192, 192), 5, average),
@@ -85,17 +85,18 @@ class NetworkInNetwork(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Maps of the blocks `indices` (a number: the last so many), and the features too unless asked not to.
+        """Maps of the blocks `indices` (a number n: the last n), preceded by the features unless `intermediates_only`.
 
-        `norm` belongs to timm's surface and has nothing to do here.
+        `norm` is part of timm's signature and has no effect here.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt: {output_fmt!r} is not possible; give 'NCHW'")
         count = len(self.blocks)
-        asked = range(-indices, 0) if isinstance(indices, int) else range(count) if indices is None else indices
-        wanted = {range(count)[index] for index in asked}
+        requested = range(-indices, 0) if isinstance(indices, int) else range(count) if indices is None else indices
+        wanted = {range(count)[index] for index in requested}  # negative indices count from the end
         maps = []
         for position, block in enumerate(self.blocks):
+            # timm's flag: nothing past the last wanted map is computed, so the features are those of that map
             if stop_early and position > max(wanted):
                 break
             x = block(x)
@@ -109,12 +110,12 @@ class NetworkInNetwork(nn.Module):
         return classifier
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh head of `num_classes`; 0: none."""
+        """Replaces the classifier by a fresh one for `num_classes`; 0: no classifier."""
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """timm's description of the layers; there is no stem."""
+        """timm's description of the layers, for layer-wise decay; there is no stem."""
         return {"stem": r"^stem", "blocks": r"^blocks\.(\d+)"}
 
 

@@ -1,4 +1,4 @@
-"""Turns a timm ConvNet into its masked form, and runs it on visible places only."""
+"""Converts a timm ConvNet to its masked form, and runs it on visible positions only."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ from unlabeled.ssl.backbones.masked.sparse.rules import RULES, attends, refusal
 from unlabeled.ssl.backbones.shapes import ghost
 
 Execution = Literal["gathered", "dense"]
-"""gathered: maps are rows of visible places, whole only around spatial layers; the faster one at each resolution (see
-docs/results/benchmarks.md). dense: whole maps, the reference."""
+"""gathered: maps hold visible positions only, and are dense only around spatial layers; the faster one at every
+resolution (see docs/results/benchmarks.md). dense: dense maps throughout, as a reference."""
 
 
 def convert(module: nn.Module) -> nn.Module:
-    """Gives each layer inside `module` (and itself) a masked form, in place, and returns it.
+    """Gives `module` and each layer inside it a masked form, in place, and returns `module`.
 
-    A layer's class is exchanged for a subclass of it which treats a `MaskedMap` by the rule of the layer's exact type
-    and any other tensor as before. Parameters, buffers and their names stay. A layer without a rule keeps working on
-    plain tensors and raises NoRuleError for a masked map.
+    The layer's class is replaced by a subclass that applies the rule for the layer's exact type to a `MaskedMap`, and
+    treats any other tensor as before. Parameters, buffers and their names do not change. A layer without a rule still
+    works on plain tensors; it raises NoRuleError for a masked map.
     """
     for child in module.children():
         convert(child)
+    # modules with children run their own code on the map, unless they have a rule
     leaf = not any(True for _ in module.children())
     if (leaf or type(module) in RULES) and not getattr(module, "_masked", False):
-        kind: Any = type(module)  # hashable, which the stubs of nn.Module do not say
+        kind: Any = type(module)  # nn.Module's stubs do not say that its type is hashable, which @cache needs
         module.__class__ = _masked_class(kind)
     return module
 
 
-@cache
+@cache  # one masked class for all layers of a type
 def _masked_class(cls: type[nn.Module]) -> type[nn.Module]:
     rule = RULES.get(cls)
     plain = cls.forward
@@ -55,16 +56,16 @@ def _masked_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 class SparseEncoder:
-    """The feature maps of a ConvNet that sees the visible cells of an image only; a view without parameters.
+    """The feature maps of a ConvNet for the visible cells of images; a wrapper without parameters of its own.
 
-    It converts the backbone's layers in place (see `convert`); the backbone stays the same network for whole images.
+    It converts the backbone's layers in place (see `convert`); on unmasked images the backbone computes as before.
     """
 
     dense: Container[Factor] = frozenset()
-    """Resolutions (places of a cell) at which a gathered execution keeps whole maps all the same."""
+    """Resolutions (positions per cell) at which a gathered execution stores dense maps nevertheless."""
 
     def __init__(self, backbone: Backbone, cell: tuple[int, int], execution: Execution = "gathered") -> None:
-        """`cell`: pixels of one cell of the mask. Raises CapabilityError for a backbone without a masked form."""
+        """`cell`: size of a mask cell in pixels. Raises CapabilityError for a backbone without a masked form."""
         backbone.require({"sparse_convs"}, task="sparse execution")
         self.backbone = backbone
         self.cell = cell
@@ -72,22 +73,22 @@ class SparseEncoder:
         convert(backbone.model)
 
     def maps(self, images: Tensor, masking: Masking, indices: Iterable[int]) -> list[MaskedMap]:
-        """Maps of the stages `indices` for normalized (B, 3, H, W), of which the cells of `masking` are visible."""
+        """Maps of the stages `indices` for normalized images (B, 3, H, W), with the visible cells of `masking`."""
         cells = Cells(masking, None if self.execution == "dense" else self.dense)
         return self.backbone.maps(_masked_images(images, cells, self.cell), indices)  # type: ignore[return-value]
 
 
 def _masked_images(images: Tensor, cells: Cells, cell: tuple[int, int]) -> MaskedMap:
-    return MaskedMap(zeroed(images, cells, cell), cells, cell, is_gathered=False)
+    return MaskedMap(zeroed(images, cells, cell), cells, cell, is_gathered=False)  # positions are pixels here
 
 
 def sparse_convs_missing_reason(backbone: Backbone) -> str | None:
-    """Why this backbone has no masked form, in a few words; None when it has one.
+    """Why this backbone has no masked form, in a few words; None if it has one.
 
-    Settled by trying: its layers are converted in a copy without values, which then runs on a masked image.
+    Found by trying: a copy without values is converted and run on a masked image.
     """
     if not backbone.stages:
-        return "it gives no feature maps"
+        return "it has no feature maps"
     stride = max(stage.stride for stage in backbone.stages)
     height, width = backbone.input_size
     if height % stride or width % stride:
@@ -95,13 +96,13 @@ def sparse_convs_missing_reason(backbone: Backbone) -> str | None:
     grid = (height // stride, width // stride)
     try:
         return _failure(convert(ghost(backbone.model)), backbone.input_size, grid, "meta")
-    except Exception:  # not every operation has a meta kernel
+    except Exception:  # not every operation has a meta kernel: run on real tensors
         return _failure(convert(copy.deepcopy(backbone.model)), backbone.input_size, grid, "cpu")
 
 
 @torch.no_grad()
 def _failure(model: nn.Module, size: tuple[int, int], grid: tuple[int, int], device: str) -> str | None:
-    """What happens when the converted `model` meets a masked image: where and why it fails, or None."""
+    """Runs the converted `model` on a masked image. Returns where and why it fails, or None if it works."""
     noise = torch.rand(2, grid[0] * grid[1])
     masking = Masking(*(one.to(device) for one in random_masking(noise, max(1, noise.shape[1] // 2), grid)))
     cell = (size[0] // grid[0], size[1] // grid[1])
@@ -112,17 +113,18 @@ def _failure(model: nn.Module, size: tuple[int, int], grid: tuple[int, int], dev
                 _masked_images(images, Cells(masking), cell), output_fmt="NCHW", intermediates_only=True
             )
         except NoRuleError as error:
-            return _told(model, path, error)
-    return None if all(isinstance(one, MaskedMap) for one in found) else "its maps are not those of places"
+            return _located(model, path, error)
+    return None if all(isinstance(one, MaskedMap) for one in found) else "its feature maps do not keep the mask"
 
 
-def _told(model: nn.Module, path: list[str], error: NoRuleError) -> str:
-    """Where and why in one line: the innermost running module, or the attention that it belongs to or leads to."""
+def _located(model: nn.Module, path: list[str], error: NoRuleError) -> str:
+    """Where and why it failed, in one line: the innermost running module, or the attention around or behind it."""
     kinds = {name: type(module).__name__.removeprefix("Masked") for name, module in model.named_modules()}
-    later = kinds if isinstance(error, OrderError) else []  # a map becomes a list of tokens for the attention behind it
+    # a map that is flattened becomes a list of tokens for an attention further on, which is the real reason
+    later = kinds if isinstance(error, OrderError) else []
     for name in [*path, *later]:
         if name and attends(type(model.get_submodule(name))):
-            return f"{name}: {kinds[name]} attends to all places"
+            return f"{name}: {kinds[name]} attends to all positions"
     return f"{path[-1]} ({kinds[path[-1]]}): {error}" if path else f"its own code: {error}"
 
 
@@ -134,7 +136,7 @@ def _running(model: nn.Module) -> Iterator[list[str]]:
     for name, module in model.named_modules():
         if name:
             handles.append(module.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
-            handles.append(module.register_forward_hook(lambda *_: running.pop() and None))
+            handles.append(module.register_forward_hook(lambda *_: running.pop() and None))  # None keeps the output
     try:
         yield running
     finally:

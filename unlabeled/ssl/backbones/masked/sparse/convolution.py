@@ -1,7 +1,8 @@
 """Convolutions and other spatial layers on masked maps.
 
-A masked convolution sees zeros at masked places and its output exists at visible places only, so its support never
-grows; nothing is renormalized by the number of visible inputs (SparK, arXiv 2301.03580; github.com/keyu-tian/SparK).
+A masked convolution reads zeros at masked positions, and its output exists at visible positions only, so the visible
+region never grows. Nothing is renormalized by the number of visible inputs (SparK, arXiv 2301.03580;
+github.com/keyu-tian/SparK).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Pair = int | tuple[int, ...] | list[int]
 
 
 def on_dense(x: MaskedMap, spatial: Callable[[Tensor], Tensor]) -> MaskedMap:
-    """Any layer that mixes places: runs on the map with zeros at masked places; its output is kept at visible ones."""
+    """Any layer that mixes positions: runs on the dense map, zero where masked, and keeps the visible outputs."""
     if x.last:
         raise NoRuleError("a spatial layer on a map with channels last has no masked form")
     dense = spatial(x.dense())
@@ -26,12 +27,12 @@ def on_dense(x: MaskedMap, spatial: Callable[[Tensor], Tensor]) -> MaskedMap:
 
 
 def factor_of(dense: Tensor, cells: Cells) -> Factor:
-    """Places in a cell of a map (B, C, H, W). Raises NoRuleError when cells do not divide the map."""
+    """Positions per cell of a map (B, C, H, W). Raises NoRuleError if the cells do not divide the map."""
     height, width = dense.shape[-2:]
-    tokens, columns = cells.grid
-    if height % tokens or width % columns:
-        raise NoRuleError(f"its map of {height}x{width} does not divide into {tokens}x{columns} cells")
-    return height // tokens, width // columns
+    rows, columns = cells.grid
+    if height % rows or width % columns:
+        raise NoRuleError(f"its map of {height}x{width} does not divide into {rows}x{columns} cells")
+    return height // rows, width // columns
 
 
 def convolve(
@@ -45,13 +46,15 @@ def convolve(
 ) -> MaskedMap:
     """torch's ``conv2d`` on a masked map.
 
-    A kernel that stays inside a cell (1x1, or as large as its stride) is a matrix product on the rows of its inputs;
-    any other runs on the dense map.
+    A kernel that stays inside a cell (1x1, or as large as its stride) is a matrix product on gathered tokens; any other
+    kernel runs on the dense map.
     """
     kernel, step = (weight.shape[2], weight.shape[3]), _pair(stride)
+    # with a border of zeros, a kernel at the edge of the map also reads outside of its cell
     inside = groups == 1 and padding in (0, (0, 0), [0, 0], "valid") and not x.last and x.border is None
     divides = not (x.factor[0] % step[0] or x.factor[1] % step[1])
     factor = (x.factor[0] // step[0], x.factor[1] // step[1])
+    # a map that is stored dense at the output's resolution takes the dense path, which gives the same values
     if inside and divides and kernel in ((1, 1), step) and x.cells.gathers(factor):
         tokens = F.linear(_inputs(x, kernel, step), weight.permute(0, 2, 3, 1).flatten(1), bias)
         return MaskedMap.from_tokens(tokens, x.cells, factor)
@@ -59,18 +62,20 @@ def convolve(
 
 
 def _inputs(x: MaskedMap, kernel: tuple[int, int], step: tuple[int, int]) -> Tensor:
-    """Rows (B, R / (sh * sw), kh * kw * C) of what each output place of a kernel inside the cell reads."""
+    """The inputs of each output position, for a kernel inside the cell: (B, R / (sh * sw), kh * kw * C)."""
     tokens = x.tokens()
     if step == (1, 1):
         return tokens
     (fh, fw), (sh, sw) = x.factor, step
+    # (B, R, C) → (B, K, fh / sh, sh, fw / sw, sw, C): the windows of each cell
     blocks = tokens.view(tokens.shape[0], -1, fh // sh, sh, fw // sw, sw, tokens.shape[-1])
+    # a 1x1 kernel with a stride reads the first position of each window
     read = blocks[:, :, :, : kernel[0], :, : kernel[1]].transpose(3, 4)
     return read.reshape(tokens.shape[0], -1, kernel[0] * kernel[1] * tokens.shape[-1])
 
 
 def _pair(value: Pair) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])  # also for a tuple of one
 
 
 def _padding(padding: Pair | str) -> tuple[int, int] | str:

@@ -1,6 +1,7 @@
-"""Rules for the functions of torch that the code of blocks calls on masked maps, by name.
+"""Rules, by name, for the torch functions that blocks call on masked maps.
 
-A function without a rule is refused: nothing that could mix visible and masked places, or count masked ones, passes.
+A function without a rule raises an error, so nothing can silently mix visible and masked positions, or count masked
+ones.
 """
 
 from __future__ import annotations
@@ -19,19 +20,21 @@ Rule = Callable[[Function, str, tuple[Any, ...], dict[str, Any]], Any]
 
 
 def apply_function(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What ``__torch_function__`` of a masked map does. Raises NoRuleError for a function without a rule."""
+    """Implements ``__torch_function__`` of a masked map. Raises NoRuleError for a function without a rule."""
     name = getattr(func, "__name__", str(func))
     if name == "__get__":  # a property, such as x.shape
         return _property(func, args[0])
+    # shape, dtype and the like are those of the wrapper; the subclass is disabled to avoid recursion
     if name in _METADATA:
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
+    # both in-place methods (add_) and operators (__add__) end with an underscore
     if name.endswith("_") and not name.endswith("__"):
         return _in_place(name, args, kwargs)
     rule = _RULES.get(name.removeprefix("__").removesuffix("__"))
     if rule is None:
         if name in _REARRANGING:
-            raise OrderError(f"{name} puts its places into another order")
+            raise OrderError(f"{name} changes the order of its positions")
         raise NoRuleError(f"{name} has no masked form")
     return rule(func, name, args, kwargs)
 
@@ -39,7 +42,7 @@ def apply_function(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _property(func: Any, x: MaskedMap) -> Any:
     name = func.__self__.__name__
     if name in {"requires_grad", "is_leaf", "grad_fn"}:
-        return getattr(x.stored, name)
+        return getattr(x.stored, name)  # the wrapper itself is not part of any graph
     if name in {"T", "mT", "data"}:
         raise NoRuleError(f"{name} has no masked form")
     with torch._C.DisableTorchFunctionSubclass():
@@ -47,7 +50,7 @@ def _property(func: Any, x: MaskedMap) -> Any:
 
 
 def _in_place(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MaskedMap:
-    """``x.add_(y)``: as ``x + y``, then `x` itself holds the result."""
+    """``x.add_(y)``: computes ``x + y`` and stores the result in `x`."""
     x = args[0]
     if not isinstance(x, MaskedMap):
         raise NoRuleError(f"{name} of a plain tensor by a masked map has no masked form")
@@ -60,19 +63,20 @@ def _in_place(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Maske
 
 
 def _pointwise(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MaskedMap:
-    """Functions of each place by itself: they run on either storage. Plain operands must be the same at all places."""
+    """Functions of each position alone run on either form. Plain operands must be equal at all positions."""
     first = _first_map(args)
     maps = [one for one in _flat(args) if isinstance(one, MaskedMap)]
     if any(one.cells is not first.cells or one.factor != first.factor or one.last != first.last for one in maps):
         raise NoRuleError(f"{name} of maps of different masks or sizes has no masked form")
-    result: MaskedMap = first.from_shown(func(*_storages(args, first), **kwargs))
+    result: MaskedMap = first.from_shown(func(*_operands(args, first), **kwargs))
     name = name.strip("_")
+    # a sum is zero where all its terms are masked maps; adding a number is not
     zero = name in _ZERO_STAYS or (name in _SUMS and all(isinstance(one, MaskedMap) for one in _flat(args)))
     return result if zero else result.zeroed()
 
 
 def _statistic(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MaskedMap:
-    """Functions that normalize by statistics over places: they see the visible ones only."""
+    """Functions that normalize by statistics over positions: over the visible ones only."""
     x: MaskedMap = args[0]
     rest = args[1:]
     if x.last:
@@ -83,18 +87,20 @@ def _statistic(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[st
 
 
 def _reduction(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Over both spatial axes: over visible places, a plain tensor. Over channels: a map, place by place."""
+    """Over both spatial axes: a plain tensor, from visible positions. Over channels: a map, position by position."""
     x: MaskedMap = args[0]
-    given = kwargs.get("dim", args[1] if len(args) > 1 and name != "norm" else args[2] if len(args) > 2 else None)
-    if given is None:
-        raise NoRuleError(f"{name} over everything has no masked form")
-    axes = {axis % 4 for axis in ((given,) if isinstance(given, int) else given)}
+    # torch.norm takes p before dim
+    axis = kwargs.get("dim", args[1] if len(args) > 1 and name != "norm" else args[2] if len(args) > 2 else None)
+    if axis is None:
+        raise NoRuleError(f"{name} over all axes has no masked form")
+    axes = {one % 4 for one in ((axis,) if isinstance(axis, int) else axis)}
     if axes == set(x.spatial_axes):
         tensor: Tensor = func(x.as_shown(gathered=not x.unmasked), *args[1:], **kwargs)
         return tensor
     keeps = kwargs.get("keepdim", bool(args[2]) if len(args) > 2 and name != "norm" else False)
     if axes == {x.channel_axis} and keeps:
         result = func(x.as_shown(), *args[1:], **kwargs)
+        # max and min with a dim return (values, indices)
         return x.from_shown(result if isinstance(result, Tensor) else result[0]).zeroed()
     raise NoRuleError(f"{name} over axes {sorted(axes)} has no masked form")
 
@@ -103,7 +109,7 @@ def _adaptive_pool(func: Function, name: str, args: tuple[Any, ...], kwargs: dic
     x: MaskedMap = args[0]
     size = kwargs.get("output_size", args[1] if len(args) > 1 else None)
     if x.last or size not in (1, (1, 1), [1, 1]):
-        raise NoRuleError(f"{name} to {size} places has no masked form")
+        raise NoRuleError(f"{name} to {size} positions has no masked form")
     pooled: Tensor = func(x.as_shown(gathered=not x.unmasked), *args[1:], **kwargs)
     return pooled
 
@@ -114,7 +120,7 @@ def _concatenate(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[
     first = _first_map(maps)
     if axis % 4 != first.channel_axis:
         raise NoRuleError(f"{name} along axis {axis} has no masked form")
-    return _pointwise(lambda *parts: torch.cat(parts, axis), "cat", tuple(maps), {})
+    return _pointwise(lambda *operands: torch.cat(operands, axis), "cat", tuple(maps), {})
 
 
 def _split(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[MaskedMap, ...]:
@@ -122,7 +128,7 @@ def _split(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[str, A
     axis = kwargs.get("dim", args[2] if len(args) > 2 else 0)
     if axis % 4 != x.channel_axis:
         raise NoRuleError(f"{name} along axis {axis} has no masked form")
-    return tuple(x.from_shown(part) for part in func(x.as_shown(), *args[1:], **kwargs))
+    return tuple(x.from_shown(chunk) for chunk in func(x.as_shown(), *args[1:], **kwargs))
 
 
 def _select(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MaskedMap:
@@ -133,24 +139,25 @@ def _select(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[str, 
     if Ellipsis in index:
         position = index.index(Ellipsis)
         index = (*index[:position], *[slice(None)] * (5 - len(index)), *index[position + 1 :])
-    unmasked = all(one == slice(None) for axis, one in enumerate(index) if axis != x.channel_axis)
-    if not unmasked or not all(isinstance(one, slice) for one in index):
-        raise NoRuleError("taking a part of the places of a map has no masked form")
+    all_positions = all(one == slice(None) for axis, one in enumerate(index) if axis != x.channel_axis)
+    if not all_positions or not all(isinstance(one, slice) for one in index):
+        raise NoRuleError("selecting some positions of a map has no masked form")
     return x.from_shown(x.as_shown()[index])
 
 
 def _permute(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MaskedMap:
     x: MaskedMap = args[0]
-    given = kwargs.get("dims", args[1] if len(args) == 2 else args[1:])
-    order = tuple(axis % 4 for axis in given)
+    dims = kwargs.get("dims", args[1] if len(args) == 2 else args[1:])
+    order = tuple(axis % 4 for axis in dims)
     if order != ((0, 3, 1, 2) if x.last else (0, 2, 3, 1)):
         raise NoRuleError(f"permute to {order} has no masked form")
+    # the stored tensor stays as it is; only the shape that the map shows changes
     return MaskedMap(x.stored, x.cells, x.factor, is_gathered=x.is_gathered, last=not x.last)
 
 
 def _contiguous(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MaskedMap:
     x: MaskedMap = args[0]
-    return x
+    return x  # the stored tensor's memory format is chosen by gathering, not by blocks
 
 
 def _conv2d(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MaskedMap:
@@ -172,14 +179,14 @@ def _pad(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _interpolate(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MaskedMap:
-    """Nearest neighbors stay inside their cell when the map grows by whole numbers."""
+    """Nearest-neighbor interpolation by whole factors stays inside each cell."""
     if kwargs.get("mode", "nearest") != "nearest":
         raise NoRuleError(f"interpolation ({kwargs['mode']}) mixes cells")
     return _spatial(func, name, args, kwargs)
 
 
 def _fresh(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """``x.new_empty(size)``: a plain tensor."""
+    """``x.new_empty(size)``: a plain tensor of the same dtype and device."""
     tensor: Tensor = func(args[0].stored, *args[1:], **kwargs)
     return tensor
 
@@ -192,23 +199,23 @@ def _first_map(args: Any) -> MaskedMap:
     return next(one for one in _flat(args) if isinstance(one, MaskedMap))
 
 
-def _storages(args: tuple[Any, ...], first: MaskedMap) -> list[Any]:
-    """Operands as the storage of `first` needs them."""
-    return [_storage(one, first) if isinstance(one, Tensor) else one for one in args]
+def _operands(args: tuple[Any, ...], first: MaskedMap) -> list[Any]:
+    """The operands in the form, dense or gathered, in which `first` is stored."""
+    return [_operand(one, first) if isinstance(one, Tensor) else one for one in args]
 
 
-def _storage(operand: Tensor, first: MaskedMap) -> Tensor:
+def _operand(operand: Tensor, first: MaskedMap) -> Tensor:
     if isinstance(operand, MaskedMap):
         if operand.is_gathered == first.is_gathered:
             return operand.as_shown()
-        gathered = operand.gathered() if first.is_gathered else operand.dense()
-        return gathered.permute(0, 2, 3, 1) if first.last else gathered
+        converted = operand.gathered() if first.is_gathered else operand.dense()
+        return converted.permute(0, 2, 3, 1) if first.last else converted
     if not first.is_gathered or operand.ndim < 2:
         return operand
     axes = [axis - 4 for axis in first.spatial_axes]
     if any(operand.ndim >= -axis and operand.shape[axis] > 1 for axis in axes):
-        unmasked = torch.broadcast_to(operand, first.shape)  # a table of the unmasked map, such as positions
-        dense = unmasked.permute(0, 3, 1, 2) if first.last else unmasked
+        full = torch.broadcast_to(operand, first.shape)  # one value per position, such as a position table
+        dense = full.permute(0, 3, 1, 2) if first.last else full
         gathered = MaskedMap.from_dense(dense, first.cells, first.factor).gathered()
         return gathered.permute(0, 2, 3, 1) if first.last else gathered
     return operand
@@ -228,7 +235,7 @@ _ZERO_STAYS = _names(
     clone to float half bfloat16 double type dropout dropout2d alpha_dropout mul rmul square sqrt sin tan sign cat
     detach clamp_min rms_norm erf"""
 )
-"""Functions that give 0 for 0, so that a dense map needs no masking afterwards."""
+"""Functions that map 0 to 0, so that a dense map needs no masking afterwards."""
 _SUMS = _names("add sub radd")
 _POINTWISE = _ZERO_STAYS | _names(
     """add radd sub rsub subtract div truediv rtruediv pow rpow rdiv sigmoid hardsigmoid logsigmoid softplus exp log

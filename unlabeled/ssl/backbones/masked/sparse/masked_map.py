@@ -1,8 +1,8 @@
-"""A feature map of which only the visible places exist: what a network in its masked form computes with.
+"""A feature map that exists at visible positions only: the tensor that a masked ConvNet computes with.
 
-timm's blocks add, concatenate, permute and scale their maps in their own code. So that this code runs unchanged, a
-`MaskedMap` is a tensor to it: of the shape of the whole map, with the mask inside. Each function of torch that it meets
-has a rule in `unlabeled.ssl.backbones.masked.sparse.functions`, or is refused.
+timm's blocks add, concatenate, permute and scale maps in their own code. To run that code unchanged, `MaskedMap` is a
+tensor subclass with the shape of the dense map and the mask inside. Each torch function called on it has a rule in
+`unlabeled.ssl.backbones.masked.sparse.functions`, or raises an error.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from unlabeled.ssl.core.errors import CapabilityError
 
 
 class NoRuleError(CapabilityError):
-    """An operation that has no masked form."""
+    """An operation without a masked form."""
 
 
 class OrderError(NoRuleError):
-    """An operation after which places no longer lie as in a map."""
+    """An operation that rearranges positions, so that they no longer form a map."""
 
 
 class MaskedMap(torch.Tensor):
-    """A map (B, C, H, W), or (B, H, W, C) after a permute, that is defined at visible places only.
+    """A map (B, C, H, W), or (B, H, W, C) after a permute, that is defined at visible positions only.
 
     It is stored in one of two ways. *Dense*: all positions, exactly zero at masked ones. *Gathered*: only the visible
     positions, as (B, C, R, 1) in the order of `unlabeled.ssl.backbones.masked.sparse.gathering`. The gathered form is
@@ -47,60 +47,62 @@ class MaskedMap(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls, storage: Tensor, cells: Cells, factor: Factor, *, is_gathered: bool, last: bool = False
+        cls, stored: Tensor, cells: Cells, factor: Factor, *, is_gathered: bool, last: bool = False
     ) -> MaskedMap:
-        """`storage`: (B, C, H, W) with zeros at masked places, or (B, C, R, 1) when `is_gathered`."""
-        batch, channels = storage.shape[:2]
+        """`stored`: (B, C, H, W) with zeros at masked positions, or (B, C, R, 1) if `is_gathered`."""
+        batch, channels = stored.shape[:2]
         height, width = cells.size(factor)
         shape = (batch, height, width, channels) if last else (batch, channels, height, width)
-        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=storage.dtype, device=storage.device)
-        made.stored, made.cells, made.factor, made.is_gathered, made.last = storage, cells, factor, is_gathered, last
+        # the wrapper has a shape, dtype and device but no memory
+        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=stored.dtype, device=stored.device)
+        made.stored, made.cells, made.factor, made.is_gathered, made.last = stored, cells, factor, is_gathered, last
         made.border = None
         return made
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # everything is done in __new__
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # __new__ has done everything
         pass
 
     @classmethod
     def from_dense(cls, dense: Tensor, cells: Cells, factor: Factor) -> MaskedMap:
-        """From a map (B, C, H, W) with anything at masked places, stored as `cells` says for `factor`."""
+        """From a map (B, C, H, W) with any values at masked positions, stored in the form that `cells` chooses."""
         if cells.gathers(factor):
             return cls.from_tokens(gather_tokens(dense, cells, factor), cells, factor)
         return cls(zeroed(dense, cells, factor), cells, factor, is_gathered=False)
 
     @classmethod
     def from_tokens(cls, tokens: Tensor, cells: Cells, factor: Factor) -> MaskedMap:
-        """From the visible places (B, R, C), stored as `cells` says for `factor`."""
+        """From gathered tokens (B, R, C), stored in the form that `cells` chooses for `factor`."""
         if cells.gathers(factor):
             return cls(tokens.transpose(1, 2).unsqueeze(-1), cells, factor, is_gathered=True)
         return cls(scatter_tokens(tokens, cells, factor), cells, factor, is_gathered=False)
 
     def with_border(self, border: tuple[int, ...]) -> MaskedMap:
-        """The same map with `border`."""
+        """The same map with a border of zeros."""
         copied = MaskedMap(self.stored, self.cells, self.factor, is_gathered=self.is_gathered)
         copied.border = border
         return copied
 
     def dense(self) -> Tensor:
-        """(B, C, H, W), zero at masked places, with its border."""
+        """The dense map (B, C, H, W), zero at masked positions, including its border."""
         dense = self.stored
         if self.is_gathered:
             dense = scatter_tokens(dense.squeeze(-1).transpose(1, 2), self.cells, self.factor)
         return dense if self.border is None else F.pad(dense, self.border)
 
     def tokens(self) -> Tensor:
-        """The visible places, (B, R, C)."""
+        """The gathered tokens, (B, R, C)."""
         return self.gathered().squeeze(-1).transpose(1, 2)
 
     def gathered(self) -> Tensor:
-        """The visible places as a map of one column, (B, C, R, 1)."""
-        storage = self._without_border()
+        """The features at visible positions as a map of one column, (B, C, R, 1)."""
+        stored = self._without_border()
         if self.is_gathered:
-            return storage
-        return gather_tokens(storage, self.cells, self.factor).transpose(1, 2).unsqueeze(-1)
+            return stored
+        # (B, R, C) → (B, C, R, 1)
+        return gather_tokens(stored, self.cells, self.factor).transpose(1, 2).unsqueeze(-1)
 
     def as_shown(self, *, gathered: bool = False) -> Tensor:
-        """What is stored (or the strip) with its axes in the order that this map shows."""
+        """The stored tensor, or the gathered one, with its axes in the order that this map shows."""
         tensor = self.gathered() if gathered else self._without_border()
         return tensor.permute(0, 2, 3, 1) if self.last else tensor
 
@@ -110,28 +112,29 @@ class MaskedMap(torch.Tensor):
         return self.stored
 
     def from_shown(self, tensor: Tensor) -> MaskedMap:
-        """A map at the same places that stores `tensor`, which has its axes as this map shows them."""
-        storage = tensor.permute(0, 3, 1, 2) if self.last else tensor
-        return MaskedMap(storage, self.cells, self.factor, is_gathered=self.is_gathered, last=self.last)
+        """A map at the same positions that stores `tensor`; its axes are in the order that this map shows."""
+        stored = tensor.permute(0, 3, 1, 2) if self.last else tensor
+        return MaskedMap(stored, self.cells, self.factor, is_gathered=self.is_gathered, last=self.last)
 
     def with_gathered(self, gathered: Tensor) -> MaskedMap:
-        """A map at the same places, shown as this one, from a strip with its axes as this map shows them."""
+        """A map at the same positions from `gathered` features; its axes are in the order that this map shows."""
         gathered = gathered.permute(0, 3, 1, 2) if self.last else gathered
         if self.is_gathered:
             return MaskedMap(gathered, self.cells, self.factor, is_gathered=True, last=self.last)
+        # stored dense: scatter, so that masked positions become zero
         dense = scatter_tokens(gathered.squeeze(-1).transpose(1, 2), self.cells, self.factor)
         return MaskedMap(dense, self.cells, self.factor, is_gathered=False, last=self.last)
 
     def zeroed(self) -> MaskedMap:
-        """The same map with zeros at masked places, where a function may have left something else."""
+        """The same map with zeros at masked positions, where a function may have left other values."""
         if self.is_gathered or self.cells.full:
             return self
-        storage = zeroed(self.stored, self.cells, self.factor)
-        return MaskedMap(storage, self.cells, self.factor, is_gathered=False, last=self.last)
+        stored = zeroed(self.stored, self.cells, self.factor)
+        return MaskedMap(stored, self.cells, self.factor, is_gathered=False, last=self.last)
 
     @property
     def unmasked(self) -> bool:
-        """Whether it is the ordinary map: nothing is masked, and it is stored as such."""
+        """Whether nothing is masked and the stored tensor is an ordinary dense map."""
         return self.cells.full and not self.is_gathered
 
     @property
@@ -150,7 +153,7 @@ class MaskedMap(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        from unlabeled.ssl.backbones.masked.sparse.functions import apply_function  # its rules build MaskedMaps
+        from unlabeled.ssl.backbones.masked.sparse.functions import apply_function  # imported here: it imports us
 
         return apply_function(func, args, kwargs or {})
 
@@ -158,9 +161,9 @@ class MaskedMap(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # torch's own stub leaves out the function
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        raise AssertionError(f"{func} reached the storage of a masked map without a rule")
+        raise AssertionError(f"{func} reached the stored tensor of a masked map without a rule")
 
 
 def zeroed(dense: Tensor, cells: Cells, factor: Factor) -> Tensor:
-    """(B, C, H, W) with zeros at masked places, whatever stood there (also NaN)."""
-    return dense if cells.full else torch.where(cells.active(factor), dense, 0.0)
+    """(B, C, H, W) with zeros at masked positions, whatever their values were."""
+    return dense if cells.full else torch.where(cells.active(factor), dense, 0.0)  # not `*`: NaN * 0 is NaN

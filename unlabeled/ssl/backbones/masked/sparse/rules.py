@@ -1,15 +1,15 @@
-"""The masked form of each layer, by its exact type.
+"""The masked form of each layer, by exact type.
 
 By exact type, since a subclass may do more than its base: timm's ``BatchNormAct2d`` is a BatchNorm2d with an activation
-inside, ``LayerNorm2d`` a LayerNorm of another axis. A layer is one of
+inside, ``LayerNorm2d`` a LayerNorm over another axis. The kinds of rules:
 
-- *pointwise*: treats each place by itself;
-- *statistic*: treats places alike, and takes statistics over them: over visible ones only;
-- *spatial*: mixes neighboring places: masked ones are zero, and the output is kept at visible ones (an average pool
-  counts masked places in its divisor, a max pool takes their zeros, as SparK's code does);
-- *convolution*: pointwise, inside a cell, or spatial, by its kernel;
-- *batch norm*: statistic, over all images and ranks;
-- *through*: its own code runs on the map, as the code of blocks does.
+- *pointwise*: treats each position by itself.
+- *statistic*: treats positions alike and takes statistics over them, here over the visible ones only.
+- *spatial*: mixes neighboring positions. Masked inputs are zero, and the output is kept at visible positions (average
+  pooling counts masked positions in its divisor, and max pooling sees their zeros, as in SparK's code).
+- *convolution*: pointwise, inside a cell, or spatial, depending on its kernel.
+- *batch norm*: a statistic over all images and ranks.
+- *through*: its own code runs on the map, like the code of blocks.
 
 Sources: SparK (arXiv 2301.03580), ConvNeXt V2 (arXiv 2301.00808).
 """
@@ -34,14 +34,16 @@ from unlabeled.ssl.nn.batch_norm import SyncedBatchNorm2d, batch_norm_features, 
 
 Forward = Callable[..., Any]
 Rule = Callable[[Any, Forward, MaskedMap], Any]
-"""(module, its own forward, map) → map."""
+"""(module, its own forward, map) → result, usually a map."""
 
 
 def pointwise(module: nn.Module, forward: Forward, x: MaskedMap) -> MaskedMap:
+    # a pointwise layer may turn zeros into something else, such as a norm's bias
     return x.from_shown(forward(x.as_shown())).zeroed()
 
 
 def statistic(module: nn.Module, forward: Forward, x: MaskedMap) -> MaskedMap:
+    # nothing is masked: the layer computes exactly as before
     if x.unmasked:
         return x.from_shown(forward(x.as_shown()))
     return x.with_gathered(forward(x.as_shown(gathered=True)))
@@ -56,40 +58,44 @@ def through(module: nn.Module, forward: Forward, x: MaskedMap) -> Any:
 
 
 def pooled(module: nn.Module, forward: Forward, x: MaskedMap) -> Tensor:
-    """Pools over all visible places, to a plain tensor."""
+    """Pools over all visible positions, to a plain tensor."""
     size = getattr(module, "output_size", 1)
     if size not in (1, (1, 1), [1, 1]):
-        raise NoRuleError(f"pooling to {size} places has no masked form")
+        raise NoRuleError(f"pooling to {size} positions has no masked form")
     return cast(Tensor, forward(x.as_shown(gathered=not x.unmasked)))
 
 
 def convolution(module: nn.Conv2d, forward: Forward, x: MaskedMap) -> MaskedMap:
-    """The plain one has its rule as a function (`convolve`); a weight-standardized 1x1 convolution is pointwise too."""
+    """A plain convolution has a rule as a function (`convolve`); a weight-standardized 1x1 one is pointwise too."""
+    # [0] is the masked subclass itself, [1] the class that was converted
     if type(module).__mro__[1] is nn.Conv2d and module.padding_mode == "zeros":
         return cast(MaskedMap, forward(x))
-    alone = module.kernel_size == (1, 1) and module.stride == (1, 1) and module.padding in ((0, 0), "same", "valid")
-    return pointwise(module, forward, x) if alone else on_dense(x, forward)
+    single = module.kernel_size == (1, 1) and module.stride == (1, 1) and module.padding in ((0, 0), "same", "valid")
+    return pointwise(module, forward, x) if single else on_dense(x, forward)
 
 
 def batch_norm(module: nn.BatchNorm2d, forward: Forward, x: MaskedMap) -> MaskedMap:
     trains = module.training or module.running_mean is None
     if not trains:
-        return pointwise(module, forward, x)
+        return pointwise(module, forward, x)  # running statistics: each position by itself
     if x.unmasked and not synced():
         return x.from_shown(forward(x.as_shown()))
+    # as features (N, C), so that ranks with different numbers of visible positions can be synchronized
     tokens = x.tokens()
     normalized = batch_norm_features(module, tokens.reshape(-1, tokens.shape[-1])).view(tokens.shape)
     gathered = normalized.transpose(1, 2).unsqueeze(-1)
+    # the norm replaced the module's forward, which would also have applied its activation
     if isinstance(module, BatchNormAct2d):
         gathered = module.act(module.drop(gathered))
     return x.with_gathered(gathered)
 
 
 def response_norm(module: grn.GlobalResponseNorm, forward: Forward, x: MaskedMap) -> MaskedMap:
-    """Global response norm, each image by itself, in float32: sums of squares overflow in half precision."""
+    """Global response norm per image, in float32: sums of squares overflow in half precision."""
     if x.unmasked:
         return x.from_shown(forward(x.as_shown()))
     gathered = x.as_shown(gathered=True)
+    # float32 for half precision, float64 stays
     wide = torch.promote_types(gathered.dtype, torch.float32)
     norm = torch.linalg.vector_norm(gathered, dim=module.spatial_dim, keepdim=True, dtype=wide)
     relative = norm / (norm.mean(dim=module.channel_dim, keepdim=True) + module.eps)
@@ -98,7 +104,7 @@ def response_norm(module: grn.GlobalResponseNorm, forward: Forward, x: MaskedMap
 
 
 def _types(module: Any, names: str) -> list[type[nn.Module]]:
-    """Those of the named classes that this release of the library has."""
+    """The named classes that the installed release has."""
     return [getattr(module, name) for name in names.split() if hasattr(module, name)]
 
 
@@ -158,14 +164,14 @@ RULES: dict[type[nn.Module], Rule] = {
     layers.SelectiveKernel: selective_kernel,
     grn.GlobalResponseNorm: response_norm,
 }
-"""Exact type → rule. Modules with children that are not here run their own code on the map."""
+"""Exact type → rule. Modules with children that are missing here run their own code on the map."""
 
 
 def refusal(kind: type[nn.Module]) -> str:
     """Why a layer without a rule cannot be masked, in a few words."""
-    return f"{kind.__name__} attends to all places" if attends(kind) else f"{kind.__name__} has no masked form"
+    return f"{kind.__name__} attends to all positions" if attends(kind) else f"{kind.__name__} has no masked form"
 
 
 def attends(kind: type[nn.Module]) -> bool:
-    """Whether a module is some kind of attention between places, by its name."""
+    """Whether a module, going by its name, is some kind of attention between positions."""
     return any(word in kind.__name__.lower() for word in ("attn", "attention", "mhsa", "transformer"))

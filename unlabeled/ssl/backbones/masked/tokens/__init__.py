@@ -1,10 +1,10 @@
 """The *token_dropping* capability: a timm transformer run on some of its patches only.
 
-Dropping is exact when each patch becomes tokens from its own pixels, what is known of positions belongs to single
-tokens (added to them, or rotating their queries and keys) or to pairs of them (a bias of attention), and every block
-treats its tokens as a set. The result is then the same as hiding the dropped tokens from attention in the full network.
+Dropping tokens is exact under three conditions. Each patch becomes tokens from its own pixels. Positions enter per
+token (added to it, or rotating its query and key) or per pair of tokens (an attention bias). Every block treats its
+tokens as a set. The result then equals the full model with the dropped tokens masked in attention.
 
-`family` holds the steps for plain vision transformers, the other modules what differs in other families.
+`family` holds the steps for plain vision transformers; the other modules hold what differs in other families.
 
 Shapes: B images, L = gh * gw patches in raster order, K kept ones, P prefix tokens (class, distillation, registers),
 D channels, (gh, gw) grid.

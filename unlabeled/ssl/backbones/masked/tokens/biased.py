@@ -1,6 +1,6 @@
-"""Families whose attention knows the distance of two patches: a bias for each pair of tokens.
+"""Families with an attention bias for each pair of tokens, such as a function of their distance.
 
-The bias of kept tokens is a choice of rows and columns of the full table, another one for each image.
+The bias of kept tokens is a selection of rows and columns of the full table, a different one for each image.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from unlabeled.ssl.backbones.masked.tokens.family import Positions, TokenFamily,
 
 
 class _BiasedFamily(TokenFamily):
+    """Runs timm's blocks with a bias that is gathered for the kept tokens, since their own code uses the full table."""
+
     def blocks(self, tokens: Tensor, table: Tensor | None, ids: Tensor) -> Tensor:
         positions = with_prefix(ids, self.prefix)
         shared = self._gathered(self._shared_bias(), positions)
         for block in self.trunk.blocks:
+            # gathered per block and step, since the table is trained
             own = self._gathered(self._own_bias(block.attn), positions)
             biases = [bias for bias in (own, shared) if bias is not None]
             tokens = self.run(self._block, block, tokens, sum(biases) if biases else None)
@@ -26,27 +29,27 @@ class _BiasedFamily(TokenFamily):
 
     @staticmethod
     def _gathered(bias: Tensor | None, positions: Tensor) -> Tensor | None:
-        """(..., heads, N, N) of all tokens → (B, heads, P + K, P + K) of the tokens `positions` (B, P + K)."""
+        """(..., heads, N, N) for all tokens → (B, heads, P + K, P + K) for the tokens `positions` (B, P + K)."""
         if bias is None:
             return None
         full = bias.reshape(bias.shape[-3:]).permute(1, 2, 0)
         return gather_pairs(full, positions).permute(0, 3, 1, 2)
 
     def _shared_bias(self) -> Tensor | None:
-        """The bias of all blocks, ([1,] heads, N, N)."""
+        """The bias that all blocks share, ([1,] heads, N, N); None if they share none."""
         raise NotImplementedError
 
     def _own_bias(self, attention: Any) -> Tensor | None:
-        """The bias of one block, (1, heads, N, N)."""
+        """The bias of one block, (1, heads, N, N); None if it has none of its own."""
         raise NotImplementedError
 
     def _block(self, block: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-        """timm's block on (B, N, D) with the bias (B, heads, N, N) that it is given."""
+        """timm's block on (B, N, D) with `bias` (B, heads, N, N)."""
         raise NotImplementedError
 
 
 class Beit(_BiasedFamily):
-    """BEiT and BEiT v2: a table of relative positions in each block, or one for all, or absolute positions."""
+    """BEiT and BEiT v2: relative positions from one table per block or a shared one, or absolute positions."""
 
     classes: ClassVar[tuple[str, ...]] = ("beit:Beit",)
     recomputed: ClassVar[tuple[str, ...]] = ("forward_features",)
@@ -68,7 +71,7 @@ class Beit(_BiasedFamily):
 
     def _block(self, block: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         attention = block.attn
-        biases = None
+        biases = None  # of the projection; the bias of keys is a buffer of zeros
         if attention.q_bias is not None:
             biases = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
         qkv = F.linear(block.norm1(x), attention.qkv.weight, biases)
@@ -78,7 +81,7 @@ class Beit(_BiasedFamily):
 
 
 class RelativePositions(_BiasedFamily):
-    """timm's ViT with relative positions: a table, or a small network of the logarithmic distance."""
+    """timm's ViT with relative positions: from a table, or from a small MLP on the logarithmic distance."""
 
     classes: ClassVar[tuple[str, ...]] = ("vision_transformer_relpos:VisionTransformerRelPos",)
     recomputed: ClassVar[tuple[str, ...]] = ("forward_features",)
@@ -99,6 +102,7 @@ class RelativePositions(_BiasedFamily):
     def _block(self, block: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         attention = block.attn
         if type(block).__name__ == "ResPostRelPosBlock":
+            # norms after the residual branches
             x = x + block.drop_path1(block.norm1(_attend(attention, attention.qkv(x), bias)))
             return cast(Tensor, x + block.drop_path2(block.norm2(block.mlp(x))))
         x = x + block.drop_path1(block.ls1(_attend(attention, attention.qkv(block.norm1(x)), bias)))
@@ -117,7 +121,7 @@ def _attend(attention: Any, qkv: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class ConViT(TokenFamily):
-    """ConViT: attention mixed with attention by distance; the class token joins after the blocks that have it."""
+    """ConViT: attention gated with attention by distance; the class token joins after the blocks with such a gate."""
 
     classes: ClassVar[tuple[str, ...]] = ("convit:ConVit",)
     recomputed: ClassVar[tuple[str, ...]] = ("forward_features",)
@@ -131,11 +135,11 @@ class ConViT(TokenFamily):
         return super().missing_reason()
 
     def positions(self, grid: tuple[int, int]) -> Positions:
-        nothing = self.projection.new_zeros(1, 0, self.dim)
+        no_prefix = self.projection.new_zeros(1, 0, self.dim)  # the class token joins later, in `blocks`
         table = self.trunk.pos_embed[0] if self.trunk.use_pos_embed else None
-        first = next((block.attn for block in self.trunk.blocks if block.use_gpsa), None)
+        first = next((block.attn for block in self.trunk.blocks if block.use_gpsa), None)  # all use the same distances
         distances = None if first is None else first.get_rel_indices(grid[0] * grid[1])[0]  # (L, L, 3)
-        return Positions(nothing, table, distances)
+        return Positions(no_prefix, table, distances)
 
     def blocks(self, tokens: Tensor, table: Tensor | None, ids: Tensor) -> Tensor:
         distances = None if table is None else gather_pairs(table, ids)  # (B, K, K, 3)
@@ -155,6 +159,7 @@ class ConViT(TokenFamily):
         by_distance = attention.pos_proj(distances).permute(0, 3, 1, 2).softmax(-1)
         gate = attention.gating_param.sigmoid().view(1, -1, 1, 1)
         weights = (1 - gate) * by_content + gate * by_distance
+        # sums to 1 already up to rounding; timm normalizes again, so we do too
         weights = attention.attn_drop(weights / weights.sum(-1, keepdim=True))
         mixed = attention.proj_drop(attention.proj((weights @ v).transpose(1, 2).flatten(2)))
         x = x + block.drop_path(mixed)

@@ -1,4 +1,4 @@
-"""The surface that tasks use, and why a network does not have it."""
+"""The interface that tasks use to encode some patches of an image, and why a backbone may not support it."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ _FOREIGN: dict[str, str] = {
     "CoaT": "convolutions need the whole grid",
     "CrossVit": "its two branches cut the image into patches of different sizes",
     "HieraDet": "windows need the whole grid",
-    "MlpMixer": "mixing across tokens has weights for each place of the grid",
+    "MlpMixer": "mixing across tokens has weights for each position of the grid",
     "MultiScaleVit": "attention pooled over neighbors needs the whole grid",
     "Sequencer2d": "recurrence over rows and columns needs the whole grid",
     "VOLO": "outlook attention to neighbors needs the whole grid",
     "VisionTransformerSAM": "windows need the whole grid",
     "Xcit": "neighboring patches interact through convolutions",
 }
-"""Class of timm → what of it needs more than the kept patches, where a look at its modules would not tell."""
+"""timm class → why it needs more than the kept patches, for classes whose modules do not show it."""
 
 
 def token_dropping_missing_reason(backbone: Backbone) -> str | None:
-    """Why patches cannot be dropped from this backbone, in a few words; None when they can."""
+    """Why patches cannot be dropped from this backbone, in a few words; None if they can."""
     family = _family(backbone.model)
     return _foreign_reason(backbone.model) if family is None else family(backbone.model).missing_reason()
 
@@ -53,8 +53,10 @@ def _foreign_reason(model: nn.Module) -> str:
     if (reason := _FOREIGN.get(type(model).__name__)) is not None:
         return reason
     modules = list(model.modules())
+    # in models with `blocks`, a window size may be there for relative positions only
     if not hasattr(model, "blocks") and any(getattr(module, "window_size", None) for module in modules):
         return "windows need the whole grid"
+    # more than one spatial convolution, or one with overlapping windows, lets patches see each other
     convolutions = [module for module in modules if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1]
     overlapping = any(a > b for conv in convolutions for a, b in zip(conv.kernel_size, conv.stride, strict=True))
     if len(convolutions) > 1 or overlapping:
@@ -63,20 +65,20 @@ def _foreign_reason(model: nn.Module) -> str:
 
 
 class TokenEncoder:
-    """Runs the transformer inside `backbone` on kept patches; a view without parameters or state of its own.
+    """Runs the transformer inside `backbone` on kept patches; a wrapper without parameters or state of its own.
 
-    Build it where it is used (it costs nothing), after ``backbone.require({"token_dropping"}, ...)`` has passed.
+    Create it where you need it (this costs nothing), after ``backbone.require({"token_dropping"}, ...)`` has passed.
     """
 
     def __init__(self, backbone: Backbone) -> None:
         family = _family(backbone.model)
-        assert family is not None, f"{backbone.name} cannot drop tokens; ask lacks_token_dropping first"
+        assert family is not None, f"{backbone.name} cannot drop tokens; call token_dropping_missing_reason first"
         self.backbone = backbone
         self.family = family(backbone.model)
 
     @property
     def patch_size(self) -> tuple[int, int]:
-        """Pixels of what is dropped or kept as a whole, (height, width): a patch, in Hiera a mask unit."""
+        """Size in pixels (height, width) of the unit that is kept or dropped: a patch, in Hiera a mask unit."""
         return self.family.cell
 
     @property
@@ -96,12 +98,12 @@ class TokenEncoder:
 
     @property
     def projection(self) -> nn.Parameter:
-        """Weights of the linear map or convolution from pixels, (D, ...)."""
+        """Weights of the linear map or convolution on pixels, (D, ...)."""
         return self.family.projection
 
     @property
     def absolute(self) -> nn.Parameter | None:
-        """Table of absolute positions, (1, L, D) or (1, P + L, D); None where the network has no such table.
+        """Table of absolute positions, (1, L, D) or (1, P + L, D); None if the model has no such table.
 
         Tables that are resampled from another grid, finer than a patch, or split into rows and columns do not count.
         """
@@ -115,7 +117,7 @@ class TokenEncoder:
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Grid (gh, gw) of an input of `size` (height, width) pixels.
 
-        Raises ConfigError when the patch does not divide the size, or the network takes another size only.
+        Raises ConfigError if the patch does not divide the size, or if the model takes another size only.
         """
         patch, own = self.patch_size, self.family.own_size
         if size[0] % patch[0] or size[1] % patch[1]:
@@ -134,9 +136,10 @@ class TokenEncoder:
     def encode(self, x: Tensor, ids_keep: Tensor) -> tuple[Tensor, int]:
         """Normalized (B, C, H, W) and raster indices of kept patches (B, K) → tokens (B, P + K, D), and P.
 
-        Kept tokens stay in the order of `ids_keep`; the final norm is applied as in timm's ``forward_features``.
+        Kept tokens stay in the order of `ids_keep`. The final norm is applied, as in timm's ``forward_features``.
         Raises ConfigError for a size that does not fit.
         """
+        # a readable error for a size that does not fit, instead of one about reshaping
         self.grid((x.shape[-2], x.shape[-1]))
         return self.family.encode(x, ids_keep), self.prefix
 

@@ -1,7 +1,7 @@
-"""From the pixels of kept patches to tokens, step by step, as timm's plain vision transformers do it.
+"""From the pixels of kept patches to encoded tokens, step by step, for timm's plain vision transformers.
 
 `TokenFamily` is the plain family (``VisionTransformer``, ``Eva``); other families override the steps that differ.
-A step that timm offers as a method is asked of timm, so that each variant is timm's to the bit.
+If timm has a method for a step, that method is called, so that every variant matches timm bit for bit.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 _MIXING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, GlobalResponseNorm)
-"""Modules that let one token see others without attention."""
+"""Modules that mix tokens without attention."""
 
 
 class Positions(NamedTuple):
-    """What a network knows of places on a grid."""
+    """Positional information of a model for one grid."""
 
     prefix: Tensor
     """Prefix tokens with their positions, (1, P, D)."""
     patches: Tensor | None
-    """Absolute positions of patches, (L, D); None where the network has none."""
+    """Absolute positions of patches, (L, D); None if the model has none."""
     table: Tensor | None = None
-    """What blocks need of positions, in the family's own form; plain: the rotary table."""
+    """Positional input of blocks, in the family's own form; for the plain family the rotary table."""
 
 
 class TokenFamily:
-    """One family of networks around the network `model`; names of classes are timm's, since releases differ in them."""
+    """One family of models, around the instance `model`. Classes are named, since timm releases differ in them."""
 
     classes: ClassVar[tuple[str, ...]] = (
         "vision_transformer:VisionTransformer",
         "deit:VisionTransformerDistilled",
         "eva:Eva",
     )
-    """``module:Class`` of the networks, under ``timm.models``."""
+    """``module:Class`` of the models, under ``timm.models``."""
     recomputed: ClassVar[tuple[str, ...]] = ("forward_features", "_pos_embed")
-    """Methods that are called or done again here; a subclass that changes one is another network."""
+    """Methods that are called or reimplemented here; a subclass that overrides one does not belong to the family."""
     block_names: ClassVar[frozenset[str]] = frozenset(
         {
             "Block",
@@ -57,45 +57,48 @@ class TokenFamily:
     attention_names: ClassVar[frozenset[str]] = frozenset(
         {"Attention", "AttentionRope", "DiffAttention", "EvaAttention"}
     )
-    """timm's own classes that treat their tokens as a set."""
+    """timm's classes that treat their tokens as a set."""
     reached: ClassVar[frozenset[str]] = frozenset(
         {"patch_embed", "cls_token", "dist_token", "reg_token", "pos_embed", "rope", "norm_pre", "blocks", "norm"}
     )
-    """Top-level names of everything that takes part in encoding tokens; the rest (heads, pooling) does not."""
+    """Top-level names of all modules and parameters that encode tokens; the rest (heads, pooling) is not used."""
     has_own_table: ClassVar[bool] = True
-    """Whether `pos_embed` has an entry for each patch of the network's own grid."""
+    """Whether `pos_embed` has one entry for each patch of the model's own grid."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = cast(Any, model)
 
     @classmethod
     def holds(cls, model: nn.Module) -> bool:
-        """Whether `model` is of this family and computes as the family does."""
+        """Whether `model` belongs to this family and computes as the family does."""
         return any(_computes_like(model, known, cls.recomputed) for known in _existing(cls.classes))
 
     def missing_reason(self) -> str | None:
-        """Why patches cannot be dropped from this network, in a few words; None when they can."""
-        return self.strange_stem() or self.strange_blocks(self.trunk.blocks) or self.own_dropping()
+        """Why patches cannot be dropped from this model, in a few words; None if they can."""
+        return self.unsupported_stem() or self.unsupported_blocks(self.trunk.blocks) or self.own_dropping()
 
-    def strange_stem(self) -> str | None:
+    def unsupported_stem(self) -> str | None:
+        """Why a token depends on more than its own patch; None if it does not."""
         if type(self.trunk.patch_embed) is not PatchEmbed:
             return "its stem mixes neighboring patches"
         return mixing_norm(self.trunk.patch_embed.norm)
 
-    def strange_blocks(self, blocks: Iterable[nn.Module]) -> str | None:
+    def unsupported_blocks(self, blocks: Iterable[nn.Module]) -> str | None:
+        """Why `blocks` may mix tokens in an unknown way; None if they do not."""
         for block in blocks:
-            if (strange := self._strange_part(block)) is not None:
-                return f"its blocks hold {strange}, not known to treat tokens as a set"
+            if (unsupported := self._unsupported_module(block)) is not None:
+                return f"its blocks hold {unsupported}, not known to treat tokens as a set"
         return None
 
     def own_dropping(self) -> str | None:
+        """Why the model drops tokens by itself, which would disagree with `ids_keep`; None if it does not."""
         pos_drop, patch_drop = (getattr(self.trunk, name, None) for name in ("pos_drop", "patch_drop"))
         if getattr(pos_drop, "p", 0) > 0 or getattr(patch_drop, "prob", 0) > 0:
             return "it drops tokens or positions by itself; set pos_drop_rate and patch_drop_rate to 0"
         return None
 
-    def _strange_part(self, block: nn.Module) -> str | None:
-        """Name of the class inside `block` that may mix tokens in an unknown way; None when there is none."""
+    def _unsupported_module(self, block: nn.Module) -> str | None:
+        """Class name of the first module in `block` that may mix tokens in an unknown way; None if there is none."""
         if not _is_timm(block, self.block_names):
             return type(block).__name__
         for name, module in block.named_modules():
@@ -105,40 +108,40 @@ class TokenFamily:
 
     @property
     def trunk(self) -> Any:
-        """The module that holds patch embedding and blocks."""
+        """The module that has the patch embedding and the blocks."""
         return self.model
 
     @property
     def cell(self) -> tuple[int, int]:
-        """Pixels (height, width) of what is dropped or kept as a whole."""
+        """Size in pixels (height, width) of the unit that is kept or dropped."""
         height, width = self.trunk.patch_embed.patch_size
         return int(height), int(width)
 
     @property
     def own_size(self) -> tuple[int, int] | None:
-        """The only size (height, width) of images that the network takes; None: any multiple of its cell."""
+        """The only image size (height, width) that the model takes; None: any multiple of its cell."""
         embed = self.trunk.patch_embed
         height, width = embed.img_size
         return (int(height), int(width)) if embed.strict_img_size else None
 
     @property
     def prefix(self) -> int:
-        """P."""
+        """P, the number of prefix tokens."""
         return int(self.trunk.num_prefix_tokens)
 
     @property
     def dim(self) -> int:
-        """D of the encoded tokens."""
+        """D, the channels of encoded tokens."""
         return int(self.trunk.embed_dim)
 
     @property
     def projection(self) -> nn.Parameter:
-        """Weights of the map from a patch's pixels, (D, ...)."""
+        """Weights of the map from the pixels of a patch, (D, ...)."""
         return cast(nn.Parameter, self.trunk.patch_embed.proj.weight)
 
     @property
     def absolute(self) -> nn.Parameter | None:
-        """(1, L, D) or (1, P + L, D)."""
+        """Table of absolute positions, (1, L, D) or (1, P + L, D)."""
         return getattr(self.trunk, "pos_embed", None) if self.has_own_table else None
 
     @property
@@ -147,26 +150,28 @@ class TokenFamily:
         return int(gh), int(gw)
 
     def encode(self, x: Tensor, ids: Tensor) -> Tensor:
-        """Normalized (B, C, H, W) and kept patches (B, K) → (B, P + K, D), as ``forward_features`` would give them."""
+        """Normalized (B, C, H, W) and kept patches (B, K) → (B, P + K, D), matching timm's ``forward_features``."""
         prefix, patches, table = self.positions((x.shape[-2] // self.cell[0], x.shape[-1] // self.cell[1]))
         tokens = self.embed(x, ids)
+        # positions come before dropping: entry i of the table belongs to patch i, kept or not
         if patches is not None:
             tokens = tokens + F.embedding(ids, patches)
+        # under autocast the patch tokens have another dtype than the prefix
         tokens = torch.cat([prefix.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
         return self.finish(self.blocks(self.enter(tokens), table, ids))
 
     def positions(self, grid: tuple[int, int]) -> Positions:
-        """What timm's own `_pos_embed` adds to patch tokens of zero."""
+        """Positions for `grid`, found by passing patch tokens of zero through timm's own `_pos_embed`."""
         weight = self.projection
         gh, gw = grid
         shape = (1, gh * gw, weight.shape[0]) if self.trunk.patch_embed.flatten else (1, gh, gw, weight.shape[0])
-        answer = self.trunk._pos_embed(weight.new_zeros(shape))
-        tokens, rope = answer if isinstance(answer, tuple) else (answer, None)
+        embedded = self.trunk._pos_embed(weight.new_zeros(shape))
+        tokens, rope = embedded if isinstance(embedded, tuple) else (embedded, None)
         prefix, patches = tokens[:, : self.prefix], tokens[0, self.prefix :]
         absolute = getattr(self.trunk, "pos_embed", None)
         if absolute is None:
             return Positions(prefix, None, rope)
-        # The table also carries gradients of the prefix tokens; a frozen table needs no backward pass of its own.
+        # The graph also includes the prefix tokens; a frozen table needs no backward pass of its own.
         return Positions(prefix, patches if absolute.requires_grad else patches.detach(), rope)
 
     def embed(self, x: Tensor, ids: Tensor) -> Tensor:
@@ -180,12 +185,13 @@ class TokenFamily:
         return cast(Tensor, self.trunk.patch_embed.norm(tokens))
 
     def enter(self, tokens: Tensor) -> Tensor:
-        """What happens to all tokens before the first block."""
+        """Steps on all tokens before the first block."""
         return cast(Tensor, self.trunk.norm_pre(tokens)) if hasattr(self.trunk, "norm_pre") else tokens
 
     def blocks(self, tokens: Tensor, table: Tensor | None, ids: Tensor) -> Tensor:
-        """All blocks on tokens (B, P + K, D), with the entries of `table` that belong to them."""
+        """Runs all blocks on tokens (B, P + K, D), with the entries of `table` for the kept ones."""
         per_block = table is not None and self.rotates_per_block
+        # prefix tokens are not rotated, so the table has entries for patches only
         kept = None if table is None or per_block else apply_keep_indices_nlc(tokens, table, ids).unsqueeze(1)
         for index, block in enumerate(self.trunk.blocks):
             if per_block:
@@ -195,22 +201,22 @@ class TokenFamily:
 
     @property
     def rotates_per_block(self) -> bool:
-        """Whether each block has a rotary table of its own."""
+        """Whether each block has its own rotary table."""
         return bool(getattr(self.trunk, "rope_mixed", False))
 
     def run(self, block: Any, *arguments: Any, **named: Any) -> Any:
-        """`block` on its arguments, with gradient checkpointing where the network has it switched on."""
+        """Runs `block` on its arguments, with gradient checkpointing if the model has it enabled."""
         if getattr(self.trunk, "grad_checkpointing", False) and self.model.training:
             return checkpoint(block, *arguments, use_reentrant=False, **named)
         return block(*arguments, **named)
 
     def finish(self, tokens: Tensor) -> Tensor:
-        """What happens to all tokens after the last block."""
+        """Steps on all tokens after the last block."""
         return cast(Tensor, self.trunk.norm(tokens)) if hasattr(self.trunk, "norm") else tokens
 
 
 def gather_patches(x: Tensor, ids: Tensor, patch: tuple[int, int]) -> Tensor:
-    """Pixels of the patches `ids` (B, K, raster order) of (B, C, H, W) → (B, K, C, ph, pw); the rest is not read."""
+    """Pixels of the patches `ids` (B, K, raster order) of (B, C, H, W) → (B, K, C, ph, pw). Others are not read."""
     batch, channels, height, width = x.shape
     gh, gw = height // patch[0], width // patch[1]
     cells = x.reshape(batch, channels, gh, patch[0], gw, patch[1]).permute(0, 2, 4, 1, 3, 5)
@@ -220,34 +226,36 @@ def gather_patches(x: Tensor, ids: Tensor, patch: tuple[int, int]) -> Tensor:
 
 def gather_pairs(table: Tensor, ids: Tensor) -> Tensor:
     """Entries of `table` (N, N, C) for each pair of the tokens `ids` (B, K) → (B, K, K, C)."""
+    # one flat lookup; F.embedding's backward pass accumulates entries that several images use
     positions = ids[:, :, None] * table.shape[0] + ids[:, None, :]
     return F.embedding(positions, table.flatten(0, 1))
 
 
 def with_prefix(ids: Tensor, prefix: int) -> Tensor:
-    """Indices of kept patches (B, K) → of kept tokens (B, P + K), where P prefix tokens stand first and are kept."""
+    """Indices of kept patches (B, K) → of kept tokens (B, P + K); the P prefix tokens come first and are all kept."""
     first = torch.arange(prefix, device=ids.device).expand(ids.shape[0], -1)
     return torch.cat([first, ids + prefix], dim=1)
 
 
 def mixing_norm(norm: nn.Module | None) -> str | None:
-    """Why `norm`, after or before a patch projection, lets patches see each other; None when it does not."""
+    """Why `norm`, before or after a patch projection, lets patches see each other; None if it does not."""
     return "the norm of its patch embedding mixes patches" if isinstance(norm, _MIXING) else None
 
 
 def _existing(names: Iterable[str]) -> list[type[nn.Module]]:
-    """The classes ``module:Class`` of ``timm.models`` that the installed release has."""
+    """The classes ``module:Class`` of ``timm.models`` that exist in the installed release."""
     pairs = [name.split(":") for name in names]
     found = [getattr(sys.modules.get(f"timm.models.{module}"), cls, None) for module, cls in pairs]
     return [cls for cls in found if cls is not None]
 
 
 def _computes_like(model: nn.Module, known: type[nn.Module], methods: Iterable[str]) -> bool:
+    """Whether `model` is a `known` model that overrides none of `methods`."""
     cls = type(model)
     return issubclass(cls, known) and all(getattr(cls, name) is getattr(known, name) for name in methods)
 
 
 def _is_timm(module: nn.Module, names: frozenset[str]) -> bool:
-    """Whether the exact type of `module` is one of timm's classes `names`."""
+    """Whether the exact type of `module` is one of timm's classes named in `names`."""
     cls = type(module)
     return cls.__module__.partition(".")[0] == "timm" and cls.__name__ in names

@@ -1,4 +1,4 @@
-"""Families for images of any shape: NaFlexViT, and the eyes of vision-language models."""
+"""Families for images of any shape: NaFlexViT, and the image encoders of vision-language models."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from unlabeled.ssl.backbones.masked.tokens.family import Positions, TokenFamily,
 
 
 class NaFlex(TokenFamily):
-    """timm's NaFlexViT on images of one size: embeddings in a module of their own, any kind of positions."""
+    """timm's NaFlexViT on images of one size: it has a separate embedding module and several kinds of positions."""
 
     classes: ClassVar[tuple[str, ...]] = ("naflexvit:NaFlexVit",)
     recomputed: ClassVar[tuple[str, ...]] = ("forward_features", "_forward_embeds")
     reached: ClassVar[frozenset[str]] = frozenset({"embeds", "rope", "norm_pre", "blocks", "norm"})
-    has_own_table: ClassVar[bool] = False  # it is resampled from a grid that need not be the image's
+    has_own_table: ClassVar[bool] = False  # resampled from a grid that may differ from the image's
 
-    def strange_stem(self) -> str | None:
+    def unsupported_stem(self) -> str | None:
         embeds = self.trunk.embeds
         if type(embeds).__name__ != "NaFlexEmbeds":
             return "its stem mixes neighboring patches"
@@ -50,14 +50,14 @@ class NaFlex(TokenFamily):
     def positions(self, grid: tuple[int, int]) -> Positions:
         embeds = self.trunk.embeds
         tokens = [token for token in (embeds.cls_token, embeds.reg_token) if token is not None]
-        nothing = self.projection.new_zeros(1, grid[0] * grid[1], self.dim)
-        prefix = torch.cat([nothing[:, :0], *tokens], dim=1)
+        table = self.projection.new_zeros(1, grid[0] * grid[1], self.dim)
+        prefix = torch.cat([table[:, :0], *tokens], dim=1)  # the empty slice covers models without prefix tokens
         rope = None if self.trunk.rope is None else self.trunk.rope.get_embed(shape=list(grid))
         if embeds.pos_embed_type == "none":
             return Positions(prefix, None, rope)
         add = {"learned": embeds._apply_learned_pos_embed, "factorized": embeds._apply_factorized_pos_embed}
-        add[embeds.pos_embed_type](nothing, grid_size=list(grid))  # in place
-        return Positions(prefix, nothing[0], rope)
+        add[embeds.pos_embed_type](table, grid_size=list(grid))  # adds the positions in place
+        return Positions(prefix, table[0], rope)
 
     def embed(self, x: Tensor, ids: Tensor) -> Tensor:
         embeds = self.trunk.embeds
@@ -70,14 +70,14 @@ class NaFlex(TokenFamily):
 
 
 class VisionLanguage(TokenFamily):
-    """The vision transformers of Qwen3-VL and DeepSeek, inside their classifiers: rotary positions, no class token."""
+    """The vision transformers of Qwen3-VL and DeepSeek, inside classifiers: rotary positions, no class token."""
 
     classes: ClassVar[tuple[str, ...]] = ("qwen3_vit:Qwen3VitClassifier", "deepseek_vit:DeepseekVitClassifier")
     recomputed: ClassVar[tuple[str, ...]] = ("forward_features",)
     block_names: ClassVar[frozenset[str]] = frozenset({"EvaBlock", "DeepseekVitBlock"})
     attention_names: ClassVar[frozenset[str]] = frozenset({"AttentionRope", "EvaAttention"})
     reached: ClassVar[frozenset[str]] = frozenset({"encoder"})
-    has_own_table: ClassVar[bool] = False  # Qwen's is resampled from a grid that need not be the image's
+    has_own_table: ClassVar[bool] = False  # Qwen's is resampled from a grid that may differ from the image's
     encoders: ClassVar[frozenset[str]] = frozenset({"Qwen3VitEncoder", "DeepseekVitEncoder"})
 
     @property
@@ -93,14 +93,14 @@ class VisionLanguage(TokenFamily):
 
 
 class Gemma(VisionLanguage):
-    """The vision transformer of Gemma 4, inside its classifier: a table for rows and one for columns, and rotation."""
+    """The vision transformer of Gemma 4, inside a classifier: a position table per axis, and rotary positions."""
 
     classes: ClassVar[tuple[str, ...]] = ("gemma4_vit:Gemma4VitClassifier",)
     block_names: ClassVar[frozenset[str]] = frozenset({"Gemma4Block"})
     attention_names: ClassVar[frozenset[str]] = frozenset({"Gemma4Attention"})
     encoders: ClassVar[frozenset[str]] = frozenset({"Gemma4VitEncoder"})
 
-    def strange_stem(self) -> str | None:
+    def unsupported_stem(self) -> str | None:
         known = type(self.trunk.patch_embed).__name__ == "Gemma4PatchEmbed"
         return None if known else "its stem mixes neighboring patches"
 
@@ -113,19 +113,21 @@ class Gemma(VisionLanguage):
         return cast(nn.Parameter, self.trunk.patch_embed.input_proj.weight)
 
     def positions(self, grid: tuple[int, int]) -> Positions:
+        # the table stores x first, as do the coordinates for the rotary embedding
         (gh, gw), (columns, rows) = grid, self.trunk.patch_embed.position_embedding_table
         table = rows[:gh, None] + columns[None, :gw]
         y, x = torch.meshgrid(*(torch.arange(side, device=table.device) for side in grid), indexing="ij")
         positions = torch.stack([x.flatten(), y.flatten()], dim=-1)
-        turns = self.trunk.rotary_emb(table, positions[None])  # cosines and sines, (1, L, channels of a head) each
-        return Positions(table.new_zeros(1, 0, self.dim), table.flatten(0, 1), torch.cat(turns))
+        rotary = self.trunk.rotary_emb(table, positions[None])  # cosines and sines, (1, L, channels of a head) each
+        return Positions(table.new_zeros(1, 0, self.dim), table.flatten(0, 1), torch.cat(rotary))
 
     def embed(self, x: Tensor, ids: Tensor) -> Tensor:
         patches = gather_patches(x, ids, self.cell).flatten(2)
+        # the rescaling of Gemma4PatchEmbed
         return cast(Tensor, self.trunk.patch_embed.input_proj(2 * (patches - 0.5)))
 
     def blocks(self, tokens: Tensor, table: Tensor | None, ids: Tensor) -> Tensor:
-        cos, sin = (F.embedding(ids, part) for part in cast(Tensor, table))
+        cos, sin = (F.embedding(ids, values) for values in cast(Tensor, table))  # (B, K, channels of a head) each
         for block in self.trunk.blocks:
             tokens = self.run(block, tokens, cos, sin)
         return tokens

@@ -1,4 +1,4 @@
-"""Hiera drops whole mask units: squares inside which its first stages stay, and which end as one token each.
+"""Hiera drops whole mask units: squares that its first stages do not cross, and that become one token each.
 
 Ryali et al., "Hiera: A Hierarchical Vision Transformer without the Bells-and-Whistles", ICML 2023, arXiv 2306.00989,
 section 3. Its patch convolution reaches a few pixels past the unit; what it finds there is zero where the neighbor is
@@ -17,16 +17,16 @@ from unlabeled.ssl.backbones.masked.tokens.family import TokenFamily
 
 
 class Hiera(TokenFamily):
-    """A *patch* of this family is a mask unit, for the usual sizes 32 pixels."""
+    """In this family, a *patch* is a mask unit, 32 pixels for the usual sizes."""
 
     classes: ClassVar[tuple[str, ...]] = ("hiera:Hiera",)
     recomputed: ClassVar[tuple[str, ...]] = ("forward_features", "_pos_embed")
     block_names: ClassVar[frozenset[str]] = frozenset({"HieraBlock"})
     attention_names: ClassVar[frozenset[str]] = frozenset({"MaskUnitAttention"})
     reached: ClassVar[frozenset[str]] = frozenset({"patch_embed", "pos_embed", "pos_embed_win", "blocks"})
-    has_own_table: ClassVar[bool] = False  # its tables have many entries for a unit
+    has_own_table: ClassVar[bool] = False  # its tables have many entries per unit
 
-    def strange_stem(self) -> str | None:
+    def unsupported_stem(self) -> str | None:
         tokens = self.model.mu_size // math.prod(self.model.q_stride) ** self.model.q_pool
         if self.model.pos_embed is None or len(self.model.mask_unit_size) != 2:
             return "it is built for video"
@@ -59,11 +59,14 @@ class Hiera(TokenFamily):
 
     def encode(self, x: Tensor, ids: Tensor) -> Tensor:
         batch, units = ids.shape[0], math.prod(self.model.mask_spatial_shape)
-        hidden = torch.ones(batch, units, dtype=torch.bool, device=x.device).scatter(1, ids, False)
-        hidden = hidden.view(batch, 1, *self.model.mask_spatial_shape)
-        hidden = hidden.repeat_interleave(self.cell[0], 2).repeat_interleave(self.cell[1], 3)
-        tokens = self.model.unroll(self.model._pos_embed(self.model.patch_embed(x.masked_fill(hidden, 0.0))))
-        tokens = tokens.view(batch, self.model.mu_size, units, -1)  # the units of one place inside the unit in a row
+        # zero the pixels of dropped units, since the patch convolution overlaps them
+        masked = torch.ones(batch, units, dtype=torch.bool, device=x.device).scatter(1, ids, False)
+        masked = masked.view(batch, 1, *self.model.mask_spatial_shape)
+        masked = masked.repeat_interleave(self.cell[0], 2).repeat_interleave(self.cell[1], 3)
+        tokens = self.model.unroll(self.model._pos_embed(self.model.patch_embed(x.masked_fill(masked, 0.0))))
+        # unroll sorts tokens by their position inside a unit; the units follow each other for each such position
+        tokens = tokens.view(batch, self.model.mu_size, units, -1)
+        # the same units at each position inside a unit
         positions = ids[:, None, :, None].expand(-1, tokens.shape[1], -1, tokens.shape[-1])
         tokens = tokens.gather(2, positions).flatten(1, 2)
         for block in self.model.blocks:

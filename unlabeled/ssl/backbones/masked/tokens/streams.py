@@ -1,4 +1,4 @@
-"""Families whose tokens run in two streams: the class token apart from the patches, or pixels inside of each patch."""
+"""Families with two streams of tokens: the class token apart from the patches, or pixels inside each patch."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ class CaiT(TokenFamily):
     def missing_reason(self) -> str | None:
         if self.trunk.blocks_token_only is None:
             return "its class attention was cut off"
-        return super().missing_reason() or self.strange_blocks(self.trunk.blocks_token_only)
+        return super().missing_reason() or self.unsupported_blocks(self.trunk.blocks_token_only)
 
     def positions(self, grid: tuple[int, int]) -> Positions:
+        # no prefix here: the class token joins in `forward_cls`, after the blocks
         return Positions(self.projection.new_zeros(1, 0, self.dim), self.trunk.pos_embed[0])
 
     def finish(self, tokens: Tensor) -> Tensor:
@@ -35,7 +36,7 @@ class CaiT(TokenFamily):
 
 
 class TNT(TokenFamily):
-    """Transformer in transformer: the pixels of a patch are tokens among themselves and add up to the patch's token."""
+    """Transformer in transformer: inner tokens for the pixels of a patch form the token of that patch."""
 
     classes: ClassVar[tuple[str, ...]] = ("tnt:TNT",)
     recomputed: ClassVar[tuple[str, ...]] = ("forward_features",)
@@ -45,7 +46,7 @@ class TNT(TokenFamily):
         {"pixel_embed", "norm1_proj", "proj", "norm2_proj", "cls_token", "patch_pos", "pixel_pos", "blocks", "norm"}
     )
 
-    def strange_stem(self) -> str | None:
+    def unsupported_stem(self) -> str | None:
         return "its stem mixes neighboring patches" if self.trunk.pixel_embed.legacy else None
 
     @property
@@ -72,6 +73,7 @@ class TNT(TokenFamily):
         return int(gh), int(gw)
 
     def encode(self, x: Tensor, ids: Tensor) -> Tensor:
+        # inner tokens (pixels) and outer tokens (patches) go through the blocks together
         pixels = self._pixels(x, ids)
         flat = pixels.reshape(*ids.shape, -1)
         patches = self.trunk.norm2_proj(self.trunk.proj(self.trunk.norm1_proj(flat)))
@@ -82,7 +84,7 @@ class TNT(TokenFamily):
         return self.finish(tokens)
 
     def _pixels(self, x: Tensor, ids: Tensor) -> Tensor:
-        """Pixel tokens of kept patches, (B * K, pixels of a patch, D'): a small map of each patch by itself."""
+        """Pixel tokens of kept patches, (B * K, pixels of a patch, D'); each patch is a small map of its own."""
         embed = self.trunk.pixel_embed
         maps = embed.proj(gather_patches(x, ids, self.cell).flatten(0, 1)) + self.trunk.pixel_pos
         return cast(Tensor, maps.flatten(2).transpose(1, 2))
