@@ -1,10 +1,11 @@
 # make demo: from a fresh clone to a report.   make test: all tests.   make check: what the continuous integration runs.
-# make matrix: try every task on every architecture and write docs/matrix.md.
+# make docs: build the pages into docs/_build/html.   make docs-tables: write the generated tables in README and docs.
+# make matrix: try every task on every architecture and write docs/reference/matrix.md.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test quick check lint golden matrix
+.PHONY: install demo test quick check lint docs docs-tables matrix
 
 install: $(VENV)/.installed
 
@@ -28,7 +29,13 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check: lint test
+docs: install
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+docs-tables: install
+	$(BIN)/python docs/tables.py
+
+check: lint docs test
 
 matrix: install
-	$(BIN)/unlabeled matrix out=docs/matrix.md
+	$(BIN)/unlabeled matrix out=docs/reference/matrix.md

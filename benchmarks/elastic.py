@@ -74,7 +74,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--depth", type=int, default=6, help="smallest depth")
     parser.add_argument("--samples", type=int, default=12, help="sub-networks timed")
     parser.add_argument("--pairs", type=int, default=3, help="turns for each")
-    parser.add_argument("--batch", type=int, default=8, help="pictures of a step")
+    parser.add_argument("--batch", type=int, default=8, help="images of a step")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--threads", type=int, help="CPU threads")
     return parser.parse_args(words)

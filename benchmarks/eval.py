@@ -1,8 +1,8 @@
 """What the evaluators cost, against the usual ways to compute the same.
 
-    python -m benchmarks.eval knn --threads 1        # nearest neighbours, against torch and scikit-learn
+    python -m benchmarks.eval knn --threads 1        # nearest neighbors, against torch and scikit-learn
     python -m benchmarks.eval probe --threads 1      # the linear probe
-    python -m benchmarks.eval memory --threads 1     # nearest neighbours in a million rows on disk
+    python -m benchmarks.eval memory --threads 1     # nearest neighbors in a million rows on disk
 
 Both sides of a row are timed in turns in one process. Prints a Markdown table.
 """

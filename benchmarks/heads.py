@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.timing import begun, machine, paired_times, peak_gigabytes, table_head
-from unlabeled.pretext.self_distillation.poa_losses import Crops, Places, TeacherHead, TermWeights, head_loss
+from unlabeled.pretext.self_distillation.poa_losses import Crops, PatchTerms, TeacherHead, TermWeights, head_loss
 from unlabeled.pretext.self_distillation.self_distillation import sinkhorn_offsets
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 PUBLISHED = (8192, 16384, 32768, 65536)
 """Prototypes of the four heads."""
 LARGE, SMALL, HIDDEN = 2, 8, 59
-"""Crops of each size, and hidden places, of a picture: half of the large crops hide 30 % of 196 places on average."""
+"""Crops of each size, and hidden places, of an image: half of the large crops hide 30 % of 196 places on average."""
 CHANNELS = 256
 TEMPERATURE = 0.07
 
@@ -41,21 +41,21 @@ TEMPERATURE = 0.07
 def step_of(heads: Sequence[int], chunk: int | None, batch: int, device: torch.device) -> Callable[[], None]:
     """The step for heads of so many prototypes each, with `chunk` rows of logits at a time; None: all."""
     generator = torch.Generator(device).manual_seed(0)
-    views, places = LARGE + SMALL, HIDDEN * batch
+    views, positions = LARGE + SMALL, HIDDEN * batch
 
     def units(*shape: int) -> Tensor:
         return F.normalize(torch.randn(*shape, CHANNELS, generator=generator, device=device), dim=-1)
 
-    sharp = (units(LARGE, batch), units(places))
-    students = [units(*shape).requires_grad_() for shape in ((views, batch), (places,)) for _ in range(2)]
+    sharp = (units(LARGE, batch), units(positions))
+    students = [units(*shape).requires_grad_() for shape in ((views, batch), (positions,)) for _ in range(2)]
     prototypes = [(units(one), units(one).requires_grad_()) for one in heads]
-    weights = torch.full((places,), 2 / HIDDEN, device=device)
+    weights = torch.full((positions,), 2 / HIDDEN, device=device)
 
     def loss(teacher: Tensor, student: Tensor) -> Tensor:
         rows = [one.flatten(0, -2) for one in sharp]
         offsets = [sinkhorn_offsets(one, teacher, TEMPERATURE, chunk=chunk) for one in rows]
         crops = Crops(sharp[0], students[:2], offsets[0])
-        hidden = Places(sharp[1], students[2:], weights, offsets[1])
+        hidden = PatchTerms(sharp[1], students[2:], weights, offsets[1])
         head = TeacherHead(teacher, TEMPERATURE)
         return head_loss(crops, hidden, head, student, weights=TermWeights(), chunk=chunk)[0]
 
@@ -116,7 +116,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--prototypes", nargs="+", type=int, default=PUBLISHED, metavar="K", help="one head each")
     parser.add_argument("--chunks", nargs="+", type=int, default=[256], metavar="ROWS", help="rows at a time")
-    parser.add_argument("--batch", type=int, default=16, help="pictures of a step")
+    parser.add_argument("--batch", type=int, default=16, help="images of a step")
     parser.add_argument("--pairs", type=int, default=3, help="turns; each gives one ratio")
     parser.add_argument("--threads", type=int, help="CPU threads")
     return parser.parse_args(words)

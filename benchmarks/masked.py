@@ -3,9 +3,9 @@
     python -m benchmarks.masked                                     # all models, fp32, this machine
     python -m benchmarks.masked --models mae_vit_b --pairs 5 --dtype fp32 mixed
 
-Both sides start from the same weights and see the same pictures and masks; in fp32 their losses must agree to 1e-4, or
+Both sides start from the same weights and see the same images and masks; in fp32 their losses must agree to 1e-4, or
 nothing is measured. A step is forward and backward; the optimizer is the same for both and left out. Results go to
-``benchmarks/results/masked_<device>.json``, from which the tables of ``docs/benchmarks.md`` are made.
+``benchmarks/results/masked_<device>.json``, from which the tables of ``docs/results/benchmarks.md`` are made.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Duel:
 def set_up(
     model: Model, device: torch.device, *, compiled: bool = False, kernels: bool | None = None, seed: int = 0
 ) -> Duel:
-    """Builds both sides of `model` from random weights, and pictures and noise for the masks."""
+    """Builds both sides of `model` from random weights, and images and noise for the masks."""
     torch.manual_seed(seed)
     task = create_task(model.task, create_backbone(model.backbone, size=model.size, **model.kwargs)).to(device).train()
     with torch.no_grad():  # layer scales and response norms that begin at 0 would hide what is behind them
@@ -132,7 +132,7 @@ def agreement(duel: Duel, device: torch.device) -> dict[str, float]:
 
 
 def measure(model: Model, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One row of results: speed, memory and operations of both sides; see ``docs/benchmarks.md`` for their meaning."""
+    """One row of results: speed, memory and operations of both sides; ``docs/results/benchmarks.md`` explains them."""
     device = torch.device(options.device)
     duel = set_up(model, device, compiled=options.compile, kernels=options.cpu_kernels)
     agreed = agreement(duel, device)
@@ -177,7 +177,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=7, help="turns; each gives one ratio")
     parser.add_argument("--repeat", type=int, help="steps timed together in a turn (CPU: 1, GPU: 10)")
     parser.add_argument("--warmup", type=int, help="untimed steps of each side (CPU: 1, GPU: 5)")
-    parser.add_argument("--batch", type=int, help="pictures of a step, instead of the model's own number")
+    parser.add_argument("--batch", type=int, help="images of a step, instead of the model's own number")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument(
         "--cpu-kernels",

@@ -14,7 +14,7 @@ class Model:
     task: dict[str, Any]
     backbone: str
     batch: int
-    """Pictures of a step."""
+    """Images of a step."""
     size: int = 224
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the backbone."""

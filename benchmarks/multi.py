@@ -4,7 +4,7 @@
     python -m benchmarks.multi --threads 1 --pairs 5 --batch 32
 
 A step is forward and backward; the optimizer, which a mixture runs once and two runs run twice, is left out. All sides
-see the same number of pictures of random pixels. Prints a Markdown table.
+see the same number of images of random pixels. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ KINDS: dict[str, dict[str, Any]] = {
 """Column → settings of the mixture. The last one measures gradient norms in this step, as one in twenty does."""
 
 
-def step_of(mixture: Mixture, task: dict[str, Any], pictures: Tensor) -> Callable[[], None]:
-    """Forward and backward of `task` on a network of its own, over uint8 `pictures` (B, 3, h, w)."""
+def step_of(mixture: Mixture, task: dict[str, Any], images: Tensor) -> Callable[[], None]:
+    """Forward and backward of `task` on a network of its own, over uint8 `images` (B, 3, h, w)."""
     torch.manual_seed(0)
-    built: PretextTask = create_task(task, create_backbone(**mixture.backbone)).to(pictures.device).train()
+    built: PretextTask = create_task(task, create_backbone(**mixture.backbone)).to(images.device).train()
     labels = [one["name"] + "/" for one in task["tasks"]] if task["name"] == "multi" else [""]
-    batch = {f"{label}image": pictures for label in labels}
+    batch = {f"{label}image": images for label in labels}
 
     def step() -> None:
         built.zero_grad(set_to_none=True)
@@ -73,8 +73,8 @@ def step_of(mixture: Mixture, task: dict[str, Any], pictures: Tensor) -> Callabl
 def measure(mixture: Mixture, options: argparse.Namespace, device: torch.device) -> list[str]:
     """One row of the table: milliseconds of each task alone and of both at once, with the ratio to their sum."""
     side = mixture.backbone["size"]
-    pictures = torch.randint(0, 256, (options.batch, 3, side, side), dtype=torch.uint8, device=device)
-    singles = [step_of(mixture, task, pictures) for task in mixture.tasks]
+    images = torch.randint(0, 256, (options.batch, 3, side, side), dtype=torch.uint8, device=device)
+    singles = [step_of(mixture, task, images) for task in mixture.tasks]
 
     def one_after_the_other() -> None:
         for step in singles:
@@ -85,7 +85,7 @@ def measure(mixture: Mixture, options: argparse.Namespace, device: torch.device)
 
     row = [mixture.title, *(f"{1e3 * statistics.median(found):.0f}" for found in times(*singles))]
     for settings in KINDS.values():
-        together = step_of(mixture, {"name": "multi", "tasks": list(mixture.tasks), **settings}, pictures)
+        together = step_of(mixture, {"name": "multi", "tasks": list(mixture.tasks), **settings}, images)
         found, apart = times(together, one_after_the_other)
         ratio = statistics.median(a / b for a, b in zip(found, apart, strict=True))
         row.append(f"{1e3 * statistics.median(found):.0f} ({ratio:.2f})")
@@ -96,7 +96,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.multi", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch", type=int, default=64, help="pictures of a step")
+    parser.add_argument("--batch", type=int, default=64, help="images of a step")
     parser.add_argument("--pairs", type=int, default=7, help="turns; each gives one ratio")
     parser.add_argument("--repeat", type=int, default=1, help="steps timed together in a turn")
     parser.add_argument("--threads", type=int, help="CPU threads")

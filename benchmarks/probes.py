@@ -1,7 +1,7 @@
 """The linear probe against one layer and optimizer for each head, and against logistic regression.
 
     python -m benchmarks.probes --threads 1
-    python -m benchmarks.probes --probe-classes 10 --probe-pictures 10000
+    python -m benchmarks.probes --probe-classes 10 --probe-images 10000
 
 First the 52 heads of DINOv2's grid (4 inputs, 13 learning rates, ViT-S): a step of ours against a step of 52 linear
 layers of torch with an SGD optimizer each, on the same batches; both must end at the same weights. Then the whole probe
@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from benchmarks.timing import begun, machine, paired_times, relative_difference, table_head
 from unlabeled.eval.base import FeatureSet, FeatureSplit
+from unlabeled.eval.encoded_dataset import EncodedDataset
 from unlabeled.eval.evaluators.linear import LinearConfig, LinearEvaluator, stratified_split
 from unlabeled.eval.probe.heads import GroupedSgd, Setting
-from unlabeled.eval.subject import Subject
 
 log = logging.getLogger(__name__)
 
@@ -138,10 +138,10 @@ def clustered(count: int, width: int, classes: int, seed: int) -> FeatureSplit:
     """Five clusters a class, in directions of falling variance, with noise: roughly what a trained network gives."""
     shared, own = np.random.default_rng(0), np.random.default_rng(seed)
     scales = np.arange(1, width + 1) ** -0.5
-    centres = shared.normal(size=(classes * 5, width)) * scales
+    centers = shared.normal(size=(classes * 5, width)) * scales
     mixing = np.linalg.qr(shared.normal(size=(width, width)))[0]
     labels = own.integers(0, classes, count)
-    rows = centres[labels * 5 + own.integers(0, 5, count)] + 3 * own.normal(size=(count, width)) * scales
+    rows = centers[labels * 5 + own.integers(0, 5, count)] + 3 * own.normal(size=(count, width)) * scales
     return FeatureSplit((rows @ mixing * 3 + 0.5).astype(np.float32), labels)
 
 
@@ -161,15 +161,15 @@ def logistic_regression(data: FeatureSet) -> npt.NDArray[np.int64]:
     return guesses
 
 
-def probe_row(pictures: int, classes: int, width: int, pairs: int, device: torch.device) -> str:
+def probe_row(images: int, classes: int, width: int, pairs: int, device: torch.device) -> str:
     """One row of the second table."""
     names = tuple(str(label) for label in range(classes))
-    train, test = clustered(pictures, width, classes, 1), clustered(10_000, width, classes, 2)
+    train, test = clustered(images, width, classes, 1), clustered(10_000, width, classes, 2)
     data = FeatureSet(train, test, names)
     found: dict[str, npt.NDArray[np.int64]] = {}
 
     def ours() -> None:
-        found["ours"] = dict(LinearEvaluator(LinearConfig()).run(Subject(data)))["predictions"]  # type: ignore[assignment]
+        found["ours"] = dict(LinearEvaluator(LinearConfig()).run(EncodedDataset(data)))["predictions"]  # type: ignore[assignment]
 
     def theirs() -> None:
         found["theirs"] = logistic_regression(data)
@@ -178,9 +178,7 @@ def probe_row(pictures: int, classes: int, width: int, pairs: int, device: torch
     ratio = statistics.median(b / a for a, b in zip(*times, strict=True))
     seconds = [f"{statistics.median(one):.1f}" for one in times]
     accuracies = [f"{100 * float((found[side] == test.labels).mean()):.1f}" for side in ("ours", "theirs")]
-    return (
-        f"| {pictures} x {width}, {classes} classes | {' | '.join(seconds)} | {ratio:.1f} | {' | '.join(accuracies)} |"
-    )
+    return f"| {images} x {width}, {classes} classes | {' | '.join(seconds)} | {ratio:.1f} | {' | '.join(accuracies)} |"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -188,7 +186,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--probe-classes", nargs="+", type=int, default=[10, 1000], metavar="C", help="of the 52 heads")
     parser.add_argument("--probe-width", type=int, default=WIDTH, metavar="D", help="features of a token")
     parser.add_argument(
-        "--probe-pictures", nargs="*", type=int, default=[10_000, 50_000], metavar="N", help="training pictures, whole"
+        "--probe-images", nargs="*", type=int, default=[10_000, 50_000], metavar="N", help="training images, whole"
     )
     parser.add_argument("--probe-pairs", type=int, default=5, help="turns of the 52 heads; each gives one ratio")
 
@@ -206,11 +204,11 @@ def run(options: argparse.Namespace) -> list[str]:
     say(*table_head(names))
     for classes in options.probe_classes:
         say(grid_row(classes, options.probe_width, options.probe_pairs, device))
-    if options.probe_pictures:
+    if options.probe_images:
         names = ["features", "probe, s", "logistic regression, s", "ratio", "probe, %", "logistic regression, %"]
         say("", *table_head(names))
-        for pictures in options.probe_pictures:
-            say(probe_row(pictures, 10, options.probe_width, 1, device))
+        for images in options.probe_images:
+            say(probe_row(images, 10, options.probe_width, 1, device))
     return lines
 
 

@@ -26,7 +26,7 @@ from scipy import stats
 
 from benchmarks.timing import begun, table_head
 from unlabeled.eval.metrics import clid
-from unlabeled.eval.suite import evaluate_backbone
+from unlabeled.eval.runner import evaluate_backbone
 from unlabeled.pretext.registry import task_class, task_config
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.weights import load_backbone
@@ -68,7 +68,7 @@ class Encoder(NamedTuple):
     name: str
     backbone: Backbone
     masked_statistics: bool
-    """Whether its batch norms saw masked pictures only."""
+    """Whether its batch norms saw masked images only."""
 
 
 class RankCorrelation(NamedTuple):
@@ -96,9 +96,9 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> RankCor
     spearman, kendall = stats.spearmanr(first, second), stats.kendalltau(first, second)
     rho = float(spearman.statistic)
     half = 1.96 * math.sqrt((1 + rho**2 / 2) / (count - 3))
-    centre = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, rho)))
+    center = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, rho)))
     return RankCorrelation(
-        count, rho, math.tanh(centre - half), math.tanh(centre + half), float(spearman.pvalue),
+        count, rho, math.tanh(center - half), math.tanh(center + half), float(spearman.pvalue),
         float(kendall.statistic), float(kendall.pvalue),
     )  # fmt: skip
 
@@ -117,7 +117,7 @@ def _encoder_at(config: PretrainConfig, step: Path) -> Backbone:
     # its weights come from the checkpoint; where the run once took them from may be gone
     plain = BackboneConfig.model_validate(config.backbone.model_dump() | {"pretrained": False, "checkpoint": None})
     with torch.random.fork_rng(devices=[]):
-        task = build_task(config.model_copy(update={"backbone": plain, "official": None}))
+        task = build_task(config.model_copy(update={"backbone": plain, "reference": None}))
     try:
         task.load_state_dict(load_file(step / "model.safetensors"))
     except (OSError, RuntimeError) as error:
@@ -128,13 +128,13 @@ def _encoder_at(config: PretrainConfig, step: Path) -> Backbone:
 def measured(encoder: Encoder, sources: tuple[ImageSource, ImageSource], run: EvaluateRun, work: Path) -> Values:
     """``evaluator/key`` → value, kNN among them."""
     settings = run.evaluate.model_copy(update={"evaluators": EVALUATORS, "baselines": False, "prefixes": ()})
-    evidence = evaluate_backbone(
+    results = evaluate_backbone(
         encoder.backbone, *sources, settings, work=work, seed=run.seed, workers=run.workers,
         masked_statistics=encoder.masked_statistics,
     )  # fmt: skip
-    assert evidence is not None, "one process evaluates"
-    found = evidence.encoders["backbone"].metrics
-    return {"accuracy": found[evidence.headline[0]], **found}
+    assert results is not None, "one process evaluates"
+    found = results.encoders["backbone"].metrics
+    return {"accuracy": found[results.headline[0]], **found}
 
 
 def link_cached(folder: Path, work: Path) -> None:
@@ -196,7 +196,7 @@ def main(words: list[str] | None = None) -> list[str]:
     settings = [word for word in options.words if "=" in word]
     run = evaluate_config("runs", [*settings, f"evaluate.evaluators=[{','.join(EVALUATORS)}]"])
     if run.data is None:
-        raise ConfigError("data: not given; all runs are measured on the same labelled data, such as data=digits")
+        raise ConfigError("data: not given; all runs are measured on the same labeled data, such as data=digits")
     sources = open_source(run.data, "train"), open_source(run.data, "test")
     found: dict[str, Values] = {}
     for folder in folders:

@@ -1,6 +1,6 @@
 """kNN classification: our searches against the published loop in torch and against scikit-learn; memory of large ones.
 
-Called by `benchmarks.eval`. Each side goes from features to the predicted class of each test picture, with the weights
+Called by `benchmarks.eval`. Each side goes from features to the predicted class of each test image, with the weights
 exp(cosine / 0.07) of the largest k; predictions must be equal.
 """
 
@@ -26,7 +26,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from benchmarks.timing import paired_times, quartiles, table_head
 from unlabeled.eval.base import FeatureSet, FeatureSplit, FloatArray, IntArray
-from unlabeled.eval.evaluators.knn import KnnConfig, best_classes, class_scores, nearest_neighbours
+from unlabeled.eval.evaluators.knn import KnnConfig, best_classes, class_scores, nearest_neighbors
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +41,11 @@ def ours(search: str) -> Side:
 
     def predict(data: FeatureSet, k: int) -> IntArray:
         settings = KnnConfig.model_validate({"search": search})
-        neighbours, similarities = nearest_neighbours(data.train.features, data.test.features, k, settings)
+        neighbors, similarities = nearest_neighbors(data.train.features, data.test.features, k, settings)
         parts = []
-        for start in range(0, len(neighbours), 2048):
+        for start in range(0, len(neighbors), 2048):
             part = slice(start, start + 2048)
-            votes = data.train.labels[neighbours[part]]
+            votes = data.train.labels[neighbors[part]]
             ((_, scores),) = class_scores(votes, similarities[part], [k], TEMPERATURE, len(data.classes))
             parts.append(best_classes(scores, 1)[:, 0])
         return np.concatenate(parts)
@@ -55,14 +55,14 @@ def ours(search: str) -> Side:
 
 def published(data: FeatureSet, k: int) -> IntArray:
     """The order of operations of the kNN script of facebookresearch/dino: float32 products of a hundredth of the test
-    pictures with all training pictures, topk, one-hot classes of the neighbours, their weighted sum."""
+    images with all training images, topk, one-hot classes of the neighbors, their weighted sum."""
     train, test = (F.normalize(torch.from_numpy(one.features), dim=1) for one in (data.train, data.test))
     labels, classes = torch.from_numpy(data.train.labels), len(data.classes)
     columns, hot, found = train.t(), torch.zeros(k, classes), []
     for queries in test.split(max(1, len(test) // CHUNKS)):  # type: ignore[no-untyped-call]
         similarities, indices = torch.mm(queries, columns).topk(k, largest=True, sorted=True)
-        neighbours = torch.gather(labels.expand(len(queries), -1), 1, indices)
-        hot.resize_(len(queries) * k, classes).zero_().scatter_(1, neighbours.reshape(-1, 1), 1)
+        neighbors = torch.gather(labels.expand(len(queries), -1), 1, indices)
+        hot.resize_(len(queries) * k, classes).zero_().scatter_(1, neighbors.reshape(-1, 1), 1)
         weights = (similarities / TEMPERATURE).exp_()
         scores = (hot.view(len(queries), k, classes) * weights[:, :, None]).sum(1)
         found.append(scores.sort(1, descending=True).indices[:, 0])
@@ -90,20 +90,20 @@ BASELINES: dict[str, Side] = {"torch": published, "scikit-learn": scikit_learn}
 def made_up(train: int, test: int, width: int, classes: int, seed: int = 0) -> FeatureSet:
     """Overlapping classes with a common mean and variance in a sixth of the directions, as features of networks are."""
     shared = np.random.default_rng(0)
-    centres = shared.normal(size=(classes, width))
+    centers = shared.normal(size=(classes, width))
     spread = shared.normal(size=(max(1, width // 6), width)) * 0.8 / max(1, width // 6) ** 0.5
 
     def split(count: int, number: int) -> FeatureSplit:
         own = np.random.default_rng([seed, number])
         labels = own.integers(0, classes, count)
         inner = own.normal(size=(count, len(spread))) @ spread * 2.5 + 0.1 * own.normal(size=(count, width))
-        return FeatureSplit((0.5 * centres[labels] + inner + 2).astype(np.float32), labels)
+        return FeatureSplit((0.5 * centers[labels] + inner + 2).astype(np.float32), labels)
 
     return FeatureSet(split(train, 1), split(test, 2), tuple(map(str, range(classes))))
 
 
 def stored(files: list[Path]) -> FeatureSet:
-    """Two files of ``unlabeled evaluate``'s folder ``features``: training and test pictures."""
+    """Two files of ``unlabeled evaluate``'s folder ``features``: training and test images."""
     train, test = (load_file(file) for file in files)
     count = int(train["labels"].max()) + 1
     splits = [FeatureSplit(one["features"], one["labels"]) for one in (train, test)]
@@ -112,14 +112,14 @@ def stored(files: list[Path]) -> FeatureSet:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What can be chosen."""
-    parser.add_argument("--train", type=int, default=50_000, help="training pictures")
-    parser.add_argument("--test", type=int, default=10_000, help="test pictures")
-    parser.add_argument("--widths", nargs="+", type=int, default=[384], metavar="D", help="features of a picture")
+    parser.add_argument("--train", type=int, default=50_000, help="training images")
+    parser.add_argument("--test", type=int, default=10_000, help="test images")
+    parser.add_argument("--widths", nargs="+", type=int, default=[384], metavar="D", help="features of an image")
     parser.add_argument("--classes", nargs="+", type=int, default=[100], metavar="C")
     parser.add_argument(
         "--files", nargs=2, type=Path, metavar=("TRAIN", "TEST"), help="cached features to take instead"
     )
-    parser.add_argument("--k", type=int, default=200, help="neighbours")
+    parser.add_argument("--k", type=int, default=200, help="neighbors")
     parser.add_argument("--searches", nargs="+", default=["exact", "reduced"])
     parser.add_argument("--baselines", nargs="+", default=list(BASELINES), choices=list(BASELINES))
     parser.add_argument("--pairs", type=int, default=3, help="turns; each gives one ratio")
@@ -130,7 +130,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> list[str]:
     """Measures; prints and returns the lines of the table."""
-    names = ["features, test pictures", "search", "against", "ours, s", "theirs, s", "ratio (quartiles)", "differ"]
+    names = ["features, test images", "search", "against", "ours, s", "theirs, s", "ratio (quartiles)", "differ"]
     lines = table_head(names)
     log.info("%s", "\n".join(lines))
     if options.files:
@@ -168,10 +168,10 @@ def _row(data: FeatureSet, search: str, baseline: str, options: argparse.Namespa
 
 def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
     """What can be chosen for `memory`."""
-    parser.add_argument("--rows", type=int, default=1_000_000, help="training pictures, written to a temporary file")
-    parser.add_argument("--width", type=int, default=768, help="features of a picture")
-    parser.add_argument("--queries", type=int, default=1000, help="test pictures")
-    parser.add_argument("--k", type=int, default=200, help="neighbours")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="training images, written to a temporary file")
+    parser.add_argument("--width", type=int, default=768, help="features of an image")
+    parser.add_argument("--queries", type=int, default=1000, help="test images")
+    parser.add_argument("--k", type=int, default=200, help="neighbors")
     parser.add_argument("--memory-gb", nargs="+", type=float, default=[1.0, 2.0], help="evaluate.knn.memory_gb")
     parser.add_argument("--searches", nargs="+", default=["exact", "reduced"])
     parser.add_argument("--folder", type=Path, help="where the file lies meanwhile")
@@ -210,7 +210,7 @@ def _search_in_file(
     settings = KnnConfig.model_validate({"search": search, "memory_gb": gigabytes})
     test = made_up(1, queries, rows.shape[1], 100).test.features
     began = time.perf_counter()
-    nearest_neighbours(rows, test, k, settings)
+    nearest_neighbors(rows, test, k, settings)
     return most_resident(), time.perf_counter() - began
 
 

@@ -18,11 +18,11 @@ from benchmarks.timing import paired_times
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.backbones.masked.masking import random_masking
 from unlabeled.ssl.backbones.masked.sparse import SparseEncoder
-from unlabeled.ssl.backbones.masked.sparse.rows import Factor
+from unlabeled.ssl.backbones.masked.sparse.gathering import Factor
 
 MODELS = ("convnext_tiny", "convnextv2_tiny", "resnet50", "resnet18", "efficientnet_b0", "regnety_008")
 FACTORS: dict[str, list[Factor]] = {"all": []} | {f"1/{32 // f}": [(f, f)] for f in (1, 2, 4, 8, 16)}
-"""Column → resolutions stored whole; for pictures of 224 pixels with cells of 32."""
+"""Column → resolutions stored whole; for images of 224 pixels with cells of 32."""
 
 
 def ratios(backbone: Backbone, visible: float, options: argparse.Namespace) -> list[float]:
@@ -37,7 +37,7 @@ def ratios(backbone: Backbone, visible: float, options: argparse.Namespace) -> l
         encoder.execution, encoder.dense = execution, dense  # type: ignore[assignment]
         with torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bf16"):
             maps = encoder.maps(images, masking, indices)
-            sum(one.held.float().square().mean() for one in maps).backward()  # type: ignore[union-attr]
+            sum(one.stored.float().square().mean() for one in maps).backward()  # type: ignore[union-attr]
         backbone.zero_grad(set_to_none=True)
 
     found = []

@@ -1,4 +1,4 @@
-"""Results on disk, and the tables of ``docs/benchmarks.md`` that are made from them."""
+"""Results on disk, and the tables of ``docs/results/benchmarks.md`` that are made from them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+PAGE = Path(__file__).parents[1] / "docs" / "results" / "benchmarks.md"
 _BEGIN, _END = "<!-- results -->", "<!-- end of results -->"
 
 Row = Mapping[str, Any]

@@ -127,8 +127,8 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, *options: Any) -> int:
     """As many operations as forward, for each of both gradients. (torch's formula takes groups for dense ones.)"""
     transposed, (of_x, of_weight, _) = options[4], options[-1]
-    places = (x if transposed else gradient)[:, :1].numel()
-    return 2 * places * weight.numel() * (int(of_x) + int(of_weight))
+    positions = (x if transposed else gradient)[:, :1].numel()
+    return 2 * positions * weight.numel() * (int(of_x) + int(of_weight))
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -9,6 +9,7 @@ Everything that a user needs is here; modules inside may move. A name is importe
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from unlabeled import _moved
@@ -17,22 +18,22 @@ from unlabeled._version import __version__
 _moved.install()
 
 _PUBLIC = {
-    # What a user calls; each is the twin of a command.
+    # Functions, one for each command.
     "evaluate": "unlabeled.api",
     "export": "unlabeled.api",
     "finetune": "unlabeled.api",
     "load_backbone": "unlabeled.api",
     "pretrain": "unlabeled.api",
-    # What they give back.
-    "EncoderEvidence": "unlabeled.eval.results",
-    "Evidence": "unlabeled.eval.results",
+    # What the functions return.
+    "EncoderResults": "unlabeled.eval.results",
+    "Results": "unlabeled.eval.results",
     "Exported": "unlabeled.workflows.export",
     "FinetuneResult": "unlabeled.workflows.finetune.run",
     "PretrainResult": "unlabeled.workflows.pretrain",
     # Backbones.
     "Backbone": "unlabeled.ssl.backbones.backbone",
     "create_backbone": "unlabeled.ssl.backbones.backbone",
-    "create_classifier": "unlabeled.workflows.finetune.network",
+    "create_classifier": "unlabeled.workflows.finetune.classifier",
     "load_elastic": "unlabeled.workflows.export",
     "load_weights": "unlabeled.ssl.backbones.weights",
     "modes_kept": "unlabeled.ssl.backbones.shapes",
@@ -50,7 +51,7 @@ _PUBLIC = {
     "OptimConfig": "unlabeled.ssl.config.schema",
     "PretrainConfig": "unlabeled.ssl.config.schema",
     "ScheduleConfig": "unlabeled.ssl.config.schema",
-    # Images, and a source of one's own.
+    # Images and data sources.
     "DecodeError": "unlabeled.ssl.data.source",
     "ImageSource": "unlabeled.ssl.data.source",
     "MaskSource": "unlabeled.ssl.data.source",
@@ -63,10 +64,11 @@ _PUBLIC = {
     "open_source": "unlabeled.ssl.data.registry",
     "register_source": "unlabeled.ssl.data.registry",
     "source_names": "unlabeled.ssl.data.registry",
-    # A pretext task of one's own.
+    # Pretext tasks.
     "Batch": "unlabeled.ssl.task",
     "ContractError": "unlabeled.testing",
     "NamedParameter": "unlabeled.ssl.task",
+    "Paper": "unlabeled.ssl.task",
     "PretextTask": "unlabeled.ssl.task",
     "Recipe": "unlabeled.ssl.task",
     "StepOutput": "unlabeled.ssl.task",
@@ -77,10 +79,10 @@ _PUBLIC = {
     "derive": "unlabeled.ssl.core.seeds",
     "ema_update": "unlabeled.ssl.nn.ema",
     "frozen_copy": "unlabeled.pretext.common.teacher",
-    "gather_rows": "unlabeled.ssl.core.distributed",
+    "gather_across_ranks": "unlabeled.ssl.core.distributed",
     "register_task": "unlabeled.pretext.registry",
     "task_names": "unlabeled.pretext.registry",
-    # An evaluator of one's own.
+    # Evaluators.
     "Estimate": "unlabeled.eval.base",
     "Evaluator": "unlabeled.eval.base",
     "EvaluatorConfig": "unlabeled.eval.base",
@@ -90,28 +92,28 @@ _PUBLIC = {
     "Measure": "unlabeled.eval.base",
     "Measured": "unlabeled.eval.base",
     "Point": "unlabeled.eval.base",
-    "Subject": "unlabeled.eval.subject",
+    "EncodedDataset": "unlabeled.eval.encoded_dataset",
     "Value": "unlabeled.eval.base",
     "check_evaluator": "unlabeled.testing",
     "check_features": "unlabeled.eval.base",
     "evaluator_names": "unlabeled.eval.registry",
     "register_evaluator": "unlabeled.eval.registry",
-    # Reading what runs and evaluations left.
+    # Reading runs and evaluations.
     "CAPTIONS": "unlabeled.eval.dense.maps",
     "Comparison": "unlabeled.eval.comparison",
     "EvalTransform": "unlabeled.eval.features.extract",
     "LayerSimilarity": "unlabeled.eval.evaluators.layers",
-    "Verdict": "unlabeled.eval.comparison",
+    "Summary": "unlabeled.eval.comparison",
     "cka_between": "unlabeled.eval.evaluators.layers",
     "compare": "unlabeled.eval.comparison",
-    "evaluate_backbone": "unlabeled.eval.suite",
+    "evaluate_backbone": "unlabeled.eval.runner",
     "extract_features": "unlabeled.eval.features.extract",
-    "judge": "unlabeled.eval.comparison",
-    "map_pictures": "unlabeled.eval.dense.maps",
-    "random_twin": "unlabeled.eval.subject",
+    "summarize": "unlabeled.eval.comparison",
+    "map_images": "unlabeled.eval.dense.maps",
+    "random_twin": "unlabeled.eval.encoded_dataset",
     "read_metrics": "unlabeled.ssl.train.monitor",
     "read_report": "unlabeled.report.document",
-    # Faults of the input, each told in one line.
+    # Errors.
     "CapabilityError": "unlabeled.ssl.core.errors",
     "CheckpointError": "unlabeled.ssl.core.errors",
     "ConfigError": "unlabeled.ssl.core.errors",
@@ -141,22 +143,22 @@ if TYPE_CHECKING:
     from unlabeled.eval.base import Value as Value
     from unlabeled.eval.base import check_features as check_features
     from unlabeled.eval.comparison import Comparison as Comparison
-    from unlabeled.eval.comparison import Verdict as Verdict
+    from unlabeled.eval.comparison import Summary as Summary
     from unlabeled.eval.comparison import compare as compare
-    from unlabeled.eval.comparison import judge as judge
+    from unlabeled.eval.comparison import summarize as summarize
     from unlabeled.eval.dense.maps import CAPTIONS as CAPTIONS
-    from unlabeled.eval.dense.maps import map_pictures as map_pictures
+    from unlabeled.eval.dense.maps import map_images as map_images
+    from unlabeled.eval.encoded_dataset import EncodedDataset as EncodedDataset
+    from unlabeled.eval.encoded_dataset import random_twin as random_twin
     from unlabeled.eval.evaluators.layers import LayerSimilarity as LayerSimilarity
     from unlabeled.eval.evaluators.layers import cka_between as cka_between
     from unlabeled.eval.features.extract import EvalTransform as EvalTransform
     from unlabeled.eval.features.extract import extract_features as extract_features
     from unlabeled.eval.registry import evaluator_names as evaluator_names
     from unlabeled.eval.registry import register_evaluator as register_evaluator
-    from unlabeled.eval.results import EncoderEvidence as EncoderEvidence
-    from unlabeled.eval.results import Evidence as Evidence
-    from unlabeled.eval.subject import Subject as Subject
-    from unlabeled.eval.subject import random_twin as random_twin
-    from unlabeled.eval.suite import evaluate_backbone as evaluate_backbone
+    from unlabeled.eval.results import EncoderResults as EncoderResults
+    from unlabeled.eval.results import Results as Results
+    from unlabeled.eval.runner import evaluate_backbone as evaluate_backbone
     from unlabeled.pretext.common.teacher import cosine_momentum as cosine_momentum
     from unlabeled.pretext.common.teacher import frozen_copy as frozen_copy
     from unlabeled.pretext.registry import create_task as create_task
@@ -179,7 +181,7 @@ if TYPE_CHECKING:
     from unlabeled.ssl.config.schema import OptimConfig as OptimConfig
     from unlabeled.ssl.config.schema import PretrainConfig as PretrainConfig
     from unlabeled.ssl.config.schema import ScheduleConfig as ScheduleConfig
-    from unlabeled.ssl.core.distributed import gather_rows as gather_rows
+    from unlabeled.ssl.core.distributed import gather_across_ranks as gather_across_ranks
     from unlabeled.ssl.core.errors import CapabilityError as CapabilityError
     from unlabeled.ssl.core.errors import CheckpointError as CheckpointError
     from unlabeled.ssl.core.errors import ConfigError as ConfigError
@@ -201,6 +203,7 @@ if TYPE_CHECKING:
     from unlabeled.ssl.nn.ema import ema_update as ema_update
     from unlabeled.ssl.task import Batch as Batch
     from unlabeled.ssl.task import NamedParameter as NamedParameter
+    from unlabeled.ssl.task import Paper as Paper
     from unlabeled.ssl.task import PretextTask as PretextTask
     from unlabeled.ssl.task import Recipe as Recipe
     from unlabeled.ssl.task import StepOutput as StepOutput
@@ -212,8 +215,8 @@ if TYPE_CHECKING:
     from unlabeled.testing import check_task as check_task
     from unlabeled.workflows.export import Exported as Exported
     from unlabeled.workflows.export import load_elastic as load_elastic
+    from unlabeled.workflows.finetune.classifier import create_classifier as create_classifier
     from unlabeled.workflows.finetune.config import FinetuneConfig as FinetuneConfig
-    from unlabeled.workflows.finetune.network import create_classifier as create_classifier
     from unlabeled.workflows.finetune.run import FinetuneResult as FinetuneResult
     from unlabeled.workflows.pretrain import PretrainResult as PretrainResult
 
@@ -221,6 +224,9 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name in _moved.RENAMED and (current := _moved.RENAMED[name]) in _PUBLIC:
+        warnings.warn(f"unlabeled.{name} is now unlabeled.{current}", DeprecationWarning, stacklevel=2)
+        return __getattr__(current)
     raise AttributeError(f"module 'unlabeled' has no attribute {name!r}")
 
 

@@ -38,15 +38,19 @@ MOVED: dict[str, str] = {
     "eval.gauntlet": "workflows.gauntlet",
     "eval.neighbours": "eval.neighbors",
     "eval.places": "eval.dense",
-    "eval.places.dense": "eval.dense.places",
+    "eval.dense.look": "eval.dense.feature_maps",
+    "eval.dense.places": "eval.dense.dense_features",
+    "eval.places.dense": "eval.dense.dense_features",
     "eval.recalibrate": "eval.features.recalibrate",
     "eval.report": "report",
     "eval.report.compare": "report.compare workflows.compare",
     "eval.report.gallery": "eval.gallery",
-    "eval.report.look": "eval.dense.look",
+    "eval.report.look": "eval.dense.feature_maps",
     "eval.report.sections": "report.sections eval.comparison",
     "eval.report.tables": "eval.tables",
     "eval.report.verdict": "eval.comparison",
+    "eval.subject": "eval.encoded_dataset",
+    "eval.suite": "eval.runner",
     "eval.settings": " ".join(f"eval.evaluators.{name}" for name in _WITH_SETTINGS),
     "eval.sizes": "workflows.elastic_sizes",
     "pretext.base": "ssl.task ssl.data.views",
@@ -56,12 +60,12 @@ MOVED: dict[str, str] = {
     "pretext.common.chunked": "pretext.self_distillation.poa_losses",
     "pretext.common.convnext_names": "pretext.masked_image.convnext_names",
     "pretext.common.decoder": "pretext.masked_image.mae",
-    "pretext.common.hidden_places": "pretext.self_distillation.hidden_places",
+    "pretext.common.hidden_places": "pretext.self_distillation.masked_patches",
     "pretext.common.level_map": "ssl.backbones.level_map",
     "pretext.common.masked_image": "pretext.masked_image.masked_image",
     "pretext.common.masking": "ssl.backbones.masked.masking",
     "pretext.common.mixture": "pretext.mixture.mixture",
-    "pretext.common.pair_pictures": "pretext.dense_contrast.pair_pictures",
+    "pretext.common.pair_pictures": "pretext.dense_contrast.pair_images",
     "pretext.common.patch_cues": "pretext.predictive.patch_cues",
     "pretext.common.patch_grid": "pretext.predictive.patch_grid",
     "pretext.common.patches": "pretext.common.precision pretext.masked_image.masked_image",
@@ -79,6 +83,12 @@ MOVED: dict[str, str] = {
     "pretext.mae": "pretext.masked_image.mae",
     "pretext.multi": "pretext.mixture.multi",
     "pretext.obow.head": "pretext.obow.vocabulary pretext.obow.task",
+    "pretext.dense_contrast.pair_pictures": "pretext.dense_contrast.pair_images",
+    "pretext.obow.official": "pretext.obow.reference",
+    "pretext.obow.pictures": "pretext.obow.drawing",
+    "pretext.self_distillation.hidden_places": "pretext.self_distillation.masked_patches",
+    "report.pictures": "report.images",
+    "testing.subject": "testing.case",
     "pretext.pixcontrast": "pretext.dense_contrast.pixcontrast",
     "pretext.pixpro": "pretext.dense_contrast.pixpro",
     "pretext.poa": "pretext.self_distillation.poa",
@@ -138,6 +148,20 @@ MOVED: dict[str, str] = {
 }
 """Old module or package, without ``unlabeled.`` → the module that has its names now, or several."""
 
+RENAMED: dict[str, str] = {
+    "EncoderEvidence": "EncoderResults",
+    "Evidence": "Results",
+    "Judge": "EvaluatorInfo",
+    "LacksCapabilityError": "MissingCapabilityError",
+    "Subject": "EncodedDataset",
+    "Verdict": "Summary",
+    "evidence_table": "results_table",
+    "gather_rows": "gather_across_ranks",
+    "judge": "summarize",
+    "map_pictures": "map_images",
+}
+"""Old name of a class or function → its present one, in `unlabeled` and in the modules of `MOVED`."""
+
 
 class _Moved(ModuleType):
     """Looks names up in the modules that have them now."""
@@ -145,8 +169,9 @@ class _Moved(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("__"):
             for target in self.__dict__.get("_targets", ()):
-                if hasattr(target, name):
-                    return getattr(target, name)
+                for current in (name, RENAMED.get(name, name)):
+                    if hasattr(target, current):
+                        return getattr(target, current)
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
     def __dir__(self) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from unlabeled.eval.results import Evidence
+from unlabeled.eval.results import Results
 from unlabeled.ssl.backbones import weights
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.given import load_into
@@ -33,7 +33,7 @@ def pretrain(
 ) -> PretrainResult:
     """Pretrains `backbone` on `data` with `task`; the settings are those of ``unlabeled pretrain``.
 
-    `data` is a folder of pictures, the name of a source, or a mapping such as ``{"name": "parquet", "path": ...}``.
+    `data` is a folder of images, the name of a source, or a mapping such as ``{"name": "parquet", "path": ...}``.
 
     `backbone` is a timm name, a mapping such as ``{"name": "resnet18", "size": 64}``, or a network itself: an
     ``nn.Module`` with timm's surface, or an `unlabeled.Backbone`, which also says its size, mean and deviation. A
@@ -50,7 +50,7 @@ def evaluate(
     target: str | Path | nn.Module,
     data: str | Path | Mapping[str, Any] | DataConfig | None = None,
     **settings: Any,
-) -> Evidence:
+) -> Results:
     """The evaluators and the report of ``unlabeled evaluate``.
 
     `target` is a run folder, a timm model, a weights file or a network itself, as in `pretrain`; a run of a network
@@ -84,7 +84,7 @@ def export(run: str | Path, out: str | Path, backbone: nn.Module | None = None, 
     A run of a network that has no timm name needs it again, as `backbone`. Returns each file with Python that loads it.
     """
     folder = run_folder(run)
-    own = given_backbone(backbone, settings, beside=folder)
+    own = given_backbone(backbone, settings, alongside=folder)
     return export_run(export_config(folder, values={"out": out, **settings}), own)
 
 

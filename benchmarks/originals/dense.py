@@ -29,10 +29,10 @@ class Active:
     def on_rows(self, x: Tensor, function: Rows) -> Tensor:
         """Applies `function` to the visible places (M, C) of (B, C, h, w); the others become 0."""
         last = x.permute(0, 2, 3, 1)
-        places = self.at(x).squeeze(1).nonzero(as_tuple=True)
-        rows = function(last[places])
+        positions = self.at(x).squeeze(1).nonzero(as_tuple=True)
+        rows = function(last[positions])
         whole = torch.zeros_like(last, dtype=rows.dtype)
-        whole[places] = rows
+        whole[positions] = rows
         return whole.permute(0, 3, 1, 2)
 
     def convolved(self, x: Tensor, layer: Any) -> Tensor:

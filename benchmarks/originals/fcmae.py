@@ -60,7 +60,7 @@ def _block(block: Any, x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _response_norm(x: Tensor, layer: Any) -> Tensor:
-    """Per picture, over the places of the whole map (B, h, w, C)."""
+    """Per image, over the places of the whole map (B, h, w, C)."""
     size = x.norm(p=2, dim=(1, 2), keepdim=True)
     relative = size / (size.mean(dim=-1, keepdim=True) + layer.eps)
     normed: Tensor = layer.weight * (x * relative) + layer.bias + x

@@ -12,7 +12,7 @@ from benchmarks.originals.transformer import decode, reconstruction_loss, run_bl
 
 
 def original_loss(task: Any, images: Tensor, noise: Tensor) -> Tensor:
-    """See the package. For a vision transformer with a class token and absolute positions of the pictures' grid."""
+    """See the package. For a vision transformer with a class token and absolute positions of the images' grid."""
     model = task.backbone.model
     patch = task.cell
     masks = shuffle(noise, task.keep(task.grid_of(tuple(images.shape[-2:]))))

@@ -80,7 +80,7 @@ def patches_of(images: Tensor, patch: tuple[int, int]) -> Tensor:
 
 
 def reconstruction_loss(predicted: Tensor, images: Tensor, patch: tuple[int, int], removed: Tensor) -> Tensor:
-    """Squared error of every patch's normalised pixels, then the mean over those that `removed` (B, L) marks."""
+    """Squared error of every patch's normalized pixels, then the mean over those that `removed` (B, L) marks."""
     target = patches_of(images, patch)
     mean, variance = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
     target = (target - mean) / (variance + 1e-6) ** 0.5

@@ -151,7 +151,7 @@ def test_tables_are_written_between_the_marks(tmp_path: Path) -> None:
 
 
 def test_the_page_shows_the_results_of_the_repository(tmp_path: Path) -> None:
-    page = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
+    page = Path(__file__).resolve().parents[2] / "docs" / "results" / "benchmarks.md"
     copy = tmp_path / "page.md"
     copy.write_text(page.read_text())
     write_tables(copy, RESULTS)

@@ -8,7 +8,7 @@ from benchmarks import probes
 
 
 def test_both_sides_end_at_the_same_weights_and_the_table_says_so() -> None:
-    words = ["--probe-classes", "3", "--probe-width", "64", "--probe-pictures", "300", "--probe-pairs", "2"]
+    words = ["--probe-classes", "3", "--probe-width", "64", "--probe-images", "300", "--probe-pairs", "2"]
     lines = probes.main(words)
     assert lines[0] == "| classes | ours, ms | 52 layers, ms | ratio | weights differ by | predictions that differ |"
     assert lines[2].startswith("| 3 |")
@@ -22,4 +22,4 @@ def test_both_sides_end_at_the_same_weights_and_the_table_says_so() -> None:
 def test_other_updates_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unlabeled.eval.probe.heads._MOMENTUM", 0.5)
     with pytest.raises(AssertionError, match="weights differ by"):
-        probes.main(["--probe-classes", "3", "--probe-width", "8", "--probe-pictures", "--probe-pairs", "1"])
+        probes.main(["--probe-classes", "3", "--probe-width", "8", "--probe-images", "--probe-pairs", "1"])

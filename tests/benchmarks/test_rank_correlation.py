@@ -69,7 +69,7 @@ def test_runs_and_their_older_checkpoints_are_measured_and_left_alone(tmp_path: 
         )
     before = {path: path.stat().st_mtime_ns for folder in folders for path in folder.rglob("*")}
     words = [str(folder) for folder in folders]
-    words += ["data=digits", "evaluate.limit=64", "evaluate.invariance.pictures=8", "workers=0"]
+    words += ["data=digits", "evaluate.limit=64", "evaluate.invariance.images=8", "workers=0"]
     lines = main(["--checkpoints", "--cache", str(tmp_path / "cache"), *words])
     assert sum(line.startswith(("| 0", "| 1")) for line in lines) == 4
     assert any(line.startswith("| 0, step") for line in lines)

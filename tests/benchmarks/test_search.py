@@ -23,7 +23,7 @@ def test_all_sides_predict_the_same() -> None:
 def test_a_row_for_each_search_and_baseline(tmp_path: Path) -> None:
     words = ["knn", "--train", "300", "--test", "100", "--widths", "16", "--classes", "5", "--k", "20", "--pairs", "1"]
     head, _, *rows = main(words)
-    assert head.startswith("| features, test pictures | search | against | ours, s | theirs, s |")
+    assert head.startswith("| features, test images | search | against | ours, s | theirs, s |")
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert [row[1:3] for row in cells] == [
         ["exact", "torch"], ["reduced", "torch"], ["exact", "scikit-learn"], ["reduced", "scikit-learn"],

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from unlabeled.pretext.registry import task_names
-from unlabeled.testing import Subject
+from unlabeled.testing import TaskCase
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `tiny_tasks`
 
@@ -17,8 +17,8 @@ from tiny_tasks import SMALL
 
 
 @functools.cache
-def tiny_subject(name: str) -> Subject:
-    return Subject.of(name, settings=SMALL.get(name))
+def tiny_subject(name: str) -> TaskCase:
+    return TaskCase.of(name, settings=SMALL.get(name))
 
 
 @pytest.fixture(params=task_names())
@@ -27,5 +27,5 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def subject(name: str) -> Subject:
+def case(name: str) -> TaskCase:
     return tiny_subject(name)

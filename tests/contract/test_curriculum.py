@@ -1,4 +1,4 @@
-"""Every task under a curriculum: it learns from smaller pictures, or the run is refused before it begins."""
+"""Every task under a curriculum: it learns from smaller images, or the run is refused before it begins."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.task import PretextTask
 from unlabeled.ssl.train.curriculum import as_floats, create_curriculum
 from unlabeled.testing import views_batch
-from unlabeled.testing.subject import tiny_backbone
+from unlabeled.testing.case import tiny_backbone
 
 
 def tiny_task_of_any_size(name: str) -> PretextTask:
@@ -29,7 +29,7 @@ def tiny_task_of_any_size(name: str) -> PretextTask:
     )
 
 
-def test_smaller_pictures_train_the_same_parameters(name: str) -> None:
+def test_smaller_images_train_the_same_parameters(name: str) -> None:
     torch.manual_seed(0)
     task = tiny_task_of_any_size(name)
     whole = views_batch(task)
@@ -50,17 +50,17 @@ def test_smaller_pictures_train_the_same_parameters(name: str) -> None:
         assert not without
 
 
-def test_floating_pictures_mean_what_the_task_says(name: str) -> None:
-    """The loss is that of the same pictures as bytes."""
+def test_floating_images_mean_what_the_task_says(name: str) -> None:
+    """The loss is that of the same images as bytes."""
     torch.manual_seed(0)
     task = tiny_task_of_any_size(name)
     if task.size_step() is None:
-        pytest.skip("its pictures are never made smaller")
+        pytest.skip("its images are never made smaller")
     batch = views_batch(task)
     floats = {key: as_floats(task, one.float()) if one.dtype == torch.uint8 else one for key, one in batch.items()}
     draw = task.draw(batch)
     losses = []
-    for pictures in (batch, floats):
+    for images in (batch, floats):
         torch.manual_seed(7)
-        losses.append(task(pictures, **draw).loss)
+        losses.append(task(images, **draw).loss)
     assert torch.allclose(*losses, rtol=1e-5)

@@ -16,7 +16,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "few_shot": {"episodes": 20, "ways": 3},
     "low_label": {"fractions": (0.2, 1.0), "draws": 2, "steps": 4, "probe": {"epochs": 2, "lr": (0.1,)}},
     "segmentation": {"epochs": 2, "lr": (0.1, 1.0)},
-    "invariance": {"pictures": 12, "views": 3},
+    "invariance": {"images": 12, "views": 3},
     "corruption": {"corruptions": ("gaussian_noise", "contrast"), "severities": (1, 5)},
 }
 """Settings that cost less and say the same."""

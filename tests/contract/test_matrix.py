@@ -11,14 +11,14 @@ import timm
 from unlabeled.pretext.registry import create_task, task_class, task_names
 from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.errors import CapabilityError
-from unlabeled.workflows.compatibility.measure import Cell, Matrix, architecture, try_task
+from unlabeled.workflows.compatibility.measure import Matrix, MatrixEntry, architecture, try_task
 from unlabeled.workflows.compatibility.page import render_page
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "matrix.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "matrix.md"
 MATRIX = Matrix.loads(PAGE.with_suffix(".json").read_text(encoding="utf-8"))
 RUNS, REFUSALS = 12, 6
 LARGE = {"byoanet"}
-"""Modules whose network takes pictures of 256 pixels, and a step of it seconds."""
+"""Modules whose network takes images of 256 pixels, and a step of it seconds."""
 same_timm = pytest.mark.skipif(timm.__version__ != MATRIX.timm, reason=f"the matrix is of timm {MATRIX.timm}")
 
 
@@ -57,7 +57,7 @@ def test_the_page_shows_these_cells() -> None:
 def test_what_runs_runs(module: str, task: str) -> None:
     network = architecture(module)
     backbone = create_backbone(network["name"], size=network["size"], **network.get("kwargs", {}))
-    assert try_task(task, backbone) == Cell("runs")
+    assert try_task(task, backbone) == MatrixEntry("runs")
 
 
 @pytest.mark.slow

@@ -16,8 +16,8 @@ from PIL import Image
 from unlabeled.ssl.data.registry import SOURCES
 from unlabeled.testing import (
     SOURCE_CHECKS,
+    SourceCase,
     SourceCheck,
-    SourceSubject,
     compare_with_another,
     read_in_another_process,
     run_check,
@@ -108,8 +108,8 @@ DATA: dict[str, Callable[[Path], dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def subjects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SourceSubject]:
-    return {name: SourceSubject.of(name, write(tmp_path_factory.mktemp(name))) for name, write in DATA.items()}
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SourceCase]:
+    return {name: SourceCase.of(name, write(tmp_path_factory.mktemp(name))) for name, write in DATA.items()}
 
 
 def test_every_source_is_tried() -> None:
@@ -118,11 +118,11 @@ def test_every_source_is_tried() -> None:
 
 @pytest.mark.parametrize("name", DATA)
 @pytest.mark.parametrize("check", SOURCE_CHECKS, ids=[check.__name__ for check in SOURCE_CHECKS])
-def test_contract(check: SourceCheck, name: str, subjects: dict[str, SourceSubject]) -> None:
-    run_check(check, subjects[name])
+def test_contract(check: SourceCheck, name: str, cases: dict[str, SourceCase]) -> None:
+    run_check(check, cases[name])
 
 
-def test_another_process_reads_the_same(subjects: dict[str, SourceSubject]) -> None:
-    found = read_in_another_process(list(subjects.values()))
-    for subject, one in zip(subjects.values(), found, strict=True):
-        compare_with_another(subject, one)
+def test_another_process_reads_the_same(cases: dict[str, SourceCase]) -> None:
+    found = read_in_another_process(list(cases.values()))
+    for case, one in zip(cases.values(), found, strict=True):
+        compare_with_another(case, one)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from unlabeled.testing import CHECKS, Check, Subject, run_check
+from unlabeled.testing import CHECKS, Check, TaskCase, run_check
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=[check.__name__ for check in CHECKS])
-def test_contract(check: Check, subject: Subject) -> None:
-    run_check(check, subject)
+def test_contract(check: Check, case: TaskCase) -> None:
+    run_check(check, case)

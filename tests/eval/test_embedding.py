@@ -10,7 +10,7 @@ from eval_helpers import MemorySource, tiny_vit
 
 from unlabeled.eval.base import FeatureSplit
 from unlabeled.eval.embedding import embed
-from unlabeled.eval.suite import evaluate_backbone
+from unlabeled.eval.runner import evaluate_backbone
 from unlabeled.ssl.config.schema import EvaluateConfig
 from unlabeled.ssl.core.errors import ConfigError, DataError
 
@@ -24,7 +24,7 @@ def groups(count: int, kinds: int = 3, width: int = 16) -> FeatureSplit:
 
 
 @pytest.mark.parametrize("method", ["tsne", "pca"])
-def test_neighbours_of_the_plane_are_of_the_same_group(method: str) -> None:
+def test_neighbors_of_the_plane_are_of_the_same_group(method: str) -> None:
     found = embed(groups(60), method)
     assert found.points.shape == (60, 2)
     assert found.points.dtype == np.float32
@@ -44,17 +44,17 @@ def test_the_first_two_components_are_those_of_the_covariance() -> None:
     np.testing.assert_allclose(found.points.var(axis=0, ddof=1), values[::-1][:2], rtol=1e-4)
 
 
-def test_at_most_so_many_pictures_drawn_by_seed_and_said() -> None:
-    one, other = embed(groups(300), "pca", pictures=100, seed=1), embed(groups(300), "pca", pictures=100, seed=2)
+def test_at_most_so_many_images_drawn_by_seed_and_said() -> None:
+    one, other = embed(groups(300), "pca", images=100, seed=1), embed(groups(300), "pca", images=100, seed=2)
     assert len(one.points) == len(one.labels) == 100
     assert not np.array_equal(one.labels, other.labels) or not np.array_equal(one.points, other.points)
     assert (
         one.method
-        == "The first two principal components of 100 test pictures drawn at random, on L2-normalised features, seed 1"
+        == "The first two principal components of 100 test images drawn at random, on L2-normalized features, seed 1"
     )
 
 
-def test_too_few_or_equal_pictures_give_components() -> None:
+def test_too_few_or_equal_images_give_components() -> None:
     assert embed(groups(20), "tsne").method.startswith("The first two principal components")
     equal = embed(FeatureSplit(np.ones((60, 8), np.float32), np.zeros(60, np.int64)), "tsne")
     np.testing.assert_array_equal(equal.points, 0)

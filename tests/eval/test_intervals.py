@@ -24,7 +24,7 @@ def test_wilson_stays_inside_zero_and_one() -> None:
 
 def test_difference_gives_newcombes_table() -> None:
     """Method 10 in Newcombe 1998, Statistics in Medicine 17, 873-890, table II: 56/70 - 48/80 is one of the examples;
-    here with equal numbers of pictures, 9/10 - 3/10."""
+    here with equal numbers of images, 9/10 - 3/10."""
     assert difference(0.9, 0.3, 10) == pytest.approx((0.1705, 0.8090), abs=5e-5)
 
 

@@ -13,7 +13,7 @@ from unlabeled.eval.metrics import (
     Spectrum,
     alignment,
     alpha_req,
-    centred_gram,
+    centered_gram,
     cka_map,
     clid,
     cluster_learnability,
@@ -35,18 +35,18 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 def test_singular_values_are_those_of_the_decomposition(count: int, width: int) -> None:
     features = normal(count, width) * np.logspace(0, -3, width) + 3
     found = Spectrum.of(features)
-    np.testing.assert_allclose(found.uncentred, np.linalg.svd(features, compute_uv=False), rtol=1e-6)
+    np.testing.assert_allclose(found.uncentered, np.linalg.svd(features, compute_uv=False), rtol=1e-6)
     expected = np.linalg.svd(features - features.mean(axis=0), compute_uv=False)
     expected = np.where(expected > 1e-6 * expected[0], expected, 0)  # the mean takes one direction from N <= D
-    np.testing.assert_allclose(found.centred, expected, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(found.centered, expected, rtol=1e-6, atol=1e-9)
 
 
-def test_more_pictures_than_fit_into_a_block_give_the_same_values() -> None:
+def test_more_images_than_fit_into_a_block_give_the_same_values() -> None:
     features = normal(2500, 4)
-    np.testing.assert_allclose(Spectrum.of(features).uncentred, np.linalg.svd(features, compute_uv=False), rtol=1e-9)
+    np.testing.assert_allclose(Spectrum.of(features).uncentered, np.linalg.svd(features, compute_uv=False), rtol=1e-9)
 
 
-def test_rankme_is_the_papers_formula_on_uncentred_singular_values() -> None:
+def test_rankme_is_the_papers_formula_on_uncentered_singular_values() -> None:
     features = normal(200, 12) * np.linspace(1, 5, 12) + 0.5
     values = np.linalg.svd(features, compute_uv=False)
     shares = values / values.sum() + 1e-7
@@ -89,7 +89,7 @@ def test_alpha_is_the_exponent_whatever_the_width(exponent: float, width: int) -
 def test_alpha_is_a_weighted_fit_of_the_named_range_and_repeats() -> None:
     spectrum = Spectrum.of(normal(400, 130) * np.logspace(0, -1, 130))
     index = np.arange(5, 101)
-    fitted = np.polyfit(np.log(index), 2 * np.log(spectrum.centred[4:100]), 1, w=np.sqrt(1 / index))
+    fitted = np.polyfit(np.log(index), 2 * np.log(spectrum.centered[4:100]), 1, w=np.sqrt(1 / index))
     assert alpha_req(spectrum) == pytest.approx(-fitted[0])
     assert alpha_req(spectrum) == alpha_req(spectrum)
 
@@ -130,13 +130,13 @@ def test_two_nn_survives_duplicates_offsets_and_scales() -> None:
 def test_two_nn_says_what_it_cannot_measure() -> None:
     with pytest.raises(DataError, match="three distinct feature vectors, and there are 2"):
         two_nn(np.array([[0.0], [-0.0], [1.0]]))
-    with pytest.raises(DataError, match="as far from two neighbours as from one"):
+    with pytest.raises(DataError, match="as far from two neighbors as from one"):
         two_nn(np.eye(12))
 
 
 def test_cluster_learnability_of_clusters_and_of_noise() -> None:
-    centres = 20 * np.eye(10)
-    apart = centres[np.arange(100) % 10] + 0.01 * normal(100, 10)
+    centers = 20 * np.eye(10)
+    apart = centers[np.arange(100) % 10] + 0.01 * normal(100, 10)
     assert cluster_learnability(apart, seed=0) == 1
     noise = normal(400, 50)
     assert 0.02 < cluster_learnability(noise, seed=0) < 0.7
@@ -145,11 +145,11 @@ def test_cluster_learnability_of_clusters_and_of_noise() -> None:
     np.testing.assert_allclose(cluster_learnability(7 * noise, seed=0), cluster_learnability(noise, seed=0), atol=0.05)
     with pytest.raises(DataError, match="fall into one cluster"):
         cluster_learnability(np.ones((50, 3)), seed=0)
-    with pytest.raises(DataError, match="needs four pictures, and there are 3"):
+    with pytest.raises(DataError, match="needs four images, and there are 3"):
         cluster_learnability(normal(3, 3), seed=0)
 
 
-def test_clid_is_a_sum_of_standardised_parts() -> None:
+def test_clid_is_a_sum_of_standardized_parts() -> None:
     found = clid([0.5, 0.7, 0.9], [10, 10, 40])
     np.testing.assert_allclose(found, np.array([-1, 0, 1]) * math.sqrt(1.5) + np.array([-1, -1, 2]) / math.sqrt(2))
     np.testing.assert_array_equal(clid([0.5], [3]), [0])
@@ -164,7 +164,7 @@ def test_alignment_is_the_mean_over_all_pairs_of_views() -> None:
     same = np.repeat(normal(6, 1, 5), 3, axis=1)
     assert alignment(same * np.array([1, 2, 3])[:, None]) == pytest.approx(0, abs=1e-12)
     assert alignment(np.stack([same[:, 0], -same[:, 0]], axis=1)) == pytest.approx(4)
-    with pytest.raises(DataError, match="two views of each picture"):
+    with pytest.raises(DataError, match="two views of each image"):
         alignment(normal(5, 1, 3))
 
 
@@ -178,7 +178,7 @@ def test_uniformity_is_brute_force_over_distinct_pairs_and_minus_four_on_a_spher
     assert uniformity(np.zeros((5, 3))) == 0
 
 
-def test_lidar_is_the_entropy_of_the_generalised_eigenvalues() -> None:
+def test_lidar_is_the_entropy_of_the_generalized_eigenvalues() -> None:
     views = normal(60, 5, 7) @ normal(7, 7, seed=1) + normal(60, 1, 7, seed=2) * 2
     means = views.mean(axis=1)
     between = np.cov(means.T, bias=True)
@@ -188,9 +188,9 @@ def test_lidar_is_the_entropy_of_the_generalised_eigenvalues() -> None:
     assert lidar(views) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-6)
 
 
-def test_lidar_counts_what_tells_pictures_apart_and_rankme_what_varies() -> None:
+def test_lidar_counts_what_tells_images_apart_and_rankme_what_varies() -> None:
     width, signal = 20, 5
-    views = normal(400, 8, width)  # noise of views in all directions, pictures differ in five of them
+    views = normal(400, 8, width)  # noise of views in all directions, images differ in five of them
     views[..., :signal] += 30 * normal(400, 1, signal, seed=1)
     assert signal - 0.3 < lidar(views) < signal + 2
     isotropic = views / np.r_[np.full(signal, 30), np.ones(width - signal)]
@@ -198,7 +198,7 @@ def test_lidar_counts_what_tells_pictures_apart_and_rankme_what_varies() -> None
     assert lidar(normal(400, 8, width)) == pytest.approx(width, abs=1), "noise alone: all directions alike"
 
 
-def test_lidar_of_views_that_are_equal_and_of_pictures_that_are_equal() -> None:
+def test_lidar_of_views_that_are_equal_and_of_images_that_are_equal() -> None:
     equal_views = np.repeat(normal(2000, 1, 6), 3, axis=1)
     assert lidar(equal_views) == pytest.approx(6, abs=0.05)
     assert lidar(np.ones((10, 3, 6))) == 0
@@ -229,7 +229,7 @@ def test_cka_does_not_see_rotation_offset_and_scale_but_single_stretched_axes(de
 
 def test_cka_forms_agree_and_the_debiased_one_is_songs() -> None:
     x, y = normal(40, 10), normal(40, 10, seed=1) + normal(40, 10)
-    grams = [centred_gram(one, debiased=False) for one in (x, y)]
+    grams = [centered_gram(one, debiased=False) for one in (x, y)]
     assert linear_cka(x, y) == pytest.approx(float((grams[0] * grams[1]).sum()))
     expected = song(x, y) / math.sqrt(song(x, x) * song(y, y))
     assert linear_cka(x, y, debiased=True) == pytest.approx(expected)
@@ -246,14 +246,14 @@ def test_cka_of_unrelated_features_is_biased_where_they_are_wide() -> None:
 @pytest.mark.parametrize("debiased", [False, True])
 def test_cka_of_features_that_do_not_vary_is_zero(debiased: bool) -> None:
     assert linear_cka(np.full((20, 3), 0.1), normal(20, 3), debiased=debiased) == 0
-    if debiased:  # a single picture that differs leaves nothing off the diagonal
+    if debiased:  # a single image that differs leaves nothing off the diagonal
         assert linear_cka(np.eye(20)[:, :1], normal(20, 3), debiased=True) == 0
 
 
-def test_cka_refuses_other_pictures_and_too_few() -> None:
-    with pytest.raises(DataError, match="same pictures, and there are 5 and 6"):
+def test_cka_refuses_other_images_and_too_few() -> None:
+    with pytest.raises(DataError, match="same images, and there are 5 and 6"):
         linear_cka(normal(5, 2), normal(6, 2))
-    with pytest.raises(DataError, match="debiased CKA needs four pictures, and there are 3"):
+    with pytest.raises(DataError, match="debiased CKA needs four images, and there are 3"):
         linear_cka(normal(3, 2), normal(3, 2), debiased=True)
 
 
@@ -273,5 +273,5 @@ def test_broken_features_are_refused_everywhere(value: float) -> None:
     ):
         with pytest.raises(DataError, match="1 of 12 features are NaN or infinite"):
             measure()
-    with pytest.raises(DataError, match="1 pictures are too few"):
+    with pytest.raises(DataError, match="1 images are too few"):
         uniformity(features[:1])

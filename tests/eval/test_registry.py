@@ -14,6 +14,7 @@ import torch
 from eval_helpers import MemorySource, tiny_vit
 
 from unlabeled.eval.base import Estimate, Evaluator, EvaluatorConfig, Measure, Point, Value
+from unlabeled.eval.encoded_dataset import EncodedDataset
 from unlabeled.eval.evaluators.knn import KnnConfig
 from unlabeled.eval.registry import (
     REGISTRY,
@@ -25,8 +26,7 @@ from unlabeled.eval.registry import (
     register_evaluator,
     settle,
 )
-from unlabeled.eval.subject import Subject
-from unlabeled.eval.suite import evaluate_backbone
+from unlabeled.eval.runner import evaluate_backbone
 from unlabeled.report.page import render_report
 from unlabeled.report.summary import RunSummary
 from unlabeled.ssl.config.composition import set_within
@@ -48,10 +48,10 @@ class Halves(Evaluator):
     captions: ClassVar = {"gray": "a gray square"}
     Config: ClassVar = HalvesConfig
 
-    def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
+    def run(self, dataset: EncodedDataset) -> Iterator[tuple[str, Value]]:
         for part in self.config.parts:
             yield f"part{part}", Measure(f"one of {part}", "percent", point=Point("one", "parts", part)).of(1 / part)
-        width = subject.features.train.features.shape[1]
+        width = dataset.features.train.features.shape[1]
         yield "width", Measure("width", "number", None).of(Estimate(width, width - 1, width + 1))
         yield "hidden", 3
         yield "note", f"measured on {width} features"
@@ -74,16 +74,16 @@ def test_one_from_elsewhere_is_measured_and_shown(tmp_path: Path) -> None:
     config = EvaluateConfig.model_validate(
         {"evaluators": ["halves"], "halves": {"parts": [2, 8]}, "prefixes": [4], "embedding": None, "maps": 0}
     )
-    evidence = evaluate_backbone(tiny_vit(), MemorySource(24), MemorySource(12, split="test"), config)
-    assert evidence is not None
-    found = evidence.encoders["backbone"]
+    results = evaluate_backbone(tiny_vit(), MemorySource(24), MemorySource(12, split="test"), config)
+    assert results is not None
+    found = results.encoders["backbone"]
     assert found.metrics["halves/part8"] == 0.125
     assert found.intervals["halves/width"] == (31, 33)
     assert found.measures["halves/width@pca4"].measure.text == "width, 4 principal components"
     assert "halves/hidden" in found.metrics
     assert "halves/hidden" not in found.measures
     run = RunSummary("a run", "vit", "memory", 1, "cpu", 0)
-    html = render_report(tmp_path, run, evidence, None, None).read_text()
+    html = render_report(tmp_path, run, results, None, None).read_text()
     for part in ("Halves &amp; quarters", "one of 8", "a gray square", "measured on 32 features", "quarters by parts"):
         assert part in html, part
 

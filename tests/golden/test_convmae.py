@@ -10,7 +10,7 @@ from unlabeled.pretext.masked_image.convmae import ConvMAE, ConvMAEConfig
 from unlabeled.pretext.masked_image.masked_image import cell_targets
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.masked.masking import Masking, random_masking
-from unlabeled.ssl.backbones.masked.sparse.rows import Cells, gather_rows
+from unlabeled.ssl.backbones.masked.sparse.gathering import Cells, gather_tokens
 from unlabeled.ssl.backbones.networks.convmae import ConvViT
 
 RESULT, GRADIENT, LOSS = 1e-5, 2e-5, 1e-5
@@ -53,13 +53,13 @@ def build(pair, norm_pix: bool, execution: str = "gathered") -> ConvMAE:
     }
     size = (config["image_size"], config["image_size"])
     task = ConvMAE(ConvMAEConfig.model_validate(settings), Backbone(model, size=size))
-    assert task.load_official(pair.group("state")) == ([], [])
+    assert task.load_reference(pair.group("state")) == ([], [])
     return task
 
 
-def parameter(task: ConvMAE, official: str) -> Tensor:
+def parameter(task: ConvMAE, reference: str) -> Tensor:
     own = dict(task.named_parameters())
-    return own[next(name for name in (NAMES.get(official), official, f"backbone.model.{official}") if name in own)]
+    return own[next(name for name in (NAMES.get(reference), reference, f"backbone.model.{reference}") if name in own)]
 
 
 def test_state_is_what_the_task_holds(pair):
@@ -75,7 +75,7 @@ def test_state_is_what_the_task_holds(pair):
 
 def record(task: ConvMAE) -> dict[str, Tensor]:
     """Outputs of the modules that the golden pair names, filled by a forward pass."""
-    model, seen = task.backbone.model, {}
+    model, view = task.backbone.model, {}
     modules: dict[str, nn.Module] = {
         "patch_embed1": model.patch_embed1,
         "stage1_output": model.blocks1[-1],
@@ -86,8 +86,8 @@ def record(task: ConvMAE) -> dict[str, Tensor]:
         "stage3_tokens": model.blocks3[-1],
     }
     for name, module in modules.items():
-        module.register_forward_hook(lambda *call, name=name: seen.update({name: call[2]}))
-    return seen
+        module.register_forward_hook(lambda *call, name=name: view.update({name: call[2]}))
+    return view
 
 
 def rows_of(found: Tensor, masking: Masking) -> Tensor:
@@ -95,7 +95,7 @@ def rows_of(found: Tensor, masking: Masking) -> Tensor:
     if found.ndim == 5:
         return found.flatten(1, 3)
     factor = (found.shape[1] // masking.grid[0], found.shape[2] // masking.grid[1])
-    return gather_rows(found.permute(0, 3, 1, 2), Cells(masking), factor)
+    return gather_tokens(found.permute(0, 3, 1, 2), Cells(masking), factor)
 
 
 @BOTH
@@ -111,12 +111,12 @@ def test_results(pair, execution):
         side = pair[f"expect/{name}"].shape[1] // masking.grid[0]
         pair.assert_close(f"expect/{name}", ~Cells(masking).active((side, side))[:, 0], 0)
 
-    seen = record(task)
+    view = record(task)
     with torch.no_grad():
         latent = task.encode(images, masking)
         predictions = task.decoder.predict_all(latent, masking)
-    pair.assert_close("expect/stage3_tokens", seen.pop("stage3_tokens"), RESULT)
-    for name, found in seen.items():  # the authors compute hidden places too, and never use them
+    pair.assert_close("expect/stage3_tokens", view.pop("stage3_tokens"), RESULT)
+    for name, found in view.items():  # the authors compute hidden places too, and never use them
         expected = pair[f"expect/{name}"]
         distance = (rows_of(found, masking) - rows_of(expected.permute(0, 2, 3, 1), masking)).abs().max()
         assert distance <= RESULT * expected.abs().max(), f"{name}: off by {distance:.3e}"

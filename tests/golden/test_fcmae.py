@@ -1,6 +1,6 @@
 """FCMAE against the authors' implementation: every result and every gradient of the golden pair.
 
-The authors' sparse response norm mixes all pictures of a batch (`expect`, `grad`, `grad_raw`); ours takes each picture
+The authors' sparse response norm mixes all images of a batch (`expect`, `grad`, `grad_raw`); ours takes each image
 by itself, as the paper has it (`expect_per_image`, `grad_per_image`). Both are checked: for the former the encoder's
 response norms are exchanged for `BatchResponseNorm`.
 """
@@ -13,7 +13,7 @@ from timm.layers.grn import GlobalResponseNorm
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
-from unlabeled.pretext.masked_image.fcmae import FCMAE, FCMAEConfig, dense_layout, official_names
+from unlabeled.pretext.masked_image.fcmae import FCMAE, FCMAEConfig, dense_layout, reference_names
 from unlabeled.pretext.masked_image.masked_image import cell_targets
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.masked.masking import Masking
@@ -23,13 +23,15 @@ RESULT, GRADIENT, LOSS = 1e-5, 2e-5, 1e-5
 
 
 class BatchResponseNorm(GlobalResponseNorm):
-    """Global response norm over the visible places of all pictures together."""
+    """Global response norm over the visible places of all images together."""
 
     def forward(self, x: MaskedMap) -> MaskedMap:
-        strip = x.seen(strip=True)
-        norm = torch.linalg.vector_norm(strip, dim=(0, *self.spatial_dim), keepdim=True)
+        gathered = x.as_shown(gathered=True)
+        norm = torch.linalg.vector_norm(gathered, dim=(0, *self.spatial_dim), keepdim=True)
         relative = norm / (norm.mean(dim=self.channel_dim, keepdim=True) + self.eps)
-        return x.with_strip(strip + self.weight.view(self.wb_shape) * strip * relative + self.bias.view(self.wb_shape))
+        return x.with_gathered(
+            gathered + self.weight.view(self.wb_shape) * gathered * relative + self.bias.view(self.wb_shape)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ def build(pair, *, norm_pix: bool = True, over_batch: bool = False) -> FCMAE:
     }
     size = (config["image_size"], config["image_size"])
     task = FCMAE(FCMAEConfig.model_validate(settings), Backbone(model, size=size))
-    assert task.load_official(pair.group("state")) == (["norm.weight", "norm.bias"], [])  # new in fine-tuning
+    assert task.load_reference(pair.group("state")) == (["norm.weight", "norm.bias"], [])  # new in fine-tuning
     norms = [module for module in task.backbone.modules() if isinstance(module, GlobalResponseNorm)]
     assert {norm.eps for norm in norms} == {config["response_norm_eps"]}
     for norm in norms if over_batch else []:
@@ -87,7 +89,7 @@ def test_the_dense_layout_gives_the_same_network(pair):
     again = build(pair)
     for parameter in again.parameters():
         nn.init.normal_(parameter)
-    missing, unexpected = again.load_official({"model": pair.group("state_dense")})
+    missing, unexpected = again.load_reference({"model": pair.group("state_dense")})
     assert unexpected == []
     assert {name for name in missing if not name.startswith("decoder.")} == {
         *("norm.weight", "norm.bias", "mask_token", "proj.weight", "proj.bias", "pred.weight", "pred.bias")
@@ -102,15 +104,15 @@ def test_stem_and_stages_with_statistics_over_the_batch(pair):
     images, masking = inputs(pair, task)
     for name in ("expect/mask", "input/mask"):
         pair.assert_close(name, ~masking.visible, 0)
-    seen: list[MaskedMap] = []
-    task.backbone.model.stem.register_forward_hook(lambda *call: seen.append(call[2]))
+    outputs: list[MaskedMap] = []
+    task.backbone.model.stem.register_forward_hook(lambda *call: outputs.append(call[2]))
     with torch.no_grad():
         maps = task.sparse.maps(images, masking, range(len(pair.config["stage_depths"])))
         latent = task.encode(images, masking)
-    pair.assert_close("expect/stem_output", seen[0].dense(), RESULT)
+    pair.assert_close("expect/stem_output", outputs[0].dense(), RESULT)
     for stage, found in enumerate(maps):
         pair.assert_close(f"expect/stage{stage}_features", found.dense(), RESULT)
-    pair.assert_close("expect/encoder_output", whole(latent, masking), RESULT)
+    pair.assert_close("expect/encoder_output", dense_map(latent, masking), RESULT)
 
 
 def test_decoder(pair):
@@ -129,18 +131,18 @@ def test_decoder(pair):
     pair.assert_close("expect/target_norm_pix_first_image", target[0], RESULT)
 
 
-def test_results_with_statistics_per_picture(pair):
+def test_results_with_statistics_per_image(pair):
     task = build(pair)
     images, masking = inputs(pair, task)
     with torch.no_grad():
         latent = task.encode(images, masking)
         predictions = task.decoder.predict_all(latent, masking)
-    pair.assert_close("expect_per_image/encoder_output", whole(latent, masking), RESULT)
+    pair.assert_close("expect_per_image/encoder_output", dense_map(latent, masking), RESULT)
     pair.assert_close("expect_per_image/pred", as_map(predictions, masking), RESULT)
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
-def test_losses_of_single_pictures(pair, norm_pix):
+def test_losses_of_single_images(pair, norm_pix):
     task = build(pair, norm_pix=norm_pix)
     expected = pair["expect_per_image/losses_norm_pix" if norm_pix else "expect_per_image/losses_raw"]
     for number, one in enumerate(expected):
@@ -164,7 +166,7 @@ def test_loss_and_gradients(pair, loss_name, gradients, norm_pix, over_batch):
     loss.backward()
     for expected in (pair[loss_name].item(), pair.meta["losses_float64"][loss_name]):
         assert abs(loss.item() - expected) <= LOSS * max(1, abs(expected))
-    names, parameters = official_names(task.state_dict()), dict(task.named_parameters())
+    names, parameters = reference_names(task.state_dict()), dict(task.named_parameters())
     for name, expected in pair.group(gradients).items() if gradients else []:
         ((dense_name, gradient),) = dense_layout({name: expected}).items()  # gradients lie as their parameters do
         found = parameters[names[dense_name]].grad
@@ -186,12 +188,12 @@ def test_no_tensor_was_left_out(pair):
     assert pair.unused() == []
 
 
-def as_map(rows: Tensor, masking: Masking) -> Tensor:
+def as_map(tokens: Tensor, masking: Masking) -> Tensor:
     """(B, L, D) in raster order → (B, D, gh, gw)."""
-    return rows.transpose(1, 2).unflatten(2, masking.grid)
+    return tokens.transpose(1, 2).unflatten(2, masking.grid)
 
 
-def whole(latent: Tensor, masking: Masking) -> Tensor:
+def dense_map(latent: Tensor, masking: Masking) -> Tensor:
     """Features of the visible cells (B, K, C) → (B, C, gh, gw), zero elsewhere."""
     hidden = latent.new_zeros(len(latent), masking.ids_masked.shape[1], latent.shape[-1])
     return as_map(masking.restore(torch.cat([latent, hidden], 1)), masking)

@@ -7,9 +7,9 @@ import pytest
 from eval_helpers import plain_values
 
 from unlabeled.eval.base import FeatureSet, FeatureSplit
+from unlabeled.eval.encoded_dataset import EncodedDataset
 from unlabeled.eval.evaluators.knn import KnnConfig, KnnEvaluator, class_scores, nearest_neighbours
 from unlabeled.eval.neighbors.search import normalized
-from unlabeled.eval.subject import Subject
 
 
 def test_neighbours_scores_predictions_and_accuracies(golden) -> None:
@@ -32,7 +32,9 @@ def test_neighbours_scores_predictions_and_accuracies(golden) -> None:
         np.testing.assert_array_equal(scores.argmax(1), tensors[f"expect/prediction_k{k}"])
 
     evaluator = KnnEvaluator(KnnConfig(k=tuple(ks), temperature=config["temperature"]))
-    found = plain_values(evaluator.run(Subject(FeatureSet(train, test, tuple(str(label) for label in range(classes))))))
+    found = plain_values(
+        evaluator.run(EncodedDataset(FeatureSet(train, test, tuple(str(label) for label in range(classes)))))
+    )
     headline = evaluator.headline_k(len(train))
     np.testing.assert_array_equal(found["predictions"], tensors[f"expect/prediction_k{headline}"])
     np.testing.assert_array_equal(found["neighbours"], indices[:, :headline])

@@ -51,12 +51,12 @@ def build(pair, norm_pix: bool) -> MAE:
     }
     size = (config["image_size"], config["image_size"])
     task = MAE(MAEConfig.model_validate(settings), Backbone(model, size=size))
-    assert task.load_official(pair.group("state")) == ([], [])
+    assert task.load_reference(pair.group("state")) == ([], [])
     return task
 
 
-def parameter(task: MAE, official: str) -> Tensor:
-    return dict(task.named_parameters())[NAMES.get(official, f"backbone.model.{official}")]
+def parameter(task: MAE, reference: str) -> Tensor:
+    return dict(task.named_parameters())[NAMES.get(reference, f"backbone.model.{reference}")]
 
 
 def test_state_is_what_the_task_holds(pair):

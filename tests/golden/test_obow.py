@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from unlabeled.pretext.common.teacher import cosine_momentum
 from unlabeled.pretext.obow import OBoW, OBoWConfig
-from unlabeled.pretext.obow.official import official_names
+from unlabeled.pretext.obow.reference import reference_names
 from unlabeled.pretext.obow.task import bow_logits, bow_loss
 from unlabeled.pretext.obow.vocabulary import (
     Distances,
@@ -43,7 +43,7 @@ def network(config) -> Backbone:
     shortcut = nn.Sequential(nn.Conv2d(stem, out, 1, bias=False), nn.BatchNorm2d(out))
     first.downsample = None if stem == out else shortcut
     backbone = Backbone(model, size=(config["image_size"], config["image_size"]))
-    backbone.set_statistics((0.0,) * 3, (1.0,) * 3)  # the pair's pictures are normalised already
+    backbone.set_statistics((0.0,) * 3, (1.0,) * 3)  # the pair's images are normalised already
     return backbone
 
 
@@ -70,7 +70,7 @@ def build(pair) -> OBoW:
         ),
         network(config),
     )
-    missing, unexpected = task.load_official(pair.group("state"))
+    missing, unexpected = task.load_reference(pair.group("state"))
     assert missing == []
     assert set(unexpected) == COUNTERS
     task.train().after_step(config["step"] / config["total_steps"])
@@ -83,11 +83,11 @@ def inputs(pair) -> tuple[dict[str, Tensor], Tensor]:
     batch = {"image": images}
     for number, (key, kind) in enumerate(zip(("crops", "patches"), kinds(pair).values(), strict=False)):
         batch[key] = pair[f"input/crops{number}"].unflatten(0, (len(images), kind["number"]))
-    places = []
+    positions = []
     for level, name in enumerate(pair.config["levels"]):
         side = images.shape[-1] // (16 if name == "block3" else 32) - 2 - 2  # border, 3x3 average
-        places.append((pair[f"input/queue_index_level{level}"] + 0.5) / side**2)
-    return batch, torch.stack(places, 1)
+        positions.append((pair[f"input/queue_index_level{level}"] + 0.5) / side**2)
+    return batch, torch.stack(positions, 1)
 
 
 def check_loss(pair, name: str, loss: Tensor) -> None:
@@ -109,7 +109,7 @@ def test_settings_of_the_pair_are_ours(pair):
 @torch.no_grad()
 def test_teacher_targets_and_new_words(pair):
     task = build(pair)
-    batch, place = inputs(pair)
+    batch, position = inputs(pair)
     raw = task.teacher.maps(task.backbone.normalize(batch["image"]), task.levels)
     for level, whole in enumerate(raw):
         pair.assert_close(f"expect/teacher_features_level{level}", whole, RESULT)
@@ -127,13 +127,13 @@ def test_teacher_targets_and_new_words(pair):
         sharpness = task.config.beta / task.vocabularies[level].moved_distance(nearest.view(1))
         codes = (-sharpness * distances).softmax(-1).transpose(1, 2)
         pair.assert_close(f"expect/codes_level{level}", codes.reshape(expected.shape), RESULT)
-        used, bags, news = task.assign(level, maps, place[:, level])
+        used, bags, news = task.assign(level, maps, position[:, level])
         assert torch.equal(used, words)
         assert torch.allclose(news.nearest, nearest)
         pair.assert_close(f"expect/bow_target_level{level}", bags, RESULT)
         pair.assert_close(f"expect/perplexity_batch_level{level}", perplexity(bags.mean(0)), RESULT)
         pair.assert_close(f"expect/perplexity_image_level{level}", perplexity(bags).mean(), RESULT)
-        rows = pick_words(maps, place[:, level], window_of(maps, "local"))
+        rows = pick_words(maps, position[:, level], window_of(maps, "local"))
         pair.assert_close(f"expect/queue_rows_level{level}", rows, RESULT)
         assert torch.equal(news.rows, rows)
 
@@ -158,9 +158,9 @@ def test_student_and_predictions(pair):
 
 def test_loss_gradients_and_what_the_step_leaves(pair):
     task = build(pair)
-    batch, place = inputs(pair)
-    names = official_names(task.state_dict())
-    output = task(batch, place=place)
+    batch, position = inputs(pair)
+    names = reference_names(task.state_dict())
+    output = task(batch, position=position)
     check_loss(pair, "expect/loss", output.loss)
     for number, kind in enumerate(key for key in ("crops", "patches") if key in batch):
         check_loss(pair, f"expect/loss_crops{number}", output.logs[f"loss_{kind}"])
@@ -175,8 +175,8 @@ def test_loss_gradients_and_what_the_step_leaves(pair):
         limit = MOMENTUM if "teacher" in name and "running" not in name else RESULT
         pair.assert_close(f"after/{name}", state[names[name]], limit)
     for level, vocabulary in enumerate(task.vocabularies):
-        official = f"bow_extractor.bow_extractor.{level}._embedding"
-        before, after = pair[f"state/{official}"], pair[f"after/{official}"]
+        reference = f"bow_extractor.bow_extractor.{level}._embedding"
+        before, after = pair[f"state/{reference}"], pair[f"after/{reference}"]
         kept = (before == after).all(1)
         assert kept.sum() == len(before) - len(batch["image"])
         assert torch.equal(vocabulary.words[kept], before[kept])

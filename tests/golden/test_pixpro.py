@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from unlabeled.pretext.common.teacher import cosine_momentum
 from unlabeled.pretext.common.views import crop_box
 from unlabeled.pretext.dense_contrast.pixel_pairs import cell_distances
-from unlabeled.pretext.dense_contrast.pixpro import PixPro, PixProConfig, agreement, consistency, official_names
+from unlabeled.pretext.dense_contrast.pixpro import PixPro, PixProConfig, agreement, consistency, reference_names
 from unlabeled.ssl.backbones.backbone import Backbone
 
 RESULT, MOVED, GRADIENT, LOSS = 1e-4, 1e-6, 3e-4, 5e-5
@@ -56,7 +56,7 @@ def build(pair) -> PixPro:
         instance_weight=config["instance_loss_weight"],
     )
     task = PixPro(settings, backbone)
-    assert task.load_official({f"module.{name}": tensor for name, tensor in pair.group("state").items()}) == ([], [])
+    assert task.load_reference({f"module.{name}": tensor for name, tensor in pair.group("state").items()}) == ([], [])
     return task.train()
 
 
@@ -87,9 +87,9 @@ def test_settings_of_batch_norm_and_the_whole_state(pair):
         (pair.config["batch_norm_momentum"], pair.config["batch_norm_eps"])
     }
     state, ours = pair.group("state"), task.state_dict()
-    assert set(official_names(task)) == set(state)
-    for official, own in official_names(task).items():
-        assert torch.equal(ours[own], state[official]), official
+    assert set(reference_names(task)) == set(state)
+    for reference, own in reference_names(task).items():
+        assert torch.equal(ours[own], state[reference]), reference
 
 
 def test_boxes_and_pairs(pair):
@@ -162,7 +162,7 @@ def test_the_instance_branch(pair):
 
 def test_gradients_and_values_after_the_step(pair):
     task = build(pair)
-    names = official_names(task)
+    names = reference_names(task)
     task.update_teacher(momentum(pair))
     task(batch(pair)).loss.backward()
     parameters, buffers = dict(task.named_parameters()), dict(task.named_buffers())

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from unlabeled.pretext.masked_image.simmim import SimMIM, SimMIMConfig
-from unlabeled.pretext.masked_image.simmim_names import official_names
+from unlabeled.pretext.masked_image.simmim_names import reference_names
 from unlabeled.ssl.backbones.backbone import Backbone
 
 RESULT, GRADIENT, LOSS = 1e-5, 2e-5, 1e-5
@@ -57,7 +57,7 @@ def build(pair) -> SimMIM:
     }
     backbone = Backbone(model(config), size=(config["image_size"], config["image_size"]))
     task = SimMIM(SimMIMConfig.model_validate(settings), backbone)
-    assert task.load_official(pair.group("state")) == ([], [])
+    assert task.load_reference(pair.group("state")) == ([], [])
     assert task.level == "token"
     assert task.stride == config["encoder_stride"]
     return task
@@ -77,7 +77,7 @@ def patches(task: SimMIM) -> tuple[int, int]:
 
 def gradient(task: SimMIM, name: str) -> Tensor:
     """Of our parameter with the official name `name`, in the authors' shape."""
-    own, parameters = official_names(task), dict(task.named_parameters())
+    own, parameters = reference_names(task), dict(task.named_parameters())
     if name in own:
         return parameters[own[name]].grad
     joined = parameters[own[name.replace("q_bias", "qkv.bias").replace("v_bias", "qkv.bias")]].grad
@@ -112,7 +112,7 @@ def check_results(task: SimMIM, pair) -> None:
         for name, module in watched(task).items()
     ]
     with torch.no_grad():
-        features, pictures = task.encode(images, masking), task.reconstruct(images, masking)
+        features, drawn = task.encode(images, masking), task.reconstruct(images, masking)
         grid = (images.shape[-2] // task.stem.patch[0], images.shape[-1] // task.stem.patch[1])
         seen["tokens_before_mask"] = task.stem.tokens(net.get_submodule(task.stem.name)(images), grid)
         if getattr(net, "rel_pos_bias", None) is not None:
@@ -122,7 +122,7 @@ def check_results(task: SimMIM, pair) -> None:
     for name, result in seen.items():
         pair.assert_close(f"expect/{name}", result.flatten(1, 2) if result.ndim == 4 else result, RESULT)
     pair.assert_close("expect/encoder_output", features, RESULT)
-    pair.assert_close("expect/reconstruction", pictures, RESULT)
+    pair.assert_close("expect/reconstruction", drawn, RESULT)
 
 
 def check_loss_and_gradients(task: SimMIM, pair) -> None:

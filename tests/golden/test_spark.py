@@ -11,7 +11,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from unlabeled.pretext.masked_image.masked_image import cell_targets, patchify
-from unlabeled.pretext.masked_image.spark import SparK, SparKConfig, official_names
+from unlabeled.pretext.masked_image.spark import SparK, SparKConfig, reference_names
 from unlabeled.ssl.backbones.backbone import Backbone
 
 
@@ -71,7 +71,7 @@ def build(pair) -> tuple[SparK, list[str]]:
     }
     size = (config["image_size"], config["image_size"])
     task = SparK(SparKConfig.model_validate(settings), Backbone(network(config), size=size))
-    missing, unexpected = task.load_official(pair.group("state"))
+    missing, unexpected = task.load_reference(pair.group("state"))
     assert unexpected == []
     return task, missing
 
@@ -139,7 +139,7 @@ def test_reconstruction_and_loss(pair, limits, prefix):
 
 def test_gradients_and_running_statistics(pair, limits):
     task = build(pair)[0].train()
-    names = official_names(task.state_dict())
+    names = reference_names(task.state_dict())
     task({"image": pair["input/images"]}, noise=pair["input/noise"]).loss.backward()
     parameters, buffers = dict(task.named_parameters()), dict(task.named_buffers())
     for name in pair.group("grad"):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from unlabeled.eval.base import FeatureSet, FeatureSplit
-from unlabeled.eval.subject import Loading, Subject
+from unlabeled.eval.encoded_dataset import EncodedDataset, Loading
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.data.source import DecodeError
 
@@ -16,7 +16,7 @@ COLOURS = torch.tensor([[20, 120, 20], [250, 20, 20], [20, 20, 250]], dtype=torc
 
 
 class BlockSource:
-    """Pictures in which each place of a grid has the plain colour of what it shows, with a mask of the same blocks."""
+    """Images in which each place of a grid has the plain color of what it shows, with a mask of the same blocks."""
 
     classes = ("red", "blue")
 
@@ -43,20 +43,20 @@ class BlockSource:
         return torch.arange(len(self)) % 2
 
     def describe(self, index: int) -> str:
-        return f"picture {index}"
+        return f"image {index}"
 
 
 def blocks(count: int, grid: tuple[int, int], seed: int = 0) -> Tensor:
     return torch.randint(0, 3, (count, *grid), generator=torch.Generator().manual_seed(seed))
 
 
-def subject(
+def dataset(
     train: object, test: object, network: Backbone, *, pixels: bool = False, seed: int = 0, batch_size: int = 4
-) -> Subject:
+) -> EncodedDataset:
     """Of two sources; pooled features, which dense evaluators do not look at, are zeros."""
     splits = [FeatureSplit(np.zeros((2, 3), np.float32), np.arange(2)) for _ in range(2)]
     features = FeatureSet(*splits, tuple(train.classes))  # type: ignore[attr-defined]
-    return Subject(
+    return EncodedDataset(
         features, None if pixels else network, (train, test), Loading(batch_size=batch_size), seed,  # type: ignore[arg-type]
         network if pixels else None,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from unlabeled.ssl.data.source import DecodeError
 
 
 class MemorySource:
-    """Noise pictures tinted by class; those in `corrupt` cannot be decoded. Counts its reads."""
+    """Noise images tinted by class; those in `corrupt` cannot be decoded. Counts its reads."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class MemorySource:
 
 
 def tiny_vit(seed: int = 0) -> Backbone:
-    """A transformer of 32 x 32 pictures with 32 features."""
+    """A transformer of 32 x 32 images with 32 features."""
     torch.manual_seed(seed)
     return create_backbone("vit_tiny_patch16_224", size=32, embed_dim=32, depth=1, num_heads=2, patch_size=8)
 

@@ -7,30 +7,30 @@ from dataclasses import replace
 import numpy as np
 
 from unlabeled.eval.base import FeatureSet, FeatureSplit
-from unlabeled.eval.subject import Subject
+from unlabeled.eval.encoded_dataset import EncodedDataset
 
 
 def clouds(count: int, classes: int, *, spread: float = 1.0, seed: int = 0, width: int = 16) -> FeatureSplit:
-    """Normal clouds around fixed centres, the classes in turn."""
-    centres = np.random.default_rng(7).normal(size=(classes, width))
+    """Normal clouds around fixed centers, the classes in turn."""
+    centers = np.random.default_rng(7).normal(size=(classes, width))
     labels = np.arange(count) % classes
-    features = centres[labels] + spread * np.random.default_rng(seed).normal(size=(count, width))
+    features = centers[labels] + spread * np.random.default_rng(seed).normal(size=(count, width))
     return FeatureSplit(features.astype(np.float32), labels)
 
 
-def subject(train: FeatureSplit, test: FeatureSplit, *, seed: int = 0) -> Subject:
+def dataset(train: FeatureSplit, test: FeatureSplit, *, seed: int = 0) -> EncodedDataset:
     """Bare features, with as many classes as there are labels."""
     classes = int(max(train.labels.max(), test.labels.max())) + 1
-    return Subject(FeatureSet(train, test, tuple(f"class {n}" for n in range(classes))), seed=seed)
+    return EncodedDataset(FeatureSet(train, test, tuple(f"class {n}" for n in range(classes))), seed=seed)
 
 
-def labelled(split: FeatureSplit, *labels: int) -> FeatureSplit:
+def labeled(split: FeatureSplit, *labels: int) -> FeatureSplit:
     """`split` with these labels in turn."""
     return replace(split, labels=np.resize(np.array(labels), len(split)))
 
 
 def same(split: FeatureSplit, value: float = 3.0) -> FeatureSplit:
-    """`split` with the same features for all pictures."""
+    """`split` with the same features for all images."""
     return replace(split, features=np.full_like(split.features, value))
 
 

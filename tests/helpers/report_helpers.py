@@ -11,7 +11,7 @@ import torch
 from unlabeled.eval.base import Cut, Measure, Point
 from unlabeled.eval.embedding import Embedding
 from unlabeled.eval.gallery import GalleryRow, Thumbnail
-from unlabeled.eval.results import EncoderEvidence, Evidence, Judge, Metric
+from unlabeled.eval.results import EncoderResults, EvaluatorInfo, Metric, Results
 from unlabeled.report.summary import RunSummary
 
 RUN = RunSummary(
@@ -27,30 +27,30 @@ KNOWN = {
 }
 
 
-def evidence(
+def results(
     knn: tuple[float, float, float] = (0.8, 0.6, 0.5),
     linear: tuple[float, float, float] = (0.9, 0.7, 0.6),
     *,
     count: int = 1000,
     classes: tuple[str, ...] = ("cat", "dog", "owl"),
-) -> Evidence:
+) -> Results:
     names = ("backbone", "pixels", "random")
     confusion = np.full((len(classes), len(classes)), 10) + 80 * np.eye(len(classes), dtype=int)
-    encoders = {name: EncoderEvidence({}, {"linear/confusion": confusion}, (), {"features": 1.0}, 32) for name in names}
+    encoders = {name: EncoderResults({}, {"linear/confusion": confusion}, (), {"features": 1.0}, 32) for name in names}
     for name, k, p in zip(names, knn, linear, strict=True):
         measured(encoders[name], "knn", {"k10": k, "k20": k})
         measured(encoders[name], "linear", {"top1": p, "lr": 0.1, "weight_decay": 0.0})
-    picture = torch.arange(3 * 8 * 8, dtype=torch.uint8).view(3, 8, 8)
+    image = torch.arange(3 * 8 * 8, dtype=torch.uint8).view(3, 8, 8)
     row = GalleryRow(
-        Thumbnail(picture, 0, f"{classes[0]}/query.png"),
-        (Thumbnail(picture, 0, f"{classes[0]}/right.png", 0.99), Thumbnail(picture, 1, f"{classes[1]}/wrong.png", 0.5)),
+        Thumbnail(image, 0, f"{classes[0]}/query.png"),
+        (Thumbnail(image, 0, f"{classes[0]}/right.png", 0.99), Thumbnail(image, 1, f"{classes[1]}/wrong.png", 0.5)),
     )
-    return Evidence(
+    return Results(
         encoders=encoders, headline=("knn/k20", "linear/top1"), classes=classes,
-        test_labels=np.zeros(count, dtype=np.int64), train_pictures=5000, test_pictures=count, majority=0.34,
+        test_labels=np.zeros(count, dtype=np.int64), train_images=5000, test_images=count, majority=0.34,
         skipped={"train": (), "test": ("bad.png",)}, seeds={"random weights": 7}, hardware={"device": "cpu"},
         gallery=(row,), seconds=12.5,
-        judges={"knn": Judge("Nearest neighbours"), "linear": Judge("Linear probe")},
+        evaluators={"knn": EvaluatorInfo("Nearest neighbors"), "linear": EvaluatorInfo("Linear probe")},
     )  # fmt: skip
 
 
@@ -70,7 +70,7 @@ MEASURES = {
 """Of every kind."""
 
 
-def measured(encoder: EncoderEvidence, evaluator: str, values: Mapping[str, float], cut: Cut | None = None) -> None:
+def measured(encoder: EncoderResults, evaluator: str, values: Mapping[str, float], cut: Cut | None = None) -> None:
     """Puts values of `evaluator` into `encoder`: with what they are where that is known."""
     known = {**MEASURES, **KNOWN}
     for key, value in values.items():
@@ -80,8 +80,8 @@ def measured(encoder: EncoderEvidence, evaluator: str, values: Mapping[str, floa
             encoder.measures[metric] = Metric(evaluator, key, replace(known[key], cut=cut))
 
 
-def with_made_up(found: Evidence, encoders: tuple[str, ...] = ("backbone", "pixels", "random")) -> Evidence:
-    """`found` with values of one more evaluator, notes, arrays, pictures, maps and points for the plane."""
+def with_made_up(found: Results, encoders: tuple[str, ...] = ("backbone", "pixels", "random")) -> Results:
+    """`found` with values of one more evaluator, notes, arrays, images, maps and points for the plane."""
     values = {"backbone": 0.9, "pixels": 0.5, "random": 0.4}
     for name in encoders:
         encoder, value = found.encoders[name], values[name]
@@ -98,9 +98,11 @@ def with_made_up(found: Evidence, encoders: tuple[str, ...] = ("backbone", "pixe
                 "made_up/predictions": np.zeros(5),
             }
         )
-        encoder.pictures["made_up/pairs"] = torch.zeros(3, 8, 16, dtype=torch.uint8)
+        encoder.images["made_up/pairs"] = torch.zeros(3, 8, 16, dtype=torch.uint8)
         said = ("made_up: said of all <script>note()</script>", *(["made_up: of one"] if name == "pixels" else []))
         found.encoders[name] = replace(encoder, notes=said)
     points = Embedding(np.arange(8, dtype=np.float32).reshape(4, 2), np.array([0, 1, 1, 2]), "PCA of 4", "Mind.")
-    judges = {**found.judges, "made_up": Judge(TITLE)}
-    return replace(found, judges=judges, embedding=points, maps={"attention": torch.zeros(3, 8, 16, dtype=torch.uint8)})
+    evaluators = {**found.evaluators, "made_up": EvaluatorInfo(TITLE)}
+    return replace(
+        found, evaluators=evaluators, embedding=points, maps={"attention": torch.zeros(3, 8, 16, dtype=torch.uint8)}
+    )

@@ -79,7 +79,7 @@ def test_a_task_that_cannot_be_imported_is_one_line_and_the_others_work(install,
     assert main(["tasks"]) == 0
     listed = capsys.readouterr().out
     assert f"task: 'broken' cannot be imported ({reason}); install some-tasks 2.1 again" in listed
-    assert "Classifies the rotation of each picture" in listed
+    assert "Classifies the rotation of each image" in listed
 
 
 def test_a_name_that_is_taken_is_refused(install):

@@ -1,4 +1,4 @@
-"""Figures: that they draw what they are given, whatever its size, and what their colours are."""
+"""Figures: that they draw what they are given, whatever its size, and what their colors are."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ SEEN_AS = {
     "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
     "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
 }
-"""Severe colour vision deficiencies on linear RGB: Machado, Oliveira and Fernandes 2009."""
+"""Severe color vision deficiencies on linear RGB: Machado, Oliveira and Fernandes 2009."""
 
 
 def linear(color: str) -> np.ndarray:
-    value = np.array([int(color[place : place + 2], 16) / 255 for place in (1, 3, 5)])
+    value = np.array([int(color[position : position + 2], 16) / 255 for position in (1, 3, 5)])
     return np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
 
 
@@ -44,7 +44,7 @@ def oklab(rgb: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("theme", [0, 1])
 @pytest.mark.parametrize("eyes", SEEN_AS)
-def test_colours_of_classes_can_be_told_apart_on_light_and_dark(theme: int, eyes: str) -> None:
+def test_colors_of_classes_can_be_told_apart_on_light_and_dark(theme: int, eyes: str) -> None:
     palette = [re.findall(rf"--kind{number}: (#[0-9a-f]{{6}});", CSS)[theme] for number in range(10)]
     card = re.findall(r"--card: (#[0-9a-f]{6});", CSS)[theme]
     seen = [oklab(np.array(SEEN_AS[eyes]) @ linear(color)) for color in (*palette, card)]
@@ -57,7 +57,7 @@ def points(labels: list[int]) -> Embedding:
     return Embedding(values, np.array(labels), "PCA", "Mind.")
 
 
-def test_the_commonest_ten_classes_have_colours_and_the_rest_is_grey() -> None:
+def test_the_commonest_ten_classes_have_colors_and_the_rest_is_gray() -> None:
     labels = [label for label in range(12) for _ in range(12 - label)]
     svg = embedding_figure(points(labels), [f"class {label}" for label in range(12)])
     for number in range(10):
@@ -67,7 +67,7 @@ def test_the_commonest_ten_classes_have_colours_and_the_rest_is_grey() -> None:
     assert ">other classes<" in svg
     few = embedding_figure(points([0, 2]), ["a", "b", "c"])
     assert ">other classes<" not in few
-    assert ">b<" not in few, "no picture of it"
+    assert ">b<" not in few, "no image of it"
 
 
 def test_a_map_of_a_thousand_points_is_light() -> None:

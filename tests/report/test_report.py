@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from report_helpers import RUN, evidence, with_made_up
+from report_helpers import RUN, results, with_made_up
 
-from unlabeled.eval.comparison import compare, judge
+from unlabeled.eval.comparison import compare, summarize
 from unlabeled.eval.registry import measure_of
 from unlabeled.report.document import clean, read_report, report_document
 from unlabeled.report.figures import confusion_figure, training_curves
 from unlabeled.report.page import write_report
 from unlabeled.ssl.core.errors import DataError
+from unlabeled.ssl.core.renamed import with_new_names
 
 HOSTILE = (
     "<script>steal()</script>",
@@ -57,20 +58,20 @@ class Page(HTMLParser):
 
 
 def test_report_json_round_trips_and_is_strict(tmp_path: Path) -> None:
-    broken = evidence()
+    broken = results()
     broken.encoders["backbone"].metrics["linear/loss"] = math.nan
     page = write_report(tmp_path, RUN, broken, rows(), {"reconstructions": torch.zeros(3, 8, 16, dtype=torch.uint8)})
     assert page == tmp_path / "report" / "report.html"
     document = read_report(tmp_path / "report" / "report.json")
     assert document == report_document(RUN, broken, rows(), ["reconstructions"])
-    assert document["schema"] == 2
-    assert document["evidence"]["encoders"]["backbone"]["metrics"]["linear/loss"] is None
+    assert document["schema"] == 3
+    assert document["results"]["encoders"]["backbone"]["metrics"]["linear/loss"] is None
     knn, linear = document["evaluators"]
-    assert (knn["title"], linear["title"]) == ("Nearest neighbours", "Linear probe")
+    assert (knn["title"], linear["title"]) == ("Nearest neighbors", "Linear probe")
     assert linear["arrays"]["confusion"]["random"][0] == [90, 10, 10]
     assert document["run"]["parameters"] == 1_234_567
     assert document["training"]["online"] == [[2.0, 0.5], [4.0, 0.5]]
-    assert document["pictures"] == ["reconstructions"]
+    assert document["images"] == ["reconstructions"]
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["report.html", "report.json", "report.md"]
 
 
@@ -79,7 +80,7 @@ def test_another_schema_or_no_report_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         read_report(file)
     file.write_text(json.dumps({"schema": 99}))
-    with pytest.raises(DataError, match="has schema 99, this version reads 1 and 2"):
+    with pytest.raises(DataError, match="has schema 99, this version reads 1 to 3"):
         read_report(file)
     file.write_text(json.dumps({"schema": 1}))
     with pytest.raises(DataError, match="is not a report of schema 1; write it again"):
@@ -88,12 +89,16 @@ def test_another_schema_or_no_report_is_refused(tmp_path: Path) -> None:
 
 def test_a_report_of_schema_1_is_read_in_the_form_of_today(tmp_path: Path) -> None:
     """Made of today's by what the schemas differ in, which is what version 0.1 wrote."""
-    now = report_document(RUN, evidence(), rows())
+    now = report_document(RUN, results(), rows())
     old = {key: value for key, value in now.items() if key not in ("evaluators", "embedding", "maps")} | {"schema": 1}
     old["comparison"] = [
         {key: value for key, value in row.items() if key not in ("unit", "better")} for row in now["comparison"]
     ]
-    old["evidence"] = {**now["evidence"], "confusion": now["evaluators"][1]["arrays"]["confusion"]["backbone"]}
+    confusion = now["evaluators"][1]["arrays"]["confusion"]["backbone"]
+    old["verdict"] = with_new_names(old.pop("summary"), {"text": "summary"})
+    old["pictures"] = old.pop("images")
+    counts = {"train_images": "train_pictures", "test_images": "test_pictures"}
+    old["evidence"] = with_new_names({**old.pop("results"), "confusion": confusion}, counts)
     file = tmp_path / "report.json"
     file.write_text(json.dumps(old))
     found = read_report(file)
@@ -102,13 +107,13 @@ def test_a_report_of_schema_1_is_read_in_the_form_of_today(tmp_path: Path) -> No
     for before, after in zip(found["evaluators"], now["evaluators"], strict=True):
         assert {row["metric"]: row for row in before["rows"]} == {row["metric"]: row for row in after["rows"]}
         assert before.keys() == after.keys()
-    assert found["evaluators"][1]["arrays"] == {"confusion": {"backbone": old["evidence"]["confusion"]}}
+    assert found["evaluators"][1]["arrays"] == {"confusion": {"backbone": confusion}}
     file.write_text(json.dumps({**old, "evidence": None, "comparison": []}))
     assert read_report(file)["evaluators"] == []
 
 
 def test_the_comparison_puts_quoted_metrics_first_and_knows_the_stronger_baseline() -> None:
-    first, second, third = compare(evidence((0.8, 0.6, 0.7)))
+    first, second, third = compare(results((0.8, 0.6, 0.7)))
     assert [first.metric, second.metric, third.metric] == ["knn/k20", "linear/top1", "knn/k10"]
     assert [first.headline, second.headline, third.headline] == [True, True, False]
     assert first.stronger() == "random"
@@ -129,7 +134,7 @@ def test_values_that_no_table_shows_have_no_label(metric: str, label: str | None
 
 
 @pytest.mark.parametrize(
-    ("knn", "linear", "level", "summary"),
+    ("knn", "linear", "level", "text"),
     [
         ((0.8, 0.6, 0.5), (0.9, 0.7, 0.6), "better", "Better than both baselines: 20.0 points above raw pixels in kNN, "
          "k = 20 and 20.0 points above raw pixels in the linear probe."),
@@ -137,37 +142,35 @@ def test_values_that_no_table_shows_have_no_label(metric: str, label: str | None
          "kNN, k = 20 and 20.0 points below random weights in the linear probe."),
         ((0.61, 0.6, 0.5), (0.6, 0.6, 0.5), "even", "No clear difference from the stronger baseline: 1.0 points above "
          "raw pixels in kNN, k = 20 (within chance) and level with raw pixels in the linear probe (within chance)."),
-        ((0.8, 0.6, 0.5), (0.5, 0.6, 0.5), "mixed", "A mixed picture: 20.0 points above raw pixels in kNN, k = 20 and "
+        ((0.8, 0.6, 0.5), (0.5, 0.6, 0.5), "mixed", "Mixed results: 20.0 points above raw pixels in kNN, k = 20 and "
          "10.0 points below raw pixels in the linear probe."),
     ],
 )  # fmt: skip
-def test_the_verdict_says_what_the_numbers_say(knn, linear, level: str, summary: str) -> None:
-    verdict = judge(evidence(knn, linear))
-    assert (verdict.level, verdict.summary) == (level, summary)
+def test_the_summary_says_what_the_numbers_say(knn, linear, level: str, text: str) -> None:
+    summary = summarize(results(knn, linear))
+    assert (summary.level, summary.text) == (level, text)
 
 
-def test_a_large_difference_on_few_pictures_is_within_chance() -> None:
-    assert judge(evidence((0.8, 0.6, 0.5), (0.8, 0.6, 0.5), count=1000)).level == "better"
-    assert judge(evidence((0.8, 0.6, 0.5), (0.8, 0.6, 0.5), count=20)).level == "even"
+def test_a_large_difference_on_few_images_is_within_chance() -> None:
+    assert summarize(results((0.8, 0.6, 0.5), (0.8, 0.6, 0.5), count=1000)).level == "better"
+    assert summarize(results((0.8, 0.6, 0.5), (0.8, 0.6, 0.5), count=20)).level == "even"
 
 
-def test_the_verdict_without_baselines_and_without_evidence() -> None:
-    alone = evidence()
+def test_the_summary_without_baselines_and_without_results() -> None:
+    alone = results()
     alone = replace(alone, encoders={"backbone": alone.encoders["backbone"]})
-    assert judge(alone).level == "alone"
-    assert judge(None).level == "none"
+    assert summarize(alone).level == "alone"
+    assert summarize(None).level == "none"
 
 
 def test_an_accuracy_near_the_commonest_class_is_called_out() -> None:
-    details = judge(evidence((0.35, 0.3, 0.2))).details
+    details = summarize(results((0.35, 0.3, 0.2))).details
     assert details[-1] == "Not clearly above always guessing the commonest class (34.0 %): kNN, k = 20."
-    assert len(judge(evidence()).details) == 2
+    assert len(summarize(results()).details) == 2
 
 
 def test_the_page_stands_alone_and_shows_every_part(tmp_path: Path) -> None:
-    file = write_report(
-        tmp_path, RUN, evidence(), rows(), {"reconstructions": torch.zeros(3, 8, 16, dtype=torch.uint8)}
-    )
+    file = write_report(tmp_path, RUN, results(), rows(), {"reconstructions": torch.zeros(3, 8, 16, dtype=torch.uint8)})
     html = file.read_text(encoding="utf-8")
     page = Page(html)
     for name, value in page.attributes:
@@ -177,7 +180,7 @@ def test_the_page_stands_alone_and_shows_every_part(tmp_path: Path) -> None:
     assert "link" not in page.tags
     assert "@import" not in html
     text = " ".join(" ".join(page.words).split())
-    for part in ("Better than both baselines", "Nearest training pictures", "reconstructions", "Loss", "Learning rate",
+    for part in ("Better than both baselines", "Nearest training images", "reconstructions", "Loss", "Learning rate",
                  "kNN accuracy during the run", "masked", "1 h 2 min", "51,200", "abc1234", "name: mae", "bad.png",
                  "hold-out of the training split", "of the last step", "1.23 million"):  # fmt: skip
         assert part in text, part
@@ -187,32 +190,32 @@ def test_the_page_stands_alone_and_shows_every_part(tmp_path: Path) -> None:
 
 
 def test_hostile_names_do_not_leave_the_text(tmp_path: Path) -> None:
-    hostile = evidence(classes=HOSTILE)
+    hostile = results(classes=HOSTILE)
     run = replace(RUN, title=HOSTILE[0], task=HOSTILE[1], data=HOSTILE[4], config=f"a: </pre>{HOSTILE[0]}")
     file = write_report(tmp_path, run, hostile, rows(), {HOSTILE[1]: torch.zeros(3, 8, 8, dtype=torch.uint8)})
     page = Page(file.read_text(encoding="utf-8"))
     assert "script" not in page.tags
     assert not [name for name, _ in page.attributes if name.startswith("on")]
-    assert page.tags.count("img") == 4, "the query, its two neighbours and the task's picture"
-    assert page.tags.count("svg") == page.tags.count("figure") - 2, "all but the gallery and the task's picture"
+    assert page.tags.count("img") == 4, "the query, its two neighbors and the task's image"
+    assert page.tags.count("svg") == page.tags.count("figure") - 2, "all but the gallery and the task's image"
     text = "".join(page.words)
     assert HOSTILE[0] in text
     assert "\x00" not in text
     markdown = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     assert markdown.splitlines()[0] == "# \\<script\\>steal()\\</script\\>"
-    assert read_report(tmp_path / "report" / "report.json")["evidence"]["classes"][4] == "a\ufffdb\ufffd\ufffd"
+    assert read_report(tmp_path / "report" / "report.json")["results"]["classes"][4] == "a\ufffdb\ufffd\ufffd"
 
 
-def test_a_report_without_evidence_metrics_or_pictures_is_still_one(tmp_path: Path) -> None:
+def test_a_report_without_evidence_metrics_or_images_is_still_one(tmp_path: Path) -> None:
     file = write_report(tmp_path, replace(RUN, epochs=None), None, None, None)
     text = " ".join(Page(file.read_text(encoding="utf-8")).words)
     assert "No evidence" in text
-    assert "Nearest training pictures" not in text
-    assert read_report(file.with_name("report.json"))["evidence"] is None
+    assert "Nearest training images" not in text
+    assert read_report(file.with_name("report.json"))["results"] is None
 
 
 def test_hostile_evaluators_do_not_leave_the_text(tmp_path: Path) -> None:
-    file = write_report(tmp_path, RUN, with_made_up(evidence(classes=HOSTILE)), rows(), None)
+    file = write_report(tmp_path, RUN, with_made_up(results(classes=HOSTILE)), rows(), None)
     page = Page(file.read_text(encoding="utf-8"))
     assert "script" not in page.tags
     assert "i" not in page.tags
@@ -227,18 +230,18 @@ def test_hostile_evaluators_do_not_leave_the_text(tmp_path: Path) -> None:
 
 
 def test_every_link_of_the_contents_leads_somewhere(tmp_path: Path) -> None:
-    page = Page(write_report(tmp_path, RUN, evidence(), rows(), None).read_text(encoding="utf-8"))
+    page = Page(write_report(tmp_path, RUN, results(), rows(), None).read_text(encoding="utf-8"))
     links = [value[1:] for name, value in page.attributes if name == "href" and value.startswith("#")]
-    places = [value for name, value in page.attributes if name == "id"]
-    assert {"baselines", "eval-knn", "eval-linear", "neighbours", "training", "run", "notes"} <= set(links)
-    assert set(links) <= set(places)
-    headings = [value for value in places if value in links]
+    positions = [value for name, value in page.attributes if name == "id"]
+    assert {"baselines", "eval-knn", "eval-linear", "neighbors", "training", "run", "notes"} <= set(links)
+    assert set(links) <= set(positions)
+    headings = [value for value in positions if value in links]
     assert len(headings) == len(set(headings))
 
 
 @pytest.mark.parametrize("evaluators", [(), ("linear/",)])
 def test_a_report_without_the_usual_evaluators(tmp_path: Path, evaluators: tuple[str, ...]) -> None:
-    found = evidence()
+    found = results()
     for encoder in found.encoders.values():
         for metric in [metric for metric in encoder.metrics if not metric.startswith(evaluators)]:
             del encoder.metrics[metric]
@@ -250,7 +253,7 @@ def test_a_report_without_the_usual_evaluators(tmp_path: Path, evaluators: tuple
 
 
 def test_markdown_has_the_table(tmp_path: Path) -> None:
-    write_report(tmp_path, RUN, evidence(), None, None)
+    write_report(tmp_path, RUN, results(), None, None)
     lines = (tmp_path / "report" / "report.md").read_text().splitlines()
     header = next(row for row in lines if row.startswith("| Measure"))
     assert header == "| Measure | this backbone | raw pixels | random weights | vs raw pixels | vs random weights |"
@@ -260,7 +263,7 @@ def test_markdown_has_the_table(tmp_path: Path) -> None:
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
-    one, two = (write_report(tmp_path / name, RUN, evidence(), rows(), None).read_bytes() for name in ("one", "two"))
+    one, two = (write_report(tmp_path / name, RUN, results(), rows(), None).read_bytes() for name in ("one", "two"))
     assert one == two
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from report_helpers import RUN, evidence, measured, with_made_up
+from report_helpers import RUN, measured, results, with_made_up
 
 from unlabeled.eval.base import Cut, Estimate, Point, Unit
 from unlabeled.eval.comparison import Comparison, compare, measures, shown
 from unlabeled.eval.intervals import wilson
 from unlabeled.eval.registry import measure_of
-from unlabeled.eval.results import Evidence
+from unlabeled.eval.results import Results
 from unlabeled.report.document import report_document
 from unlabeled.report.figures import evaluator_figures
 from unlabeled.report.page import write_report
@@ -23,15 +23,15 @@ from unlabeled.report.sections import find_series, per_class
 
 
 @pytest.fixture
-def found() -> Evidence:
-    return with_made_up(evidence())
+def found() -> Results:
+    return with_made_up(results())
 
 
 def row(metric: str, label: str, unit: Unit = "accuracy", **where: Any) -> Comparison:
     return Comparison(metric, label, False, {"backbone": Estimate(0.5, 0.4, 0.6)}, {}, unit, **where)
 
 
-def test_intervals_come_from_the_evaluator_or_from_the_number_of_pictures(found: Evidence) -> None:
+def test_intervals_come_from_the_evaluator_or_from_the_number_of_images(found: Results) -> None:
     rows = {one.metric: one for one in measures(found)}
     assert "made_up/hidden" not in rows
     shots, noise, rank = rows["made_up/shots5"], rows["made_up/noise_1"], rows["made_up/rank"]
@@ -49,7 +49,7 @@ def test_intervals_come_from_the_evaluator_or_from_the_number_of_pictures(found:
 
 
 def test_a_value_that_is_no_accuracy_has_no_interval_and_does_not_stop_the_report(
-    found: Evidence, tmp_path: Path
+    found: Results, tmp_path: Path
 ) -> None:
     for value in (math.nan, 1.5, -0.1):
         found.encoders["backbone"].metrics["made_up/noise_1"] = value
@@ -59,14 +59,14 @@ def test_a_value_that_is_no_accuracy_has_no_interval_and_does_not_stop_the_repor
     assert "noise, severity 1" in write_report(tmp_path, RUN, found, None, None).read_text()
 
 
-def test_the_headline_is_that_of_the_quoted_metrics_alone(found: Evidence) -> None:
+def test_the_headline_is_that_of_the_quoted_metrics_alone(found: Results) -> None:
     assert [one.metric for one in compare(found) if one.headline] == ["knn/k20", "linear/top1"]
-    assert "made_up/shots5" not in {one.metric for one in compare(found)}, "no fraction of the test pictures"
+    assert "made_up/shots5" not in {one.metric for one in compare(found)}, "no fraction of the test images"
     measured(found.encoders["backbone"], "knn", {"k20": 0.7}, Cut(8))
     assert "knn/k20@8" not in {one.metric for one in compare(found)}
 
 
-def test_the_section_as_data(found: Evidence) -> None:
+def test_the_section_as_data(found: Results) -> None:
     measured(found.encoders["backbone"], "knn", {"k20": 0.7}, Cut(8, principal=True))
     document = report_document(RUN, found, None)
     knn, _, section = document["evaluators"]
@@ -75,20 +75,20 @@ def test_the_section_as_data(found: Evidence) -> None:
     assert not [note for note in document["notes"] if "made_up" in note]
     assert set(section["arrays"]) == {"singular_values", "cka", "names"}, "predictions are not for figures"
     assert section["arrays"]["cka"]["random"] == [[0.4] * 3] * 3
-    assert section["pictures"] == {name: ["pairs"] for name in ("backbone", "pixels", "random")}
+    assert section["images"] == {name: ["pairs"] for name in ("backbone", "pixels", "random")}
     rank = next(one for one in section["rows"] if one["metric"] == "made_up/rank")
     assert rank["values"]["backbone"] == {"value": pytest.approx(1111.05), "low": None, "high": None}
     assert document["embedding"]["points"] == [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0], [6.0, 7.0]]
     assert document["maps"] == ["attention"]
 
 
-def test_large_arrays_stay_out_of_the_data(found: Evidence) -> None:
+def test_large_arrays_stay_out_of_the_data(found: Results) -> None:
     found.encoders["backbone"].arrays["made_up/cka"] = np.zeros((51, 51))
     section = report_document(RUN, found, None)["evaluators"][-1]
     assert set(section["arrays"]["cka"]) == {"pixels", "random"}
 
 
-def test_better_and_worse_are_told_from_the_direction(found: Evidence, tmp_path: Path) -> None:
+def test_better_and_worse_are_told_from_the_direction(found: Results, tmp_path: Path) -> None:
     for encoder, value in (("backbone", 0.01), ("pixels", 0.2), ("random", 0.001)):
         found.encoders[encoder].metrics["made_up/leak"] = value
         found.encoders[encoder].intervals["made_up/leak"] = (value * 0.9, value * 1.1)
@@ -100,11 +100,11 @@ def test_better_and_worse_are_told_from_the_direction(found: Evidence, tmp_path:
     assert "1.0 %<small>0.9 to 1.1</small>" in cells[1]
 
 
-def test_a_long_table_is_folded_and_a_short_one_is_not(found: Evidence, tmp_path: Path) -> None:
+def test_a_long_table_is_folded_and_a_short_one_is_not(found: Results, tmp_path: Path) -> None:
     html = write_report(tmp_path, RUN, found, None, None).read_text()
     assert html.count("<summary>All ") == 1
     assert "<summary>All 10 measures</summary>" in html
-    assert html.count("pictures of random weights</summary>") == 1
+    assert html.count("images of random weights</summary>") == 1
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_curves_are_told_apart_by_what_they_share_and_by_their_unit() -> None:
         ({"knn/k10": 10, "knn/k20": 20}, "kNN", "k"),
         ({"knn/k10_top5": 10, "knn/k20_top5": 20}, "kNN, top 5", "k"),
         ({"knn/k10_t0.1": 10, "knn/k20_t0.1": 20}, "kNN, T = 0.1", "k"),
-        ({"knn/shot1": 1, "knn/shot5": 5}, "kNN", "pictures a class"),
+        ({"knn/shot1": 1, "knn/shot5": 5}, "kNN", "images a class"),
         ({"few_shot/5way_1shot": 1, "few_shot/5way_5shot": 5}, "5-way", "shot"),
         ({"low_label/0.5pct": 0.5, "low_label/10pct": 10}, "% of labels", "% of labels"),
         ({"retrieval/recall1": 1, "retrieval/recall10": 10}, "recall", "k"),
@@ -160,7 +160,7 @@ def test_the_curves_of_the_built_in_evaluators(metrics: dict[str, float | None],
         assert measure.point == (None if at is None else Point(title, axis, at))
 
 
-def test_figures_of_an_evaluator_that_nobody_knows(found: Evidence) -> None:
+def test_figures_of_an_evaluator_that_nobody_knows(found: Results) -> None:
     figures = dict(evaluator_figures(found)["made_up"])
     curves, spectrum, cka = figures.values()
     assert ">noise<" in curves
@@ -173,7 +173,7 @@ def test_figures_of_an_evaluator_that_nobody_knows(found: Evidence) -> None:
     assert ">90<" in cka, "percent"
 
 
-def test_figures_of_arrays_by_class_and_by_severity(found: Evidence) -> None:
+def test_figures_of_arrays_by_class_and_by_severity(found: Results) -> None:
     for name, encoder in found.encoders.items():
         encoder.arrays["made_up/probe_iou"] = np.array([0.9, 0.1, np.nan, 0.2])
         encoder.arrays["made_up/knn_iou"] = np.zeros(7)
@@ -191,7 +191,7 @@ def test_figures_of_arrays_by_class_and_by_severity(found: Evidence) -> None:
     assert not [title for title in figures if "kNN IoU" in title], "seven scores of three classes have no names"
 
 
-def test_curves_by_number_of_features(found: Evidence) -> None:
+def test_curves_by_number_of_features(found: Results) -> None:
     for name, encoder in found.encoders.items():
         for length, first, components in ((8, 0.3, 0.4), (16, 0.5, 0.5)):
             measured(encoder, "knn", {"k20": first}, Cut(length))
@@ -199,7 +199,7 @@ def test_curves_by_number_of_features(found: Evidence) -> None:
         if name == "pixels":
             measured(encoder, "knn", {"k10": 0.3}, Cut(8))
     figures = dict(evaluator_figures(found)["knn"])
-    assert list(figures) == ["Nearest neighbours by k", "kNN, k = 20, by number of features"]
+    assert list(figures) == ["Nearest neighbors by k", "kNN, k = 20, by number of features"]
     svg = figures["kNN, k = 20, by number of features"]
     for part in ("this backbone, PCA", "random weights", "raw pixels", ">8<", ">16<", ">32<"):
         assert part in svg, part

@@ -18,7 +18,7 @@ from typing import Any
 
 
 def launch(
-    words: Sequence[str],
+    overrides: Sequence[str],
     log: Path,
     *,
     script: Path | None = None,
@@ -34,7 +34,7 @@ def launch(
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("")
     processes = [
-        context.Process(target=_run, args=(list(words), log, script, environment(rank, ranks, port), before))
+        context.Process(target=_run, args=(list(overrides), log, script, environment(rank, ranks, port), before))
         for rank in range(ranks)
     ]
     for process in processes:
@@ -63,7 +63,7 @@ def free_port() -> int:
 
 
 def _run(
-    words: list[str], log: Path, script: Path | None, variables: dict[str, str], before: Callable[[], None] | None
+    overrides: list[str], log: Path, script: Path | None, variables: dict[str, str], before: Callable[[], None] | None
 ) -> None:
     os.environ.update(variables)
     multiprocessing.set_start_method("fork", force=True)  # of loader processes, as in a run that was started by hand
@@ -73,12 +73,12 @@ def _run(
     if before is not None:
         before()
     if script is not None:
-        sys.argv = [str(script), *words]
+        sys.argv = [str(script), *overrides]
         runpy.run_path(str(script), run_name="__main__")
         return
     from unlabeled.cli import main
 
-    sys.exit(main(words))
+    sys.exit(main(overrides))
 
 
 def die_after_step(last: int) -> None:
@@ -99,12 +99,12 @@ def die_in_cell(number: int) -> None:
     """This process will kill itself when cell `number` of a gauntlet was measured and is not written yet."""
     from unlabeled.workflows.gauntlet import job
 
-    judged, begun = job.judged, iter(range(1, number + 1))
+    evaluate_features, begun = job.evaluate_features, iter(range(1, number + 1))
 
     def judge_and_die(*arguments: Any) -> Any:
-        found = judged(*arguments)
+        found = evaluate_features(*arguments)
         if next(begun) == number:
             os.kill(os.getpid(), signal.SIGKILL)
         return found
 
-    job.judged = judge_and_die
+    job.evaluate_features = judge_and_die

@@ -30,9 +30,9 @@ TINY = [
 ]  # fmt: skip
 
 
-def pretrain(out: Path, *words: str) -> int:
-    data = [] if any(word.startswith("data=") for word in words) else ["data=shapes", "data.count=32"]
-    return main(["pretrain", *TINY, *data, f"out={out}", *words])
+def pretrain(out: Path, *overrides: str) -> int:
+    data = [] if any(word.startswith("data=") for word in overrides) else ["data=shapes", "data.count=32"]
+    return main(["pretrain", *TINY, *data, f"out={out}", *overrides])
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:
@@ -42,12 +42,12 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
     return lines[0]
 
 
-def write_pictures(folder: Path, count: int, corrupt: int = 0) -> Path:
+def write_images(folder: Path, count: int, corrupt: int = 0) -> Path:
     folder.mkdir(parents=True)
     for index in range(count):
         path = folder / f"{index:03d}.png"
         if index < corrupt:
-            path.write_bytes(b"not a picture")
+            path.write_bytes(b"not an image")
         else:
             Image.effect_noise((40, 40), 60).convert("RGB").save(path)
     return folder
@@ -98,14 +98,14 @@ def files_of(folder: Path) -> dict[Path, bytes]:
         (["evaluate.embedding=tnse"], "evaluate.embedding: 'tnse' is not a map of the features; did you mean 'tsne'?"),
         (["evaluate.data=foldr", "evaluate.final=true"], "data: 'foldr' is not a data source; did you mean 'folder'?"),
         (["evaluate.data={name:folder,path:nowhere}", "evaluate.final=true"], "nowhere"),
-        (["official=nowhere.pth"], "nowhere.pth: there is no such file"),
+        (["reference=nowhere.pth"], "nowhere.pth: there is no such file"),
         (["epochs"], "'epochs' is not a setting; write key=value"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_work(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
 ) -> None:
-    assert pretrain(tmp_path / "run", *words) == 2
+    assert pretrain(tmp_path / "run", *overrides) == 2
     assert message in said(capsys)
     assert not (tmp_path / "run").exists(), "nothing is written before everything is known to fit"
 
@@ -113,8 +113,8 @@ def test_settings_that_cannot_work(
 def test_what_an_evaluation_needs_is_refused_before_a_sweep_begins(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [*TINY, "evaluate.evaluators=[knn],[knn,liner]", f"out={tmp_path / 'sweep'}"]
-    assert main(["pretrain", "--multirun", *words]) == 2
+    overrides = [*TINY, "evaluate.evaluators=[knn],[knn,liner]", f"out={tmp_path / 'sweep'}"]
+    assert main(["pretrain", "--multirun", *overrides]) == 2
     assert "'liner' is not an evaluator; did you mean 'linear'?" in said(capsys)
     assert not (tmp_path / "sweep").exists()
 
@@ -147,7 +147,7 @@ def test_sections_that_words_did_not_set_need_no_effect(tmp_path: Path, capsys: 
     assert "evaluate.cluster: restarts=2 has no effect" in said(capsys)
 
 
-def test_a_file_for_a_folder_and_a_folder_without_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_for_a_folder_and_a_folder_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").touch()
     assert pretrain(tmp_path / "run", "data=folder", f"data.path={tmp_path / 'empty'}") == 2
@@ -156,8 +156,8 @@ def test_a_file_for_a_folder_and_a_folder_without_pictures(tmp_path: Path, capsy
     assert "notes.txt is a file" in said(capsys)
 
 
-def test_some_corrupt_pictures_are_skipped_counted_and_listed(tmp_path: Path) -> None:
-    folder = write_pictures(tmp_path / "pictures", 40, corrupt=2)
+def test_some_corrupt_images_are_skipped_counted_and_listed(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", 40, corrupt=2)
     assert pretrain(tmp_path / "run", "data=folder", f"data.path={folder}", "data.max_bad_fraction=0.1") == 0
     listed = (tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()
     assert len(listed) == 2
@@ -165,10 +165,10 @@ def test_some_corrupt_pictures_are_skipped_counted_and_listed(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("corrupt", "message"), [(4, "bad_images.jsonl"), (40, "cannot be decoded")])
-def test_too_many_corrupt_pictures_stop_the_run(
+def test_too_many_corrupt_images_stop_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], corrupt: int, message: str
 ) -> None:
-    folder = write_pictures(tmp_path / "pictures", 40, corrupt)
+    folder = write_images(tmp_path / "images", 40, corrupt)
     assert pretrain(tmp_path / "run", "data=folder", f"data.path={folder}") == 2
     assert message in said(capsys)
 
@@ -255,15 +255,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
         (["gone", "evaluate.embedding=tnse"], "'tnse' is not a map of the features; did you mean 'tsne'?"),
     ],
 )
-def test_evaluate(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
-    assert main(["evaluate", *words]) == 2
+def test_evaluate(capsys: pytest.CaptureFixture[str], overrides: list[str], message: str) -> None:
+    assert main(["evaluate", *overrides]) == 2
     assert message in said(capsys)
 
 
 def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "data=folder", f"data.path={tmp_path / 'nowhere'}"]) == 2
     assert "nowhere" in said(capsys)
-    folder = write_pictures(tmp_path / "pictures", 10, corrupt=1)
+    folder = write_images(tmp_path / "images", 10, corrupt=1)
     assert main(["doctor", "data=folder", f"data.path={folder}", "workers=0"]) == 0
     assert "000.png" in capsys.readouterr().out
     shutil.rmtree(folder)

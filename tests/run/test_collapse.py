@@ -57,21 +57,21 @@ class WithoutPredictor(BYOL):
 
 def words_of(task: str, lr: float, **changes: Any) -> dict[str, Any]:
     """A run of STEPS steps on drawn shapes, with the rate `lr` and some settings of the task changed."""
-    words = settings(task)
-    return words | {
-        "task": words["task"] | changes,
-        "epochs": STEPS * words["batch_size"] / words["data"]["count"],
+    overrides = settings(task)
+    return overrides | {
+        "task": overrides["task"] | changes,
+        "epochs": STEPS * overrides["batch_size"] / overrides["data"]["count"],
         "optim": {"lr": lr, "lr_scaling": "none"},
-        "engine": words["engine"] | {"cpu_kernels": False, "checkpoint_epochs": 1000},
+        "engine": overrides["engine"] | {"cpu_kernels": False, "checkpoint_epochs": 1000},
         "log": {"every": 10, "progress": False, "tensorboard": False},
         "evaluate": {"final": False},
     }
 
 
-def watched_figures(words: dict[str, Any]) -> set[str]:
+def watched_figures(overrides: dict[str, Any]) -> set[str]:
     """The figures of a task that the alarm can look at; none for tasks that cannot collapse."""
-    network = words["backbone"]
-    task = create_task(words["task"], create_backbone(network["name"], size=network["size"], **network["kwargs"]))
+    network = overrides["backbone"]
+    task = create_task(overrides["task"], create_backbone(network["name"], size=network["size"], **network["kwargs"]))
     views = type(task).views(task.config, task.backbone)
     rows = [views(torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)) for _ in range(8)]
     output = task({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
@@ -79,10 +79,10 @@ def watched_figures(words: dict[str, Any]) -> set[str]:
     return FIGURES & (given | output.logs.keys())
 
 
-def warnings_of(words: dict[str, Any], out: Path, caplog: pytest.LogCaptureFixture) -> list[str]:
+def warnings_of(overrides: dict[str, Any], out: Path, caplog: pytest.LogCaptureFixture) -> list[str]:
     """What the alarm says in a run, which goes on to its end all the same; it has something to look at throughout."""
-    result = unlabeled.pretrain(**words, out=out)
-    figures = watched_figures(words)
+    result = unlabeled.pretrain(**overrides, out=out)
+    figures = watched_figures(overrides)
     read = [row["step"] for row in result.metrics if figures <= row.keys()]
     assert read == list(range(10, STEPS + 1, 10))
     return [record.getMessage() for record in caplog.records if record.getMessage().startswith("collapse: ")]
@@ -90,9 +90,9 @@ def warnings_of(words: dict[str, Any], out: Path, caplog: pytest.LogCaptureFixtu
 
 @pytest.mark.slow
 def test_vicreg_without_its_variance_term_is_told_to_raise_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    words = words_of("vicreg", 2e-2, variance_weight=0, covariance_weight=0)
-    (warning,) = warnings_of(words, tmp_path / "run", caplog)
-    assert "the features of all pictures have shrunk to nearly nothing since step" in warning
+    overrides = words_of("vicreg", 2e-2, variance_weight=0, covariance_weight=0)
+    (warning,) = warnings_of(overrides, tmp_path / "run", caplog)
+    assert "the features of all images have shrunk to nearly nothing since step" in warning
     assert "raise task.variance_weight" in warning
 
 
@@ -101,16 +101,16 @@ def test_byol_without_a_predictor_is_told_that_all_features_are_the_same(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(TASKS, "without_predictor", f"{__name__}:WithoutPredictor")
-    words = words_of("byol", 2e-2, name="without_predictor", momentum=0)
-    (warning,) = warnings_of(words, tmp_path / "run", caplog)
-    assert "the features of all pictures are nearly the same since step" in warning
+    overrides = words_of("byol", 2e-2, name="without_predictor", momentum=0)
+    (warning,) = warnings_of(overrides, tmp_path / "run", caplog)
+    assert "the features of all images are nearly the same since step" in warning
     assert "raise task.momentum" in warning
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", task_names())
 def test_a_healthy_run_is_not_warned(task: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    words = words_of(task, RATES.get(task, 1e-3))
-    if not watched_figures(words):
+    overrides = words_of(task, RATES.get(task, 1e-3))
+    if not watched_figures(overrides):
         pytest.skip(f"{task} gives no features: it cannot collapse")
-    assert warnings_of(words, tmp_path / "run", caplog) == []
+    assert warnings_of(overrides, tmp_path / "run", caplog) == []

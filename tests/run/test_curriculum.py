@@ -1,4 +1,4 @@
-"""Whole runs with smaller pictures at the start: sizes of each step, resume inside a stage and at its end."""
+"""Whole runs with smaller images at the start: sizes of each step, resume inside a stage and at its end."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_rows_have_the_size_of_their_step(whole: Path) -> None:
     assert [row["size"] for row in rows(whole)] == SIZES
 
 
-def test_evaluation_sees_whole_pictures_and_the_plan_is_announced(
+def test_evaluation_sees_whole_images_and_the_plan_is_announced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     seen: list[tuple[bool, tuple[int, ...], torch.dtype]] = []
@@ -90,9 +90,9 @@ def test_evaluation_sees_whole_pictures_and_the_plan_is_announced(
         return normalize(self, images)
 
     monkeypatch.setattr(Backbone, "normalize", remember)
-    words = settings(tmp_path / "run") | {"evaluate": {"final": False, "every": 0.8}}
+    overrides = settings(tmp_path / "run") | {"evaluate": {"final": False, "every": 0.8}}
     with caplog.at_level("INFO"):
-        result = unlabeled.pretrain(**words)
+        result = unlabeled.pretrain(**overrides)
     assert "48x48 in steps 1 to 6, 56x56 in steps 7 to 8, 64x64 in steps 9 to 10" in caplog.text
     assert [row["step"] for row in result.metrics if "eval/knn/k10" in row] == [4, 8]
     trained = [(size[0], dtype) for training, size, dtype in seen if training]

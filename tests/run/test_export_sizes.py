@@ -173,9 +173,9 @@ def test_any_run_is_exported_whole(vit: Path, tmp_path: Path, capsys: pytest.Cap
     ],
 )  # fmt: skip
 def test_wrong_words_are_one_line(
-    vit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+    vit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
 ) -> None:
-    assert main(["export", str(vit), *words, f"out={tmp_path / 'x.safetensors'}"]) == 2
+    assert main(["export", str(vit), *overrides, f"out={tmp_path / 'x.safetensors'}"]) == 2
     assert message in said(capsys)
     assert list(tmp_path.iterdir()) == []
 
@@ -227,11 +227,11 @@ def test_batch_norms_get_statistics_of_their_own_size(
     arguments = {"layers": (2, 2, 3, 2), "channels": (16, 16, 16, 16), "base_width": 128}
     config = ElasticConfig(width=16, depth=(2, 2, 2, 2))
     export_backbone(whole("resnet50", arguments), tmp_path / "run", elastic=config)
-    words = ["export", str(tmp_path / "run"), "width=16", "depth=8", "device=cpu", "workers=0"]
-    assert main([*words, f"out={tmp_path / 'a'}"]) == 2
+    overrides = ["export", str(tmp_path / "run"), "width=16", "depth=8", "device=cpu", "workers=0"]
+    assert main([*overrides, f"out={tmp_path / 'a'}"]) == 2
     assert "data: not given; resnet50 has batch norms, whose statistics belong to one size" in said(capsys)
-    assert main([*words, f"out={tmp_path / 'a'}", "data=shapes", "data.count=64", "recalibrate_pictures=16"]) == 0
-    assert main([*words, f"out={tmp_path / 'b'}", "recalibrate=false"]) == 0
+    assert main([*overrides, f"out={tmp_path / 'a'}", "data=shapes", "data.count=64", "recalibrate_images=16"]) == 0
+    assert main([*overrides, f"out={tmp_path / 'b'}", "recalibrate=false"]) == 0
     with_own, without = (load_file(tmp_path / name / "backbone.safetensors") for name in ("a", "b"))
     assert torch.equal(without["layer1.0.bn2.running_var"], torch.ones(16))
     assert not torch.equal(with_own["layer1.0.bn2.running_var"], torch.ones(16))
@@ -261,13 +261,13 @@ def test_a_run_of_an_elastic_task_knows_its_sizes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(TASKS, "rotation", f"{__name__}:ElasticRotation")
-    words = [
+    overrides = [
         "task=rotation", "backbone=vit_tiny_patch16_224", "backbone.size=32",
         "backbone.kwargs={patch_size:8,embed_dim:32,depth:3,num_heads:2}", "data=shapes", "data.count=32", "epochs=1",
         "batch_size=16", "schedule.warmup_epochs=0", "engine.workers=0", "engine.device=cpu", "log.tensorboard=false",
         "evaluate.final=false",
     ]  # fmt: skip
-    assert main(["pretrain", *words, f"out={tmp_path / 'run'}"]) == 0
+    assert main(["pretrain", *overrides, f"out={tmp_path / 'run'}"]) == 0
     assert describe(tmp_path / "run").elastic == ElasticConfig(width=16, depth=2)
     assert main(["export", str(tmp_path / "run"), "width=16", "depth=2", f"out={tmp_path / 's.safetensors'}"]) == 0
     assert load_backbone(tmp_path / "s.safetensors").embed_dim == 16

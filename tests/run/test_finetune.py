@@ -59,7 +59,7 @@ def test_it_learns_far_above_chance_and_says_how_far_above_random_weights(result
     assert top1.low > 0.5, "chance is 0.1"
     assert 0 < result.baseline.values["top1"].value < 1
     assert result.accuracy.values["top5"].value >= top1.value
-    assert result.accuracy.confusion.sum() == result.accuracy.pictures == 451
+    assert result.accuracy.confusion.sum() == result.accuracy.images == 451
     assert result.accuracy.confusion.trace() == round(top1.value * 451)
     curve = [row["test_top1_averaged"] for row in result.metrics if "test_top1_averaged" in row]
     assert curve[-1] == pytest.approx(top1.value)
@@ -86,11 +86,11 @@ def test_the_report_quotes_the_averaged_weights_against_the_baseline(result: Fin
     assert quoted["values"]["from scratch"]["value"] == result.baseline.values["top1"].value
     gap = quoted["differences"]["from scratch"]
     assert gap["low"] <= gap["value"] <= gap["high"]
-    assert document["verdict"]["level"] == ("better" if gap["low"] > 0 else "worse" if gap["high"] < 0 else "even")
+    assert document["summary"]["level"] == ("better" if gap["low"] > 0 else "worse" if gap["high"] < 0 else "even")
     page = result.report.read_text()
-    assert document["verdict"]["summary"] in page
+    assert document["summary"]["summary"] in page
     assert 'src="http' not in page
-    assert document["verdict"]["summary"].split(":")[0] in result.report.with_suffix(".md").read_text()
+    assert document["summary"]["summary"].split(":")[0] in result.report.with_suffix(".md").read_text()
 
 
 def test_plain_timm_loads_the_classifier_and_gives_its_logits(result: FinetuneResult) -> None:
@@ -99,9 +99,9 @@ def test_plain_timm_loads_the_classifier_and_gives_its_logits(result: FinetuneRe
     model = timm.create_model(made["name"], checkpoint_path=str(result.weights), **made["kwargs"]).eval()
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
-        assert torch.equal(model(x), result.network.model.eval()(x))
+        assert torch.equal(model(x), result.backbone.model.eval()(x))
     again = load_backbone(result.weights)
-    assert again.embed_dim == result.network.embed_dim
+    assert again.embed_dim == result.backbone.embed_dim
 
 
 def test_the_exported_weights_are_the_averaged_ones(result: FinetuneResult) -> None:
@@ -158,7 +158,7 @@ def test_killed_in_either_half_and_resumed_equals_never_stopped(
         "label_fraction": 0.2,
         "epochs": 1,
         "ema": 0.9,
-        "network": {"drop_path": 0.2},
+        "model": {"drop_path": 0.2},
     }
     whole = unlabeled.finetune(target, "digits", out=tmp_path / "whole", **settings)
     for folder in ("broken", "scratch"):
@@ -189,7 +189,7 @@ def test_a_signal_ends_with_75(target: Path, tmp_path: Path, monkeypatch: pytest
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(engine, "record", record_and_signal)
-    words = [
+    overrides = [
         "data=digits",
         "augment=null",
         "epochs=1",
@@ -197,7 +197,7 @@ def test_a_signal_ends_with_75(target: Path, tmp_path: Path, monkeypatch: pytest
         "engine.device=cpu",
         f"out={tmp_path / 'x'}",
     ]
-    assert main(["finetune", str(target), *words]) == EXIT_STOPPED
+    assert main(["finetune", str(target), *overrides]) == EXIT_STOPPED
     assert (tmp_path / "x" / "checkpoints" / "step_00000002").is_dir()
     assert not (tmp_path / "x" / "classifier.safetensors").exists()
 
@@ -208,12 +208,12 @@ def test_a_run_brings_its_data_and_a_classifier_can_be_tuned_further(result: Fin
     (tmp_path / "run" / "config.yaml").write_text(json.dumps(settings))
     found = finetune_config(str(tmp_path / "run"), [])
     assert found.data == DataConfig(name="shapes", count=32)
-    settings["data"] = {"name": "folder", "path": "pictures", "count": 2048}
+    settings["data"] = {"name": "folder", "path": "images", "count": 2048}
     (tmp_path / "run" / "config.yaml").write_text(json.dumps(settings))
     named = finetune_config(str(tmp_path / "run"), []).data.model_extra
-    assert named == {"path": Path("pictures"), "test_path": None, "test_fraction": 0.2, "labels": True}
-    words = {"out": tmp_path / "more", "epochs": 1, "label_fraction": 0.1, "baseline": False}
-    more = unlabeled.finetune(result.weights, "digits", **FAST | words | {"optim__lr": 1e-9})
+    assert named == {"path": Path("images"), "test_path": None, "test_fraction": 0.2, "labels": True}
+    overrides = {"out": tmp_path / "more", "epochs": 1, "label_fraction": 0.1, "baseline": False}
+    more = unlabeled.finetune(result.weights, "digits", **FAST | overrides | {"optim__lr": 1e-9})
     old, new = load_file(result.weights), load_file(more.weights)
     torch.testing.assert_close(old["conv1.weight"], new["conv1.weight"], atol=1e-6, rtol=0)
     assert new["fc.weight"].abs().max() < 1e-3, "the classifier is a new one"
@@ -236,10 +236,10 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "data: not given; a target that is no run folder needs labelled data"),
+        ([], "data: not given; a target that is no run folder needs labeled data"),
         (["data=digits", "label_fraction=0.001"], "label_fraction: 0.001 leaves none of the"),
         (["data=digits", "label_fraction=2"], "label_fraction: 2 is not possible; give less than or equal to 1"),
-        (["data=digits", "batch_size=63"], "batch_size: mixup pairs pictures, and 63 a micro-step is odd"),
+        (["data=digits", "batch_size=63"], "batch_size: mixup pairs images, and 63 a micro-step is odd"),
         (["data=digits", "batch_size=2000"], "batch_size: 2000 is larger than the data (1346 images)"),
         (["data=digits", "augment.auto=rnd-m9"], "augment.auto: 'rnd-m9' is no policy of timm"),
         (["data=digits", "augment.crop=[1.0,0.5]"], "augment: crop [1.0, 0.5] is not possible; give the smaller part"),
@@ -249,16 +249,16 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
             "augment.mixpu: there is no such setting in augment; did you mean 'mixup'",
         ),
         (["data=digits", "optim.name=adamm"], "optim.name: 'adamm' is not an optimizer"),
-        (["data=digits", "network.kwargs={dept:1}"], "network.kwargs.dept: resnet18 takes no such argument"),
-        (["data=digits", "network.kwargs={block_args:{}, channels:[8,8,8,8]}"], "has shape"),
+        (["data=digits", "model.kwargs={dept:1}"], "model.kwargs.dept: resnet18 takes no such argument"),
+        (["data=digits", "model.kwargs={block_args:{}, channels:[8,8,8,8]}"], "has shape"),
         (["data=digits", "ema=1"], "ema: 1 is not possible; give less than 1"),
     ],
 )
 def test_bad_words(
-    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
 ) -> None:
     out = tmp_path / "run"
-    assert main(["finetune", str(target), f"out={out}", "engine.device=cpu", "engine.workers=0", *words]) == 2
+    assert main(["finetune", str(target), f"out={out}", "engine.device=cpu", "engine.workers=0", *overrides]) == 2
     assert message in said(capsys)
     assert not out.exists()
 
@@ -281,12 +281,12 @@ def test_bad_labels(target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     write_classes(tmp_path / "more" / "test", "cat", "fox")
     write_classes(tmp_path / "flat", ".")
     for name, message in (
-        ("one", "all training pictures are of class 'cat'; give data with two classes or more"),
+        ("one", "all training images are of class 'cat'; give data with two classes or more"),
         ("more", "not among the training classes"),
         ("flat", "label"),
     ):
-        words = ["data=folder", f"data.path={tmp_path / name}", f"out={tmp_path / 'run'}"]
-        assert main(["finetune", str(target), *words]) == 2
+        overrides = ["data=folder", f"data.path={tmp_path / name}", f"out={tmp_path / 'run'}"]
+        assert main(["finetune", str(target), *overrides]) == 2
         assert message in said(capsys)
 
 
@@ -294,13 +294,13 @@ def test_bad_labels(target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_two_processes_are_one(target: Path, tmp_path: Path) -> None:
     vit = create_backbone("vit_tiny_patch16_224", size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2)
     weights = export_backbone(vit, tmp_path / "vit.safetensors")
-    words = [
+    overrides = [
         str(weights), "data=digits", "data.limit=256", "augment=null", "epochs=1", "batch_size=32", "log.every=1",
         "engine.workers=0", "engine.device=cpu", "ema=0.9", "optim.lr=1e-2",
     ]  # fmt: skip
-    assert main(["finetune", *words, f"out={tmp_path / 'one'}"]) == 0
+    assert main(["finetune", *overrides, f"out={tmp_path / 'one'}"]) == 0
     log = tmp_path / "log"
-    codes = launch([*words, f"out={tmp_path / 'two'}"], log, script=ROOT / "finetune.py", ranks=2)
+    codes = launch([*overrides, f"out={tmp_path / 'two'}"], log, script=ROOT / "finetune.py", ranks=2)
     assert codes == [0, 0], log.read_text()[-3000:]
     for part in ("", "scratch/"):
         rows = [

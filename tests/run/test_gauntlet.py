@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def words(folder: Path, out: Path, *more: str, knn_alone: bool = False) -> list[str]:
+def overrides(folder: Path, out: Path, *more: str, knn_alone: bool = False) -> list[str]:
     chosen = ["evaluators=knn"] if knn_alone else ["evaluators=[knn,linear]", *LINEAR]
     return [
         f"backbones=[{folder},{FRESH}]", "data=[digits,{name: shapes, count: 80}]", *chosen,
@@ -64,11 +64,11 @@ def table(out: Path) -> dict[str, Any]:
 def begun(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Names of the evaluators that were started in this process."""
     names: list[str] = []
-    judged = job.judged
+    evaluate_features = job.evaluate_features
 
-    def noted(subject: Any, evaluator: Any, prefixes: Sequence[int]) -> Any:
+    def noted(dataset: Any, evaluator: Any, prefixes: Sequence[int]) -> Any:
         names.append(evaluator.name)
-        return judged(subject, evaluator, prefixes)
+        return evaluate_features(dataset, evaluator, prefixes)
 
     monkeypatch.setattr(job, "judged", noted)
     return names
@@ -79,19 +79,19 @@ def test_a_killed_job_repeats_no_finished_cell_and_ends_like_an_unbroken_one(
 ) -> None:
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     log = tmp_path / "log"
-    codes = launch(["gauntlet", "--debug", *words(folder, broken)], log, before=partial(die_in_cell, 6))
+    codes = launch(["gauntlet", "--debug", *overrides(folder, broken)], log, before=partial(die_in_cell, 6))
     assert codes == [-signal.SIGKILL], log.read_text()
     finished = {file.name: file.stat().st_mtime_ns for file in (broken / "cells").glob("*.json")}
     assert len(finished) == 5, "the sixth was killed"
-    assert main(["gauntlet", *words(folder, broken)]) == 0
+    assert main(["gauntlet", *overrides(folder, broken)]) == 0
     assert len(begun) == CELLS - 5
     after = {file.name: file.stat().st_mtime_ns for file in (broken / "cells").glob("*.json")}
     assert len(after) == CELLS
     assert {name: after[name] for name in finished} == finished
-    assert main(["gauntlet", *words(folder, broken)]) == 0
+    assert main(["gauntlet", *overrides(folder, broken)]) == 0
     assert len(begun) == CELLS - 5, "nothing was left to do"
 
-    assert main(["gauntlet", *words(folder, whole)]) == 0
+    assert main(["gauntlet", *overrides(folder, whole)]) == 0
     assert len(begun) == 2 * CELLS - 5
     assert table(broken) == table(whole)
     assert sorted(after) == sorted(file.name for file in (whole / "cells").glob("*.json"))
@@ -109,7 +109,7 @@ def test_features_are_computed_once_for_each_network_and_data_set(
         return pooled(self, x)
 
     monkeypatch.setattr(backbone, "pooled", counted)
-    given = words(folder, tmp_path / "g", "data=digits", knn_alone=True)
+    given = overrides(folder, tmp_path / "g", "data=digits", knn_alone=True)
     main(["gauntlet", *given])
     networks, splits = 1 + 2, 2  # a folder, and random weights of two seeds; one batch holds a split
     assert len(passes) == networks * splits
@@ -120,7 +120,7 @@ def test_features_are_computed_once_for_each_network_and_data_set(
 def test_rows_are_the_backbones_random_weights_of_each_architecture_and_raw_pixels(
     folder: Path, tmp_path: Path
 ) -> None:
-    main(["gauntlet", *words(folder, tmp_path / "g")])
+    main(["gauntlet", *overrides(folder, tmp_path / "g")])
     document = table(tmp_path / "g")
     assert {(row["label"], row["kind"]) for row in document["rows"]} == {
         ("exported", "given"), ("random weights, resnet18", "random"), ("raw pixels", "pixels"),
@@ -131,7 +131,7 @@ def test_rows_are_the_backbones_random_weights_of_each_architecture_and_raw_pixe
     knn = next(column for column in document["columns"] if column["metric"] == "knn/k20")
     fixed = next(value for value in knn["values"] if value["row"] == "exported")
     assert fixed["over_seeds"] == [fixed["value"], fixed["value"]], "kNN draws nothing"
-    assert fixed["over_pictures"] == pytest.approx(wilson(fixed["value"], 60))
+    assert fixed["over_images"] == pytest.approx(wilson(fixed["value"], 60))
     drawn = next(value for value in knn["values"] if value["row"].startswith("random"))
     assert drawn["seeds"] == 2
     assert drawn["over_seeds"][0] < drawn["value"] < drawn["over_seeds"][1], "each seed draws other weights"
@@ -143,16 +143,16 @@ def test_rows_are_the_backbones_random_weights_of_each_architecture_and_raw_pixe
 def test_what_cannot_be_measured_is_noted_and_the_job_goes_on(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: list[str]
 ) -> None:
-    judged, broken = job.judged, ["knn"]
+    evaluate_features, broken = job.evaluate_features, ["knn"]
 
-    def failing(subject: Any, evaluator: Any, prefixes: Sequence[int]) -> Any:
-        if evaluator.name in broken and subject.backbone is not None:
+    def failing(dataset: Any, evaluator: Any, prefixes: Sequence[int]) -> Any:
+        if evaluator.name in broken and dataset.backbone is not None:
             begun.append("failed")
             raise DataError("evaluate.data: no <b>masks</b>")
-        return judged(subject, evaluator, prefixes)
+        return evaluate_features(dataset, evaluator, prefixes)
 
     monkeypatch.setattr(job, "judged", failing)
-    given = words(folder, tmp_path / "g", "seeds=0", "data=digits")
+    given = overrides(folder, tmp_path / "g", "seeds=0", "data=digits")
     assert main(["gauntlet", *given]) == 0
     document = table(tmp_path / "g")
     assert document["cells"] == {"total": 6, "done": 4, "failed": 2}
@@ -177,15 +177,15 @@ def test_what_cannot_be_measured_is_noted_and_the_job_goes_on(
 def test_raw_pixels_that_an_evaluator_cannot_judge_are_no_failure(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judged = job.judged
+    evaluate_features = job.evaluate_features
 
-    def of_networks(subject: Any, evaluator: Any, prefixes: Sequence[int]) -> Any:
-        if subject.backbone is None:
+    def of_networks(dataset: Any, evaluator: Any, prefixes: Sequence[int]) -> Any:
+        if dataset.backbone is None:
             raise DataError("evaluate: knn looks at places")
-        return judged(subject, evaluator, prefixes)
+        return evaluate_features(dataset, evaluator, prefixes)
 
     monkeypatch.setattr(job, "judged", of_networks)
-    main(["gauntlet", *words(folder, tmp_path / "g", "seeds=0", "data=digits", knn_alone=True)])
+    main(["gauntlet", *overrides(folder, tmp_path / "g", "seeds=0", "data=digits", knn_alone=True)])
     document = table(tmp_path / "g")
     assert document["cells"] == {"total": 3, "done": 3, "failed": 0}
     assert document["failures"] == []
@@ -197,7 +197,7 @@ def test_diverged_weights_fail_in_one_line(tmp_path: Path) -> None:
     with torch.no_grad():
         next(backbone.parameters()).fill_(float("nan"))
     export_backbone(backbone, tmp_path / "nan")
-    run_gauntlet(gauntlet_config(words(tmp_path / "nan", tmp_path / "g", "data=digits", "seeds=0")))
+    run_gauntlet(gauntlet_config(overrides(tmp_path / "nan", tmp_path / "g", "data=digits", "seeds=0")))
     reasons = [failure["reason"] for failure in table(tmp_path / "g")["failures"]]
     assert len(reasons) == 2
     assert all("training features are NaN or infinite" in reason and "\n" not in reason for reason in reasons)
@@ -282,7 +282,7 @@ def test_a_cell_from_before_values_said_what_they_are_is_read(folder: Path, tmp_
 def test_faults_of_the_input_are_one_line_before_anything_is_computed(
     folder: Path, tmp_path: Path, change: str, message: str
 ) -> None:
-    given = words(folder, tmp_path / "g", change.replace("EXPORTED", str(folder)))
+    given = overrides(folder, tmp_path / "g", change.replace("EXPORTED", str(folder)))
     with pytest.raises(ConfigError, match=message) as caught:
         run_gauntlet(gauntlet_config(given))
     assert "\n" not in str(caught.value)
@@ -296,10 +296,10 @@ def test_data_without_labels_and_folders_of_other_things_are_refused(folder: Pat
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").touch()
     with pytest.raises(CheckpointError, match="is not empty and holds no gauntlet"):
-        run_gauntlet(gauntlet_config(words(folder, tmp_path / "other")))
+        run_gauntlet(gauntlet_config(overrides(folder, tmp_path / "other")))
     with pytest.raises(DataError, match="flat"):
         run_gauntlet(
-            gauntlet_config(words(folder, tmp_path / "g", f"data=[{{name: folder, path: {tmp_path / 'flat'}}}]"))
+            gauntlet_config(overrides(folder, tmp_path / "g", f"data=[{{name: folder, path: {tmp_path / 'flat'}}}]"))
         )
 
 

@@ -87,9 +87,9 @@ def test_the_folder_says_how_to_load_it(result: unlabeled.PretrainResult) -> Non
 
 
 def test_random_weights_come_from_its_layers(result: unlabeled.PretrainResult) -> None:
-    assert result.evidence is not None
-    assert list(result.evidence.encoders) == ["backbone", "pixels", "random"]
-    assert "drawn by the layers' own reset_parameters" in result.evidence.encoders["random"].notes[0]
+    assert result.results is not None
+    assert list(result.results.encoders) == ["backbone", "pixels", "random"]
+    assert "drawn by the layers' own reset_parameters" in result.results.encoders["random"].notes[0]
 
 
 def test_it_goes_on_exactly_when_it_is_given_again(result: unlabeled.PretrainResult, tmp_path: Path) -> None:
@@ -122,9 +122,9 @@ def test_what_does_not_fit_the_folder_is_one_line(result: unlabeled.PretrainResu
 
 
 def test_a_run_is_evaluated_with_the_module(result: unlabeled.PretrainResult) -> None:
-    evidence = unlabeled.evaluate(result.out, backbone=network(seed=7), data=PRETRAIN["data"], **SMALL)
-    assert result.evidence is not None
-    assert evidence.encoders["backbone"].dimension == 16
+    results = unlabeled.evaluate(result.out, backbone=network(seed=7), data=PRETRAIN["data"], **SMALL)
+    assert result.results is not None
+    assert results.encoders["backbone"].dimension == 16
     assert (result.out / "report" / "report.html").is_file()
     with pytest.raises(CheckpointError, match="a module of your own"):
         unlabeled.evaluate(result.out, **SMALL)
@@ -135,12 +135,12 @@ def test_a_run_is_evaluated_with_the_module(result: unlabeled.PretrainResult) ->
 def test_a_module_is_evaluated_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     module = Backbone(Scaled(), size=16)
-    evidence = unlabeled.evaluate(module, "digits", **SMALL)
-    assert list(evidence.encoders) == ["backbone", "pixels"]
-    assert "no reset_parameters() of its layers draws scale" in evidence.encoders["backbone"].notes[0]
+    results = unlabeled.evaluate(module, "digits", **SMALL)
+    assert list(results.encoders) == ["backbone", "pixels"]
+    assert "no reset_parameters() of its layers draws scale" in results.encoders["backbone"].notes[0]
     document = unlabeled.read_report(Path("reports/Scaled/report.json"))
     assert document["run"]["title"] == "Scaled"
-    first = evidence.encoders["backbone"].metrics
+    first = results.encoders["backbone"].metrics
     module.model.forward_head = lambda features, pre_logits=False: features.amax(
         (2, 3)
     )  # same weights, another network

@@ -131,23 +131,25 @@ def assert_same_bits(a: Any, b: Any) -> None:
 
 
 def test_the_words_of_the_command_line() -> None:
-    words = ["task=multi", "task.tasks=[{name: mae, weight: 1}, {name: rotation, weight: 0.2}]", "data=shapes"]
+    overrides = ["task=multi", "task.tasks=[{name: mae, weight: 1}, {name: rotation, weight: 0.2}]", "data=shapes"]
     tasks = [{"name": "mae", "weight": 1}, {"name": "rotation", "weight": 0.2}]
-    assert pretrain_config(words).task == {"name": "multi", "tasks": tasks}
-    changed = pretrain_config([*words, "task.tasks[0].mask_ratio=0.5", "task.tasks.1.weight={start: 0, end: 1}"]).task
+    assert pretrain_config(overrides).task == {"name": "multi", "tasks": tasks}
+    changed = pretrain_config(
+        [*overrides, "task.tasks[0].mask_ratio=0.5", "task.tasks.1.weight={start: 0, end: 1}"]
+    ).task
     assert changed["tasks"][0] == {"name": "mae", "weight": 1, "mask_ratio": 0.5}
     assert changed["tasks"][1] == {"name": "rotation", "weight": {"start": 0, "end": 1}}
     with pytest.raises(ConfigError, match=r"^task.tasks\[1\].angles: 3 is not possible; choose 2 or 4$"):
-        pretrain_config([*words, "task.tasks[1].angles=3"])
+        pretrain_config([*overrides, "task.tasks[1].angles=3"])
 
 
 @pytest.mark.parametrize("recipe", ["cifar10/multi_mae_rotation_vit", "cifar10/multi_spark_rotation_resnet18"])
 def test_the_recipes_run(recipe: str, tmp_path: Path) -> None:
     from unlabeled.cli import main
 
-    words = [f"recipe={recipe}", "data=shapes", "batch_size=8", "evaluate.every=0"]
-    words += ["evaluate.final=false", "log.progress=false", f"out={tmp_path}"]
-    assert main(["pretrain", "--debug", *words, "debug=true"]) == 0
+    overrides = [f"recipe={recipe}", "data=shapes", "batch_size=8", "evaluate.every=0"]
+    overrides += ["evaluate.final=false", "log.progress=false", f"out={tmp_path}"]
+    assert main(["pretrain", "--debug", *overrides, "debug=true"]) == 0
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert all(len([key for key in row if key.endswith("/loss")]) == 2 for row in rows)

@@ -18,7 +18,7 @@ SAID = {
     "write_a_task": ["Careless breaks 'randomness comes from draw'", "this backbone", "report.html"],
 }
 """What the outputs of each must hold."""
-PICTURES = {"compare_runs": 3, "representation_quality": 8, "write_a_task": 1}
+IMAGES = {"compare_runs": 3, "representation_quality": 8, "write_a_task": 1}
 
 
 def test_every_notebook_is_known() -> None:
@@ -44,6 +44,6 @@ def test_runs_from_a_clean_kernel(path: Path, monkeypatch: pytest.MonkeyPatch, t
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     text = "\n".join(str(output.get("text", "")) + str(output.get("data", {})) for output in outputs)
-    for words in SAID[path.stem]:
-        assert words in text
-    assert sum("image/png" in output.get("data", {}) for output in outputs) >= PICTURES[path.stem]
+    for overrides in SAID[path.stem]:
+        assert overrides in text
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= IMAGES[path.stem]

@@ -81,7 +81,7 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def metrics(report: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(report.read_text())["evidence"]["encoders"]["backbone"]["metrics"]
+    found: dict[str, Any] = json.loads(report.read_text())["results"]["encoders"]["backbone"]["metrics"]
     return found
 
 
@@ -104,10 +104,16 @@ def test_another_setting_is_still_refused(task: str, folder: Path, capsys: pytes
 
 
 def test_it_is_evaluated_exported_and_reported(task: str, folder: Path, tmp_path: Path) -> None:
-    words = ["evaluate.limit=60", "evaluate.linear.epochs=2", "evaluate.maps=0", "evaluate.embedding=null", "workers=0"]
+    overrides = [
+        "evaluate.limit=60",
+        "evaluate.linear.epochs=2",
+        "evaluate.maps=0",
+        "evaluate.embedding=null",
+        "workers=0",
+    ]
     before = metrics(folder / "report" / "report.json")
     assert main(["report", str(folder), f"out={tmp_path / 'compared'}"]) == 0  # from the report of then
-    assert main(["evaluate", str(folder), *words]) == 0
+    assert main(["evaluate", str(folder), *overrides]) == 0
     now = metrics(folder / "report" / "report.json")
     shown = [name for name in before if name.startswith("knn/k")]
     assert shown

@@ -63,9 +63,11 @@ class Environment:
 
     def run(self, *command: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
         """Runs `command` in the environment's folder, which holds no source of ours; checks its exit code."""
-        words = [str(word) for word in command]
-        done = subprocess.run(words, cwd=self.folder, env=self.variables, capture_output=True, text=True, timeout=300)
-        assert done.returncode == code, f"{words}: {done.stdout[-2000:]}{done.stderr[-3000:]}"
+        overrides = [str(word) for word in command]
+        done = subprocess.run(
+            overrides, cwd=self.folder, env=self.variables, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == code, f"{overrides}: {done.stdout[-2000:]}{done.stderr[-3000:]}"
         return done
 
     @property
@@ -73,7 +75,7 @@ class Environment:
         kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
         return kept | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "PIP_NO_INDEX": "1"}
 
-    def fork(self, script: Path, *words: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    def fork(self, script: Path, *overrides: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
         """As `run` does with a Python script, in a fork of an interpreter of the environment: no import of torch."""
         if self.server is None:
             command, pipe = [str(self.python), "-c", SERVER], subprocess.PIPE
@@ -82,7 +84,7 @@ class Environment:
             )
         assert self.server.stdin is not None
         assert self.server.stdout is not None
-        command = [str(word) for word in (script, *words)]
+        command = [str(word) for word in (script, *overrides)]
         out, error = self.folder / "out.txt", self.folder / "error.txt"
         self.server.stdin.write(json.dumps([command, str(out), str(error)]) + "\n")
         self.server.stdin.flush()
@@ -113,10 +115,15 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environmen
 
 
 def test_it_is_listed_with_the_package_that_brings_it(environment: Environment) -> None:
-    rows = [line.split() for line in environment.fork(environment.bin / "unlabeled", "tasks").stdout.splitlines()]
-    (jigsaw,) = (row for row in rows if row[0] == "jigsaw")
-    assert " ".join(jigsaw[1:]) == "Tells in which order the tiles of a picture lie. pooled unlabeled-jigsaw 0.1.0"
-    assert all(row[-2:] == ["built", "in"] for row in rows[1:] if row[0] != "jigsaw")
+    printed = environment.fork(environment.bin / "unlabeled", "tasks", "--json").stdout
+    tasks = {task["name"]: task for task in json.loads(printed)}
+    jigsaw = tasks.pop("jigsaw")
+    assert jigsaw["summary"] == "Predicts how the tiles of an image were shuffled."
+    assert (jigsaw["needs"], jigsaw["origin"]) == (["pooled"], "unlabeled-jigsaw 0.1.0")
+    assert {task["origin"] for task in tasks.values()} == {"built in"}
+    shown = environment.fork(environment.bin / "unlabeled", "settings", "task=jigsaw").stdout
+    assert "task.permutations" in shown
+    assert "Number of orders to choose from." in shown
 
 
 def test_the_contract_is_checked_without_pytest(environment: Environment, tmp_path: Path) -> None:
@@ -136,16 +143,16 @@ def test_the_contract_is_checked_without_pytest(environment: Environment, tmp_pa
 def test_its_own_tests_pass(environment: Environment, example: Path, tmp_path: Path) -> None:
     script = tmp_path / "test.py"
     script.write_text("import sys, pytest\nsys.exit(pytest.main(sys.argv[1:]))\n")
-    words = ["-q", "-p", "no:cacheprovider", "-k", "not contract", "--rootdir", example, example / "tests"]
-    assert "passed" in environment.fork(script, *words).stdout
+    overrides = ["-q", "-p", "no:cacheprovider", "-k", "not contract", "--rootdir", example, example / "tests"]
+    assert "passed" in environment.fork(script, *overrides).stdout
 
 
 def test_a_debug_run_leaves_what_any_run_leaves(environment: Environment, tmp_path: Path) -> None:
-    words = [
+    overrides = [
         "task=jigsaw", "task.grid=2", "task.permutations=24", "data=shapes", "backbone=resnet18", "backbone.size=32",
         "backbone.kwargs={channels:[8,8,8,8],stem_width:8}", "debug=true", f"out={tmp_path / 'run'}",
     ]  # fmt: skip
-    environment.fork(environment.bin / "unlabeled", "pretrain", *words)
+    environment.fork(environment.bin / "unlabeled", "pretrain", *overrides)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 4
     assert all({"loss", "accuracy", "grad_norm"} <= row.keys() for row in rows)
@@ -166,19 +173,19 @@ def test_its_faults_are_one_line_too(environment: Environment, tmp_path: Path) -
 def test_an_evaluator_of_another_package_is_one_of_all(environment: Environment, tmp_path: Path) -> None:
     code = "from unlabeled import check_evaluator; check_evaluator('centroid', settings={'shots': [1, 5]})"
     environment.run(environment.python, "-c", code)
-    words = [
+    overrides = [
         "evaluate", "resnet18", "pretrained=false", "backbone.size=32", "data=digits", "evaluate.limit=60",
         "backbone.kwargs={channels:[8,8,8,8],stem_width:8}", "evaluate.evaluators=[knn,centroid]",
         "evaluate.embedding=null", "evaluate.maps=0", "device=cpu", "workers=0", f"out={tmp_path / 'report'}",
     ]  # fmt: skip
-    environment.fork(environment.bin / "unlabeled", *words, "evaluate.centroid.shots=[1,5]")
+    environment.fork(environment.bin / "unlabeled", *overrides, "evaluate.centroid.shots=[1,5]")
     section = json.loads((tmp_path / "report" / "report.json").read_text())["evaluators"][-1]
     assert (section["name"], section["title"]) == ("centroid", "Nearest class mean")
     assert [row["label"] for row in section["rows"]] == [
-        "nearest class mean", "class mean of 1 pictures", "class mean of 5 pictures",
+        "nearest class mean", "class mean of 1 images", "class mean of 5 images",
     ]  # fmt: skip
-    assert "Nearest class mean by pictures" in (tmp_path / "report" / "report.html").read_text(), "the curve"
-    done = environment.fork(environment.bin / "unlabeled", *words, "evaluate.centroid.shot=1", code=2)
+    assert "Nearest class mean by images" in (tmp_path / "report" / "report.html").read_text(), "the curve"
+    done = environment.fork(environment.bin / "unlabeled", *overrides, "evaluate.centroid.shot=1", code=2)
     fault = "evaluate.centroid.shot: there is no such setting in evaluate.centroid; did you mean 'shots'?"
     assert done.stderr == f"unlabeled: {fault}\n"
 
@@ -189,15 +196,15 @@ def test_its_source_is_chosen_by_name_and_says_its_faults(environment: Environme
         np.save(tmp_path / f"{split}_images.npy", images)
         np.save(tmp_path / f"{split}_labels.npy", np.arange(count) % 2)
     command = environment.bin / "unlabeled"
-    words = ["data=npy", f"data.path={tmp_path}"]
-    assert "24" in environment.fork(command, "doctor", *words, "workers=0").stdout
+    overrides = ["data=npy", f"data.path={tmp_path}"]
+    assert "24" in environment.fork(command, "doctor", *overrides, "workers=0").stdout
     small = ["backbone.size=32", "backbone.kwargs={channels:[8,8,8,8],stem_width:8}", "batch_size=8", "debug=true"]
-    run = ["task=rotation", "backbone=resnet18", *words, *small, f"out={tmp_path / 'run'}"]
+    run = ["task=rotation", "backbone=resnet18", *overrides, *small, f"out={tmp_path / 'run'}"]
     environment.fork(command, "pretrain", *run)
     data = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]
     assert data == {"name": "npy", "limit": 16, "max_bad_fraction": 0.05, "path": str(tmp_path)}
     assert "random" in (tmp_path / "run" / "report" / "report.md").read_text(), "its labels are evaluated"
     done = environment.fork(command, "doctor", "data=npy", code=2)
     assert done.stderr == "unlabeled: data.path: not given; set data.path=...\n"
-    done = environment.fork(command, "doctor", *words, "data.count=3", code=2)
+    done = environment.fork(command, "doctor", *overrides, "data.count=3", code=2)
     assert done.stderr == "unlabeled: data.count: 3 has no effect with data=npy, it is a setting of shapes; remove it\n"

@@ -1,4 +1,4 @@
-"""One short run from pictures to report: what it leaves behind, what it says, and how it is started."""
+"""One short run from images to report: what it leaves behind, what it says, and how it is started."""
 
 from __future__ import annotations
 
@@ -125,8 +125,8 @@ def test_rows_evidence_and_report(results: dict[str, unlabeled.PretrainResult], 
     assert {"epoch", "loss", "lr", "images_per_s", "data_wait", "grad_norm", "memory_gb"} <= steps[0].keys()
     assert [row["step"] for row in result.metrics if "eval/knn/k10" in row] == [4, 8]
     assert result.stopped is None
-    assert result.evidence is not None
-    assert set(result.evidence.encoders) == {"backbone", "pixels", "random"}
+    assert result.results is not None
+    assert set(result.results.encoders) == {"backbone", "pixels", "random"}
     assert result.report is not None
     html = result.report.read_text()
     assert "raw pixels" in html
@@ -190,43 +190,43 @@ def test_a_finished_run_started_again_trains_no_step(results: dict[str, unlabele
 def test_continued_pretraining_starts_from_the_given_weights(
     results: dict[str, unlabeled.PretrainResult], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    words = settings("mae")
-    words["backbone"] = {**words["backbone"], "checkpoint": str(results["mae"].out)}
-    words["optim"] = {"lr": 1e-12, "weight_decay": 0.0}
+    overrides = settings("mae")
+    overrides["backbone"] = {**overrides["backbone"], "checkpoint": str(results["mae"].out)}
+    overrides["optim"] = {"lr": 1e-12, "weight_decay": 0.0}
     with caplog.at_level("INFO"):
-        result = unlabeled.pretrain(**words, out=tmp_path / "on", evaluate__final=False)
+        result = unlabeled.pretrain(**overrides, out=tmp_path / "on", evaluate__final=False)
     assert "loaded" in caplog.text
     before, after = load_file(results["mae"].weights), load_file(result.weights)
     assert all(torch.allclose(after[name], before[name], atol=1e-6) for name in before)
 
 
-@pytest.mark.parametrize("labelled", [False, True])
-def test_pictures_in_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture, labelled: bool) -> None:
+@pytest.mark.parametrize("labeled", [False, True])
+def test_images_in_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture, labeled: bool) -> None:
     """Without labels there is a report without evidence; sub-folders are labels."""
     for index in range(48):
-        path = tmp_path / "pictures" / (f"class{index % 2}" if labelled else ".") / f"{index}.png"
+        path = tmp_path / "images" / (f"class{index % 2}" if labeled else ".") / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.effect_noise((40, 48), 20 + 60 * (index % 2)).save(path)
-    words = settings("rotation") | {"data": tmp_path / "pictures", "evaluate": {"linear": {"epochs": 2}}}
+    overrides = settings("rotation") | {"data": tmp_path / "images", "evaluate": {"linear": {"epochs": 2}}}
     with caplog.at_level("INFO"):
-        result = unlabeled.pretrain(**words, out=tmp_path / "run")
+        result = unlabeled.pretrain(**overrides, out=tmp_path / "run")
     assert result.report is not None
     assert result.report.is_file()
-    assert (result.evidence is not None) == labelled
-    assert ("no evaluation: " in caplog.text) != labelled
+    assert (result.results is not None) == labeled
+    assert ("no evaluation: " in caplog.text) != labeled
 
 
 def test_evaluating_a_run_again_gives_the_same_numbers(results: dict[str, unlabeled.PretrainResult]) -> None:
     result = results["rotation"]
-    assert result.evidence is not None
+    assert result.results is not None
     again = unlabeled.evaluate(result.out, evaluate={"linear": {"epochs": 2}})
-    assert again.encoders["backbone"].metrics == result.evidence.encoders["backbone"].metrics
+    assert again.encoders["backbone"].metrics == result.results.encoders["backbone"].metrics
 
 
 def test_debug_is_a_tiny_run_and_multirun_makes_a_folder_for_each(tmp_path: Path) -> None:
-    words = ["task=rotation", "data=digits", "debug=true", "evaluate.final=false", "backbone=resnet18"]
-    words += ["backbone.size=32", "backbone.kwargs={channels:[8,8,8,8],stem_width:8}", "engine.seed=0,1"]
-    assert main(["pretrain", "--multirun", *words, f"out={tmp_path}/sweep"]) == 0
+    overrides = ["task=rotation", "data=digits", "debug=true", "evaluate.final=false", "backbone=resnet18"]
+    overrides += ["backbone.size=32", "backbone.kwargs={channels:[8,8,8,8],stem_width:8}", "engine.seed=0,1"]
+    assert main(["pretrain", "--multirun", *overrides, f"out={tmp_path}/sweep"]) == 0
     folders = sorted(path.name for path in (tmp_path / "sweep").iterdir())
     assert folders == ["engine.seed=0", "engine.seed=1"]
     first, second = (read_metrics(tmp_path / "sweep" / name / "metrics.jsonl") for name in folders)
@@ -237,15 +237,18 @@ def test_debug_is_a_tiny_run_and_multirun_makes_a_folder_for_each(tmp_path: Path
 def test_accumulation_gives_the_large_batch(tmp_path: Path) -> None:
     runs = {}
     for parts in (1, 4):
-        words = settings("rotation") | {"evaluate": {"final": False}, "engine": {"workers": 0, "accumulation": parts}}
-        runs[parts] = unlabeled.pretrain(**words, out=tmp_path / str(parts)).metrics
+        overrides = settings("rotation") | {
+            "evaluate": {"final": False},
+            "engine": {"workers": 0, "accumulation": parts},
+        }
+        runs[parts] = unlabeled.pretrain(**overrides, out=tmp_path / str(parts)).metrics
     for whole, summed in zip(runs[1], runs[4], strict=True):
         assert summed["loss"] == pytest.approx(whole["loss"], abs=1e-5)
         assert summed["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)
 
 
 def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    words = settings("rotation") | {"epochs": 200, "evaluate": {"final": False}, "out": tmp_path / "run"}
+    overrides = settings("rotation") | {"epochs": 200, "evaluate": {"final": False}, "out": tmp_path / "run"}
 
     def stop() -> None:
         while not (tmp_path / "run" / "metrics.jsonl").is_file() or not read_metrics(
@@ -256,7 +259,7 @@ def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(tmp_path: Pat
 
     thread = threading.Thread(target=stop)
     thread.start()
-    result = unlabeled.pretrain(**words)
+    result = unlabeled.pretrain(**overrides)
     thread.join()
     assert result.stopped == "SIGUSR1"
     assert EXIT_STOPPED == 75
@@ -267,8 +270,8 @@ def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(tmp_path: Pat
 
 @pytest.mark.slow
 def test_two_processes_of_accelerate_launch_do_what_one_does(tmp_path: Path) -> None:
-    """The same pictures, losses and gradients for the same command; rotation draws nothing per rank."""
-    words = [
+    """The same images, losses and gradients for the same command; rotation draws nothing per rank."""
+    overrides = [
         "task=rotation", "data=shapes", "data.count=32", "backbone=convnext_atto", "backbone.size=32",
         "backbone.kwargs={dims:[8,16,16,16],depths:[1,1,1,1]}", "epochs=2", "batch_size=8", "engine.workers=0",
         "log.every=1", "evaluate.linear.epochs=2", "evaluate.every=1",
@@ -276,7 +279,7 @@ def test_two_processes_of_accelerate_launch_do_what_one_does(tmp_path: Path) -> 
     config = ["--config_file", str(ROOT / "configs/accelerate/cpu_2.yaml"), "--main_process_port", "0"]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *config, str(ROOT / "pretrain.py")]
     done = subprocess.run(
-        [*launcher, *words, f"out={tmp_path / 'two'}"],
+        [*launcher, *overrides, f"out={tmp_path / 'two'}"],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -286,7 +289,7 @@ def test_two_processes_of_accelerate_launch_do_what_one_does(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 processes x 1 micro-steps x 4" in done.stderr
     log = tmp_path / "log"
-    assert launch([*words, f"out={tmp_path / 'one'}"], log, script=ROOT / "pretrain.py") == [0], log.read_text()
+    assert launch([*overrides, f"out={tmp_path / 'one'}"], log, script=ROOT / "pretrain.py") == [0], log.read_text()
     assert "2 processes x 1 micro-steps x 4" not in log.read_text()
     one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert len(one) == len(two) == 10
@@ -294,7 +297,7 @@ def test_two_processes_of_accelerate_launch_do_what_one_does(tmp_path: Path) -> 
         for key in single.keys() & {"loss", "grad_norm", "lr", "eval/knn/k10"}:
             assert double[key] == pytest.approx(single[key], rel=1e-3, abs=1e-5), key
     reports = [json.loads((tmp_path / name / "report" / "report.json").read_text()) for name in ("one", "two")]
-    assert reports[0]["evidence"]["encoders"].keys() == reports[1]["evidence"]["encoders"].keys()
+    assert reports[0]["results"]["encoders"].keys() == reports[1]["results"]["encoders"].keys()
 
 
 def test_fewer_processes_than_asked_for_are_said(tmp_path: Path) -> None:

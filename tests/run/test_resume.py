@@ -31,11 +31,11 @@ MAE = ["task=mae", "task.decoder={dim:32,depth:1,heads:2}", *VIT]
 RESNET = ["task=rotation", "backbone=resnet18", "backbone.size=32", "backbone.kwargs={channels:[8,8,8,8],stem_width:8}"]
 
 
-def run(out: Path, words: list[str], processes: int, kill: int | None = None) -> None:
+def run(out: Path, overrides: list[str], processes: int, kill: int | None = None) -> None:
     """One launch; a killed one must really have been killed."""
     log = out.with_suffix(".log")
     before = partial(die_after_step, kill) if kill else None
-    codes = launch(["pretrain", "--debug", *COMMON, *words, f"out={out}"], log, ranks=processes, before=before)
+    codes = launch(["pretrain", "--debug", *COMMON, *overrides, f"out={out}"], log, ranks=processes, before=before)
     assert codes == [-signal.SIGKILL if kill else 0] * processes, log.read_text()[-3000:]
 
 
@@ -67,12 +67,14 @@ def assert_same_bits(a: Any, b: Any, where: str = "") -> None:
         pytest.param([*RESNET, "engine.workers=1"], 2, 1, id="rotation-2-processes"),
     ],
 )
-def test_killed_and_resumed_equals_never_stopped(tmp_path: Path, words: list[str], processes: int, kills: int) -> None:
-    run(tmp_path / "whole", words, processes)
-    points = sorted(random.Random(f"{words}").sample(range(1, TOTAL), kills))
+def test_killed_and_resumed_equals_never_stopped(
+    tmp_path: Path, overrides: list[str], processes: int, kills: int
+) -> None:
+    run(tmp_path / "whole", overrides, processes)
+    points = sorted(random.Random(f"{overrides}").sample(range(1, TOTAL), kills))
     for point in points:
-        run(tmp_path / "broken", words, processes, kill=point)
-    run(tmp_path / "broken", words, processes)
+        run(tmp_path / "broken", overrides, processes, kill=point)
+    run(tmp_path / "broken", overrides, processes)
 
     whole, broken = (tmp_path / name / "checkpoints" / f"step_{TOTAL:08d}" for name in ("whole", "broken"))
     assert_same_bits(load_file(whole / "model.safetensors"), load_file(broken / "model.safetensors"))

@@ -23,11 +23,11 @@ def test_an_installed_wheel_pretrains_evaluates_and_reports(tmp_path: Path) -> N
         "import sys, unlabeled; assert unlabeled.__file__.startswith(sys.argv.pop(1)), unlabeled.__file__; "
         "from unlabeled.cli import main; sys.exit(main())"
     )
-    words = [
+    overrides = [
         "task=rotation", "data=digits", "backbone=resnet18", "backbone.size=32",
         "backbone.kwargs={channels:[8,8,8,8],stem_width:8}", "debug=true", "out=run",
     ]  # fmt: skip
-    command = [sys.executable, "-c", code, str(site), "pretrain", *words]
+    command = [sys.executable, "-c", code, str(site), "pretrain", *overrides]
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (work / "run" / "report" / "report.html").is_file()

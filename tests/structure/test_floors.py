@@ -118,7 +118,7 @@ def test_no_import_climbs() -> None:
         ("unlabeled.ssl.task", "if TYPE_CHECKING:\n    from unlabeled.eval.results import Evidence"),
         ("unlabeled.pretext.masked_image.mae", "import unlabeled.eval.metrics"),
         ("unlabeled.report.page", "from unlabeled.pretext import registry"),
-        ("unlabeled.eval.suite", "from unlabeled import pretrain"),
+        ("unlabeled.eval.runner", "from unlabeled import pretrain"),
         ("unlabeled.cli.tasks", "from unlabeled.pretext.registry import task_names"),
     ],
 )

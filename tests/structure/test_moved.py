@@ -15,7 +15,8 @@ PACKAGE = Path(_moved.__file__).parent
 OLD_NAMES = [
     ("unlabeled.ssl.networks", "nin_cifar", "unlabeled.ssl.backbones.networks"),
     ("unlabeled.ssl.networks.convmae", "ConvViT", "unlabeled.ssl.backbones.networks.convmae"),
-    ("unlabeled.ssl.ranks", "gather_rows", "unlabeled.ssl.core.distributed"),
+    ("unlabeled.ssl.ranks", "gather_across_ranks", "unlabeled.ssl.core.distributed"),
+    ("unlabeled.eval.subject", "EncodedDataset", "unlabeled.eval.encoded_dataset"),
     ("unlabeled.ssl.probe", "modes_kept", "unlabeled.ssl.backbones.shapes"),
     ("unlabeled.pretext.base", "PretextTask", "unlabeled.ssl.task"),
     ("unlabeled.pretext.base", "Views", "unlabeled.ssl.data.views"),

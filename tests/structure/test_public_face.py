@@ -14,9 +14,9 @@ import pytest
 import unlabeled
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTED = {"unlabeled.testing"}
+DOCUMENTED = {"unlabeled.cli", "unlabeled.testing"}
 """Modules inside the package that users are told of."""
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").rglob("README.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").rglob("README.md"))]
 
 
 def inner_imports(code: str) -> list[str]:

@@ -183,7 +183,7 @@ class KeyErrors(Good):
     """Noise."""
 
     def read(self, index: int) -> Tensor:
-        return {place: super(KeyErrors, self).read(place) for place in range(self.count)}[index]
+        return {position: super(KeyErrors, self).read(position) for position in range(self.count)}[index]
 
 
 class Overlapping(Good):

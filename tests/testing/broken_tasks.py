@@ -18,8 +18,8 @@ class ResizedViews:
     def __init__(self, size: tuple[int, int]) -> None:
         self.size = list(size)
 
-    def __call__(self, picture: Tensor) -> dict[str, Tensor]:
-        return {"image": F.resize(picture, self.size, antialias=True)}
+    def __call__(self, image: Tensor) -> dict[str, Tensor]:
+        return {"image": F.resize(image, self.size, antialias=True)}
 
 
 class BrightnessConfig(TaskConfig):
@@ -30,7 +30,7 @@ class BrightnessConfig(TaskConfig):
 
 
 class Brightness(PretextTask):
-    """Tells by which factor a picture was brightened; a slow copy of the head agrees."""
+    """Tells by which factor an image was brightened; a slow copy of the head agrees."""
 
     Config = BrightnessConfig
     requires = frozenset({"pooled"})
@@ -100,40 +100,40 @@ class LooseSettings(Brightness):
 class LambdaViews(Brightness):
     @classmethod
     def views(cls, config, backbone):
-        return lambda picture: {"image": picture}
+        return lambda image: {"image": image}
 
 
 class AsTheyCome:
-    def __call__(self, picture):
-        return {"image": picture}
+    def __call__(self, image):
+        return {"image": image}
 
 
 class WithOwnGenerator(ResizedViews):
-    def __call__(self, picture):
+    def __call__(self, image):
         angle = torch.rand(
             (), generator=torch.Generator().manual_seed(id(object()) + random.SystemRandom().getrandbits(9))
         )
-        return {**super().__call__(picture), "angle": angle}
+        return {**super().__call__(image), "angle": angle}
 
 
 class Darkening(ResizedViews):
-    def __call__(self, picture):
-        return super().__call__(picture.div_(2, rounding_mode="floor"))
+    def __call__(self, image):
+        return super().__call__(image.div_(2, rounding_mode="floor"))
 
 
 class Floats(ResizedViews):
-    def __call__(self, picture):
-        return {"image": super().__call__(picture)["image"] / 255}
+    def __call__(self, image):
+        return {"image": super().__call__(image)["image"] / 255}
 
 
 class Numbered(ResizedViews):
-    def __call__(self, picture):
-        return {**super().__call__(picture), "index": torch.tensor(0)}
+    def __call__(self, image):
+        return {**super().__call__(image), "index": torch.tensor(0)}
 
 
 class ByteLabels(ResizedViews):
-    def __call__(self, picture):
-        return {**super().__call__(picture), "label": torch.tensor([1, 2], dtype=torch.uint8)}
+    def __call__(self, image):
+        return {**super().__call__(image), "label": torch.tensor([1, 2], dtype=torch.uint8)}
 
 
 def with_views(kind):
@@ -159,7 +159,7 @@ def with_output(name, change):
 
 Raises = with_output("Raises", lambda output: output.no_such_field)
 Pair = with_output("Pair", lambda output: (output.loss, output.logs))
-PerPicture = with_output("PerPicture", lambda output: output._replace(loss=output.loss.expand(4)))
+PerImage = with_output("PerPicture", lambda output: output._replace(loss=output.loss.expand(4)))
 Double = with_output("Double", lambda output: output._replace(loss=output.loss.double()))
 NotANumber = with_output("NotANumber", lambda output: output._replace(loss=output.loss * float("nan")))
 NoGraph = with_output("NoGraph", lambda output: output._replace(loss=output.loss.detach()))
@@ -364,7 +364,7 @@ class MovesWhileShowing(Counting):
 
 
 class TakesAnything(Brightness):
-    def load_official(self, state):
+    def load_reference(self, state):
         return [], list(state)
 
 
@@ -372,10 +372,10 @@ class Impossible(Brightness):
     requires = frozenset({"token_dropping", "sparse_convs"})
 
 
-class Centred(Brightness):
-    """Compares the pictures of one rank only."""
+class Centered(Brightness):
+    """Compares the images of one rank only."""
 
-    per_picture = False
+    per_image = False
 
     def predict(self, x):
         found, slow = super().predict(x)

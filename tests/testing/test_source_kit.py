@@ -12,7 +12,7 @@ from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.testing import (
     SOURCE_CHECKS,
     ContractError,
-    SourceSubject,
+    SourceCase,
     another_process_reads_the_same,
     check_source,
     run_check,
@@ -26,15 +26,19 @@ RULES = {check.__name__: check for check in (*SOURCE_CHECKS, another_process_rea
 
 BROKEN = [
     ("source_and_settings_are_documented", sources.NoDocstring, "NoDocstring has no docstring; say what it reads"),
-    ("source_and_settings_are_documented", sources.BareSetting, "no docstring under strength; say there what it is"),
-    ("unknown_settings_are_refused", sources.LooseSettings, "an unknown setting is taken without a word"),
-    ("unknown_settings_are_refused", sources.TakenSetting, "name is a setting of all data already; choose another"),
+    ("source_and_settings_are_documented", sources.BareSetting, "no docstring under strength; say what it is"),
+    ("unknown_settings_are_refused", sources.LooseSettings, "an unknown setting is accepted silently"),
+    ("unknown_settings_are_refused", sources.TakenSetting, "name is already a setting of all data; choose another"),
     ("settings_survive_json", sources.UnwrittenSettings, r"the settings cannot be written \(.*; use types that pydant"),
     ("it_is_a_source_of_images", sources.Empty, "its length is 0; raise DataError, saying where"),
     ("images_are_uint8_rgb", sources.Floats, r"image 0 is torch.float32 \(3, 8, 10\); give uint8, 0..255"),
     ("images_are_uint8_rgb", sources.ChannelsLast, r"image 0 is torch.uint8 \(8, 10, 3\); give \(3, H, W\), channels"),
-    ("an_image_is_always_the_same", sources.Random, "an index gives other pixels the second time; draw nothing here"),
-    ("an_image_is_always_the_same", sources.OtherOrder, "opened again, an index gives another image; sort what"),
+    (
+        "an_image_is_always_the_same",
+        sources.Random,
+        "an index gives different pixels the second time; use no randomness in",
+    ),
+    ("an_image_is_always_the_same", sources.OtherOrder, "opened again, an index gives a different image; sort what"),
     (
         "labels_number_the_classes",
         sources.FloatLabels,
@@ -43,7 +47,7 @@ BROKEN = [
     (
         "labels_number_the_classes",
         sources.TooManyLabels,
-        "train: labels go from 0 to 9 for 2 classes; label = place in",
+        "train: labels go from 0 to 9 for 2 classes; a label is an index",
     ),
     ("labels_number_the_classes", sources.NoClasses, "train: labels are there, classes None; give both, or None for"),
     (
@@ -53,8 +57,12 @@ BROKEN = [
     ),
     ("an_index_beyond_the_end_raises", sources.Endless, "an index beyond the end gives an image; raise IndexError"),
     ("an_index_beyond_the_end_raises", sources.KeyErrors, "an index beyond the end raises KeyError; raise IndexError"),
-    ("splits_are_apart", sources.Overlapping, "noise 0 is in the training and in the test split; hold out by"),
-    ("encoded_content_is_the_image", sources.OtherThanEncoded, "image 0 is not what encoded gives; read it as decode"),
+    ("splits_are_apart", sources.Overlapping, "noise 0 is in both the training and the test split; split with"),
+    (
+        "encoded_content_is_the_image",
+        sources.OtherThanEncoded,
+        "image 0 differs from what encoded returns; read it as decode",
+    ),
     (
         "what_cannot_be_decoded_is_a_decode_error",
         sources.PillowsError,
@@ -74,7 +82,7 @@ BROKEN = [
     (
         "another_process_reads_the_same",
         sources.OpenFile,
-        r"it does not pickle \(.*\); hold paths and tables, open file",
+        r"it does not pickle \(.*\); keep paths and tables, open file",
     ),
 ]
 
@@ -82,13 +90,13 @@ BROKEN = [
 @pytest.mark.parametrize("source", [sources.Good, sources.NoTestSplit, sources.Encoded])
 def test_a_source_that_keeps_every_rule_passes(source: type) -> None:
     for check in SOURCE_CHECKS:
-        run_check(check, SourceSubject.of(source))
+        run_check(check, SourceCase.of(source))
 
 
 @pytest.mark.parametrize(("rule", "source", "message"), BROKEN, ids=[source.__name__ for _, source, _ in BROKEN])
 def test_a_broken_rule_is_named_with_what_was_seen_and_the_remedy(rule: str, source: type, message: str) -> None:
     with pytest.raises(ContractError, match=message) as caught:
-        run_check(RULES[rule], SourceSubject.of(source))
+        run_check(RULES[rule], SourceCase.of(source))
     assert str(caught.value).startswith(f"{source.__name__} breaks '{rule.replace('_', ' ')}': ")
 
 

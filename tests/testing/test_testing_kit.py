@@ -18,7 +18,7 @@ from unlabeled.testing import (
     CHECKS,
     TINY_BACKBONES,
     ContractError,
-    Subject,
+    TaskCase,
     check_task,
     compare_with_one,
     parity,
@@ -34,25 +34,29 @@ RULES = {check.__name__: check for check in CHECKS}
 
 BROKEN = [
     ("task_and_settings_are_documented", tasks.NoDocstring, "NoDocstring has no docstring; its first line is what"),
-    ("task_and_settings_are_documented", tasks.BareSetting, "no docstring under strongest; say there what it is"),
-    ("unknown_settings_are_refused", tasks.LooseSettings, "an unknown setting is taken without a word"),
+    ("task_and_settings_are_documented", tasks.BareSetting, "no docstring under strongest; say what it is"),
+    ("unknown_settings_are_refused", tasks.LooseSettings, "an unknown setting is accepted silently"),
     ("views_pickle_and_have_fixed_shapes", tasks.LambdaViews, r"the views do not pickle \(.*make them an instance of"),
-    ("views_pickle_and_have_fixed_shapes", tasks.with_views(tasks.AsTheyCome), r"views\['image'\] depends on the pict"),
+    (
+        "views_pickle_and_have_fixed_shapes",
+        tasks.with_views(tasks.AsTheyCome),
+        r"views\['image'\] depends on the image",
+    ),
     (
         "views_pickle_and_have_fixed_shapes",
         tasks.with_views(tasks.WithOwnGenerator),
-        r"views\['angle'\] is another one",
+        r"views\['angle'\] differs under the same seed",
     ),
-    ("views_pickle_and_have_fixed_shapes", tasks.with_views(tasks.Darkening), "write into the picture; work on a copy"),
-    ("views_pickle_and_have_fixed_shapes", tasks.with_views(tasks.Floats), "no view is uint8; give pictures as uint8"),
+    ("views_pickle_and_have_fixed_shapes", tasks.with_views(tasks.Darkening), "write into the image; work on a copy"),
+    ("views_pickle_and_have_fixed_shapes", tasks.with_views(tasks.Floats), "no view is uint8; give images as uint8"),
     ("views_pickle_and_have_fixed_shapes", tasks.with_views(tasks.Numbered), "give an 'index'; choose another name"),
     ("views_pickle_and_have_fixed_shapes", tasks.with_views(tasks.ByteLabels), r"a uint8 view has shape \(2,\); give"),
     ("loss_is_a_finite_float32_scalar", tasks.Raises, "AttributeError: 'StepOutput' object has no attribute"),
     ("loss_is_a_finite_float32_scalar", tasks.Pair, r"forward returned tuple; return StepOutput\(loss, logs\)"),
-    ("loss_is_a_finite_float32_scalar", tasks.PerPicture, r"the loss has shape \(4,\); return its mean over"),
+    ("loss_is_a_finite_float32_scalar", tasks.PerImage, r"the loss has shape \(4,\); return its mean over"),
     ("loss_is_a_finite_float32_scalar", tasks.Double, r"the loss is torch.float64; compute it from .float\(\) tensors"),
     ("loss_is_a_finite_float32_scalar", tasks.NotANumber, "the loss is nan; look for a logarithm"),
-    ("loss_is_a_finite_float32_scalar", tasks.NoGraph, r"the loss has no graph; compute it outside of torch.no_grad"),
+    ("loss_is_a_finite_float32_scalar", tasks.NoGraph, r"the loss has no graph; compute it outside torch.no_grad"),
     ("logs_and_features_are_detached", tasks.FloatLog, r"logs\['mean'\] is a float; give a tensor"),
     ("logs_and_features_are_detached", tasks.GraphLog, r"logs\['mean'\] still has its graph; call .detach\(\)"),
     ("logs_and_features_are_detached", tasks.VectorLog, r"logs\['mean'\] has shape \(2,\); give a scalar tensor"),
@@ -68,38 +72,42 @@ BROKEN = [
     ("parameter_groups_are_complete", tasks.Forgetful, r"head.bias is in no group; yield every parameter"),
     ("parameter_groups_are_complete", tasks.Twice, "head.bias is in several groups; yield each parameter once"),
     ("parameter_groups_are_complete", tasks.TooDeep, r" in 99, .* more; layers go from 0 \(stem\) to 3 \(heads\)"),
-    ("randomness_comes_from_draw", tasks.DrawsInForward, "forward draws something that is not passed in; take it from"),
-    ("randomness_comes_from_draw", tasks.PythonsRandom, "the same seed gives another loss; draw from torch's global"),
-    ("randomness_comes_from_draw", tasks.DrawsItsOwn, r"forward by itself and .* differ; when a keyword is None"),
-    ("randomness_comes_from_draw", tasks.OneForAll, r"draw\['factor'\] does not have one row a picture; draw \(B, "),
+    ("randomness_comes_from_draw", tasks.DrawsInForward, "forward draws something that draw does not return; take it"),
+    (
+        "randomness_comes_from_draw",
+        tasks.PythonsRandom,
+        "the same seed gives a different loss; draw from torch's global",
+    ),
+    ("randomness_comes_from_draw", tasks.DrawsItsOwn, r"forward alone and .* differ; when a keyword is None"),
+    ("randomness_comes_from_draw", tasks.OneForAll, r"draw\['factor'\] does not have one row per image; draw \(B, "),
     ("randomness_comes_from_draw", tasks.AlwaysTheSame, r"draw\['factor'\] is the same for eight seeds; draw from tor"),
-    ("halves_of_a_batch_add_up", tasks.Compares, r"the halves' mean loss is .*or set per_picture = False"),
+    ("halves_of_a_batch_add_up", tasks.Compares, r"the mean loss of the halves is .*or set per_image = False"),
     ("bfloat16_stays_close", tasks.Coarse, r"the loss is .* under autocast, .* without; compute targets"),
     ("bfloat16_stays_close", tasks.LowLoss, "the loss is torch.bfloat16 under autocast; compute targets"),
     (
         "state_dict_is_complete",
         tasks.OutsideOfState,
-        "a task with the same state dict gives another loss; what differs",
+        "a task with the same state dict gives a different loss; what differs",
     ),
     ("state_dict_is_complete", tasks.OtherNames, r"the state dict does not load \(.*register the same names"),
-    ("state_moves_in_after_step_only", tasks.CountsInForward, r"forward moves count; a step may have several"),
-    ("state_moves_in_after_step_only", tasks.CountsInEvaluation, "a pass in eval mode moves count; move state in"),
+    ("state_moves_in_after_step_only", tasks.CountsInForward, r"forward changes count; a step may have several"),
+    ("state_moves_in_after_step_only", tasks.CountsInEvaluation, "a pass in eval mode changes count; change state in"),
     ("state_moves_in_after_step_only", tasks.StashesInEvaluation, r"eval mode before after_step changes count; keep"),
     ("state_moves_in_after_step_only", tasks.MovesNothing, "after_step changes nothing in the state dict; remove it"),
     (
         "a_resumed_run_is_the_same_run",
         tasks.CountsOutside,
-        r"after step 3, teacher.weight, teacher.bias is another one",
+        r"after step 3, teacher.weight, teacher.bias differs",
     ),
     ("a_resumed_run_is_the_same_run", tasks.OutsideOfState, r"the loss of step 3 is .*, after a resume .*register_buf"),
     ("encoder_loads_into_timm", tasks.BareEncoder, r"encoder\(\) gives VisionTransformer; return the Backbone"),
-    ("encoder_loads_into_timm", tasks.ChangedBackbone, "does not load it .*extra.weight.* put new layers beside"),
-    ("encoder_loads_into_timm", tasks.OtherFeatures, "gives other features; put new layers beside self.backbone"),
-    ("visualize_gives_pictures", tasks.ShowsNothing, "visualize gives nothing; show what the loss compares"),
-    ("visualize_gives_pictures", tasks.ShowsFloats, r"visualize\['first'\] is torch.float32 \(3, 32, 32\); give uint8"),
-    ("visualize_gives_pictures", tasks.StaysInEval, "visualize leaves modules in another mode; use .*modes_kept"),
-    ("visualize_gives_pictures", tasks.MovesWhileShowing, "visualize moves count; call"),
-    ("foreign_checkpoints_are_refused", tasks.TakesAnything, "load_official takes a file of something else; raise Che"),
+    ("encoder_loads_into_timm", tasks.ChangedBackbone, "does not load it .*extra.weight.* put new layers outside"),
+    ("encoder_loads_into_timm", tasks.OtherFeatures, "gives other features; put new layers outside self.backbone"),
+    ("visualize_gives_images", tasks.ShowsNothing, "visualize gives nothing; show what the loss compares"),
+    ("visualize_gives_images", tasks.ShowsFloats, r"visualize\['first'\] is torch.float32 \(3, 32, 32\); give uint8"),
+    ("visualize_gives_images", tasks.StaysInEval, "visualize leaves modules in a different mode; use .*modes_kept"),
+    ("visualize_gives_images", tasks.MovesWhileShowing, "visualize changes count; call"),
+    ("foreign_checkpoints_are_refused", tasks.TakesAnything, "load_reference accepts a foreign file; raise Che"),
 ]
 
 
@@ -112,9 +120,9 @@ def backbone():
 
 @pytest.mark.parametrize(("rule", "task", "message"), BROKEN, ids=[f"{rule}-{cls.__name__}" for rule, cls, _ in BROKEN])
 def test_a_broken_rule_is_named_with_what_was_found_and_the_remedy(rule, task, message):
-    subject = Subject.of(task, backbone=backbone())
+    case = TaskCase.of(task, backbone=backbone())
     with pytest.raises(ContractError, match=message) as caught:
-        run_check(RULES[rule], subject)
+        run_check(RULES[rule], case)
     assert str(caught.value).startswith(f"{task.__name__} breaks '{rule.replace('_', ' ')}': ")
     assert "\n" not in str(caught.value)
 
@@ -130,14 +138,14 @@ def test_a_task_that_keeps_every_rule_passes(number):
 
 
 def test_check_task_takes_a_name_and_finds_a_backbone(monkeypatch):
-    subjects = []
-    monkeypatch.setattr("unlabeled.testing.check.CHECKS", (subjects.append,))
-    monkeypatch.setattr("unlabeled.testing.check.run_check", lambda check, subject: check(subject))
+    cases = []
+    monkeypatch.setattr("unlabeled.testing.check.CHECKS", (cases.append,))
+    monkeypatch.setattr("unlabeled.testing.check.run_check", lambda check, case: check(case))
     check_task("rotation", settings={"angles": 2})
     check_task("spark")
     check_task("convmae")
-    assert [subject.backbone.name for subject in subjects] == [name for name, _ in TINY_BACKBONES]
-    assert subjects[0].config.angles == 2
+    assert [case.backbone.name for case in cases] == [name for name, _ in TINY_BACKBONES]
+    assert cases[0].config.angles == 2
 
 
 def test_the_first_broken_rule_ends_the_check():
@@ -157,13 +165,13 @@ def test_what_cannot_be_checked_is_said():
 def test_a_network_of_ones_own_need_not_be_timms():
     own = create_backbone("test_resnet", size=32)
     own.name = "custom"
-    run_check(RULES["encoder_loads_into_timm"], Subject.of(tasks.Brightness, backbone=own))
+    run_check(RULES["encoder_loads_into_timm"], TaskCase.of(tasks.Brightness, backbone=own))
 
 
 def test_dropout_and_batch_norm_of_the_backbone_are_no_fault_of_the_task():
     dropping = create_backbone("test_vit", size=32, drop_rate=0.5, drop_path_rate=0.5)
-    run_check(RULES["randomness_comes_from_draw"], Subject.of(tasks.Brightness, backbone=dropping))
-    normed = Subject.of(tasks.Brightness, backbone=create_backbone("test_resnet", size=32))
+    run_check(RULES["randomness_comes_from_draw"], TaskCase.of(tasks.Brightness, backbone=dropping))
+    normed = TaskCase.of(tasks.Brightness, backbone=create_backbone("test_resnet", size=32))
     for rule in ("halves_of_a_batch_add_up", "state_moves_in_after_step_only", "a_resumed_run_is_the_same_run"):
         run_check(RULES[rule], normed)
 
@@ -172,7 +180,7 @@ def test_random_state_is_as_before():
     torch.manual_seed(3)
     random.seed(3)
     before = torch.get_rng_state(), random.getstate()
-    run_check(RULES["views_pickle_and_have_fixed_shapes"], Subject.of(tasks.Brightness, backbone=backbone()))
+    run_check(RULES["views_pickle_and_have_fixed_shapes"], TaskCase.of(tasks.Brightness, backbone=backbone()))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
 
@@ -181,21 +189,21 @@ def test_random_state_is_as_before():
 def test_two_processes_tell_what_spans_the_ranks(monkeypatch):
     # forks of a process that has imported torch; the contract tests of the tasks spawn theirs, as users do
     monkeypatch.setattr(parity, "spawn", functools.partial(start_processes, start_method="forkserver"))
-    names = (tasks.Brightness, tasks.Centred, tasks.AlwaysTheSame)
-    good, centred, fixed = (Subject.of(task, backbone=backbone()) for task in names)
-    found = run_two_processes([good, centred, fixed])
+    names = (tasks.Brightness, tasks.Centered, tasks.AlwaysTheSame)
+    good, centered, fixed = (TaskCase.of(task, backbone=backbone()) for task in names)
+    found = run_two_processes([good, centered, fixed])
     compare_with_one(good, found[0])
     with pytest.raises(
-        ContractError, match=r"the loss is .* in one process, .* in two; what is compared .*gather_rows"
+        ContractError, match=r"the loss is .* in one process, .* in two; what is compared .*gather_across_ranks"
     ):
-        compare_with_one(centred, found[1])
+        compare_with_one(centered, found[1])
     with pytest.raises(ContractError, match=r"draw\['factor'\] is the same on both ranks; draw from torch's global"):
         compare_with_one(fixed, found[2])
 
 
 def test_the_page_names_every_rule_and_shows_the_example_as_it_is():
     root = Path(__file__).resolve().parents[2]
-    page = (root / "docs" / "write-a-task.md").read_text(encoding="utf-8")
+    page = (root / "docs" / "how-to" / "own-task.md").read_text(encoding="utf-8")
     rows = {line.split("|")[1].strip() for line in page.splitlines() if line.startswith("|")}
     assert {rule.replace("_", " ") for rule in RULES} <= rows
     source = (root / "examples/unlabeled-jigsaw/unlabeled_jigsaw/task.py").read_text(encoding="utf-8")

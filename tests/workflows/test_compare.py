@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_helpers import RUN, evidence
+from report_helpers import RUN, results
 
 from unlabeled.cli import main
 from unlabeled.eval.intervals import difference, wilson
-from unlabeled.eval.results import Evidence
+from unlabeled.eval.results import Results
 from unlabeled.report.document import report_document, write_json
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.workflows.compare import report_runs
@@ -22,7 +22,7 @@ from unlabeled.workflows.compare import report_runs
 CONFIG = "task:\n  name: {task}\ndata:\n  name: digits\nevaluate:\n  data: null\noptim:\n  lr: {lr}\nout: {task}\n"
 
 
-def run_folder(folder: Path, found: Evidence | None, *, task: str = "mae", lr: float = 0.1, online: bool = True) -> str:
+def run_folder(folder: Path, found: Results | None, *, task: str = "mae", lr: float = 0.1, online: bool = True) -> str:
     rows: list[dict[str, float]] = [{"step": step, "epoch": step / 10, "loss": 1.0} for step in range(5)]
     if online:
         rows += [{"step": step, "epoch": step, "eval/knn/k20": step / 100} for step in range(10, 40, 10)]
@@ -36,14 +36,14 @@ def run_folder(folder: Path, found: Evidence | None, *, task: str = "mae", lr: f
 def three(tmp_path: Path) -> list[str]:
     """The first clearly better in kNN, and the linear probe of all within chance."""
     return [
-        run_folder(tmp_path / "a", evidence((0.9, 0.6, 0.5), (0.9, 0.7, 0.6))),
-        run_folder(tmp_path / "b", evidence((0.8, 0.6, 0.5), (0.905, 0.7, 0.6)), task="simclr", lr=0.2),
-        run_folder(tmp_path / "c", evidence((0.7, 0.6, 0.5), (0.89, 0.7, 0.6)), task="byol", online=False),
+        run_folder(tmp_path / "a", results((0.9, 0.6, 0.5), (0.9, 0.7, 0.6))),
+        run_folder(tmp_path / "b", results((0.8, 0.6, 0.5), (0.905, 0.7, 0.6)), task="simclr", lr=0.2),
+        run_folder(tmp_path / "c", results((0.7, 0.6, 0.5), (0.89, 0.7, 0.6)), task="byol", online=False),
     ]
 
 
-def compared(words: list[str], out: Path) -> dict[str, Any]:
-    report_runs([*words, f"out={out}"])
+def compared(overrides: list[str], out: Path) -> dict[str, Any]:
+    report_runs([*overrides, f"out={out}"])
     found: dict[str, Any] = json.loads((out / "compare.json").read_text())
     return found
 
@@ -88,12 +88,12 @@ def test_an_earlier_run_differs_in_no_setting_that_its_source_did_not_read(three
 @pytest.mark.parametrize(
     ("other", "line"),
     [
-        (evidence(count=500), "test pictures: 1,000 (a); 500 (d)"),
-        (evidence(classes=("cat", "dog", "elk")), "classes: equally many, and not the same"),
+        (results(count=500), "test images: 1,000 (a); 500 (d)"),
+        (results(classes=("cat", "dog", "elk")), "classes: equally many, and not the same"),
     ],
 )
 def test_runs_judged_on_other_data_are_told_and_not_compared(
-    three: list[str], tmp_path: Path, other: Evidence, line: str
+    three: list[str], tmp_path: Path, other: Results, line: str
 ) -> None:
     document = compared([three[0], run_folder(tmp_path / "d", other)], tmp_path / "out")
     assert not document["fair"]
@@ -117,7 +117,7 @@ def test_a_run_without_evidence_and_a_single_run_have_a_page(three: list[str], t
     bare = run_folder(tmp_path / "bare", None)
     document = compared([three[0], bare], tmp_path / "out")
     assert document["measures"][0]["values"][1] is None
-    assert "test pictures: 1,000 (a); none (bare)" in document["differs"]
+    assert "test images: 1,000 (a); none (bare)" in document["differs"]
     alone = compared(three[:1], tmp_path / "alone")
     assert alone["settings"] == []
     assert alone["measures"][0]["best"] == [False]
@@ -128,7 +128,7 @@ def test_intervals_of_evaluators_are_taken_from_their_sections(three: list[str],
     file = Path(three[0]) / "report" / "report.json"
     document = json.loads(file.read_text())
     values = {"backbone": {"value": 0.5, "low": 0.4, "high": 0.6}}
-    document["evidence"]["encoders"]["backbone"]["metrics"]["knn/k99"] = 0.5
+    document["results"]["encoders"]["backbone"]["metrics"]["knn/k99"] = 0.5
     row = {"metric": "knn/k99", "label": "kNN, k = 99", "values": values}
     document["evaluators"] = [{"name": "knn", "rows": [row]}]
     file.write_text(json.dumps(document))
@@ -139,7 +139,7 @@ def test_intervals_of_evaluators_are_taken_from_their_sections(three: list[str],
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("overrides", "message"),
     [
         ([], "report: no run is given"),
         (["out=x"], "report: no run is given"),
@@ -150,19 +150,19 @@ def test_intervals_of_evaluators_are_taken_from_their_sections(three: list[str],
         (["A", "ODD"], r"a report\.json is damaged"),
     ],
 )
-def test_bad_input_is_one_line(three: list[str], tmp_path: Path, words: list[str], message: str) -> None:
+def test_bad_input_is_one_line(three: list[str], tmp_path: Path, overrides: list[str], message: str) -> None:
     whole = json.loads((Path(three[0]) / "report" / "report.json").read_text())
     odd = {**whole, "comparison": [{"metric": "knn/k20", "values": {"backbone": {"value": 0.5}}}]}
     texts = {
         "BROKEN": "{",
         "SCHEMA": '{"schema": 99}',
-        "EMPTY": json.dumps({"schema": whole["schema"], "evidence": None, "comparison": []}),
+        "EMPTY": json.dumps({"schema": whole["schema"], "results": None, "comparison": []}),
         "ODD": json.dumps(odd),
     }
     for name, text in texts.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "report.json").write_text(text)
-    given = [word if "=" in word else str(tmp_path / word.replace("A", "a", word == "A")) for word in words]
+    given = [word if "=" in word else str(tmp_path / word.replace("A", "a", word == "A")) for word in overrides]
     with pytest.raises((ConfigError, DataError), match=message) as caught:
         report_runs(given)
     assert "\n" not in str(caught.value)
@@ -179,8 +179,8 @@ def test_the_command_exits_with_two_and_says_where_the_page_is(
 
 
 def test_folders_of_one_name_and_names_with_equal_signs_are_told_apart(tmp_path: Path) -> None:
-    first = run_folder(tmp_path / "lr=1" / "run", evidence())
-    second = run_folder(tmp_path / "lr=2" / "run", evidence())
+    first = run_folder(tmp_path / "lr=1" / "run", results())
+    second = run_folder(tmp_path / "lr=2" / "run", results())
     document = compared([first, str(Path(second) / "report" / "report.json")], tmp_path / "out")
     assert [run["label"] for run in document["runs"]] == ["1: run", "2: run"]
 
@@ -197,14 +197,14 @@ class Tags(HTMLParser):
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
     hostile = "<img src=x onerror=steal()>"
-    folder = run_folder(tmp_path / hostile, evidence())
+    folder = run_folder(tmp_path / hostile, results())
     file = Path(folder) / "report" / "report.json"
     document = json.loads(file.read_text())
     document["run"]["task"] = "</style><script>steal()</script>"
     document["run"]["config"] = "task: '<script>steal()</script> | x'\n"
-    document["verdict"]["summary"] = "</title><script>steal()</script>"
+    document["summary"]["summary"] = "</title><script>steal()</script>"
     file.write_text(json.dumps(document))
-    report_runs([folder, run_folder(tmp_path / "b", evidence()), f"out={tmp_path / 'out'}"])
+    report_runs([folder, run_folder(tmp_path / "b", results()), f"out={tmp_path / 'out'}"])
     tags = Tags((tmp_path / "out" / "compare.html").read_text()).found
     assert not {"script", "img"} & {tag for tag, _ in tags}
     assert not any("src" in given or "onerror" in given for _, given in tags)

@@ -19,8 +19,8 @@ from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 from unlabeled.ssl.data.views import Views
 from unlabeled.ssl.task import Batch, PretextTask, StepOutput, TaskConfig
 from unlabeled.workflows.compatibility.measure import (
-    Cell,
     Matrix,
+    MatrixEntry,
     MatrixRun,
     architecture,
     matrix_config,
@@ -42,7 +42,7 @@ class _Plain(PretextTask):
     @classmethod
     def views(cls, config: TaskConfig, backbone: Backbone) -> Views:
         height, width = backbone.input_size
-        return lambda picture: {"image": picture[:, :height, :width].float() / 255}
+        return lambda image: {"image": image[:, :height, :width].float() / 255}
 
     def forward(self, batch: Batch, *args: object, **draw: Tensor) -> StepOutput:
         return StepOutput(self.head(self.backbone(batch["image"])).square().mean(), {})
@@ -87,15 +87,15 @@ def tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("task", "cell"),
     [
-        ("plain", Cell("runs")),
-        ("idle", Cell("fault", "unused gets no gradient")),
-        ("infinite", Cell("fault", "its loss is inf")),
-        ("broken", Cell("fault", "IndexError: there is no")),
-        ("choosy", Cell("cannot", "it is too small; take another")),
-        ("mae", Cell("cannot", "convolutions need the whole grid")),
+        ("plain", MatrixEntry("runs")),
+        ("idle", MatrixEntry("fault", "unused gets no gradient")),
+        ("infinite", MatrixEntry("fault", "its loss is inf")),
+        ("broken", MatrixEntry("fault", "IndexError: there is no")),
+        ("choosy", MatrixEntry("cannot", "it is too small; take another")),
+        ("mae", MatrixEntry("cannot", "convolutions need the whole grid")),
     ],
 )
-def test_a_cell_tells_what_happened(task: str, cell: Cell) -> None:
+def test_a_cell_tells_what_happened(task: str, cell: MatrixEntry) -> None:
     backbone = create_backbone("test_resnet", size=32)
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     assert try_task(task, backbone) == cell
@@ -105,8 +105,8 @@ def test_a_cell_tells_what_happened(task: str, cell: Cell) -> None:
 
 def test_words() -> None:
     assert matrix_config([]) == MatrixRun()
-    run = matrix_config(["task=mae", "module=[beit,cait]", "out=docs/matrix.md"])
-    assert (run.task, run.module, run.out) == (("mae",), ("beit", "cait"), Path("docs/matrix.md"))
+    run = matrix_config(["task=mae", "module=[beit,cait]", "out=docs/reference/matrix.md"])
+    assert (run.task, run.module, run.out) == (("mae",), ("beit", "cait"), Path("docs/reference/matrix.md"))
     assert matrix_config(["task=mae,rotation"]).task == ("mae", "rotation")
 
 
@@ -117,7 +117,10 @@ def test_words() -> None:
         ("module=biet", "module: 'biet' is not an architecture module of timm; did you mean 'beit'"),
         ("modul=beit", "modul: there is no such setting; did you mean 'module'"),
         ("beit", "'beit' is not a setting; write key=value"),
-        ("out=docs/matrix.json", "^out: docs/matrix.json is no Markdown file; give a name such as docs/matrix.md"),
+        (
+            "out=docs/reference/matrix.json",
+            "^out: docs/reference/matrix.json is no Markdown file; give a name such as docs/reference/matrix.md",
+        ),
     ],
 )
 def test_words_that_are_refused(word: str, message: str) -> None:
@@ -131,8 +134,8 @@ def test_a_row_is_measured_and_the_rest_of_the_page_stays(tmp_path: Path, capsys
     assert main(["matrix", "task=mae", "module=vision_transformer", f"out={page}"]) == 0
     found = Matrix.loads(page.with_suffix(".json").read_text())
     assert found.cells == {
-        "sknet": {"mae": Cell("cannot", "convolutions need the whole grid"), "rotation": Cell("runs")},
-        "vision_transformer": {"mae": Cell("runs")},
+        "sknet": {"mae": MatrixEntry("cannot", "convolutions need the whole grid"), "rotation": MatrixEntry("runs")},
+        "vision_transformer": {"mae": MatrixEntry("runs")},
     }
     assert found.networks["vision_transformer"] == "test_vit at 64 px"
     text = page.read_text()
@@ -147,7 +150,7 @@ def test_a_row_is_measured_and_the_rest_of_the_page_stays(tmp_path: Path, capsys
 def test_a_page_that_cannot_be_added_to(tmp_path: Path) -> None:
     page = tmp_path / "matrix.md"
     part = MatrixRun(task=("rotation",), module=("sknet",), out=page)
-    write_page(Matrix("0.0.1", {"beit": "b"}, {"beit": {"mae": Cell("runs")}}), page)
+    write_page(Matrix("0.0.1", {"beit": "b"}, {"beit": {"mae": MatrixEntry("runs")}}), page)
     with pytest.raises(ConfigError, match=r"out: .*matrix.json is of timm 0.0.1, this is .*; run all cells again"):
         measure(part)
     page.with_suffix(".json").write_text("[]")
@@ -157,14 +160,14 @@ def test_a_page_that_cannot_be_added_to(tmp_path: Path) -> None:
 
 def test_a_whole_run_forgets_what_is_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     page = tmp_path / "matrix.md"
-    write_page(Matrix(networks={"gone": "g"}, cells={"gone": {"jigsaw": Cell("runs")}}), page)
+    write_page(Matrix(networks={"gone": "g"}, cells={"gone": {"jigsaw": MatrixEntry("runs")}}), page)
     monkeypatch.setattr(timm, "list_modules", lambda: ["sknet"])
     monkeypatch.setattr(matrix_module, "task_names", lambda: ["rotation"])
-    assert measure(MatrixRun(out=page)).cells == {"sknet": {"rotation": Cell("runs")}}
+    assert measure(MatrixRun(out=page)).cells == {"sknet": {"rotation": MatrixEntry("runs")}}
 
 
 def test_faults_are_shown() -> None:
-    cells = {"beit": {"mae": Cell("fault", "IndexError: oh")}, "cait": {"mae": Cell("cannot", "no")}}
+    cells = {"beit": {"mae": MatrixEntry("fault", "IndexError: oh")}, "cait": {"mae": MatrixEntry("cannot", "no")}}
     matrix = Matrix(networks={"beit": "b", "cait": "c"}, cells=cells)
     page = render_page(matrix)
     assert "| beit | **✗** <sub>2</sub> |" in page
@@ -177,7 +180,7 @@ def test_faults_are_shown() -> None:
 
 def test_the_page_groups_reasons_that_differ_in_the_place_only() -> None:
     reasons = ["stem.0: Flat has no masked form", "the network: Flat has no masked form", "its map of 7x7 is odd"]
-    cells = {f"m{position}": {"spark": Cell("cannot", reason)} for position, reason in enumerate(reasons)}
+    cells = {f"m{position}": {"spark": MatrixEntry("cannot", reason)} for position, reason in enumerate(reasons)}
     page = render_page(Matrix(networks=dict.fromkeys(cells, "n"), cells=cells))
     assert "1. Flat has no masked form\n2. its map of NxN is odd\n" in page
     assert "| m1 | <sub>1</sub> |\n| m2 | <sub>2</sub> |" in page
@@ -188,4 +191,6 @@ def test_a_module_that_the_table_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path
     (tmp_path / "none.json").write_text("{}")
     assert architecture("sknet") == {"name": "skresnet18", "size": 64}
     assert architecture("crossvit") == {"name": "crossvit_tiny_240", "size": (240, 240)}
-    assert measure(MatrixRun(task=("rotation",), module=("sknet",))).cells == {"sknet": {"rotation": Cell("runs")}}
+    assert measure(MatrixRun(task=("rotation",), module=("sknet",))).cells == {
+        "sknet": {"rotation": MatrixEntry("runs")}
+    }

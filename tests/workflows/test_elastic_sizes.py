@@ -30,7 +30,7 @@ RESNET = {"layers": (1, 1, 2, 1), "channels": (16, 16, 16, 16), "base_width": 12
 
 
 @pytest.fixture(autouse=True)
-def _pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def _images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         command, "open_source", lambda config, split="train": MemorySource(30 if split == "train" else 9, split=split)
     )
@@ -64,7 +64,7 @@ def test_a_size_is_measured_as_its_export_is(run: Path, tmp_path: Path) -> None:
     export_backbone(elastic.extract(whole, elastic.sizes[0]), tmp_path / "small")
     for folder, title in ((tmp_path / "small", "16x2"), (run, "32x3")):
         evaluate(folder)
-        encoders = read_report(folder / "report" / "report.json")["evidence"]["encoders"]
+        encoders = read_report(folder / "report" / "report.json")["results"]["encoders"]
         result = curve.find("extracted", title)
         assert result is not None
         assert {name: encoders["backbone"]["metrics"][name] for name in result.metrics} == result.metrics
@@ -128,7 +128,7 @@ def test_other_settings_and_other_weights_are_not_mixed(run: Path, caplog: pytes
 def test_runs_that_were_trained_alone_stand_beside(run: Path, tmp_path: Path) -> None:
     small = VIT | {"embed_dim": 16, "depth": 2}
     export_backbone(create_backbone("vit_tiny_patch16_224", size=32, **small), tmp_path / "alone")
-    curve = evaluate(run, sizes=[[16, 2]], beside=[str(tmp_path / "alone")])
+    curve = evaluate(run, sizes=[[16, 2]], versus=[str(tmp_path / "alone")])
     assert curve is not None
     alone, extracted = curve.find("alone", "alone"), curve.find("extracted", "16x2")
     assert alone is not None
@@ -137,24 +137,24 @@ def test_runs_that_were_trained_alone_stand_beside(run: Path, tmp_path: Path) ->
     assert (alone.parameters, alone.macs) == (extracted.parameters, extracted.macs)
     assert curve.front("knn/k5") == [extracted]
     export_backbone(create_backbone("nin_cifar", num_blocks=3), tmp_path / "nin")
-    with pytest.raises(ConfigError, match=r"beside: nin is of the family \w+, the sizes of VisionTransformer"):
-        evaluate(run, sizes=[[16, 2]], beside=[str(tmp_path / "nin")])
-    with pytest.raises(ConfigError, match=r"beside: .*nowhere is no folder"):
-        evaluate(run, sizes=[[16, 2]], beside=[str(tmp_path / "nowhere")])
-    with pytest.raises(ConfigError, match="beside: has a place beside sizes only"):
-        evaluate(run, beside=[str(tmp_path / "alone")])
+    with pytest.raises(ConfigError, match=r"versus: nin is of the family \w+, the sizes of VisionTransformer"):
+        evaluate(run, sizes=[[16, 2]], versus=[str(tmp_path / "nin")])
+    with pytest.raises(ConfigError, match=r"versus: .*nowhere is no folder"):
+        evaluate(run, sizes=[[16, 2]], versus=[str(tmp_path / "nowhere")])
+    with pytest.raises(ConfigError, match="versus: has a place beside sizes only"):
+        evaluate(run, versus=[str(tmp_path / "alone")])
 
 
 def test_batch_norms_are_estimated_for_each_size(tmp_path: Path) -> None:
     config = ElasticConfig(candidates=((16, (1, 1, 2, 1)),))
     export_backbone(create_backbone("resnet50", size=32, **RESNET), tmp_path, elastic=config)
-    curve = evaluate(tmp_path, sizes="all", evaluate={"recalibrate_pictures": 20, "baselines": False})
+    curve = evaluate(tmp_path, sizes="all", evaluate={"recalibrate_images": 20, "baselines": False})
     assert curve is not None
     assert [result.recalibrated for result in curve.results] == [20, 20]
     assert [result.random for result in curve.results] == [{}, {}]
     assert curve.pixels == {}
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "estimated anew for each on 20 training pictures without labels, 51 % more pictures" in text
+    assert "estimated anew for each on 20 training images without labels, 51 % more images" in text
 
 
 def test_only_an_elastic_run_has_sizes(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def result(title: str, parameters: int, knn: float, kind: str = "extracted") -> 
 
 def curve_of(*results: SizeResult) -> SizeCurve:
     curve = SizeCurve(
-        settings={}, headline=("knn/k20", "linear/top1"), train_pictures=900, test_pictures=100, sizes=50,
+        settings={}, headline=("knn/k20", "linear/top1"), train_images=900, test_images=100, sizes=50,
         pixels={"knn/k20": 0.3, "linear/top1": 0.25},
     )  # fmt: skip
     for one in results:
@@ -211,7 +211,7 @@ def test_the_report_of_an_elastic_run_has_its_sizes(run: Path) -> None:
     evaluate(run, sizes=[[16, 2], [32, 3]])
     evaluate(run)  # and keeps them
     document = read_report(run / "report" / "report.json")["sizes"]
-    assert (document["held"], document["measured"]) == (6, 2)
+    assert (document["stored"], document["measured"]) == (6, 2)
     assert [row["title"] for row in document["rows"]] == ["16x2", "32x3"]
     value = document["rows"][0]["values"]["knn/k5"]
     assert value["low"] < value["value"] <= value["high"]
@@ -225,12 +225,12 @@ def test_the_report_of_an_elastic_run_has_its_sizes(run: Path) -> None:
 
 
 def test_a_page_of_many_sizes_shows_the_best_first(tmp_path: Path) -> None:
-    from report_helpers import RUN, evidence
+    from report_helpers import RUN, results
 
     from unlabeled.report.page import render_report
 
     many = curve_of(*(result(f"8x{n}", 10 * n, 0.3 + 0.01 * (n // 2)) for n in range(1, 40)))
-    render_report(tmp_path, RUN, evidence(), [], None, sizes=many)
+    render_report(tmp_path, RUN, results(), [], None, sizes=many)
     html = (tmp_path / "report.html").read_text()
     shown, folded = html[html.index("Every size") :].split("All 39 measured networks")
     assert shown.count('<th scope="row">8x') == 20

@@ -12,7 +12,7 @@ import torch
 import yaml
 from eval_helpers import MemorySource, tiny_vit
 
-from unlabeled.report.pictures import save_pictures
+from unlabeled.report.images import save_images
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.weights import export_backbone
 from unlabeled.ssl.config.schema import DataConfig, EvaluateRun, PretrainConfig
@@ -37,7 +37,7 @@ class FakeReport(NamedTuple):
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[DataConfig]:
-    """Replaces the data by pictures in memory; the settings that they were opened with."""
+    """Replaces the data by images in memory; the settings that they were opened with."""
     calls: list[DataConfig] = []
 
     def open_memory(config: DataConfig, split: Split = "train") -> MemorySource:
@@ -75,7 +75,7 @@ def run_folder(folder: Path, **settings) -> Path:
         {"step": step, "epoch": step / 10, "loss": 1 / (step + 1), "lr": 0.1, "images_per_s": 3.5}
         for step in range(0, 40, 10)
     ]
-    save_pictures(folder, {"views": torch.full((3, 8, 8), 9, dtype=torch.uint8)})
+    save_images(folder, {"views": torch.full((3, 8, 8), 9, dtype=torch.uint8)})
     (folder / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + '\n{"step": 4')
     return folder
 
@@ -86,15 +86,15 @@ def test_a_run_folder_is_evaluated_on_its_own_data_with_labels(
 ) -> None:
     folder = run_folder(tmp_path / "run", data={"name": "folder", "path": str(tmp_path)}, batch_size=7)
     with caplog.at_level(logging.INFO, logger="unlabeled"):
-        evidence = evaluate_target(request(folder))
-    assert evidence.encoders["backbone"].metrics["knn/k5"] > 0
+        results = evaluate_target(request(folder))
+    assert results.encoders["backbone"].metrics["knn/k5"] > 0
     assert [config.labels for config in opened] == [True, True]
     document = json.loads((folder / "report" / "report.json").read_text())
     assert document["run"]["title"] == "run"
     assert document["run"]["steps"] == 30
     assert document["run"]["images"] == 210
     assert document["run"]["seconds"] == 60
-    assert document["pictures"] == ["views"]
+    assert document["images"] == ["views"]
     assert "What the task sees" in (folder / "report" / "report.html").read_text()
     assert document["training"]["rows"] == 4
     assert (folder / "report" / "report.html").is_file()
@@ -188,7 +188,7 @@ def test_impossible_arguments_of_the_backbone_are_one_line() -> None:
 
 
 def test_missing_data_and_missing_labels_are_said(opened: list[DataConfig]) -> None:
-    with pytest.raises(ConfigError, match=r"^data: not given; a target that is no run folder needs labelled data"):
+    with pytest.raises(ConfigError, match=r"^data: not given; a target that is no run folder needs labeled data"):
         evaluate_target(request("vit_tiny_patch16_224", pretrained=False, backbone=TINY))
     with pytest.raises(DataError, match="the data has no labels"):
         evaluate_target(

@@ -27,13 +27,13 @@ def save(path: Path, size: tuple[int, int], mode: str = "RGB", seed: int = 0) ->
 def mixed_folder(tmp_path: Path) -> Path:
     for index in range(24):
         save(tmp_path / "many" / f"{index:02}.png", (48, 40), seed=index)
-    save(tmp_path / "few" / "grey.jpg", (64, 64), mode="L")
+    save(tmp_path / "few" / "gray.jpg", (64, 64), mode="L")
     save(tmp_path / "few" / "wide.png", (300, 40), mode="RGBA")
     save(tmp_path / "other" / "tiny.bmp", (16, 20))
     save(tmp_path / "other" / "print.jpg", (50, 60), mode="CMYK")
     shutil.copy(tmp_path / "many" / "03.png", tmp_path / "other" / "again.png")
     (tmp_path / "other" / "empty.jpg").write_bytes(b"")
-    (tmp_path / "other" / "[red]torn.jpg").write_bytes((tmp_path / "few" / "grey.jpg").read_bytes()[:900])
+    (tmp_path / "other" / "[red]torn.jpg").write_bytes((tmp_path / "few" / "gray.jpg").read_bytes()[:900])
     return tmp_path
 
 
@@ -62,10 +62,10 @@ def test_a_mixed_folder(mixed_folder: Path, workers: int) -> None:
     assert report.images_per_second > 0
     assert report.classes is None
     assert [warning.split(";")[0] for warning in report.warnings] == [
-        "pictures that cannot be decoded: 2 of 31",
-        "pictures with a side under 32 pixels: 1",
-        "pictures with one side over 4 times the other: 1",
-        "pictures that repeat the bytes of another picture: 1",
+        "images that cannot be decoded: 2 of 31",
+        "images with a side under 32 pixels: 1",
+        "images with one side over 4 times the other: 1",
+        "images that repeat the bytes of another image: 1",
     ]
     assert "a run stops above data.max_bad_fraction=0.05" in report.warnings[0]
 
@@ -76,8 +76,8 @@ def test_classes_and_their_balance(mixed_folder: Path) -> None:
     data = DataConfig(name="folder", path=mixed_folder, labels=True, test_fraction=0.01)
     report = examine(DoctorRun(data=data, workers=0))
     assert report.classes == {"few": 1, "lone": 1, "many": 23, "other": 4, "void": 0}
-    assert "1 of 5 classes have no pictures: void" in report.warnings
-    assert "classes are unbalanced: many has 23 pictures, few has 1" in report.warnings
+    assert "1 of 5 classes have no images: void" in report.warnings
+    assert "classes are unbalanced: many has 23 images, few has 1" in report.warnings
 
 
 def test_a_limited_scan(mixed_folder: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_limited_scan(mixed_folder: Path) -> None:
     assert "7 of 31" in shown(report)
 
 
-def test_generated_pictures() -> None:
+def test_generated_images() -> None:
     report = examine(DoctorRun(data=DataConfig(name="shapes", count=16), workers=0))
     assert report.formats == {"array": 16}
     assert report.sizes == [((64, 64), 16)]
@@ -114,9 +114,9 @@ def test_the_report_is_readable(mixed_folder: Path) -> None:
     assert "PNG 26, JPEG 2, BMP 1" in text
     assert "40 x 48 (25)" in text
     assert "[red]torn.jpg" in text
-    assert "warning: pictures that cannot be decoded: 2 of 31" in text
+    assert "warning: images that cannot be decoded: 2 of 31" in text
 
 
 def test_data_that_is_not_there_raises(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"^data: no pictures in "):
+    with pytest.raises(DataError, match=r"^data: no images in "):
         examine(DoctorRun(data=DataConfig(name="folder", path=tmp_path)))

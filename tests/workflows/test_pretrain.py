@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from unlabeled.ssl.config.schema import PretrainConfig
-from unlabeled.workflows.pretrain import masked_statistics
+from unlabeled.workflows.pretrain import saw_masked_images_only
 
 
 @pytest.mark.parametrize(
@@ -18,4 +18,4 @@ from unlabeled.workflows.pretrain import masked_statistics
     ],
 )
 def test_a_mixture_is_asked_for_the_statistics_of_its_tasks(task: dict, masked: bool) -> None:
-    assert masked_statistics(PretrainConfig.model_validate({"task": task})) is masked
+    assert saw_masked_images_only(PretrainConfig.model_validate({"task": task})) is masked

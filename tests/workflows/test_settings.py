@@ -31,22 +31,22 @@ from unlabeled.ssl.data.sources.folder import FolderConfig
 from unlabeled.workflows.settings import compose_settings, data_values, tiny
 
 
-def compose(*words: str) -> PretrainConfig:
-    return compose_settings("pretrain", words, PretrainConfig)
+def compose(*overrides: str) -> PretrainConfig:
+    return compose_settings("pretrain", overrides, PretrainConfig)
 
 
 def test_the_words_of_the_readme() -> None:
     config = compose(
         "task=mae",
         "data=folder",
-        "data.path=some/pictures",
+        "data.path=some/images",
         "backbone=vit_small_patch16_224",
         "out=runs/x",
         "epochs=100",
     )
     assert config.task == {"name": "mae"}
     assert config.backbone.name == "vit_small_patch16_224"
-    assert config.data.model_extra == FolderConfig(path=Path("some/pictures")).model_dump(exclude={"limit"})
+    assert config.data.model_extra == FolderConfig(path=Path("some/images")).model_dump(exclude={"limit"})
     assert str(config.out) == "runs/x"
     assert config.epochs == 100
 
@@ -79,7 +79,7 @@ def test_fields_of_a_section_can_be_set_beside_its_short_form() -> None:
         ("engine.precision=fp8", r"engine.precision: 'fp8' is not possible; choose 'fp32', 'bf16' or 'fp16'"),
         ("engine.workers=-1", r"engine.workers: -1 is not possible; give greater than or equal to 0"),
         ("data=fodler", r"data: 'fodler' is not a data source; did you mean 'folder'\?"),
-        ("data=./pictures", r"data: './pictures' is a path; write data=folder data.path=./pictures"),
+        ("data=./images", r"data: './images' is a path; write data=folder data.path=./images"),
         ("data.pth=x", r"^data.pth: there is no such setting in data; did you mean 'path'\?$"),
         ("data.count=3", r"^data.count: 3 has no effect with data=folder, it is a setting of shapes; remove it$"),
         (
@@ -112,10 +112,10 @@ def test_a_fault_is_one_line_that_names_field_value_and_remedy(word: str, messag
 
 
 def test_every_option_of_every_group_composes() -> None:
-    words = [(group, option) for group in GROUPS for option in options(group)]
-    words += [("task", name) for name in task_names()] + [("data", name) for name in source_names()]
-    assert len(words) > 8
-    for group, option in words:
+    overrides = [(group, option) for group in GROUPS for option in options(group)]
+    overrides += [("task", name) for name in task_names()] + [("data", name) for name in source_names()]
+    assert len(overrides) > 8
+    for group, option in overrides:
         compose(f"{group}={option}")
 
 

@@ -11,5 +11,5 @@ from unlabeled.workflows.inspect_data import doctor_config, examine, render
 
 def run(given: argparse.Namespace) -> int:
     """Scans and prints what was found; returns the exit code."""
-    Console().print(render(examine(doctor_config(given.words))))
+    Console().print(render(examine(doctor_config(given.overrides))))
     return 0

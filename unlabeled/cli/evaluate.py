@@ -9,5 +9,5 @@ from unlabeled.workflows.evaluate import evaluate_config, evaluate_target
 
 def run(given: argparse.Namespace) -> int:
     """Evaluates; returns the exit code."""
-    evaluate_target(evaluate_config(given.target, given.words))
+    evaluate_target(evaluate_config(given.target, given.overrides))
     return 0

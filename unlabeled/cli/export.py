@@ -10,6 +10,6 @@ from unlabeled.workflows.export import export_config, export_run
 
 def run(given: argparse.Namespace) -> int:
     """Exports and prints, for each file, Python that loads it; returns the exit code."""
-    for exported in export_run(export_config(given.run, given.words)):
+    for exported in export_run(export_config(given.run, given.overrides)):
         sys.stdout.write(f"{exported.line}\n")
     return 0

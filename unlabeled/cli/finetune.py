@@ -12,6 +12,6 @@ from unlabeled.workflows.finetune.run import finetune_config, finetune_from
 def run(given: argparse.Namespace) -> int:
     """Fine-tunes; returns the exit code."""
     try:
-        return EXIT_STOPPED if finetune_from(finetune_config(given.target, given.words)).stopped else 0
+        return EXIT_STOPPED if finetune_from(finetune_config(given.target, given.overrides)).stopped else 0
     finally:
         leave_ranks()

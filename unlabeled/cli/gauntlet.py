@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 def run(given: argparse.Namespace) -> int:
     """Evaluates what is not done yet and writes the table; returns the exit code."""
-    config = gauntlet_config(given.words)
+    config = gauntlet_config(given.overrides)
     with CellProgress() as progress:
         cells = run_gauntlet(config, progress.begin)["cells"]
     log.info("%d of %d cells, %d failed: %s", cells["done"], cells["total"], cells["failed"], config.out / "table.html")

@@ -14,7 +14,7 @@ from unlabeled.workflows.compatibility.page import render_terminal, write_page
 
 def run(given: argparse.Namespace) -> int:
     """Measures, prints the table and writes the page if ``out=`` is given; returns the exit code."""
-    config = matrix_config(given.words)
+    config = matrix_config(given.overrides)
     errors, tasks = Console(stderr=True), logging.getLogger("unlabeled.pretext")
     level = tasks.level
     tasks.setLevel(logging.WARNING)  # what a task says of itself, it would say for each cell

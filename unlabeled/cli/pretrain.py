@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 def run(given: argparse.Namespace) -> int:
     """Pretrains; returns the exit code."""
-    configs = swept_configs(given.words) if given.multirun else [("", pretrain_config(given.words))]
+    configs = swept_configs(given.overrides) if given.multirun else [("", pretrain_config(given.overrides))]
     try:
         for label, config in configs:
             if label:

@@ -12,5 +12,5 @@ log = logging.getLogger(__name__)
 
 def run(given: argparse.Namespace) -> int:
     """Writes the comparison and says where; returns the exit code."""
-    log.info("Comparison: %s", report_runs(given.words))
+    log.info("Comparison: %s", report_runs(given.overrides))
     return 0

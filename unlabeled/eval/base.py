@@ -16,7 +16,7 @@ from unlabeled.ssl.config.base import Section
 from unlabeled.ssl.core.errors import DataError
 
 if TYPE_CHECKING:
-    from unlabeled.eval.subject import Subject
+    from unlabeled.eval.encoded_dataset import EncodedDataset
     from unlabeled.ssl.data.source import ImageSource
 
 FloatArray = npt.NDArray[np.float32]
@@ -30,13 +30,13 @@ class FeatureSplit:
     """Features and labels of one split."""
 
     features: FloatArray
-    """float32 (N, D), as the encoder gives them (not normalised)."""
+    """float32 (N, D), as the encoder gives them (not normalized)."""
     labels: IntArray
     """int64 (N,); -1 where the source has no labels."""
     indices: IntArray | None = None
     """int64 (N,): index in the source of each row; None: the row's own number."""
     skipped: tuple[str, ...] = ()
-    """What the source calls the pictures that could not be decoded."""
+    """What the source calls the images that could not be decoded."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -95,13 +95,13 @@ class Measure:
     label: str
     """Such as ``kNN, k = 20``."""
     unit: Unit = "accuracy"
-    """accuracy: fraction of the test pictures (its interval follows from their number); percent: another fraction of 1;
+    """accuracy: fraction of the test images (its interval follows from their number); percent: another fraction of 1;
     number: anything else."""
     better: Direction | None = "higher"
     point: Point | None = None
     """None: it belongs to no curve."""
     guesses: int = 1
-    """Guesses that a picture has; what takes several (top 5) is listed after what takes one."""
+    """Guesses that an image has; what takes several (top 5) is listed after what takes one."""
     cut: Cut | None = None
     """The part of the features that was measured; None: all of them."""
 
@@ -127,13 +127,18 @@ class Measured:
     high: float = math.nan
 
 
+Needs = Literal["features", "images", "backbone"]
+
 Value = float | int | Measured | str | npt.NDArray[Any] | Tensor
 """`Measured`: a value for tables · float, int: a number for programs alone, such as a chosen learning rate · str: a
-note for the reader, one sentence · array: for figures · uint8 tensor (3, H, W): a picture for the report."""
+note for the reader, one sentence · array: for figures · uint8 tensor (3, H, W): an image for the report."""
 
 
 class EvaluatorConfig(Section):
     """Base of an evaluator's settings, ``evaluate.NAME``. Unknown ones are refused."""
+
+
+_NEEDS_ONCE: dict[str, Needs] = {"pictures": "images", "network": "backbone"}
 
 
 class Evaluator(ABC):
@@ -143,13 +148,19 @@ class Evaluator(ABC):
     """Prefix of its values, such as ``knn``, and the name of its settings: ``evaluate.knn``."""
     title: ClassVar[str]
     """Heading of its table in the report."""
-    needs: ClassVar[Literal["features", "pictures", "network"]] = "features"
-    """features: pooled features alone · pictures: also the sources · network: the backbone, so that raw pixels cannot
+    needs: ClassVar[Needs] = "features"
+    """features: pooled features alone · images: also the sources · backbone: the backbone, so that raw pixels cannot
     be judged."""
     captions: ClassVar[Mapping[str, str]] = {}
-    """Key of a picture that it draws → what that shows."""
+    """Key of an image that it draws → what that shows."""
     Config: ClassVar[type[EvaluatorConfig]] = EvaluatorConfig
     """Its settings."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        needs: str = vars(cls).get("needs", "")
+        if needs in _NEEDS_ONCE:  # a plugin from before the values were renamed
+            cls.needs = _NEEDS_ONCE[needs]
 
     def __init__(self, config: Any) -> None:
         """`config`: an instance of `Config`. Raises ConfigError for settings that are not possible."""
@@ -162,10 +173,10 @@ class Evaluator(ABC):
         """
 
     @abstractmethod
-    def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
+    def run(self, dataset: EncodedDataset) -> Iterator[tuple[str, Value]]:
         """Yields (key, value), each key once, but for notes; the caller makes ``name/key`` of it.
 
-        Raises DataError, in one line, for what it cannot judge (NaN, a single class, no masks, too few pictures).
+        Raises DataError, in one line, for what it cannot judge (NaN, a single class, no masks, too few images).
         """
 
     @classmethod
@@ -180,11 +191,11 @@ class Evaluator(ABC):
 def check_features(data: FeatureSet) -> None:
     """Raises DataError, in one line, for features or labels that no evaluator can judge.
 
-    That is: no pictures, NaN or infinite features, labels outside the classes, a training split of a single class.
+    That is: no images, NaN or infinite features, labels outside the classes, a training split of a single class.
     """
     for split, part in (("training", data.train), ("test", data.test)):
         if len(part) == 0:
-            raise DataError(f"evaluate.data: the {split} split has no readable picture; nothing can be measured")
+            raise DataError(f"evaluate.data: the {split} split has no readable image; nothing can be measured")
         if len(part.features) != len(part.labels):
             raise DataError(f"evaluate.data: {len(part.features)} {split} features but {len(part.labels)} labels")
         broken = int((~np.isfinite(part.features).all(axis=1)).sum())
@@ -200,5 +211,5 @@ def check_features(data: FeatureSet) -> None:
     if len(np.unique(data.train.labels)) < 2:
         only = data.classes[int(data.train.labels[0])]
         raise DataError(
-            f"evaluate.data: all training pictures are of class {only!r}; give data with at least two classes"
+            f"evaluate.data: all training images are of class {only!r}; give data with at least two classes"
         )

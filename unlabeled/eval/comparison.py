@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from unlabeled.eval.base import Cut, Direction, Estimate, Measure, Point, Unit
 from unlabeled.eval.intervals import less, wilson
-from unlabeled.eval.results import Evidence, Metric
+from unlabeled.eval.results import Metric, Results
+from unlabeled.ssl.core.renamed import OldNames
 
 Level = Literal["better", "even", "worse", "mixed", "alone", "none"]
 
@@ -45,38 +46,38 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Summary(OldNames, summary="text"):
     """The one sentence to remember, and the sentences that carry it."""
 
     level: Level
-    summary: str
+    text: str
     details: tuple[str, ...] = ()
 
 
-def compare(evidence: Evidence) -> list[Comparison]:
+def compare(results: Results) -> list[Comparison]:
     """Every accuracy of the backbone beside the baselines', those to quote first; of all features only."""
-    found = [one for one in measures(evidence) if one.unit == "accuracy" and one.cut is None]
-    order = {metric: place for place, metric in enumerate(evidence.headline)}
+    found = [one for one in measures(results) if one.unit == "accuracy" and one.cut is None]
+    order = {metric: position for position, metric in enumerate(results.headline)}
     return sorted(found, key=lambda one: (order.get(one.metric, len(order)), one.guesses > 1))
 
 
-def measures(evidence: Evidence) -> list[Comparison]:
+def measures(results: Results) -> list[Comparison]:
     """Everything that a table shows of the backbone beside the baselines, in the order it was measured in."""
-    return [_comparison(evidence, metric, one) for metric, one in evidence.encoders["backbone"].measures.items()]
+    return [_comparison(results, metric, one) for metric, one in results.encoders["backbone"].measures.items()]
 
 
-def _comparison(evidence: Evidence, metric: str, one: Metric) -> Comparison:
+def _comparison(results: Results, metric: str, one: Metric) -> Comparison:
     measure = one.measure
     values = {
-        name: _estimate(evidence, name, metric, measure)
-        for name, encoder in evidence.encoders.items()
+        name: _estimate(results, name, metric, measure)
+        for name, encoder in results.encoders.items()
         if metric in encoder.metrics
     }
     baselines = [name for name in values if name != "backbone" and measure.unit != "number"]
     return Comparison(
         metric=metric,
         label=measure.text,
-        headline=metric in evidence.headline,
+        headline=metric in results.headline,
         values=values,
         differences={name: less(values["backbone"], values[name]) for name in baselines},
         unit=measure.unit,
@@ -89,32 +90,32 @@ def _comparison(evidence: Evidence, metric: str, one: Metric) -> Comparison:
     )
 
 
-def _estimate(evidence: Evidence, encoder: str, metric: str, measure: Measure) -> Estimate:
+def _estimate(results: Results, encoder: str, metric: str, measure: Measure) -> Estimate:
     """With the interval that the evaluator gave; an accuracy that has none gets Wilson's."""
-    found = evidence.encoders[encoder]
+    found = results.encoders[encoder]
     value = found.metrics[metric]
     if metric in found.intervals:
         return Estimate(value, *found.intervals[metric])
     wilsons = measure.unit == "accuracy" and 0 <= value <= 1
-    return Estimate(value, *(wilson(value, evidence.test_pictures) if wilsons else (math.nan, math.nan)))
+    return Estimate(value, *(wilson(value, results.test_images) if wilsons else (math.nan, math.nan)))
 
 
-def judge(evidence: Evidence | None) -> Verdict:
+def summarize(results: Results | None) -> Summary:
     """The verdict on the headline metrics, each against the stronger of its baselines.
 
     A difference counts as one when its 95 % interval does not hold zero.
     """
-    if evidence is None:
-        return Verdict("none", "No evidence: the representation was not measured on labelled data.")
-    quoted = [comparison for comparison in compare(evidence) if comparison.headline]
-    details = [_detail(comparison, evidence.test_pictures) for comparison in quoted]
-    low = [c.label for c in quoted if c.values["backbone"].low <= evidence.majority]
+    if results is None:
+        return Summary("none", "No evidence: the representation was not measured on labeled data.")
+    quoted = [comparison for comparison in compare(results) if comparison.headline]
+    details = [_detail(comparison, results.test_images) for comparison in quoted]
+    low = [c.label for c in quoted if c.values["backbone"].low <= results.majority]
     if low:
-        guess = f"always guessing the commonest class ({percent(evidence.majority)} %)"
+        guess = f"always guessing the commonest class ({percent(results.majority)} %)"
         details.append(f"Not clearly above {guess}: {' and '.join(map(_inside, low))}.")
     outcomes = {_outcome(comparison) for comparison in quoted}
     if None in outcomes or not quoted:
-        return Verdict("alone", "Measured without baselines, so nothing to be better than.", tuple(details))
+        return Summary("alone", "Measured without baselines, so nothing to be better than.", tuple(details))
     baselines = list(dict.fromkeys(name for comparison in quoted for name in comparison.differences))
     other = "both baselines" if len(baselines) > 1 else TITLES[baselines[0]]
     gaps = " and ".join(_gap(comparison) for comparison in quoted)
@@ -123,10 +124,10 @@ def judge(evidence: Evidence | None) -> Verdict:
         "better": f"Better than {other}",
         "even": f"No clear difference from {'the stronger baseline' if len(baselines) > 1 else other}",
         "worse": f"Not better than {'the baselines' if len(baselines) > 1 else other}",
-        "mixed": "A mixed picture",
+        "mixed": "Mixed results",
     }
     assert level is not None
-    return Verdict(level, f"{opening[level]}: {gaps}.", tuple(details))
+    return Summary(level, f"{opening[level]}: {gaps}.", tuple(details))
 
 
 def _outcome(comparison: Comparison) -> Literal["better", "even", "worse"] | None:
@@ -159,7 +160,7 @@ def _inside(label: str) -> str:
 def _detail(comparison: Comparison, count: int) -> str:
     own = comparison.values["backbone"]
     sentence = comparison.label if comparison.label.startswith("kNN") else comparison.label.capitalize()
-    sentence += f": {percent(own.value)} % of {count:,} test pictures (95 %: {percent(own.low)} to {percent(own.high)})"
+    sentence += f": {percent(own.value)} % of {count:,} test images (95 %: {percent(own.low)} to {percent(own.high)})"
     for name, gap in comparison.differences.items():
         sentence += f"; {_against(gap.value, name)} ({signed(gap.low)} to {signed(gap.high)})"
     return sentence + "."

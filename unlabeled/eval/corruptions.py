@@ -1,8 +1,8 @@
-"""Common corruptions of pictures in five severities, after ImageNet-C (Hendrycks & Dietterich 2019, 1903.12261).
+"""Common corruptions of images in five severities, after ImageNet-C (Hendrycks & Dietterich 2019, 1903.12261).
 
-Strengths are the authors' own for pictures of 224 pixels (ImageNet-C) and of 32 (CIFAR-10-C; hendrycks/robustness), and
+Strengths are the authors' own for images of 224 pixels (ImageNet-C) and of 32 (CIFAR-10-C; hendrycks/robustness), and
 between the two in proportion to a power of the smaller side. Outside 32..224 those of the nearer end hold, but blur
-grows with larger pictures. Departures: no second JPEG compression of what comes out, values are rounded
+grows with larger images. Departures: no second JPEG compression of what comes out, values are rounded
 and not cut, blur reflects at the border.
 """
 
@@ -19,7 +19,7 @@ from torch.nn import functional
 from torchvision.io import decode_jpeg, encode_jpeg
 from torchvision.transforms.v2 import functional as tv
 
-from unlabeled.eval.features.extract import PictureTransform
+from unlabeled.eval.features.extract import ImageTransform
 from unlabeled.ssl.core.seeds import derive
 from unlabeled.ssl.data.source import ImageSource
 
@@ -30,9 +30,9 @@ _SMALL, _LARGE = 32, 224
 
 class _Kind(NamedTuple):
     apply: Callable[[Tensor, float, torch.Generator], Tensor]
-    """Picture (3, H, W) of 0..1, strength → picture."""
+    """Image (3, H, W) of 0..1, strength → image."""
     small: tuple[float, ...]
-    """Strength of severities 1 to 5 for pictures of 32 pixels."""
+    """Strength of severities 1 to 5 for images of 32 pixels."""
     large: tuple[float, ...]
     """The same for 224 pixels."""
 
@@ -45,7 +45,7 @@ def corrupt(image: Tensor, name: CorruptionName, severity: int, seed: int) -> Te
 
 
 def strength(name: CorruptionName, severity: int, side: int) -> float:
-    """What `severity` means for a picture whose smaller side has `side` pixels.
+    """What `severity` means for an image whose smaller side has `side` pixels.
 
     gaussian_noise: deviation of values 0..1 · gaussian_blur: deviation in pixels · jpeg: quality · brightness: added to
     the value of HSV · contrast: factor of the distance from the mean · pixelate: factor of the number of pixels a side.
@@ -59,14 +59,14 @@ def strength(name: CorruptionName, severity: int, side: int) -> float:
 
 @dataclass
 class CorruptedSource:
-    """The pictures `indices` of another source, prepared (resized) and then corrupted; without labels.
+    """The images `indices` of another source, prepared (resized) and then corrupted; without labels.
 
-    A picture is the same whenever it is read: what is drawn follows from `seed`, the corruption and its index.
+    An image is the same whenever it is read: what is drawn follows from `seed`, the corruption and its index.
     """
 
     source: ImageSource
     indices: Sequence[int]
-    prepare: PictureTransform
+    prepare: ImageTransform
     name: CorruptionName
     severity: int
     seed: int
@@ -76,16 +76,16 @@ class CorruptedSource:
         return len(self.indices)
 
     def read(self, index: int) -> Tensor:
-        place = int(self.indices[index])
-        drawn = derive("corruption", self.seed, self.name, place)  # the same noise, only stronger, in each severity
-        return corrupt(self.prepare(self.source.read(place)), self.name, self.severity, drawn)
+        position = int(self.indices[index])
+        drawn = derive("corruption", self.seed, self.name, position)  # the same noise, only stronger, in each severity
+        return corrupt(self.prepare(self.source.read(position)), self.name, self.severity, drawn)
 
     def labels(self) -> Tensor | None:
         return None
 
     def describe(self, index: int) -> str:
-        place = int(self.indices[index])
-        return f"{self.source.describe(place)}, {self.name} {self.severity}, {self.prepare!r}, seed {self.seed}"
+        position = int(self.indices[index])
+        return f"{self.source.describe(position)}, {self.name} {self.severity}, {self.prepare!r}, seed {self.seed}"
 
 
 def _gaussian_noise(image: Tensor, deviation: float, generator: torch.Generator) -> Tensor:
@@ -93,7 +93,7 @@ def _gaussian_noise(image: Tensor, deviation: float, generator: torch.Generator)
 
 
 def _gaussian_blur(image: Tensor, deviation: float, generator: torch.Generator) -> Tensor:
-    radius = min(math.ceil(4 * deviation), min(image.shape[-2:]) - 1)  # reflection needs a picture larger than that
+    radius = min(math.ceil(4 * deviation), min(image.shape[-2:]) - 1)  # reflection needs an image larger than that
     blurred: Tensor = tv.gaussian_blur(image, kernel_size=[2 * radius + 1] * 2, sigma=[deviation] * 2)
     return blurred
 

@@ -1,4 +1,4 @@
-"""Features of test pictures as points of a plane: a picture of their neighbourhoods, not a measurement."""
+"""Features of test images as points of a plane: an image of their neighborhoods, not a measurement."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from unlabeled.ssl.core.seeds import derive
 METHODS = ("tsne", "umap", "pca")
 
 _FEWEST = 50
-"""Pictures below which neighbourhoods are too few for t-SNE and UMAP."""
+"""Images below which neighborhoods are too few for t-SNE and UMAP."""
 _COMPONENTS = 50
 """Principal components that t-SNE and UMAP receive, as is usual."""
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """Points of some test pictures."""
+    """Points of some test images."""
 
     points: FloatArray
     """float32 (n, 2)."""
@@ -43,32 +43,32 @@ def check_method(method: str | None) -> None:
         raise ConfigError("evaluate.embedding: umap needs umap-learn; pip install 'unlabeled[umap]', or take tsne")
 
 
-def embed(split: FeatureSplit, method: str, *, pictures: int = 1000, seed: int = 0) -> Embedding:
-    """At most `pictures` of `split`, drawn by `seed`, in two dimensions.
+def embed(split: FeatureSplit, method: str, *, images: int = 1000, seed: int = 0) -> Embedding:
+    """At most `images` of `split`, drawn by `seed`, in two dimensions.
 
-    Features are L2-normalised, as kNN compares them, and cut to 50 principal components. t-SNE (van der Maaten and
+    Features are L2-normalized, as kNN compares them, and cut to 50 principal components. t-SNE (van der Maaten and
     Hinton 2008; scikit-learn) starts from the first two of them; UMAP (McInnes et al. 2018, 1802.03426; umap-learn).
-    Fewer than 50 pictures, and pictures that all have the same features, give the first two components. Raises
+    Fewer than 50 images, and images that all have the same features, give the first two components. Raises
     DataError for features that are not finite.
     """
     if not np.isfinite(split.features).all():
         raise DataError("evaluate.embedding: features are NaN or infinite; the backbone's weights have diverged")
-    rows = np.sort(np.random.default_rng(seed).permutation(len(split))[:pictures])
+    rows = np.sort(np.random.default_rng(seed).permutation(len(split))[:images])
     components = _principal(normalized(split.features[rows]), _COMPONENTS)
     spread = float(np.ptp(components, axis=0).max(initial=0))
     if len(rows) < _FEWEST or spread == 0:
         method = "pca"
     state = derive("embedding", seed) % 2**32
-    words = f"of {len(rows):,} test pictures drawn at random, on L2-normalised features, seed {seed}"
+    words = f"of {len(rows):,} test images drawn at random, on L2-normalized features, seed {seed}"
     if method == "tsne":
         perplexity = min(30, (len(rows) - 1) // 3)
         points, words = _tsne(components, perplexity, state), f"t-SNE (perplexity {perplexity}) {words}"
     elif method == "umap":
-        points, words = _umap(components, state), f"UMAP (15 neighbours, smallest distance 0.1) {words}"
+        points, words = _umap(components, state), f"UMAP (15 neighbors, smallest distance 0.1) {words}"
     else:
         points, words = components[:, :2], f"The first two principal components {words}"
     caution = (
-        "Two directions of many: pictures apart here are apart, those that lie on each other need not be alike."
+        "Two directions of many: images apart here are apart, those that lie on each other need not be alike."
         if method == "pca"
         else "Only who is near whom is meant: distances between groups, their sizes and their density say little, and "
         "another seed draws another map."
@@ -78,8 +78,8 @@ def embed(split: FeatureSplit, method: str, *, pictures: int = 1000, seed: int =
 
 def _principal(features: FloatArray, count: int) -> FloatArray:
     """Scores of the first `count` components, at least two columns; the largest entry of a direction is positive."""
-    centred = features.astype(np.float64) - features.mean(axis=0, dtype=np.float64)
-    left, values, right = np.linalg.svd(centred, full_matrices=False)
+    centered = features.astype(np.float64) - features.mean(axis=0, dtype=np.float64)
+    left, values, right = np.linalg.svd(centered, full_matrices=False)
     signs = np.sign(right[np.arange(len(right)), np.abs(right).argmax(axis=1)])
     scores = np.zeros((len(features), max(2, min(count, len(values)))), np.float32)
     scores[:, : len(values)] = (left * values * signs)[:, : scores.shape[1]]

@@ -1,4 +1,4 @@
-"""Test pictures beside their nearest training pictures: what the features take to be alike."""
+"""Test images beside their nearest training images: what the features take to be alike."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from unlabeled.eval.base import FeatureSet, FeatureSplit, FloatArray, IntArray
+from unlabeled.ssl.core.renamed import OldNames
 from unlabeled.ssl.data.source import ImageSource
 
 _PIXELS = 112
@@ -18,7 +19,7 @@ _PIXELS = 112
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """One small picture and what is known of it."""
+    """One small image and what is known of it."""
 
     image: Tensor
     """uint8 (3, h, w)."""
@@ -30,16 +31,16 @@ class Thumbnail:
 
 
 @dataclass(frozen=True)
-class GalleryRow:
-    """A test picture and its nearest training pictures, most similar first."""
+class GalleryRow(OldNames, neighbours="neighbors"):
+    """A test image and its nearest training images, most similar first."""
 
     query: Thumbnail
-    neighbours: tuple[Thumbnail, ...]
+    neighbors: tuple[Thumbnail, ...]
 
 
 def nearest_gallery(
     data: FeatureSet,
-    neighbours: IntArray,
+    neighbors: IntArray,
     similarities: FloatArray,
     sources: tuple[ImageSource, ImageSource],
     *,
@@ -47,9 +48,9 @@ def nearest_gallery(
     columns: int = 5,
     seed: int = 0,
 ) -> tuple[GalleryRow, ...]:
-    """`rows` test pictures, drawn by `seed` and not picked for looks, with their `columns` nearest neighbours.
+    """`rows` test images, drawn by `seed` and not picked for looks, with their `columns` nearest neighbors.
 
-    `neighbours` int64 (N, k) are rows of the training split, `similarities` float32 (N, k); `sources` is (train, test).
+    `neighbors` int64 (N, k) are rows of the training split, `similarities` float32 (N, k); `sources` is (train, test).
     """
     train, test = sources
     drawn = np.sort(np.random.default_rng(seed).permutation(len(data.test))[:rows])
@@ -58,7 +59,7 @@ def nearest_gallery(
             _thumbnail(test, data.test, int(row)),
             tuple(
                 _thumbnail(train, data.train, int(near), float(cosine))
-                for near, cosine in zip(neighbours[row, :columns], similarities[row, :columns], strict=True)
+                for near, cosine in zip(neighbors[row, :columns], similarities[row, :columns], strict=True)
             ),
         )
         for row in drawn
@@ -71,7 +72,7 @@ def _thumbnail(source: ImageSource, split: FeatureSplit, row: int, similarity: f
 
 
 def shrunk(image: Tensor, longest: int) -> Tensor:
-    """uint8 (3, H, W) with its longer side cut to `longest` pixels; smaller pictures stay as they are."""
+    """uint8 (3, H, W) with its longer side cut to `longest` pixels; smaller images stay as they are."""
     height, width = image.shape[-2:]
     if max(height, width) <= longest:
         return image

@@ -1,7 +1,7 @@
-"""How far an accuracy measured on n pictures, or a mean over a few draws, can be trusted.
+"""How far an accuracy measured on n images, or a mean over a few draws, can be trusted.
 
 Wilson 1927 for one proportion; for a difference Newcombe 1998 (method 10), which combines two of these as if measured
-on separate pictures: on the same pictures that is a little too wide. Student 1908 for a mean over draws.
+on separate images: on the same images that is a little too wide. Student 1908 for a mean over draws.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _Z95 = 1.959963984540054
 
 
 def wilson(accuracy: float, count: int) -> tuple[float, float]:
-    """95 % interval of a fraction `accuracy` measured on `count` pictures.
+    """95 % interval of a fraction `accuracy` measured on `count` images.
 
     >>> [round(limit, 4) for limit in wilson(0.9, 100)]
     [0.8256, 0.9448]
@@ -27,13 +27,13 @@ def wilson(accuracy: float, count: int) -> tuple[float, float]:
     if count < 1:
         return 0.0, 1.0
     square = _Z95**2
-    centre = (accuracy + square / (2 * count)) / (1 + square / count)
+    center = (accuracy + square / (2 * count)) / (1 + square / count)
     half = _Z95 / (1 + square / count) * math.sqrt(accuracy * (1 - accuracy) / count + square / (4 * count**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def difference(first: float, second: float, count: int) -> tuple[float, float]:
-    """95 % interval of ``first - second``, two fractions measured on `count` pictures each."""
+    """95 % interval of ``first - second``, two fractions measured on `count` images each."""
     gap = less(Estimate(first, *wilson(first, count)), Estimate(second, *wilson(second, count)))
     return gap.low, gap.high
 

@@ -1,9 +1,9 @@
 """Label-free measures of a representation: pure functions of features, computed in double precision.
 
-All but alignment, uniformity and CKA change with the number of pictures N: compare values of equal N only, and RankMe
+All but alignment, uniformity and CKA change with the number of images N: compare values of equal N only, and RankMe
 within one family of networks and methods only (Garrido et al., 2023). Which layer the features are of matters as well.
 
-Shapes: N pictures, D features, Q views of a picture.
+Shapes: N images, D features, Q views of an image.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from unlabeled.eval.evaluators.knn import nearest_neighbours
+from unlabeled.eval.evaluators.knn import nearest_neighbors
 from unlabeled.eval.neighbors.faiss_threads import faiss_threads
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.core.seeds import derive
@@ -26,18 +26,18 @@ Features = npt.NDArray[np.floating[Any]]
 Array = npt.NDArray[np.float64]
 
 _ROWS = 1024
-"""Pictures taken at a time; bounds the memory of copies in double precision."""
+"""Images taken at a time; bounds the memory of copies in double precision."""
 _CANDIDATES = 10
-"""Neighbours that single precision proposes, of which double precision finds the nearest two."""
+"""Neighbors that single precision proposes, of which double precision finds the nearest two."""
 
 
 @dataclass(frozen=True)
 class Spectrum:
     """Singular values of features, largest first, min(N, D) of them; those that are rounding alone are 0."""
 
-    uncentred: Array
+    uncentered: Array
     """Of the features as they are."""
-    centred: Array
+    centered: Array
     """Of the features less their mean; squared and divided by N: the eigenvalues of their covariance."""
     count: int
     """N."""
@@ -46,7 +46,7 @@ class Spectrum:
     def of(cls, features: Features) -> Spectrum:
         """From features (N, D), through the smaller of the D x D and N x N products, whose eigenvalues are squares.
 
-        Raises DataError for NaN or infinite features and for fewer than two pictures.
+        Raises DataError for NaN or infinite features and for fewer than two images.
         """
         mean = _checked(features).mean(axis=0, dtype=np.float64)
         count, width = features.shape
@@ -58,25 +58,25 @@ class Spectrum:
             # a sum loses nothing, while taking the mean's part away from the raw product would
             return cls(_roots(scatter + count * np.outer(mean, mean), count), _roots(scatter, count), count)
         wide = features.astype(np.float64)
-        centred = wide - mean
-        return cls(_roots(wide @ wide.T, width), _roots(centred @ centred.T, width), count)
+        centered = wide - mean
+        return cls(_roots(wide @ wide.T, width), _roots(centered @ centered.T, width), count)
 
 
 def rankme(spectrum: Spectrum) -> float:
-    """RankMe: exp of the entropy of the uncentred singular values, from 1 to min(N, D); 0 for features that are all 0.
+    """RankMe: exp of the entropy of the uncentered singular values, from 1 to min(N, D); 0 for features that are all 0.
 
-    Garrido et al. 2023, 2210.02885, eq. 1: p = σ / Σσ + 1e-7; the paper takes 25,600 training pictures. A mean that is
+    Garrido et al. 2023, 2210.02885, eq. 1: p = σ / Σσ + 1e-7; the paper takes 25,600 training images. A mean that is
     large beside the spread makes it small.
     """
-    return _entropy_rank(spectrum.uncentred, 1e-7)
+    return _entropy_rank(spectrum.uncentered, 1e-7)
 
 
 def effective_rank(spectrum: Spectrum) -> float:
-    """exp of the entropy of the centred singular values (Roy & Vetterli 2007), from 1 to min(N - 1, D).
+    """exp of the entropy of the centered singular values (Roy & Vetterli 2007), from 1 to min(N - 1, D).
 
     0 for features that do not vary.
     """
-    return _entropy_rank(spectrum.centred, 0.0)
+    return _entropy_rank(spectrum.centered, 0.0)
 
 
 def alpha_req(spectrum: Spectrum, *, first: int = 5, last: int = 100) -> float:
@@ -86,7 +86,7 @@ def alpha_req(spectrum: Spectrum, *, first: int = 5, last: int = 100) -> float:
     The range is not in the paper; it ends before the first eigenvalue that is 0. Raises DataError when it holds fewer
     than three.
     """
-    positive = spectrum.centred[spectrum.centred > 0]
+    positive = spectrum.centered[spectrum.centered > 0]
     index = np.arange(first, min(last, len(positive)) + 1)
     if len(index) < 3:
         raise DataError(
@@ -100,10 +100,10 @@ def alpha_req(spectrum: Spectrum, *, first: int = 5, last: int = 100) -> float:
 def two_nn(features: Features, *, discard: float = 0.1) -> float:
     """TwoNN intrinsic dimension of features (N, D), without their duplicates.
 
-    Facco et al. 2017, Scientific Reports 7:12140: with μ = r2 / r1 of the distances to the two nearest neighbours and
+    Facco et al. 2017, Scientific Reports 7:12140: with μ = r2 / r1 of the distances to the two nearest neighbors and
     its empirical distribution F, the slope through the origin of -log(1 - F) on log μ, less the largest `discard` of
     the points. It grows with N where the data has structure at small distances. Raises DataError for fewer than three
-    distinct points, and where each point is as far from its second neighbour as from its first, as on a grid.
+    distinct points, and where each point is as far from its second neighbor as from its first, as on a grid.
     """
     points = _distinct(_checked(features))
     if len(points) < 3:
@@ -113,22 +113,22 @@ def two_nn(features: Features, *, discard: float = 0.1) -> float:
     x = ratios[: int(len(ratios) * (1 - discard))]
     y = -np.log1p(-np.arange(1, len(x) + 1) / len(ratios))
     if not x.any():
-        raise DataError("evaluate: TwoNN has no value where all points are as far from two neighbours as from one")
+        raise DataError("evaluate: TwoNN has no value where all points are as far from two neighbors as from one")
     return float(x @ y / (x @ x))
 
 
 def cluster_learnability(features: Features, *, seed: int) -> float:
-    """How well the nearest neighbour (cosine) tells the cluster of a picture: accuracy from 0 to 1.
+    """How well the nearest neighbor (cosine) tells the cluster of an image: accuracy from 0 to 1.
 
-    Of CLID (Lu et al. 2022, 2206.01251): round(√N) clusters by k-means of the normalised features; one random half of
-    the pictures is told by the other. A single cluster is told perfectly, so 1 can be the sign of a collapse. Raises
-    DataError for fewer than four pictures and when all end in one cluster.
+    Of CLID (Lu et al. 2022, 2206.01251): round(√N) clusters by k-means of the normalized features; one random half of
+    the images is told by the other. A single cluster is told perfectly, so 1 can be the sign of a collapse. Raises
+    DataError for fewer than four images and when all end in one cluster.
     """
     import faiss  # loads its own OpenMP runtime, which most runs do not need
 
     points = np.ascontiguousarray(_unit(_checked(features)), dtype=np.float32)
     if len(points) < 4:
-        raise DataError(f"evaluate: cluster learnability needs four pictures, and there are {len(points)}")
+        raise DataError(f"evaluate: cluster learnability needs four images, and there are {len(points)}")
     clusters = round(math.sqrt(len(points)))
     with faiss_threads():
         kmeans = faiss.Kmeans(
@@ -141,27 +141,27 @@ def cluster_learnability(features: Features, *, seed: int) -> float:
         raise DataError("evaluate: all features fall into one cluster; there is nothing to learn")
     order = np.random.default_rng(derive("clid halves", seed)).permutation(len(points))
     known, asked = order[: len(order) // 2], order[len(order) // 2 :]
-    neighbours, _ = nearest_neighbours(points[known], points[asked], 1)
-    return float((labels[known][neighbours[:, 0]] == labels[asked]).mean())
+    neighbors, _ = nearest_neighbors(points[known], points[asked], 1)
+    return float((labels[known][neighbors[:, 0]] == labels[asked]).mean())
 
 
 def clid(learnability: Sequence[float], dimension: Sequence[float]) -> Array:
-    """CLID of each of M encoders: cluster learnability plus intrinsic dimension, each standardised over the M.
+    """CLID of each of M encoders: cluster learnability plus intrinsic dimension, each standardized over the M.
 
     A single encoder has none: what it gives then is 0 (Lu et al. 2022, 2206.01251).
     """
 
-    def standardised(values: Sequence[float]) -> Array:
+    def standardized(values: Sequence[float]) -> Array:
         array = np.asarray(values, dtype=np.float64)
         varies = len(set(values)) > 1
         scores: Array = (array - array.mean()) / array.std() if varies else np.zeros_like(array)
         return scores
 
-    return standardised(learnability) + standardised(dimension)
+    return standardized(learnability) + standardized(dimension)
 
 
 def alignment(views: Features) -> float:
-    """Mean squared distance of two views of a picture, (N, Q, D), features of unit length: 0 (equal) to 4.
+    """Mean squared distance of two views of an image, (N, Q, D), features of unit length: 0 (equal) to 4.
 
     Wang & Isola 2020, 2005.10242, with α = 2, over all pairs of the Q views.
     """
@@ -169,10 +169,10 @@ def alignment(views: Features) -> float:
 
 
 def pair_distances(views: Features) -> Array:
-    """`alignment` of each picture, (N,). Raises DataError for fewer than two views and for NaN."""
+    """`alignment` of each image, (N,). Raises DataError for fewer than two views and for NaN."""
     _checked(views.reshape(len(views), -1))
     if views.shape[1] < 2:
-        raise DataError("evaluate: alignment needs two views of each picture")
+        raise DataError("evaluate: alignment needs two views of each image")
     unit, count = _unit(views), views.shape[1]
     # all ordered pairs: Σ |x - y|² = 2 Q Σ |x|² - 2 |Σ x|²
     total = 2 * count * (unit**2).sum(axis=(1, 2)) - 2 * (unit.sum(axis=1) ** 2).sum(axis=1)
@@ -181,10 +181,10 @@ def pair_distances(views: Features) -> Array:
 
 
 def uniformity(features: Features, *, t: float = 2.0) -> float:
-    """log of the mean of exp(-t |x - y|²) over all pairs of distinct pictures, features (N, D) of unit length.
+    """log of the mean of exp(-t |x - y|²) over all pairs of distinct images, features (N, D) of unit length.
 
     Wang & Isola 2020, 2005.10242: 0 when all are equal, about -4 (for t = 2) when they are spread over a sphere of many
-    dimensions. Raises DataError for fewer than two pictures and for NaN.
+    dimensions. Raises DataError for fewer than two images and for NaN.
     """
     unit = _unit(_checked(features))
     squares = (unit**2).sum(axis=1)
@@ -197,17 +197,17 @@ def uniformity(features: Features, *, t: float = 2.0) -> float:
 
 
 def lidar(views: Features, *, delta: float = 1e-4) -> float:
-    """LiDAR of Q views of each of N pictures, (N, Q, D): from 1 to min(N - 1, D); 0 when all pictures are alike.
+    """LiDAR of Q views of each of N images, (N, Q, D): from 1 to min(N - 1, D); 0 when all images are alike.
 
     Thilak et al. 2023, 2312.04000: exp of the entropy of p = λ / Σλ + 1e-8, λ the eigenvalues of Σ_w^-½ Σ_b Σ_w^-½,
-    Σ_b the covariance of the pictures' means and Σ_w the mean covariance of a picture's views plus `delta` I, so that
+    Σ_b the covariance of the images' means and Σ_w the mean covariance of an image's views plus `delta` I, so that
     it depends on the features' scale. The paper takes N = 1000, Q = 50 and the views of the pretext task. It says how
-    many directions tell pictures apart, alike, and not how well: views of pure noise give D.
+    many directions tell images apart, alike, and not how well: views of pure noise give D.
     """
     _checked(views.reshape(len(views), -1))
     count, each, width = views.shape
     if each < 2:
-        raise DataError("evaluate: LiDAR needs two views of each picture")
+        raise DataError("evaluate: LiDAR needs two views of each image")
     means = views.mean(axis=1, dtype=np.float64)
     within = np.eye(width) * delta
     for start in range(0, count, max(1, _ROWS // each)):
@@ -222,42 +222,42 @@ def lidar(views: Features, *, delta: float = 1e-4) -> float:
 
 
 def linear_cka(first: Features, second: Features, *, debiased: bool | None = None) -> float:
-    """Linear CKA of two representations (N, D1), (N, D2) of the same pictures; 1 when they are the same.
+    """Linear CKA of two representations (N, D1), (N, D2) of the same images; 1 when they are the same.
 
     Kornblith et al. 2019, 1905.00414. Rotations, offsets and a common scale change nothing. The plain form is biased
     upwards where N is not far above D; `debiased` takes the unbiased HSIC (Song et al. 2012; Nguyen et al. 2021,
     2010.15327), whose mean is 0 for unrelated features; None: where D1 or D2 is N or more. 0 where one of them does not
-    vary. Raises DataError for NaN, for unlike N, and for fewer than four pictures where debiased.
+    vary. Raises DataError for NaN, for unlike N, and for fewer than four images where debiased.
     """
     if len(first) != len(second):
-        raise DataError(f"evaluate: CKA compares the same pictures, and there are {len(first)} and {len(second)}")
+        raise DataError(f"evaluate: CKA compares the same images, and there are {len(first)} and {len(second)}")
     width, count = max(first.shape[1], second.shape[1]), len(first)
     debiased = width >= count if debiased is None else debiased
     if debiased or width >= count:
-        return float((centred_gram(first, debiased=debiased) * centred_gram(second, debiased=debiased)).sum())
-    x, y = _centred(first), _centred(second)
+        return float((centered_gram(first, debiased=debiased) * centered_gram(second, debiased=debiased)).sum())
+    x, y = _centered(first), _centered(second)
     norms = float(np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y))
     return float(np.linalg.norm(y.T @ x) ** 2 / norms) if norms > 0 else 0.0
 
 
-def centred_gram(features: Features, *, debiased: bool) -> Array:
-    """Similarities (N, N) of features (N, D), centred, of unit norm: the sum of products of two of them is their CKA.
+def centered_gram(features: Features, *, debiased: bool) -> Array:
+    """Similarities (N, N) of features (N, D), centered, of unit norm: the sum of products of two of them is their CKA.
 
-    All 0 for features that do not vary. Debiased ones are centred so that rows sum to 0 without the diagonal, which is
+    All 0 for features that do not vary. Debiased ones are centered so that rows sum to 0 without the diagonal, which is
     0 (Székely & Rizzo 2014); their products are N(N - 3) times Song's unbiased HSIC.
     """
-    centred = _centred(features)
-    gram: Array = centred @ centred.T
+    centered = _centered(features)
+    gram: Array = centered @ centered.T
     before, count = float(np.linalg.norm(gram)), len(gram)
     if debiased:
         if count < 4:
-            raise DataError(f"evaluate: debiased CKA needs four pictures, and there are {count}")
+            raise DataError(f"evaluate: debiased CKA needs four images, and there are {count}")
         np.fill_diagonal(gram, 0)
         sums = gram.sum(axis=1) / (count - 2)
         gram -= sums[:, None] + sums[None, :] - sums.sum() / (count - 1)
         np.fill_diagonal(gram, 0)
     norm = float(np.linalg.norm(gram))
-    if norm <= 1e-10 * before:  # rounding alone, as when a single picture differs from the others
+    if norm <= 1e-10 * before:  # rounding alone, as when a single image differs from the others
         return np.zeros_like(gram)
     gram /= norm
     return gram
@@ -265,8 +265,8 @@ def centred_gram(features: Features, *, debiased: bool) -> Array:
 
 def cka_map(first: Sequence[Features], second: Sequence[Features], *, debiased: bool = True) -> Array:
     """Linear CKA of each of L1 representations with each of L2, (L1, L2); memory is that of L1 matrices N x N."""
-    kept = [centred_gram(features, debiased=debiased) for features in first]
-    columns = (centred_gram(features, debiased=debiased) for features in second)
+    kept = [centered_gram(features, debiased=debiased) for features in first]
+    columns = (centered_gram(features, debiased=debiased) for features in second)
     values: Array = np.array([[float(np.vdot(one, other)) for one in kept] for other in columns]).T
     return values
 
@@ -289,7 +289,7 @@ def _roots(product: Array, terms: int) -> Array:
 
 def _checked(features: Features) -> Features:
     if len(features) < 2:
-        raise DataError(f"evaluate: {len(features)} pictures are too few; nothing can be measured")
+        raise DataError(f"evaluate: {len(features)} images are too few; nothing can be measured")
     broken = sum(int((~np.isfinite(rows).all(axis=1)).sum()) for rows in _blocks(features, wide=False))
     if broken:
         raise DataError(
@@ -313,12 +313,12 @@ def _unit(features: Features) -> Array:
     return wide / np.where(lengths > 0, lengths, 1)
 
 
-def _centred(features: Features) -> Array:
+def _centered(features: Features) -> Array:
     """(N, D) less its mean; exactly 0 where nothing but rounding is left."""
     wide = _checked(features).astype(np.float64)
-    centred = wide - wide.mean(axis=0)
-    varies = np.linalg.norm(centred) > 1e-10 * np.linalg.norm(wide)
-    return centred if varies else np.zeros_like(centred)
+    centered = wide - wide.mean(axis=0)
+    varies = np.linalg.norm(centered) > 1e-10 * np.linalg.norm(wide)
+    return centered if varies else np.zeros_like(centered)
 
 
 def _distinct(features: Features) -> Features:

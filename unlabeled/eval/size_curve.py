@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from unlabeled.eval.registry import measure_of
 from unlabeled.ssl.backbones.weights import WEIGHTS
@@ -35,13 +35,13 @@ class SizeResult(_Record):
     """Blocks of each stage."""
     parameters: int
     macs: int
-    """Multiply-adds for one picture."""
+    """Multiply-adds for one image."""
     metrics: dict[str, float]
     """``evaluator/name`` → accuracy on the test split, a fraction."""
     random: dict[str, float] = {}
     """The same of the same network with random weights; empty: not measured."""
     recalibrated: int = 0
-    """Training pictures on which the statistics of its batch norms were estimated; 0: they were not."""
+    """Training images on which the statistics of its batch norms were estimated; 0: they were not."""
     seconds: float = 0.0
     weights: str
     """SHA-256 of the file that the weights come from."""
@@ -50,14 +50,16 @@ class SizeResult(_Record):
 class SizeCurve(_Record):
     """All sizes that were measured under one protocol."""
 
+    model_config = ConfigDict(populate_by_name=True)
+
     settings: dict[str, Any]
     """What the numbers depend on; ``weights`` is the SHA-256 of the run's weights."""
     headline: tuple[str, ...]
     """Metrics to quote, such as ``knn/k20``."""
     labels: dict[str, str] = {}
     """What tables call them."""
-    train_pictures: int
-    test_pictures: int
+    train_images: int = Field(validation_alias=AliasChoices("train_images", "train_pictures"))
+    test_images: int = Field(validation_alias=AliasChoices("test_images", "test_pictures"))
     sizes: int
     """How many the run holds, measured or not."""
     pixels: dict[str, float] = {}

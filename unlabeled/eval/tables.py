@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 
 from unlabeled.eval.base import Estimate
-from unlabeled.eval.comparison import TITLES, Comparison, judge, measures, percent
-from unlabeled.eval.results import Evidence
+from unlabeled.eval.comparison import TITLES, Comparison, measures, percent, summarize
+from unlabeled.eval.results import Results
 
 
-def evidence_table(evidence: Evidence) -> str:
+def results_table(results: Results) -> str:
     """The verdict and a row for each measure on all features, those to quote in bold; intervals are 95 %."""
-    names = list(evidence.encoders)
-    rows = sorted((row for row in measures(evidence) if row.cut is None), key=lambda row: not row.headline)
+    names = list(results.encoders)
+    rows = sorted((row for row in measures(results) if row.cut is None), key=lambda row: not row.headline)
     lines = [
-        judge(evidence).summary,
+        summarize(results).text,
         "",
         "| " + " | ".join(["", *(TITLES.get(name, name) for name in names)]) + " |",
         "|---" * (len(names) + 1) + "|",

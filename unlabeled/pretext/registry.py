@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.config.messages import explain
-from unlabeled.ssl.core.errors import CapabilityError, ConfigError, LacksCapabilityError
+from unlabeled.ssl.core.errors import CapabilityError, ConfigError, MissingCapabilityError
 from unlabeled.ssl.core.registry import Registry
 from unlabeled.ssl.task import PretextTask, TaskConfig
 
@@ -82,7 +82,7 @@ def create_task(settings: Mapping[str, Any], backbone: Backbone) -> PretextTask:
     cls, config = task_class(str(settings["name"])), task_config(settings)
     try:
         return cls(config, backbone)
-    except LacksCapabilityError as error:
+    except MissingCapabilityError as error:
         able = ", ".join(tasks_for(backbone)) or "none of the installed tasks"
         raise CapabilityError(f"{error}; it can do: {able}") from None
 
@@ -92,7 +92,7 @@ def tasks_for(backbone: Backbone) -> list[str]:
 
     def able(task: str) -> bool:
         try:
-            return not any(backbone.lacks(capability) for capability in task_class(task).requires)
+            return not any(backbone.missing_reason(capability) for capability in task_class(task).requires)
         except ConfigError:  # a task of a plugin that cannot be imported
             return False
 

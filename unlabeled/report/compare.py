@@ -23,11 +23,11 @@ from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.core.files import write_atomically, writing
 from unlabeled.ssl.train.run_folder import current
 
-SCHEMA = 1
+SCHEMA = 2
 
 _WHERE = ("report/report.json", "report.json")
 _BASELINES = ("pixels", "random")
-_SAME = {"train_pictures": "training pictures", "test_pictures": "test pictures", "classes": "classes"}
+_SAME = {"train_images": "training images", "test_images": "test images", "classes": "classes"}
 """What of the evidence must be equal for a fair table."""
 
 
@@ -39,8 +39,8 @@ class Run:
     document: Mapping[str, Any]
 
     @property
-    def evidence(self) -> Mapping[str, Any]:
-        return self.document.get("evidence") or {}
+    def results(self) -> Mapping[str, Any]:
+        return self.document.get("results") or {}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class Run:
         return {name: value for name, value in flat.items() if name not in ("out", "target")}
 
     def metrics(self, encoder: str = "backbone") -> Mapping[str, float | None]:
-        found: Mapping[str, float | None] = self.evidence.get("encoders", {}).get(encoder, {}).get("metrics", {})
+        found: Mapping[str, float | None] = self.results.get("encoders", {}).get(encoder, {}).get("metrics", {})
         return found
 
     @property
@@ -71,7 +71,7 @@ class Run:
         if value is None:
             return None
         known = measure.unit == "accuracy" and 0 <= value <= 1
-        return Estimate(value, *(wilson(value, self.evidence["test_pictures"]) if known else (math.nan, math.nan)))
+        return Estimate(value, *(wilson(value, self.results["test_images"]) if known else (math.nan, math.nan)))
 
 
 _ENDS = ("value", "low", "high")
@@ -87,9 +87,9 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         found.append((_folder_of(file).name or "run", read_report(file), file))
     counts = Counter(label for label, _, _ in found)
     runs = []
-    for place, (label, document, file) in enumerate(found, start=1):
+    for position, (label, document, file) in enumerate(found, start=1):
         _check(document, file)
-        runs.append(Run(clean(label if counts[label] == 1 else f"{place}: {label}"), document))
+        runs.append(Run(clean(label if counts[label] == 1 else f"{position}: {label}"), document))
     return runs
 
 
@@ -100,10 +100,10 @@ def _folder_of(file: Path) -> Path:
 
 
 def _check(document: Mapping[str, Any], file: Path) -> None:
-    evidence = document.get("evidence")
-    parts = [document.get("run"), {} if evidence is None else evidence]
+    results = document.get("results")
+    parts = [document.get("run"), {} if results is None else results]
     if all(isinstance(part, dict) for part in parts) and isinstance(document.get("comparison"), list):
-        encoders = {"backbone": {"metrics": {}}} if evidence is None else evidence.get("encoders")
+        encoders = {"backbone": {"metrics": {}}} if results is None else results.get("encoders")
         if isinstance(encoders, dict) and isinstance(encoders.get("backbone", {}).get("metrics"), dict):
             return
     raise DataError(f"report: {file} is no report of a run; write it again with `unlabeled evaluate`")
@@ -114,7 +114,7 @@ def compare_runs(runs: Sequence[Run]) -> dict[str, Any]:
 
     ``schema``    1; grows when a key changes its meaning or goes.
     ``runs``      ``label``, and of the report ``task``, ``backbone``, ``data``, ``parameters``, ``epochs``, ``images``,
-                  ``seconds``, ``evaluation_seconds``, ``train_pictures``, ``test_pictures``, ``summary`` (verdict).
+                  ``seconds``, ``evaluation_seconds``, ``train_images``, ``test_images``, ``summary`` (verdict).
     ``fair``      whether all were judged on the same data; only then are there differences and best ones.
     ``differs``   in words, where the data differ.
     ``measures``  one for each, those to quote first: ``metric``, ``label``, ``unit``, ``better``, ``headline`` and, of
@@ -171,7 +171,7 @@ def _measures(runs: Sequence[Run]) -> list[tuple[str, Measure]]:
         for metric in run.metrics():
             if (row := rows.get(metric)) is not None:
                 found[metric] = Measure(row["label"], row.get("unit", "accuracy"), row.get("better", "higher"))
-    quoted = {metric for run in runs for metric in run.evidence.get("headline", [])}
+    quoted = {metric for run in runs for metric in run.results.get("headline", [])}
     return sorted(found.items(), key=lambda pair: pair[0] not in quoted)
 
 
@@ -184,12 +184,12 @@ def _measured(runs: Sequence[Run], metric: str, measure: Measure, fair: bool) ->
         "label": measure.label,
         "unit": measure.unit,
         "better": measure.better,
-        "headline": any(metric in run.evidence.get("headline", []) for run in runs),
+        "headline": any(metric in run.results.get("headline", []) for run in runs),
         "values": [_plain(value) for value in values],
         **baselines,
         "differences": [
-            _plain(less(value, first)) if place and value is not None and first is not None else None
-            for place, value in enumerate(values)
+            _plain(less(value, first)) if position and value is not None and first is not None else None
+            for position, value in enumerate(values)
         ],
         "best": _clear_best(values, measure.better) if fair else [False] * len(values),
     }
@@ -202,8 +202,8 @@ def _clear_best(values: Sequence[Estimate | None], better: str | None) -> list[b
         return [False] * len(values)
     sign = 1 if better == "higher" else -1
     ends = [sorted((sign * value.low, sign * value.high)) for value in known]
-    top = max(range(len(ends)), key=lambda place: ends[place][0])
-    clear = all(ends[place][1] < ends[top][0] for place in range(len(ends)) if place != top)
+    top = max(range(len(ends)), key=lambda position: ends[position][0])
+    clear = all(ends[position][1] < ends[top][0] for position in range(len(ends)) if position != top)
     return [clear and value is known[top] for value in values]
 
 
@@ -211,7 +211,7 @@ def _differs(runs: Sequence[Run]) -> list[str]:
     """Where the data of the evaluations differ, one line each."""
     lines = []
     for key, words in _SAME.items():
-        values = [run.evidence.get(key) for run in runs]
+        values = [run.results.get(key) for run in runs]
         if any(value != values[0] for value in values[1:]):
             shown = [len(value) if isinstance(value, list) else value for value in values]
             lines.append(_line(words, [f"{one:,}" if one is not None else "none" for one in shown], runs))
@@ -247,10 +247,10 @@ def _facts(run: Run) -> dict[str, Any]:
     return {
         "label": run.label,
         **known,
-        "evaluation_seconds": run.evidence.get("seconds"),
-        "train_pictures": run.evidence.get("train_pictures"),
-        "test_pictures": run.evidence.get("test_pictures"),
-        "summary": (run.document.get("verdict") or {}).get("summary", ""),
+        "evaluation_seconds": run.results.get("seconds"),
+        "train_images": run.results.get("train_images"),
+        "test_images": run.results.get("test_images"),
+        "summary": (run.document.get("summary") or {}).get("text", ""),
     }
 
 
@@ -280,9 +280,9 @@ def _fact_rows(document: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
 
     shapes: dict[str, tuple[str, Any]] = {
         "Task": ("task", str), "Backbone": ("backbone", str), "Parameters": ("parameters", million),
-        "Data": ("data", str), "Epochs": ("epochs", "{:g}".format), "Pictures seen": ("images", "{:,}".format),
+        "Data": ("data", str), "Epochs": ("epochs", "{:g}".format), "Images seen": ("images", "{:,}".format),
         "Pretraining took": ("seconds", duration), "Evaluation took": ("evaluation_seconds", duration),
-        "Training pictures": ("train_pictures", "{:,}".format), "Test pictures": ("test_pictures", "{:,}".format),
+        "Training images": ("train_images", "{:,}".format), "Test images": ("test_images", "{:,}".format),
     }  # fmt: skip
     rows = [
         (title, ["–" if run[name] is None else shape(run[name]) for run in document["runs"]])

@@ -34,30 +34,32 @@ def accuracy_figure(labels: Sequence[str], measures: Sequence[Mapping[str, Any]]
     rows = [row for row in rows if row[1]["values"][row[2]] is not None]
     with mpl.rc_context(STYLE):
         figure, axes = drawing(0.6 + 0.3 * len(rows))
-        places = [-place - 0.9 * number for place, (number, _, _) in enumerate(rows)]
-        for place, (_, measure, run) in zip(places, rows, strict=True):
+        positions = [-position - 0.9 * number for position, (number, _, _) in enumerate(rows)]
+        for position, (_, measure, run) in zip(positions, rows, strict=True):
             value, random = measure["values"][run], measure["random"][run]
             color = ACCENT if measure["best"][run] else INK
             low, high = (value[end] if value[end] is not None else value["value"] for end in ("low", "high"))
-            axes.plot([low, high], [place, place], color=color)
-            axes.plot([value["value"]], [place], "o", color=color, markersize=6)
+            axes.plot([low, high], [position, position], color=color)
+            axes.plot([value["value"]], [position], "o", color=color, markersize=6)
             if random is not None:
-                axes.plot([random["value"]], [place], "o", color=SOFT, markersize=5, markerfacecolor="none")
+                axes.plot([random["value"]], [position], "o", color=SOFT, markersize=5, markerfacecolor="none")
             axes.annotate(
-                f"{percent(value['value'])} %", (high, place), (6, 0), textcoords="offset points", va="center",
+                f"{percent(value['value'])} %", (high, position), (6, 0), textcoords="offset points", va="center",
                 fontsize=8.5, color=color,
             )  # fmt: skip
         for number, measure in enumerate(measures):
-            top = max((place for place, row in zip(places, rows, strict=True) if row[0] == number), default=0.0)
+            top = max(
+                (position for position, row in zip(positions, rows, strict=True) if row[0] == number), default=0.0
+            )
             axes.text(
                 0, top + 0.7, measure["label"], transform=axes.get_yaxis_transform(), fontsize=8.5, color=SOFT,
                 va="center",
             )  # fmt: skip
-        axes.set_yticks(places, [short(labels[run], _LABEL) for _, _, run in rows])
+        axes.set_yticks(positions, [short(labels[run], _LABEL) for _, _, run in rows])
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.grid(axis="y", visible=False)
-        axes.set_ylim(min(places) - 0.6, 1.1)
+        axes.set_ylim(min(positions) - 0.6, 1.1)
         axes.margins(x=0.16)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
         axes.xaxis.set_major_locator(MaxNLocator(4))

@@ -1,9 +1,10 @@
-"""The report as data: what report.json holds, and what report.md and report.html show apart from pictures."""
+"""The report as data: what report.json holds, and what report.md and report.html show apart from images."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -12,34 +13,35 @@ from typing import Any
 
 import numpy as np
 
-from unlabeled.eval.comparison import TITLES, as_row, compare, judge
+from unlabeled.eval.comparison import TITLES, as_row, compare, summarize
 from unlabeled.eval.embedding import Embedding
 from unlabeled.eval.environment import versions
 from unlabeled.eval.registry import evaluator_class, evaluator_names
-from unlabeled.eval.results import EncoderEvidence, Evidence
+from unlabeled.eval.results import EncoderResults, Results
 from unlabeled.eval.size_curve import SizeCurve
 from unlabeled.report.sections import evaluator_sections, general_notes
 from unlabeled.report.size_table import size_section
 from unlabeled.report.summary import RunSummary
 from unlabeled.ssl.core.errors import DataError
+from unlabeled.ssl.core.renamed import with_new_names
 
-SCHEMA = 2
+SCHEMA = 3
 
 Row = Mapping[str, Any]
 
 
 def report_document(
     run: RunSummary,
-    evidence: Evidence | None,
+    results: Results | None,
     metrics: Sequence[Row] | None,
-    pictures: Sequence[str] = (),
+    images: Sequence[str] = (),
     sizes: SizeCurve | None = None,
 ) -> dict[str, Any]:
     """The report as JSON-like values; fractions are 0..1, times in seconds, non-finite numbers null.
 
-    ``schema``      2; grows when a key changes its meaning or goes.
+    ``schema``      3; grows when a key changes its meaning or goes.
     ``run``         the fields of `RunSummary`.
-    ``verdict``     ``level`` (better, even, worse, mixed, alone: no baselines, none: no evidence), ``summary``,
+    ``summary``     ``level`` (better, even, worse, mixed, alone: no baselines, none: no results), ``text``,
                     ``details``.
     ``comparison``  one entry for each accuracy, those to quote (``headline``) first: ``metric``, ``label``, ``values``
                     (encoder → ``value``, ``low``, ``high``: 95 % interval, the evaluator's own or Wilson's) and
@@ -48,20 +50,20 @@ def report_document(
                     accuracy, percent, number, ``better``: higher, lower, null, and ``cut``: null or 64 of the first 64
                     features, pca64 of as many components; limits are null where there is no interval, ``differences``
                     empty for numbers), ``notes``, ``arrays`` (those that figures show: key → encoder → nested lists, up
-                    to 2,500 numbers), ``pictures`` (encoder → keys).
-    ``evidence``    null or ``encoders`` (name → ``title``, ``metrics``, ``notes``, ``seconds``, ``dimension``),
-                    ``headline``, ``classes``, ``train_pictures``, ``test_pictures``, ``majority``, ``skipped``,
-                    ``seeds``, ``hardware``, ``seconds``, ``recalibrated`` (training pictures on which batch-norm
+                    to 2,500 numbers), ``images`` (encoder → keys).
+    ``results``    null or ``encoders`` (name → ``title``, ``metrics``, ``notes``, ``seconds``, ``dimension``),
+                    ``headline``, ``classes``, ``train_images``, ``test_images``, ``majority``, ``skipped``,
+                    ``seeds``, ``hardware``, ``seconds``, ``recalibrated`` (training images on which batch-norm
                     statistics were estimated anew; 0: none).
-    ``embedding``   null or ``points`` (n, 2) of test pictures in a plane, their ``labels``, ``method``, ``caution``.
-    ``maps``        names of the pictures of what the backbone looks at.
+    ``embedding``   null or ``points`` (n, 2) of test images in a plane, their ``labels``, ``method``, ``caution``.
+    ``maps``        names of the images of what the backbone looks at.
     ``training``    null or ``rows``, ``first`` and ``last`` (rows of metrics.jsonl) and ``online`` ([epoch or step,
                     kNN accuracy] during the run).
     ``sizes``       null or what was measured of an elastic run's sizes: ``rows``, smallest first (``kind``: extracted
                     or trained alone, ``title``, ``width``, ``depths``, ``parameters``, ``macs``, ``recalibrated``,
                     ``seconds``, ``values`` and ``random`` as in ``comparison``, ``front``: metrics in which no smaller
-                    size is as good), ``headline``, ``pixels``, ``held`` (sizes in the run), ``measured``.
-    ``pictures``    names of the task's pictures.
+                    size is as good), ``headline``, ``pixels``, ``stored`` (sizes in the run), ``measured``.
+    ``images``    names of the task's images.
     ``notes``       how the numbers came about.
     """
     document: dict[str, Any] = _plain(
@@ -69,16 +71,16 @@ def report_document(
             "schema": SCHEMA,
             "versions": versions(),
             "run": asdict(run),
-            "verdict": asdict(judge(evidence)),
-            "comparison": [as_row(comparison) for comparison in compare(evidence)] if evidence else [],
-            "evaluators": evaluator_sections(evidence) if evidence else [],
-            "evidence": _evidence(evidence) if evidence else None,
-            "embedding": _embedding(evidence.embedding) if evidence and evidence.embedding else None,
-            "maps": list(evidence.maps) if evidence else [],
+            "summary": asdict(summarize(results)),
+            "comparison": [as_row(comparison) for comparison in compare(results)] if results else [],
+            "evaluators": evaluator_sections(results) if results else [],
+            "results": _results_of(results) if results else None,
+            "embedding": _embedding(results.embedding) if results and results.embedding else None,
+            "maps": list(results.maps) if results else [],
             "training": training_summary(metrics or ()),
             "sizes": size_section(sizes) if sizes is not None else None,
-            "pictures": list(pictures),
-            "notes": _notes(run, evidence),
+            "images": list(images),
+            "notes": _notes(run, results),
         }
     )
     return document
@@ -96,20 +98,20 @@ def read_report(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"report: {file} cannot be read ({error}); write it again with `unlabeled evaluate`") from None
     found = document.get("schema") if isinstance(document, dict) else None
-    if found == 1:
-        try:
-            return _upgraded(document)
-        except (KeyError, TypeError, AttributeError):
-            raise DataError(f"report: {file} is not a report of schema 1; write it again") from None
-    if found != SCHEMA:
-        raise DataError(f"report: {file} has schema {found}, this version reads 1 and {SCHEMA}; write it again")
-    return dict(document)
+    if found not in (1, 2, SCHEMA):
+        raise DataError(f"report: {file} has schema {found}, this version reads 1 to {SCHEMA}; write it again")
+    try:
+        if found == 1:
+            document = _second_schema(document)
+        return _third_schema(document) if found < SCHEMA else dict(document)
+    except (KeyError, TypeError, AttributeError):
+        raise DataError(f"report: {file} is not a report of schema {found}; write it again") from None
 
 
-def _upgraded(document: dict[str, Any]) -> dict[str, Any]:
-    """A document of schema 1, where accuracies were all there was and the linear probe's confusion lay in ``evidence``.
+def _second_schema(document: dict[str, Any]) -> dict[str, Any]:
+    """A document of schema 1, which had accuracies only and kept the linear probe's confusion in ``evidence``.
 
-    Its intervals and words stay as they were written.
+    Its intervals and sentences stay as they were written.
     """
     confusion = document["evidence"].pop("confusion") if document["evidence"] else None
     sections: dict[str, dict[str, Any]] = {}
@@ -122,7 +124,26 @@ def _upgraded(document: dict[str, Any]) -> dict[str, Any]:
         sections["linear"]["arrays"] = {"confusion": {"backbone": confusion}}
     comparison = [{**row, "unit": "accuracy", "better": "higher"} for row in document["comparison"]]
     new = {"comparison": comparison, "evaluators": list(sections.values()), "embedding": None, "maps": []}
-    return {**document, **new, "schema": SCHEMA}
+    return {**document, **new}
+
+
+def _third_schema(document: dict[str, Any]) -> dict[str, Any]:
+    """A document of schema 2, whose keys had other names."""
+    names = {"verdict": "summary", "evidence": "results", "pictures": "images"}
+    new: dict[str, Any] = with_new_names(document, names) | {"schema": SCHEMA}
+    new["summary"] = with_new_names(new["summary"], {"summary": "text"})
+    new["evaluators"] = [with_new_names(section, names) for section in new["evaluators"]]
+    if new["results"] is not None:
+        counts = {"train_pictures": "train_images", "test_pictures": "test_images"}
+        new["results"] = with_new_names(new["results"], counts)
+        for encoder in new["results"]["encoders"].values():
+            encoder["metrics"] = {_OLD_METRIC.sub("images", key): value for key, value in encoder["metrics"].items()}
+    if new.get("sizes") is not None:
+        new["sizes"] = with_new_names(new["sizes"], {"held": "stored"})
+    return new
+
+
+_OLD_METRIC = re.compile(r"(?<=/)pictures$")
 
 
 def training_summary(rows: Sequence[Row]) -> dict[str, Any] | None:
@@ -149,23 +170,23 @@ def clean(text: str) -> str:
     )
 
 
-def _evidence(evidence: Evidence) -> dict[str, Any]:
+def _results_of(results: Results) -> dict[str, Any]:
     return {
-        "encoders": {name: _encoder(name, encoder) for name, encoder in evidence.encoders.items()},
-        "headline": evidence.headline,
-        "classes": evidence.classes,
-        "train_pictures": evidence.train_pictures,
-        "test_pictures": evidence.test_pictures,
-        "majority": evidence.majority,
-        "skipped": evidence.skipped,
-        "seeds": evidence.seeds,
-        "hardware": evidence.hardware,
-        "seconds": evidence.seconds,
-        "recalibrated": evidence.recalibrated,
+        "encoders": {name: _encoder(name, encoder) for name, encoder in results.encoders.items()},
+        "headline": results.headline,
+        "classes": results.classes,
+        "train_images": results.train_images,
+        "test_images": results.test_images,
+        "majority": results.majority,
+        "skipped": results.skipped,
+        "seeds": results.seeds,
+        "hardware": results.hardware,
+        "seconds": results.seconds,
+        "recalibrated": results.recalibrated,
     }
 
 
-def _encoder(name: str, encoder: EncoderEvidence) -> dict[str, Any]:
+def _encoder(name: str, encoder: EncoderResults) -> dict[str, Any]:
     return {
         "title": TITLES.get(name, name),
         "metrics": encoder.metrics,
@@ -182,17 +203,17 @@ def _embedding(embedding: Embedding) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _notes(run: RunSummary, evidence: Evidence | None) -> list[str]:
+def _notes(run: RunSummary, results: Results | None) -> list[str]:
     notes = ["The weights are those of the last step; no epoch was chosen by its accuracy."] if run.epochs else []
-    if evidence is None:
+    if results is None:
         return notes
-    probe = evidence.encoders["backbone"].metrics
+    probe = results.encoders["backbone"].metrics
     notes.append(
-        "The backbone is frozen. Unless a note says otherwise, features are its pooled output and pictures are not "
+        "The backbone is frozen. Unless a note says otherwise, features are its pooled output and images are not "
         "augmented."
     )
-    known = evidence.encoders["backbone"].measures
-    for quoted in [known[metric] for metric in evidence.headline if metric in known]:
+    known = results.encoders["backbone"].measures
+    for quoted in [known[metric] for metric in results.headline if metric in known]:
         if quoted.evaluator == "knn" and (point := quoted.measure.point) is not None:
             fixed = f"{point.axis} = {point.at:g} was fixed beforehand"
             notes.append(f"{fixed}; the other {point.axis} are listed, not chosen from.")
@@ -203,23 +224,23 @@ def _notes(run: RunSummary, evidence: Evidence | None) -> list[str]:
         )
     notes += [
         "Baselines go through the same evaluators and grid: raw pixels (at most 32 x 32), and the same architecture "
-        f"with random weights (seed {evidence.seeds.get('random weights', 0)}).",
-        "Intervals are 95 % and cover the choice of test pictures only, not another pretraining seed: Wilson for "
+        f"with random weights (seed {results.seeds.get('random weights', 0)}).",
+        "Intervals are 95 % and cover the choice of test images only, not another pretraining seed: Wilson for "
         "accuracies unless the evaluator gives its own, Newcombe for differences (a little wide, as all encoders see "
-        "the same pictures).",
+        "the same images).",
     ]
-    if evidence.recalibrated:
+    if results.recalibrated:
         notes.append(
-            f"Running statistics of batch norms were estimated anew on {evidence.recalibrated:,} whole training "
-            "pictures, without labels, for the backbone and for random weights alike."
+            f"Running statistics of batch norms were estimated anew on {results.recalibrated:,} whole training "
+            "images, without labels, for the backbone and for random weights alike."
         )
     if "linear/lr" in probe:
         notes.append(f"Chosen for this backbone: lr {probe['linear/lr']:g}, decay {probe['linear/weight_decay']:g}.")
-    for split, names in evidence.skipped.items():
+    for split, names in results.skipped.items():
         if names:
             shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-            notes.append(f"{len(names)} {split} pictures could not be decoded and were left out: {shown}")
-    return [*notes, *general_notes(evidence)]
+            notes.append(f"{len(names)} {split} images could not be decoded and were left out: {shown}")
+    return [*notes, *general_notes(results)]
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unlabeled.eval.comparison import compare, limits, percent, shown, signed
 from unlabeled.eval.gallery import Thumbnail
-from unlabeled.eval.results import Evidence, of_evaluator
+from unlabeled.eval.results import Results, of_evaluator
 from unlabeled.eval.size_curve import SizeCurve, read_curve
 from unlabeled.report.document import Row, clean, report_document, write_json
 from unlabeled.report.figures import (
@@ -21,50 +21,50 @@ from unlabeled.report.figures import (
     size_figure,
     training_curves,
 )
-from unlabeled.report.pictures import css_class, data_uri, shown_pictures
-from unlabeled.report.size_table import gmacs, millions, shown_rows, size_words
+from unlabeled.report.images import css_class, data_uri, shown_images
+from unlabeled.report.size_table import gmacs, millions, shown_rows, size_sentence
 from unlabeled.report.summary import RunSummary
 
 
 def write_report(
     folder: Path,
     run: RunSummary,
-    evidence: Evidence | None,
+    results: Results | None,
     metrics: Sequence[Row] | None,
-    pictures: Mapping[str, Tensor] | None,
+    images: Mapping[str, Tensor] | None,
 ) -> Path:
     """Writes ``folder/report/report.{json,md,html}`` and returns the path of the HTML.
 
     What was measured of the run's sizes (``folder/sizes.json``) becomes a section of it.
-    `metrics` are the rows of metrics.jsonl, `pictures` the task's own, name → uint8 (3, H, W). The page needs no other
+    `metrics` are the rows of metrics.jsonl, `images` the task's own, name → uint8 (3, H, W). The page needs no other
     file and no network. The schema of the JSON is that of `unlabeled.report.document.report_document`.
     """
-    return render_report(folder / "report", run, evidence, metrics, pictures, sizes=read_curve(folder))
+    return render_report(folder / "report", run, results, metrics, images, sizes=read_curve(folder))
 
 
 def render_report(
     folder: Path,
     run: RunSummary,
-    evidence: Evidence | None,
+    results: Results | None,
     metrics: Sequence[Row] | None,
-    pictures: Mapping[str, Tensor] | None,
+    images: Mapping[str, Tensor] | None,
     *,
     sizes: SizeCurve | None = None,
 ) -> Path:
     """As `write_report`, into `folder` itself and with these `sizes`."""
     folder.mkdir(parents=True, exist_ok=True)
-    document = report_document(run, evidence, metrics, list(pictures or {}), sizes)
+    document = report_document(run, results, metrics, list(images or {}), sizes)
     context = {**document, "lead": _lead(document), "facts": _facts(document), "baselines": _baselines(document)}
     if document["sizes"] is not None:
-        context |= {"size_words": size_words(document["sizes"]), "size_rows": shown_rows(document["sizes"])}
+        context |= {"size_sentence": size_sentence(document["sizes"]), "size_rows": shown_rows(document["sizes"])}
     write_json(document, folder / "report.json")
     (folder / "report.md").write_text(environment(html=False).get_template("report.md.j2").render(context), "utf-8")
     page = environment(html=True).get_template("report.html.j2")
     html = page.render(
         context,
-        figures=_figures(evidence, metrics or (), sizes),
-        gallery=_gallery(evidence),
-        shown_pictures=_pictures(evidence, pictures or {}),
+        figures=_figures(results, metrics or (), sizes),
+        gallery=_gallery(results),
+        shown_images=_images(results, images or {}),
     )
     file = folder / "report.html"
     file.write_text(html, encoding="utf-8")
@@ -92,39 +92,39 @@ def _markdown(text: Any) -> str:
     return line
 
 
-def _figures(evidence: Evidence | None, metrics: Sequence[Row], sizes: SizeCurve | None) -> dict[str, Any]:
+def _figures(results: Results | None, metrics: Sequence[Row], sizes: SizeCurve | None) -> dict[str, Any]:
     figures: dict[str, Any] = {"curves": training_curves(metrics), "evaluators": {}}
     if sizes is not None:
         figures["sizes"] = [(sizes.label(metric), size_figure(sizes, metric)) for metric in sizes.headline]
-    if evidence is not None:
-        figures["evaluators"] = evaluator_figures(evidence)
-        if evidence.headline:
-            figures["comparison"] = comparison_figure(compare(evidence))
-        if evidence.embedding is not None:
-            figures["embedding"] = embedding_figure(evidence.embedding, evidence.classes)
+    if results is not None:
+        figures["evaluators"] = evaluator_figures(results)
+        if results.headline:
+            figures["comparison"] = comparison_figure(compare(results))
+        if results.embedding is not None:
+            figures["embedding"] = embedding_figure(results.embedding, results.classes)
     return figures
 
 
-def _pictures(evidence: Evidence | None, pictures: Mapping[str, Tensor]) -> dict[str, list[dict[str, Any]]]:
-    """``task``, ``maps``, and ``evaluator/encoder`` of what an evaluator drew of an encoder → pictures for the page."""
-    groups: dict[str, dict[str, Tensor]] = {"task": dict(pictures), "maps": evidence.maps if evidence else {}}
-    for name, judge in evidence.judges.items() if evidence else ():
-        for encoder, found in evidence.encoders.items() if evidence else ():
-            drawn = of_evaluator(name, found.pictures)
+def _images(results: Results | None, images: Mapping[str, Tensor]) -> dict[str, list[dict[str, Any]]]:
+    """``task``, ``maps``, and ``evaluator/encoder`` of what an evaluator drew of an encoder → images for the page."""
+    groups: dict[str, dict[str, Tensor]] = {"task": dict(images), "maps": results.maps if results else {}}
+    for name, evaluator in results.evaluators.items() if results else ():
+        for encoder, found in results.encoders.items() if results else ():
+            drawn = of_evaluator(name, found.images)
             if drawn:
-                groups[f"{name}/{encoder}"] = {judge.captions.get(key, key): image for key, image in drawn.items()}
-    return shown_pictures(groups)
+                groups[f"{name}/{encoder}"] = {evaluator.captions.get(key, key): image for key, image in drawn.items()}
+    return shown_images(groups)
 
 
-def _gallery(evidence: Evidence | None) -> list[dict[str, Any]]:
-    if evidence is None:
+def _gallery(results: Results | None) -> list[dict[str, Any]]:
+    if results is None:
         return []
 
     def shown(thumbnail: Thumbnail, truth: int) -> dict[str, Any]:
         return {
             "uri": data_uri(thumbnail.image),
             "css": css_class(thumbnail.image),
-            "label": clean(evidence.classes[thumbnail.label]),
+            "label": clean(results.classes[thumbnail.label]),
             "name": clean(thumbnail.name),
             "right": thumbnail.label == truth,
             "similarity": "" if thumbnail.similarity is None else f"{thumbnail.similarity:.2f}",
@@ -133,14 +133,14 @@ def _gallery(evidence: Evidence | None) -> list[dict[str, Any]]:
     return [
         {
             "query": shown(row.query, row.query.label),
-            "neighbours": [shown(near, row.query.label) for near in row.neighbours],
+            "neighbors": [shown(near, row.query.label) for near in row.neighbors],
         }
-        for row in evidence.gallery
+        for row in results.gallery
     ]
 
 
 def _baselines(document: Mapping[str, Any]) -> list[str]:
-    return [name for name in (document["evidence"] or {}).get("encoders", {}) if name != "backbone"]
+    return [name for name in (document["results"] or {}).get("encoders", {}) if name != "backbone"]
 
 
 def _lead(document: Mapping[str, Any]) -> str:
@@ -150,7 +150,7 @@ def _lead(document: Mapping[str, Any]) -> str:
 
 def _facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Name and value of everything known of the run, in reading order."""
-    run, evidence = document["run"], document["evidence"] or {}
+    run, results = document["run"], document["results"] or {}
     size = run["input_size"]
     known: list[tuple[str, Any]] = [
         ("Task", run["task"]),
@@ -160,24 +160,24 @@ def _facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Data", run["data"]),
         ("Epochs", None if run["epochs"] is None else f"{run['epochs']:g}"),
         ("Steps", None if run["steps"] is None else f"{run['steps']:,}"),
-        ("Pictures seen", None if run["images"] is None else f"{run['images']:,}"),
+        ("Images seen", None if run["images"] is None else f"{run['images']:,}"),
         ("Pretraining took", duration(run["seconds"])),
-        ("Evaluation took", duration(evidence.get("seconds"))),
+        ("Evaluation took", duration(results.get("seconds"))),
         ("Device", run["device"]),
-        ("Evaluated on", ", ".join(f"{k} {v}" for k, v in evidence.get("hardware", {}).items())),
-        ("Training pictures", f"{evidence['train_pictures']:,}" if evidence else None),
-        ("Test pictures", f"{evidence['test_pictures']:,}" if evidence else None),
-        ("Batch norms", _batch_norms(evidence.get("recalibrated", 0))),
+        ("Evaluated on", ", ".join(f"{k} {v}" for k, v in results.get("hardware", {}).items())),
+        ("Training images", f"{results['train_images']:,}" if results else None),
+        ("Test images", f"{results['test_images']:,}" if results else None),
+        ("Batch norms", _batch_norms(results.get("recalibrated", 0))),
         ("Seed", str(run["seed"])),
-        ("Evaluation seeds", ", ".join(f"{name} {seed}" for name, seed in evidence.get("seeds", {}).items())),
+        ("Evaluation seeds", ", ".join(f"{name} {seed}" for name, seed in results.get("seeds", {}).items())),
         ("Commit", run["commit"]),
         ("Versions", ", ".join(f"{name} {number}" for name, number in run["versions"].items())),
     ]
     return [(name, str(value)) for name, value in known if value]
 
 
-def _batch_norms(pictures: int) -> str | None:
-    return f"statistics of {pictures:,} whole training pictures" if pictures else None
+def _batch_norms(images: int) -> str | None:
+    return f"statistics of {images:,} whole training images" if images else None
 
 
 def duration(seconds: float | None) -> str | None:

@@ -10,39 +10,39 @@ import numpy as np
 import numpy.typing as npt
 
 from unlabeled.eval.comparison import TITLES, Comparison, as_row, measures
-from unlabeled.eval.results import Evidence, of_evaluator
+from unlabeled.eval.results import Results, of_evaluator
 
 _ELEMENTS = 2500
 """Largest array that report.json holds."""
 
 
-def evaluator_sections(evidence: Evidence) -> list[dict[str, Any]]:
+def evaluator_sections(results: Results) -> list[dict[str, Any]]:
     """One entry for each evaluator that found anything; what is in it says `report_document` under ``evaluators``."""
-    rows = measures(evidence)
-    found = ((name, judge.title, section_of(evidence, name, rows)) for name, judge in evidence.judges.items())
+    rows = measures(results)
+    found = ((name, evaluator.title, section_of(results, name, rows)) for name, evaluator in results.evaluators.items())
     return [
         {"name": name, "title": title, **section}
         for name, title, section in found
-        if any(section[part] for part in ("rows", "notes", "arrays", "pictures"))
+        if any(section[part] for part in ("rows", "notes", "arrays", "images"))
     ]
 
 
-def section_of(evidence: Evidence, name: str, rows: Sequence[Comparison]) -> dict[str, Any]:
-    """Rows, notes, small arrays and names of pictures of one evaluator."""
+def section_of(results: Results, name: str, rows: Sequence[Comparison]) -> dict[str, Any]:
+    """Rows, notes, small arrays and names of images of one evaluator."""
     arrays: dict[str, dict[str, Any]] = {}
-    for encoder, found in evidence.encoders.items():
+    for encoder, found in results.encoders.items():
         for key, array in of_evaluator(name, found.arrays).items():
             if drawn(key) and array.size <= _ELEMENTS:
                 arrays.setdefault(key, {})[encoder] = array
     own = [row for row in rows if row.evaluator == name]
     return {
         "rows": [{**as_row(row), "cut": None if row.cut is None else str(row.cut)} for row in own],
-        "notes": list(_notes(evidence, name)),
+        "notes": list(_notes(results, name)),
         "arrays": arrays,
-        "pictures": {
-            encoder: list(pictures)
-            for encoder, found in evidence.encoders.items()
-            if (pictures := of_evaluator(name, found.pictures))
+        "images": {
+            encoder: list(images)
+            for encoder, found in results.encoders.items()
+            if (images := of_evaluator(name, found.images))
         },
     }
 
@@ -61,19 +61,19 @@ def is_per_class(name: str) -> bool:
     return name.startswith("per_class") or name.endswith("iou")
 
 
-def general_notes(evidence: Evidence) -> Iterator[str]:
+def general_notes(results: Results) -> Iterator[str]:
     """Notes that belong to no evaluator."""
-    owners = tuple(f"{name}: " for name in evidence.judges)
-    for encoder, found in evidence.encoders.items():
+    owners = tuple(f"{name}: " for name in results.evaluators)
+    for encoder, found in results.encoders.items():
         for note in found.notes:
             if not note.startswith(owners):
                 yield f"{TITLES.get(encoder, encoder)}: {note}"
 
 
-def _notes(evidence: Evidence, name: str) -> Iterator[str]:
+def _notes(results: Results, name: str) -> Iterator[str]:
     """The evaluator's notes, those that all encoders share once."""
     said = {encoder: [note for note in found.notes if note.startswith(f"{name}: ")]
-            for encoder, found in evidence.encoders.items()}  # fmt: skip
+            for encoder, found in results.encoders.items()}  # fmt: skip
     shared = [note for note in said["backbone"] if all(note in notes for notes in said.values())]
     yield from (note.removeprefix(f"{name}: ") for note in shared)
     for encoder, notes in said.items():
@@ -108,6 +108,6 @@ def find_series(rows: Sequence[Comparison]) -> list[Series]:
 
 
 def per_class(array: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """(C, C) confusion → the part of each true class that is right, float64 (C,); NaN for classes without a picture."""
+    """(C, C) confusion → the part of each true class that is right, float64 (C,); NaN for classes without an image."""
     totals = array.sum(axis=1)
     return np.where(totals > 0, array.diagonal() / np.maximum(totals, 1), np.nan)

@@ -80,35 +80,36 @@ def size_section(curve: SizeCurve) -> dict[str, Any]:
         }
 
     return {
-        "held": curve.sizes,
+        "stored": curve.sizes,
         "measured": sum(result.kind == "extracted" for result in curve.results),
         "headline": [{"metric": metric, "label": curve.label(metric)} for metric in curve.headline],
         "pixels": curve.pixels,
-        "train_pictures": curve.train_pictures,
-        "test_pictures": curve.test_pictures,
+        "train_images": curve.train_images,
+        "test_images": curve.test_images,
         "rows": [row(result) for result in curve.results],
     }
 
 
-def size_words(section: Mapping[str, Any]) -> str:
+def size_sentence(section: Mapping[str, Any]) -> str:
     """What the section shows, in words."""
-    measured, held = section["measured"], section["held"]
+    measured, stored = section["measured"], section["stored"]
     words = (
-        f"{f'All {held}' if measured == held else f'{measured} of the {held}'} sizes that this one network holds, each "
+        f"{f'All {stored}' if measured == stored else f'{measured} of the {stored}'} sizes that this one model "
+        "holds, each "
         "taken out of it and evaluated frozen. "
         "Marked: better than every smaller size that was measured. A size is width x blocks; GMACs are billions of "
-        "multiply-adds for one picture of the run's size."
+        "multiply-adds for one image of the run's size."
     )
     if pixels := section["pixels"]:
         shown = ", ".join(
             f"{q['label']} {percent(pixels[q['metric']])} %" for q in section["headline"] if q["metric"] in pixels
         )
         words += f" Raw pixels: {shown}."
-    if pictures := max((row["recalibrated"] for row in section["rows"]), default=0):
-        share = pictures / (section["train_pictures"] + section["test_pictures"])
+    if images := max((row["recalibrated"] for row in section["rows"]), default=0):
+        share = images / (section["train_images"] + section["test_images"])
         words += (
-            f" Statistics of batch norms belong to one size, so they were estimated anew for each on {pictures:,} "
-            f"training pictures without labels, {100 * share:.0f} % more pictures through the network."
+            f" Statistics of batch norms belong to one size, so they were estimated anew for each on {images:,} "
+            f"training images without labels, {100 * share:.0f} % more images through the network."
         )
     return words
 
@@ -120,5 +121,5 @@ def shown_rows(section: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _estimate(value: float, curve: SizeCurve) -> dict[str, float]:
-    low, high = wilson(value, curve.test_pictures)
+    low, high = wilson(value, curve.test_images)
     return {"value": value, "low": low, "high": high}

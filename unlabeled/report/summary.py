@@ -34,7 +34,7 @@ class RunSummary:
     epochs: float | None = None
     steps: int | None = None
     images: int | None = None
-    """Pictures seen, repeats counted."""
+    """Images seen, repeats counted."""
     seconds: float | None = None
     """Wall clock of the pretraining, resumed or not."""
     date: str | None = None
@@ -75,7 +75,7 @@ def summarize_run(
 
 
 def training_seconds(rows: Sequence[Mapping[str, Any]], batch_size: int) -> float | None:
-    """Wall clock of the steps behind `rows` of ``metrics.jsonl``, from their pictures per second; None without these.
+    """Wall clock of the steps behind `rows` of ``metrics.jsonl``, from their images per second; None without these.
 
     A run that was killed and resumed has the time of the steps that it consists of, not of those that were lost.
     """

@@ -17,13 +17,14 @@ from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.elastic.config import ElasticConfig
 from unlabeled.ssl.backbones.layer_index import decay_applies
 from unlabeled.ssl.core.errors import CheckpointError
+from unlabeled.ssl.core.renamed import rename_attributes
 from unlabeled.ssl.data.views import Views
 
 Batch = Mapping[str, Tensor]
 Recipe = Mapping[str, Any]
 """Settings of a run as its ``config.yaml`` has them, such as ``{"optim": {"lr": 1e-3}, "epochs": 100}``."""
-FloatPictures = Literal["unit", "bytes", "normalised"]
-"""Floating pictures of values 0..1, of 0..255, or normalised with the backbone's mean and deviation."""
+FloatImages = Literal["unit", "bytes", "normalized"]
+"""Floating images of values 0..1, of 0..255, or normalized with the backbone's mean and deviation."""
 
 
 class StepOutput(NamedTuple):
@@ -34,7 +35,7 @@ class StepOutput(NamedTuple):
     logs: dict[str, Tensor]
     """Detached scalars worth a curve, by name."""
     features: Tensor | None = None
-    """Detached (N, D) of different pictures, as the loss compares them; watched for collapse (see
+    """Detached (N, D) of different images, as the loss compares them; watched for collapse (see
     `unlabeled.ssl.train.collapse`). None: the task cannot collapse."""
 
 
@@ -49,10 +50,24 @@ class NamedParameter(NamedTuple):
     """Depth for layer-wise learning-rate decay: 0 is the stem, `depth + 1` the heads and everything new."""
 
 
+class Paper(NamedTuple):
+    """The publication that introduced a task."""
+
+    title: str
+    year: int
+    """Of the conference or journal; of the preprint where there is no other."""
+    url: str
+    """Such as ``https://arxiv.org/abs/2111.06377``."""
+
+
 class TaskConfig(BaseModel):
     """Base of each task's settings. Unknown keys are refused; defaults are the paper's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+_NAMES_ONCE = {"per_picture": "per_image", "float_pictures": "float_images", "load_official": "load_reference"}
+"""What version 0.1.0 called the attributes of a task; packages that set them still work."""
 
 
 class PretextTask(nn.Module):
@@ -66,27 +81,37 @@ class PretextTask(nn.Module):
     """
 
     Config: ClassVar[type[TaskConfig]] = TaskConfig
+    paper: ClassVar[Paper | None] = None
+    """Where the task was published; None: nowhere."""
+    good_for: ClassVar[str] = ""
+    """When to choose the task, in one clause, as ``unlabeled tasks`` shows it."""
     recipe: ClassVar[Recipe] = {}
     """What ``task=NAME`` sets of a run, above the defaults and below a recipe's file and the user's words."""
     requires: ClassVar[frozenset[str]] = frozenset()
     """Names of the backbone capabilities that the task needs (see `unlabeled.ssl.backbones.backbone`)."""
     masked_statistics: ClassVar[bool] = False
-    """Whether the backbone's batch norms collect their running statistics on masked pictures only; evaluation then
+    """Whether the backbone's batch norms collect their running statistics on masked images only; evaluation then
     estimates them anew on whole ones (see `unlabeled.eval.features.recalibrate`)."""
 
     synced_statistics: ClassVar[bool] = False
-    """Whether batch norms take the statistics of all ranks' pictures together, as published."""
-    per_picture: ClassVar[bool] = True
-    """Whether the loss is a mean over pictures, each by itself. False: the pictures of a batch are compared with each
+    """Whether batch norms take the statistics of all ranks' images together, as published."""
+    per_image: ClassVar[bool] = True
+    """Whether the loss is a mean over images, each by itself. False: the images of a batch are compared with each
     other, so that a step in several micro-steps is not the step of the whole batch."""
-    float_pictures: ClassVar[FloatPictures] = "unit"
-    """What `forward` takes floating pictures for. A curriculum (`unlabeled.ssl.train.curriculum`) gives them as
+    float_images: ClassVar[FloatImages] = "unit"
+    """What `forward` takes floating images for. A curriculum (`unlabeled.ssl.train.curriculum`) gives them as
     such."""
     small_settings: ClassVar[Mapping[str, Any]] = {}
-    """Settings that fit small networks of any kind and small pictures, where the defaults do not; for the matrix of
+    """Settings that fit small networks of any kind and small images, where the defaults do not; for the matrix of
     tasks and architectures."""
     collapse_remedy: ClassVar[str] = "lower optim.lr, lengthen schedule.warmup_epochs, or raise batch_size"
     """What to change when the features collapse; part of the warning."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        rename_attributes(cls, _NAMES_ONCE)
+        if vars(cls).get("float_images") == "normalised":
+            cls.float_images = "normalized"
 
     def __init__(self, config: TaskConfig, backbone: Backbone) -> None:
         super().__init__()
@@ -96,9 +121,9 @@ class PretextTask(nn.Module):
 
     @classmethod
     def views(cls, config: Any, backbone: Backbone) -> Views:
-        """Picture, uint8 (3, H, W) of any size → dict of tensors of fixed shape (uint8 where they are pictures).
+        """Image, uint8 (3, H, W) of any size → dict of tensors of fixed shape (uint8 where they are images).
 
-        Runs in loader workers under a generator seeded for each picture and epoch; the result must pickle.
+        Runs in loader workers under a generator seeded for each image and epoch; the result must pickle.
         """
         raise NotImplementedError
 
@@ -136,12 +161,12 @@ class PretextTask(nn.Module):
         """Moves EMA teachers, queues, vocabularies; once an optimizer step, `progress` in [0, 1]."""
 
     def size_step(self) -> tuple[int, int] | None:
-        """Multiples (h, w) that sides of pictures must be when a curriculum makes them smaller (see
+        """Multiples (h, w) that sides of images must be when a curriculum makes them smaller (see
         `unlabeled.ssl.train.curriculum`); None: they must have the backbone's size."""
         return self.backbone.size_step()
 
     def require_size(self, size: tuple[int, int]) -> None:
-        """Raises ConfigError when pictures of `size` (h, w), multiples of `size_step`, are too small for the task."""
+        """Raises ConfigError when images of `size` (h, w), multiples of `size_step`, are too small for the task."""
 
     def encoder(self) -> Backbone:
         """The backbone that evaluation and export receive."""
@@ -171,12 +196,16 @@ class PretextTask(nn.Module):
 
     @torch.no_grad()
     def visualize(self, batch: Batch) -> dict[str, Tensor]:
-        """Pictures for people, name → uint8 (3, H, W): reconstructions, predictions, crops with their geometry."""
+        """Images for people, name → uint8 (3, H, W): reconstructions, predictions, crops with their geometry."""
         return {}
 
-    def load_official(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+    def load_reference(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
         """Loads the original authors' checkpoint layout; returns (missing, unexpected) names.
 
         Raises CheckpointError when the task has no such layout or the tensors do not fit.
         """
-        raise CheckpointError(f"task: {type(self).__name__} has no official checkpoint layout")
+        raise CheckpointError(f"task: {type(self).__name__} has no reference checkpoint layout")
+
+    def load_official(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+        """The old name of `load_reference`."""
+        return self.load_reference(state)

@@ -1,26 +1,26 @@
-"""The contracts of a task, an evaluator and a source as checks that run anywhere, pytest or not.
+"""The contracts of a task, an evaluator and a source as checks that run anywhere, with or without pytest.
 
 >>> from unlabeled.testing import check_evaluator, check_source, check_task
 >>> check_task("rotation")
 >>> check_evaluator("knn")
 >>> check_source("digits")
 
-`docs/write-a-task.md`, `docs/write-an-evaluator.md` and `docs/write-a-source.md` say what the rules are for.
+`docs/how-to/own-task.md`, `docs/how-to/own-evaluator.md` and `docs/how-to/own-source.md` explain the rules.
 """
 
+from unlabeled.testing.case import TINY_BACKBONES, ContractError, TaskCase, images, views_batch
 from unlabeled.testing.check import CHECKS, Check, check_evaluator, check_task, run_check
 from unlabeled.testing.evaluator import EVALUATOR_CHECKS, EvaluatorCase
 from unlabeled.testing.parity import RankResult, compare_with_one, run_two_processes, two_processes_equal_one
 from unlabeled.testing.sources import (
     SOURCE_CHECKS,
+    SourceCase,
     SourceCheck,
-    SourceSubject,
     another_process_reads_the_same,
     check_source,
     compare_with_another,
     read_in_another_process,
 )
-from unlabeled.testing.subject import TINY_BACKBONES, ContractError, Subject, pictures, views_batch
 
 __all__ = [
     "CHECKS",
@@ -31,16 +31,16 @@ __all__ = [
     "ContractError",
     "EvaluatorCase",
     "RankResult",
+    "SourceCase",
     "SourceCheck",
-    "SourceSubject",
-    "Subject",
+    "TaskCase",
     "another_process_reads_the_same",
     "check_evaluator",
     "check_source",
     "check_task",
     "compare_with_another",
     "compare_with_one",
-    "pictures",
+    "images",
     "read_in_another_process",
     "run_check",
     "run_two_processes",

@@ -1,4 +1,4 @@
-"""All rules in their order, and the functions that try them on one task or evaluator."""
+"""The rules in order, and the functions that check one task or evaluator against them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from unlabeled.eval.base import Evaluator
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.task import PretextTask
+from unlabeled.testing.case import ContractError, TaskCase
 from unlabeled.testing.evaluator import EVALUATOR_CHECKS, EvaluatorCase
 from unlabeled.testing.loss import (
     bfloat16_stays_close,
@@ -26,18 +27,17 @@ from unlabeled.testing.state import (
     state_dict_is_complete,
     state_moves_in_after_step_only,
 )
-from unlabeled.testing.subject import ContractError, Subject
 from unlabeled.testing.surface import (
     encoder_loads_into_timm,
     foreign_checkpoints_are_refused,
     task_and_settings_are_documented,
     unknown_settings_are_refused,
     views_pickle_and_have_fixed_shapes,
-    visualize_gives_pictures,
+    visualize_gives_images,
 )
 
-Check = Callable[[Subject], None]
-"""Raises ContractError when the rule that its name states is broken."""
+Check = Callable[[TaskCase], None]
+"""Raises ContractError when the rule stated by its name is broken."""
 
 CHECKS: tuple[Check, ...] = (
     task_and_settings_are_documented,
@@ -54,10 +54,10 @@ CHECKS: tuple[Check, ...] = (
     state_moves_in_after_step_only,
     a_resumed_run_is_the_same_run,
     encoder_loads_into_timm,
-    visualize_gives_pictures,
+    visualize_gives_images,
     foreign_checkpoints_are_refused,
 )
-"""Every rule that one process can try, those first on which others build."""
+"""Every rule that one process can check. Later rules assume that earlier ones hold."""
 
 
 def check_task(
@@ -67,25 +67,25 @@ def check_task(
     backbone: Backbone | None = None,
     parity: bool = False,
 ) -> None:
-    """Tries every rule of the contract on `task`, a registered name or the class itself; seconds on a CPU.
+    """Checks `task`, a registered name or the class itself, against every rule of the contract; seconds on a CPU.
 
-    `settings`: fields of its Config, such as a narrower decoder; `backbone`: what it is tried on, None for the first of
-    `TINY_BACKBONES` that can do it; `parity`: also in two processes, for which the class must be importable there.
+    `settings`: fields of its Config, such as a narrower decoder. `backbone`: the backbone to use; None: the first of
+    `TINY_BACKBONES` that can do it. `parity`: also compare with two processes, which must be able to import the class.
 
-    Raises ContractError, an AssertionError, for the first rule that is broken.
+    Raises ContractError, an AssertionError, for the first broken rule.
     """
-    subject = Subject.of(task, settings=settings, backbone=backbone)
+    case = TaskCase.of(task, settings=settings, backbone=backbone)
     for check in (*CHECKS, two_processes_equal_one) if parity else CHECKS:
-        run_check(check, subject)
+        run_check(check, case)
 
 
 def check_evaluator(evaluator: str | type[Evaluator], *, settings: Mapping[str, Any] | None = None) -> None:
-    """Tries every rule of the contract on `evaluator`, a registered name or the class itself; seconds on a CPU.
+    """Checks `evaluator`, a registered name or the class itself, against every rule of the contract; seconds on a CPU.
 
-    `settings`: fields of its Config, such as fewer epochs. It is tried on made-up pictures of three classes with masks
-    and boxes, and on what a tiny transformer makes of them.
+    `settings`: fields of its Config, such as fewer epochs. The data are generated images of three classes with masks
+    and boxes, encoded by a tiny transformer.
 
-    Raises ContractError, an AssertionError, for the first rule that is broken.
+    Raises ContractError, an AssertionError, for the first broken rule.
     """
     case = EvaluatorCase.of(evaluator, settings)
     for check in EVALUATOR_CHECKS:
@@ -93,7 +93,7 @@ def check_evaluator(evaluator: str | type[Evaluator], *, settings: Mapping[str, 
 
 
 class Named(Protocol):
-    """What is checked, by its name."""
+    """Anything with a name that can be checked."""
 
     @property
     def name(self) -> str: ...
@@ -102,15 +102,15 @@ class Named(Protocol):
 NamedT = TypeVar("NamedT", bound=Named)
 
 
-def run_check(check: Callable[[NamedT], None], subject: NamedT) -> None:
-    """Tries one rule; the error names what breaks it, and the rule. Random state is as before afterwards."""
+def run_check(check: Callable[[NamedT], None], case: NamedT) -> None:
+    """Checks one rule. The error names the case and the rule. The global random state is restored afterwards."""
     rule = getattr(check, "__name__", "a rule").replace("_", " ")
-    place = f"{subject.name} breaks '{rule}'"
+    broken = f"{case.name} breaks '{rule}'"
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            check(subject)
+            check(case)
     except ContractError as error:
-        raise ContractError(f"{place}: {error}") from None
-    except Exception as error:
-        raise ContractError(f"{place}: {type(error).__name__}: {error}") from error
+        raise ContractError(f"{broken}: {error}") from None
+    except Exception as error:  # a plugin may raise anything; the rule under which it did helps its author
+        raise ContractError(f"{broken}: {type(error).__name__}: {error}") from error

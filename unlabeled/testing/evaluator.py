@@ -1,4 +1,4 @@
-"""The contract of an evaluator as checks that run anywhere: on a few made-up pictures, in seconds on a CPU.
+"""The contract of an evaluator as checks that run anywhere: on a few generated images, in seconds on a CPU.
 
 >>> from unlabeled.testing import check_evaluator
 >>> check_evaluator("knn")
@@ -29,18 +29,18 @@ from unlabeled.eval.base import (
     Unit,
     Value,
 )
+from unlabeled.eval.encoded_dataset import EncodedDataset, Loading, random_twin
 from unlabeled.eval.registry import evaluator_class
-from unlabeled.eval.subject import Loading, Subject, random_twin
-from unlabeled.eval.suite import subject_of
+from unlabeled.eval.runner import encode_dataset
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.config.messages import explain
 from unlabeled.ssl.core.errors import ConfigError, UnlabeledError
 from unlabeled.ssl.data.loader import seeded
-from unlabeled.testing.subject import ContractError, checked_class, listed, require
+from unlabeled.testing.case import ContractError, checked_class, listed, require
 from unlabeled.testing.surface import require_documented
 
 _CELL = 8
-"""Pixels a side of a patch of the network, and of what a picture is made of."""
+"""Side of a patch of the backbone, and of the blocks that the images are drawn from, in pixels."""
 _TRAIN, _TEST = 42, 24
 _PIXELS = 32
 _CLASSES = ("red", "green", "blue")
@@ -48,8 +48,8 @@ _CLASSES = ("red", "green", "blue")
 Pairs = list[tuple[str, Value]]
 
 
-class MadeUpPictures:
-    """Noise with a rectangle of the color of its class, whose mask and box are known."""
+class MadeUpImages:
+    """Noise with one rectangle in the color of the class, with its mask and box."""
 
     classes: Sequence[str] | None = _CLASSES
 
@@ -82,22 +82,22 @@ class MadeUpPictures:
         return self._boxes[index : index + 1]
 
     def describe(self, index: int) -> str:
-        return f"picture {index} of {len(self)}"
+        return f"image {index} of {len(self)}"
 
 
 @dataclass(frozen=True)
 class EvaluatorCase:
-    """An evaluator class, its settings, and what it is tried on."""
+    """An evaluator class, its settings, and the data it is checked on."""
 
     name: str
     cls: type[Evaluator]
     config: EvaluatorConfig
-    encoded: Subject
-    """Made-up pictures and what a tiny network makes of them."""
+    encoded: EncodedDataset
+    """Generated images, encoded by a tiny backbone."""
 
     @classmethod
     def of(cls, evaluator: str | type[Evaluator], settings: Mapping[str, Any] | None = None) -> EvaluatorCase:
-        """Raises ContractError for settings that do not fit, and ConfigError for a name that is not registered."""
+        """Raises ContractError for invalid settings, and ConfigError for a name that is not registered."""
         found = evaluator_class(evaluator) if isinstance(evaluator, str) else checked_class(evaluator, "an evaluator")
         name = evaluator if isinstance(evaluator, str) else found.__name__
         try:
@@ -107,65 +107,71 @@ class EvaluatorCase:
             raise ContractError(f"{name}: settings: {explain(error, found.Config)}") from None
         except ConfigError as error:
             raise ContractError(f"{name}: settings: {error}") from None
-        return cls(name, found, config, made_up(tiny_network()))
+        return cls(name, found, config, made_up(tiny_backbone()))
 
-    def run(self, subject: Subject | None = None) -> Pairs:
-        """What a new evaluator yields of `subject`, None: of everything that was made up."""
-        return list(self.cls(self.config).run(self.encoded if subject is None else subject))
+    def run(self, dataset: EncodedDataset | None = None) -> Pairs:
+        """What a new evaluator yields for `dataset`; None: for all generated data."""
+        return list(self.cls(self.config).run(self.encoded if dataset is None else dataset))
 
-    def said(self, subject: Subject) -> Pairs | str:
-        """As `run`; or, in one line, why `subject` cannot be judged."""
+    def run_or_refuse(self, dataset: EncodedDataset) -> Pairs | str:
+        """As `run`, or the one-line reason why `dataset` cannot be evaluated."""
         try:
-            return self.run(subject)
+            return self.run(dataset)
         except UnlabeledError as error:
             lines = str(error).splitlines()
-            require(len(lines) == 1, f"the error {str(error)!r} is not one line", "say field, value and remedy in one")
+            require(
+                len(lines) == 1, f"the error {str(error)!r} is not one line", "name field, value and remedy in one line"
+            )
             return str(error)
 
 
-def tiny_network(seed: int = 0) -> Backbone:
-    """A transformer of 32 x 32 pictures with 16 places and 32 features."""
+def tiny_backbone(seed: int = 0) -> Backbone:
+    """A transformer for 32 x 32 images with 16 positions and 32 features."""
     with seeded(seed):
         return create_backbone(
             "vit_tiny_patch16_224", size=_PIXELS, patch_size=_CELL, embed_dim=32, depth=2, num_heads=2
         )
 
 
-def made_up(backbone: Backbone | None) -> Subject:
-    """Made-up pictures of three classes, encoded by `backbone`; None: raw pixels."""
-    sources = MadeUpPictures(_TRAIN, 1), MadeUpPictures(_TEST, 2)
-    subject = subject_of(backbone, sources, Loading(batch_size=32))
-    return subject if backbone is not None else replace(subject, beside=tiny_network())
+def made_up(backbone: Backbone | None) -> EncodedDataset:
+    """Generated images of three classes, encoded by `backbone`; None: as raw pixels."""
+    sources = MadeUpImages(_TRAIN, 1), MadeUpImages(_TEST, 2)
+    dataset = encode_dataset(backbone, sources, Loading(batch_size=32))
+    return dataset if backbone is not None else replace(dataset, size_like=tiny_backbone())
 
 
 def class_and_settings_are_documented(case: EvaluatorCase) -> None:
-    """Name, title and needs are given; the class, its settings and each field have a docstring."""
+    """The class sets name, title and needs; it, its settings and every field have a docstring."""
     cls = case.cls
-    require(issubclass(cls, Evaluator), f"{cls.__name__} is no Evaluator", "inherit from unlabeled.Evaluator")
+    require(issubclass(cls, Evaluator), f"{cls.__name__} is not an Evaluator", "inherit from unlabeled.Evaluator")
     for member in ("name", "title"):
         text = getattr(cls, member, "")
         require(isinstance(text, str) and bool(text), f"{member} is not given", f'write {member} = "..." in the class')
-    require(cls.name.isidentifier(), f"name is {cls.name!r}", "choose letters, digits and _: it is a setting too")
-    require(cls.needs in ("features", "pictures", "network"), f"needs is {cls.needs!r}", "see Evaluator.needs")
+    require(
+        cls.name.isidentifier(),
+        f"name is {cls.name!r}",
+        "choose letters, digits and _: it is also the name of its settings",
+    )
+    require(cls.needs in ("features", "images", "backbone"), f"needs is {cls.needs!r}", "see Evaluator.needs")
     own = issubclass(cls.Config, EvaluatorConfig)
     require(own, f"Config is {cls.Config!r}", "inherit it from unlabeled.EvaluatorConfig")
     require_documented(cls, cls.Config, "say what it measures, and which values it yields")
 
 
 def settings_go_through_json(case: EvaluatorCase) -> None:
-    """The settings are the same after a way through a file, and unknown ones are refused."""
+    """The settings survive a round trip through a file, and unknown ones are refused."""
     stored = json.loads(json.dumps(case.config.model_dump(mode="json")))
     again = type(case.config).model_validate(stored)
-    require(again == case.config, "the settings are others after model_dump(mode='json')", "use plain types")
+    require(again == case.config, "the settings differ after model_dump(mode='json')", "use plain types")
     try:
         type(case.config).model_validate({"no_such_setting": 1})
     except ValidationError:
         return
-    require(False, "an unknown setting is taken without a word", 'leave extra="forbid" as it is')
+    require(False, "an unknown setting is accepted silently", 'keep extra="forbid"')
 
 
 def values_have_the_types_of_the_contract(case: EvaluatorCase) -> None:
-    """Keys are words, each once; values are of the types of `Value`; numbers for tables are finite."""
+    """Each key is a word and comes once; values have the types of `Value`; numbers for tables are finite."""
     found = case.run()
     keys = [key for key, value in found if not isinstance(value, str)]
     twice = sorted({key for key in keys if keys.count(key) > 1})
@@ -177,26 +183,28 @@ def values_have_the_types_of_the_contract(case: EvaluatorCase) -> None:
 
 
 def measures_say_what_values_are(case: EvaluatorCase) -> None:
-    """Every value for a table has a label of its own, a unit and a direction; pictures have captions."""
+    """Every value for a table has its own label, a unit and a direction; images have captions."""
     labels: dict[str, str] = {}
     for key, value in case.run():
         if isinstance(value, Measured):
             measure = value.measure
             require(bool(measure.label.strip()), f"{key} has no label", "say what a table calls it")
-            require(measure.unit in get_args(Unit), f"{key} has unit {measure.unit!r}", f"choose of {get_args(Unit)}")
+            require(
+                measure.unit in get_args(Unit), f"{key} has unit {measure.unit!r}", f"choose one of {get_args(Unit)}"
+            )
             ways = (*get_args(Direction), None)
-            require(measure.better in ways, f"{key}: better is {measure.better!r}", f"choose of {ways}")
+            require(measure.better in ways, f"{key}: better is {measure.better!r}", f"choose one of {ways}")
             taken = labels.setdefault(measure.text, key) == key
             require(taken, f"{key} and {labels[measure.text]} are both {measure.text!r}", "give each its own label")
             known = case.cls.measure(key)
             same = known is None or known.text == measure.text
             require(same, f"measure({key!r}) says {known and known.text!r}", f"run says {measure.text!r}; say the same")
         elif isinstance(value, Tensor):
-            require(key in case.cls.captions, f"the picture {key!r} has no caption", "add it to captions")
+            require(key in case.cls.captions, f"the image {key!r} has no caption", "add it to captions")
 
 
 def the_same_seed_gives_the_same_values(case: EvaluatorCase) -> None:
-    """All randomness comes from the subject's seed, and none from the generators of torch, numpy and random."""
+    """All randomness comes from the seed of the data, none from the global generators of torch, numpy and random."""
     runs = []
     for noise in (1, 2):
         torch.manual_seed(noise)
@@ -204,64 +212,68 @@ def the_same_seed_gives_the_same_values(case: EvaluatorCase) -> None:
         random.seed(noise)
         runs.append(case.run())
     differing = [key for (key, one), (_, two) in zip(*runs, strict=True) if not same(one, two)]
-    remedy = "draw from a generator of your own that subject.seed seeds"
-    require(not differing, f"the same seed gives another {listed(differing)}", remedy)
+    remedy = "draw from your own generator, seeded with dataset.seed"
+    require(not differing, f"the same seed gives a different {listed(differing)}", remedy)
 
 
 def what_was_encoded_stays_as_it_was(case: EvaluatorCase) -> None:
-    """Features, labels and weights are not written into: other evaluators read them too."""
+    """Features, labels and weights are left unchanged, since other evaluators read them too."""
     data = case.encoded.features
     before = [array.copy() for split in (data.train, data.test) for array in (split.features, split.labels)]
-    network = case.encoded.network()
-    weights = {name: value.clone() for name, value in network.state_dict().items()}
+    backbone = case.encoded.require_backbone()
+    weights = {name: value.clone() for name, value in backbone.state_dict().items()}
     case.run()
     after = [array for split in (data.train, data.test) for array in (split.features, split.labels)]
     kept = all(np.array_equal(one, two) for one, two in zip(before, after, strict=True))
     require(kept, "features or labels were changed in place", "work on a copy")
-    moved = [name for name, value in network.state_dict().items() if not torch.equal(value, weights[name])]
-    require(not moved, f"the network's {listed(moved)} changed", "leave the network as it is")
+    moved = [name for name, value in backbone.state_dict().items() if not torch.equal(value, weights[name])]
+    require(not moved, f"{listed(moved)} of the backbone changed", "leave the backbone unchanged")
 
 
 def needs_are_true(case: EvaluatorCase) -> None:
-    """With what `needs` says it runs; where a network or pictures are missing that it needs, it says so in one line."""
+    """It runs with what `needs` declares; if a backbone or images are missing, it refuses in one line."""
     features = replace(case.encoded, backbone=None, sources=None)
     if case.cls.needs == "features":
-        alone = case.said(features)
-        values, whole = {} if isinstance(alone, str) else dict(alone), dict(case.run())
-        require(bool(values), f"features alone: {alone}", 'set needs = "pictures" or "network"')
-        others = [key for key, value in values.items() if key not in whole or not same(value, whole[key])]
-        require(not others, f"features alone give another {listed(others)}", "take the pooled features as they are")
+        alone = case.run_or_refuse(features)
+        values, full = {} if isinstance(alone, str) else dict(alone), dict(case.run())
+        require(bool(values), f"features alone: {alone}", 'set needs = "images" or "backbone"')
+        others = [key for key, value in values.items() if key not in full or not same(value, full[key])]
+        require(
+            not others, f"features alone give a different {listed(others)}", "use the pooled features that are given"
+        )
         return
-    case.said(features)
-    case.said(made_up(None))
+    case.run_or_refuse(features)
+    case.run_or_refuse(made_up(None))
 
 
 def what_cannot_be_judged_is_said(case: EvaluatorCase) -> None:
-    """A single class, one picture, no labels, broken features: one line, or values that are finite all the same."""
-    for what, subject in degenerate(case.encoded).items():
+    """A single class, one image, no labels, NaN features: a one-line error, or values that are still finite."""
+    for what, dataset in degenerate(case.encoded).items():
         try:
-            found = case.said(subject)
+            found = case.run_or_refuse(dataset)
         except ContractError as error:
             raise ContractError(f"{what}: {error}") from None
         except Exception as error:
-            remedy = "raise DataError in one line, or yield a note; check_features(subject.features) does most of it"
+            remedy = "raise DataError in one line, or yield a note; check_features(dataset.features) does most of it"
             require(False, f"{what} ends in {type(error).__name__}: {error}", remedy)
         for key, value in found if isinstance(found, list) else ():
             measured = value.value if isinstance(value, Measured) else 0.0
             require(
                 math.isfinite(measured),
                 f"{what} makes {key} {measured}",
-                "raise DataError, or yield a note in its place",
+                "raise DataError, or yield a note instead",
             )
 
 
 def other_weights_are_measured_too(case: EvaluatorCase) -> None:
-    """A network with fresh random weights, the baseline of every report, gives the same keys."""
-    twin = made_up(random_twin(case.encoded.network(), 5))
+    """A backbone with new random weights, the baseline of every report, gives the same keys."""
+    twin = made_up(random_twin(case.encoded.require_backbone(), 5))
     own, other = (
         {key for key, value in found if isinstance(value, Measured)} for found in (case.run(), case.run(twin))
     )
-    require(own == other, f"random weights lack {listed(sorted(own - other))}", "yield the same keys for every network")
+    require(
+        own == other, f"random weights give no {listed(sorted(own - other))}", "yield the same keys for every backbone"
+    )
 
 
 EVALUATOR_CHECKS: tuple[Callable[[EvaluatorCase], None], ...] = (
@@ -275,16 +287,16 @@ EVALUATOR_CHECKS: tuple[Callable[[EvaluatorCase], None], ...] = (
     what_cannot_be_judged_is_said,
     other_weights_are_measured_too,
 )
-"""Every rule of the contract of an evaluator, those first on which others build."""
+"""Every rule of the contract of an evaluator. Later rules assume that earlier ones hold."""
 
 
-def degenerate(subject: Subject) -> dict[str, Subject]:
-    """What it is → encoded data that an evaluator may refuse, but must not stumble over."""
-    data = subject.features
+def degenerate(dataset: EncodedDataset) -> dict[str, EncodedDataset]:
+    """Description → encoded data that an evaluator may refuse but must not crash on."""
+    data = dataset.features
 
-    def of(change: Callable[[FeatureSplit], FeatureSplit], *, test_too: bool = True) -> Subject:
+    def of(change: Callable[[FeatureSplit], FeatureSplit], *, test_too: bool = True) -> EncodedDataset:
         test = change(data.test) if test_too else data.test
-        return replace(subject, features=FeatureSet(change(data.train), test, data.classes))
+        return replace(dataset, features=FeatureSet(change(data.train), test, data.classes))
 
     def first(split: FeatureSplit) -> FeatureSplit:
         indices = np.zeros(1, dtype=np.int64) if split.indices is None else split.indices[:1]
@@ -297,10 +309,10 @@ def degenerate(subject: Subject) -> dict[str, Subject]:
 
     return {
         "a single class": of(lambda split: replace(split, labels=np.zeros_like(split.labels))),
-        "test pictures of one class": replace(
-            subject, features=replace(data, test=replace(data.test, labels=np.zeros_like(data.test.labels)))
+        "test images of one class": replace(
+            dataset, features=replace(data, test=replace(data.test, labels=np.zeros_like(data.test.labels)))
         ),
-        "one picture": of(first),
+        "one image": of(first),
         "no labels": of(lambda split: replace(split, labels=np.full_like(split.labels, -1))),
         "NaN among the features": of(broken),
         "equal features": of(lambda split: replace(split, features=np.ones_like(split.features))),
@@ -308,28 +320,34 @@ def degenerate(subject: Subject) -> dict[str, Subject]:
 
 
 def same(one: Value, two: Value) -> bool:
-    """Whether two values are equal to the bit; NaN equals NaN."""
+    """Whether two values are bit-equal; NaN equals NaN."""
     if isinstance(one, Tensor) or isinstance(two, Tensor):
         return isinstance(one, Tensor) and isinstance(two, Tensor) and torch.equal(one, two)
     if isinstance(one, np.ndarray) or isinstance(two, np.ndarray):
         return repr(np.asarray(one).tolist()) == repr(np.asarray(two).tolist())
-    return repr(one) == repr(two)
+    return repr(one) == repr(two)  # repr, because NaN != NaN
 
 
 def _check_key(key: str, value: Value) -> None:
     require(bool(key) and "/" not in key and not key.isspace(), f"a key is {key!r}", "choose a word without a slash")
     cut = value.measure.cut if isinstance(value, Measured) else None
     suffix = key.partition("@")[2]
-    require(suffix == ("" if cut is None else str(cut)), f"the key {key!r} has an @", "say by Measure(cut=...) of what")
+    require(
+        suffix == ("" if cut is None else str(cut)),
+        f"the key {key!r} has an @",
+        "use Measure(cut=...) for a part of the features",
+    )
 
 
 def _check_value(key: str, value: Value) -> None:
     if isinstance(value, Measured):
         require(isinstance(value.measure, Measure), f"{key} has no Measure", "yield Measure(...).of(value)")
-        require(math.isfinite(value.value), f"{key} is {value.value}", "yield a note in place of what has no value")
+        require(
+            math.isfinite(value.value), f"{key} is {value.value}", "yield a note instead of a value that is not defined"
+        )
         ends = math.isnan(value.low) and math.isnan(value.high)
         inside = value.low <= value.value <= value.high
-        require(ends or inside, f"{key} lies outside of {value.low} to {value.high}", "give its own interval, or none")
+        require(ends or inside, f"{key} lies outside {value.low} to {value.high}", "give its own interval, or none")
         fraction = value.measure.unit != "accuracy" or 0 <= value.value <= 1
         require(fraction, f"{key} is {value.value}", 'an accuracy is a fraction of 1; set unit="number" for others')
     elif isinstance(value, str):
@@ -338,8 +356,8 @@ def _check_value(key: str, value: Value) -> None:
         )
     elif isinstance(value, Tensor):
         shape = tuple(value.shape)
-        picture = value.dtype == torch.uint8 and value.ndim == 3 and shape[0] == 3
-        require(picture, f"{key} is a tensor {value.dtype} {shape}", "pictures are uint8 (3, H, W); else give an array")
+        image = value.dtype == torch.uint8 and value.ndim == 3 and shape[0] == 3
+        require(image, f"{key} is a tensor {value.dtype} {shape}", "images are uint8 (3, H, W); else give an array")
     elif isinstance(value, np.ndarray):
         require(value.dtype.kind in "biufU", f"{key} is an array of {value.dtype}", "use numbers or text")
     else:

@@ -1,4 +1,4 @@
-"""Rules of the loss: its form, its gradient, where its randomness comes from, and what it is a mean over."""
+"""Rules for the loss: its type, its gradient, the source of its randomness, and what it averages over."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from unlabeled.ssl.task import PretextTask, StepOutput
-from unlabeled.testing.subject import PICTURES, Subject, listed, require
+from unlabeled.testing.case import IMAGES, TaskCase, listed, require
 
 _EXACT = 1e-6
 """Largest difference in double precision, absolute and relative to the largest gradient."""
@@ -17,23 +17,23 @@ _BF16 = 0.05
 """Largest difference of a loss under bfloat16, absolute for small losses, else relative."""
 
 
-def loss_is_a_finite_float32_scalar(subject: Subject) -> None:
-    """`forward` returns a StepOutput whose loss can be differentiated."""
-    task = subject.task()
-    output = task(subject.batch(task))
+def loss_is_a_finite_float32_scalar(case: TaskCase) -> None:
+    """`forward` returns a StepOutput with a differentiable loss."""
+    task = case.task()
+    output = task(case.batch(task))
     found = f"forward returned {type(output).__name__}"
     require(isinstance(output, StepOutput), found, "return StepOutput(loss, logs)")
     loss = output.loss
     require(loss.shape == (), f"the loss has shape {tuple(loss.shape)}", "return its mean over the local batch")
     require(loss.dtype == torch.float32, f"the loss is {loss.dtype}", "compute it from .float() tensors")
     require(torch.isfinite(loss), f"the loss is {loss.item()}", "look for a logarithm, root or division at zero")
-    require(loss.requires_grad, "the loss has no graph", "compute it outside of torch.no_grad()")
+    require(loss.requires_grad, "the loss has no graph", "compute it outside torch.no_grad()")
 
 
-def logs_and_features_are_detached(subject: Subject) -> None:
+def logs_and_features_are_detached(case: TaskCase) -> None:
     """Logs are scalar tensors; features, if any, are (N, D)."""
-    task = subject.task()
-    output = task(subject.batch(task))
+    task = case.task()
+    output = task(case.batch(task))
     for name, value in output.logs.items():
         require(isinstance(value, Tensor), f"logs[{name!r}] is a {type(value).__name__}", "give a tensor, not .item()")
         require(value.ndim == 0, f"logs[{name!r}] has shape {tuple(value.shape)}", "give a scalar tensor")
@@ -44,12 +44,12 @@ def logs_and_features_are_detached(subject: Subject) -> None:
         require(not features.requires_grad, "features still have their graph", "call .detach()")
 
 
-def every_trainable_parameter_gets_a_gradient(subject: Subject) -> None:
-    """... and no frozen one does. Zeros count as no gradient when they are still there after two steps of SGD."""
-    task = subject.task()
-    batch = subject.batch(task)
+def every_trainable_parameter_gets_a_gradient(case: TaskCase) -> None:
+    """... and no frozen one does. A gradient that is still zero after two steps of SGD counts as missing."""
+    task = case.task()
+    batch = case.batch(task)
     zero = {name for name, parameter in task.named_parameters() if parameter.requires_grad}
-    for _ in range(3):
+    for _ in range(3):  # layers behind a zero-initialized one get their first gradient in the second step
         task.zero_grad()
         task(batch).loss.backward()
         trainable = {name: p for name, p in task.named_parameters() if p.requires_grad}
@@ -60,7 +60,11 @@ def every_trainable_parameter_gets_a_gradient(subject: Subject) -> None:
         )
         require(not none, f"no gradient for {listed(none)}", f"{freeze}; DDP would wait for it")
         frozen = [name for name, p in task.named_parameters() if not p.requires_grad and p.grad is not None]
-        require(not frozen, f"a gradient for {listed(frozen)}, which is frozen", "do not freeze it after the forward")
+        require(
+            not frozen,
+            f"a gradient for {listed(frozen)}, which is frozen",
+            "freeze it before the forward pass, not after it",
+        )
         broken = [name for name, p in trainable.items() if p.grad is not None and not p.grad.isfinite().all()]
         require(not broken, f"a gradient that is not finite for {listed(broken)}", "look for a root or norm at zero")
         zero -= {name for name, p in trainable.items() if p.grad is not None and bool(p.grad.any())}
@@ -72,9 +76,9 @@ def every_trainable_parameter_gets_a_gradient(subject: Subject) -> None:
     require(False, f"the gradient of {listed(sorted(zero))} stays zero", "use it in the loss, or freeze it")
 
 
-def parameter_groups_are_complete(subject: Subject) -> None:
+def parameter_groups_are_complete(case: TaskCase) -> None:
     """`parameter_groups` names every trainable parameter once, with a layer that exists."""
-    task = subject.task()
+    task = case.task()
     groups = list(task.parameter_groups())
     names = [group.name for group in groups]
     trainable = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
@@ -93,21 +97,21 @@ def parameter_groups_are_complete(subject: Subject) -> None:
     require(not beyond, f"layer of {listed(beyond)}", f"layers go from 0 (stem) to {last} (heads)")
 
 
-def randomness_comes_from_draw(subject: Subject) -> None:
-    """`draw` gives everything random of one forward pass, from torch's generator, and it can be passed in."""
-    first, again = (_loss(subject, seed=7, passed=False) for _ in range(2))
+def randomness_comes_from_draw(case: TaskCase) -> None:
+    """`draw` returns all randomness of a forward pass, taken from torch's generator, and `forward` accepts it."""
+    first, again = (_loss(case, seed=7, passed=False) for _ in range(2))
     generator = "draw from torch's global generator only, not from random, numpy or one of your own"
-    require(torch.equal(first, again), "the same seed gives another loss", generator)
-    first, again = (_loss(subject, seed=seed, passed=True) for seed in (1, 2))
+    require(torch.equal(first, again), "the same seed gives a different loss", generator)
+    first, again = (_loss(case, seed=seed, passed=True) for seed in (1, 2))
     keyword = "take it from draw(batch), which forward receives as keywords"
-    require(torch.equal(first, again), "forward draws something that is not passed in", keyword)
-    by_itself, passed = (_loss(subject, seed=7, passed=passed, drawn=7) for passed in (False, True))
-    same = "when a keyword is None, take its value from self.draw(batch) and use it as it is"
-    require(torch.equal(by_itself, passed), "forward by itself and with the same draw passed in differ", same)
-    task = subject.task()
-    batch = subject.batch(task)
-    rows = [name for name, value in task.draw(batch).items() if len(value) != PICTURES]
-    require(not rows, f"draw[{rows and rows[0]!r}] does not have one row a picture", "draw (B, ...) tensors")
+    require(torch.equal(first, again), "forward draws something that draw does not return", keyword)
+    by_itself, passed = (_loss(case, seed=7, passed=passed, drawn=7) for passed in (False, True))
+    same = "when a keyword is None, take its value from self.draw(batch) and use it unchanged"
+    require(torch.equal(by_itself, passed), "forward alone and forward with the same draw passed in differ", same)
+    task = case.task()
+    batch = case.batch(task)
+    rows = [name for name, value in task.draw(batch).items() if len(value) != IMAGES]
+    require(not rows, f"draw[{rows and rows[0]!r}] does not have one row per image", "draw (B, ...) tensors")
     draws = []
     for seed in range(8):
         torch.manual_seed(seed)
@@ -116,43 +120,45 @@ def randomness_comes_from_draw(subject: Subject) -> None:
     require(not fixed, f"draw[{fixed and fixed[0]!r}] is the same for eight seeds", generator)
 
 
-def halves_of_a_batch_add_up(subject: Subject) -> None:
-    """Gradient accumulation: two halves give the loss and the gradient of the whole, in double precision.
+def halves_of_a_batch_add_up(case: TaskCase) -> None:
+    """Gradient accumulation: two halves give the loss and gradient of the full batch, in double precision.
 
-    Batch norms take their stored statistics here. Does not apply to tasks with ``per_picture = False``.
+    Batch norms use their running statistics here. Does not apply to tasks with ``per_image = False``.
     """
-    if not subject.cls.per_picture:
+    if not case.cls.per_image:
         return
-    task = subject.task().double()
+    task = case.task().double()
     for module in task.modules():
-        module.training &= not isinstance(module, _BatchNorm)
+        module.training &= not isinstance(module, _BatchNorm)  # batch statistics of halves differ by design
     without_dropout(task)
-    batch = subject.batch(task)
+    batch = case.batch(task)
     draw = task.draw(batch)
-    half = PICTURES // 2
-    (whole, gradients), *halves = (
+    half = IMAGES // 2
+    (full, gradients), *halves = (
         loss_and_gradients(task, cut(batch, rows), cut(draw, rows))
         for rows in (slice(None), slice(0, half), slice(half, None))
     )
-    remedy = "make the loss a mean over pictures, or set per_picture = False if pictures are compared"
+    remedy = "make the loss a mean over images, or set per_image = False if images are compared"
     mean = sum(loss for loss, _ in halves) / 2
-    require(abs(mean - whole) <= _EXACT, f"the halves' mean loss is {mean:.6g}, the whole's {whole:.6g}", remedy)
+    require(
+        abs(mean - full) <= _EXACT, f"the mean loss of the halves is {mean:.6g}, of the full batch {full:.6g}", remedy
+    )
     for name, gradient in gradients.items():
         summed = torch.stack([found[name] for _, found in halves]).mean(0)
         off = (summed - gradient).abs().max()
         require(off <= _EXACT * max(1.0, float(gradient.abs().max())), f"{name}: gradients differ by {off:.2g}", remedy)
 
 
-def bfloat16_stays_close(subject: Subject) -> None:
-    """Under bf16 autocast the loss is finite, in float32, and near the one in full precision."""
-    task = subject.task()
+def bfloat16_stays_close(case: TaskCase) -> None:
+    """Under bf16 autocast the loss is finite, float32, and close to the loss in full precision."""
+    task = case.task()
     without_dropout(task)
-    batch = subject.batch(task)
+    batch = case.batch(task)
     draw = task.draw(batch)
     with torch.autocast("cpu", torch.bfloat16):
         low = task(batch, **draw).loss.detach()
     full = task(batch, **draw).loss.detach()
-    remedy = "compute targets, softmaxes and distances from .float() tensors, outside of autocast"
+    remedy = "compute targets, softmaxes and distances from .float() tensors, outside autocast"
     require(low.dtype == torch.float32, f"the loss is {low.dtype} under autocast", remedy)
     require(torch.isfinite(low), f"the loss is {low.item()} under autocast", remedy)
     close = abs(low - full) <= _BF16 * max(1.0, abs(float(full)))
@@ -160,7 +166,7 @@ def bfloat16_stays_close(subject: Subject) -> None:
 
 
 def without_dropout(task: nn.Module) -> None:
-    """Switches off the randomness of layers, which is the backbone's and not the task's."""
+    """Turns off dropout and stochastic depth, which belong to the backbone and not to the task."""
     for module in task.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0
@@ -168,9 +174,9 @@ def without_dropout(task: nn.Module) -> None:
             module.drop_prob = 0.0
 
 
-def cut(tensors: dict[str, Tensor], rows: slice) -> dict[str, Tensor]:
-    """The pictures `rows` of a batch or a draw."""
-    return {name: value[rows] for name, value in tensors.items()}
+def cut(tensors: dict[str, Tensor], images: slice) -> dict[str, Tensor]:
+    """The given images of a batch or a draw."""
+    return {name: value[images] for name, value in tensors.items()}
 
 
 def loss_and_gradients(
@@ -184,11 +190,11 @@ def loss_and_gradients(
     return loss.item(), gradients
 
 
-def _loss(subject: Subject, *, seed: int, passed: bool, drawn: int = 0) -> Tensor:
-    """Loss of a fresh task under `seed`, with a draw of seed `drawn` passed in or with its own."""
-    task: PretextTask = subject.task()
+def _loss(case: TaskCase, *, seed: int, passed: bool, drawn: int = 0) -> Tensor:
+    """Loss of a new task under `seed`, with a draw under seed `drawn` passed in or with its own draw."""
+    task: PretextTask = case.task()
     without_dropout(task)
-    batch = subject.batch(task)
+    batch = case.batch(task)
     torch.manual_seed(drawn)
     draw = task.draw(batch) if passed else {}
     torch.manual_seed(seed)

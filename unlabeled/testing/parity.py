@@ -1,4 +1,4 @@
-"""Two gloo processes on half batches give the loss and the gradients of one process on the whole batch."""
+"""Two gloo processes on half a batch each give the loss and gradients of one process on the full batch."""
 
 from __future__ import annotations
 
@@ -17,46 +17,46 @@ from torch.nn.parallel import DistributedDataParallel
 
 from unlabeled.ssl.nn.batch_norm import synchronize
 from unlabeled.ssl.task import PretextTask
+from unlabeled.testing.case import IMAGES, TaskCase, require
 from unlabeled.testing.loss import cut, loss_and_gradients, without_dropout
-from unlabeled.testing.subject import PICTURES, Subject, require
 
 _TOLERANCE = 1e-6
-"""Absolute, and relative to the largest gradient; in double precision."""
+"""Largest difference, absolute and relative to the largest gradient, in double precision."""
 
 
 @dataclass(frozen=True)
 class RankResult:
-    """What one process has found."""
+    """What one process measured."""
 
     loss: float
     """Mean over the ranks."""
     gradients: dict[str, Tensor]
     draw: dict[str, Tensor]
-    """Under this rank's own seed."""
+    """What the task drew under this rank's own seed."""
 
 
-def two_processes_equal_one(subject: Subject) -> None:
-    """Starts two processes, which takes some seconds; the task's class must be importable there."""
-    compare_with_one(subject, run_two_processes([subject])[0])
+def two_processes_equal_one(case: TaskCase) -> None:
+    """Starts two processes, which takes a few seconds. They must be able to import the task's class."""
+    compare_with_one(case, run_two_processes([case])[0])
 
 
-def run_two_processes(subjects: Sequence[Subject]) -> list[tuple[RankResult, RankResult]]:
-    """One forward and backward pass of each subject, split over two processes: what rank 0 and rank 1 found."""
+def run_two_processes(cases: Sequence[TaskCase]) -> list[tuple[RankResult, RankResult]]:
+    """One forward and backward pass of each case, split over two processes: the results of rank 0 and rank 1."""
     with tempfile.TemporaryDirectory() as folder:
         start = cast(Callable[..., None], spawn)
-        start(_work, args=(folder, list(subjects)), nprocs=2)
+        start(_work, args=(folder, list(cases)), nprocs=2)
         first, second = (torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in (0, 1))
     return [(RankResult(**one), RankResult(**two)) for one, two in zip(first, second, strict=True)]
 
 
-def compare_with_one(subject: Subject, found: tuple[RankResult, RankResult]) -> None:
-    """Raises ContractError where loss or gradients differ from one process, or the ranks draw alike."""
-    task = _prepared(subject)
-    batch = subject.batch(task)
+def compare_with_one(case: TaskCase, found: tuple[RankResult, RankResult]) -> None:
+    """Raises ContractError if loss or gradients differ from one process, or if both ranks draw the same numbers."""
+    task = _prepared(case)
+    batch = case.batch(task)
     loss, gradients = loss_and_gradients(task, batch, _common_draw(task, batch))
     remedy = (
         "what is compared or averaged over the batch must span the ranks: "
-        "unlabeled.ssl.core.distributed.gather_rows or sum_over_ranks"
+        "unlabeled.gather_across_ranks or sum_over_ranks"
     )
     for rank, result in enumerate(found):
         same = abs(result.loss - loss) <= _TOLERANCE
@@ -72,32 +72,32 @@ def compare_with_one(subject: Subject, found: tuple[RankResult, RankResult]) -> 
     require(not alike, f"draw[{alike and alike[0]!r}] is the same on both ranks", "draw from torch's global generator")
 
 
-def _work(rank: int, folder: str, subjects: list[Subject]) -> None:
+def _work(rank: int, folder: str, cases: list[TaskCase]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    half = PICTURES // 2
-    rows = slice(rank * half, (rank + 1) * half)
+    half = IMAGES // 2
+    share = slice(rank * half, (rank + 1) * half)
     results = []
-    for subject in subjects:
-        task = _prepared(subject)
-        batch = subject.batch(task)
+    for case in cases:
+        task = _prepared(case)
+        batch = case.batch(task)
         draw = _common_draw(task, batch)
         if task.synced_statistics:
             synchronize(task)
-        loss, gradients = loss_and_gradients(DistributedDataParallel(task), cut(batch, rows), cut(draw, rows))
+        loss, gradients = loss_and_gradients(DistributedDataParallel(task), cut(batch, share), cut(draw, share))
         dist.all_reduce(total := torch.tensor(loss, dtype=torch.float64))
-        torch.manual_seed(100 + rank)  # as the engine seeds it: another one on each rank
+        torch.manual_seed(100 + rank)  # different on each rank, as in a run
         own = task.draw(batch)
         named = {name.removeprefix("module."): gradient for name, gradient in gradients.items()}
         results.append({"loss": total.item() / 2, "gradients": named, "draw": own})
     torch.save(results, Path(folder, f"{rank}.pt"))
-    dist.barrier()  # nobody leaves while the other still talks
+    dist.barrier()  # a rank that leaves early would break the other's connection
     dist.destroy_process_group()
 
 
-def _prepared(subject: Subject) -> PretextTask:
-    """In double precision and without dropout; batch norms that are not synchronised take their stored statistics."""
-    task = subject.task().double()
+def _prepared(case: TaskCase) -> PretextTask:
+    """The task in double precision without dropout; batch norms that are not synced use running statistics."""
+    task = case.task().double()
     without_dropout(task)
     if not task.synced_statistics:
         for module in task.modules():

@@ -1,6 +1,6 @@
-"""The contract of a data source as rules, and `check_source`, which tries them on one.
+"""The contract of a data source as rules, and `check_source`, which checks a source against them.
 
-`docs/write-a-source.md` says what the rules are for.
+`docs/how-to/own-source.md` explains the rules.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from unlabeled.ssl.data.source import (
     annotated_boxes,
     encoded,
 )
+from unlabeled.testing.case import ContractError, checked_class, listed, require
 from unlabeled.testing.check import run_check
-from unlabeled.testing.subject import ContractError, checked_class, listed, require
 from unlabeled.testing.surface import require_documented
 
 _SAMPLE = 8
-"""Images that are read, spread over the source."""
+"""Number of images that are read, spread over the source."""
 _DESCRIBED = 2000
-"""Images that are described."""
+"""Number of images whose description is checked."""
 _UNKNOWN = 255
-"""Of masks: pixels that nobody knows."""
-_PLAIN = "hold paths and tables, open files in read, and let the class lie at module level"
+"""Mask value of pixels without a known class."""
+_PLAIN = "keep paths and tables, open files in read, and define the class at module level"
 
 _THERE = """
 import hashlib, pickle, sys
@@ -61,12 +61,12 @@ for content, indices in given:
         found.append(f"{type(error).__name__}: {error}")
 open(sys.argv[2], "wb").write(pickle.dumps(found))
 """
-"""What a fresh process does: it reads images of the sources that it is handed."""
+"""Program of a new process, which reads images from the pickled sources it is given."""
 
 
 @dataclass(frozen=True)
-class SourceSubject:
-    """A source class, its settings as given and validated, and its training split, opened once."""
+class SourceCase:
+    """A source class, its settings (as given and validated) and its training split, opened once."""
 
     name: str
     cls: SourceClass
@@ -75,10 +75,10 @@ class SourceSubject:
     train: ImageSource
 
     @classmethod
-    def of(cls, source: str | type[Any], settings: Mapping[str, Any] | None = None) -> SourceSubject:
+    def of(cls, source: str | type[Any], settings: Mapping[str, Any] | None = None) -> SourceCase:
         """`source`: a registered name or the class itself.
 
-        Raises ContractError when the settings do not fit, ConfigError for a name that is not registered, and what the
+        Raises ContractError for invalid settings, ConfigError for a name that is not registered, and whatever the
         source itself raises when it is opened.
         """
         found = (
@@ -93,84 +93,92 @@ class SourceSubject:
         return cls(name, found, given, config, found(config, "train"))
 
     def open(self, split: Split = "train") -> ImageSource:
-        """Opens `split` anew."""
+        """Opens `split` again."""
         return self.cls(self.config, split)
 
     def sample(self) -> list[int]:
-        """Indices of training images, the first and the last among them."""
+        """Indices of some training images, including the first and the last."""
         return spread(len(self.train), _SAMPLE)
 
 
 def spread(length: int, count: int) -> list[int]:
-    """`count` indices below `length`, or all, at equal distances from the first to the last."""
-    return sorted({round(place * (length - 1) / max(count - 1, 1)) for place in range(min(count, length))})
+    """`count` indices below `length` (or all), evenly spaced from the first to the last."""
+    return sorted({round(position * (length - 1) / max(count - 1, 1)) for position in range(min(count, length))})
 
 
-def source_and_settings_are_documented(subject: SourceSubject) -> None:
-    """Docstrings of the source and its Config, and one under each setting."""
-    require_documented(subject.cls, subject.cls.Config, "say what it reads")
+def source_and_settings_are_documented(case: SourceCase) -> None:
+    """The source, its Config and every setting have a docstring."""
+    require_documented(case.cls, case.cls.Config, "say what it reads")
 
 
-def unknown_settings_are_refused(subject: SourceSubject) -> None:
-    """A misspelt setting is a fault, and not a default; names of all sources' settings are not taken."""
-    config = subject.cls.Config
+def unknown_settings_are_refused(case: SourceCase) -> None:
+    """A misspelled setting is an error, and no setting has a name that belongs to all data."""
+    config = case.cls.Config
     require(issubclass(config, SourceConfig), f"Config is {config.__name__}", "derive it from SourceConfig")
     taken = sorted({"name", "max_bad_fraction"} & config.model_fields.keys())
-    require(not taken, f"{listed(taken)} is a setting of all data already", "choose another name; it would not arrive")
+    require(
+        not taken,
+        f"{listed(taken)} is already a setting of all data",
+        "choose another name; it would never reach the source",
+    )
     try:
-        config.model_validate({**subject.settings, "no_such_field": 1})
+        config.model_validate({**case.settings, "no_such_field": 1})
     except ValidationError:
         return
-    require(False, "an unknown setting is taken without a word", 'leave SourceConfig\'s extra="forbid" as it is')
+    require(False, "an unknown setting is accepted silently", 'keep extra="forbid" of SourceConfig')
 
 
-def settings_survive_json(subject: SourceSubject) -> None:
-    """A run writes its settings down and reads them back."""
+def settings_survive_json(case: SourceCase) -> None:
+    """A run writes its settings to a file and reads them back."""
     try:
-        text = json.dumps(subject.config.model_dump(mode="json"))
+        text = json.dumps(case.config.model_dump(mode="json"))
     except Exception as error:  # whatever a serializer raises
         require(False, f"the settings cannot be written ({first_line(error)})", "use types that pydantic can write")
-    found = subject.cls.Config.model_validate(json.loads(text))
-    require(found == subject.config, f"the settings are read back as {found!r}", "use types that pydantic can write")
+    found = case.cls.Config.model_validate(json.loads(text))
+    require(found == case.config, f"the settings are read back as {found!r}", "use types that pydantic can write")
 
 
-def it_is_a_source_of_images(subject: SourceSubject) -> None:
-    """Its members are there, and it is not empty."""
+def it_is_a_source_of_images(case: SourceCase) -> None:
+    """It has all members and is not empty."""
     members = ("classes", "__len__", "read", "labels", "describe")
-    missing = [name for name in members if not hasattr(subject.train, name)]
-    require(not missing, f"it has no {listed(missing)}", "write what the contract names; classes may be None")
-    length = len(subject.train)
+    missing = [name for name in members if not hasattr(case.train, name)]
+    require(not missing, f"it has no {listed(missing)}", "add the missing members; classes may be None")
+    length = len(case.train)
     require(length > 0, f"its length is {length}", "raise DataError, saying where no images were found")
 
 
-def images_are_uint8_rgb(subject: SourceSubject) -> None:
-    """uint8 (3, H, W), also for grey images."""
-    for index in subject.sample():
-        image = subject.train.read(index)
+def images_are_uint8_rgb(case: SourceCase) -> None:
+    """Images are uint8 (3, H, W), gray ones too."""
+    for index in case.sample():
+        image = case.train.read(index)
         require(isinstance(image, Tensor), f"read gives a {type(image).__name__}", "give a torch.Tensor")
         found = f"image {index} is {image.dtype} {tuple(image.shape)}"
         rgb = image.ndim == 3 and image.shape[0] == 3 and image.numel() > 0
-        require(rgb, found, "give (3, H, W), channels first; grey images have three equal channels")
+        require(rgb, found, "give (3, H, W), channels first; gray images have three equal channels")
         require(image.dtype == torch.uint8, found, "give uint8, 0..255")
 
 
-def an_image_is_always_the_same(subject: SourceSubject) -> None:
-    """The same index gives the same pixels, and a source that is opened again has the same order."""
-    sample, again = subject.sample(), subject.open()
-    first = digests(subject.train, sample)
-    require(first == digests(subject.train, sample), "an index gives other pixels the second time", "draw nothing here")
-    order = "sort what a folder, a glob or a set gives"
-    require(len(again) == len(subject.train), "opened again, it has another length", order)
-    require(first == digests(again, sample), "opened again, an index gives another image", order)
-    require(described(again) == described(subject.train), "opened again, images are described otherwise", order)
-    one, other = subject.train.labels(), again.labels()
+def an_image_is_always_the_same(case: SourceCase) -> None:
+    """An index always gives the same pixels, and a source that is opened again has the same order."""
+    sample, again = case.sample(), case.open()
+    first = digests(case.train, sample)
+    require(
+        first == digests(case.train, sample),
+        "an index gives different pixels the second time",
+        "use no randomness in read",
+    )
+    order = "sort what a folder, a glob or a set returns"
+    require(len(again) == len(case.train), "opened again, it has a different length", order)
+    require(first == digests(again, sample), "opened again, an index gives a different image", order)
+    require(described(again) == described(case.train), "opened again, the descriptions differ", order)
+    one, other = case.train.labels(), again.labels()
     same = other is None if one is None else other is not None and torch.equal(one, other)
-    require(same, "opened again, the labels are others", order)
+    require(same, "opened again, the labels differ", order)
 
 
-def labels_number_the_classes(subject: SourceSubject) -> None:
-    """int64 (N,), below the number of classes; -1 for an image without one. No labels and no classes go together."""
-    for split, source in _splits(subject):
+def labels_number_the_classes(case: SourceCase) -> None:
+    """Labels are int64 (N,) below the number of classes, -1 for an unlabeled image; without labels, no classes."""
+    for split, source in _splits(case):
         labels, classes = source.labels(), source.classes
         both = (labels is None) == (classes is None)
         require(both, f"{split}: labels are {_kind(labels)}, classes {_kind(classes)}", "give both, or None for both")
@@ -182,83 +190,87 @@ def labels_number_the_classes(subject: SourceSubject) -> None:
         low, high = int(labels.min()), int(labels.max())
         inside = low >= -1 and high < len(classes)
         require(
-            inside, f"{split}: labels go from {low} to {high} for {len(classes)} classes", "label = place in classes"
+            inside,
+            f"{split}: labels go from {low} to {high} for {len(classes)} classes",
+            "a label is an index into classes",
         )
         names = [name for name in classes if not isinstance(name, str)]
-        require(not names, f"class {names and names[0]!r} is no text", "give names as str")
-        require(len(set(classes)) == len(classes), f"{split}: two classes have one name", "give each its own")
+        require(not names, f"class {names and names[0]!r} is not a string", "give names as str")
+        require(len(set(classes)) == len(classes), f"{split}: two classes have the same name", "give each its own")
 
 
-def descriptions_tell_images_apart(subject: SourceSubject) -> None:
-    """What errors and lists of bad images call them."""
-    found = described(subject.train)
+def descriptions_tell_images_apart(case: SourceCase) -> None:
+    """Every image has its own description, which errors and lists of bad images show."""
+    found = described(case.train)
     empty = [index for index, text in enumerate(found) if not isinstance(text, str) or not text.strip()]
     require(not empty, f"image {empty and empty[0]} has no description", "give its path, or its row and file")
     twice = sorted({text for text in found if found.count(text) > 1}) if len(set(found)) < len(found) else []
     require(not twice, f"{listed(twice)} stands for several images", "give the path, or the row and file")
 
 
-def an_index_beyond_the_end_raises(subject: SourceSubject) -> None:
-    """IndexError: what is no image must not be counted as a broken one."""
+def an_index_beyond_the_end_raises(case: SourceCase) -> None:
+    """An index past the end raises IndexError, so that it is not counted as a broken image."""
     remedy = "raise IndexError"
     try:
-        subject.train.read(len(subject.train))
+        case.train.read(len(case.train))
     except IndexError:
         return
-    except Exception as error:  # whatever it is, it is another one
+    except Exception as error:  # anything but IndexError
         require(False, f"an index beyond the end raises {type(error).__name__}", remedy)
     require(False, "an index beyond the end gives an image", remedy)
 
 
-def splits_are_apart(subject: SourceSubject) -> None:
-    """No training image is in the test split; where there is no such split, opening it raises DataError."""
-    splits = dict(_splits(subject))
+def splits_are_apart(case: SourceCase) -> None:
+    """No training image is in the test split. Without a test split, opening it raises DataError."""
+    splits = dict(_splits(case))
     if "test" not in splits:
         return
     train, test = splits["train"], splits["test"]
     require(len(test) > 0, "the test split is empty", "raise DataError, saying how to get one")
     numbers = {text: index for index, text in enumerate(described(train))}
-    # two tables may describe their rows alike: then it is the pixels that tell
+    # two tables may describe their rows alike, so equal descriptions alone prove nothing: compare pixels
     alike = [(numbers[text], index) for index, text in enumerate(described(test)) if text in numbers][:_SAMPLE]
     both = [one for one, other in alike if digests(train, [one]) == digests(test, [other])]
     shown = train.describe(both[0]) if both else ""
-    require(not both, f"{shown} is in the training and in the test split", "hold out by unlabeled.holdout")
+    require(not both, f"{shown} is in both the training and the test split", "split with unlabeled.holdout")
 
 
-def encoded_content_is_the_image(subject: SourceSubject) -> None:
-    """Where a source gives the bytes or the file behind an image, `unlabeled.decode_rgb` makes the image of them."""
-    for index in subject.sample():
-        content = encoded(subject.train, index)
+def encoded_content_is_the_image(case: SourceCase) -> None:
+    """If a source returns the bytes or file of an image, `unlabeled.decode_rgb` decodes them to that image."""
+    for index in case.sample():
+        content = encoded(case.train, index)
         if content is None:
             return
         fits = isinstance(content, (bytes, Path))
         require(fits, f"encoded gives a {type(content).__name__}", "give bytes, a Path, or None")
-        same = torch.equal(decode_rgb(content, subject.train.describe(index)), subject.train.read(index))
-        require(same, f"image {index} is not what encoded gives", "read it as decode_rgb(self.encoded(index), name)")
+        same = torch.equal(decode_rgb(content, case.train.describe(index)), case.train.read(index))
+        require(
+            same, f"image {index} differs from what encoded returns", "read it as decode_rgb(self.encoded(index), name)"
+        )
 
 
-def what_cannot_be_decoded_is_a_decode_error(subject: SourceSubject) -> None:
-    """Tried where `read` goes through ``encoded``. The loader skips, counts and lists what raises DecodeError."""
-    if not hasattr(subject.train, "encoded"):
-        return
-    broken: Any = copy.copy(subject.train)
+def what_cannot_be_decoded_is_a_decode_error(case: SourceCase) -> None:
+    """`read` raises DecodeError for broken content, which the loader skips, counts and lists."""
+    if not hasattr(case.train, "encoded"):
+        return  # only a source that reads through `encoded` can be given broken content
+    broken: Any = copy.copy(case.train)
     try:
         broken.encoded = lambda index: b"not an image"
         broken.read(0)
     except DecodeError as error:
         name = broken.describe(0)
         require(name in str(error), f"DecodeError does not name the image ({error})", "begin it with describe(index)")
-    except Exception as error:  # that is the rule
+    except Exception as error:  # every other error breaks the rule
         raised = f"an image that cannot be decoded raises {type(error).__name__}"
         require(False, raised, "raise DecodeError, as unlabeled.decode_rgb does")
 
 
-def masks_fit_the_images(subject: SourceSubject) -> None:
-    """uint8 (H, W): 0 is background, class c is c + 1, 255 unknown."""
-    source = subject.train
+def masks_fit_the_images(case: SourceCase) -> None:
+    """Masks are uint8 (H, W): 0 is background, class c is c + 1, 255 is unknown."""
+    source = case.train
     if not isinstance(source, MaskSource):
         return
-    for index in subject.sample():
+    for index in case.sample():
         mask, image = source.mask(index), source.read(index)
         found = f"mask {index} is {mask.dtype} {tuple(mask.shape)} for an image {tuple(image.shape)}"
         require(mask.dtype == torch.uint8 and mask.shape == image.shape[1:], found, "give uint8 (H, W)")
@@ -267,16 +279,16 @@ def masks_fit_the_images(subject: SourceSubject) -> None:
         require(largest <= count, f"mask {index} has value {largest} for {count} classes", "class c is c + 1")
 
 
-def boxes_fit_the_images(subject: SourceSubject) -> None:
-    """float32 (N, 4): left, top, right, bottom in pixels from the corner; None where nobody drew any."""
-    for index in subject.sample():
-        boxes = annotated_boxes(subject.train, index)
+def boxes_fit_the_images(case: SourceCase) -> None:
+    """Boxes are float32 (N, 4): left, top, right, bottom in pixels; None for an image without annotation."""
+    for index in case.sample():
+        boxes = annotated_boxes(case.train, index)
         if boxes is None:
             continue
         found = f"boxes of image {index} are {boxes.dtype} {tuple(boxes.shape)}"
         fits = boxes.dtype == torch.float32 and boxes.ndim == 2 and boxes.shape[1] == 4
         require(fits, found, "give float32 (N, 4)")
-        height, width = subject.train.read(index).shape[1:]
+        height, width = case.train.read(index).shape[1:]
         left, top, right, bottom = boxes.unbind(1)
         inside = (left >= 0) & (top >= 0) & (right <= width) & (bottom <= height) & (left <= right) & (top <= bottom)
         require(
@@ -284,14 +296,14 @@ def boxes_fit_the_images(subject: SourceSubject) -> None:
         )
 
 
-def another_process_reads_the_same(subject: SourceSubject) -> None:
-    """It pickles, as it does to loader workers; the class must be importable there. Starts a process: some seconds."""
-    compare_with_another(subject, read_in_another_process([subject])[0])
+def another_process_reads_the_same(case: SourceCase) -> None:
+    """It pickles, as for loader workers, and a new process reads the same pixels. Takes a few seconds."""
+    compare_with_another(case, read_in_another_process([case])[0])
 
 
-def read_in_another_process(subjects: Sequence[SourceSubject]) -> list[list[str] | str]:
-    """Of each subject, what a fresh process finds: the digests of its `sample`, or the error in words."""
-    given = [(_pickled(subject), subject.sample()) for subject in subjects]
+def read_in_another_process(cases: Sequence[SourceCase]) -> list[list[str] | str]:
+    """For each case, what a new process finds: the digests of its `sample`, or the error as text."""
+    given = [(_pickled(case), case.sample()) for case in cases]
     with tempfile.TemporaryDirectory() as folder:
         there, back = Path(folder, "there"), Path(folder, "back")
         there.write_bytes(pickle.dumps((sys.path, given)))
@@ -300,21 +312,21 @@ def read_in_another_process(subjects: Sequence[SourceSubject]) -> list[list[str]
     return found
 
 
-def compare_with_another(subject: SourceSubject, found: list[str] | str) -> None:
-    """Raises ContractError where another process found an error or other pixels."""
+def compare_with_another(case: SourceCase, found: list[str] | str) -> None:
+    """Raises ContractError if another process got an error or different pixels."""
     require(isinstance(found, list), f"another process cannot read it ({found})", _PLAIN)
-    require(found == digests(subject.train, subject.sample()), "another process reads other pixels", _PLAIN)
+    require(found == digests(case.train, case.sample()), "another process reads different pixels", _PLAIN)
 
 
-def _pickled(subject: SourceSubject) -> bytes:
+def _pickled(case: SourceCase) -> bytes:
     try:
-        return pickle.dumps(subject.train)
+        return pickle.dumps(case.train)
     except Exception as error:  # whatever a __reduce__ raises
         raise ContractError(f"it does not pickle ({type(error).__name__}: {error}); {_PLAIN}") from None
 
 
-SourceCheck = Callable[[SourceSubject], None]
-"""Raises ContractError when the rule that its name states is broken."""
+SourceCheck = Callable[[SourceCase], None]
+"""Raises ContractError when the rule stated by its name is broken."""
 
 SOURCE_CHECKS: tuple[SourceCheck, ...] = (
     source_and_settings_are_documented,
@@ -332,40 +344,40 @@ SOURCE_CHECKS: tuple[SourceCheck, ...] = (
     masks_fit_the_images,
     boxes_fit_the_images,
 )
-"""Every rule that needs no other process, those first on which others build."""
+"""Every rule that needs no other process. Later rules assume that earlier ones hold."""
 
 
 def check_source(source: str | type[Any] | DataConfig, settings: Mapping[str, Any] | None = None) -> None:
-    """Tries every rule of the contract on `source`; some seconds, most of them for a process that reads it too.
+    """Checks `source` against every rule of the contract; takes a few seconds, mostly to start a second process.
 
-    `source`: a registered name, the class itself, or a section of data with its settings; `settings`: fields of its
-    Config, such as where its images lie. Its images must be readable.
+    `source`: a registered name, the class itself, or a section of data with its settings. `settings`: fields of its
+    Config, such as the path of the images. The images must be readable.
 
-    Raises ContractError, an AssertionError, for the first rule that is broken.
+    Raises ContractError, an AssertionError, for the first broken rule.
     """
     if isinstance(source, DataConfig):
         settings = {"limit": source.limit, **(source.model_extra or {}), **(settings or {})}
         source = source.name
-    subject = SourceSubject.of(source, settings)
+    case = SourceCase.of(source, settings)
     for check in (*SOURCE_CHECKS, another_process_reads_the_same):
-        run_check(check, subject)
+        run_check(check, case)
 
 
 def digests(source: ImageSource, indices: Iterable[int]) -> list[str]:
-    """Hashes of the pixels of images."""
+    """SHA-256 of the pixels of each image."""
     return [hashlib.sha256(source.read(index).numpy().tobytes()).hexdigest() for index in indices]
 
 
 def described(source: ImageSource) -> list[str]:
-    """What images are called, the first `_DESCRIBED` of them."""
+    """Descriptions of the first `_DESCRIBED` images."""
     return [source.describe(index) for index in range(min(len(source), _DESCRIBED))]
 
 
-def _splits(subject: SourceSubject) -> list[tuple[Split, ImageSource]]:
+def _splits(case: SourceCase) -> list[tuple[Split, ImageSource]]:
     try:
-        return [("train", subject.train), ("test", subject.open("test"))]
+        return [("train", case.train), ("test", case.open("test"))]
     except DataError:
-        return [("train", subject.train)]
+        return [("train", case.train)]
 
 
 def _kind(value: object) -> str:

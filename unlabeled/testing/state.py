@@ -1,4 +1,4 @@
-"""Rules of state: what a checkpoint must hold, when it may move, and that a resumed run is the run itself."""
+"""Rules for state: what a checkpoint must contain, when state may change, and that resuming is exact."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from unlabeled.ssl.core.seeds import derive
 from unlabeled.ssl.task import PretextTask
 from unlabeled.ssl.train.checkpoint import load_checkpoint, save_checkpoint
 from unlabeled.ssl.train.optimizer import create_optimizer
-from unlabeled.testing.subject import Subject, listed, require
+from unlabeled.testing.case import TaskCase, listed, require
 
 _STEPS = 3
 _MICRO_STEPS = 2
 _REGISTER = "keep it in a parameter or a persistent buffer (register_buffer)"
 
 
-def state_dict_is_complete(subject: Subject) -> None:
-    """A task that was built from other random numbers and takes over the state dict gives the same loss."""
-    task, other = subject.task(seed=0), subject.task(seed=1)
-    batch = subject.batch(task)
+def state_dict_is_complete(case: TaskCase) -> None:
+    """A task built under another seed gives the same loss once it has loaded the state dict."""
+    task, other = case.task(seed=0), case.task(seed=1)
+    batch = case.batch(task)
     draw = task.draw(batch)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -36,25 +36,25 @@ def state_dict_is_complete(subject: Subject) -> None:
         lines = [line.strip() for line in str(error).splitlines()[:2]]
         require(False, f"the state dict does not load ({' '.join(lines)})", "register the same names every time")
     same = torch.equal(other(batch, **draw).loss, task(batch, **draw).loss)
-    require(same, "a task with the same state dict gives another loss", f"what differs is not in it; {_REGISTER}")
+    require(same, "a task with the same state dict gives a different loss", f"what differs is not in it; {_REGISTER}")
 
 
-def state_moves_in_after_step_only(subject: Subject) -> None:
-    """Neither a training pass nor an evaluation moves state; an evaluation leaves nothing for `after_step` to take."""
-    run, watched = _Run(subject), _Run(subject)
+def state_moves_in_after_step_only(case: TaskCase) -> None:
+    """Neither a training pass nor an evaluation changes state, and an evaluation leaves nothing for `after_step`."""
+    run, watched = _Run(case), _Run(case)
     for one in (run, watched):
         before = own_state(one.task)
         one.backward(0)
         moved = changed(before, own_state(one.task))
-        remedy = "a step may have several micro-steps: move it in after_step(progress)"
-        require(not moved, f"forward moves {listed(moved)}", remedy)
-    _evaluate(watched.task, subject.batch(watched.task, seed=99))
+        remedy = "a step may have several micro-steps: change state in after_step(progress)"
+        require(not moved, f"forward changes {listed(moved)}", remedy)
+    _evaluate(watched.task, case.batch(watched.task, seed=99))
     for one in (run, watched):
         one.move(0)
     moved = changed(own_state(run.task), own_state(watched.task))
     remedy = "keep what after_step needs only while self.training"
     require(not moved, f"a pass in eval mode before after_step changes {listed(moved)}", remedy)
-    if type(run.task).after_step is PretextTask.after_step or _parts(run.task):
+    if type(run.task).after_step is PretextTask.after_step or _inner_tasks(run.task):
         return
     for step in range(_STEPS):
         run.backward(step)
@@ -66,34 +66,34 @@ def state_moves_in_after_step_only(subject: Subject) -> None:
     require(False, "after_step changes nothing in the state dict", f"remove it, or: {_REGISTER}")
 
 
-def a_resumed_run_is_the_same_run(subject: Subject) -> None:
-    """Three optimizer steps of two micro-steps; stopped after the second and resumed, bit by bit the same.
+def a_resumed_run_is_the_same_run(case: TaskCase) -> None:
+    """Three optimizer steps of two micro-steps are bit-equal to two steps, a resume, and the third step.
 
-    The resumed task is built from other random numbers and reads a checkpoint, as the engine writes them.
+    The resumed task is built under another seed and reads a checkpoint as the engine writes it.
     """
-    whole, resumed = _Run(subject, seed=0), _Run(subject, seed=1)
+    full, resumed = _Run(case, seed=0), _Run(case, seed=1)
     with tempfile.TemporaryDirectory() as folder:
         for step in range(_STEPS):
             if step == _STEPS - 1:
-                state, rates = whole.task.state_dict(), whole.optimizer.state_dict()
-                path = save_checkpoint(Path(folder), step, model=state, optimizer=rates, state={}, keep=1)
-            loss = whole.step(step)
+                state, moments = full.task.state_dict(), full.optimizer.state_dict()
+                path = save_checkpoint(Path(folder), step, model=state, optimizer=moments, state={}, keep=1)
+            loss = full.step(step)
         model, optimizer, _ = load_checkpoint(path)
     resumed.task.load_state_dict(model)
     resumed.optimizer.load_state_dict(optimizer)
     again = resumed.step(_STEPS - 1)
-    lost = f"something that a step depends on is not in the state dict; {_REGISTER}"
+    lost = f"a step depends on something that is not in the state dict; {_REGISTER}"
     require(loss == again, f"the loss of step 3 is {loss:.6g}, after a resume {again:.6g}", lost)
-    differing = changed(whole.task.state_dict(), resumed.task.state_dict())
-    require(not differing, f"after step 3, {listed(differing)} is another one in a resumed run", lost)
+    differing = changed(full.task.state_dict(), resumed.task.state_dict())
+    require(not differing, f"after step 3, {listed(differing)} differs in a resumed run", lost)
 
 
 class _Run:
-    """A task, its optimizer, and steps that are functions of their number."""
+    """A task, its optimizer, and steps whose randomness depends only on their number."""
 
-    def __init__(self, subject: Subject, seed: int = 0) -> None:
-        self.subject = subject
-        self.task = subject.task(seed)
+    def __init__(self, case: TaskCase, seed: int = 0) -> None:
+        self.case = case
+        self.task = case.task(seed)
         self.optimizer = create_optimizer(self.task, OptimConfig(lr=1e-3))
 
     def step(self, step: int) -> float:
@@ -106,7 +106,7 @@ class _Run:
     def backward(self, step: int) -> float:
         total = 0.0
         for micro in range(_MICRO_STEPS):
-            batch = self.subject.batch(self.task, seed=derive("views", step, micro))
+            batch = self.case.batch(self.task, seed=derive("views", step, micro))
             torch.manual_seed(derive("step", step, micro))
             loss = self.task(batch).loss
             (loss / _MICRO_STEPS).backward()
@@ -122,13 +122,13 @@ class _Run:
 
 
 def own_state(task: PretextTask) -> dict[str, Tensor]:
-    """A copy of the state dict, less the layers' own: statistics of batch norms and buffers of the backbone."""
+    """A copy of the state dict without what layers keep: batch-norm statistics and buffers of the backbone."""
     layers = {f"{prefix}{name}" for prefix, module in _keeping(task) for name, _ in module.named_buffers()}
     return {name: value.clone() for name, value in task.state_dict().items() if name not in layers}
 
 
 def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
-    """Names of the tensors that differ or are in one of the two only."""
+    """Names of the tensors that differ, or exist in only one of the two."""
     names = [*before, *(name for name in after if name not in before)]
     return [n for n in names if n not in before or n not in after or not torch.equal(before[n], after[n])]
 
@@ -140,8 +140,8 @@ def _keeping(task: PretextTask) -> Iterator[tuple[str, nn.Module]]:
             yield f"{name}.", module
 
 
-def _parts(task: PretextTask) -> list[PretextTask]:
-    """Tasks inside of a task: they answer for themselves."""
+def _inner_tasks(task: PretextTask) -> list[PretextTask]:
+    """Tasks inside this task, which are checked on their own."""
     return [module for module in task.modules() if isinstance(module, PretextTask) and module is not task]
 
 
@@ -152,4 +152,4 @@ def _evaluate(task: PretextTask, batch: dict[str, Tensor]) -> None:
     task(batch)
     task.train()
     moved = changed(before, task.state_dict())
-    require(not moved, f"a pass in eval mode moves {listed(moved)}", "move state in after_step(progress) only")
+    require(not moved, f"a pass in eval mode changes {listed(moved)}", "change state in after_step(progress) only")

@@ -12,15 +12,15 @@ _NAMES = 80
 """Letters of the folder's default name."""
 
 
-def report_runs(words: Sequence[str]) -> Path:
-    """Compares the runs that `words` name (and with ``out=FOLDER`` writes there); returns the page.
+def report_runs(overrides: Sequence[str]) -> Path:
+    """Compares the runs that `overrides` name (and with ``out=FOLDER`` writes there); returns the page.
 
     Raises, each in one line, ConfigError without a run and DataError for a run without a report that can be read.
     """
-    names = [word for word in words if not word.startswith("out=")]
+    names = [word for word in overrides if not word.startswith("out=")]
     if not names:
         raise ConfigError("report: no run is given; write unlabeled report runs/a runs/b")
     runs = read_runs([Path(name).expanduser() for name in names])
-    given = [word.removeprefix("out=") for word in words if word.startswith("out=")]
+    given = [word.removeprefix("out=") for word in overrides if word.startswith("out=")]
     joined = "_".join(run.label.replace("/", "-") for run in runs)[:_NAMES]
     return write_comparison(runs, Path(given[-1]).expanduser() if given else Path("reports") / joined)

@@ -22,9 +22,9 @@ from unlabeled.eval.comparison import percent
 from unlabeled.eval.features.cache import cache_key, data_identity
 from unlabeled.eval.features.recalibrate import batch_norms
 from unlabeled.eval.registry import evaluator_config
-from unlabeled.eval.results import EncoderEvidence, Evidence
+from unlabeled.eval.results import EncoderResults, Results
+from unlabeled.eval.runner import evaluate_backbone
 from unlabeled.eval.size_curve import FILE, SizeCurve, SizeResult, file_digest, load_curve, read_curve, write_curve
-from unlabeled.eval.suite import evaluate_backbone
 from unlabeled.report.size_table import render_terminal
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.elastic import SubSize
@@ -60,7 +60,7 @@ class SizePlan:
     """The run's."""
     whole: ElasticRun
     sizes: tuple[SubSize, ...]
-    beside: tuple[Alone, ...]
+    versus: tuple[Alone, ...]
 
 
 class _Network(NamedTuple):
@@ -75,27 +75,27 @@ class _Network(NamedTuple):
     """Where its features are, if they are kept."""
 
 
-def plan_sizes(run: EvaluateRun, folder: Path, whole: ElasticRun, beside: Sequence[Alone]) -> SizePlan:
+def plan_sizes(run: EvaluateRun, folder: Path, whole: ElasticRun, versus: Sequence[Alone]) -> SizePlan:
     """What `run` asks for. Raises ConfigError, before anything is computed, for sizes and networks that do not fit."""
     assert run.sizes is not None, "sizes were asked for"
     family = whole.elastic.family
-    for title, _, backbone in beside:
+    for title, _, backbone in versus:
         if type(backbone.model) is not family.kind:
             raise ConfigError(
-                f"beside: {title} is of the family {type(backbone.model).__name__}, the sizes of "
+                f"versus: {title} is of the family {type(backbone.model).__name__}, the sizes of "
                 f"{family.kind.__name__}; give runs of that family"
             )
-    return SizePlan(folder, whole, tuple(choose_sizes(whole.elastic, run.sizes)), tuple(beside))
+    return SizePlan(folder, whole, tuple(choose_sizes(whole.elastic, run.sizes)), tuple(versus))
 
 
 def measure_sizes(
-    plan: SizePlan, run: EvaluateRun, sources: Sources, evidence: Evidence, device: torch.device
+    plan: SizePlan, run: EvaluateRun, sources: Sources, results: Results, device: torch.device
 ) -> SizeCurve:
-    """Evaluates what `plan` names and ``sizes.json`` does not hold yet; `evidence` is that of the run as a whole.
+    """Evaluates what `plan` names and ``sizes.json`` does not hold yet; `results` is that of the run as a whole.
 
     Raises ConfigError when ``sizes.json`` was measured under other settings.
     """
-    curve = _begun(plan, run, sources, evidence)
+    curve = _begun(plan, run, sources, results)
     baseline = run.evaluate.baselines is True or "random" in (run.evaluate.baselines or ())
     networks = list(_networks(plan, curve.settings["weights"]))
     for number, network in enumerate(networks, start=1):
@@ -114,7 +114,7 @@ def _networks(plan: SizePlan, weights: str) -> Iterator[_Network]:
     for size in plan.sizes:
         work = plan.folder if size == plan.whole.elastic.full else None  # of the run's own evaluation
         yield _Network("extracted", str(size), size, weights, partial(extract, plan.whole, size), work)
-    for alone in plan.beside:
+    for alone in plan.versus:
         size = plan.whole.elastic.family.read(alone.backbone.model)
         digest = file_digest(alone.folder / WEIGHTS)
         yield _Network("alone", alone.title, size, digest, partial(_itself, alone.backbone), None)
@@ -133,11 +133,11 @@ def _measure(
         update={"baselines": ("random",) if wants_random else False, "evaluators": ("knn", "linear"), "prefixes": ()}
         | {"embedding": None, "maps": 0}
     )
-    evidence = evaluate_backbone(
+    results = evaluate_backbone(
         backbone, *sources, config, work=network.work, device=device, seed=run.seed, workers=run.workers,
         masked_statistics=bool(batch_norms(backbone)),  # those of the whole network are not its own
     )  # fmt: skip
-    assert evidence is not None, "one process evaluates"
+    assert results is not None, "one process evaluates"
     return SizeResult(
         kind=network.kind,
         title=network.title,
@@ -145,27 +145,27 @@ def _measure(
         depths=network.size.depths,
         parameters=cost.parameters,
         macs=cost.macs,
-        metrics=_accuracies(evidence.encoders["backbone"]),
-        random=_accuracies(evidence.encoders.get("random")),
-        recalibrated=evidence.recalibrated,
-        seconds=round(evidence.seconds, 2),
+        metrics=_accuracies(results.encoders["backbone"]),
+        random=_accuracies(results.encoders.get("random")),
+        recalibrated=results.recalibrated,
+        seconds=round(results.seconds, 2),
         weights=network.weights,
     )
 
 
-def _begun(plan: SizePlan, run: EvaluateRun, sources: Sources, evidence: Evidence) -> SizeCurve:
+def _begun(plan: SizePlan, run: EvaluateRun, sources: Sources, results: Results) -> SizeCurve:
     """What is measured already under these settings, or an empty curve."""
     settings = _settings(plan, run, sources)
-    pixels = _accuracies(evidence.encoders.get("pixels"))
+    pixels = _accuracies(results.encoders.get("pixels"))
     begun = load_curve(plan.folder)
     if begun is None:
-        known = evidence.encoders["backbone"].measures
+        known = results.encoders["backbone"].measures
         return SizeCurve(
             settings=settings,
-            headline=evidence.headline,
-            labels={metric: known[metric].measure.text for metric in evidence.headline},
-            train_pictures=evidence.train_pictures,
-            test_pictures=evidence.test_pictures,
+            headline=results.headline,
+            labels={metric: known[metric].measure.text for metric in results.headline},
+            train_images=results.train_images,
+            test_images=results.test_images,
             sizes=len(plan.whole.elastic.sizes),
             pixels=pixels,
         )
@@ -191,14 +191,14 @@ def _settings(plan: SizePlan, run: EvaluateRun, sources: Sources) -> dict[str, A
         "evaluate.knn": evaluator_config(evaluate, "knn").model_dump(mode="json"),
         "evaluate.linear": evaluator_config(evaluate, "linear").model_dump(mode="json"),
         "evaluate.recalibrate": evaluate.recalibrate,
-        "evaluate.recalibrate_pictures": evaluate.recalibrate_pictures,
+        "evaluate.recalibrate_images": evaluate.recalibrate_images,
         "data": cache_key(parts=[data_identity(limited(source, evaluate.limit)) for source in sources]),
     }
     plain: dict[str, Any] = json.loads(json.dumps(settings))
     return plain
 
 
-def _accuracies(encoder: EncoderEvidence | None) -> dict[str, float]:
+def _accuracies(encoder: EncoderResults | None) -> dict[str, float]:
     if encoder is None:
         return {}
     shown = encoder.measures.items()

@@ -15,14 +15,14 @@ import timm
 import torch
 import yaml
 
-from unlabeled.eval.comparison import judge
+from unlabeled.eval.comparison import summarize
 from unlabeled.eval.features.recalibrate import batch_norms
-from unlabeled.eval.results import Evidence
+from unlabeled.eval.results import Results
+from unlabeled.eval.runner import evaluate_backbone
 from unlabeled.eval.size_curve import SizeCurve, read_curve
-from unlabeled.eval.suite import evaluate_backbone
 from unlabeled.pretext.registry import task_class, task_config
+from unlabeled.report.images import read_images
 from unlabeled.report.page import render_report
-from unlabeled.report.pictures import read_pictures
 from unlabeled.report.summary import RunSummary, count_parameters, name_backbone, name_data, summarize_run
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.backbones.given import fill_adopted, record, require_given
@@ -56,7 +56,7 @@ class Target:
 
 def evaluate_config(
     target: str | Path,
-    words: Sequence[str] = (),
+    overrides: Sequence[str] = (),
     values: Mapping[str, Any] | None = None,
     backbone: Backbone | None = None,
 ) -> EvaluateRun:
@@ -64,13 +64,13 @@ def evaluate_config(
 
     `backbone`: a network that is given from Python: the target itself, or what the target's weights belong to.
     """
-    run = compose_settings("evaluate", words, EvaluateRun, {**(values or {}), "target": str(target)})
+    run = compose_settings("evaluate", overrides, EvaluateRun, {**(values or {}), "target": str(target)})
     also = ("knn", "linear") if run.sizes is not None else ()  # what the sizes are judged by
-    run = run.model_copy(update={"evaluate": settle_evaluation(run.evaluate, words, values, also=also)})
+    run = run.model_copy(update={"evaluate": settle_evaluation(run.evaluate, overrides, values, also=also)})
     return run if backbone is None else run.model_copy(update={"backbone": record(backbone)})
 
 
-def evaluate_target(run: EvaluateRun, backbone: Backbone | None = None) -> Evidence:
+def evaluate_target(run: EvaluateRun, backbone: Backbone | None = None) -> Results:
     """Evaluates what `run.target` names, its sizes too if they are asked for, writes the report, returns the evidence.
 
     `backbone` as in `evaluate_config`; the weights that the target names are loaded into it.
@@ -83,17 +83,17 @@ def evaluate_target(run: EvaluateRun, backbone: Backbone | None = None) -> Evide
     device = torch.device("cuda" if run.device == "auto" and torch.cuda.is_available() else "cpu")
     train, test = open_source(data, "train"), open_source(data, "test")
     work = target.folder or run.out or _report_folder(run, target)
-    pictures = read_pictures(target.folder) if target.folder is not None else None
-    evidence = evaluate_backbone(
+    images = read_images(target.folder) if target.folder is not None else None
+    results = evaluate_backbone(
         target.backbone, train, test, run.evaluate, work=work, device=device, seed=run.seed, workers=run.workers,
-        masked_statistics=run.evaluate.recalibrate == "auto" and masked_statistics(target),
+        masked_statistics=run.evaluate.recalibrate == "auto" and saw_masked_images_only(target),
     )  # fmt: skip
-    assert evidence is not None, "one process evaluates"
+    assert results is not None, "one process evaluates"
     summary = _summary(run, target, data, str(device))
-    sizes = measure_sizes(plan, run, (train, test), evidence, device) if plan is not None else _measured(target)
-    report = render_report(_report_folder(run, target), summary, evidence, _metrics(target), pictures, sizes=sizes)
-    log.info("%s Report: %s", judge(evidence).summary, report)
-    return evidence
+    sizes = measure_sizes(plan, run, (train, test), results, device) if plan is not None else _measured(target)
+    report = render_report(_report_folder(run, target), summary, results, _metrics(target), images, sizes=sizes)
+    log.info("%s Report: %s", summarize(results).text, report)
+    return results
 
 
 def resolve_target(run: EvaluateRun, given: Backbone | None = None) -> Target:
@@ -177,32 +177,32 @@ def _check_published(name: str) -> None:
 def _size_plan(run: EvaluateRun, target: Target) -> SizePlan | None:
     """The sizes that are to be measured; None when none are asked for."""
     if run.sizes is None:
-        if run.beside:
-            raise ConfigError("beside: has a place beside sizes only; give sizes=all or sizes=[[width,depth]]")
+        if run.versus:
+            raise ConfigError("versus: has a place beside sizes only; give sizes=all or sizes=[[width,depth]]")
         return None
     if target.folder is None:
         raise ConfigError(f"sizes: {run.target} is no run folder; only an elastic run holds several sizes")
-    beside = [_from_folder(folder) if folder.is_dir() else None for folder in run.beside]
-    for folder, found in zip(run.beside, beside, strict=True):
+    versus = [_from_folder(folder) if folder.is_dir() else None for folder in run.versus]
+    for folder, found in zip(run.versus, versus, strict=True):
         if found is None:
-            raise ConfigError(f"beside: {folder} is no folder; give folders of finished runs")
-    alone = [Alone(one.title, one.folder, one.backbone) for one in beside if one is not None and one.folder is not None]
+            raise ConfigError(f"versus: {folder} is no folder; give folders of finished runs")
+    alone = [Alone(one.title, one.folder, one.backbone) for one in versus if one is not None and one.folder is not None]
     return plan_sizes(run, target.folder, with_sizes(target.folder, target.backbone), alone)
 
 
 def _data(run: EvaluateRun, config: PretrainConfig | None) -> DataConfig:
-    """The labelled data: the command's, else what the run names for evaluation, else its own with labels."""
+    """The labeled data: the command's, else what the run names for evaluation, else its own with labels."""
     if run.data is not None:
         return run.data
     if run.evaluate.data is not None:
         return run.evaluate.data
     if config is None:
-        raise ConfigError("data: not given; a target that is no run folder needs labelled data, such as data=digits")
+        raise ConfigError("data: not given; a target that is no run folder needs labeled data, such as data=digits")
     return config.evaluate.data or labeled(config.data)
 
 
-def masked_statistics(target: Target) -> bool:
-    """Whether the task that trained the target collected batch-norm statistics on masked pictures only."""
+def saw_masked_images_only(target: Target) -> bool:
+    """Whether the task that trained the target collected batch-norm statistics on masked images only."""
     if target.config is None or not batch_norms(target.backbone):
         return False
     try:

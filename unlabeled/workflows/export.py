@@ -75,9 +75,9 @@ def choose_sizes(elastic: Elastic, asked: Sizes) -> list[SubSize]:
     return [size for size in elastic.sizes if size in wanted]
 
 
-def export_config(run: str | Path, words: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> ExportRun:
+def export_config(run: str | Path, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> ExportRun:
     """The validated settings of ``unlabeled export RUN``."""
-    return compose_settings("export", words, ExportRun, {**(values or {}), "run": Path(run)})
+    return compose_settings("export", overrides, ExportRun, {**(values or {}), "run": Path(run)})
 
 
 def export_run(run: ExportRun, given: Backbone | None = None) -> list[Exported]:
@@ -139,18 +139,18 @@ def _with_statistics(run: ExportRun, alone: Backbone) -> Backbone:
     data = run.data or _data_of(run.run)
     if data is None:
         raise ConfigError(
-            f"data: not given; {alone.name} has batch norms, whose statistics belong to one size: give pictures with "
+            f"data: not given; {alone.name} has batch norms, whose statistics belong to one size: give images with "
             "data=..., or recalibrate=false and estimate them later"
         )
     device = "cuda" if run.device == "auto" and torch.cuda.is_available() else "cpu"
     return recalibrated(
-        alone, open_source(data, "train"), pictures=run.recalibrate_pictures, batch_size=run.batch_size,
+        alone, open_source(data, "train"), count=run.recalibrate_images, batch_size=run.batch_size,
         workers=run.workers, device=device,
     ).cpu()  # fmt: skip
 
 
 def _data_of(path: Path) -> DataConfig | None:
-    """The pictures that the run at `path` was trained on; None for another exported backbone."""
+    """The images that the run at `path` was trained on; None for another exported backbone."""
     file = path / "config.yaml"
     return validate(read_config(file), PretrainConfig).data if file.is_file() else None
 

@@ -26,7 +26,7 @@ from unlabeled.ssl.data.source import DecodeError, ImageSource, encoded, limited
 from unlabeled.workflows.settings import compose_settings
 
 SMALL = 32
-"""Pixels of a side under which a picture is reported as small."""
+"""Pixels of a side under which an image is reported as small."""
 EXTREME_ASPECT = 4.0
 IMBALANCE = 10.0
 """Largest over smallest class from which classes are reported as unbalanced."""
@@ -35,7 +35,7 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class Scanned:
-    """What one picture turned out to be."""
+    """What one image turned out to be."""
 
     index: int
     size: tuple[int, int] | None
@@ -47,18 +47,18 @@ class Scanned:
     seconds: float
     """Time to read and decode."""
     name: str = ""
-    """Of a broken picture."""
+    """Of a broken image."""
     reason: str = ""
 
 
 @dataclass
 class DoctorReport:
-    """Result of `examine`. Counts are of pictures; sizes are (height, width) in pixels."""
+    """Result of `examine`. Counts are of images; sizes are (height, width) in pixels."""
 
     count: int
-    """Pictures scanned."""
+    """Images scanned."""
     total: int
-    """Pictures of the training split."""
+    """Images of the training split."""
     bad: list[BadImage]
     heights: tuple[int, float, int] | None
     """Smallest, median, largest; None when nothing can be decoded."""
@@ -70,26 +70,26 @@ class DoctorReport:
     """Channels as stored, by Pillow's names."""
     small: int
     extreme: int
-    """Pictures more than `EXTREME_ASPECT` times as long as wide, or as wide as long."""
+    """Images more than `EXTREME_ASPECT` times as long as wide, or as wide as long."""
     duplicates: list[tuple[str, str]]
-    """(picture, the earlier picture whose bytes it repeats)."""
+    """(image, the earlier image whose bytes it repeats)."""
     images_per_second: float
     """Read and decoded by one process."""
     classes: dict[str, int] | None = None
-    """Pictures per class of the training split, or None without labels."""
+    """Images per class of the training split, or None without labels."""
     warnings: list[str] = field(default_factory=list)
     """What a person should look at, a line each."""
 
 
-def doctor_config(words: Sequence[str]) -> DoctorRun:
+def doctor_config(overrides: Sequence[str]) -> DoctorRun:
     """The validated settings of ``unlabeled doctor``."""
-    return compose_settings("doctor", words, DoctorRun)
+    return compose_settings("doctor", overrides, DoctorRun)
 
 
 def examine(run: DoctorRun) -> DoctorReport:
-    """Reads and decodes the training split that `run.data` names, or `run.limit` pictures of it.
+    """Reads and decodes the training split that `run.data` names, or `run.limit` images of it.
 
-    Raises ConfigError and DataError as `open_source` does; broken pictures are reported, not raised.
+    Raises ConfigError and DataError as `open_source` does; broken images are reported, not raised.
     """
     whole = open_source(run.data, "train")
     source = limited(whole, run.limit)
@@ -116,19 +116,19 @@ class _Scan(Dataset[Scanned]):
         try:
             content = encoded(self.source, index)
             if content is None:
-                picture = self.source.read(index)
-                digest = _digest(picture.numpy().tobytes())
+                image = self.source.read(index)
+                digest = _digest(image.numpy().tobytes())
             else:
                 name = self.source.describe(index)
                 content = read_bytes(content, name) if isinstance(content, Path) else content
                 digest = _digest(content)
                 format_, mode = read_header(content, name)
-                picture = decode_rgb(content, name)
+                image = decode_rgb(content, name)
         except DecodeError as error:
             name = self.source.describe(index)
             reason = str(error).removeprefix(f"{name}: ")
             return Scanned(index, None, format_, mode, digest, 0.0, name, reason)
-        height, width = picture.shape[1:]
+        height, width = image.shape[1:]
         return Scanned(index, (height, width), format_, mode, digest, time.perf_counter() - begin)
 
 
@@ -186,14 +186,14 @@ def _duplicates(source: ImageSource, good: Sequence[Scanned]) -> list[tuple[str,
 def _warnings(report: DoctorReport, max_bad_fraction: float) -> Iterator[str]:
     if report.bad:
         too_many = len(report.bad) > max_bad_fraction * report.count
-        verdict = f"a run stops above data.max_bad_fraction={max_bad_fraction}" if too_many else "a run replaces them"
-        yield f"pictures that cannot be decoded: {len(report.bad)} of {report.count}; {verdict}"
+        summary = f"a run stops above data.max_bad_fraction={max_bad_fraction}" if too_many else "a run replaces them"
+        yield f"images that cannot be decoded: {len(report.bad)} of {report.count}; {summary}"
     if report.small:
-        yield f"pictures with a side under {SMALL} pixels: {report.small}; views enlarge them"
+        yield f"images with a side under {SMALL} pixels: {report.small}; views enlarge them"
     if report.extreme:
-        yield f"pictures with one side over {EXTREME_ASPECT:g} times the other: {report.extreme}; crops lose much"
+        yield f"images with one side over {EXTREME_ASPECT:g} times the other: {report.extreme}; crops lose much"
     if report.duplicates:
-        yield f"pictures that repeat the bytes of another picture: {len(report.duplicates)}; they count double"
+        yield f"images that repeat the bytes of another image: {len(report.duplicates)}; they count double"
     if report.classes:
         yield from _class_warnings(report.classes)
 
@@ -201,11 +201,11 @@ def _warnings(report: DoctorReport, max_bad_fraction: float) -> Iterator[str]:
 def _class_warnings(classes: dict[str, int]) -> Iterator[str]:
     empty = [name for name, count in classes.items() if not count]
     if empty:
-        yield f"{len(empty)} of {len(classes)} classes have no pictures: {', '.join(empty[:5])}"
+        yield f"{len(empty)} of {len(classes)} classes have no images: {', '.join(empty[:5])}"
     filled = {name: count for name, count in classes.items() if count}
     most, least = max(filled, key=filled.__getitem__), min(filled, key=filled.__getitem__)
     if filled[most] > IMBALANCE * filled[least]:
-        yield f"classes are unbalanced: {most} has {filled[most]} pictures, {least} has {filled[least]}"
+        yield f"classes are unbalanced: {most} has {filled[most]} images, {least} has {filled[least]}"
     if len(filled) == 1:
         yield f"there is a single class, {most}; evaluation needs two"
 
@@ -215,7 +215,7 @@ def render(report: DoctorReport) -> RenderableType:
     facts = Table(show_header=False, box=None, pad_edge=False)
     facts.add_column(style="bold")
     scanned = f"{report.count}" if report.count == report.total else f"{report.count} of {report.total}"
-    facts.add_row("pictures scanned", scanned)
+    facts.add_row("images scanned", scanned)
     for title, spread in (("height", report.heights), ("width", report.widths)):
         if spread is not None:
             facts.add_row(title, f"{spread[0]} .. {spread[2]} pixels, median {spread[1]:g}")
@@ -243,7 +243,7 @@ def _counts(counts: dict[str, int], limit: int = 8) -> str:
 
 def _bad_table(bad: list[BadImage]) -> Table:
     table = Table(title=f"cannot be decoded (first {_SHOWN} of {len(bad)})" if len(bad) > _SHOWN else None)
-    table.add_column("picture", overflow="fold")
+    table.add_column("image", overflow="fold")
     table.add_column("why")
     for image in bad[:_SHOWN]:
         table.add_row(escape(image.name), escape(image.reason))

@@ -24,7 +24,7 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 
 def compose_settings(
-    command: str, words: Sequence[str], model: type[SectionT], values: Mapping[str, Any] | None = None
+    command: str, overrides: Sequence[str], model: type[SectionT], values: Mapping[str, Any] | None = None
 ) -> SectionT:
     """The settings of `command` as `model`: its file, then the words, then Python `values` on top.
 
@@ -32,7 +32,7 @@ def compose_settings(
     word that cannot be read, an unknown setting, or an impossible value.
     """
     choices = {"task": Recipes(), "data": Sources()}
-    return with_sources(compose_config(command, words, model, values=values, choices=choices))
+    return with_sources(compose_config(command, overrides, model, values=values, choices=choices))
 
 
 def with_sources(config: SectionT, field: str = "") -> SectionT:
@@ -64,7 +64,7 @@ def tiny(config: RunConfig) -> dict[str, Any]:
 
 def settle_evaluation(
     evaluate: EvaluateConfig,
-    words: Sequence[str],
+    overrides: Sequence[str],
     values: Mapping[str, Any] | None = None,
     *,
     also: Sequence[str] = (),
@@ -74,7 +74,7 @@ def settle_evaluation(
     What the words and values set must have an effect; what a recipe's file sets need not. `also`: evaluators that run
     beside those that are chosen. Raises ConfigError, in one line.
     """
-    return settle(evaluate, given=set_within("evaluate", words, values), also=also)
+    return settle(evaluate, given=set_within("evaluate", overrides, values), also=also)
 
 
 def data_values(data: object) -> dict[str, Any]:
@@ -99,10 +99,12 @@ def run_folder(run: object) -> Path:
     raise ConfigError(f"run: {in_short(run)} is not possible; give a run's folder, and its network as backbone=...")
 
 
-def given_backbone(backbone: object, values: Mapping[str, Any], *, beside: str | Path | None = None) -> Backbone | None:
+def given_backbone(
+    backbone: object, values: Mapping[str, Any], *, alongside: str | Path | None = None
+) -> Backbone | None:
     """The run's own copy of `backbone` where that is a network itself; None where it is a name or settings.
 
-    `values`: the other settings, none of which may be of the backbone beside a network. `beside`: see `adopt`. Raises
+    `values`: the other settings, none of which may be of the backbone. `alongside`: see `adopt`. Raises
     ConfigError or CapabilityError for what is no backbone.
     """
     if backbone is None or isinstance(backbone, (str, Mapping, BackboneConfig)):
@@ -116,7 +118,7 @@ def given_backbone(backbone: object, values: Mapping[str, Any], *, beside: str |
                 f"{key.replace('__', '.')}: has no effect on a module; give unlabeled.Backbone(module, size=(h, w)), "
                 "and weights with unlabeled.load_weights(module, file)"
             )
-    return adopt(backbone, beside=beside)
+    return adopt(backbone, alongside=alongside)
 
 
 def _instead(given: object, wanted: str) -> str:
@@ -139,7 +141,7 @@ def read_request(target: object, data: object, settings: Mapping[str, Any]) -> R
     """Arguments of `unlabeled.evaluate` and `unlabeled.finetune`. Raises ConfigError or CapabilityError."""
     values = dict(settings) if data is None else {"data": data_values(data), **settings}
     if isinstance(target, (str, Path)):
-        own = given_backbone(values.get("backbone"), values, beside=target)
+        own = given_backbone(values.get("backbone"), values, alongside=target)
         if own is not None:
             del values["backbone"]
         return Request(target, own, values)

@@ -21,7 +21,7 @@ def arrays(folder: Path, *shape: int, labels: bool = True) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("shape", [(8, 10), (8, 10, 3)], ids=["grey", "rgb"])
+@pytest.mark.parametrize("shape", [(8, 10), (8, 10, 3)], ids=["gray", "rgb"])
 def test_contract(tmp_path: Path, shape: tuple[int, ...]) -> None:
     check_source(NpySource, {"path": arrays(tmp_path, *shape)})
 

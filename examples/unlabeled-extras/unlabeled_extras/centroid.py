@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from unlabeled import Evaluator, EvaluatorConfig, FloatArray, Measure, Point, Subject, Value, check_features
+from unlabeled import EncodedDataset, Evaluator, EvaluatorConfig, FloatArray, Measure, Point, Value, check_features
 
 
 class CentroidConfig(EvaluatorConfig):
@@ -16,13 +16,13 @@ class CentroidConfig(EvaluatorConfig):
     unit_length: bool = True
     """Scale features to unit length first, so that directions are compared."""
     shots: tuple[int, ...] = ()
-    """Also with the means of so many training pictures of each class, drawn by the seed."""
+    """Also with the means of so many training images of each class, drawn by the seed."""
 
 
 class Centroid(Evaluator):
     """Accuracy of the class whose mean training feature is nearest.
 
-    Yields ``top1`` with all training pictures, ``shot5`` with five of each class, and ``predictions`` int64 (N,).
+    Yields ``top1`` with all training images, ``shot5`` with five of each class, and ``predictions`` int64 (N,).
     """
 
     name: ClassVar = "centroid"
@@ -32,8 +32,8 @@ class Centroid(Evaluator):
     def __init__(self, config: CentroidConfig) -> None:
         self.config = config
 
-    def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
-        data = subject.features
+    def run(self, dataset: EncodedDataset) -> Iterator[tuple[str, Value]]:
+        data = dataset.features
         check_features(data)
         train, test = (self._scaled(split.features) for split in (data.train, data.test))
         members = [np.flatnonzero(data.train.labels == label) for label in np.unique(data.train.labels)]
@@ -49,9 +49,9 @@ class Centroid(Evaluator):
         yield "top1", Measure("nearest class mean").of((guesses == data.test.labels).mean())
         yield "predictions", guesses
         for shots in self.config.shots:
-            generator = np.random.default_rng([subject.seed, shots])
+            generator = np.random.default_rng([dataset.seed, shots])
             few = predicted([generator.permutation(rows)[:shots] for rows in members])
-            measure = Measure(f"class mean of {shots} pictures", point=Point("class mean", "pictures", shots))
+            measure = Measure(f"class mean of {shots} images", point=Point("class mean", "images", shots))
             yield f"shot{shots}", measure.of((few == data.test.labels).mean())
 
     def _scaled(self, features: FloatArray) -> np.ndarray:

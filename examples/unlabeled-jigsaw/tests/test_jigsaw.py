@@ -11,7 +11,7 @@ import yaml
 
 import unlabeled
 from unlabeled import ConfigError
-from unlabeled.testing import Subject, check_task
+from unlabeled.testing import EncodedDataset, check_task
 from unlabeled_jigsaw.orders import distant_orders, shuffled
 from unlabeled_jigsaw.task import Jigsaw, JigsawConfig, JigsawViews
 
@@ -62,8 +62,8 @@ def test_more_orders_than_there_are_is_said() -> None:
 
 def test_tiles_lie_in_their_cells_with_a_gap_between() -> None:
     rows, columns = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
-    picture = torch.stack([rows, columns, rows]).to(torch.uint8)  # a pixel says where it lies
-    tiles = JigsawViews(JigsawConfig(gray=0), (64, 64))(picture)["tiles"]
+    image = torch.stack([rows, columns, rows]).to(torch.uint8)  # a pixel says where it lies
+    tiles = JigsawViews(JigsawConfig(gray=0), (64, 64))(image)["tiles"]
     assert tiles.shape == (9, 3, 64, 64)
     corners = tiles[:, :2, 0, 0].view(3, 3, 2).int()
     assert ((corners[1:, :, 0] - corners[:-1, :, 0]).sub(75).abs() <= 11).all()
@@ -76,17 +76,17 @@ def test_tiles_may_be_wider_than_high() -> None:
 
 
 def test_loss_is_the_logarithm_of_the_orders_when_nothing_is_known() -> None:
-    subject = Subject.of(Jigsaw, settings=SMALL)
-    task = subject.task()
+    dataset = EncodedDataset.of(Jigsaw, settings=SMALL)
+    task = dataset.task()
     torch.nn.init.zeros_(task.get_parameter("head.2.weight"))
     torch.nn.init.zeros_(task.get_parameter("head.2.bias"))
-    assert task(subject.batch(task)).loss.item() == pytest.approx(math.log(24))
+    assert task(dataset.batch(task)).loss.item() == pytest.approx(math.log(24))
 
 
 def test_brightness_and_contrast_of_a_tile_do_not_matter() -> None:
-    subject = Subject.of(Jigsaw, settings=SMALL)
-    task = subject.task()
-    tiles = subject.batch(task)["tiles"].clamp(0, 100)
+    dataset = EncodedDataset.of(Jigsaw, settings=SMALL)
+    task = dataset.task()
+    tiles = dataset.batch(task)["tiles"].clamp(0, 100)
     brighter = tiles.clone()
     brighter[:, 1] = 2 * tiles[:, 1] + 55
     assert torch.allclose(task.scores(tiles), task.scores(brighter), atol=1e-3)

@@ -1,4 +1,4 @@
-"""Jigsaw puzzles: in which of some known orders do the tiles of a picture lie?
+"""Jigsaw puzzles: predict in which of some known orders the tiles of an image were shuffled.
 
 Noroozi, Favaro: Unsupervised Learning of Visual Representations by Solving Jigsaw Puzzles, ECCV 2016, arXiv 1603.09246.
 The backbone sees each tile by itself; a head reads the features of all tiles in their shuffled order.
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 from torchvision.utils import make_grid
 
-from unlabeled import Backbone, Batch, PretextTask, Recipe, StepOutput, TaskConfig, modes_kept
+from unlabeled import Backbone, Batch, Paper, PretextTask, Recipe, StepOutput, TaskConfig, modes_kept
 from unlabeled_jigsaw.orders import distant_orders, shuffled
 
 
@@ -24,31 +24,38 @@ class JigsawConfig(TaskConfig):
     grid: int = Field(3, ge=2, le=4)
     """Tiles along each side."""
     permutations: int = Field(1000, ge=2)
-    """Orders to tell apart. Of 2x2 tiles there are only 24."""
+    """Number of orders to choose from. There are only 24 orders of 2x2 tiles."""
     gap: float = Field(75 / 64, ge=1)
-    """Side of a cell over the side of the tile that is cut from it at random, so that edges do not fit together."""
+    """Side of a cell relative to the tile cropped from it at random, so that edges of neighboring tiles do not match."""
     gray: float = Field(0.3, ge=0, le=1)
-    """Probability that a picture loses its colours, whose fringes would give the order away."""
+    """Probability of a gray image. Color fringes would reveal the order."""
 
 
 class JigsawViews:
-    """One picture → its tiles in their true order."""
+    """One image → its tiles in their true order."""
 
     def __init__(self, config: JigsawConfig, tile: tuple[int, int]) -> None:
         self.cell = [round(length * config.gap) for length in tile]
         size = [config.grid * length for length in self.cell]
         resize = v2.Resize(max(size) * 256 // 225, antialias=True)
-        self.whole = v2.Compose([resize, v2.RandomCrop(size), v2.RandomGrayscale(config.gray)])
+        self.crop = v2.Compose([resize, v2.RandomCrop(size), v2.RandomGrayscale(config.gray)])
         self.tile = v2.RandomCrop(tile)
 
-    def __call__(self, picture: Tensor) -> dict[str, Tensor]:
+    def __call__(self, image: Tensor) -> dict[str, Tensor]:
         """uint8 (3, H, W) of any size → ``tiles``, uint8 (n, 3, h, w), row by row."""
-        rows = self.whole(picture).split(self.cell[0], dim=1)
+        rows = self.crop(image).split(self.cell[0], dim=1)
         return {"tiles": torch.stack([self.tile(cell) for row in rows for cell in row.split(self.cell[1], dim=2)])}
 
 
 class Jigsaw(PretextTask):
-    """Tells in which order the tiles of a picture lie."""
+    """Predicts how the tiles of an image were shuffled."""
+
+    paper: ClassVar[Paper] = Paper(
+        "Unsupervised Learning of Visual Representations by Solving Jigsaw Puzzles",
+        2016,
+        "https://arxiv.org/abs/1603.09246",
+    )
+    good_for: ClassVar[str] = "images of objects with parts in a typical layout"
 
     Config: ClassVar[type[TaskConfig]] = JigsawConfig
     recipe: ClassVar[Recipe] = {
@@ -58,7 +65,7 @@ class Jigsaw(PretextTask):
         "epochs": 70,
     }
     """The authors' solver (solver_cfn_jps.prototxt of github.com/MehdiNoroozi/JigsawPuzzleSolver): 350,000 steps of 256
-    pictures, a tenth of the rate every 100,000; that many steps are 70 and 20 epochs of ImageNet."""
+    images, a tenth of the rate every 100,000; that many steps are 70 and 20 epochs of ImageNet."""
     requires: ClassVar[frozenset[str]] = frozenset({"pooled"})
     orders: Tensor
 
@@ -74,12 +81,12 @@ class Jigsaw(PretextTask):
         return JigsawViews(config, backbone.input_size)
 
     def draw(self, batch: Batch) -> dict[str, Tensor]:
-        """``order``, int64 (B,): which of the permutations each picture gets."""
+        """``order``, int64 (B,): the permutation of each image."""
         tiles = batch["tiles"]
         return {"order": torch.randint(len(self.orders), tiles.shape[:1], device=tiles.device)}
 
     def forward(self, batch: Batch, *, order: Tensor | None = None) -> StepOutput:
-        """Mean cross-entropy of the permutation; `order` None: as `draw` gives it."""
+        """Mean cross-entropy of the permutation; `order` None: drawn here."""
         order = self.draw(batch)["order"] if order is None else order
         scores = self.scores(shuffled(batch["tiles"], self.orders[order]))
         accuracy = (scores.detach().argmax(1) == order).float().mean()
@@ -95,7 +102,7 @@ class Jigsaw(PretextTask):
 
     @torch.no_grad()
     def visualize(self, batch: Batch) -> dict[str, Tensor]:
-        """``puzzles``: each picture's tiles as the network gets them, and beside it as it would put them."""
+        """``puzzles``: the shuffled tiles of each image, and next to them the predicted order."""
         with modes_kept(self):
             self.eval()
             given = shuffled(batch["tiles"], self.orders[self.draw(batch)["order"]])

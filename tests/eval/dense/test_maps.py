@@ -1,4 +1,4 @@
-"""Pictures of maps: components against SVD, and every kind of network."""
+"""Images of maps: components against SVD, and every kind of network."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import pytest
 import torch
 from dense_helpers import small_vit
 
-from unlabeled.eval.dense.maps import CAPTIONS, components, map_pictures, similarity
-from unlabeled.eval.dense.tiles import class_colours, heat, tiled
+from unlabeled.eval.dense.maps import CAPTIONS, components, map_images, similarity
+from unlabeled.eval.dense.tiles import class_colors, heat, tiled
 from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.errors import CapabilityError
 
@@ -19,7 +19,7 @@ def random_maps(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_components_are_those_of_all_pictures_together():
+def test_components_are_those_of_all_images_together():
     maps = random_maps(3, 10, 4, 6)
     rows = maps.permute(0, 2, 3, 1).reshape(-1, 10).double().numpy()
     left, values, _ = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
@@ -70,32 +70,30 @@ def test_every_kind_of_network_without_a_trace(name, settings, key):
     network = create_backbone(name, **settings).train()
     images = torch.randint(0, 256, (3, 3, 40, 40), dtype=torch.uint8)
     state = torch.get_rng_state()
-    found = map_pictures(network, images, foreground=0.4)
+    found = map_images(network, images, foreground=0.4)
     assert set(found) == {"pca", key, "similarity"}
     assert set(found) <= set(CAPTIONS)
-    assert len({picture.shape for picture in found.values()}) == 1
-    assert all(picture.dtype == torch.uint8 and picture.ndim == 3 for picture in found.values())
+    assert len({image.shape for image in found.values()}) == 1
+    assert all(image.dtype == torch.uint8 and image.ndim == 3 for image in found.values())
     assert network.training
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(
-        torch.equal(picture, map_pictures(network, images, foreground=0.4)[name]) for name, picture in found.items()
-    )
+    assert all(torch.equal(image, map_images(network, images, foreground=0.4)[name]) for name, image in found.items())
 
 
 def test_a_network_without_maps_is_refused():
     network = small_vit()
     network.stages = []
-    with pytest.raises(CapabilityError, match="cannot do pictures of its feature map"):
-        map_pictures(network, torch.zeros(1, 3, 32, 48, dtype=torch.uint8))
+    with pytest.raises(CapabilityError, match="cannot do images of its feature map"):
+        map_images(network, torch.zeros(1, 3, 32, 48, dtype=torch.uint8))
 
 
-def test_places_lie_where_they_are_in_the_picture():
+def test_places_lie_where_they_are_in_the_image():
     image = torch.zeros(3, 8, 12, dtype=torch.uint8)
     warm = heat(torch.tensor([[0.0, 0, 0], [0, 0, 1]]), image).float().sum(0)
     assert float(warm[4:, 8:].min()) > float(warm[:4].max())
     assert float(warm[4:, 8:].min()) > float(warm[:, :8].max())
-    colours = class_colours(torch.tensor([[0, 1, 255]], dtype=torch.uint8), torch.zeros(3, 1, 3, dtype=torch.uint8))
-    assert not colours[:, 0, 0].any()
-    assert colours[:, 0, 1].any()
-    assert colours[:, 0, 2].tolist() == [178, 178, 178]  # 0.7 of white
+    colors = class_colors(torch.tensor([[0, 1, 255]], dtype=torch.uint8), torch.zeros(3, 1, 3, dtype=torch.uint8))
+    assert not colors[:, 0, 0].any()
+    assert colors[:, 0, 1].any()
+    assert colors[:, 0, 2].tolist() == [178, 178, 178]  # 0.7 of white
     assert tiled([[image, image], [image, image]]).shape == (3, 2 * 96 + 6, 2 * 144 + 6)

@@ -19,7 +19,7 @@ def pooling(**settings):
 
 
 def by_the_formula(pool, x, gamma):
-    """One picture (N, D) in float64, token by token."""
+    """One image (N, D) in float64, token by token."""
     x, query, key = x.double(), pool.query.weight.double(), pool.key.weight.double()
     v = F.layer_norm(x, (8,), eps=1e-6)
     logits = torch.stack([(query @ x.mean(0)) @ (key @ one) / 8**0.5 for one in v])
@@ -34,8 +34,8 @@ def by_the_formula(pool, x, gamma):
 def test_formula(gamma):
     pool, x = pooling(gamma=gamma), tokens(3, 7, 8)
     found = pool(x)
-    for picture, row in zip(x, found, strict=True):
-        torch.testing.assert_close(row.double(), by_the_formula(pool, picture, gamma), atol=1e-5, rtol=1e-5)
+    for image, row in zip(x, found, strict=True):
+        torch.testing.assert_close(row.double(), by_the_formula(pool, image, gamma), atol=1e-5, rtol=1e-5)
     assert found.shape == (3, 8)
     torch.testing.assert_close(pool.attention(x).sum(1), torch.ones(3))
 
@@ -54,13 +54,13 @@ def test_the_order_of_places_does_not_matter():
     torch.testing.assert_close(pool.attention(x[:, order]), pool.attention(x)[:, order])
 
 
-def test_a_picture_does_not_depend_on_its_batch_but_officially_does():
+def test_a_image_does_not_depend_on_its_batch_but_officially_does():
     x = tokens(2, 9, 8)
-    x[1, 0, 0] = -50  # the norm makes it the smallest of both pictures
+    x[1, 0, 0] = -50  # the norm makes it the smallest of both images
     torch.testing.assert_close(pooling()(x)[:1], pooling()(x[:1]))
-    official = pooling(official=True)
-    assert not torch.allclose(official(x)[:1], official(x[:1]), atol=1e-3)
-    torch.testing.assert_close(official(x[:1]), pooling()(x[:1]))
+    reference = pooling(reference=True)
+    assert not torch.allclose(reference(x)[:1], reference(x[:1]), atol=1e-3)
+    torch.testing.assert_close(reference(x[:1]), pooling()(x[:1]))
 
 
 def test_one_place_is_its_norm_up_to_the_minimum():
@@ -76,7 +76,7 @@ def test_equal_places_get_equal_weights():
     torch.testing.assert_close(pool(x), F.layer_norm(x[:, 0], (8,), eps=1e-6))
 
 
-def test_gradients_are_finite_where_a_value_is_the_minimum_and_constant_pictures_are_safe():
+def test_gradients_are_finite_where_a_value_is_the_minimum_and_constant_images_are_safe():
     pool = pooling(learned_beta=True)
     pool(torch.cat([tokens(1, 5, 8), torch.ones(1, 5, 8)])).sum().backward()
     assert all(bool(one.grad.isfinite().all()) for one in pool.parameters())

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from eval_helpers import plain_values
-from feature_helpers import broken, clouds, labelled, same, subject
+from feature_helpers import broken, clouds, dataset, labeled, same
 from sklearn.cluster import KMeans
 
 from unlabeled.eval.base import FeatureSplit
@@ -19,7 +19,7 @@ TRAIN = clouds(20, 2)
 
 
 def run(test: FeatureSplit, *, seed: int = 0, **settings) -> dict:
-    return plain_values(ClusterEvaluator(ClusterConfig(**settings)).run(subject(TRAIN, test, seed=seed)))
+    return plain_values(ClusterEvaluator(ClusterConfig(**settings)).run(dataset(TRAIN, test, seed=seed)))
 
 
 def test_scores_are_those_of_brute_force(capfd: pytest.CaptureFixture[str]) -> None:
@@ -69,7 +69,7 @@ def test_spherical_clusters_know_no_lengths_and_euclidean_ones_do() -> None:
 
 
 def test_features_without_variance_are_one_cluster() -> None:
-    found = run(labelled(same(clouds(40, 4)), 0, 0, 1, 2))
+    found = run(labeled(same(clouds(40, 4)), 0, 0, 1, 2))
     assert found["note"] == "the test features are only 1 distinct vectors, fewer than the 3 classes"
     assert (found["accuracy"], found["ari"]) == (0.5, 0)
     assert found["nmi"] == pytest.approx(0, abs=1e-9)
@@ -78,13 +78,13 @@ def test_features_without_variance_are_one_cluster() -> None:
     assert len(np.unique(run(twice)["clusters"])) == 2
 
 
-def test_as_many_classes_as_pictures() -> None:
+def test_as_many_classes_as_images() -> None:
     found = run(clouds(7, 7, seed=1))
     assert (found["accuracy"], found["ari"]) == (1, 1)
 
 
 def test_what_cannot_be_judged_is_refused() -> None:
-    with pytest.raises(DataError, match="all test pictures are of class 'class 1'"):
-        run(labelled(clouds(9, 3), 1))
+    with pytest.raises(DataError, match="all test images are of class 'class 1'"):
+        run(labeled(clouds(9, 3), 1))
     with pytest.raises(DataError, match="1 of 9 test features are NaN"):
         run(broken(clouds(9, 3)))

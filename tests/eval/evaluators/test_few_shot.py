@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from eval_helpers import plain_pairs, plain_values
-from feature_helpers import broken, clouds, labelled, same, subject
+from feature_helpers import broken, clouds, dataset, labeled, same
 from sklearn.neighbors import NearestCentroid
 
 from unlabeled.eval.base import Estimate, FeatureSplit
@@ -19,7 +19,7 @@ SHORT = FewShotConfig(episodes=40)
 
 
 def run(config: FewShotConfig, train: FeatureSplit, test: FeatureSplit) -> tuple[list[str], dict]:
-    pairs = plain_pairs(FewShotEvaluator(config).run(subject(train, test)))
+    pairs = plain_pairs(FewShotEvaluator(config).run(dataset(train, test)))
     return [value for key, value in pairs if key == "note"], {k: v for k, v in pairs if k != "note"}
 
 
@@ -33,7 +33,7 @@ def test_episodes_are_those_of_nearest_centroids() -> None:
         right = 0
         drawn = [generator.choice(members[one], 9, replace=False) for one in generator.permutation(8)[:4]]
         support = np.concatenate([rows[:3] for rows in drawn])
-        assert len(np.unique(np.concatenate(drawn))) == 36, "no picture twice in an episode"
+        assert len(np.unique(np.concatenate(drawn))) == 36, "no image twice in an episode"
         model = NearestCentroid().fit(split.features[support].astype(np.float64), split.labels[support])
         for rows in drawn:
             right += (model.predict(split.features[rows[3:]].astype(np.float64)) == split.labels[rows[3:]]).sum()
@@ -42,13 +42,13 @@ def test_episodes_are_those_of_nearest_centroids() -> None:
     assert 0.4 < found.mean() < 0.95
 
 
-def test_features_are_centred_on_training_and_scaled_to_unit_length() -> None:
+def test_features_are_centered_on_training_and_scaled_to_unit_length() -> None:
     train, test = clouds(60, 6, spread=1.5, seed=1), clouds(180, 6, spread=1.5, seed=2)
     _, values = run(SHORT, train, test)
-    centred = (test.features - train.features.mean(0)).astype(np.float64)
-    centred /= np.linalg.norm(centred, axis=1, keepdims=True)
+    centered = (test.features - train.features.mean(0)).astype(np.float64)
+    centered /= np.linalg.norm(centered, axis=1, keepdims=True)
     members = [np.flatnonzero(test.labels == label) for label in range(6)]
-    accuracy = episodes(centred, members, 5, 5, 15, 40, derive(0, "few_shot", 5))
+    accuracy = episodes(centered, members, 5, 5, 15, 40, derive(0, "few_shot", 5))
     estimate = values["5way_5shot"]
     assert estimate.value == pytest.approx(accuracy.mean())
     half = 1.96 * accuracy.std(ddof=1) / np.sqrt(40)
@@ -57,7 +57,7 @@ def test_features_are_centred_on_training_and_scaled_to_unit_length() -> None:
         pytest.approx(accuracy.mean() + half),
     )
     lengths = np.random.default_rng(0).uniform(0.1, 9, size=(180, 1))
-    moved = replace(test, features=(train.features.mean(0) + centred * lengths).astype(np.float32))
+    moved = replace(test, features=(train.features.mean(0) + centered * lengths).astype(np.float32))
     assert run(SHORT, train, moved)[1]["5way_5shot"].value == pytest.approx(accuracy.mean(), abs=1e-3)
 
 
@@ -75,10 +75,10 @@ def test_queries_then_ways_are_cut_and_said() -> None:
         "1-shot: the test split allows 3 ways and 5 queries a class, not 3 and 15",
         "5-shot: the test split allows 3 ways and 1 queries a class, not 3 and 15",
     ]
-    uneven = labelled(clouds(24, 4, seed=1), *[0] * 11, *[1] * 11, 2, 3)
+    uneven = labeled(clouds(24, 4, seed=1), *[0] * 11, *[1] * 11, 2, 3)
     notes, values = run(FewShotConfig(episodes=5, shots=(1, 5, 50)), clouds(20, 4), uneven)
     assert list(values) == ["2way_1shot", "2way_5shot"]
-    assert notes[-1] == "no two test classes have pictures enough for 50 shots"
+    assert notes[-1] == "no two test classes have images enough for 50 shots"
 
 
 def test_ways_and_queries_that_are_possible() -> None:
@@ -92,12 +92,12 @@ def test_ways_and_queries_that_are_possible() -> None:
 
 def test_what_cannot_be_judged_is_refused() -> None:
     evaluator, good = FewShotEvaluator(SHORT), clouds(60, 3)
-    with pytest.raises(DataError, match="no two test classes have 2 pictures, one more than the shots"):
-        plain_values(evaluator.run(subject(good, clouds(3, 3))))
+    with pytest.raises(DataError, match="no two test classes have 2 images, one more than the shots"):
+        plain_values(evaluator.run(dataset(good, clouds(3, 3))))
     with pytest.raises(DataError, match="no two test classes"):
-        plain_values(evaluator.run(subject(good, labelled(good, 1))))
+        plain_values(evaluator.run(dataset(good, labeled(good, 1))))
     with pytest.raises(DataError, match="1 of 60 test features are NaN"):
-        plain_values(evaluator.run(subject(good, broken(good))))
+        plain_values(evaluator.run(dataset(good, broken(good))))
     for shots in ((), (0,)):
         with pytest.raises(ConfigError, match=r"evaluate\.few_shot\.shots: \["):
             FewShotEvaluator(FewShotConfig(shots=shots))

@@ -8,20 +8,20 @@ import torch
 from eval_helpers import MemorySource, plain_values, tiny_vit
 
 from unlabeled.eval.base import FeatureSet, FeatureSplit
+from unlabeled.eval.encoded_dataset import EncodedDataset, Loading
 from unlabeled.eval.evaluators.layers import LayersConfig, LayersEvaluator, cka_between, layer_features, layer_names
 from unlabeled.eval.metrics import linear_cka
-from unlabeled.eval.subject import Loading, Subject
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.core.errors import DataError
 
-CONFIG = LayersConfig(pictures=24)
+CONFIG = LayersConfig(images=24)
 
 
-def subject(backbone: Backbone, seed: int = 0) -> Subject:
+def dataset(backbone: Backbone, seed: int = 0) -> EncodedDataset:
     sources = MemorySource(40, corrupt=(3,)), MemorySource(6, split="test")
     rows = np.delete(np.arange(40), 3)
     split = FeatureSplit(np.zeros((39, 2), np.float32), rows % 3, rows)
-    return Subject(FeatureSet(split, split, ("a", "b", "c")), backbone, sources, Loading(batch_size=16), seed)
+    return EncodedDataset(FeatureSet(split, split, ("a", "b", "c")), backbone, sources, Loading(batch_size=16), seed)
 
 
 def deep_vit(seed: int = 0) -> Backbone:
@@ -30,14 +30,14 @@ def deep_vit(seed: int = 0) -> Backbone:
 
 
 def test_maps_have_the_layers_and_are_symmetric_with_ones() -> None:
-    found = plain_values(LayersEvaluator(CONFIG).run(subject(deep_vit())))
+    found = plain_values(LayersEvaluator(CONFIG).run(dataset(deep_vit())))
     assert found["names"].tolist() == ["blocks.0", "blocks.1", "blocks.2", "pooled"]
     np.testing.assert_allclose(np.diag(found["cka"]), 1)
     np.testing.assert_allclose(found["cka"], found["cka"].T, atol=1e-12)
     assert found["cka_random"].shape == (4, 4)
     assert found["cka_random"].max() < 0.9999
     assert found["random"] == found["cka_random"][-1, -1]
-    again, other = (plain_values(LayersEvaluator(CONFIG).run(subject(deep_vit(), seed))) for seed in (0, 1))
+    again, other = (plain_values(LayersEvaluator(CONFIG).run(dataset(deep_vit(), seed))) for seed in (0, 1))
     np.testing.assert_array_equal(found["cka_random"], again["cka_random"])
     assert not np.allclose(found["cka_random"], other["cka_random"])
 
@@ -55,22 +55,22 @@ def test_layers_are_the_means_of_the_maps_and_the_pooled_features() -> None:
         torch.testing.assert_close(torch.from_numpy(found[name]), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_two_architectures_are_compared_on_the_same_pictures() -> None:
+def test_two_architectures_are_compared_on_the_same_images() -> None:
     first, second, source = deep_vit(), create_backbone("resnet10t", size=32), MemorySource(30)
-    found = cka_between(first, second, source, pictures=20, seed=1)
+    found = cka_between(first, second, source, images=20, seed=1)
     assert found.values.shape == (4, 6)
     assert (found.first, found.second) == (layer_names(first), layer_names(second))
-    same = cka_between(first, first, source, pictures=30)
+    same = cka_between(first, first, source, images=30)
     np.testing.assert_allclose(np.diag(same.values), 1)
     rows = np.arange(30)
     features = [layer_features(one, source, rows, Loading()) for one in (first, second)]
     expected = linear_cka(features[0]["blocks.1"], features[1]["layer3"], debiased=True)
-    assert cka_between(first, second, source, pictures=99).values[1, 4 - 1] == pytest.approx(expected)
+    assert cka_between(first, second, source, images=99).values[1, 4 - 1] == pytest.approx(expected)
 
 
 def test_a_module_of_ones_own_is_compared_with_itself_alone() -> None:
     backbone = Backbone(tiny_vit().model, size=(32, 32))
-    found = plain_values(LayersEvaluator(CONFIG).run(subject(backbone)))
+    found = plain_values(LayersEvaluator(CONFIG).run(dataset(backbone)))
     assert "cka_random" not in found
     assert found["note"].startswith("not compared with random weights")
     assert found["cka"].shape == (2, 2)
@@ -79,17 +79,17 @@ def test_a_module_of_ones_own_is_compared_with_itself_alone() -> None:
 def test_a_network_without_maps_says_so() -> None:
     backbone = tiny_vit()
     backbone.stages = []
-    found = plain_values(LayersEvaluator(CONFIG).run(subject(backbone)))
+    found = plain_values(LayersEvaluator(CONFIG).run(dataset(backbone)))
     assert list(found) == ["note"]
     with pytest.raises(DataError, match="gives no feature maps"):
         cka_between(backbone, tiny_vit(), MemorySource(9))
 
 
-def test_too_few_pictures_and_broken_weights_are_refused() -> None:
-    with pytest.raises(DataError, match="debiased CKA needs four pictures, and there are 3"):
+def test_too_few_images_and_broken_weights_are_refused() -> None:
+    with pytest.raises(DataError, match="debiased CKA needs four images, and there are 3"):
         cka_between(tiny_vit(), tiny_vit(), MemorySource(3))
     broken = tiny_vit()
     with torch.no_grad():
         next(broken.parameters()).fill_(torch.nan)
     with pytest.raises(DataError, match="24 of 24 features are NaN or infinite"):
-        plain_values(LayersEvaluator(CONFIG).run(subject(broken)))
+        plain_values(LayersEvaluator(CONFIG).run(dataset(broken)))

@@ -9,6 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from unlabeled.eval.base import FeatureSet, FeatureSplit
+from unlabeled.eval.encoded_dataset import EncodedDataset
 from unlabeled.eval.evaluators.linear import (
     LinearConfig,
     LinearEvaluator,
@@ -16,7 +17,6 @@ from unlabeled.eval.evaluators.linear import (
     statistics,
     stratified_split,
 )
-from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import ConfigError, DataError
 
 FAST = LinearConfig(epochs=20, batch_size=64)
@@ -24,10 +24,10 @@ FAST = LinearConfig(epochs=20, batch_size=64)
 
 def clouds(count: int, *, spread: float, seed: int, classes: int = 4) -> FeatureSplit:
     """Normal clouds in 20 dimensions of very unlike scales and offsets."""
-    centres = np.random.default_rng(3).normal(size=(classes, 20))
+    centers = np.random.default_rng(3).normal(size=(classes, 20))
     generator = np.random.default_rng(seed)
     labels = generator.permutation(np.arange(count) % classes)
-    features = centres[labels] + spread * generator.normal(size=(count, 20))
+    features = centers[labels] + spread * generator.normal(size=(count, 20))
     return FeatureSplit((features * np.logspace(-2, 2, 20) + 5).astype(np.float32), labels)
 
 
@@ -38,13 +38,15 @@ def dataset(spread: float, *, train: int = 400, test: int = 300) -> FeatureSet:
 def test_the_evaluator_survives_a_diverging_setting_and_refuses_when_all_diverge() -> None:
     data = dataset(0.3)
     found = plain_values(
-        LinearEvaluator(LinearConfig(lr=(0.01, 1e38), weight_decay=(0.0,), epochs=10)).run(Subject(data))
+        LinearEvaluator(LinearConfig(lr=(0.01, 1e38), weight_decay=(0.0,), epochs=10)).run(EncodedDataset(data))
     )
     assert found["lr"] == 0.01
     assert found["diverged"] == 1
     assert found["top1"] > 0.95
     with pytest.raises(DataError, match=r"evaluate\.linear\.lr: all 1 heads diverged"):
-        plain_values(LinearEvaluator(LinearConfig(lr=(1e38,), weight_decay=(0.0,), epochs=10)).run(Subject(data)))
+        plain_values(
+            LinearEvaluator(LinearConfig(lr=(1e38,), weight_decay=(0.0,), epochs=10)).run(EncodedDataset(data))
+        )
 
 
 @pytest.mark.parametrize(("spread", "least"), [(0.2, 0.99), (1.5, 0.5)])
@@ -53,14 +55,14 @@ def test_accuracy_is_that_of_logistic_regression(spread: float, least: float) ->
     scaler = StandardScaler().fit(data.train.features)
     reference = LogisticRegression(C=1.0, max_iter=2000).fit(scaler.transform(data.train.features), data.train.labels)
     expected = reference.score(scaler.transform(data.test.features), data.test.labels)
-    found = plain_values(LinearEvaluator(FAST).run(Subject(data)))
+    found = plain_values(LinearEvaluator(FAST).run(EncodedDataset(data)))
     assert expected > least, "the case must be neither hopeless nor, for the noisy one, trivial"
     assert found["top1"] == pytest.approx(expected, abs=0.02)
 
 
 def test_values_agree_with_each_other_and_repeat() -> None:
     data = dataset(1.0)
-    found, again = (plain_values(LinearEvaluator(FAST).run(Subject(data, seed=5))) for _ in range(2))
+    found, again = (plain_values(LinearEvaluator(FAST).run(EncodedDataset(data, seed=5))) for _ in range(2))
     assert found["top1"] == (found["predictions"] == data.test.labels).mean()
     assert np.trace(found["confusion"]) == pytest.approx(found["top1"] * len(data.test))
     assert found["confusion"].sum() == len(data.test)
@@ -73,7 +75,7 @@ def test_values_agree_with_each_other_and_repeat() -> None:
 
 def test_top5_is_given_from_six_classes_on() -> None:
     train, test = (clouds(240, spread=2.0, seed=seed, classes=8) for seed in (1, 2))
-    found = plain_values(LinearEvaluator(FAST).run(Subject(FeatureSet(train, test, tuple("abcdefgh")))))
+    found = plain_values(LinearEvaluator(FAST).run(EncodedDataset(FeatureSet(train, test, tuple("abcdefgh")))))
     assert found["top1"] < found["top5"] < 1
 
 
@@ -82,7 +84,7 @@ def test_the_test_split_never_chooses() -> None:
     data = dataset(1.0)
     shuffled = FeatureSplit(data.test.features, np.roll(data.test.labels, 1))
     one, two = (
-        plain_values(LinearEvaluator(FAST).run(Subject(FeatureSet(data.train, test, data.classes))))
+        plain_values(LinearEvaluator(FAST).run(EncodedDataset(FeatureSet(data.train, test, data.classes))))
         for test in (data.test, shuffled)
     )
     assert [one[key] for key in ("lr", "weight_decay", "holdout_top1")] == [
@@ -94,7 +96,7 @@ def test_the_test_split_never_chooses() -> None:
 def test_the_edge_of_the_grid_is_said() -> None:
     data = dataset(1.0)
     notes = plain_values(
-        LinearEvaluator(LinearConfig(lr=(1e-9, 2e-9, 1e-3), weight_decay=(0.0,), epochs=5)).run(Subject(data))
+        LinearEvaluator(LinearConfig(lr=(1e-9, 2e-9, 1e-3), weight_decay=(0.0,), epochs=5)).run(EncodedDataset(data))
     )
     assert "lr 0.001 is at the edge of the grid" in notes["note"]
 
@@ -106,28 +108,28 @@ def test_features_without_variance_are_harmless() -> None:
     mean, deviation = statistics(data.train.features)
     assert deviation[4] == 1
     np.testing.assert_allclose(mean, data.train.features.mean(0), rtol=1e-4)
-    assert plain_values(LinearEvaluator(FAST).run(Subject(data)))["top1"] > 0.95
+    assert plain_values(LinearEvaluator(FAST).run(EncodedDataset(data)))["top1"] > 0.95
 
 
-def test_fewer_pictures_than_a_batch_and_a_class_of_one_picture_work() -> None:
+def test_fewer_images_than_a_batch_and_a_class_of_one_image_work() -> None:
     train, test = clouds(21, spread=0.1, seed=1), clouds(20, spread=0.1, seed=2)
     train.labels[train.labels == 3] = np.where(np.cumsum(train.labels == 3)[train.labels == 3] == 1, 3, 2)
     assert (train.labels == 3).sum() == 1
-    found = plain_values(LinearEvaluator(LinearConfig()).run(Subject(FeatureSet(train, test, tuple("abcd")))))
+    found = plain_values(LinearEvaluator(LinearConfig()).run(EncodedDataset(FeatureSet(train, test, tuple("abcd")))))
     assert found["confusion"].shape == (4, 4)
 
 
 def test_degenerate_inputs_are_refused() -> None:
     data = dataset(1.0)
     single = FeatureSplit(data.train.features, np.zeros_like(data.train.labels))
-    with pytest.raises(DataError, match="all training pictures are of class 'a'"):
-        plain_values(LinearEvaluator(FAST).run(Subject(FeatureSet(single, data.test, data.classes))))
+    with pytest.raises(DataError, match="all training images are of class 'a'"):
+        plain_values(LinearEvaluator(FAST).run(EncodedDataset(FeatureSet(single, data.test, data.classes))))
     data.train.features[0, 0] = np.nan
     with pytest.raises(DataError, match="1 of 400 training features are NaN or infinite"):
-        plain_values(LinearEvaluator(FAST).run(Subject(data)))
+        plain_values(LinearEvaluator(FAST).run(EncodedDataset(data)))
     lone = FeatureSplit(np.eye(4, 20, dtype=np.float32), np.arange(4))
-    with pytest.raises(DataError, match="4 training pictures, one a class, are too few"):
-        plain_values(LinearEvaluator(FAST).run(Subject(FeatureSet(lone, data.test, data.classes))))
+    with pytest.raises(DataError, match="4 training images, one a class, are too few"):
+        plain_values(LinearEvaluator(FAST).run(EncodedDataset(FeatureSet(lone, data.test, data.classes))))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from eval_helpers import plain_pairs, plain_values
-from feature_helpers import broken, clouds, labelled, same, subject
+from feature_helpers import broken, clouds, dataset, labeled, same
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.pipeline import make_pipeline
@@ -20,7 +20,7 @@ from unlabeled.ssl.core.seeds import derive
 def test_predictions_are_those_of_scikit_learn_with_the_best_c_on_the_holdout() -> None:
     train, test = clouds(160, 7, spread=2, seed=1), clouds(90, 7, spread=2, seed=2)
     config = LogisticConfig(C=(1e-4, 0.03, 100.0), holdout=0.25)
-    found = plain_values(LogisticEvaluator(config).run(subject(train, test, seed=5)))
+    found = plain_values(LogisticEvaluator(config).run(dataset(train, test, seed=5)))
     kept = stratified(train.labels, 0.75, derive(5, "logistic holdout"), spare=1)
     held = np.setdiff1d(np.arange(160), kept)
     scores = {}
@@ -50,28 +50,28 @@ def test_scale_offset_and_a_constant_feature_change_nothing() -> None:
 
     evaluator = LogisticEvaluator(LogisticConfig(C=(0.1,)))
     plain, other = (
-        plain_values(evaluator.run(subject(one, two))) for one, two in ((train, test), (moved(train), moved(test)))
+        plain_values(evaluator.run(dataset(one, two))) for one, two in ((train, test), (moved(train), moved(test)))
     )
     np.testing.assert_array_equal(plain["predictions"], other["predictions"])
     assert 0.4 < plain["top1"] < 1
 
 
-def test_more_pictures_than_the_limit_are_drawn_class_by_class_and_said() -> None:
-    train = labelled(clouds(100, 4), *[0] * 90, *[1] * 8, 2, 3)
+def test_more_images_than_the_limit_are_drawn_class_by_class_and_said() -> None:
+    train = labeled(clouds(100, 4), *[0] * 90, *[1] * 8, 2, 3)
     notes, values = notes_and_values(LogisticConfig(limit=20, C=(0.1,)), train, clouds(12, 4, seed=3))
-    assert notes == ["fitted on 22 of 100 training pictures (evaluate.logistic.limit)"]
+    assert notes == ["fitted on 22 of 100 training images (evaluate.logistic.limit)"]
     assert set(values["predictions"]) <= {0, 1, 2, 3}
 
 
 def notes_and_values(config: LogisticConfig, train: FeatureSplit, test: FeatureSplit) -> tuple[list[str], dict]:
-    pairs = plain_pairs(LogisticEvaluator(config).run(subject(train, test)))
+    pairs = plain_pairs(LogisticEvaluator(config).run(dataset(train, test)))
     return [value for key, value in pairs if key == "note"], dict(pairs)
 
 
-def test_one_picture_a_class_a_narrow_list_and_an_early_stop_are_said() -> None:
+def test_one_image_a_class_a_narrow_list_and_an_early_stop_are_said() -> None:
     notes, values = notes_and_values(LogisticConfig(C=(1.0, 0.01, 0.1)), clouds(4, 4), clouds(12, 4, seed=3))
     assert values["C"] == 0.1
-    assert notes == ["one training picture a class leaves none to choose C on; it is the middle one, 0.1"]
+    assert notes == ["one training image a class leaves none to choose C on; it is the middle one, 0.1"]
     config = LogisticConfig(C=(1e-7, 1e-6, 1e-5), iterations=1)
     notes, _ = notes_and_values(config, clouds(60, 3, spread=2), clouds(12, 3, seed=3))
     assert notes == [
@@ -80,19 +80,19 @@ def test_one_picture_a_class_a_narrow_list_and_an_early_stop_are_said() -> None:
     ]
 
 
-def test_a_class_without_training_pictures_is_never_guessed() -> None:
+def test_a_class_without_training_images_is_never_guessed() -> None:
     fit = fit_logistic(clouds(30, 3).features, np.arange(30) % 3 * 2, [1.0], 100)
     found = fit.probabilities(clouds(9, 3, seed=1).features, 6)
     assert found.shape == (9, 6)
     assert (found[:, [1, 3, 5]] == 0).all()
     np.testing.assert_allclose(found.sum(1), 1)
-    _, values = notes_and_values(LogisticConfig(C=(1.0,)), labelled(clouds(30, 3), 0, 2), labelled(clouds(8, 3), 1))
+    _, values = notes_and_values(LogisticConfig(C=(1.0,)), labeled(clouds(30, 3), 0, 2), labeled(clouds(8, 3), 1))
     assert values["top1"] == 0
 
 
 def test_features_that_say_nothing_give_the_commonest_class() -> None:
-    train = labelled(same(clouds(40, 2)), 0, 1, 1, 1)
-    _, values = notes_and_values(LogisticConfig(), train, labelled(same(clouds(10, 2)), 0, 1))
+    train = labeled(same(clouds(40, 2)), 0, 1, 1, 1)
+    _, values = notes_and_values(LogisticConfig(), train, labeled(same(clouds(10, 2)), 0, 1))
     assert (values["predictions"] == 1).all()
     assert values["top1"] == 0.5
 
@@ -113,6 +113,6 @@ def test_what_cannot_be_fitted_is_refused() -> None:
             LogisticEvaluator(LogisticConfig(C=bad))
     evaluator, good = LogisticEvaluator(LogisticConfig()), clouds(9, 3)
     with pytest.raises(DataError, match="1 of 9 training features are NaN"):
-        plain_values(evaluator.run(subject(broken(good), good)))
-    with pytest.raises(DataError, match="all training pictures are of class 'class 0'"):
-        plain_values(evaluator.run(subject(labelled(good, 0), good)))
+        plain_values(evaluator.run(dataset(broken(good), good)))
+    with pytest.raises(DataError, match="all training images are of class 'class 0'"):
+        plain_values(evaluator.run(dataset(labeled(good, 0), good)))

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 from eval_helpers import plain_pairs, plain_values
-from feature_helpers import broken, clouds, labelled, subject
+from feature_helpers import broken, clouds, dataset, labeled
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
@@ -24,20 +24,20 @@ TRAIN, TEST = clouds(200, 4, spread=2, seed=1), clouds(120, 4, spread=2, seed=2)
 
 
 def run(config: LowLabelConfig, train: FeatureSplit = TRAIN) -> tuple[list[str], dict]:
-    pairs = plain_pairs(LowLabelEvaluator(config).run(subject(train, TEST)))
+    pairs = plain_pairs(LowLabelEvaluator(config).run(dataset(train, TEST)))
     return [value for key, value in pairs if key == "note"], {k: v for k, v in pairs if k != "note"}
 
 
 def test_all_labels_are_the_linear_probe() -> None:
     notes, values = run(LowLabelConfig(fractions=(1.0,), draws=1, steps=1, probe=PROBE))
-    assert values["100pct"] == plain_values(LinearEvaluator(PROBE).run(subject(TRAIN, TEST)))["top1"]
+    assert values["100pct"] == plain_values(LinearEvaluator(PROBE).run(dataset(TRAIN, TEST)))["top1"]
     assert notes == []
     _, longer = run(LowLabelConfig(fractions=(1.0,), draws=1, steps=60, probe=PROBE))
-    more = PROBE.model_copy(update={"epochs": 10})  # 200 pictures are 6 batches of 32
-    assert longer["100pct"] == plain_values(LinearEvaluator(more).run(subject(TRAIN, TEST)))["top1"]
+    more = PROBE.model_copy(update={"epochs": 10})  # 200 images are 6 batches of 32
+    assert longer["100pct"] == plain_values(LinearEvaluator(more).run(dataset(TRAIN, TEST)))["top1"]
 
 
-def test_below_five_pictures_a_class_it_is_logistic_regression_with_the_given_c() -> None:
+def test_below_five_images_a_class_it_is_logistic_regression_with_the_given_c() -> None:
     notes, values = run(LowLabelConfig(fractions=(0.04,), draws=1, C=0.5))
     rows = stratified(TRAIN.labels, 0.04, derive(0, "low_label", "4", 0))
     np.testing.assert_array_equal(np.bincount(TRAIN.labels[rows]), [2, 2, 2, 2])
@@ -45,13 +45,13 @@ def test_below_five_pictures_a_class_it_is_logistic_regression_with_the_given_c(
     model = LogisticRegression(C=0.5, max_iter=1000).fit(scaler.transform(TRAIN.features[rows]), TRAIN.labels[rows])
     assert values["4pct"] == pytest.approx(model.score(scaler.transform(TEST.features), TEST.labels), abs=0.01)
     assert notes == [
-        "4 %: 2.0 pictures a class are too few to choose settings on, so this is logistic regression with C = 0.5"
+        "4 %: 2.0 images a class are too few to choose settings on, so this is logistic regression with C = 0.5"
     ]
 
 
-def test_less_than_one_picture_a_class_takes_one_and_says_so() -> None:
+def test_less_than_one_image_a_class_takes_one_and_says_so() -> None:
     notes, values = run(LowLabelConfig(fractions=(0.01,), draws=2))
-    assert notes[0] == "1 % is less than one picture a class; 4 of 200 pictures were used"
+    assert notes[0] == "1 % is less than one image a class; 4 of 200 images were used"
     assert isinstance(values["1pct"], Estimate)
 
 
@@ -77,8 +77,8 @@ def test_the_interval_is_students() -> None:
 def test_what_cannot_be_judged_is_refused() -> None:
     with pytest.raises(DataError, match="1 of 200 training features are NaN"):
         run(LowLabelConfig(), broken(TRAIN))
-    with pytest.raises(DataError, match="all training pictures are of class 'class 1'"):
-        run(LowLabelConfig(), labelled(TRAIN, 1))
+    with pytest.raises(DataError, match="all training images are of class 'class 1'"):
+        run(LowLabelConfig(), labeled(TRAIN, 1))
     for fractions in ((), (0.0,), (0.5, 1.5)):
         with pytest.raises(ConfigError, match=r"evaluate\.low_label\.fractions: \["):
             LowLabelEvaluator(LowLabelConfig(fractions=fractions))

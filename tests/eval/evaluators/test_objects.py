@@ -1,4 +1,4 @@
-"""TokenCut on graphs whose cut is known, keys against a hook on the projection, and boxes in pixels of the picture."""
+"""TokenCut on graphs whose cut is known, keys against a hook on the projection, and boxes in pixels of the image."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from dense_helpers import BlockSource, small_vit, subject
+from dense_helpers import BlockSource, dataset, small_vit
 from eval_helpers import plain_pairs
 from torchvision.ops import box_iou, masks_to_boxes
 
@@ -21,8 +21,8 @@ from unlabeled.ssl.data.source import limited
 def two_clusters(inside, *, noise=0.05, seed=0):
     """Features (8, gh, gw) near one direction inside of a boolean map and near another outside."""
     random = np.random.default_rng(seed)
-    centres = np.linalg.qr(random.normal(size=(8, 2)))[0].T
-    return np.moveaxis(centres[inside.astype(int)] + noise * random.normal(size=(*inside.shape, 8)), 2, 0)
+    centers = np.linalg.qr(random.normal(size=(8, 2)))[0].T
+    return np.moveaxis(centers[inside.astype(int)] + noise * random.normal(size=(*inside.shape, 8)), 2, 0)
 
 
 def block(grid, top, left, bottom, right):
@@ -59,7 +59,7 @@ def test_only_what_is_connected_to_the_seed_is_the_object():
     assert found.object.sum() in (9, 4, 1)  # (4, 4) touches (3, 3) at a corner only
 
 
-def test_the_vector_solves_the_generalised_problem():
+def test_the_vector_solves_the_generalized_problem():
     random = np.random.default_rng(0)
     weights = np.where(random.random((30, 30)) > 0.6, 1.0, 1e-5)
     weights = np.maximum(weights, weights.T)
@@ -81,7 +81,7 @@ def test_the_threshold_decides_what_is_alike():
 
 
 @pytest.mark.parametrize("features", [np.ones((3, 4, 5)), np.zeros((3, 4, 5)), np.ones((3, 1, 1))])
-def test_where_all_places_are_alike_the_object_is_the_whole_picture(features):
+def test_where_all_places_are_alike_the_object_is_the_whole_image(features):
     found = cut(features)
     assert found.box == (0, 0, features.shape[2], features.shape[1])
     assert found.object.all()
@@ -188,7 +188,7 @@ def test_registers_are_no_class_token():
 
 
 def scenes(count, grid, *, side=8, seed=0, **settings):
-    """One block of class 1 or 2 in each picture; returns the source and the blocks as boxes in pixels."""
+    """One block of class 1 or 2 in each image; returns the source and the blocks as boxes in pixels."""
     random = np.random.default_rng(seed)
     values, boxes = torch.zeros(count, *grid), []
     for index in range(count):
@@ -203,15 +203,15 @@ def run(evaluated, **settings):
     return plain_pairs(ObjectsEvaluator(ObjectsConfig(**settings)).run(evaluated))
 
 
-def test_plain_blocks_are_found_in_pixels_of_the_picture():
-    """Pictures of 96 x 144 pixels are seen at 32 x 48, and boxes are those of the picture."""
+def test_plain_blocks_are_found_in_pixels_of_the_image():
+    """Images of 96 x 144 pixels are seen at 32 x 48, and boxes are those of the image."""
     network = small_vit((32, 48))
     source, boxes = scenes(12, (4, 6), side=24)
     np.testing.assert_array_equal(np.concatenate([true_boxes(source, index) for index in range(12)]), boxes)
-    found = dict(run(subject(source, source, network, pixels=True)))
+    found = dict(run(dataset(source, source, network, pixels=True)))
     assert found["corloc"].value == 1
     assert found["iou"].value > 0.95
-    assert found["pictures"] == 12
+    assert found["images"] == 12
     assert found["examples"].dtype == torch.uint8
     assert found["corloc"].low == pytest.approx(0.757, abs=0.01)  # Wilson, 12 of 12
 
@@ -220,49 +220,49 @@ def test_annotated_boxes_come_first_also_in_a_part_of_the_data():
     network = small_vit((32, 48))
     far = [torch.tensor([[0.0, 0.0, 2.0, 2.0]]) for _ in range(8)]
     source, _ = scenes(8, (4, 6), boxes=far)
-    assert dict(run(subject(source, limited(source, 6), network, pixels=True)))["corloc"].value == 0
-    found = dict(run(subject(source, source, network, pixels=True), pictures=5))
-    assert found["pictures"] == 5
+    assert dict(run(dataset(source, limited(source, 6), network, pixels=True)))["corloc"].value == 0
+    found = dict(run(dataset(source, source, network, pixels=True), images=5))
+    assert found["images"] == 5
 
 
-def test_pictures_without_objects_are_left_out_and_said():
+def test_images_without_objects_are_left_out_and_said():
     network = small_vit((32, 48))
     source, _ = scenes(6, (4, 6), corrupt=2)
     source.masks[4] = 0
-    found = run(subject(source, source, network, pixels=True))
-    assert dict(found)["pictures"] == 4
-    assert ("note", "2 of 6 test pictures have no true box, or cannot be decoded") in found
+    found = run(dataset(source, source, network, pixels=True))
+    assert dict(found)["images"] == 4
+    assert ("note", "2 of 6 test images have no true box, or cannot be decoded") in found
     source.masks[:] = 0
-    with pytest.raises(DataError, match="no test picture has a box or a mask with an object"):
-        run(subject(source, source, network, pixels=True))
+    with pytest.raises(DataError, match="no test image has a box or a mask with an object"):
+        run(dataset(source, source, network, pixels=True))
 
 
-def test_native_pictures_are_padded_and_boxes_cut_to_them():
+def test_native_images_are_padded_and_boxes_cut_to_them():
     """60 x 84 pixels become 64 x 88; without padding the places would lie elsewhere."""
     network = small_vit((32, 48), dynamic_img_size=True)
     source, boxes = scenes(6, (8, 11))
     source.images, source.masks = source.images[:, :, :60, :84].contiguous(), source.masks[:, :60, :84]
     boxes = np.minimum(boxes, [84, 60, 84, 60])
-    found = dict(run(subject(source, source, network, pixels=True), native=True))
+    found = dict(run(dataset(source, source, network, pixels=True), native=True))
     assert found["corloc"].value == 1
     assert found["iou"].value > 0.9
-    keys = run(subject(source, source, network), native=True)
+    keys = run(dataset(source, source, network), native=True)
     assert ("note", "features are keys of the last attention block") in keys
     fixed = small_vit((32, 48))
     with pytest.raises(ConfigError, match=r"evaluate\.objects\.native: .* cannot take 64x88"):
-        run(subject(source, source, fixed), native=True)
+        run(dataset(source, source, fixed), native=True)
 
 
-def test_maps_of_networks_without_keys_are_centred():
-    """After a rectifier all places are alike by the threshold; the box would always be the whole picture."""
+def test_maps_of_networks_without_keys_are_centered():
+    """After a rectifier all places are alike by the threshold; the box would always be the whole image."""
     torch.manual_seed(0)
     network = create_backbone("resnet10t", size=64)
     source, _ = scenes(6, (8, 8))
-    found = run(subject(source, source, network))
+    found = run(dataset(source, source, network))
     values = dict(found)
     assert values["whole"] < 1
     assert values["iou"].value > 0.3
     assert any("features are a feature map; places are those of map" in value for key, value in found if key == "note")
-    assert {key: value for key, value in run(subject(source, source, network)) if key == "corloc"} == {
+    assert {key: value for key, value in run(dataset(source, source, network)) if key == "corloc"} == {
         "corloc": values["corloc"]
     }

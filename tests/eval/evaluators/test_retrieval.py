@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from eval_helpers import plain_pairs, plain_values
-from feature_helpers import broken, clouds, labelled, same, subject
+from feature_helpers import broken, clouds, dataset, labeled, same
 from sklearn.metrics import average_precision_score
 
 from unlabeled.eval.base import Estimate, FeatureSplit
@@ -18,7 +18,7 @@ TRAIN = clouds(20, 2)
 
 
 def run(test: FeatureSplit, **settings) -> dict:
-    return plain_values(RetrievalEvaluator(RetrievalConfig(**settings)).run(subject(TRAIN, test)))
+    return plain_values(RetrievalEvaluator(RetrievalConfig(**settings)).run(dataset(TRAIN, test)))
 
 
 def brute_force(split: FeatureSplit, ks: tuple[int, ...]) -> dict[str, float]:
@@ -44,7 +44,7 @@ def brute_force(split: FeatureSplit, ks: tuple[int, ...]) -> dict[str, float]:
 
 
 def test_all_scores_are_those_of_brute_force() -> None:
-    test = labelled(clouds(70, 5, spread=2, seed=3), *range(5), 0, 0, 1)
+    test = labeled(clouds(70, 5, spread=2, seed=3), *range(5), 0, 0, 1)
     found = run(test, k=(1, 3, 10))
     expected = brute_force(test, (1, 3, 10))
     assert {key: value.value if isinstance(value, Estimate) else value for key, value in found.items()} == {
@@ -55,11 +55,11 @@ def test_all_scores_are_those_of_brute_force() -> None:
 
 
 def test_a_made_up_ranking() -> None:
-    """From the first picture the others lie at growing angles: right, wrong, right."""
+    """From the first image the others lie at growing angles: right, wrong, right."""
     angles = torch.tensor([0.0, 0.1, 0.3, 0.8])
     features = torch.stack([angles.cos(), angles.sin()], dim=1)
     found = retrieval_scores(features, torch.tensor([0, 0, 1, 0]), [1, 2])
-    assert len(found["map"]) == 3, "the picture without another of its class asks nothing"
+    assert len(found["map"]) == 3, "the image without another of its class asks nothing"
     first = {name: float(value[0]) for name, value in found.items()}
     assert first == pytest.approx(
         {"map": (1 + 2 / 3) / 2, "map_at_r": 1 / 2, "r_precision": 1 / 2, "recall1": 1, "recall2": 1}
@@ -83,12 +83,12 @@ def test_clear_and_meaningless_features() -> None:
     assert chance["r_precision"] == pytest.approx(0.25, abs=0.03)
 
 
-def test_classes_of_one_picture_and_k_beyond_the_split_are_said() -> None:
-    test = labelled(clouds(7, 2, spread=2), 0, 0, 1, 1, 1, 2, 3)
-    pairs = plain_pairs(RetrievalEvaluator(RetrievalConfig(k=(2, 10, 20))).run(subject(TRAIN, test)))
+def test_classes_of_one_image_and_k_beyond_the_split_are_said() -> None:
+    test = labeled(clouds(7, 2, spread=2), 0, 0, 1, 1, 1, 2, 3)
+    pairs = plain_pairs(RetrievalEvaluator(RetrievalConfig(k=(2, 10, 20))).run(dataset(TRAIN, test)))
     assert [value for key, value in pairs if key == "note"] == [
-        "2 test pictures are the only one of their class and were not used as queries",
-        "k was cut to 6, the number of other test pictures",
+        "2 test images are the only one of their class and were not used as queries",
+        "k was cut to 6, the number of other test images",
     ]
     values = dict(pairs)
     assert {key for key in values if key.startswith("recall")} == {"recall2", "recall6"}
@@ -98,10 +98,10 @@ def test_classes_of_one_picture_and_k_beyond_the_split_are_said() -> None:
 
 
 def test_what_cannot_be_judged_is_refused() -> None:
-    with pytest.raises(DataError, match="no test class has two pictures"):
+    with pytest.raises(DataError, match="no test class has two images"):
         run(clouds(5, 5))
-    with pytest.raises(DataError, match="all test pictures are of one class"):
-        run(labelled(clouds(5, 5), 1))
+    with pytest.raises(DataError, match="all test images are of one class"):
+        run(labeled(clouds(5, 5), 1))
     with pytest.raises(DataError, match="1 of 9 test features are NaN"):
         run(broken(clouds(9, 3)))
     for k in ((), (0,)):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from dense_helpers import BlockSource, blocks, small_vit, subject
+from dense_helpers import BlockSource, blocks, dataset, small_vit
 from eval_helpers import plain_pairs
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, jaccard_score
 
+from unlabeled.eval.dense.dense_features import DenseFeatures, fine_level, masked_batches, position_labels, resized_mask
 from unlabeled.eval.dense.miou import Overlap, class_iou, estimates, joined, mean_iou, overlap
-from unlabeled.eval.dense.places import Places, fine_level, masked_batches, place_labels, resized_mask
-from unlabeled.eval.dense.probes import LabelledPlaces, LinearPlaces, NearestPlaces, soft_miou
+from unlabeled.eval.dense.probes import LabeledFeatures, LinearSegmenter, NearestSegmenter, soft_miou
 from unlabeled.eval.evaluators.segmentation import SegmentationConfig, SegmentationEvaluator, best_classes, rows_of
 from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError, DataError
@@ -24,7 +24,7 @@ def run(evaluated, config=FAST):
     return plain_pairs(SegmentationEvaluator(config).run(evaluated))
 
 
-def test_iou_and_accuracy_are_those_of_scikit_learn_over_all_pictures():
+def test_iou_and_accuracy_are_those_of_scikit_learn_over_all_images():
     generator = torch.Generator().manual_seed(0)
     truth = torch.randint(0, 5, (6, 9, 7), generator=generator).to(torch.uint8)
     guess = torch.randint(0, 5, (6, 9, 7), generator=generator)
@@ -48,7 +48,7 @@ def test_a_class_that_is_only_predicted_counts_as_zero():
     assert mean_iou(Overlap(*(one.sum(0) for one in counts))) == pytest.approx((0.75 + 0) / 2)
 
 
-def test_equal_pictures_leave_nothing_to_chance_and_no_pixels_give_zero():
+def test_equal_images_leave_nothing_to_chance_and_no_pixels_give_zero():
     truth = torch.tensor([[[0, 1], [1, 1]]], dtype=torch.uint8).repeat(4, 1, 1)
     miou, _ = estimates(overlap(truth, torch.zeros(4, 2, 2, dtype=torch.int64), 2), seed=1)
     assert (miou.value, miou.low, miou.high) == (0.125, 0.125, 0.125)
@@ -60,24 +60,24 @@ def test_labels_of_places_are_shares_of_their_known_pixels(size):
     masks = torch.randint(0, 4, (2, *size), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     masks[masks == 3] = 255
     masks[0, :3, :4] = 255  # nothing is known of the first place
-    shares, known = place_labels(masks, (4, 5), 3)
-    for picture in range(2):
+    shares, known = position_labels(masks, (4, 5), 3)
+    for image in range(2):
         for row in range(4):
             for column in range(5):
                 inside = [
-                    int(masks[picture, y, x])
+                    int(masks[image, y, x])
                     for y in range(size[0])
                     for x in range(size[1])
                     if int((y + 0.5) * 4 / size[0]) == row and int((x + 0.5) * 5 / size[1]) == column
                 ]
-                labelled = [value for value in inside if value != 255]
-                expected = [labelled.count(value) / max(len(labelled), 1) for value in range(3)]
-                np.testing.assert_allclose(shares[picture, row, column], expected, atol=1e-6)
-                assert float(known[picture, row, column]) == pytest.approx(len(labelled) / len(inside))
+                labeled = [value for value in inside if value != 255]
+                expected = [labeled.count(value) / max(len(labeled), 1) for value in range(3)]
+                np.testing.assert_allclose(shares[image, row, column], expected, atol=1e-6)
+                assert float(known[image, row, column]) == pytest.approx(len(labeled) / len(inside))
     assert float(known[0, 0, 0]) == 0
 
 
-def test_picture_and_mask_stay_on_each_other_when_resized():
+def test_image_and_mask_stay_on_each_other_when_resized():
     """A ramp from left to right and down tells by its value where each pixel of the mask came from."""
     ramp = torch.stack(
         [torch.arange(120).repeat(80, 1), torch.arange(80)[:, None].repeat(1, 120), torch.zeros(80, 120)]
@@ -86,7 +86,7 @@ def test_picture_and_mask_stay_on_each_other_when_resized():
     source.images = ramp[None].to(torch.uint8)
     source.masks = ((ramp[0] // 40).long() % 3)[None].to(torch.uint8)  # thirds: 0, 1, 2
     network = small_vit((32, 96))
-    (batch,) = masked_batches(source, network.input_size, [0], subject(source, source, network))
+    (batch,) = masked_batches(source, network.input_size, [0], dataset(source, source, network))
     assert batch.images.shape == (1, 3, 32, 96)
     across, down = batch.images[0, 0].float(), batch.images[0, 1].float()
     edges = (across[:, :-1] // 40 != across[:, 1:] // 40).float().sum()
@@ -98,12 +98,12 @@ def test_picture_and_mask_stay_on_each_other_when_resized():
     np.testing.assert_allclose(columns, np.floor((np.arange(96) + 0.5) * 120 / 96))
 
 
-def places_of(count, channels, classes, *, seed=0, pictures=10):
+def places_of(count, channels, classes, *, seed=0, images=10):
     random = np.random.default_rng(seed)
     labels = random.integers(classes, size=count)
     features = np.random.default_rng(5).normal(size=(classes, channels))[labels] + random.normal(size=(count, channels))
     rows, shares = torch.from_numpy(features).float(), torch.eye(classes)[labels]
-    return LabelledPlaces(rows, shares, torch.ones(count), torch.arange(count) % pictures), labels
+    return LabeledFeatures(rows, shares, torch.ones(count), torch.arange(count) % images), labels
 
 
 def test_the_linear_probe_is_as_good_as_logistic_regression_and_indifferent_to_scale():
@@ -111,12 +111,12 @@ def test_the_linear_probe_is_as_good_as_logistic_regression_and_indifferent_to_s
     test, truth = places_of(1000, 12, 4, seed=1)
     reference = LogisticRegression(max_iter=1000).fit(train.features, labels).score(test.features, truth)
     assert 0.6 < reference < 0.99
-    probe = LinearPlaces(train, SegmentationConfig(), seed=0)
+    probe = LinearSegmenter(train, SegmentationConfig(), seed=0)
     guess = probe.scores(test.features).argmax(1)
     assert float((guess.numpy() == truth).mean()) == pytest.approx(reference, abs=0.02)
     scales, offsets = torch.logspace(-3, 3, 12), torch.linspace(-50, 50, 12)
-    moved = LabelledPlaces((train.features * scales + offsets), train.shares, train.known, train.pictures)
-    again = LinearPlaces(moved, SegmentationConfig(), seed=0).scores(test.features * scales + offsets).argmax(1)
+    moved = LabeledFeatures((train.features * scales + offsets), train.shares, train.known, train.images)
+    again = LinearSegmenter(moved, SegmentationConfig(), seed=0).scores(test.features * scales + offsets).argmax(1)
     assert float((again == guess).float().mean()) > 0.98
 
 
@@ -124,13 +124,13 @@ def test_unknown_parts_weigh_nothing():
     """Wrong labels on places that are hardly known do not move the probe."""
     train, _ = places_of(600, 8, 3)
     wrong, _ = places_of(600, 8, 3, seed=2)
-    mixed = LabelledPlaces(
+    mixed = LabeledFeatures(
         torch.cat([train.features, wrong.features]), torch.cat([train.shares, wrong.shares.roll(1, 1)]),
-        torch.cat([train.known, torch.full((600,), 1e-4)]), torch.cat([train.pictures, wrong.pictures]),
+        torch.cat([train.known, torch.full((600,), 1e-4)]), torch.cat([train.images, wrong.images]),
     )  # fmt: skip
     test, truth = places_of(500, 8, 3, seed=3)
     clean, dirty = (
-        float((LinearPlaces(one, SegmentationConfig(), 0).scores(test.features).argmax(1).numpy() == truth).mean())
+        float((LinearSegmenter(one, SegmentationConfig(), 0).scores(test.features).argmax(1).numpy() == truth).mean())
         for one in (train, mixed)
     )
     assert dirty == pytest.approx(clean, abs=0.02)
@@ -139,27 +139,27 @@ def test_unknown_parts_weigh_nothing():
 def test_degenerate_features_of_places():
     train, _ = places_of(60, 6, 3)
     train.features[:, 2] = 1e4 + 1 / 3  # zero variance
-    probe = LinearPlaces(train, FAST, 0)
+    probe = LinearSegmenter(train, FAST, 0)
     assert bool(probe.scores(train.features).isfinite().all())
-    equal = LabelledPlaces(torch.zeros(60, 6), train.shares, train.known, train.pictures)
-    nearest = NearestPlaces(equal, 100, 0.02)
+    equal = LabeledFeatures(torch.zeros(60, 6), train.shares, train.known, train.images)
+    nearest = NearestSegmenter(equal, 100, 0.02)
     assert nearest.k == 60
     torch.testing.assert_close(nearest.scores(torch.zeros(3, 6)), train.shares.mean(0).expand(3, -1))
-    single = LabelledPlaces(train.features, train.shares, train.known, torch.zeros(60, dtype=torch.int64))
-    with pytest.raises(DataError, match="single training picture are too few"):
-        LinearPlaces(single, FAST, 0)
+    single = LabeledFeatures(train.features, train.shares, train.known, torch.zeros(60, dtype=torch.int64))
+    with pytest.raises(DataError, match="single training image are too few"):
+        LinearSegmenter(single, FAST, 0)
     with pytest.raises(DataError, match=r"evaluate\.segmentation\.lr: all 1 diverged"):
-        LinearPlaces(train, SegmentationConfig(lr=(1e38,)), 0)
-    survived = LinearPlaces(train, SegmentationConfig(lr=(0.01, 1e38)), 0)
+        LinearSegmenter(train, SegmentationConfig(lr=(1e38,)), 0)
+    survived = LinearSegmenter(train, SegmentationConfig(lr=(0.01, 1e38)), 0)
     assert (survived.lr, survived.diverged) == (0.01, 1)
 
 
 def test_nearest_places_are_those_of_brute_force():
     train, _ = places_of(50, 7, 3)
     soft = torch.softmax(torch.randn(50, 3, generator=torch.Generator().manual_seed(0)), dim=1)
-    bank = LabelledPlaces(train.features, soft, train.known, train.pictures)
+    bank = LabeledFeatures(train.features, soft, train.known, train.images)
     queries = places_of(11, 7, 3, seed=4)[0].features
-    found = NearestPlaces(bank, 6, 0.1).scores(queries)
+    found = NearestSegmenter(bank, 6, 0.1).scores(queries)
     for query, row in zip(queries.double(), found, strict=True):
         cosines = (bank.features.double() @ query) / bank.features.double().norm(dim=1) / query.norm()
         order = sorted(range(50), key=lambda number: -float(cosines[number]))[:6]
@@ -171,12 +171,12 @@ def test_nearest_places_are_those_of_brute_force():
 def test_soft_iou_is_that_of_the_pixels_behind_it():
     masks = torch.randint(0, 3, (3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     masks[0, :2] = 255
-    shares, known = place_labels(masks, (2, 4), 3)
+    shares, known = position_labels(masks, (2, 4), 3)
     guess = torch.randint(0, 3, (3, 2, 4), generator=torch.Generator().manual_seed(1))
     full = guess.repeat_interleave(4, 1).repeat_interleave(2, 2)
-    places = LabelledPlaces(torch.zeros(24, 1), shares.view(24, 3), known.view(24), torch.zeros(24))
+    positions = LabeledFeatures(torch.zeros(24, 1), shares.view(24, 3), known.view(24), torch.zeros(24))
     expected = mean_iou(Overlap(*(one.sum(0) for one in overlap(masks, full, 3))))
-    assert soft_miou(places, guess.flatten()) == pytest.approx(float(expected), abs=1e-5)
+    assert soft_miou(positions, guess.flatten()) == pytest.approx(float(expected), abs=1e-5)
 
 
 def test_scores_keep_their_places_when_enlarged():
@@ -187,92 +187,92 @@ def test_scores_keep_their_places_when_enlarged():
 
 @pytest.mark.parametrize("pixels", [True, False])
 def test_plain_blocks_are_told_apart_up_to_the_edges_of_places(pixels):
-    """Colours alone tell the class; only the bilinear edges between places can be wrong."""
+    """Colors alone tell the class; only the bilinear edges between places can be wrong."""
     network = small_vit((32, 48))
     train, test = (BlockSource(blocks(24, (2, 3), seed), side=16) for seed in (0, 1))
-    found = dict(run(subject(train, test, network, pixels=pixels)))
-    for judge in ("probe", "knn"):
-        assert found[f"{judge}_accuracy"].value > 0.9
-        assert found[f"{judge}_miou"].value > 0.8
-        assert found[f"{judge}_miou"].low <= found[f"{judge}_miou"].value <= found[f"{judge}_miou"].high
-        assert found[f"{judge}_iou"].shape == (3,)
-    assert found["places"] == 24 * 24
+    found = dict(run(dataset(train, test, network, pixels=pixels)))
+    for summarize in ("probe", "knn"):
+        assert found[f"{summarize}_accuracy"].value > 0.9
+        assert found[f"{summarize}_miou"].value > 0.8
+        assert found[f"{summarize}_miou"].low <= found[f"{summarize}_miou"].value <= found[f"{summarize}_miou"].high
+        assert found[f"{summarize}_iou"].shape == (3,)
+    assert found["positions"] == 24 * 24
     assert found["examples"].dtype == torch.uint8
-    again = dict(run(subject(train, test, network, pixels=pixels)))
+    again = dict(run(dataset(train, test, network, pixels=pixels)))
     assert again["probe_miou"] == found["probe_miou"]
     assert again["knn_miou"] == found["knn_miou"]
 
 
 def test_shuffled_masks_are_not_predictable():
-    """The same pictures with the masks of others: nothing leaks from the test masks."""
+    """The same images with the masks of others: nothing leaks from the test masks."""
     network = small_vit((32, 48))
     train, test = (BlockSource(blocks(24, (2, 3), seed), side=16) for seed in (0, 1))
     test.masks = test.masks.roll(1, 0)
-    assert dict(run(subject(train, test, network, pixels=True)))["probe_accuracy"].value < 0.6
+    assert dict(run(dataset(train, test, network, pixels=True)))["probe_accuracy"].value < 0.6
 
 
-def test_unknown_pixels_and_broken_pictures_are_left_out():
+def test_unknown_pixels_and_broken_images_are_left_out():
     network = small_vit((32, 48))
     plain = blocks(12, (2, 3), 1)
     hidden = plain.clone()
     hidden[:, 0] = 255
     train = BlockSource(blocks(12, (2, 3)), side=16, corrupt=3)
-    found = dict(run(subject(train, BlockSource(hidden, side=16), network)))
-    assert found["places"] == 11 * 24
-    with pytest.raises(DataError, match="no test picture has a mask that says anything"):
-        run(subject(train, BlockSource(torch.full((3, 2, 3), 255), side=16), network))
+    found = dict(run(dataset(train, BlockSource(hidden, side=16), network)))
+    assert found["positions"] == 11 * 24
+    with pytest.raises(DataError, match="no test image has a mask that says anything"):
+        run(dataset(train, BlockSource(torch.full((3, 2, 3), 255), side=16), network))
 
 
 def test_the_bank_is_cut_evenly_and_k_with_it():
     network = small_vit((32, 48))
     train, test = (BlockSource(blocks(10, (2, 3), seed), side=16) for seed in (0, 1))
     config = SegmentationConfig(bank=25, k=40, epochs=2, batch_size=8)
-    found = run(subject(train, test, network), config)
-    assert dict(found)["places"] == 25
+    found = run(dataset(train, test, network), config)
+    assert dict(found)["positions"] == 25
     assert ("note", "k was cut to 25, the number of training places") in found
     bank = SegmentationEvaluator(config)._bank(
-        Places(subject(train, test, network), "segmentation"), train, subject(train, test, network), 3
+        DenseFeatures(dataset(train, test, network), "segmentation"), train, dataset(train, test, network), 3
     )
-    assert set(bank.pictures.tolist()) == set(range(10))
-    assert int(torch.bincount(bank.pictures).max()) <= 3
+    assert set(bank.images.tolist()) == set(range(10))
+    assert int(torch.bincount(bank.images).max()) <= 3
 
 
 def test_classes_of_the_test_source_in_another_order():
     network = small_vit((32, 48))
     train, test = (BlockSource(blocks(16, (2, 3), seed), side=16) for seed in (0, 1))
-    plain = dict(run(subject(train, test, network, pixels=True)))
+    plain = dict(run(dataset(train, test, network, pixels=True)))
     test.classes = ("blue", "red")
     test.masks = torch.tensor([0, 2, 1], dtype=torch.uint8)[test.masks.long()]
-    assert dict(run(subject(train, test, network, pixels=True)))["probe_miou"] == plain["probe_miou"]
+    assert dict(run(dataset(train, test, network, pixels=True)))["probe_miou"] == plain["probe_miou"]
 
 
 def test_unusable_data_is_refused():
     network = small_vit((32, 48))
     good = BlockSource(blocks(4, (2, 3)), side=16)
     with pytest.raises(DataError, match="training masks show a single class"):
-        run(subject(BlockSource(torch.zeros(4, 2, 3), side=16), good, network))
+        run(dataset(BlockSource(torch.zeros(4, 2, 3), side=16), good, network))
     crooked = BlockSource(blocks(4, (2, 3)), side=16)
     crooked.masks = crooked.masks[:, :-1]
-    with pytest.raises(DataError, match="picture and mask of picture 0 are 32x48 and 31x48 pixels"):
-        run(subject(crooked, good, network))
+    with pytest.raises(DataError, match="image and mask of image 0 are 32x48 and 31x48 pixels"):
+        run(dataset(crooked, good, network))
     beyond = BlockSource(blocks(4, (2, 3)), side=16)
     beyond.masks[beyond.masks == 2] = 9
     with pytest.raises(DataError, match="has value 9, which is none of the classes"):
-        run(subject(beyond, good, network))
+        run(dataset(beyond, good, network))
     bare = BlockSource(blocks(4, (2, 3)), side=16)
     hidden = type("Bare", (), {name: getattr(bare, name) for name in ("classes", "read", "labels", "describe")})()
     with pytest.raises(DataError, match="the data has no masks"):
-        run(subject(hidden, good, network))
+        run(dataset(hidden, good, network))
     broken = small_vit((32, 48))
     next(broken.parameters()).data.fill_(float("nan"))
     with pytest.raises(DataError, match="the feature map is NaN or infinite"):
-        run(subject(good, good, broken))
+        run(dataset(good, good, broken))
     with pytest.raises(ConfigError, match=r"evaluate\.segmentation\.level: .* has no map 7"):
-        run(subject(good, good, network), SegmentationConfig(level=7))
+        run(dataset(good, good, network), SegmentationConfig(level=7))
     mapless = small_vit((32, 48))
     mapless.stages = []
     with pytest.raises(CapabilityError, match=r"leave segmentation out of evaluate\.evaluators"):
-        run(subject(good, good, mapless))
+        run(dataset(good, good, mapless))
 
 
 @pytest.mark.parametrize(
@@ -283,11 +283,11 @@ def test_the_deepest_map_that_is_fine_enough(name, size, level):
     assert fine_level(create_backbone(name, size=size)) == level
 
 
-def test_pixels_of_places_are_the_picture_of_each():
+def test_pixels_of_places_are_the_image_of_each():
     network = small_vit((32, 48))
     source = BlockSource(blocks(2, (4, 6)))
     images = torch.stack([source.read(index) for index in range(2)])
-    pixels = Places(subject(source, source, network, pixels=True), "segmentation")(images)
+    pixels = DenseFeatures(dataset(source, source, network, pixels=True), "segmentation")(images)
     assert pixels.shape == (2, 3 * 64, 4, 6)
     normal = network.normalize(images)
     torch.testing.assert_close(pixels[1, :, 2, 5], normal[1, :, 16:24, 40:48].flatten())

@@ -7,17 +7,17 @@ import pytest
 from eval_helpers import plain_pairs, plain_values
 
 from unlabeled.eval.base import FeatureSet, FeatureSplit
+from unlabeled.eval.encoded_dataset import EncodedDataset
 from unlabeled.eval.evaluators.spectrum import SpectrumConfig, SpectrumEvaluator, chosen, dead_features
 from unlabeled.eval.metrics import Spectrum, rankme, two_nn, uniformity
-from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import DataError
 
 VALUES = {"rankme", "effective_rank", "alpha", "dimension", "learnability", "uniformity", "dead"}
 
 
-def subject(features: np.ndarray, seed: int = 0) -> Subject:
+def dataset(features: np.ndarray, seed: int = 0) -> EncodedDataset:
     split = FeatureSplit(features.astype(np.float32), np.zeros(len(features), np.int64))
-    return Subject(FeatureSet(split, split, ("only",)), seed=seed)
+    return EncodedDataset(FeatureSet(split, split, ("only",)), seed=seed)
 
 
 def cloud(count: int = 300, width: int = 20) -> np.ndarray:
@@ -26,12 +26,12 @@ def cloud(count: int = 300, width: int = 20) -> np.ndarray:
 
 def test_values_are_those_of_the_metrics_and_a_single_class_is_no_hindrance() -> None:
     features = cloud().astype(np.float32)
-    found = plain_values(SpectrumEvaluator(SpectrumConfig()).run(subject(features)))
-    assert set(found) == {*VALUES, "pictures", "pairwise", "singular_values"}
+    found = plain_values(SpectrumEvaluator(SpectrumConfig()).run(dataset(features)))
+    assert set(found) == {*VALUES, "images", "pairwise", "singular_values"}
     assert found["rankme"] == rankme(Spectrum.of(features))
     assert found["dimension"] == two_nn(features)
     assert found["uniformity"] == uniformity(features)
-    assert found["pictures"] == found["pairwise"] == 300
+    assert found["images"] == found["pairwise"] == 300
     assert found["dead"] == 0
     expected = np.sqrt(np.linalg.eigvalsh(np.cov(features, rowvar=False, bias=True)))[::-1]
     np.testing.assert_allclose(found["singular_values"], expected, rtol=1e-5)
@@ -39,18 +39,18 @@ def test_values_are_those_of_the_metrics_and_a_single_class_is_no_hindrance() ->
 
 def test_every_value_of_the_table_has_a_meaning_and_counts_have_none() -> None:
     assert {key for key in VALUES if SpectrumEvaluator.measure(key)} == VALUES
-    assert SpectrumEvaluator.measure("pictures") is None
+    assert SpectrumEvaluator.measure("images") is None
     alpha = SpectrumEvaluator.measure("alpha")
     assert alpha is not None
     assert alpha.better is None
 
 
-def test_pictures_are_limited_by_the_seed_alone() -> None:
-    config = SpectrumConfig(pictures=100, pairwise=40)
+def test_images_are_limited_by_the_seed_alone() -> None:
+    config = SpectrumConfig(images=100, pairwise=40)
     one, again, other = (
-        plain_values(SpectrumEvaluator(config).run(subject(cloud(), seed))) for seed in (0, 0, 1)
+        plain_values(SpectrumEvaluator(config).run(dataset(cloud(), seed))) for seed in (0, 0, 1)
     )  # fmt: skip
-    assert (one["pictures"], one["pairwise"]) == (100, 40)
+    assert (one["images"], one["pairwise"]) == (100, 40)
     assert all(one[key] == again[key] for key in VALUES)
     assert one["rankme"] != other["rankme"]
     rows = chosen(300, 100, "spectrum", 0)
@@ -61,7 +61,7 @@ def test_pictures_are_limited_by_the_seed_alone() -> None:
 
 @pytest.mark.parametrize("value", [0.0, 0.1])
 def test_features_that_do_not_vary_give_finite_values_and_notes(value: float) -> None:
-    pairs = plain_pairs(SpectrumEvaluator(SpectrumConfig()).run(subject(np.full((40, 10), value))))
+    pairs = plain_pairs(SpectrumEvaluator(SpectrumConfig()).run(dataset(np.full((40, 10), value))))
     found = dict(pairs)
     numbers = [number for number in found.values() if isinstance(number, float)]
     assert np.isfinite(numbers).all()
@@ -76,12 +76,12 @@ def test_features_that_do_not_vary_give_finite_values_and_notes(value: float) ->
     ]
 
 
-def test_duplicates_and_few_pictures() -> None:
+def test_duplicates_and_few_images() -> None:
     features = cloud(60)
-    doubled = plain_values(SpectrumEvaluator(SpectrumConfig()).run(subject(np.concatenate([features, features]))))
+    doubled = plain_values(SpectrumEvaluator(SpectrumConfig()).run(dataset(np.concatenate([features, features]))))
     assert doubled["dimension"] == pytest.approx(two_nn(features), rel=1e-3)
-    few = plain_values(SpectrumEvaluator(SpectrumConfig()).run(subject(cloud(12))))
-    assert few["note"] == "12 pictures of 20 features: ranks cannot be more than the pictures"
+    few = plain_values(SpectrumEvaluator(SpectrumConfig()).run(dataset(cloud(12))))
+    assert few["note"] == "12 images of 20 features: ranks cannot be more than the images"
     assert few["rankme"] <= 12.001
 
 
@@ -97,4 +97,4 @@ def test_broken_features_are_refused() -> None:
     features = cloud(30)
     features[3, 2] = np.nan
     with pytest.raises(DataError, match="1 of 30 features are NaN or infinite"):
-        plain_values(SpectrumEvaluator(SpectrumConfig()).run(subject(features)))
+        plain_values(SpectrumEvaluator(SpectrumConfig()).run(dataset(features)))

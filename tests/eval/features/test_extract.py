@@ -1,4 +1,4 @@
-"""Feature extraction: the transform, skipped pictures, modes, randomness, several processes."""
+"""Feature extraction: the transform, skipped images, modes, randomness, several processes."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from unlabeled.ssl.core.errors import DataError
 
 def stripes(height: int, width: int) -> torch.Tensor:
     """Columns numbered by their red value, rows by their green value."""
-    picture = torch.zeros(3, height, width, dtype=torch.uint8)
-    picture[0] = torch.arange(width) * 255 // width
-    picture[1] = (torch.arange(height) * 255 // height)[:, None]
-    return picture
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    image[0] = torch.arange(width) * 255 // width
+    image[1] = (torch.arange(height) * 255 // height)[:, None]
+    return image
 
 
-def test_a_picture_of_the_input_size_is_left_as_it_is() -> None:
-    picture = stripes(32, 32)
-    assert torch.equal(EvalTransform((32, 32))(picture), picture)
+def test_a_image_of_the_input_size_is_left_as_it_is() -> None:
+    image = stripes(32, 32)
+    assert torch.equal(EvalTransform((32, 32))(image), image)
 
 
-def test_a_small_picture_is_resized_whole() -> None:
+def test_a_small_image_is_resized_whole() -> None:
     shown = EvalTransform((32, 48))(stripes(16, 16))
     assert shown.shape == (3, 32, 48)
     assert shown[0, :, 0].max() < 16, "the first column must still be there"
@@ -39,7 +39,7 @@ def test_a_small_picture_is_resized_whole() -> None:
 
 @pytest.mark.parametrize("shape", [(256, 256), (256, 512), (700, 256), (57, 300)])
 @pytest.mark.parametrize("size", [(32, 32), (32, 64), (64, 32)])
-def test_a_larger_picture_is_resized_with_a_margin_and_cropped(shape: tuple[int, int], size: tuple[int, int]) -> None:
+def test_a_larger_image_is_resized_with_a_margin_and_cropped(shape: tuple[int, int], size: tuple[int, int]) -> None:
     shown = EvalTransform(size)(stripes(*shape))
     assert shown.shape == (3, *size)
     scale = max(size[0] * 256 / 224 / shape[0], size[1] * 256 / 224 / shape[1])
@@ -48,12 +48,12 @@ def test_a_larger_picture_is_resized_with_a_margin_and_cropped(shape: tuple[int,
     assert shown[0, :, -1].float().mean().item() == pytest.approx(255 - left, abs=255 * 1.2 / size[1])
 
 
-def test_the_shorter_side_of_an_imagenet_picture_becomes_256() -> None:
-    picture = stripes(512, 512)
+def test_the_shorter_side_of_an_imagenet_image_becomes_256() -> None:
+    image = stripes(512, 512)
     reference = torch.nn.functional.interpolate(
-        picture[None].float(), size=(256, 256), mode="bicubic", antialias=True, align_corners=False
+        image[None].float(), size=(256, 256), mode="bicubic", antialias=True, align_corners=False
     )[0, :, 16:240, 16:240]
-    shown = EvalTransform((224, 224))(picture)
+    shown = EvalTransform((224, 224))(image)
     assert (shown.float() - reference).abs().max() <= 1
 
 
@@ -69,13 +69,13 @@ def test_features_are_the_pooled_ones_in_order() -> None:
     np.testing.assert_array_equal(split.indices, range(10))
 
 
-def test_a_picture_larger_than_the_input_and_a_rectangle_work() -> None:
+def test_a_image_larger_than_the_input_and_a_rectangle_work() -> None:
     backbone = create_backbone("resnet18", size=(32, 64))
     assert extract_features(backbone, MemorySource(3, shape=(90, 70))).features.shape == (3, 512)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_corrupt_pictures_are_left_out_and_named(workers: int) -> None:
+def test_corrupt_images_are_left_out_and_named(workers: int) -> None:
     split = extract_features(tiny_vit(), MemorySource(9, corrupt=(0, 4, 5)), batch_size=2, workers=workers)
     assert split.skipped == ("train-0.png", "train-4.png", "train-5.png")
     np.testing.assert_array_equal(split.indices, [1, 2, 3, 6, 7, 8])
@@ -85,8 +85,8 @@ def test_corrupt_pictures_are_left_out_and_named(workers: int) -> None:
 
 
 @pytest.mark.parametrize("extract", [lambda s: extract_features(tiny_vit(), s), raw_pixels])
-def test_nothing_but_corrupt_pictures_is_an_error(extract) -> None:
-    with pytest.raises(DataError, match="none of the 3 pictures can be decoded"):
+def test_nothing_but_corrupt_images_is_an_error(extract) -> None:
+    with pytest.raises(DataError, match="none of the 3 images can be decoded"):
         extract(MemorySource(3, corrupt=range(3)))
 
 
@@ -153,4 +153,4 @@ def test_two_processes_give_the_features_of_one(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found["indices"], expected.indices)
         assert tuple(found["skipped"]) == expected.skipped == ("train-1.png", "train-5.png")
         np.testing.assert_allclose(found["lone"], lone.features, atol=1e-5)
-        assert found["reads"] == 7, "only the identity of the data may read pictures the second time"
+        assert found["reads"] == 7, "only the identity of the data may read images the second time"

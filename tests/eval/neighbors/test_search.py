@@ -28,9 +28,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def features(count: int, *, seed: int, width: int = 24, groups: int = 12) -> np.ndarray:
     """Clouds that share a mean, as the features of a network do."""
-    centres = np.random.default_rng(5).normal(size=(groups, width)) + 2
+    centers = np.random.default_rng(5).normal(size=(groups, width)) + 2
     generator = np.random.default_rng(seed)
-    rows = centres[generator.integers(groups, size=count)] + 0.7 * generator.normal(size=(count, width))
+    rows = centers[generator.integers(groups, size=count)] + 0.7 * generator.normal(size=(count, width))
     return rows.astype(np.float32)
 
 
@@ -42,7 +42,7 @@ def all_sorted(train: np.ndarray, test: np.ndarray, k: int) -> tuple[np.ndarray,
 
 @pytest.mark.parametrize("kind", ["exact", "reduced"])
 @pytest.mark.parametrize(("count", "k"), [(900, 1), (900, 20), (129, 129), (7, 50)])
-def test_neighbours_are_those_of_sorting_all_cosines(kind: str, count: int, k: int) -> None:
+def test_neighbors_are_those_of_sorting_all_cosines(kind: str, count: int, k: int) -> None:
     train, test = features(count, seed=1), features(75, seed=2)
     indices, cosines = search(train, test, k, SearchSettings(kind=kind))
     expected, values = all_sorted(train, test, k)
@@ -86,7 +86,7 @@ def test_constant_and_zero_rows(kind: str) -> None:
 
 
 @pytest.mark.parametrize("spread", [1e-2, 1e-4, 1e-6])
-def test_reduced_equals_exact_where_neighbours_differ_by_less_than_eight_bits_hold(spread: float) -> None:
+def test_reduced_equals_exact_where_neighbors_differ_by_less_than_eight_bits_hold(spread: float) -> None:
     near = features(1, seed=8) + spread * np.random.default_rng(9).normal(size=(400, 24))
     train = np.concatenate([features(800, seed=10), near.astype(np.float32)])
     test = np.concatenate([features(40, seed=11), near[:20].astype(np.float32)])
@@ -139,7 +139,7 @@ def test_memory_does_not_grow_with_the_rows_on_disk(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert (
         peak < 1.5e6 + 4096 * 32 * 8
-    )  # bytes: a part and the block that is normalised in float64; the rows have 7.7e6
+    )  # bytes: a part and the block that is normalized in float64; the rows have 7.7e6
 
 
 def test_a_file_without_such_a_matrix_is_refused(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_a_file_without_such_a_matrix_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ivf", "hnsw"])
-def test_recall_is_the_counted_part_of_the_true_neighbours(kind: str) -> None:
+def test_recall_is_the_counted_part_of_the_true_neighbors(kind: str) -> None:
     train, test = features(3000, seed=17, groups=40), features(90, seed=18, groups=40)
     settings = SearchSettings(kind=kind, effort=1)
     indices, cosines = search(train, test, 30, settings)
@@ -182,7 +182,7 @@ def test_queries_with_too_few_answers_of_an_index_are_searched_exactly() -> None
 
 
 def test_an_index_beyond_the_memory_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"evaluate\.knn\.search: hnsw needs about .* GB of memory for 900 pictures"):
+    with pytest.raises(ConfigError, match=r"evaluate\.knn\.search: hnsw needs about .* GB of memory for 900 images"):
         search(features(900, seed=0), features(3, seed=1), 5, SearchSettings(kind="hnsw", memory_gb=1e-4))
 
 

@@ -75,12 +75,12 @@ def test_a_diverging_head_leaves_the_others_bit_equal() -> None:
     features, labels = batch(32, 6, 3)
     calm, wild = Setting(0.1, 0.01), Setting(1e38, 0.01)
     alone = GroupedSgd(6, 3, [calm, calm], device=CPU)
-    beside = GroupedSgd(6, 3, [wild, calm], device=CPU)
+    size_like = GroupedSgd(6, 3, [wild, calm], device=CPU)
     for _ in range(8):
         alone.step(features, labels, rate=1.0)
-        beside.step(features, labels, rate=1.0)
-    assert beside.finite().tolist() == [False, True]
-    for found, expected in zip(beside.heads(), alone.heads(), strict=True):
+        size_like.step(features, labels, rate=1.0)
+    assert size_like.finite().tolist() == [False, True]
+    for found, expected in zip(size_like.heads(), alone.heads(), strict=True):
         assert torch.equal(found[1], expected[1])
 
 

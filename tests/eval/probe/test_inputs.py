@@ -26,25 +26,25 @@ def network(name: str, **options: Any) -> Backbone:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> Tensor:
+def images() -> Tensor:
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
-def read(backbone: Backbone, pictures: Tensor, **settings: Any) -> dict[str, Tensor]:
+def read(backbone: Backbone, images: Tensor, **settings: Any) -> dict[str, Tensor]:
     """Title → features of each input."""
     reading, inputs = block_inputs(backbone, **settings)
-    features = reading(backbone, pictures)
+    features = reading(backbone, images)
     assert max(one.stop for one in inputs) == features.shape[1]
     return {one.title: one.of(features) for one in inputs}
 
 
 @pytest.mark.parametrize("registers", [0, 4])
 @torch.no_grad()
-def test_tokens_are_those_of_timm_normed_and_without_registers(pictures: Tensor, registers: int) -> None:
+def test_tokens_are_those_of_timm_normed_and_without_registers(images: Tensor, registers: int) -> None:
     backbone = network("vit_tiny_patch16_224", reg_tokens=registers, **VIT)
-    found = read(backbone, pictures, blocks=(1, 4), pooling=("cls", "avg", "cls+avg"))
-    layers = backbone.model.get_intermediate_layers(pictures, n=4, return_prefix_tokens=True, norm=True)  # type: ignore
+    found = read(backbone, images, blocks=(1, 4), pooling=("cls", "avg", "cls+avg"))
+    layers = backbone.model.get_intermediate_layers(images, n=4, return_prefix_tokens=True, norm=True)  # type: ignore
     assert layers[0][0].shape == (3, 16, 24)
     assert layers[0][1].shape == (3, 1 + registers, 24)
     tokens = [prefix[:, 0] for _, prefix in layers]
@@ -60,20 +60,20 @@ def test_tokens_are_those_of_timm_normed_and_without_registers(pictures: Tensor,
     assert list(found) == list(expected)
     for title, parts in expected.items():
         torch.testing.assert_close(found[title], torch.cat(parts, 1), msg=title)
-    torch.testing.assert_close(found["class token of the last block"], backbone(pictures))
+    torch.testing.assert_close(found["class token of the last block"], backbone(images))
 
 
 @torch.no_grad()
-def test_a_norm_behind_the_average_is_applied_to_every_block(pictures: Tensor) -> None:
+def test_a_norm_behind_the_average_is_applied_to_every_block(images: Tensor) -> None:
     """timm's transformers that pool by the average have their final norm there."""
     for options in ({}, {"class_token": False}):
         backbone = network("vit_tiny_patch16_224", global_pool="avg", **options, **VIT)
         assert has_class_token(backbone) == (not options)
-        found = list(read(backbone, pictures, blocks=(1, 3), pooling=("avg",)).values())
+        found = list(read(backbone, images, blocks=(1, 3), pooling=("avg",)).values())
         model: Any = backbone.model
-        maps = model.get_intermediate_layers(pictures, n=3)
+        maps = model.get_intermediate_layers(images, n=3)
         assert not isinstance(model.fc_norm, torch.nn.Identity)
-        torch.testing.assert_close(found[0], backbone(pictures))
+        torch.testing.assert_close(found[0], backbone(images))
         torch.testing.assert_close(found[1], torch.cat([model.fc_norm(one.mean(1)) for one in maps[::-1]], 1))
 
 
@@ -89,13 +89,13 @@ def test_a_norm_behind_the_average_is_applied_to_every_block(pictures: Tensor) -
 )  # fmt: skip
 @torch.no_grad()
 def test_maps_are_averaged_and_the_last_is_the_pooled_features(
-    pictures: Tensor, name: str, options: dict[str, Any]
+    images: Tensor, name: str, options: dict[str, Any]
 ) -> None:
     backbone = network(name, **options)
-    pooled, three = read(backbone, pictures, blocks=(1, 3)).values()
-    maps = [one.mean((2, 3)) for one in backbone.maps(pictures, [-2, -3])]
-    torch.testing.assert_close(pooled, backbone(pictures))
-    torch.testing.assert_close(three, torch.cat([backbone(pictures), *maps], 1), atol=1e-5, rtol=1e-4)
+    pooled, three = read(backbone, images, blocks=(1, 3)).values()
+    maps = [one.mean((2, 3)) for one in backbone.maps(images, [-2, -3])]
+    torch.testing.assert_close(pooled, backbone(images))
+    torch.testing.assert_close(three, torch.cat([backbone(images), *maps], 1), atol=1e-5, rtol=1e-4)
 
 
 def test_the_grid_of_dinov2_has_four_inputs_with_a_class_token_and_two_without() -> None:

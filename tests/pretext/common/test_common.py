@@ -36,7 +36,7 @@ def test_patches_round_trip_and_can_be_picked(patch):
 
 
 @pytest.mark.parametrize(("a", "b"), [(1.0, 4.0), (-1e-3, 1e-3)])  # in the second, 1e-6 is about half of the variance
-def test_normalised_patches_use_the_unbiased_variance(a, b):
+def test_normalized_patches_use_the_unbiased_variance(a, b):
     n = 12
     patch = torch.tensor([a, b]).repeat(n // 2)
     deviation = math.sqrt(((b - a) / 2) ** 2 * n / (n - 1) + 1e-6)
@@ -48,7 +48,7 @@ def test_normalised_patches_use_the_unbiased_variance(a, b):
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-def test_normalised_patches_leave_half_precision(half):
+def test_normalized_patches_leave_half_precision(half):
     torch.manual_seed(0)
     patch = 2.25 + 1e-3 * torch.randn(1, 768)
     exact = normalize_patches(patch.double())
@@ -86,8 +86,8 @@ def reference_predictions(built: TransformerDecoder, latent, masking, grid, pref
     tokens = built.embed(latent)
     raster = built.mask_token.repeat(latent.shape[0], grid[0] * grid[1], 1)
     for row in range(latent.shape[0]):
-        for rank, place in enumerate(masking.ids_keep[row].tolist()):
-            raster[row, place] = tokens[row, prefix + rank]
+        for rank, position in enumerate(masking.ids_keep[row].tolist()):
+            raster[row, position] = tokens[row, prefix + rank]
     x = torch.cat([tokens[:, :prefix], raster], 1) + sincos_2d(built.dim, grid, prefix)
     for block in built.blocks:
         x = x + block.attn(block.norm1(x))

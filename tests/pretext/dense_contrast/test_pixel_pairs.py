@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unlabeled.pretext.common.views import RandomCrop, cell_centres
+from unlabeled.pretext.common.views import RandomCrop, cell_centers
 from unlabeled.pretext.dense_contrast.pixcontrast import PixContrast, PixContrastConfig
 from unlabeled.pretext.dense_contrast.pixel_pairs import (
     PixelPairsConfig,
@@ -41,10 +41,10 @@ def pixcontrast(**settings) -> PixContrast:
     return PixContrast(PixContrastConfig(**SMALL | settings), backbone())
 
 
-def batch(pictures: int = 3, size: tuple[int, int] = (32, 32)) -> dict[str, Tensor]:
+def batch(random_images: int = 3, size: tuple[int, int] = (32, 32)) -> dict[str, Tensor]:
     torch.manual_seed(1)
-    views = torch.randint(0, 256, (pictures, 2, 3, *size), dtype=torch.uint8)
-    corners = torch.rand(pictures, 2, 4)
+    views = torch.randint(0, 256, (random_images, 2, 3, *size), dtype=torch.uint8)
+    corners = torch.rand(random_images, 2, 4)
     corners[..., 2:] = corners[..., :2] + 0.3 + 0.4 * corners[..., 2:]
     return {"views": views, "boxes": corners}
 
@@ -61,11 +61,11 @@ def maps(batch: int, channels: int, *grid: int) -> Tensor:
 
 
 def test_a_hand_made_grid():
-    """The whole picture and its upper left quarter on 2x2 cells."""
+    """The whole image and its upper left quarter on 2x2 cells."""
     boxes = torch.tensor([WHOLE, QUARTER])
     assert cell_diagonals(boxes, (2, 2)).tolist() == pytest.approx([math.sqrt(0.5), math.sqrt(0.125)])
     distances = cell_distances(boxes[:1], boxes[1:], (2, 2), (2, 2))[0]
-    # centres 0.25 and 0.75 against 0.125 and 0.375, in both axes
+    # centers 0.25 and 0.75 against 0.125 and 0.375, in both axes
     offsets = [[(0.125, 0.125), (0.125, 0.125), (0.125, 0.125), (0.125, 0.125)]]
     offsets += [[(0.625, 0.125), (0.375, 0.125), (0.625, 0.125), (0.375, 0.125)]]
     offsets += [[(0.125, 0.625), (0.125, 0.625), (0.125, 0.375), (0.125, 0.375)]]
@@ -99,18 +99,18 @@ def test_equal_square_crops_pair_each_cell_with_itself_only():
         assert torch.equal(near(square, square, grid), torch.eye(grid[0] * grid[1], dtype=torch.bool))
 
 
-@pytest.mark.parametrize(("height", "neighbours"), [(0.51, 0), (0.511, 2 * 7 * 6)])
-def test_in_longer_crops_the_neighbour_on_the_short_axis_is_near_too(height: float, neighbours: int):
+@pytest.mark.parametrize(("height", "neighbors"), [(0.51, 0), (0.511, 2 * 7 * 6)])
+def test_in_longer_crops_the_neighbor_on_the_short_axis_is_near_too(height: float, neighbors: int):
     """From a ratio of 1.0203 on: 1 / hypot(1, 1.0203) = 0.7."""
     box = (0.0, 0.0, 0.5, height)
-    assert int(near(box, box, (7, 7)).sum()) == 49 + neighbours
+    assert int(near(box, box, (7, 7)).sum()) == 49 + neighbors
 
 
-def test_centres_lie_inside_the_crop_at_equal_steps():
-    centres = cell_centres(torch.tensor([0.3, 0.1, 0.9, 0.4]), (7, 7)).view(7, 7, 2)
-    for place in range(7):
-        assert centres[0, place, 0].item() == pytest.approx(0.3 + (place + 0.5) * 0.6 / 7)
-        assert centres[place, 0, 1].item() == pytest.approx(0.1 + (place + 0.5) * 0.3 / 7)
+def test_centers_lie_inside_the_crop_at_equal_steps():
+    centers = cell_centers(torch.tensor([0.3, 0.1, 0.9, 0.4]), (7, 7)).view(7, 7, 2)
+    for position in range(7):
+        assert centers[0, position, 0].item() == pytest.approx(0.3 + (position + 0.5) * 0.6 / 7)
+        assert centers[position, 0, 1].item() == pytest.approx(0.1 + (position + 0.5) * 0.3 / 7)
 
 
 def test_a_mirrored_view_is_met_at_its_mirrored_cells():
@@ -231,7 +231,7 @@ def test_a_map_below_three_cells_is_refused_with_a_remedy():
 def test_a_curriculum_may_not_go_below_three_cells_either():
     task = pixpro(64)
     task.require_size((24, 24))
-    with pytest.raises(ConfigError, match=r"task.level: map -1 of resnet18 has 3x2 places for pictures of 24x16, at"):
+    with pytest.raises(ConfigError, match=r"task.level: map -1 of resnet18 has 3x2 places for images of 24x16, at"):
         task.require_size((24, 16))
 
 
@@ -258,7 +258,7 @@ def test_transformers_give_their_last_map_after_the_final_norm():
     assert vit.model.norm.weight.requires_grad
 
 
-def test_pictures_that_are_not_square():
+def test_images_that_are_not_square():
     task = pixpro((32, 64))
     views = PixPro.views(task.config, task.backbone)(torch.randint(0, 256, (3, 50, 40), dtype=torch.uint8))
     assert views["views"].shape == (2, 3, 32, 64)
@@ -270,17 +270,17 @@ def test_pictures_that_are_not_square():
 def test_views_carry_their_boxes():
     torch.manual_seed(7)
     across = torch.arange(256, dtype=torch.uint8).expand(256, 256)
-    picture = torch.stack([across, across.t(), across])
+    drawn = torch.stack([across, across.t(), across])
     plain = {"jitter": 0, "gray": 0, "blur": 0, "solarize": 0}
     config = PixelPairsConfig(first=plain, second=plain, flip=0.5, crop_scale=(0.2, 1.0))
     views = pickle.loads(pickle.dumps(PixelPairViews(config, (48, 48))))
     mirrored = 0
     for _ in range(8):
-        found = views(picture)
+        found = views(drawn)
         assert (found["views"].shape, found["views"].dtype) == ((2, 3, 48, 48), torch.uint8)
         for image, box in zip(found["views"], found["boxes"], strict=True):
             cells = image[:2].float().unflatten(1, (4, 12)).unflatten(3, (4, 12)).mean((2, 4)) / 255
-            assert (cells.flatten(1).t() - cell_centres(box, (4, 4))).abs().max() < 0.01
+            assert (cells.flatten(1).t() - cell_centers(box, (4, 4))).abs().max() < 0.01
             mirrored += int(box[0] > box[2])
     assert 0 < mirrored < 16
 
@@ -295,11 +295,11 @@ def test_the_first_view_is_always_blurred_and_the_second_solarized_at_times():
     assert (jitter.jitter, jitter.gray, jitter.sigma) == (0.8, 0.2, (0.1, 2.0))
 
 
-def blurred(picture: Tensor, size: int, blur: bool | str) -> Tensor:
-    """The whole picture as the first view sees it, blurred or not."""
+def blurred(drawn: Tensor, size: int, blur: bool | str) -> Tensor:
+    """The whole image as the first view sees it, blurred or not."""
     plain = {"jitter": 0, "gray": 0}
     config = PixelPairsConfig(first=plain, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0, blur=blur)
-    return PixelPairViews(config, (size, size))(picture)["views"][0]
+    return PixelPairViews(config, (size, size))(drawn)["views"][0]
 
 
 @pytest.mark.parametrize(
@@ -307,17 +307,17 @@ def blurred(picture: Tensor, size: int, blur: bool | str) -> Tensor:
 )
 def test_small_views_are_not_blurred(size: int, blur: bool | str, expected: bool):
     torch.manual_seed(8)
-    picture = torch.randint(0, 256, (3, size, size), dtype=torch.uint8)
-    assert torch.equal(blurred(picture, size, blur), picture) != expected
+    drawn = torch.randint(0, 256, (3, size, size), dtype=torch.uint8)
+    assert torch.equal(blurred(drawn, size, blur), drawn) != expected
 
 
 def test_the_blur_is_drawn_anew_each_time():
     torch.manual_seed(9)
-    picture = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8)
+    drawn = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8)
     draws = []
-    for seed in (1, 2, 1):  # the loader seeds each picture of each epoch
+    for seed in (1, 2, 1):  # the loader seeds each image of each epoch
         torch.manual_seed(seed)
-        draws.append(blurred(picture, 16, True))
+        draws.append(blurred(drawn, 16, True))
     assert torch.equal(draws[0], draws[2])
     assert not torch.equal(draws[0], draws[1])
 
@@ -332,23 +332,23 @@ def test_that_there_is_no_blur_is_said(caplog: pytest.LogCaptureFixture):
     assert "task.blur" not in caplog.text
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- images --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [pixpro, pixcontrast])
-def test_visualize_gives_partners_the_same_colour(make):
+def test_visualize_gives_partners_the_same_color(make):
     task = make()
     views = {"views": torch.zeros(2, 2, 3, 32, 32, dtype=torch.uint8), "boxes": torch.tensor([WHOLE]).repeat(2, 2, 1)}
     views["boxes"][0, 1] = torch.tensor([1.0, 0.0, 0.0, 1.0])  # mirrored
     views["boxes"][1] = torch.tensor([[0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0]])  # side by side
-    picture = task.visualize(views)["pairs"]
+    drawn = task.visualize(views)["pairs"]
     side = 96
-    assert picture.shape == (3, 2 * (side + 2) + 2, 2 * (side + 2) + 2)
-    first, second = picture[:, 2 : 2 + side, 2 : 2 + side], picture[:, 2 : 2 + side, side + 4 : 2 * side + 4]
+    assert drawn.shape == (3, 2 * (side + 2) + 2, 2 * (side + 2) + 2)
+    first, second = drawn[:, 2 : 2 + side, 2 : 2 + side], drawn[:, 2 : 2 + side, side + 4 : 2 * side + 4]
     assert torch.equal(first, second.flip(2))
     cells = first[:, 12::24, 12::24].flatten(1).t().unique(dim=0)
     assert len(cells) == 16
-    below = picture[:, side + 4 : 2 * side + 4]
+    below = drawn[:, side + 4 : 2 * side + 4]
     colored = (
         below[:, 12::24, 2 : 2 + side][:, :, 12::24].sum(0) > 0,
         below[:, 12::24, side + 4 : -2][:, :, 12::24].sum(0) > 0,

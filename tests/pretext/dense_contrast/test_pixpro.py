@@ -17,7 +17,7 @@ from unlabeled.pretext.dense_contrast.pixpro import (
     PixProConfig,
     agreement,
     consistency,
-    official_names,
+    reference_names,
 )
 from unlabeled.pretext.registry import create_task
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
@@ -41,10 +41,10 @@ def pixcontrast(**settings) -> PixContrast:
     return PixContrast(PixContrastConfig(**SMALL | settings), backbone())
 
 
-def batch(pictures: int = 3, size: tuple[int, int] = (32, 32)) -> dict[str, Tensor]:
+def batch(images: int = 3, size: tuple[int, int] = (32, 32)) -> dict[str, Tensor]:
     torch.manual_seed(1)
-    views = torch.randint(0, 256, (pictures, 2, 3, *size), dtype=torch.uint8)
-    corners = torch.rand(pictures, 2, 4)
+    views = torch.randint(0, 256, (images, 2, 3, *size), dtype=torch.uint8)
+    corners = torch.rand(images, 2, 4)
     corners[..., 2:] = corners[..., :2] + 0.3 + 0.4 * corners[..., 2:]
     return {"views": views, "boxes": corners}
 
@@ -64,14 +64,14 @@ def test_propagation_is_the_sum_of_the_paper(layers: int, gamma: float):
     x = maps(2, 6, 3, 4)
     found = module(x).flatten(2)
     values = module.value_transform(x).flatten(2)
-    for picture in range(2):
-        cells = x[picture].flatten(1)
+    for image in range(2):
+        cells = x[image].flatten(1)
         for i in range(12):
             total = torch.zeros(6)
             for j in range(12):
                 similarity = max(F.cosine_similarity(cells[:, i], cells[:, j], dim=0).item(), 0.0) ** gamma
-                total += similarity * values[picture, :, j] / values[picture, :, j].norm()
-            assert torch.allclose(found[picture, :, i], total, atol=1e-5)
+                total += similarity * values[image, :, j] / values[image, :, j].norm()
+            assert torch.allclose(found[image, :, i], total, atol=1e-5)
 
 
 def test_similarities_are_clamped_before_the_power():
@@ -101,13 +101,13 @@ def test_a_power_below_one_is_taken_away_from_zero():
 # --- losses ----------------------------------------------------------------------------------------------------------
 
 
-def test_consistency_is_the_mean_over_pairs_then_over_pictures():
+def test_consistency_is_the_mean_over_pairs_then_over_images():
     first, second = maps(3, 5, 2, 3), maps(3, 5, 3, 2).flip(0)
     positive = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(5)) < 0.3
-    for picture, found in enumerate(consistency(first, second, positive)):
+    for image, found in enumerate(consistency(first, second, positive)):
         cosines = [
-            F.cosine_similarity(first[picture].flatten(1)[:, i], second[picture].flatten(1)[:, j], dim=0).item()
-            for i, j in positive[picture].nonzero().tolist()
+            F.cosine_similarity(first[image].flatten(1)[:, i], second[image].flatten(1)[:, j], dim=0).item()
+            for i, j in positive[image].nonzero().tolist()
         ]
         assert found.item() == pytest.approx(sum(cosines) / len(cosines), abs=1e-5)
 
@@ -117,13 +117,13 @@ def test_contrast_sums_partners_inside_the_logarithm(temperature: float):
     first, second = maps(3, 5, 2, 3), maps(3, 5, 3, 2).flip(0)
     positive = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(6)) < 0.3
     assert not positive.any(2).all()
-    for picture, found in enumerate(contrast(first, second, positive, temperature)):
+    for image, found in enumerate(contrast(first, second, positive, temperature)):
         terms = []
         for i in range(6):
-            cell = first[picture].flatten(1)[:, i : i + 1]
-            scores = (F.cosine_similarity(cell, second[picture].flatten(1), dim=0) / temperature).exp()
-            if positive[picture, i].any():
-                terms.append(-math.log(scores[positive[picture, i]].sum().item() / scores.sum().item()))
+            cell = first[image].flatten(1)[:, i : i + 1]
+            scores = (F.cosine_similarity(cell, second[image].flatten(1), dim=0) / temperature).exp()
+            if positive[image, i].any():
+                terms.append(-math.log(scores[positive[image, i]].sum().item() / scores.sum().item()))
         assert found.item() == pytest.approx(sum(terms) / len(terms), abs=1e-5)
 
 
@@ -144,7 +144,7 @@ def test_views_that_do_not_meet_give_zero_and_finite_gradients(make):
     assert all(p.grad.isfinite().all() for p in task.parameters() if p.grad is not None)
 
 
-def test_a_picture_whose_views_do_not_meet_counts_in_the_mean():
+def test_a_image_whose_views_do_not_meet_counts_in_the_mean():
     for loss in (consistency, lambda q, k, positive: contrast(q, k, positive, 0.3)):
         features, positive = maps(2, 4, 2, 2), torch.eye(4, dtype=torch.bool).repeat(2, 1, 1)
         whole = loss(features, features.flip(1), positive)
@@ -200,33 +200,33 @@ def test_features_are_the_pooled_projections_of_one_view(make):
 # --- checkpoints and names -------------------------------------------------------------------------------------------
 
 
-def official(task: PixPro) -> dict[str, Tensor]:
+def reference(task: PixPro) -> dict[str, Tensor]:
     return {
-        f"module.{name}": torch.rand_like(task.state_dict()[own].float()) for name, own in official_names(task).items()
+        f"module.{name}": torch.rand_like(task.state_dict()[own].float()) for name, own in reference_names(task).items()
     }
 
 
 def test_official_checkpoint_with_and_without_its_parts():
     task = pixpro(instance_weight=1.0)
-    state = official(task)
+    state = reference(task)
     assert {name.split(".")[1] for name in state} == {
         "encoder", "encoder_k", "projector", "projector_k", "value_transform", "projector_instance",
         "projector_instance_k", "predictor",
     }  # fmt: skip
     assert "module.value_transform.weight" in state
     assert "module.predictor.linear1.weight" in state
-    assert task.load_official({"model": state, "epoch": torch.tensor(100)}) == ([], [])
+    assert task.load_reference({"model": state, "epoch": torch.tensor(100)}) == ([], [])
     assert torch.equal(task.backbone.model.bn1.running_mean, state["module.encoder.bn1.running_mean"])
     assert torch.equal(task.teacher["projector"].linear1.bias, state["module.projector_k.linear1.bias"])
 
     bare = pixpro()
-    missing, unexpected = bare.load_official(state)
+    missing, unexpected = bare.load_reference(state)
     assert missing == []
     assert {name.split(".")[0] for name in unexpected} == {"predictor", "projector_instance", "projector_instance_k"}
 
     without = {name: tensor for name, tensor in state.items() if "_k." not in name and "instance" not in name}
     task = pixpro(instance_weight=1.0)
-    missing, unexpected = task.load_official(without)
+    missing, unexpected = task.load_reference(without)
     assert unexpected == []
     assert {name.split(".")[0] for name in missing} == {"projector_instance"}
     assert torch.equal(task.teacher["backbone"].model.conv1.weight, state["module.encoder.conv1.weight"])
@@ -234,12 +234,12 @@ def test_official_checkpoint_with_and_without_its_parts():
 
 
 def test_official_checkpoint_that_does_not_fit():
-    state = official(pixpro())
+    state = reference(pixpro())
     state["module.projector.linear1.weight"] = torch.zeros(3, 16, 1, 1)
     with pytest.raises(CheckpointError, match=r"projector.linear1.weight is \(3, 16, 1, 1\) in the file and \(12, 16"):
-        pixpro().load_official(state)
-    with pytest.raises(CheckpointError, match="PixContrast has no official checkpoint layout"):
-        pixcontrast().load_official(state)
+        pixpro().load_reference(state)
+    with pytest.raises(CheckpointError, match="PixContrast has no reference checkpoint layout"):
+        pixcontrast().load_reference(state)
 
 
 def test_parameters_of_the_published_network():

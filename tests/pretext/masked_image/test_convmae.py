@@ -35,7 +35,7 @@ def tiny_task(backbone: Backbone | None = None, **settings: object) -> ConvMAE:
     return task
 
 
-def pictures(count: int = 4, size: tuple[int, int] = (32, 32)) -> Tensor:
+def random_images(count: int = 4, size: tuple[int, int] = (32, 32)) -> Tensor:
     generator = torch.Generator().manual_seed(2)
     return torch.randint(0, 256, (count, 3, *size), dtype=torch.uint8, generator=generator)
 
@@ -44,9 +44,9 @@ def pictures(count: int = 4, size: tuple[int, int] = (32, 32)) -> Tensor:
 def test_loss_is_the_mean_over_pixels_then_over_hidden_cells(norm_pix):
     task = tiny_task(norm_pix=norm_pix)
     noise = torch.rand(4, 16)
-    output = task({"image": pictures()}, noise=noise)
+    output = task({"image": random_images()}, noise=noise)
 
-    images = task.backbone.normalize(pictures())
+    images = task.backbone.normalize(random_images())
     masking = task.mask(images, noise)
     latent = task.encode(images, masking)
     assert latent.shape == (4, 4, 16)  # no class token
@@ -68,7 +68,7 @@ def test_skips_join_the_tokens_before_the_last_norm(monkeypatch):
     model.blocks1[-1].register_forward_hook(lambda *call: seen.update(first=call[2]))
     model.blocks2[-1].register_forward_hook(lambda *call: seen.update(second=call[2]))
     task.config = task.config.model_copy(update={"execution": "dense"})
-    images = task.backbone.normalize(pictures())
+    images = task.backbone.normalize(random_images())
     masking = task.mask(images, torch.rand(4, 16))
     latent = task.encode(images, masking)
 
@@ -88,7 +88,7 @@ def test_skips_join_the_tokens_before_the_last_norm(monkeypatch):
 def test_visible_cells_are_seen_but_not_scored():
     """Hidden pixels move the target only, visible pixels the prediction only."""
     task = tiny_task()
-    images = task.backbone.normalize(pictures())
+    images = task.backbone.normalize(random_images())
     noise = torch.rand(4, 16)
     visible = task.mask(images, noise).enlarged((8, 8))[:, None]
     seen: list[Tensor] = []
@@ -103,7 +103,7 @@ def test_visible_cells_are_seen_but_not_scored():
 def test_both_executions_give_the_same_loss_and_gradients():
     gathered, dense = tiny_task().double(), tiny_task(execution="dense").double()
     noise = torch.rand(4, 16)
-    losses = [task({"image": pictures().double()}, noise=noise).loss for task in (gathered, dense)]
+    losses = [task({"image": random_images().double()}, noise=noise).loss for task in (gathered, dense)]
     assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-12)
     for loss in losses:
         loss.backward()
@@ -115,7 +115,7 @@ def test_both_executions_give_the_same_loss_and_gradients():
 @pytest.mark.parametrize("fc_norm", [False, True])
 def test_every_trainable_parameter_gets_a_gradient(fc_norm):
     task = tiny_task(tiny_backbone(fc_norm=fc_norm, num_classes=3))
-    task({"image": pictures()}).loss.backward()
+    task({"image": random_images()}).loss.backward()
     for name, parameter in task.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
     frozen = {name.removeprefix("backbone.model.") for name, p in task.named_parameters() if not p.requires_grad}
@@ -131,7 +131,7 @@ def test_other_sizes_than_the_papers(size):
     assert task.cell == (16, 16)
     assert task.decoder.positions.shape == (grid[0] * grid[1], 16)
     torch.testing.assert_close(task.backbone.model.pos_embed.data, sincos_2d(16, grid), atol=0, rtol=0)
-    batch = {"image": pictures(1, size)}
+    batch = {"image": random_images(1, size)}
     assert math.isfinite(task(batch).loss.item())
     assert task.mask(batch["image"]).ids_keep.shape[1] == grid[0] * grid[1] // 4
     assert task.visualize(batch)["reconstruction"].shape == (3, size[0] + 4, 3 * size[1] + 8)
@@ -150,7 +150,7 @@ class _Recorded(TorchDispatchMode):
 def test_a_step_never_waits_for_the_device():
     task = tiny_task()
     with _Recorded() as recorded:
-        task({"image": pictures()}).loss.backward()
+        task({"image": random_images()}).loss.backward()
     assert "aten::index_copy_" in recorded.names
     waiting = {"aten::nonzero", "aten::_local_scalar_dense", "aten::masked_select", "aten::item", "aten::is_nonzero"}
     assert not recorded.names & waiting
@@ -159,9 +159,9 @@ def test_a_step_never_waits_for_the_device():
 def test_bfloat16_keeps_targets_and_loss_in_float32():
     task = tiny_task()
     noise = torch.rand(4, 16)
-    exact = task({"image": pictures()}, noise=noise).loss
+    exact = task({"image": random_images()}, noise=noise).loss
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = task({"image": pictures()}, noise=noise).loss
+        loss = task({"image": random_images()}, noise=noise).loss
         flat = task({"image": torch.full((4, 3, 32, 32), 128, dtype=torch.uint8)}).loss
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact.item(), rel=0.02)
@@ -231,7 +231,7 @@ def test_the_papers_defaults():
     assert round((encoder + decoder) / 1e6, 2) == 115.04
 
 
-def official(task: ConvMAE) -> dict[str, Tensor]:
+def reference(task: ConvMAE) -> dict[str, Tensor]:
     """The task's tensors in the authors' layout, with values of their own."""
     torch.manual_seed(3)
     state = {name.removeprefix("backbone.model."): torch.randn_like(v) for name, v in task.state_dict().items()}
@@ -244,9 +244,9 @@ def official(task: ConvMAE) -> dict[str, Tensor]:
 
 def test_official_checkpoints_with_and_without_a_decoder():
     task = tiny_task()
-    state = official(task)
+    state = reference(task)
     assert {"blocks1.0.attn.weight", "stage2_output_decode.bias", "decoder_blocks.0.norm1.weight"} <= set(state)
-    assert task.load_official({"model": state}) == ([], [])
+    assert task.load_reference({"model": state}) == ([], [])
     assert torch.equal(task.backbone.model.patch_embed4.weight, state["patch_embed4.weight"])
     assert torch.equal(task.stage2_output_decode.bias, state["stage2_output_decode.bias"])
     assert torch.equal(task.decoder.mask_token, state["mask_token"])
@@ -254,32 +254,32 @@ def test_official_checkpoints_with_and_without_a_decoder():
     # the released files hold the trunk alone
     late = ("decoder", "mask", "stage")
     trunk = {name: value for name, value in state.items() if not name.startswith(late)}
-    missing, unexpected = tiny_task().load_official(trunk | {"head.weight": torch.zeros(2, 2)})
+    missing, unexpected = tiny_task().load_reference(trunk | {"head.weight": torch.zeros(2, 2)})
     assert unexpected == ["head.weight"]
     assert set(missing) == {name for name in state if name.startswith(late)} - {"decoder_pos_embed"}
 
 
 def test_official_checkpoint_of_another_grid():
-    state = official(tiny_task())
+    state = reference(tiny_task())
     larger = tiny_task(tiny_backbone((48, 32)))
-    assert larger.load_official(state) == ([], [])
+    assert larger.load_reference(state) == ([], [])
     torch.testing.assert_close(larger.backbone.model.pos_embed.data, sincos_2d(16, (6, 4)))
     assert not larger.backbone.model.pos_embed.requires_grad
     learned = state | {"pos_embed": torch.randn(1, 16, 16)}
-    assert larger.load_official(learned) == ([], [])
+    assert larger.load_reference(learned) == ([], [])
     assert larger.backbone.model.pos_embed.requires_grad
 
 
 def test_official_checkpoint_that_does_not_fit():
     task = tiny_task()
     before = task.decoder.pred.weight.detach().clone()
-    state = official(task)
+    state = reference(task)
     with pytest.raises(CheckpointError, match=r"blocks1.0.attn.weight is \(3, 3\) in the file and \(8, 1, 5, 5\) here"):
-        task.load_official(state | {"blocks1.0.attn.weight": torch.zeros(3, 3)})
+        task.load_reference(state | {"blocks1.0.attn.weight": torch.zeros(3, 3)})
     with pytest.raises(CheckpointError, match="pos_embed has 17 patches, no square"):
-        task.load_official(state | {"pos_embed": torch.zeros(1, 17, 16)})  # a class token's position too many
+        task.load_reference(state | {"pos_embed": torch.zeros(1, 17, 16)})  # a class token's position too many
     with pytest.raises(CheckpointError, match="decoder_pos_embed is not the fixed"):
-        task.load_official(state | {"decoder_pos_embed": torch.zeros(1, 16, 16)})
+        task.load_reference(state | {"decoder_pos_embed": torch.zeros(1, 16, 16)})
     assert torch.equal(task.decoder.pred.weight, before)
 
 
@@ -297,7 +297,7 @@ def test_settings_and_backbones_that_are_refused():
         create_task({"name": "mae"}, tiny_backbone())
 
 
-def test_a_handful_of_pictures_can_be_learned_by_heart():
+def test_a_handful_of_images_can_be_learned_by_heart():
     task = tiny_task(tiny_backbone(dims=(16, 24, 64), num_heads=4), decoder={"dim": 64, "depth": 1, "heads": 4})
     y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
     waves = [127 + 120 * torch.sin(y * (0.2 + 0.1 * i) + x * (0.5 - 0.1 * i)) for i in range(4)]

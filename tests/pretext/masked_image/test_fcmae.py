@@ -41,7 +41,7 @@ def tiny_task(backbone: Backbone | None = None, **settings: object) -> FCMAE:
     return task
 
 
-def pictures(count: int = 4, size: tuple[int, int] = (32, 32)) -> Tensor:
+def random_images(count: int = 4, size: tuple[int, int] = (32, 32)) -> Tensor:
     generator = torch.Generator().manual_seed(2)
     return torch.randint(0, 256, (count, 3, *size), dtype=torch.uint8, generator=generator)
 
@@ -50,7 +50,7 @@ def pictures(count: int = 4, size: tuple[int, int] = (32, 32)) -> Tensor:
 def test_loss_is_the_mean_over_pixels_then_over_hidden_cells(norm_pix):
     task = tiny_task(norm_pix=norm_pix)
     noise = torch.rand(4, 16)
-    images = task.backbone.normalize(pictures())
+    images = task.backbone.normalize(random_images())
     masking = task.mask(images, noise)
     predictions = task.decoder.predict_all(task.encode(images, masking), masking)
     target = patchify(images, (8, 8))
@@ -58,7 +58,7 @@ def test_loss_is_the_mean_over_pixels_then_over_hidden_cells(norm_pix):
     hidden = (~masking.visible.flatten(1)).float()
     assert torch.equal(hidden.sum(1), torch.full((4,), 10.0))  # 16 * 0.4 = 6.4 are kept
     loss = ((predictions - target) ** 2).mean(-1).mul(hidden).sum() / hidden.sum()
-    output = task({"image": pictures()}, noise=noise)
+    output = task({"image": random_images()}, noise=noise)
     torch.testing.assert_close(output.loss, loss)
     explained = 1 - loss / ((target**2).mean(-1).mul(hidden).sum() / hidden.sum())
     torch.testing.assert_close(output.logs["explained"], explained, atol=1e-4, rtol=1e-4)
@@ -67,7 +67,7 @@ def test_loss_is_the_mean_over_pixels_then_over_hidden_cells(norm_pix):
 
 def test_visible_cells_are_seen_but_not_scored():
     task = tiny_task()
-    images = task.backbone.normalize(pictures())
+    images = task.backbone.normalize(random_images())
     noise = torch.rand(4, 16)
     shown = task.mask(images, noise).enlarged(task.cell)[:, None]
     seen: list[Tensor] = []
@@ -79,10 +79,10 @@ def test_visible_cells_are_seen_but_not_scored():
     assert seen[0].shape == (4, 10, 192)  # nothing is predicted for visible cells, so nothing can be scored there
 
 
-def test_pictures_do_not_see_each_other():
-    """Response norms take their statistics per picture: the authors' sparse ones mix the batch."""
+def test_images_do_not_see_each_other():
+    """Response norms take their statistics per image: the authors' sparse ones mix the batch."""
     task = tiny_task()
-    images, noise = task.backbone.normalize(pictures()), torch.rand(4, 16)
+    images, noise = task.backbone.normalize(random_images()), torch.rand(4, 16)
     changed = torch.cat([images[:1], 3 * images[1:].flip(0)])
     with torch.no_grad():
         encoded = [task.encode(one, task.mask(one, noise)) for one in (images, changed)]
@@ -96,7 +96,7 @@ def test_predictions_have_the_order_row_column_channel():
     """An impulse in one number of the prediction is one pixel of one channel."""
     task = tiny_task(norm_pix=False)
     nn.init.zeros_(task.decoder.pred.weight)
-    images = task.backbone.normalize(pictures(1))
+    images = task.backbone.normalize(random_images(1))
     masking = task.mask(images)
     with torch.no_grad():
         task.decoder.pred.bias.zero_()[(2 * 8 + 5) * 3 + 1] = 1
@@ -106,9 +106,9 @@ def test_predictions_have_the_order_row_column_channel():
     assert torch.equal(predicted, impulse)
 
 
-def test_a_perfect_prediction_has_no_loss_and_gives_the_picture_back(monkeypatch):
+def test_a_perfect_prediction_has_no_loss_and_gives_the_image_back(monkeypatch):
     task = tiny_task()
-    images = task.backbone.normalize(pictures())
+    images = task.backbone.normalize(random_images())
     masking = task.mask(images)
     target = normalize_patches(patchify(images, (8, 8)))
     monkeypatch.setattr(task.decoder, "predict_all", lambda *_: target)
@@ -135,7 +135,7 @@ def test_nothing_stands_at_hidden_places_after_the_stem():
     nn.init.ones_(task.backbone.model.stem[1].bias)
     seen: list[MaskedMap] = []
     task.backbone.model.stem.register_forward_hook(lambda *call: seen.append(call[2]))
-    images = task.backbone.normalize(pictures())
+    images = task.backbone.normalize(random_images())
     masking = task.mask(images)
     task.encode(images, masking)
     shown = masking.enlarged(task.cell)[:, None].expand(-1, 8, -1, -1)  # stride 1
@@ -143,9 +143,9 @@ def test_nothing_stands_at_hidden_places_after_the_stem():
     assert seen[0].dense()[shown].all()
 
 
-def test_one_picture_alone():
+def test_one_image_alone():
     task = tiny_task()
-    task({"image": pictures(1)}).loss.backward()
+    task({"image": random_images(1)}).loss.backward()
     assert all(p.grad.isfinite().all() for p in task.parameters() if p.requires_grad)
 
 
@@ -159,7 +159,7 @@ def test_response_norm_of_large_values_in_half_precision():
 
 
 def test_initial_weights_keep_the_signal():
-    """The authors' second initialisation, with a deviation of 1, makes the features of a tiny network grow to 1000."""
+    """The authors' second initialization, with a deviation of 1, makes the features of a tiny network grow to 1000."""
     torch.manual_seed(0)
     backbone = create_backbone("convnextv2_atto", size=64)
     task = FCMAE(FCMAEConfig(), backbone)
@@ -167,7 +167,7 @@ def test_initial_weights_keep_the_signal():
     masking = task.mask(images)
     with torch.no_grad():
         for one in task.sparse.maps(images, masking, range(4)):
-            assert 0.1 < one.rows().std() < 10
+            assert 0.1 < one.tokens().std() < 10
         assert task({"image": images}).loss.item() == pytest.approx(1, abs=0.05)
     for module in task.decoder.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -182,7 +182,7 @@ def test_initial_weights_keep_the_signal():
 )
 def test_any_network_with_a_masked_form(backbone):
     task = tiny_task(copy.deepcopy(backbone))
-    batch = {"image": pictures(2, backbone.input_size)}
+    batch = {"image": random_images(2, backbone.input_size)}
     stride = backbone.stages[-1].stride
     assert task.cell == (stride, stride)
     assert task.mask(task.images_of(batch)).grid == tuple(pixels // stride for pixels in backbone.input_size)
@@ -227,7 +227,7 @@ def test_a_step_never_waits_for_the_device():
     names: set[str] = set()
     task = tiny_task()
     with Recorded():
-        task({"image": pictures()}).loss.backward()
+        task({"image": random_images()}).loss.backward()
     assert "aten::convolution" in names
     waiting = {"aten::nonzero", "aten::_local_scalar_dense", "aten::masked_select", "aten::item", "aten::is_nonzero"}
     assert not names & waiting
@@ -236,9 +236,9 @@ def test_a_step_never_waits_for_the_device():
 def test_bfloat16_keeps_targets_and_loss_in_float32():
     task = tiny_task()
     noise = torch.rand(4, 16)
-    exact = task({"image": pictures()}, noise=noise).loss
+    exact = task({"image": random_images()}, noise=noise).loss
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = task({"image": pictures()}, noise=noise).loss
+        loss = task({"image": random_images()}, noise=noise).loss
         flat = task({"image": torch.full((4, 3, 32, 32), 128, dtype=torch.uint8)}).loss
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact.item(), rel=0.02)
@@ -248,7 +248,7 @@ def test_bfloat16_keeps_targets_and_loss_in_float32():
 
 def test_sparse_kernels_number_their_positions_with_the_row_running_fastest():
     kernel = torch.zeros(49, 3)
-    kernel[6 * 7 + 0] = 1  # column 6, row 0: three to the right of the centre and three above it
+    kernel[6 * 7 + 0] = 1  # column 6, row 0: three to the right of the center and three above it
     weight = dense_layout({"encoder.stages.0.0.dwconv.kernel": kernel})["stages.0.0.dwconv.weight"]
     assert weight.shape == (3, 1, 7, 7)
     image = torch.zeros(1, 3, 16, 16)
@@ -269,7 +269,7 @@ def test_official_checkpoint_that_does_not_fit():
     before = task.decoder.pred.weight.detach().clone()
     state = {"pred.weight": torch.zeros(192, 16, 1, 1), "proj.weight": torch.zeros(16, 20, 1, 1)}
     with pytest.raises(CheckpointError, match=r"proj.weight is \(16, 20\) in the file and \(16, 24\) here"):
-        task.load_official(state)
+        task.load_reference(state)
     assert torch.equal(task.decoder.pred.weight, before)
 
 
@@ -293,7 +293,7 @@ def test_sizes_and_backbones_that_are_refused():
     with pytest.raises(CapabilityError, match="vit_tiny_patch16_224 cannot do FCMAE: it lacks sparse_convs"):
         tiny_task(create_backbone("vit_tiny_patch16_224", size=32, embed_dim=32, depth=1, num_heads=2))
     with pytest.raises(ConfigError, match=r"backbone.size: \[36, 32\] is no multiple of the mask's cells, \[8, 8\]"):
-        tiny_task()({"image": pictures(2, (36, 32))})
+        tiny_task()({"image": random_images(2, (36, 32))})
 
 
 def test_the_papers_defaults_and_sizes():
@@ -310,7 +310,7 @@ def test_the_papers_defaults_and_sizes():
     assert not any(name.startswith("norm") for name in shapes)  # no final norm
 
 
-def test_a_handful_of_pictures_can_be_learned_by_heart():
+def test_a_handful_of_images_can_be_learned_by_heart():
     torch.manual_seed(0)
     backbone = tiny_backbone(dims=(16, 24, 32, 48))
     task = FCMAE(FCMAEConfig.model_validate({"decoder": {"dim": 64}}), backbone)

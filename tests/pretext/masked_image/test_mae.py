@@ -38,7 +38,7 @@ def tiny_task(backbone: Backbone | None = None, **settings: object) -> MAE:
     return task
 
 
-def pictures(count: int = 4, size: tuple[int, int] = (32, 32)) -> Tensor:
+def random_images(count: int = 4, size: tuple[int, int] = (32, 32)) -> Tensor:
     generator = torch.Generator().manual_seed(2)
     return torch.randint(0, 256, (count, 3, *size), dtype=torch.uint8, generator=generator)
 
@@ -47,9 +47,9 @@ def pictures(count: int = 4, size: tuple[int, int] = (32, 32)) -> Tensor:
 def test_loss_is_the_mean_over_pixels_then_over_hidden_patches(norm_pix):
     task = tiny_task(norm_pix=norm_pix)
     noise = torch.rand(4, 16)
-    output = task({"image": pictures()}, noise=noise)
+    output = task({"image": random_images()}, noise=noise)
 
-    images = task.backbone.normalize(pictures())
+    images = task.backbone.normalize(random_images())
     masking = task.mask(images, noise)
     latent, prefix = TokenEncoder(task.backbone).encode(images, masking.ids_keep)
     assert latent.shape == (4, prefix + 4, 32)
@@ -67,7 +67,7 @@ def test_loss_is_the_mean_over_pixels_then_over_hidden_patches(norm_pix):
 def test_visible_patches_are_seen_but_not_scored():
     """Hidden pixels move the target only, visible pixels the prediction only."""
     task = tiny_task()
-    images = task.backbone.normalize(pictures())
+    images = task.backbone.normalize(random_images())
     noise = torch.rand(4, 16)
     visible = task.mask(images, noise).visible.view(4, 1, 4, 4)
     visible = visible.repeat_interleave(8, 2).repeat_interleave(8, 3)
@@ -80,17 +80,17 @@ def test_visible_patches_are_seen_but_not_scored():
     assert seen[0].shape == (4, 12, 192)  # nothing is predicted for visible patches, so nothing can be scored there
 
 
-def test_float_pictures_are_taken_as_normalised():
+def test_float_images_are_taken_as_normalized():
     task = tiny_task()
     noise = torch.rand(4, 16)
-    raw = task({"image": pictures()}, noise=noise).loss
-    assert torch.equal(raw, task({"image": task.backbone.normalize(pictures())}, noise=noise).loss)
-    assert not torch.equal(raw, task({"image": pictures() / 255}, noise=noise).loss)
+    raw = task({"image": random_images()}, noise=noise).loss
+    assert torch.equal(raw, task({"image": task.backbone.normalize(random_images())}, noise=noise).loss)
+    assert not torch.equal(raw, task({"image": random_images() / 255}, noise=noise).loss)
 
 
 def test_masks_come_from_the_global_generator():
     task = tiny_task()
-    batch = {"image": pictures()}
+    batch = {"image": random_images()}
     torch.manual_seed(7)
     first, second = task(batch).loss, task(batch).loss
     assert not torch.equal(first, second)
@@ -106,7 +106,7 @@ def test_halves_of_a_batch_average_to_the_whole():
 
     def gradient(*parts: slice) -> tuple[Tensor, Tensor]:
         task.zero_grad()
-        loss = sum(task({"image": pictures()[part]}, noise=noise[part]).loss for part in parts) / len(parts)
+        loss = sum(task({"image": random_images()[part]}, noise=noise[part]).loss for part in parts) / len(parts)
         loss.backward()
         return loss.detach(), task.backbone.model.patch_embed.proj.weight.grad.clone()
 
@@ -128,7 +128,7 @@ def test_halves_of_a_batch_average_to_the_whole():
 )
 def test_every_trainable_parameter_gets_a_gradient(name, kwargs):
     task = tiny_task(tiny_backbone(name, **kwargs))
-    loss = task({"image": pictures(2, task.backbone.input_size)}).loss
+    loss = task({"image": random_images(2, task.backbone.input_size)}).loss
     assert loss.dtype == torch.float32
     assert math.isfinite(loss.item())
     loss.backward()
@@ -136,9 +136,9 @@ def test_every_trainable_parameter_gets_a_gradient(name, kwargs):
         assert (parameter.grad is not None) == parameter.requires_grad, label
 
 
-def test_non_square_pictures():
+def test_non_square_images():
     task = tiny_task(tiny_backbone(size=(224, 320), patch_size=16))
-    batch = {"image": pictures(2, (224, 320))}
+    batch = {"image": random_images(2, (224, 320))}
     assert TokenEncoder(task.backbone).grid((224, 320)) == (14, 20)
     assert task.decoder.positions.shape == (280, 16)
     assert math.isfinite(task(batch).loss.item())
@@ -147,7 +147,7 @@ def test_non_square_pictures():
 
 def test_other_sizes_in_one_run():
     task = tiny_task(tiny_backbone(dynamic_img_size=True))
-    assert math.isfinite(task({"image": pictures(2, (48, 40))}).loss.item())
+    assert math.isfinite(task({"image": random_images(2, (48, 40))}).loss.item())
 
 
 class _Recorded(TorchDispatchMode):
@@ -163,7 +163,7 @@ class _Recorded(TorchDispatchMode):
 def test_a_step_never_waits_for_the_device():
     task = tiny_task()
     with _Recorded() as recorded:
-        task({"image": pictures()}).loss.backward()
+        task({"image": random_images()}).loss.backward()
     assert "aten::argsort" in recorded.names or "aten::sort" in recorded.names
     waiting = {"aten::nonzero", "aten::_local_scalar_dense", "aten::masked_select", "aten::item", "aten::is_nonzero"}
     assert not recorded.names & waiting
@@ -172,10 +172,10 @@ def test_a_step_never_waits_for_the_device():
 def test_bfloat16_keeps_targets_and_loss_in_float32():
     task = tiny_task()
     noise = torch.rand(4, 16)
-    exact = task({"image": pictures()}, noise=noise).loss
+    exact = task({"image": random_images()}, noise=noise).loss
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = task({"image": pictures()}, noise=noise).loss
-        images = task.backbone.normalize(pictures())
+        loss = task({"image": random_images()}, noise=noise).loss
+        images = task.backbone.normalize(random_images())
         target = cell_targets(images, task.cell, torch.arange(16).expand(4, -1), norm_pix=task.config.norm_pix)
     assert loss.dtype == target.dtype == torch.float32
     assert loss.item() == pytest.approx(exact.item(), rel=0.02)
@@ -186,10 +186,10 @@ def test_bfloat16_keeps_targets_and_loss_in_float32():
     assert all(p.grad.isfinite().all() for p in task.parameters() if p.requires_grad)
 
 
-def test_a_constant_picture_has_the_target_zero():
+def test_a_constant_image_has_the_target_zero():
     task = tiny_task()
     images = task.backbone.normalize(torch.full((1, 3, 32, 32), 77, dtype=torch.uint8)[:, :1].expand(-1, 3, -1, -1))
-    images = images[:, :1].expand(-1, 3, -1, -1)  # one value over all channels, after normalisation
+    images = images[:, :1].expand(-1, 3, -1, -1)  # one value over all channels, after normalization
     assert torch.equal(cell_targets(images, task.cell, torch.arange(16)[None]), torch.zeros(1, 16, 192))
 
 
@@ -254,12 +254,12 @@ def test_weight_decay_follows_the_paper():
 def test_views_crop_and_flip_and_pickle():
     backbone = tiny_backbone(size=(32, 48))
     views = pickle.loads(pickle.dumps(MAE.views(MAEConfig(), backbone)))
-    picture = torch.zeros(3, 100, 90, dtype=torch.uint8)
-    picture[0] = torch.linspace(0, 255, 90).to(torch.uint8)
+    drawn = torch.zeros(3, 100, 90, dtype=torch.uint8)
+    drawn[0] = torch.linspace(0, 255, 90).to(torch.uint8)
     crops = []
     for seed in range(16):
         torch.manual_seed(seed)
-        crops.append(views(picture)["image"])
+        crops.append(views(drawn)["image"])
         assert crops[-1].shape == (3, 32, 48)
         assert crops[-1].dtype == torch.uint8
     rising = [bool(crop[0, 16, -1] > crop[0, 16, 0]) for crop in crops]
@@ -267,33 +267,33 @@ def test_views_crop_and_flip_and_pickle():
     spans = [abs(int(crop[0, 16, -1]) - int(crop[0, 16, 0])) for crop in crops]
     assert max(spans) > 1.2 * min(spans)
     torch.manual_seed(0)
-    assert torch.equal(views(picture)["image"], crops[0])
+    assert torch.equal(views(drawn)["image"], crops[0])
 
 
-def test_picture_of_a_reconstruction():
+def test_image_of_a_reconstruction():
     task = tiny_task()
-    images, noise = pictures(10), torch.rand(10, 16)
-    picture = task.visualize({"image": images}, noise=noise)["reconstruction"]
-    assert picture.dtype == torch.uint8
-    assert picture.shape == (3, 8 * 98 + 2, 3 * 98 + 2)  # the first eight, enlarged threefold, borders of two pixels
-    tiles = (picture[:, 100:196, left : left + 96] for left in (2, 100, 198))  # second row
+    images, noise = random_images(10), torch.rand(10, 16)
+    drawn = task.visualize({"image": images}, noise=noise)["reconstruction"]
+    assert drawn.dtype == torch.uint8
+    assert drawn.shape == (3, 8 * 98 + 2, 3 * 98 + 2)  # the first eight, enlarged threefold, borders of two pixels
+    tiles = (drawn[:, 100:196, left : left + 96] for left in (2, 100, 198))  # second row
     original, masked, rebuilt = (tile[:, 1::3, 1::3] for tile in tiles)
     visible = task.mask(task.backbone.normalize(images), noise).visible[1].view(1, 4, 4)
     visible = visible.repeat_interleave(8, 1).repeat_interleave(8, 2).expand(3, -1, -1)
     assert torch.equal(original, images[1])
     assert torch.equal(masked[visible], images[1][visible])
     assert torch.equal(rebuilt[visible], images[1][visible])
-    assert masked[~visible].float().std() < 20  # one grey
+    assert masked[~visible].float().std() < 20  # one gray
     assert not torch.equal(rebuilt[~visible], images[1][~visible])
 
 
-def test_a_perfect_prediction_gives_the_picture_back(monkeypatch):
+def test_a_perfect_prediction_gives_the_image_back(monkeypatch):
     task = tiny_task()
-    images = pictures(2)
+    images = random_images(2)
     target = normalize_patches(patchify(task.backbone.normalize(images), (8, 8)))
     monkeypatch.setattr(task.decoder, "predict_all", lambda *_: target)
-    picture = task.visualize({"image": images})["reconstruction"]
-    assert torch.equal(picture[:, 2:98, 2:98], picture[:, 2:98, 198:294])
+    drawn = task.visualize({"image": images})["reconstruction"]
+    assert torch.equal(drawn[:, 2:98, 2:98], drawn[:, 2:98, 198:294])
 
 
 def test_the_encoder_is_a_plain_timm_model():
@@ -303,7 +303,9 @@ def test_the_encoder_is_a_plain_timm_model():
     again = tiny_task(tiny_backbone())
     again.load_state_dict(task.state_dict())
     noise = torch.rand(4, 16)
-    assert torch.equal(again({"image": pictures()}, noise=noise).loss, task({"image": pictures()}, noise=noise).loss)
+    assert torch.equal(
+        again({"image": random_images()}, noise=noise).loss, task({"image": random_images()}, noise=noise).loss
+    )
 
 
 @pytest.mark.parametrize(
@@ -347,7 +349,7 @@ def test_the_papers_defaults():
     assert round(decoder / 1e6, 2) == 26.11
 
 
-def test_a_handful_of_pictures_can_be_learned_by_heart():
+def test_a_handful_of_images_can_be_learned_by_heart():
     task = tiny_task(decoder={"dim": 64, "depth": 1, "heads": 4}, backbone=tiny_backbone(embed_dim=64, num_heads=4))
     y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
     waves = [127 + 120 * torch.sin(y * (0.2 + 0.1 * i) + x * (0.5 - 0.1 * i)) for i in range(4)]

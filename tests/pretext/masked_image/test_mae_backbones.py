@@ -73,9 +73,9 @@ def test_a_step_reaches_every_trainable_parameter(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_halves_of_a_batch_average_to_the_whole(name):
     task = build(name).double().eval()
-    pictures, noise = batch(task)["image"], torch.rand(4, math.prod(task.decoder.grid))
-    whole = task({"image": pictures}, noise=noise).loss
-    halves = [task({"image": pictures[part]}, noise=noise[part]).loss for part in (slice(0, 2), slice(2, 4))]
+    images, noise = batch(task)["image"], torch.rand(4, math.prod(task.decoder.grid))
+    whole = task({"image": images}, noise=noise).loss
+    halves = [task({"image": images[part]}, noise=noise[part]).loss for part in (slice(0, 2), slice(2, 4))]
     close = 1e-5 if "deepseek" in name else 1e-9  # its norms compute in float32
     torch.testing.assert_close(sum(halves) / 2, whole, atol=close, rtol=close)
 

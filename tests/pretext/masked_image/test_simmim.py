@@ -40,7 +40,7 @@ def tiny_task(which: tuple[str, dict] | Backbone = VIT, size: object = 32, **set
     return task
 
 
-def pictures(count: int = 4, size: tuple[int, int] = (32, 32)) -> Tensor:
+def random_images(count: int = 4, size: tuple[int, int] = (32, 32)) -> Tensor:
     generator = torch.Generator().manual_seed(2)
     return torch.randint(0, 256, (count, 3, *size), dtype=torch.uint8, generator=generator)
 
@@ -67,16 +67,16 @@ def test_an_error_of_one_at_hidden_pixels_is_a_loss_of_one():
 def test_loss_against_a_slow_reference():
     task = tiny_task(SWIN)
     noise = torch.rand(4, 16)
-    output = task({"image": pictures()}, noise=noise)
-    images = task.backbone.normalize(pictures())
+    output = task({"image": random_images()}, noise=noise)
+    images = task.backbone.normalize(random_images())
     masking = task.mask(images, noise)
     predicted = task.reconstruct(images, masking)
     total, blank, count = 0.0, 0.0, 0
-    for picture in range(4):
+    for drawn in range(4):
         for row in range(4):
             for column in range(4):
-                if not masking.visible[picture, row, column]:
-                    cell = (picture, slice(None), slice(8 * row, 8 * row + 8), slice(8 * column, 8 * column + 8))
+                if not masking.visible[drawn, row, column]:
+                    cell = (drawn, slice(None), slice(8 * row, 8 * row + 8), slice(8 * column, 8 * column + 8))
                     total += (images[cell] - predicted[cell]).abs().double().sum().item()
                     blank += images[cell].abs().double().sum().item()
                     count += 64
@@ -110,7 +110,7 @@ def test_the_token_enters_after_the_norm_of_the_embedding_and_before_positions()
         seen: list[Tensor] = []
         first = net.blocks[0] if which is VIT else net.layers[0]
         first.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
-        images = task.backbone.normalize(pictures())
+        images = task.backbone.normalize(random_images())
         masking = task.mask(images)
         with torch.no_grad():
             task.encode(images, masking)
@@ -132,9 +132,9 @@ def test_the_token_enters_after_the_norm_of_the_embedding_and_before_positions()
 def test_hidden_pixels_are_never_seen(which, training):
     """Bitwise, in both modes: batch norm must not tell of them either. Visible ones are seen."""
     task = tiny_task(which).train(training)
-    images, noise = task.backbone.normalize(pictures()), torch.rand(4, 16)
+    images, noise = task.backbone.normalize(random_images()), torch.rand(4, 16)
     masking = task.mask(images, noise)
-    hidden = task.hidden_pixels(masking)
+    hidden = task.masked_pixels(masking)
     with torch.no_grad():
         before = task.encode(images, masking)
         assert torch.equal(task.encode(torch.where(hidden, 100 * torch.randn_like(images), images), masking), before)
@@ -142,7 +142,7 @@ def test_hidden_pixels_are_never_seen(which, training):
 
 
 @pytest.mark.parametrize("which", [VIT, RESNET], ids=lambda which: which[0])
-def test_the_mask_lies_right_on_a_picture_that_is_not_square(which):
+def test_the_mask_lies_right_on_a_image_that_is_not_square(which):
     """Hand-made asymmetric mask on 4x6 cells: the gradient at the prediction has exactly its pixels."""
     task = tiny_task(which, size=(32, 48), mask_unit=8)
     visible = spots((4, 6), (0, 1), (0, 4), (2, 0), (3, 5))
@@ -161,26 +161,26 @@ def test_the_mask_lies_right_on_a_picture_that_is_not_square(which):
     for row, column in ((0, 1), (0, 4), (2, 0), (3, 5)):
         expected[8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = True
     assert torch.equal(support, expected.expand(3, -1, -1))
-    assert torch.equal(task.hidden_pixels(masking_of(visible))[0, 0], expected)
-    assert task.visualize({"image": pictures(2, (32, 48))})["reconstruction"].shape == (3, 2 * 98 + 2, 3 * 146 + 2)
+    assert torch.equal(task.masked_pixels(masking_of(visible))[0, 0], expected)
+    assert task.visualize({"image": random_images(2, (32, 48))})["reconstruction"].shape == (3, 2 * 98 + 2, 3 * 146 + 2)
 
 
 def test_the_order_of_the_predictions():
-    """Channel c*s*s + dy*s + dx of the head is colour c of the pixel dy down and dx right."""
+    """Channel c*s*s + dy*s + dx of the head is color c of the pixel dy down and dx right."""
     task = tiny_task()
     stride = task.stride
     torch.nn.init.zeros_(task.decoder.weight)
     task.decoder.bias.data = torch.arange(3.0 * stride**2)
-    picture = task.reconstruct(torch.randn(1, 3, 32, 32), masking_of(spots((4, 4), (1, 1))))[0]
+    drawn = task.reconstruct(torch.randn(1, 3, 32, 32), masking_of(spots((4, 4), (1, 1))))[0]
     for channel, row, column in ((0, 0, 1), (1, 3, 2), (2, 9, 30)):
-        assert picture[channel, row, column] == channel * stride**2 + (row % stride) * stride + column % stride
+        assert drawn[channel, row, column] == channel * stride**2 + (row % stride) * stride + column % stride
 
 
 @pytest.mark.parametrize("which", [VIT, SWIN, RESNET], ids=lambda which: which[0])
 def test_two_forwards_before_one_backward(which):
     """Each keeps its own mask, and nothing of it stays behind."""
     task = tiny_task(which).eval()  # so that batch norm does not mix the order in
-    batch = {"image": pictures()}
+    batch = {"image": random_images()}
     noises = [torch.rand(4, 16), torch.rand(4, 16)]
 
     def gradients(loss: Tensor) -> list[Tensor]:
@@ -200,7 +200,7 @@ def test_two_forwards_before_one_backward(which):
 @pytest.mark.parametrize("which", TOKENS, ids=lambda which: which[0])
 def test_activation_checkpointing_keeps_the_mask(which, whole):
     task = tiny_task(which)
-    batch, noise = {"image": pictures()}, torch.rand(4, 16)
+    batch, noise = {"image": random_images()}, torch.rand(4, 16)
     results = []
     for again in (False, True):
         task.zero_grad()
@@ -220,15 +220,15 @@ def test_activation_checkpointing_keeps_the_mask(which, whole):
 def test_compiled_and_not_are_the_same():
     """A compiled network must neither lose the substitution nor keep that of an earlier mask."""
     task = tiny_task(VIT).eval()
-    batch, noises = {"image": pictures()}, torch.rand(3, 4, 16)
+    batch, noises = {"image": random_images()}, torch.rand(3, 4, 16)
     plain = [task(batch, noise=noise).loss for noise in noises]
-    pooled = task.backbone(task.backbone.normalize(pictures()))
+    pooled = task.backbone(task.backbone.normalize(random_images()))
     try:
         encoder = torch.compile(task.backbone, backend="eager")
-        torch.testing.assert_close(encoder(task.backbone.normalize(pictures())), pooled)
+        torch.testing.assert_close(encoder(task.backbone.normalize(random_images())), pooled)
         task.compile(backend="eager")
         torch.testing.assert_close([task(batch, noise=noise).loss for noise in noises], plain)
-        torch.testing.assert_close(encoder(task.backbone.normalize(pictures())), pooled)
+        torch.testing.assert_close(encoder(task.backbone.normalize(random_images())), pooled)
     finally:
         torch._dynamo.reset()
 
@@ -242,21 +242,21 @@ def test_which_substitution_is_used_is_said(which, level, size, caplog):
     assert task.level == level
     said = [record.message for record in caplog.records if record.name.endswith("simmim")]
     assert len(said) == 1
-    assert ("colour in the picture" if level == "pixel" else f"token after {task.stem.name}") in said[0]
+    assert ("color in the image" if level == "pixel" else f"token after {task.stem.name}") in said[0]
     assert task.mask_token.shape == ((1, 3, 1, 1) if level == "pixel" else (1, 1, task.stem.dim))
     assert "stem" not in dict(task.named_children())
 
 
 def test_networks_whose_maps_are_smaller_than_their_stride_says():
-    """Without padding places are missing at the edge: the map is resized, and the picture cut where it is too large."""
+    """Without padding places are missing at the edge: the map is resized, and the image cut where it is too large."""
     for which, size in ((("inception_v3", {}), (128, 96)), (("convmixer_768_32", {}), (64, 64))):
         task = tiny_task(which, size=size)
         images = torch.randn(1, 3, *size)
         masking = task.mask(images)
         with torch.no_grad():
-            features, picture = task.encode(images, masking), task.reconstruct(images, masking)
+            features, drawn = task.encode(images, masking), task.reconstruct(images, masking)
         assert features.shape[-2] != math.ceil(size[0] / task.stride)
-        assert picture.shape == images.shape
+        assert drawn.shape == images.shape
 
 
 def test_a_step_never_waits_for_the_device():
@@ -269,7 +269,7 @@ def test_a_step_never_waits_for_the_device():
 
     task = tiny_task()
     with Recorded() as recorded:
-        task({"image": pictures()}).loss.backward()
+        task({"image": random_images()}).loss.backward()
     assert "aten::where" in recorded.names
     waiting = {"aten::nonzero", "aten::_local_scalar_dense", "aten::masked_select", "aten::item", "aten::is_nonzero"}
     assert not recorded.names & waiting
@@ -279,17 +279,17 @@ def test_a_step_never_waits_for_the_device():
 def test_bfloat16_keeps_the_loss_in_float32(which):
     task = tiny_task(which).eval()
     noise = torch.rand(4, 16)
-    exact = task({"image": pictures()}, noise=noise).loss
+    exact = task({"image": random_images()}, noise=noise).loss
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = task({"image": pictures()}, noise=noise)
-        predicted = task.reconstruct(task.backbone.normalize(pictures()), task.mask(pictures(), noise))
+        output = task({"image": random_images()}, noise=noise)
+        predicted = task.reconstruct(task.backbone.normalize(random_images()), task.mask(random_images(), noise))
     assert output.loss.dtype == predicted.dtype == torch.float32
     assert output.loss.item() == pytest.approx(exact.item(), rel=0.02)
 
 
 def test_masks_come_from_the_global_generator():
     task = tiny_task()
-    batch = {"image": pictures()}
+    batch = {"image": random_images()}
     torch.manual_seed(7)
     first, second = task(batch).loss, task(batch).loss
     assert not torch.equal(first, second)
@@ -298,7 +298,7 @@ def test_masks_come_from_the_global_generator():
     torch.manual_seed(8)  # another rank
     assert not torch.equal(task(batch).loss, first)
     visible = task.mask(torch.zeros(4, 3, 32, 32)).visible
-    assert len({tuple(one.flatten().tolist()) for one in visible}) > 1  # each picture by itself
+    assert len({tuple(one.flatten().tolist()) for one in visible}) > 1  # each image by itself
 
 
 def test_it_learns_a_fixed_task():

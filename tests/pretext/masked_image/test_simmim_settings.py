@@ -1,4 +1,4 @@
-"""SimMIM's settings: the published recipe, masks that fit a picture, what is refused, and networks of all kinds."""
+"""SimMIM's settings: the published recipe, masks that fit an image, what is refused, and networks of all kinds."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_networks_of_all_kinds(module):
     task.eval()
     masking = task.mask(images)
     with torch.no_grad():
-        other = torch.where(task.hidden_pixels(masking), torch.randn_like(images), images)
+        other = torch.where(task.masked_pixels(masking), torch.randn_like(images), images)
         assert torch.equal(task.encode(images, masking), task.encode(other, masking))
 
 

@@ -19,7 +19,7 @@ from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.backbones.masked.masking import masking_of
 from unlabeled.ssl.config.schema import PretrainConfig
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
-from unlabeled.ssl.train.optimizer import create_optimizer, set_rates
+from unlabeled.ssl.train.optimizer import create_optimizer, set_learning_rates
 from unlabeled.workflows.settings import compose_settings
 
 RESNET = {"channels": (8, 8, 16, 24), "output_stride": 8}
@@ -44,7 +44,7 @@ def tiny_task(backbone: Backbone | None = None, **settings: object) -> SparK:
     return task
 
 
-def pictures(count: int = 4, size: tuple[int, int] = (32, 32)) -> Tensor:
+def random_images(count: int = 4, size: tuple[int, int] = (32, 32)) -> Tensor:
     generator = torch.Generator().manual_seed(2)
     return torch.randint(0, 256, (count, 3, *size), dtype=torch.uint8, generator=generator)
 
@@ -52,14 +52,14 @@ def pictures(count: int = 4, size: tuple[int, int] = (32, 32)) -> Tensor:
 def test_loss_is_the_mean_over_pixels_then_over_hidden_cells():
     task = tiny_task()
     noise = torch.rand(4, 16)
-    images = task.backbone.normalize(pictures())
+    images = task.backbone.normalize(random_images())
     masking = task.mask(images, noise)
     predictions = patchify(task.predict(images, masking), (8, 8))
     target = normalize_patches(patchify(images, (8, 8)))
     hidden = (~masking.visible.flatten(1)).double()
     assert torch.equal(hidden.sum(1), torch.full((4,), 10.0, dtype=torch.float64))  # 16 * 0.6 = 9.6
     loss = ((predictions - target) ** 2).mean(-1).mul(hidden).sum() / (hidden.sum() + 1e-8)
-    output = task({"image": pictures()}, noise=noise)
+    output = task({"image": random_images()}, noise=noise)
     torch.testing.assert_close(output.loss.double(), loss)
     explained = 1 - loss / ((target**2).mean(-1).mul(hidden).sum() / hidden.sum())
     torch.testing.assert_close(output.logs["explained"].double(), explained, atol=1e-4, rtol=1e-4)
@@ -69,7 +69,7 @@ def test_loss_is_the_mean_over_pixels_then_over_hidden_cells():
 def test_visible_cells_are_seen_but_not_scored():
     """The mask's polarity, in the loss and in the encoder: with an overlapping stem a leak would show."""
     task = tiny_task()
-    images = task.backbone.normalize(pictures())
+    images = task.backbone.normalize(random_images())
     noise = torch.rand(4, 16)
     shown = task.mask(images, noise).enlarged(task.cell)[:, None].expand_as(images)
     seen: list[Tensor] = []
@@ -82,10 +82,10 @@ def test_visible_cells_are_seen_but_not_scored():
     assert seen[0].grad[~shown].all()
 
 
-def test_a_perfect_prediction_has_no_loss_and_gives_the_picture_back(monkeypatch):
+def test_a_perfect_prediction_has_no_loss_and_gives_the_image_back(monkeypatch):
     """Predictions have the target's pixel order."""
     task = tiny_task()
-    images = task.backbone.normalize(pictures())
+    images = task.backbone.normalize(random_images())
     target = unpatchify(normalize_patches(patchify(images, (8, 8))), (8, 8), (4, 4))
     monkeypatch.setattr(task.decoder, "forward", lambda _: target)
     assert task({"image": images}).loss.item() < 1e-12
@@ -95,7 +95,7 @@ def test_a_perfect_prediction_has_no_loss_and_gives_the_picture_back(monkeypatch
 def test_mask_embeddings_stand_at_hidden_places_only():
     densify = Densify([8, 4], [8, 4], "layer")
     task = tiny_task(convnext(dims=(8, 8, 4, 8)), levels=2, decoder={"width": 8})
-    images = task.backbone.normalize(pictures())
+    images = task.backbone.normalize(random_images())
     masking = task.mask(images)
     maps = task.sparse.maps(images, masking, task.levels)
     filled: list[Tensor] = []
@@ -139,7 +139,7 @@ def test_networks_of_any_power_of_two(backbone, levels, strides):
     assert [backbone.stages[index].stride for index in task.levels] == strides
     assert task.levels[0] == len(backbone.stages) - 1
     assert len(task.decoder.blocks) == math.log2(strides[0])
-    batch = {"image": pictures(2, backbone.input_size)}
+    batch = {"image": random_images(2, backbone.input_size)}
     loss = task(batch).loss
     loss.backward()
     for name, parameter in task.named_parameters():
@@ -149,16 +149,16 @@ def test_networks_of_any_power_of_two(backbone, levels, strides):
 def test_larger_cells():
     task = tiny_task(resnet(64), mask_unit=16)
     assert task.cell == (16, 16)
-    batch = {"image": pictures(2, (64, 64))}
+    batch = {"image": random_images(2, (64, 64))}
     assert task.draw(batch)["noise"].shape == (2, 16)
     images = task.backbone.normalize(batch["image"])
     assert cell_targets(images, task.cell, torch.tensor([[0], [5]])).shape == (2, 1, 768)
     assert math.isfinite(task(batch).loss.item())
 
 
-def test_non_square_pictures():
+def test_non_square_images():
     task = tiny_task(resnet((32, 56)))
-    batch = {"image": pictures(2, (32, 56))}
+    batch = {"image": random_images(2, (32, 56))}
     assert task.mask(task.images_of(batch)).grid == (4, 7)
     assert math.isfinite(task(batch).loss.item())
     assert task.visualize(batch)["reconstruction"].shape[0] == 3
@@ -166,11 +166,11 @@ def test_non_square_pictures():
 
 def test_batch_norms_take_their_statistics_of_visible_places():
     task = tiny_task().train()
-    images = task.backbone.normalize(pictures())
+    images = task.backbone.normalize(random_images())
     masking = task.mask(images)
-    rows = [one.rows().flatten(0, 1) for one in copy.deepcopy(task).sparse.maps(images, masking, task.levels)]
+    tokens = [one.tokens().flatten(0, 1) for one in copy.deepcopy(task).sparse.maps(images, masking, task.levels)]
     task({"image": images}, visible=masking.visible)
-    for norm, seen in zip(task.densify.norms, rows, strict=True):
+    for norm, seen in zip(task.densify.norms, tokens, strict=True):
         torch.testing.assert_close(norm.running_mean, 0.1 * seen.mean(0), atol=1e-6, rtol=1e-4)
         torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * seen.var(0), atol=1e-6, rtol=1e-4)
     assert SparK.masked_statistics
@@ -185,7 +185,7 @@ def test_two_masks_in_flight():
         noises = torch.rand(2, 4, 16, generator=torch.Generator().manual_seed(3))
         losses = []
         for noise in noises:
-            losses.append(task({"image": pictures()}, noise=noise).loss)
+            losses.append(task({"image": random_images()}, noise=noise).loss)
             if apart:
                 losses.pop().backward()
         for loss in losses:
@@ -249,9 +249,9 @@ def test_the_published_optimizer_adapts_the_rate_of_decayed_tensors_only():
     optimizer = create_optimizer(task, config.optim)
     assert optimizer.defaults["eps"] == 1e-6
     assert optimizer.defaults["max_grad_norm"] is None  # the engine clips
-    set_rates(optimizer, 1e-3, 0.1)
+    set_learning_rates(optimizer, 1e-3, 0.1)
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.1, 0.0}
-    task({"image": pictures()}).loss.backward()
+    task({"image": random_images()}).loss.backward()
     weight, bias = task.decoder.proj.weight, task.decoder.blocks[0].up.bias
     before = weight.detach().clone(), bias.detach().clone()
     optimizer.step()
@@ -273,7 +273,7 @@ class _Recorded(TorchDispatchMode):
 def test_a_step_never_waits_for_the_device():
     task = tiny_task()
     with _Recorded() as recorded:
-        task({"image": pictures()}).loss.backward()
+        task({"image": random_images()}).loss.backward()
     assert "aten::convolution" in recorded.names
     waiting = {"aten::nonzero", "aten::_local_scalar_dense", "aten::masked_select", "aten::item", "aten::is_nonzero"}
     assert not recorded.names & waiting
@@ -282,9 +282,9 @@ def test_a_step_never_waits_for_the_device():
 def test_bfloat16_keeps_targets_and_loss_in_float32():
     task = tiny_task()
     noise = torch.rand(4, 16)
-    exact = task({"image": pictures()}, noise=noise).loss
+    exact = task({"image": random_images()}, noise=noise).loss
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = task({"image": pictures()}, noise=noise).loss
+        loss = task({"image": random_images()}, noise=noise).loss
         flat = task({"image": torch.full((4, 3, 32, 32), 128, dtype=torch.uint8)}).loss
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact.item(), rel=0.02)
@@ -323,7 +323,7 @@ def test_sizes_and_backbones_that_are_refused():
     with pytest.raises(CapabilityError, match="its total stride, 24, is no power of two"):
         tiny_task(convnext(96, patch_size=3))
     with pytest.raises(ConfigError, match=r"backbone.size: \[36, 32\] is no multiple of the mask's cells"):
-        tiny_task()({"image": pictures(2, (36, 32))})
+        tiny_task()({"image": random_images(2, (36, 32))})
 
 
 def test_the_papers_defaults_and_sizes():
@@ -338,7 +338,7 @@ def test_the_papers_defaults_and_sizes():
         assert task.keep((12, 12)) == 58
 
 
-def test_a_handful_of_pictures_can_be_learned_by_heart():
+def test_a_handful_of_images_can_be_learned_by_heart():
     task = tiny_task(resnet(channels=(16, 32, 48, 64)), decoder={"width": 64})
     y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
     waves = [127 + 120 * torch.sin(y * (0.2 + 0.1 * i) + x * (0.5 - 0.1 * i)) for i in range(4)]

@@ -63,7 +63,7 @@ def mixture(network: Backbone | dict[str, Any], tasks: list[Any], **settings: An
     return task
 
 
-def pictures(count: int = 4) -> list[Tensor]:
+def random_images(count: int = 4) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(0, 256, (3, 36, 40), generator=generator, dtype=torch.uint8) for _ in range(count)]
 
@@ -71,14 +71,14 @@ def pictures(count: int = 4) -> list[Tensor]:
 def batch_of(task: PretextTask, count: int = 4) -> dict[str, Tensor]:
     views = type(task).views(task.config, task.backbone)
     torch.manual_seed(2)
-    rows = [views(picture) for picture in pictures(count)]
+    rows = [views(drawn) for drawn in random_images(count)]
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
-def single(task: Multi, place: int) -> PretextTask:
-    """The task at `place` as it stands alone, around a backbone of its own with the same weights."""
-    label = task.config.labels()[place]
-    part = task.config.tasks[place]
+def single(task: Multi, position: int) -> PretextTask:
+    """The task at `position` as it stands alone, around a backbone of its own with the same weights."""
+    label = task.config.labels()[position]
+    part = task.config.tasks[position]
     alone = task_class(part.name)(part.settings, task.backbone.twin())
     state = task.state_dict()
     own = {name.removeprefix(f"tasks.{label}."): value for name, value in state.items() if f".{label}." in name}
@@ -103,8 +103,8 @@ def test_loss_and_gradients_are_the_weighted_sums_of_the_single_tasks(network, t
     output.loss.backward()
     expected: dict[str, Tensor] = {}
     total = torch.zeros((), dtype=torch.float64)
-    for place, (label, weight) in enumerate(zip(task.config.labels(), weights, strict=True)):
-        alone = single(task, place)
+    for position, (label, weight) in enumerate(zip(task.config.labels(), weights, strict=True)):
+        alone = single(task, position)
         found = alone(of(label, batch), **of(label, draw))
         found.loss.backward()
         total += weight * found.loss.detach()
@@ -175,7 +175,7 @@ class Follower(PretextTask):
     """Compares features with those of a momentum teacher: what joint-embedding tasks do, as small as it gets."""
 
     synced_statistics = True
-    per_picture = False
+    per_image = False
     collapse_remedy = "raise the temperature"
 
     def __init__(self, config: TaskConfig, network: Backbone) -> None:
@@ -220,7 +220,7 @@ def _import(name: str) -> Any:
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
 def test_a_teacher_is_a_copy_of_the_weights_that_training_starts_from(follower, order):
     """MAE draws the backbone anew, also after a teacher was copied from it."""
-    task = mixture(VIT, [[follower, MAE][place] for place in order])
+    task = mixture(VIT, [[follower, MAE][position] for position in order])
     teacher = task.tasks["follower"].teacher
     assert all(map(torch.equal, teacher.parameters(), task.backbone.parameters()))
     task(batch_of(task)).loss.backward()
@@ -229,7 +229,7 @@ def test_a_teacher_is_a_copy_of_the_weights_that_training_starts_from(follower, 
 
 def test_what_a_task_says_of_itself_is_combined(follower):
     task = mixture(VIT, [MAE, follower, follower])
-    assert (task.synced_statistics, task.per_picture, task.masked_statistics) == (True, False, False)
+    assert (task.synced_statistics, task.per_image, task.masked_statistics) == (True, False, False)
     assert task.collapse_remedy == "raise the temperature"
     assert task.requires == {"token_dropping"}
     output = task({**batch_of(task), "index": torch.arange(4)})
@@ -242,15 +242,15 @@ def test_what_a_task_says_of_itself_is_combined(follower):
     called = [[0, 1, 2, 3], ("before", 0.25), ("after", 0.5)]
     assert task.tasks["follower"].seen == task.tasks["follower_2"].seen == called
     plain = mixture(VIT, [MAE, ROTATION])
-    assert (plain.synced_statistics, plain.per_picture) == (False, True)
+    assert (plain.synced_statistics, plain.per_image) == (False, True)
     assert plain.collapse_remedy == PretextTask.collapse_remedy
     assert plain(batch_of(plain)).features is None
 
 
-def test_pictures_that_a_curriculum_made_smaller_are_normalised_as_each_task_takes_them():
-    """Rotation takes 0..1 values, SimMIM normalised ones."""
+def test_images_that_a_curriculum_made_smaller_are_normalized_as_each_task_takes_them():
+    """Rotation takes 0..1 values, SimMIM normalized ones."""
     task = mixture(RESNET, [ROTATION, {**SIMMIM, "mask_unit": 8}]).eval()
-    assert task.float_pictures == "unit"
+    assert task.float_images == "unit"
     assert task.size_step() == (8, 8)
     batch = batch_of(task)
     draw = task.draw(batch)
@@ -277,7 +277,7 @@ def test_the_defaults_need_what_the_class_says_and_are_those_of_the_recipe():
     assert task_config(pretrain_config(["task=multi"]).task) == MultiConfig()
 
 
-# --- groups, views, pictures -----------------------------------------------------------------------------------------
+# --- groups, views, images -----------------------------------------------------------------------------------------
 
 
 def test_parameters_keep_the_labels_of_their_tasks_and_the_backbone_those_of_the_first():
@@ -285,9 +285,9 @@ def test_parameters_keep_the_labels_of_their_tasks_and_the_backbone_those_of_the
         task = mixture(VIT, [first, second])
         found = {named.name: (named.decay, named.layer) for named in task.parameter_groups()}
         labels = {}
-        for place in (1, 0):
-            label = task.config.labels()[place]
-            for named in single(task, place).parameter_groups():
+        for position in (1, 0):
+            label = task.config.labels()[position]
+            for named in single(task, position).parameter_groups():
                 prefix = "" if named.name.startswith("backbone.") else f"tasks.{label}."
                 labels[prefix + named.name] = (named.decay, named.layer)
         labels.pop("backbone.model.pos_embed")  # rotation alone trains it
@@ -296,13 +296,13 @@ def test_parameters_keep_the_labels_of_their_tasks_and_the_backbone_those_of_the
         assert found["tasks.rotation.head.bias"] == (True, 3)
 
 
-def test_views_are_those_of_each_task_of_the_same_picture():
+def test_views_are_those_of_each_task_of_the_same_image():
     network = backbone(VIT)
     config = task_config({"name": "multi", "tasks": [{**MAE, "crop_scale": [1, 1]}, {**ROTATION, "flip": 0}, MAE]})
     views = pickle.loads(pickle.dumps(Multi.views(config, network)))
-    picture = torch.zeros(3, 32, 32, dtype=torch.uint8)
-    picture[0] = 200
-    seen = views(picture)
+    drawn = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    drawn[0] = 200
+    seen = views(drawn)
     assert list(seen) == ["mae/image", "rotation/image", "mae_2/image"]
     assert {image.shape for image in seen.values()} == {(3, 32, 32)}
     assert all(image[0].max() == 200 and image[1:].max() == 0 for image in seen.values())
@@ -319,7 +319,7 @@ def test_draws_carry_the_name_of_their_task():
     assert not torch.equal(first["mae_2/loss"], second["mae_2/loss"])
 
 
-def test_pictures_of_all_tasks_and_nothing_else_changes():
+def test_images_of_all_tasks_and_nothing_else_changes():
     task = mixture(RESNET, [SPARK, ROTATION])
     state = {name: value.clone() for name, value in task.state_dict().items()}
     task.backbone.model.layer1.eval()
@@ -337,10 +337,10 @@ def test_it_is_said_once_that_each_task_has_a_forward_pass_of_its_own(caplog):
         mixture(VIT, [MAE, ROTATION])
         assert [record.getMessage() for record in caplog.records] == [
             "multi: mae, rotation, each with views of its own and so a forward pass of its own through "
-            "vit_tiny_patch16_224, over all pictures"
+            "vit_tiny_patch16_224, over all images"
         ]
         mixture(VIT, [{**MAE, "portion": 2}, ROTATION])
-    assert "portion has no effect while each task sees all pictures; set task.batch=split" in caplog.text
+    assert "portion has no effect while each task sees all images; set task.batch=split" in caplog.text
 
 
 # --- settings that cannot be -----------------------------------------------------------------------------------------
@@ -396,8 +396,8 @@ def test_what_does_not_fit_the_backbone_names_the_place_too():
 
 def test_official_files_and_compiling_a_measurement_are_refused():
     task = mixture(VIT, [MAE, ROTATION], balance="gradient_norm")
-    with pytest.raises(CheckpointError, match=r"official: a mixture \(mae, rotation\) has no official .* backbone.ch"):
-        task.load_official({"cls_token": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match=r"reference: a mixture \(mae, rotation\) has no official .* backbone.ch"):
+        task.load_reference({"cls_token": torch.zeros(1)})
     with pytest.raises(ConfigError, match=r"task.balance: .* set engine.compile=false or task.balance=fixed"):
         task.compile()
 
@@ -453,7 +453,7 @@ def test_norms_are_those_of_the_gradients_of_each_loss():
 
 def _norms_by_hand(task: Multi, batch: dict[str, Tensor], draw: dict[str, Tensor]) -> list[float]:
     """Of the parameters that both tasks alone train, from each task alone; positions are prescribed."""
-    alone = [single(task, place) for place in range(len(task.tasks))]
+    alone = [single(task, position) for position in range(len(task.tasks))]
     for one, label in zip(alone, task.tasks, strict=True):
         one(of(label, batch), **of(label, draw)).loss.backward()
     gradients = [{name: p.grad for name, p in one.backbone.named_parameters() if p.grad is not None} for one in alone]
@@ -536,7 +536,7 @@ def test_half_precision_measures_about_the_same():
     torch.testing.assert_close(task._measured, exact, rtol=0.05, atol=0)
 
 
-# --- who sees which pictures -----------------------------------------------------------------------------------------
+# --- who sees which images -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shares", [[1, 1], [1, 0.5], [3, 1, 1], [0.2, 1]])
@@ -557,13 +557,13 @@ def test_each_task_sees_its_own_part_of_a_split_batch():
     rows = split_rows([3, 1], 8)
     assert [len(one) for one in rows] == [6, 2]
     output = task(batch, **draw)
-    for place, label in enumerate(task.tasks):
-        own = {key: value[rows[place]] for key, value in of(label, batch).items()}
-        drawn = {key: value[rows[place]] for key, value in of(label, draw).items()}
-        assert (output.logs[f"{label}/loss"] - single(task, place)(own, **drawn).loss).abs() < 1e-12
+    for position, label in enumerate(task.tasks):
+        own = {key: value[rows[position]] for key, value in of(label, batch).items()}
+        drawn = {key: value[rows[position]] for key, value in of(label, draw).items()}
+        assert (output.logs[f"{label}/loss"] - single(task, position)(own, **drawn).loss).abs() < 1e-12
     output.loss.backward()
     assert all((p.grad is not None) == p.requires_grad for p in task.parameters())
-    with pytest.raises(ConfigError, match=r"task.batch: 2 pictures of a process cannot be split over 2 tasks in these"):
+    with pytest.raises(ConfigError, match=r"task.batch: 2 images of a process cannot be split over 2 tasks in these"):
         task({key: value[:2] for key, value in batch.items()})
 
 
@@ -585,7 +585,7 @@ def _worker(rank: int, rendezvous: str, folder: str) -> None:
 
 
 def _step(model: torch.nn.Module, task: Multi, rows: slice) -> dict[str, Any]:
-    """One step on `rows` of eight pictures, with the plain statistics of batch norms in place of those of the batch."""
+    """One step on `rows` of eight images, with the plain statistics of batch norms in place of those of the batch."""
     for module in task.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.eval()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unlabeled.pretext.obow import OBoW, OBoWConfig
-from unlabeled.pretext.obow.official import official_names
+from unlabeled.pretext.obow.reference import reference_names
 from unlabeled.pretext.obow.vocabulary import Distances, Vocabulary, pick_words, seed_words, squared_distances
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
@@ -27,15 +27,15 @@ def make(backbone: Backbone | None = None, **settings) -> OBoW:
     return OBoW(OBoWConfig(**(SMALL | settings)), backbone or resnet()).train()
 
 
-def batch_of(task: OBoW, pictures: int = 3, seed: int = 1) -> dict[str, Tensor]:
+def batch_of(task: OBoW, images: int = 3, seed: int = 1) -> dict[str, Tensor]:
     torch.manual_seed(seed)
     views = OBoW.views(task.config, task.backbone)
-    seen = [views(torch.randint(0, 256, (3, 40, 52), dtype=torch.uint8)) for _ in range(pictures)]
+    seen = [views(torch.randint(0, 256, (3, 40, 52), dtype=torch.uint8)) for _ in range(images)]
     return {key: torch.stack([one[key] for one in seen]) for key in seen[0]}
 
 
-def step(task: OBoW, batch: dict[str, Tensor], place: Tensor, progress: float = 0.5) -> Tensor:
-    loss = task(batch, place=place).loss
+def step(task: OBoW, batch: dict[str, Tensor], position: Tensor, progress: float = 0.5) -> Tensor:
+    loss = task(batch, position=position).loss
     task.after_step(progress)
     return loss.detach()
 
@@ -50,8 +50,8 @@ def test_border_cells_change_neither_bag_nor_queue():
     spoiled[..., 0] = spoiled[..., -1] = 1e6
     spoiled[:, :, 0] = spoiled[:, :, -1] = 1e6
     for corner in (0.0, 0.5, 0.999):
-        place = torch.full((2,), corner)
-        first, second = (task.assign(1, task.prepared(one), place) for one in (maps, spoiled))
+        position = torch.full((2,), corner)
+        first, second = (task.assign(1, task.prepared(one), position) for one in (maps, spoiled))
         assert torch.equal(first[1], second[1])
         assert torch.equal(first[2].rows, second[2].rows)
 
@@ -71,26 +71,28 @@ def test_mean_distance_moves_before_it_is_used():
     assert vocabulary.distance.item() == pytest.approx(used, rel=1e-5)
 
 
-def test_views_belong_to_their_picture():
+def test_views_belong_to_their_image():
     task = make(patches={"number": 0}).eval()
-    batch, place = batch_of(task), torch.rand(3, 2)
+    batch, position = batch_of(task), torch.rand(3, 2)
     features = task.student(batch["crops"])
     assert features.shape == (3, 2, 16)
     assert torch.allclose(features[1, 0], task.student(batch["crops"][1:2, :1])[0, 0], atol=1e-5)
-    loss = task(batch, place=place).loss
+    loss = task(batch, position=position).loss
     moved = {key: views.roll(1, 0) for key, views in batch.items()}
-    assert task(moved, place=place).loss.item() == pytest.approx(loss.item(), rel=1e-5)
-    assert task(moved | {"image": batch["image"]}, place=place).loss.item() != pytest.approx(loss.item(), rel=1e-3)
+    assert task(moved, position=position).loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert task(moved | {"image": batch["image"]}, position=position).loss.item() != pytest.approx(
+        loss.item(), rel=1e-3
+    )
 
 
 def test_loss_is_the_sum_over_kinds_of_views_whatever_their_number():
     task = make()
     batch = batch_of(task)
-    output = task(batch, place=torch.rand(3, 2))
+    output = task(batch, position=torch.rand(3, 2))
     assert output.loss.item() == pytest.approx((output.logs["loss_crops"] + output.logs["loss_patches"]).item())
     doubled = batch | {"patches": batch["patches"].repeat_interleave(2, 1)}  # twice the views, the same mean
-    assert task(doubled, place=torch.rand(3, 2)).loss.item() == pytest.approx(output.loss.item(), rel=1e-4)
-    only = task({"image": batch["image"], "crops": batch["crops"]}, place=torch.rand(3, 2))
+    assert task(doubled, position=torch.rand(3, 2)).loss.item() == pytest.approx(output.loss.item(), rel=1e-4)
+    only = task({"image": batch["image"], "crops": batch["crops"]}, position=torch.rand(3, 2))
     assert only.loss.item() == pytest.approx(output.logs["loss_crops"].item(), rel=1e-5)
     assert only.features.shape == (3, 16)
 
@@ -100,22 +102,22 @@ def test_loss_is_the_sum_over_kinds_of_views_whatever_their_number():
 
 def test_the_loss_uses_the_words_before_the_step(monkeypatch):
     task = make()
-    batch, place = batch_of(task), torch.rand(3, 2)
-    expected = task(batch, place=place).loss
+    batch, position = batch_of(task), torch.rand(3, 2)
+    expected = task(batch, position=position).loss
     task._news.clear()
     monkeypatch.setattr(Vocabulary, "store", lambda self, news: self.words.fill_(1e6))
-    assert torch.equal(step(task, batch, place), expected)
-    assert not torch.isclose(task(batch, place=place).loss, expected, rtol=1e-2)
+    assert torch.equal(step(task, batch, position), expected)
+    assert not torch.isclose(task(batch, position=position).loss, expected, rtol=1e-2)
 
 
 def test_a_restored_task_goes_on_as_if_never_stopped():
     task = make()
-    batch, place = batch_of(task), torch.rand(3, 2)
-    step(task, batch, place)
+    batch, position = batch_of(task), torch.rand(3, 2)
+    step(task, batch, position)
     other = make()
     other.load_state_dict(task.state_dict())
     assert [q.pointer.item() for q in other.vocabularies] == [3, 3]
-    assert torch.equal(step(other, batch, place), step(task, batch, place))
+    assert torch.equal(step(other, batch, position), step(task, batch, position))
     assert all(torch.equal(value, task.state_dict()[name]) for name, value in other.state_dict().items())
 
 
@@ -151,10 +153,10 @@ def test_evaluation_changes_nothing():
 def test_scale_is_not_trained():
     task = make(kappa=5.0)
     optimizer = torch.optim.SGD([group.parameter for group in task.parameter_groups()], 0.1, weight_decay=0.5)
-    batch, place = batch_of(task), torch.rand(3, 2)
+    batch, position = batch_of(task), torch.rand(3, 2)
     for _ in range(10):
         optimizer.zero_grad()
-        task(batch, place=place).loss.backward()
+        task(batch, position=position).loss.backward()
         optimizer.step()
     assert task.scale.tolist() == [5.0, 5.0]
 
@@ -172,21 +174,21 @@ def test_words_of_other_networks_come_from_the_first_batch():
     task = make(backbone)
     assert task.levels == [2, 3]
     assert task.map_norm
-    batch, place = batch_of(task), torch.rand(3, 2)
+    batch, position = batch_of(task), torch.rand(3, 2)
     maps = task.teacher_maps(batch["image"])
-    expected = seed_words(maps[1], place[:, 1], (3, 3), 8)
+    expected = seed_words(maps[1], position[:, 1], (3, 3), 8)
     before = task.vocabularies[1].words.clone()
-    first = task(batch, place=place)
+    first = task(batch, position=position)
     assert torch.equal(task.vocabularies[1].words, before)
     task._news.clear()
-    assert torch.equal(task(batch, place=place).loss, first.loss)
+    assert torch.equal(task(batch, position=position).loss, first.loss)
     nearest = Distances(maps[1].flatten(2).transpose(1, 2), expected, 1 << 20).mean_nearest()
     task.after_step(0.0)
     assert torch.allclose(task.vocabularies[1].distance, nearest)
     assert torch.equal(task.vocabularies[1].words[3:], expected[3:])
-    rows = pick_words(maps[1], place[:, 1], (3, 3))
+    rows = pick_words(maps[1], position[:, 1], (3, 3))
     assert torch.allclose(task.vocabularies[1].words[:3], rows)
-    task(batch, place=place)
+    task(batch, position=position)
     task.after_step(0.0)
     assert task.vocabularies[1].pointer.item() == 6
     assert torch.equal(task.vocabularies[1].words[6:], expected[6:])
@@ -212,13 +214,13 @@ def test_a_first_batch_whose_every_place_is_a_word(constant):
 def test_a_resumed_vocabulary_is_not_filled_again():
     backbone = create_backbone("vit_tiny_patch16_224", size=32, dynamic_img_size=True, **VIT)
     task = make(copy.deepcopy(backbone))
-    batch, place = batch_of(task), torch.rand(3, 2)
-    step(task, batch, place)
+    batch, position = batch_of(task), torch.rand(3, 2)
+    step(task, batch, position)
     other = make(backbone)
     assert not other.vocabularies[0].ready
     other.load_state_dict(task.state_dict())
     assert other.vocabularies[0].ready
-    assert torch.equal(other(batch, place=place).loss, task(batch, place=place).loss)
+    assert torch.equal(other(batch, position=position).loss, task(batch, position=position).loss)
 
 
 @pytest.mark.parametrize("fill", [True, False])
@@ -254,9 +256,9 @@ def test_a_student_without_views_is_refused():
 
 def test_loads_the_authors_files_with_their_prefixes():
     task, other = make(), make()
-    names = official_names(task.state_dict())
+    names = reference_names(task.state_dict())
     file = {f"module.{theirs}": torch.ones_like(task.state_dict()[ours]) for theirs, ours in names.items()}
-    missing, unexpected = other.load_official({"network": file | {"module._alpha": torch.ones(1)}})
+    missing, unexpected = other.load_reference({"network": file | {"module._alpha": torch.ones(1)}})
     assert (missing, unexpected) == ([], ["_alpha"])
     assert sorted(names.values()) == sorted(task.state_dict())
     assert all((value == 1).all() for value in other.state_dict().values())
@@ -265,16 +267,16 @@ def test_loads_the_authors_files_with_their_prefixes():
 def test_a_network_of_another_kind_is_refused_by_the_authors_files():
     task = OBoW(OBoWConfig(words=4), create_backbone("test_convnext2", size=64))
     with pytest.raises(CheckpointError, match=r"OBoW's files hold ResNets, the backbone is test_convnext2; set"):
-        task.load_official({"bow_predictor.scale": torch.ones(2)})
+        task.load_reference({"bow_predictor.scale": torch.ones(2)})
 
 
 def test_visualize_restores_modes_and_leaves_no_news():
     task = make()
     modes = [module.training for module in task.modules()]
     statistics = task.teacher.model.bn1.running_mean.clone()
-    picture = task.visualize(batch_of(task))["words"]
-    assert picture.shape == (3, 3 * 98 + 2, 7 * 98 + 2)  # the whole, two levels, two crops, two patches
-    assert picture.dtype == torch.uint8
+    image = task.visualize(batch_of(task))["words"]
+    assert image.shape == (3, 3 * 98 + 2, 7 * 98 + 2)  # the whole, two levels, two crops, two patches
+    assert image.dtype == torch.uint8
     assert [module.training for module in task.modules()] == modes
     assert torch.equal(task.teacher.model.bn1.running_mean, statistics)
     assert task._news == []

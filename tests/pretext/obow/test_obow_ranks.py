@@ -35,7 +35,7 @@ def head_loss(rank: int, words: int) -> tuple[WordHead, Tensor]:
 
 
 def run(name: str, words: int, ranks: int, rank: int) -> dict[str, Tensor]:
-    """A few steps of a task on the pictures of one rank; its losses, summed over them, and its state."""
+    """A few steps of a task on the images of one rank; its losses, summed over them, and its state."""
     torch.manual_seed(0)
     backbone = create_backbone(name, size=32, **NETWORKS[name])
     settings = {"words": words, "image_crops": {"number": 1}, "patches": {"number": 0}}
@@ -52,9 +52,9 @@ def run(name: str, words: int, ranks: int, rank: int) -> dict[str, Tensor]:
             "image": torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=generator),
             "crops": torch.randint(0, 256, (4, 1, 3, 24, 24), dtype=torch.uint8, generator=generator),
         }
-        place = torch.rand(4, 2, generator=generator)
+        position = torch.rand(4, 2, generator=generator)
         optimizer.zero_grad()
-        loss = model({key: value[own] for key, value in batch.items()}, place=place[own]).loss
+        loss = model({key: value[own] for key, value in batch.items()}, position=position[own]).loss
         loss.backward()
         optimizer.step()
         task.after_step(step / STEPS)

@@ -22,8 +22,8 @@ def views_of(backbone: Backbone, **settings):
     return pickle.loads(pickle.dumps(OBoW.views(OBoWConfig(words=4, **settings), backbone)))
 
 
-def places(height: int, width: int) -> torch.Tensor:
-    """Picture (3, H, W) whose red and green are the row and the column."""
+def positions(height: int, width: int) -> torch.Tensor:
+    """Image (3, H, W) whose red and green are the row and the column."""
     rows = torch.arange(height, dtype=torch.uint8)[:, None].expand(height, width)
     columns = torch.arange(width, dtype=torch.uint8).expand(height, width)
     return torch.stack([rows, columns, torch.zeros_like(rows)])
@@ -45,8 +45,8 @@ def test_sizes_are_those_of_the_paper_at_224_pixels():
 def test_sizes_follow_the_input_in_multiples_of_the_stride(size, stride, crops, patches, base, shift):
     views = views_of(resnet(size, output_stride=stride))
     assert views.sizes[1:5] == (crops, patches, base, shift)
-    for picture in ((40, 57), (200, 90)):
-        seen = views(torch.randint(0, 256, (3, *picture), dtype=torch.uint8))
+    for image in ((40, 57), (200, 90)):
+        seen = views(torch.randint(0, 256, (3, *image), dtype=torch.uint8))
         assert seen["image"].shape == (3, *views.sizes.teacher)
         assert seen["crops"].shape == (2, 3, *crops)
         assert seen["patches"].shape == (5, 3, *patches)
@@ -62,7 +62,7 @@ def test_a_network_of_one_size_shows_the_student_that_size(caplog):
     backbone = create_backbone("vit_tiny_patch16_224", size=32, **VIT)
     with caplog.at_level("WARNING"):
         task = OBoW(OBoWConfig(words=4), backbone)
-    assert "takes no pictures but its own 32x32" in caplog.text
+    assert "takes no images but its own 32x32" in caplog.text
     assert "dynamic_img_size=true may help" in caplog.text
     sizes = views_of(backbone).sizes
     assert (sizes.crops, sizes.patches) == ((32, 32), (32, 32))
@@ -73,9 +73,7 @@ def test_a_network_of_one_size_shows_the_student_that_size(caplog):
 @pytest.mark.parametrize("field", ["image_crops", "patches"])
 def test_a_size_that_the_network_cannot_take_is_refused(field):
     backbone = create_backbone("vit_tiny_patch16_224", size=32, **VIT)
-    expected = (
-        rf"task.{field}.size: vit_tiny_patch16_224 cannot take pictures of 16x16 \(.*\); set it to \[32, 32\], or"
-    )
+    expected = rf"task.{field}.size: vit_tiny_patch16_224 cannot take images of 16x16 \(.*\); set it to \[32, 32\], or"
     with pytest.raises(ConfigError, match=expected):
         OBoW(OBoWConfig(words=4, **{field: {"size": 16}}), backbone)
     dynamic = create_backbone("vit_tiny_patch16_224", size=32, dynamic_img_size=True, **VIT)
@@ -88,21 +86,21 @@ def test_windows_must_fit():
 
 
 def test_switched_off_views_are_missing():
-    picture = torch.zeros(3, 40, 40, dtype=torch.uint8)
+    image = torch.zeros(3, 40, 40, dtype=torch.uint8)
     backbone = resnet(32, output_stride=8)
-    assert views_of(backbone, patches={"number": 0})(picture).keys() == {"image", "crops"}
-    assert views_of(backbone, image_crops={"number": 0})(picture).keys() == {"image", "patches"}
+    assert views_of(backbone, patches={"number": 0})(image).keys() == {"image", "crops"}
+    assert views_of(backbone, image_crops={"number": 0})(image).keys() == {"image", "patches"}
 
 
 @pytest.mark.parametrize(("height", "width"), [(256, 256), (256, 192)])
-def test_teacher_sees_the_centre_in_its_own_colours(height, width):
+def test_teacher_sees_the_center_in_its_own_colors(height, width):
     views = views_of(resnet((height * 7 // 8, width * 7 // 8)))
-    picture = torch.zeros(3, height, width, dtype=torch.uint8)
-    inner = picture[:, height // 16 : -(height // 16), width // 16 : -(width // 16)]
-    inner.copy_(places(*inner.shape[1:]))
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    inner = image[:, height // 16 : -(height // 16), width // 16 : -(width // 16)]
+    inner.copy_(positions(*inner.shape[1:]))
     flipped = 0
     for _ in range(20):
-        seen = views._whole(picture)
+        seen = views._whole(image)
         upright = torch.equal(seen, inner)
         assert upright or torch.equal(seen, inner.flip(2))
         flipped += not upright
@@ -111,7 +109,7 @@ def test_teacher_sees_the_centre_in_its_own_colours(height, width):
 
 def test_windows_are_cut_on_a_grid_of_three_with_a_shift_each():
     views = views_of(resnet(224), patches={"number": 9})
-    base = places(256, 256)
+    base = positions(256, 256)
     seen = set()
     for _ in range(40):
         windows = views._windows(base)
@@ -126,18 +124,18 @@ def test_windows_are_cut_on_a_grid_of_three_with_a_shift_each():
     assert seen == set(range(25))
 
 
-def test_kept_windows_are_drawn_anew_for_each_picture():
+def test_kept_windows_are_drawn_anew_for_each_image():
     views = views_of(resnet(224))
-    kept = {tuple(int(one[0, 0, 0]) // 68 for one in views._windows(places(256, 256))) for _ in range(20)}
+    kept = {tuple(int(one[0, 0, 0]) // 68 for one in views._windows(positions(256, 256))) for _ in range(20)}
     assert len(kept) > 10
     assert {len(one) for one in kept} == {5}
 
 
-def test_windows_share_their_colours():
+def test_windows_share_their_colors():
     always = {"jitter": 1.0, "gray": 0.0, "hue": 0.5}
     views = views_of(resnet(224), patches={"colors": always})
-    picture = torch.tensor([200, 90, 30], dtype=torch.uint8).view(3, 1, 1).expand(3, 300, 300)
-    seen = [views(picture)["patches"] for _ in range(3)]
+    image = torch.tensor([200, 90, 30], dtype=torch.uint8).view(3, 1, 1).expand(3, 300, 300)
+    seen = [views(image)["patches"] for _ in range(3)]
     for windows in seen:
         assert (windows == windows[:1, :, :1, :1]).all()
     assert len({tuple(windows[0, :, 0, 0].tolist()) for windows in seen}) == 3

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from unlabeled.pretext.predictive.context import Context, ContextConfig, PairHead
-from unlabeled.pretext.predictive.patch_grid import neighbour_pairs
+from unlabeled.pretext.predictive.patch_grid import neighbor_pairs
 from unlabeled.pretext.registry import create_task
 from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
@@ -26,9 +26,9 @@ def _task(
     return Context(ContextConfig(**{"widths": (16, 12)} | settings), create_backbone(name, size=size, **(kwargs or {})))
 
 
-def _batch(task: Context, pictures: int = 3) -> dict[str, Tensor]:
+def _batch(task: Context, images: int = 3) -> dict[str, Tensor]:
     views = Context.views(task.config, task.backbone)
-    rows = [views(torch.randint(0, 256, (3, 50 + i, 70), dtype=torch.uint8)) for i in range(pictures)]
+    rows = [views(torch.randint(0, 256, (3, 50 + i, 70), dtype=torch.uint8)) for i in range(images)]
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
@@ -44,7 +44,7 @@ def test_the_split_layer_is_the_layer_of_the_concatenation():
     torch.manual_seed(2)
     head = PairHead(6, (10, 7)).double()
     embeddings = torch.randn(4, 9, 6, dtype=torch.double, requires_grad=True)
-    first, second, _ = neighbour_pairs(3, 3)
+    first, second, _ = neighbor_pairs(3, 3)
     weights = torch.randn(4, 40, 8, dtype=torch.double)
 
     def plain() -> Tensor:
@@ -96,11 +96,11 @@ def test_loss_is_the_mean_cross_entropy_over_pairs():
     batch = _batch(task, 2)
     draw = task.draw(batch)
     total, right = 0.0, 0
-    for picture in range(2):
-        one = {name: values[picture] for name, values in draw.items()}
-        disguised = task.disguise(batch["patches"][picture], **one)
+    for image in range(2):
+        one = {name: values[image] for name, values in draw.items()}
+        disguised = task.disguise(batch["patches"][image], **one)
         embeddings = [task.backbone.pooled(task.inputs(patch[None])) for patch in disguised]
-        for first, second, label in zip(*(column.tolist() for column in neighbour_pairs(3, 3)), strict=True):
+        for first, second, label in zip(*(column.tolist() for column in neighbor_pairs(3, 3)), strict=True):
             hidden = torch.cat([embeddings[first], embeddings[second]], 1) @ fc7(task.head).T
             scores = task.head.fc9(task.head.fc8(task.head.bn7(hidden).relu()).relu())
             total += F.cross_entropy(scores, torch.tensor([label])).item() / 80
@@ -147,7 +147,7 @@ def test_non_square_patches():
     assert task(batch).loss.isfinite()
 
 
-def test_a_few_pictures_can_be_learnt_by_heart():
+def test_a_few_images_can_be_learned_by_heart():
     """A network that silences itself stays at ln 8 = 2.08 and 12.5 %."""
     torch.manual_seed(0)
     task = _task("contextnet", 32, NET, pixelate=0.0, widths=(32, 32))
@@ -166,15 +166,15 @@ def test_a_few_pictures_can_be_learnt_by_heart():
         assert task.eval()(batch, **draw).logs["accuracy"] > 0.4  # not read off the batch's statistics
 
 
-# --- settings, pictures and checkpoints ------------------------------------------------------------------------------
+# --- settings, images and checkpoints ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"grid": [1, 1]}, r"task.grid: one patch has no neighbours; give at least \[1, 2\]"),
+        ({"grid": [1, 1]}, r"task.grid: one patch has no neighbors; give at least \[1, 2\]"),
         ({"pixels": [9, 8]}, r"task.pixels: \[9.0, 8.0\] is no range; give the smaller number first"),
-        ({"color": "grey"}, r"task.color: 'grey' is not possible; choose 'drop', 'projection' or 'none'"),
+        ({"color": "gray"}, r"task.color: 'gray' is not possible; choose 'drop', 'projection' or 'none'"),
         ({"smallest": 0}, r"task.smallest: 0 is not possible; give greater than 0"),
     ],
 )
@@ -197,19 +197,19 @@ def test_visualize_shows_the_grid_and_every_verdict():
     statistics = task.head.bn7.running_mean.clone()
     batch = _batch(task, 2)
     batch["corners"] = torch.cartesian_prod(torch.arange(3), torch.arange(3)).mul(48).expand(2, 9, 2).clone()
-    picture = task.visualize(batch)["positions"]
+    image = task.visualize(batch)["positions"]
     frame, step, side = 4, 3 * 48, 3 * 32
     panel = 3 * (128 + 2 * 2) + 2 * frame
-    assert (picture.dtype, picture.shape) == (torch.uint8, (3, 2 * (panel + 8) + 8, 2 * (panel + 8) + 8))
-    left = picture[:, 8 : 8 + panel, 8 : 8 + panel]  # of the first picture, as it was cut
-    for place in range(9):
-        top, across = frame + place // 3 * step, frame + place % 3 * step
-        raw = batch["patches"][0, place].repeat_interleave(3, 1).repeat_interleave(3, 2)
+    assert (image.dtype, image.shape) == (torch.uint8, (3, 2 * (panel + 8) + 8, 2 * (panel + 8) + 8))
+    left = image[:, 8 : 8 + panel, 8 : 8 + panel]  # of the first image, as it was cut
+    for position in range(9):
+        top, across = frame + position // 3 * step, frame + position % 3 * step
+        raw = batch["patches"][0, position].repeat_interleave(3, 1).repeat_interleave(3, 2)
         inside = (slice(None), slice(top + frame, top + side - frame), slice(across + frame, across + side - frame))
         assert torch.equal(left[inside], raw[:, frame:-frame, frame:-frame])
         color = left[:, top - frame // 2, across + side // 4].tolist()
-        assert color == {4: [150, 150, 150], 5: [40, 170, 70]}.get(place, [210, 50, 50])
+        assert color == {4: [150, 150, 150], 5: [40, 170, 70]}.get(position, [210, 50, 50])
         dot = left[:, top + side // 2, across + side + frame // 2].tolist()  # on the right side of the frame
-        assert (dot == [255, 255, 255]) == (place != 4)
+        assert (dot == [255, 255, 255]) == (position != 4)
     assert [module.training for module in task.modules()] == modes
     assert torch.equal(task.head.bn7.running_mean, statistics)

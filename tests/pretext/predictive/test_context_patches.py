@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from unlabeled.pretext.predictive import patch_cues
 from unlabeled.pretext.predictive.context import Context, ContextConfig
-from unlabeled.pretext.predictive.patch_grid import OFFSETS, GridLayout, GridViews, neighbour_pairs
+from unlabeled.pretext.predictive.patch_grid import OFFSETS, GridLayout, GridViews, neighbor_pairs
 from unlabeled.ssl.backbones.backbone import create_backbone
 
 PAPER = GridLayout((3, 3), (96, 96), (48, 48), (7, 7))
@@ -35,27 +35,27 @@ def _patches(count: int = 40, size: tuple[int, int] = (24, 24)) -> Tensor:
 def test_labels_are_the_table_of_the_repository():
     table = {(-1, -1): 0, (0, -1): 1, (1, -1): 2, (-1, 0): 3, (1, 0): 4, (-1, 1): 5, (0, 1): 6, (1, 1): 7}
     assert dict(zip(OFFSETS, range(8), strict=True)) == table  # (to the right, down), of the second from the first
-    pairs = neighbour_pairs(3, 4)
+    pairs = neighbor_pairs(3, 4)
     for first, second, label in zip(*(column.tolist() for column in pairs), strict=True):
         assert table[second % 4 - first % 4, second // 4 - first // 4] == label
 
 
 @pytest.mark.parametrize(("grid", "count"), [((3, 3), 40), ((2, 2), 12), ((1, 2), 2), ((2, 3), 22), ((3, 4), 58)])
-def test_all_neighbours_in_both_directions(grid, count):
-    found = {(a, b): label for a, b, label in zip(*(c.tolist() for c in neighbour_pairs(*grid)), strict=True)}
+def test_all_neighbors_in_both_directions(grid, count):
+    found = {(a, b): label for a, b, label in zip(*(c.tolist() for c in neighbor_pairs(*grid)), strict=True)}
     assert len(found) == count
     assert all(found[a, b] + found[b, a] == 7 for a, b in found)
     assert all(a != b for a, b in found)
 
 
-def test_labels_say_where_patches_lie_in_the_picture():
-    """Pixels that hold their own place: the picture is its coordinates."""
+def test_labels_say_where_patches_lie_in_the_image():
+    """Pixels that hold their own place: the image is its coordinates."""
     task = _task(jitter=0.2)
     down, across = torch.meshgrid(torch.arange(200), torch.arange(200), indexing="ij")
-    picture = torch.stack([down, across, torch.zeros_like(down)]).to(torch.uint8)
-    found = GridViews(task.layout, (40_000, 40_000))(picture)
-    middles = found["patches"].float().mean((2, 3))  # (P, 3): row and column in the picture
-    for first, second, label in zip(*(column.tolist() for column in neighbour_pairs(3, 3)), strict=True):
+    image = torch.stack([down, across, torch.zeros_like(down)]).to(torch.uint8)
+    found = GridViews(task.layout, (40_000, 40_000))(image)
+    middles = found["patches"].float().mean((2, 3))  # (P, 3): row and column in the image
+    for first, second, label in zip(*(column.tolist() for column in neighbor_pairs(3, 3)), strict=True):
         below, beside = (middles[second] - middles[first])[:2].tolist()
         right, down_label = OFFSETS[label]
         assert (round(beside / 48), round(below / 48)) == (right, down_label)  # a patch of 32 and a gap of 16
@@ -68,7 +68,7 @@ def test_the_paper_s_numbers_for_patches_of_96_and_their_proportions():
     assert ContextConfig().layout((96, 96)) == PAPER
     assert ContextConfig().layout((32, 64)) == GridLayout((3, 3), (32, 64), (16, 32), (2, 5))
     assert PAPER.extent == (384, 384)
-    assert GridLayout((2, 2), *PAPER[1:]).needs == (247, 247)  # below which the authors reject a picture
+    assert GridLayout((2, 2), *PAPER[1:]).needs == (247, 247)  # below which the authors reject an image
     views = Context.views(ContextConfig(), create_backbone("contextnet", **NET))
     assert views.pixels == (150_000, 450_000)
     assert Context.views(ContextConfig(), create_backbone("test_resnet", size=32)).pixels == pytest.approx(
@@ -98,15 +98,15 @@ def test_grids_lie_anywhere_and_patches_stay_inside():
     assert len(set(corners[:, 0, 1].tolist())) > 60
 
 
-@pytest.mark.parametrize("picture", [(375, 500), (500, 333), (32, 32), (1, 3), (3, 900)])
-def test_views_of_any_picture(picture):
+@pytest.mark.parametrize("image", [(375, 500), (500, 333), (32, 32), (1, 3), (3, 900)])
+def test_views_of_any_image(image):
     views = pickle.loads(pickle.dumps(Context.views(ContextConfig(), create_backbone("contextnet", **NET))))
-    found = views(torch.randint(0, 256, (3, *picture), dtype=torch.uint8))
+    found = views(torch.randint(0, 256, (3, *image), dtype=torch.uint8))
     assert (found["patches"].shape, found["patches"].dtype) == ((9, 3, 96, 96), torch.uint8)
     assert (found["corners"].shape, found["corners"].dtype) == ((9, 2), torch.int64)
 
 
-def test_pictures_keep_their_aspect_and_get_a_random_number_of_pixels():
+def test_images_keep_their_aspect_and_get_a_random_number_of_pixels():
     views = GridViews(PAPER, (150_000, 450_000))
     sizes = [views.resize(torch.zeros(3, 40, 60, dtype=torch.uint8)).shape[1:] for _ in range(60)]
     assert all(abs(width / height - 1.5) < 0.01 for height, width in sizes)
@@ -120,12 +120,12 @@ def test_pictures_keep_their_aspect_and_get_a_random_number_of_pixels():
 
 
 def test_patches_are_never_mirrored():
-    """Brightness rises to the right and downwards in the picture, so it does in every patch."""
+    """Brightness rises to the right and downwards in the image, so it does in every patch."""
     views = Context.views(ContextConfig(), create_backbone("test_resnet", size=32))
     rising = torch.arange(0, 240, 4, dtype=torch.uint8)
-    picture = torch.stack([rising.expand(60, 60), rising[:, None].expand(60, 60), rising.expand(60, 60)])
+    image = torch.stack([rising.expand(60, 60), rising[:, None].expand(60, 60), rising.expand(60, 60)])
     for _ in range(5):
-        patches = views(picture)["patches"].float()
+        patches = views(image)["patches"].float()
         assert (patches[:, 0, :, -1] > patches[:, 0, :, 0]).all()
         assert (patches[:, 1, -1] > patches[:, 1, 0]).all()
 
@@ -198,11 +198,11 @@ def test_every_patch_has_rms_50_and_its_kept_channel_86_6():
 
 
 def test_the_kept_channel_and_the_noise_are_drawn_for_each_patch():
-    """Were one channel kept for a whole picture, both patches of every pair would share it."""
+    """Were one channel kept for a whole image, both patches of every pair would share it."""
     task = _task()
     torch.manual_seed(1)
     draw = task.draw({"patches": torch.zeros(400, 9, 3, 4, 4, dtype=torch.uint8)})
-    first, second, _ = neighbour_pairs(3, 3)
+    first, second, _ = neighbor_pairs(3, 3)
     equal = (draw["kept"][:, first] == draw["kept"][:, second]).float().mean().item()
     assert equal == pytest.approx(1 / 3, abs=0.03)
     assert draw["kept"].unique().tolist() == [0, 1, 2]
@@ -226,24 +226,24 @@ def test_projection_removes_green_against_magenta_and_nothing_else():
     axis = torch.tensor([-1.0, 2.0, -1.0], dtype=torch.double)
     assert (found * axis.view(1, 3, 1, 1)).sum(1).abs().max() < 1e-10
     torch.testing.assert_close(patch_cues.drop_green_magenta(found), found)
-    grey = torch.randn(2, 1, 6, 6, dtype=torch.double).expand(2, 3, 6, 6)
-    torch.testing.assert_close(patch_cues.drop_green_magenta(grey), patch_cues.without_mean(grey))
+    gray = torch.randn(2, 1, 6, 6, dtype=torch.double).expand(2, 3, 6, 6)
+    torch.testing.assert_close(patch_cues.drop_green_magenta(gray), patch_cues.without_mean(gray))
     matrix = torch.eye(3, dtype=torch.double) - torch.outer(axis, axis) / 6  # the paper's B
     patches = _patches(2).double()
     expected = torch.einsum("dc,nchw->ndhw", matrix, patch_cues.without_mean(patches))
     torch.testing.assert_close(patch_cues.drop_green_magenta(patches), expected)
 
 
-def test_colours_can_stay():
+def test_colors_can_stay():
     task = _task(color="none", pixelate=0.0)
     patches = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     found = task.disguise(patches, torch.ones(4))
-    centred = patches - patches.float().mean((2, 3), keepdim=True)
-    torch.testing.assert_close(found, centred * 50 / centred.square().mean((1, 2, 3), keepdim=True).sqrt())
+    centered = patches - patches.float().mean((2, 3), keepdim=True)
+    torch.testing.assert_close(found, centered * 50 / centered.square().mean((1, 2, 3), keepdim=True).sqrt())
 
 
 @pytest.mark.parametrize(("name", "kwargs", "rms"), [("contextnet", NET, 50), ("test_resnet", {}, 50 / (255 * 0.226))])
-def test_backbones_get_the_contrast_of_their_own_pictures(name, kwargs, rms):
+def test_backbones_get_the_contrast_of_their_own_images(name, kwargs, rms):
     task = _task(name, 32, kwargs)
     if name != "contextnet":
         task.backbone.set_statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -41,14 +41,14 @@ def test_rotations_are_the_flips_and_transposes_of_the_authors():
     assert torch.equal(rotations(first[None], 4)[3], image[0])
 
 
-def test_rotated_pictures_hold_the_same_pixels():
+def test_rotated_images_hold_the_same_pixels():
     image = torch.randint(0, 256, (1, 3, 6, 6), dtype=torch.uint8)
     for rotated in rotations(image, 4):
         assert torch.equal(rotated.flatten(1).sort(1).values, image[0].flatten(1).sort(1).values)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_order_is_picture_by_picture_in_either_memory_layout(layout):
+def test_order_is_image_by_image_in_either_memory_layout(layout):
     images = torch.randn(2, 3, 4, 4).contiguous(memory_format=layout)
     found = rotations(images, 4)
     assert found.is_contiguous() or found.is_contiguous(memory_format=torch.channels_last)
@@ -86,8 +86,8 @@ def test_equal_logits_give_the_logarithm_of_the_number_of_angles():
     assert task(_batch()).loss.item() == pytest.approx(math.log(4))
 
 
-def test_non_square_pictures_need_two_angles():
-    with pytest.raises(ConfigError, match=r"task.angles: 4 rotations need square pictures, these are 32x64; set task"):
+def test_non_square_images_need_two_angles():
+    with pytest.raises(ConfigError, match=r"task.angles: 4 rotations need square images, these are 32x64; set task"):
         _task(size=(32, 64))
     with pytest.raises(ConfigError, match=r"these are 64x96; set task.angles=2"):
         _task()(_batch(size=(64, 96)))
@@ -139,22 +139,22 @@ def test_created_by_name():
 
 
 @pytest.mark.parametrize("crop", ["pad", "resized", "auto"])
-@pytest.mark.parametrize("picture", [(32, 32), (40, 57), (9, 8)])
-def test_views_give_pictures_of_the_backbones_size(crop, picture):
+@pytest.mark.parametrize("image", [(32, 32), (40, 57), (9, 8)])
+def test_views_give_images_of_the_backbones_size(crop, original):
     config = RotationConfig(crop=crop)
     views = pickle.loads(pickle.dumps(Rotation.views(config, create_backbone("test_resnet", size=32))))
-    image = views(torch.randint(0, 256, (3, *picture), dtype=torch.uint8))["image"]
+    image = views(torch.randint(0, 256, (3, *original), dtype=torch.uint8))["image"]
     assert (image.shape, image.dtype) == ((3, 32, 32), torch.uint8)
 
 
 def test_pad_crop_shifts_by_up_to_four_and_fills_with_zeros():
     views = Rotation.views(RotationConfig(crop="pad", flip=0), create_backbone("nin_cifar"))
-    picture = torch.arange(1, 1025).remainder(251).add(1).to(torch.uint8).view(1, 32, 32).expand(3, 32, 32)
-    padded = F.pad(picture, (4, 4, 4, 4))
+    original = torch.arange(1, 1025).remainder(251).add(1).to(torch.uint8).view(1, 32, 32).expand(3, 32, 32)
+    padded = F.pad(original, (4, 4, 4, 4))
     windows = padded.unfold(1, 32, 1).unfold(2, 32, 1)[0].flatten(0, 1)
     seen = set()
     for _ in range(60):
-        image = views(picture)["image"][0]
+        image = views(original)["image"][0]
         matches = (windows == image).flatten(1).all(1).nonzero().flatten().tolist()
         assert len(matches) == 1
         seen.add(matches[0])
@@ -162,23 +162,23 @@ def test_pad_crop_shifts_by_up_to_four_and_fills_with_zeros():
 
 
 def test_auto_crop_follows_the_size():
-    picture = torch.zeros(3, 32, 32, dtype=torch.uint8)
-    picture[:, 8:24, 8:24] = 255
+    original = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    original[:, 8:24, 8:24] = 255
     small = Rotation.views(RotationConfig(), create_backbone("nin_cifar"))
-    areas = {int((small(picture)["image"][0] == 255).sum()) for _ in range(10)}
+    areas = {int((small(original)["image"][0] == 255).sum()) for _ in range(10)}
     assert areas == {256}  # shifted, never scaled
     large = Rotation.views(RotationConfig(), create_backbone("test_resnet", size=96))
-    assert len({int((large(picture)["image"][0] > 127).sum()) for _ in range(10)}) > 5
+    assert len({int((large(original)["image"][0] > 127).sum()) for _ in range(10)}) > 5
 
 
 @pytest.mark.parametrize(("flip", "expected"), [(0.0, {0}), (1.0, {1})])
 def test_flip(flip, expected):
     views = Rotation.views(RotationConfig(pad=0, flip=flip), create_backbone("nin_cifar"))
-    picture = torch.arange(32, dtype=torch.uint8).expand(3, 32, 32)
-    assert {int(views(picture)["image"][0, 0, 0] == 31) for _ in range(5)} == expected
+    original = torch.arange(32, dtype=torch.uint8).expand(3, 32, 32)
+    assert {int(views(original)["image"][0, 0, 0] == 31) for _ in range(5)} == expected
 
 
-# --- pictures and checkpoints ----------------------------------------------------------------------------------------
+# --- images and checkpoints ----------------------------------------------------------------------------------------
 
 
 def test_visualize_shows_verdict_and_predicted_top():
@@ -188,15 +188,15 @@ def test_visualize_shows_verdict_and_predicted_top():
     modes = [module.training for module in task.modules()]
     statistics = task.backbone.model.blocks[0].conv1.bn.running_mean.clone()
     batch = _batch(images=2)
-    picture = task.visualize(batch)["rotations"]
+    original = task.visualize(batch)["rotations"]
     side = 3 * 32 + 2 * 8
-    assert (picture.dtype, picture.shape) == (torch.uint8, (3, 2 * (side + 2) + 2, 4 * (side + 2) + 2))
-    colors = [picture[:, 2, 2 + k * (side + 2)].tolist() for k in range(4)]
+    assert (original.dtype, original.shape) == (torch.uint8, (3, 2 * (side + 2) + 2, 4 * (side + 2) + 2))
+    colors = [original[:, 2, 2 + k * (side + 2)].tolist() for k in range(4)]
     assert [color == colors[1] for color in colors] == [False, True, False, False]
-    assert picture[:, 2 + side // 2, 2 + 4].tolist() == [255, 255, 255]
-    assert picture[:, 2 + side // 2, 2 + side - 4].tolist() == colors[0]
+    assert original[:, 2 + side // 2, 2 + 4].tolist() == [255, 255, 255]
+    assert original[:, 2 + side // 2, 2 + side - 4].tolist() == colors[0]
     turned = torch.rot90(batch["image"][0], 1, (1, 2))
-    assert torch.equal(picture[:, 10:106:3, 10 + side + 2 : 106 + side + 2 : 3], turned)
+    assert torch.equal(original[:, 10:106:3, 10 + side + 2 : 106 + side + 2 : 3], turned)
     assert [module.training for module in task.modules()] == modes
     assert torch.equal(task.backbone.model.blocks[0].conv1.bn.running_mean, statistics)
 
@@ -219,27 +219,27 @@ def _official(blocks: int = 4) -> dict[str, torch.Tensor]:
 
 
 def test_official_checkpoint_loads_whole():
-    official = _official()
+    reference = _official()
     task = _task("nin_cifar")
-    assert task.load_official({"epoch": 200, "network": official}) == ([], [])
+    assert task.load_reference({"epoch": 200, "network": reference}) == ([], [])
     ours = [tensor for name, tensor in task.state_dict().items() if "num_batches_tracked" not in name]
-    assert len(ours) == len(official)
-    assert all(any(a.shape == b.shape and torch.equal(a, b) for b in ours) for a in official.values())
+    assert len(ours) == len(reference)
+    assert all(any(a.shape == b.shape and torch.equal(a, b) for b in ours) for a in reference.values())
     assert torch.equal(
-        task.backbone.model.blocks[2].conv3.conv.weight, official["_feature_blocks.2.Block3_ConvB3.layers.Conv.weight"]
+        task.backbone.model.blocks[2].conv3.conv.weight, reference["_feature_blocks.2.Block3_ConvB3.layers.Conv.weight"]
     )
-    assert torch.equal(task.head.bias, official["_feature_blocks.4.Classifier.bias"])
+    assert torch.equal(task.head.bias, reference["_feature_blocks.4.Classifier.bias"])
 
 
 def test_official_checkpoint_that_fits_in_part():
-    official = _official()
-    del official["_feature_blocks.0.Block1_ConvB2.layers.Conv.weight"]
-    missing, unexpected = _task("nin_cifar").load_official(official | {"spare": torch.zeros(1)})
+    reference = _official()
+    del reference["_feature_blocks.0.Block1_ConvB2.layers.Conv.weight"]
+    missing, unexpected = _task("nin_cifar").load_reference(reference | {"spare": torch.zeros(1)})
     assert (missing, unexpected) == (["backbone.model.blocks.0.conv2.conv.weight"], ["spare"])
 
 
 def test_official_checkpoint_that_does_not_fit():
     with pytest.raises(CheckpointError, match="no tensor of RotNet's network-in-network that belongs to test_resnet"):
-        _task().load_official(_official())
+        _task().load_reference(_official())
     with pytest.raises(CheckpointError, match=r"Classifier.weight has shape \[4, 192\], head.weight needs \[2, 192\]"):
-        _task("nin_cifar", angles=2).load_official(_official())
+        _task("nin_cifar", angles=2).load_reference(_official())

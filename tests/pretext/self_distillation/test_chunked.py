@@ -103,10 +103,10 @@ def test_gradients_reach_what_rows_and_shared_tensors_are_made_of():
     _, targets, _, bias = inputs()
     stem = nn.Linear(3, CHANNELS).double()
     last = nn.utils.parametrizations.weight_norm(nn.Linear(CHANNELS, COLUMNS, bias=False)).double()
-    pictures = torch.randn(ROWS, 3, dtype=torch.float64)
+    images = torch.randn(ROWS, 3, dtype=torch.float64)
     found: dict[object, list[Tensor]] = {}
     for chunk in (None, 4):
-        rows, weight = stem(pictures), last.weight
+        rows, weight = stem(images), last.weight
         losses = [
             summed_in_chunks(terms, [rows, more], [weight, bias], chunk, WEIGHTS)[0]
             for more in (targets, rows @ weight.t())

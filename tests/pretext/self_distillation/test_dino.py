@@ -1,4 +1,4 @@
-"""DINO and what it shares with its kin, trap by trap: crops, pairs, centre, temperature, teacher, frozen prototypes."""
+"""DINO and what it shares with its kin, trap by trap: crops, pairs, center, temperature, teacher, frozen prototypes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from unlabeled.pretext.registry import create_task
 from unlabeled.pretext.self_distillation.dino import DINO, DINOConfig
 from unlabeled.pretext.self_distillation.self_distillation import (
     TeacherStudent,
-    assignment_figures,
+    assignment_metrics,
     by_crop,
     create_head,
     crop_major,
@@ -57,11 +57,9 @@ def tiny(name: str = "dino", backbone: Backbone | None = None, **settings: Any) 
     return task
 
 
-def batch(
-    pictures: int = 4, size: tuple[int, int] = (32, 32), local: int = 16, seed: int = 2
-) -> dict[str, torch.Tensor]:
+def batch(images: int = 4, size: tuple[int, int] = (32, 32), local: int = 16, seed: int = 2) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = {"globals": (pictures, 2, 3, *size), "locals": (pictures, 3, 3, local, local)}
+    shapes = {"globals": (images, 2, 3, *size), "locals": (images, 3, 3, local, local)}
     return {k: torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for k, shape in shapes.items()}
 
 
@@ -125,10 +123,10 @@ def test_even_logits_give_the_logarithm_of_the_number_of_prototypes():
 
 def test_figures_of_the_assignments():
     sharp = F.one_hot(torch.arange(4), 16).float()
-    found = assignment_figures(sharp.view(2, 2, 16))
+    found = assignment_metrics(sharp.view(2, 2, 16))
     assert found["teacher_entropy"].item() == 0
     assert found["teacher_information"].item() == pytest.approx(math.log(4) / math.log(16))
-    alike = assignment_figures(sharp[:1].expand(2, 4, 16))
+    alike = assignment_metrics(sharp[:1].expand(2, 4, 16))
     assert alike["teacher_information"].item() == pytest.approx(0, abs=1e-6)
     logs = tiny()(batch()).logs
     assert 0 < logs["teacher_entropy"] < 1
@@ -136,8 +134,8 @@ def test_figures_of_the_assignments():
 
 
 @pytest.mark.parametrize("small", [True, False])
-def test_task_equals_lightlys_loss_over_steps_of_student_and_centre(small):
-    """Three steps with lightly's DINOLoss beside ours, each with its own centre."""
+def test_task_equals_lightlys_loss_over_steps_of_student_and_center(small):
+    """Three steps with lightly's DINOLoss beside ours, each with its own center."""
     task, loss_fn = tiny(teacher_temperature_start=0.07), DINOLoss(24, center_momentum=0.9)
     optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], lr=0.5)
     for step in range(3):
@@ -176,10 +174,10 @@ def test_logits_are_float32_under_autocast():
     assert torch.equal(low, head.last_layer(units))
 
 
-# --- centre, temperature, teacher ------------------------------------------------------------------------------------
+# --- center, temperature, teacher ------------------------------------------------------------------------------------
 
 
-def test_centre_moves_after_use_by_the_mean_of_all_micro_steps():
+def test_center_moves_after_use_by_the_mean_of_all_micro_steps():
     task = tiny()
     first, second = batch(seed=1), batch(seed=2)
     logits = torch.cat([teacher_logits(task, first), teacher_logits(task, second)], dim=1)
@@ -193,7 +191,7 @@ def test_centre_moves_after_use_by_the_mean_of_all_micro_steps():
     assert not torch.equal(task(first).loss, before)
 
 
-def test_evaluation_moves_no_centre():
+def test_evaluation_moves_no_center():
     task = tiny().eval()
     task(batch())
     task.after_step(0.1)
@@ -316,7 +314,7 @@ def test_decay_spares_lengths_norms_and_biases():
 
 
 def test_crops_go_through_the_network_by_size_and_crop_by_crop():
-    crops = batch(pictures=2)
+    crops = batch(images=2)
     rows = crop_major(crops["locals"])
     assert torch.equal(rows[2 * 1 + 1], crops["locals"][1, 1])
     assert torch.equal(by_crop(rows, 2), crops["locals"].transpose(0, 1))
@@ -347,7 +345,7 @@ def test_views():
     assert 0.12 < max(areas["locals"]) < 0.25
 
 
-def test_colours_differ_between_crops():
+def test_colors_differ_between_crops():
     """By default: the first large crop is always blurred, the second at times turned around above 127."""
     views = DINO.views(DINOConfig(locals=0, first_colors={**PLAIN, "blur": 1}, second_colors=PLAIN), vit())
     noise = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
@@ -372,7 +370,7 @@ def test_size_of_small_crops(backbone, settings, expected):
     assert local_size(DINOConfig(**settings), backbone()) == expected
 
 
-def test_non_square_pictures():
+def test_non_square_images():
     task = tiny(backbone=vit((32, 16)), local_size=(16, 8), local_colors={"blur": 0.0})
     views = DINO.views(task.config, task.backbone)
     found = views(torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8))
@@ -403,7 +401,7 @@ def test_what_cannot_be_is_said_before_training():
 
 
 def test_sheet_shows_each_crop_in_its_scale():
-    task, crops = tiny(), batch(pictures=5)
+    task, crops = tiny(), batch(images=5)
     sheet = task.visualize(crops)["crops"]
     side = 32 * 3 + 2  # enlarged to 96 pixels, and a gap
     assert sheet.shape == (3, 4 * side + 2, 5 * side + 2)
@@ -419,7 +417,7 @@ def test_sheet_shows_each_crop_in_its_scale():
 
 
 def two_steps(name: str, rows: slice, distributed: bool) -> dict[str, Any]:
-    """Loss and gradients of a step, the centres after it, the loss of the next; with batch norms everywhere."""
+    """Loss and gradients of a step, the centers after it, the loss of the next; with batch norms everywhere."""
     task = tiny(
         name, resnet(), center_momentum=0.5, momentum=0.5, freeze_prototypes=0.1, head={**HEAD, "batch_norm": True}
     )
@@ -462,7 +460,7 @@ def _worker(rank: int, rendezvous: str, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_over_steps_of_centre_and_teacher(tmp_path: Path):
+def test_two_processes_equal_one_over_steps_of_center_and_teacher(tmp_path: Path):
     mp.start_processes(_worker, args=(str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2, start_method="forkserver")
     for name in ("dino", "ibot"):
         expected = two_steps(name, slice(0, 4), distributed=False)

@@ -9,8 +9,8 @@ import torch
 from lightly.loss import IBOTPatchLoss
 from torch.nn import functional as F
 
-from unlabeled.pretext.self_distillation.hidden_places import Hidden, HiddenConfig, HiddenPlaces, at_places
-from unlabeled.pretext.self_distillation.ibot import IBOT, IBOTConfig, hidden_loss
+from unlabeled.pretext.self_distillation.ibot import IBOT, IBOTConfig, masked_loss
+from unlabeled.pretext.self_distillation.masked_patches import MaskedPatches, PatchMaskConfig, PatchMasker, at_positions
 from unlabeled.pretext.self_distillation.self_distillation import directions, scores
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
@@ -40,9 +40,9 @@ def tiny(backbone: Backbone | None = None, **settings: Any) -> IBOT:
     return task
 
 
-def batch(pictures: int = 3, size: tuple[int, int] = (32, 32)) -> dict[str, torch.Tensor]:
+def batch(images: int = 3, size: tuple[int, int] = (32, 32)) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(2)
-    shapes = {"globals": (pictures, 2, 3, *size), "locals": (pictures, 2, 3, 16, 16)}
+    shapes = {"globals": (images, 2, 3, *size), "locals": (images, 2, 3, 16, 16)}
     return {k: torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for k, shape in shapes.items()}
 
 
@@ -55,15 +55,15 @@ def test_loss_of_hidden_places_is_lightlys_and_that_of_the_formula():
     hidden = torch.rand(4, 9) < torch.tensor([0.3, 0.6, 0.0, 0.9])[:, None]
     assert hidden[2].sum() == 0
     weights = (hidden.double() / hidden.sum(1, keepdim=True).clamp(min=1))[hidden]
-    found = Hidden(~hidden.view(4, 3, 3), hidden.flatten().nonzero().flatten(), weights)
+    found = MaskedPatches(~hidden.view(4, 3, 3), hidden.flatten().nonzero().flatten(), weights)
     targets, guesses = (teacher / 0.04).softmax(-1), (student / 0.1).log_softmax(-1)
-    loss = hidden_loss(at_places(targets, found), at_places(guesses, found), found)
+    loss = masked_loss(at_positions(targets, found), at_positions(guesses, found), found)
     total = 0.0
     for crop in range(4):
-        places = hidden[crop].nonzero().flatten().tolist()
-        for place in places:
-            entropy = -(teacher[crop, place] / 0.04).softmax(0) @ (student[crop, place] / 0.1).log_softmax(0)
-            total += entropy / len(places) / 4
+        positions = hidden[crop].nonzero().flatten().tolist()
+        for position in positions:
+            entropy = -(teacher[crop, position] / 0.04).softmax(0) @ (student[crop, position] / 0.1).log_softmax(0)
+            total += entropy / len(positions) / 4
     assert torch.allclose(loss, total, rtol=1e-12)
     theirs = IBOTPatchLoss(7).double()(teacher[hidden], student[hidden], hidden.view(4, 3, 3), teacher_temp=0.04)
     assert torch.allclose(loss, theirs, rtol=1e-6)
@@ -92,14 +92,16 @@ def test_forward_equals_a_slow_reference(own):
         images = task.backbone.normalize(crops["globals"][:, view])
         noise, ratio = draw["noise"][:, view], draw["ratio"][:, view]
         count = (ratio * 16).round().long()
-        places = [one.argsort(descending=True)[:most] for one, most in zip(noise, count, strict=True)]
+        positions = [one.argsort(descending=True)[:most] for one, most in zip(noise, count, strict=True)]
         target = teacher.forward_features(images)
         assigned.append(((task.teacher["head"](target[:, 0]) - task.centers["head"].value) / 0.04).softmax(-1))
 
-        def hide(_module: Any, _inputs: Any, tokens: torch.Tensor, places: list[torch.Tensor] = places) -> torch.Tensor:
+        def hide(
+            _module: Any, _inputs: Any, tokens: torch.Tensor, positions: list[torch.Tensor] = positions
+        ) -> torch.Tensor:
             tokens = tokens.clone()
-            for picture, where in enumerate(places):
-                grid = tokens[picture].view(16, 32)  # (4, 4, 32) while sizes are dynamic
+            for image, where in enumerate(positions):
+                grid = tokens[image].view(16, 32)  # (4, 4, 32) while sizes are dynamic
                 grid[where] = task.mask_token[0, 0]
             return tokens
 
@@ -107,10 +109,10 @@ def test_forward_equals_a_slow_reference(own):
         tokens = model.forward_features(images)
         handle.remove()
         predicted.append((task.head(tokens[:, 0]) / 0.1).log_softmax(-1))
-        for picture, where in enumerate(places):
-            for place in where.tolist():
-                logits = patch_teacher(target[picture, 1 + place][None]) - task.centers["patch_head"].value
-                guess = (patch_head(tokens[picture, 1 + place][None]) / 0.1).log_softmax(-1)
+        for image, where in enumerate(positions):
+            for position in where.tolist():
+                logits = patch_teacher(target[image, 1 + position][None]) - task.centers["patch_head"].value
+                guess = (patch_head(tokens[image, 1 + position][None]) / 0.1).log_softmax(-1)
                 patch_total += -((logits / 0.04).softmax(-1) * guess).sum() / len(where) / 6
     for view in range(2):
         pooled = model.forward_features(task.backbone.normalize(crops["locals"][:, view]))[:, 0]
@@ -122,7 +124,7 @@ def test_forward_equals_a_slow_reference(own):
     assert output.loss.item() == pytest.approx(crop_total.item() + 0.5 * patch_total.item(), rel=1e-4)
 
 
-def test_centre_of_patches_is_their_own_and_over_all_places():
+def test_center_of_patches_is_their_own_and_over_all_places():
     task, crops = tiny(), batch()
     images = task.backbone.normalize(crops["globals"].transpose(0, 1).flatten(0, 1))
     head = task.teacher["head"]
@@ -157,8 +159,8 @@ def test_half_of_the_crops_are_masked_by_a_tenth_to_a_half():
     drawn = ratios[ratios > 0]
     assert 0.1 <= drawn.min() < 0.15
     assert 0.45 < drawn.max() <= 0.5
-    per_picture = (ratios > 0).sum(-1).flatten()
-    assert set(per_picture.tolist()) == {0, 1, 2}  # the crops of a picture are masked independently
+    per_image = (ratios > 0).sum(-1).flatten()
+    assert set(per_image.tolist()) == {0, 1, 2}  # the crops of an image are masked independently
 
 
 def test_evenly_spread_ratios_come_one_from_each_part_of_the_range():
@@ -172,13 +174,13 @@ def test_evenly_spread_ratios_come_one_from_each_part_of_the_range():
 
 def test_finer_places_are_parts_of_one_of_the_map():
     task = tiny(swin(), fine=2).eval()
-    coarse = HiddenPlaces(HiddenConfig(), task.backbone, task="iBOT")
+    coarse = PatchMasker(PatchMaskConfig(), task.backbone, task="iBOT")
     images = torch.randn(2, 3, 32, 32)
-    (rows, columns), (fewer, _) = (one.grid_of(task.backbone, (32, 32)) for one in (task.places, coarse))
+    (rows, columns), (fewer, _) = (one.grid_of(task.backbone, (32, 32)) for one in (task.positions, coarse))
     assert rows == columns == 2 * fewer
-    places = task.places.encode(task.backbone, images)[1].view(2, rows, columns, -1)
+    positions = task.positions.encode(task.backbone, images)[1].view(2, rows, columns, -1)
     expected = coarse.encode(task.backbone, images)[1].view(2, rows // 2, columns // 2, -1)
-    assert all(torch.equal(places[:, i::2, j::2], expected) for i in range(2) for j in range(2))
+    assert all(torch.equal(positions[:, i::2, j::2], expected) for i in range(2) for j in range(2))
     with pytest.raises(ConfigError, match=r"task.fine: 3 gives 24x24 places, more than the 16x16 patches of swin"):
         tiny(swin(), fine=3)
 
@@ -187,13 +189,13 @@ def test_hidden_places_are_those_with_the_largest_noise_crop_by_crop():
     task = tiny()
     noise = torch.rand(3, 2, 16)
     ratio = torch.tensor([[0.5, 0.0], [0.25, 0.1], [0.02, 0.4]])
-    hidden = task.places.hide(task.backbone, noise, ratio, torch.zeros(6, 3, 32, 32))
+    hidden = task.positions.hide(task.backbone, noise, ratio, torch.zeros(6, 3, 32, 32))
     assert hidden.visible.shape == (6, 4, 4)
     assert hidden.rows.shape == hidden.weights.shape == (8 + 4 + 2 + 1 + 6,)
-    for picture in range(3):
+    for image in range(3):
         for view in range(2):
-            row, count = view * 3 + picture, [[8, 0], [4, 2], [1, 6]][picture][view]
-            largest = noise[picture, view].argsort(descending=True)[:count]
+            row, count = view * 3 + image, [[8, 0], [4, 2], [1, 6]][image][view]
+            largest = noise[image, view].argsort(descending=True)[:count]
             assert sorted((~hidden.visible[row]).flatten().nonzero().flatten().tolist()) == sorted(largest.tolist())
             of_crop = hidden.rows // 16 == row
             assert (hidden.rows[of_crop] % 16).tolist() == sorted(largest.tolist())
@@ -203,25 +205,25 @@ def test_hidden_places_are_those_with_the_largest_noise_crop_by_crop():
 @pytest.mark.parametrize(("make", "level", "cell"), [(vit, "token", 8), (swin, "token", 4), (convnet, "pixel", 8)])
 def test_the_student_does_not_see_hidden_pixels(make, level, cell):
     task = tiny(make()).eval()
-    assert ("pixel" if task.places.stem is None else "token") == level
-    assert task.places.grid_of(task.backbone, (32, 32)) == (32 // cell, 32 // cell)
+    assert ("pixel" if task.positions.stem is None else "token") == level
+    assert task.positions.grid_of(task.backbone, (32, 32)) == (32 // cell, 32 // cell)
     token = task.mask_token
     images, others = torch.randn(2, 2, 3, 32, 32)
     visible = torch.rand(2, 32 // cell, 32 // cell) < 0.6
     shown = visible.repeat_interleave(cell, 1).repeat_interleave(cell, 2)[:, None]
     changed = torch.where(shown, images, others)
     for found, same in zip(
-        task.places.encode(task.backbone, images, visible, token),
-        task.places.encode(task.backbone, changed, visible, token),
+        task.positions.encode(task.backbone, images, visible, token),
+        task.positions.encode(task.backbone, changed, visible, token),
         strict=True,
     ):
         assert torch.equal(found, same)
     assert not torch.allclose(
-        task.places.encode(task.backbone, images)[0], task.places.encode(task.backbone, changed)[0], atol=1e-4
+        task.positions.encode(task.backbone, images)[0], task.positions.encode(task.backbone, changed)[0], atol=1e-4
     )
     assert not torch.allclose(
-        task.places.encode(task.backbone, images, visible, token)[0],
-        task.places.encode(task.backbone, images)[0],
+        task.positions.encode(task.backbone, images, visible, token)[0],
+        task.positions.encode(task.backbone, images)[0],
         atol=1e-4,
     )
 
@@ -230,14 +232,14 @@ def test_the_student_does_not_see_hidden_pixels(make, level, cell):
 def test_one_pass_gives_pooled_features_and_normed_places(make):
     task = tiny(make()).eval()
     images = torch.randn(2, 3, 32, 32)
-    pooled, places = task.places.encode(task.backbone, images)
+    pooled, positions = task.positions.encode(task.backbone, images)
     assert torch.allclose(pooled, task.backbone.pooled(images), atol=1e-6)
     features = task.backbone.model.forward_features(images)
     expected = features[:, 1:] if make is vit else features.flatten(1, 2) if make is swin else features.flatten(2).mT
-    assert torch.allclose(places, expected, atol=1e-6)
+    assert torch.allclose(positions, expected, atol=1e-6)
 
 
-def test_non_square_pictures():
+def test_non_square_images():
     task = tiny(vit((32, 16)), local_size=16)
     crops = batch(size=(32, 16))
     output = task(crops)
@@ -282,7 +284,7 @@ def test_batch_norms_of_a_head_take_places_as_rows():
     assert torch.equal(directions(task.head, features).view(64, 8), expected)
 
 
-# --- messages and pictures -------------------------------------------------------------------------------------------
+# --- messages and images -------------------------------------------------------------------------------------------
 
 
 def test_what_cannot_be_is_said_before_training():
@@ -292,20 +294,20 @@ def test_what_cannot_be_is_said_before_training():
         tiny(mask_ratio=(0.5, 0.1))
 
 
-def test_places_need_not_divide_the_picture():
+def test_places_need_not_divide_the_image():
     task = tiny(create_backbone("resnet18", size=36, channels=(8, 8, 8, 8), output_stride=8), locals=0)
-    assert task.places.grid_of(task.backbone, (36, 36)) == (5, 5)
+    assert task.positions.grid_of(task.backbone, (36, 36)) == (5, 5)
     output = task({"globals": torch.randint(0, 256, (2, 2, 3, 36, 36), dtype=torch.uint8)})
     output.loss.backward()
     assert task.mask_token.grad.abs().max() > 0
 
 
-def test_sheet_shows_hidden_places_in_grey():
+def test_sheet_shows_hidden_places_in_gray():
     task, crops = tiny(), batch()
     sheet = task.visualize(crops)["crops"]
     side = 32 * 3 + 2
     assert sheet.shape == (3, 3 * side + 2, 6 * side + 2)
-    grey = 0
+    gray = 0
     for row in range(3):
         tiles = [
             sheet[:, 2 + row * side : (row + 1) * side, 2 + k * side : (k + 1) * side][:, ::3, ::3] for k in range(4)
@@ -314,5 +316,5 @@ def test_sheet_shows_hidden_places_in_grey():
             assert torch.equal(tiles[view], crops["globals"][row, view])
             hidden = (tiles[2 + view] != tiles[view]).any(0)
             assert (tiles[2 + view][:, hidden] == 128).all()
-            grey += hidden.any().item()
-    assert grey == 3
+            gray += hidden.any().item()
+    assert gray == 3

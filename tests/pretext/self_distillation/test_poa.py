@@ -31,9 +31,9 @@ def tiny(backbone: Backbone | None = None, **settings: Any) -> POA:
     return POA(config, backbone or vit()).train()
 
 
-def batch(pictures: int = 3) -> dict[str, torch.Tensor]:
+def batch(count: int = 3) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(2)
-    shapes = {"globals": (pictures, 2, 3, 32, 32), "locals": (pictures, 2, 3, 16, 16)}
+    shapes = {"globals": (count, 2, 3, 32, 32), "locals": (count, 2, 3, 16, 16)}
     return {k: torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for k, shape in shapes.items()}
 
 
@@ -63,8 +63,8 @@ def reference(task: POA, crops: dict[str, torch.Tensor], draw: dict[str, torch.T
     small = [task.backbone.normalize(crops["locals"][:, view]) for view in range(2)]
     size = task.size()
     alone = task.sizes.extract(task.backbone, size).double()
-    pictures, places = len(large[0]), 16
-    counts = (draw["ratio"] * places).round().long()
+    count, positions = len(large[0]), 16
+    counts = (draw["ratio"] * positions).round().long()
     hidden = [
         [noise.argsort(descending=True)[:count] for noise, count in zip(draw["noise"][:, v], counts[:, v], strict=True)]
         for v in range(2)
@@ -73,8 +73,8 @@ def reference(task: POA, crops: dict[str, torch.Tensor], draw: dict[str, torch.T
     def tokens(network: Backbone, images: torch.Tensor, where: list[torch.Tensor] | None) -> torch.Tensor:
         def hide(_module: Any, _inputs: Any, found: torch.Tensor) -> torch.Tensor:
             found = found.clone()
-            for picture, chosen in enumerate(where or []):
-                found[picture].view(places, -1)[chosen] = task.mask_token[0, 0, : found.shape[-1]]
+            for image, chosen in enumerate(where or []):
+                found[image].view(positions, -1)[chosen] = task.mask_token[0, 0, : found.shape[-1]]
             return found
 
         handle = network.model.patch_embed.register_forward_hook(hide)
@@ -87,7 +87,7 @@ def reference(task: POA, crops: dict[str, torch.Tensor], draw: dict[str, torch.T
     targets = [tokens(teacher, images, None) for images in large]
     for head, teaching in zip(task.heads, task.teacher["heads"], strict=True):
         assigned = sinkhorn(torch.cat([teaching(found[:, 0]) for found in targets]), 0.04).chunk(2)
-        rows = [teaching(targets[v][b, 1 + hidden[v][b]]) for v in range(2) for b in range(pictures)]
+        rows = [teaching(targets[v][b, 1 + hidden[v][b]]) for v in range(2) for b in range(count)]
         assigned_places = sinkhorn(torch.cat(rows), 0.04).split([len(row) for row in rows])
         predictions = {}
         for name, network, used in (("IS", task.backbone, head), ("ES", alone, narrow(head, size.width))):
@@ -95,7 +95,7 @@ def reference(task: POA, crops: dict[str, torch.Tensor], draw: dict[str, torch.T
             crop = [(used(found[:, 0]) / 0.1).log_softmax(-1) for found in seen]
             crop += [(used(network.pooled(images)) / 0.1).log_softmax(-1) for images in small]
             patches = [
-                (used(seen[v][b, 1 + hidden[v][b]]) / 0.1).log_softmax(-1) for v in range(2) for b in range(pictures)
+                (used(seen[v][b, 1 + hidden[v][b]]) / 0.1).log_softmax(-1) for v in range(2) for b in range(count)
             ]
             predictions[name] = crop, patches
 
@@ -108,14 +108,14 @@ def reference(task: POA, crops: dict[str, torch.Tensor], draw: dict[str, torch.T
             local = sum(entropy(assigned[t], crop[v]) for t in range(2) for v in (2, 3))
             total += weight * (2 * swapped + local) / 6 / 2
             masked = [entropy(a, p) for a, p in zip(assigned_places, patches, strict=True) if len(p)]
-            total += weight * sum(masked) / (2 * pictures) / 2
+            total += weight * sum(masked) / (2 * count) / 2
         both = zip(predictions["IS"][0], predictions["ES"][0], strict=True)
         same = [entropy(whole.detach().exp(), part) for whole, part in both]
         total += 0.2 * ((same[0] + same[1]) / 2 + (same[2] + same[3]) / 2) / 2
     for network, weight in ((task.backbone, 0.1), (alone, 0.1)):
         for view in range(2):
             unit = F.normalize(tokens(network, large[view], hidden[view])[:, 0], dim=1)
-            distances = (unit[:, None] - unit[None]).square().sum(-1).add(4 * torch.eye(pictures)).sqrt()
+            distances = (unit[:, None] - unit[None]).square().sum(-1).add(4 * torch.eye(count)).sqrt()
             total += weight * -(distances.min(1).values + 1e-8).log().mean() / 2
     return total
 
@@ -154,14 +154,14 @@ def test_the_elastic_students_terms_reach_its_part_of_the_network_only() -> None
 def test_both_students_see_the_same_hidden_places_and_the_teacher_none(monkeypatch: pytest.MonkeyPatch) -> None:
     task = tiny()
     seen: list[tuple[str, torch.Tensor | None]] = []
-    encode = task.places.encode
+    encode = task.positions.encode
 
     def watched(network: Backbone, images: torch.Tensor, visible: Any = None, token: Any = None) -> Any:
         name = "teacher" if network is task.teacher["backbone"] else "IS" if network is task.backbone else "ES"
         seen.append((name, visible))
         return encode(network, images, visible, token)
 
-    monkeypatch.setattr(task.places, "encode", watched)
+    monkeypatch.setattr(task.positions, "encode", watched)
     task(batch())
     masks = dict(seen)
     assert list(masks) == ["teacher", "IS", "ES"]
@@ -293,7 +293,7 @@ def test_other_families(name: str, arguments: dict[str, Any], fine: int) -> None
     output.loss.backward()
     assert output.loss.isfinite()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in task.parameters() if p.requires_grad)
-    assert task.places.grid_of(task.backbone, (64, 64)) == tuple(
+    assert task.positions.grid_of(task.backbone, (64, 64)) == tuple(
         64 // task.backbone.stages[-1].stride * fine for _ in range(2)
     )
 

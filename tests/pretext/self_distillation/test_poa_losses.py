@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from unlabeled.pretext.self_distillation.poa_losses import (
     Crops,
-    Places,
+    PatchTerms,
     TeacherHead,
     TermWeights,
     head_loss,
@@ -20,12 +20,12 @@ from unlabeled.pretext.self_distillation.poa_losses import (
 )
 from unlabeled.pretext.self_distillation.self_distillation import HeadConfig, create_head, directions, scores
 
-PICTURES, CHANNELS, PROTOTYPES, ROWS = 5, 6, 9, 13
+IMAGES, CHANNELS, PROTOTYPES, ROWS = 5, 6, 9, 13
 SHARP, SOFT = 0.04, 0.1
 WEIGHTS = TermWeights(0.7, 0.3, 0.2, 0.6, 0.5)
 LOCALS = (0, 1, 3)
 CHUNKS = (None, 1, 6, 100)
-TRAINED = ("crops.intact", "crops.elastic", "places.intact", "places.elastic", "prototypes")
+TRAINED = ("crops.intact", "crops.elastic", "positions.intact", "positions.elastic", "prototypes")
 
 
 class Inputs:
@@ -46,18 +46,18 @@ class Inputs:
         views = 2 + small
         weights = torch.rand(ROWS, generator=generator, dtype=torch.float64)
         weights[-4:] = 0  # rows that hold no place
-        self.crops = Crops(units(2, PICTURES), [units(views, PICTURES), units(views, PICTURES)], offsets())
-        self.places = Places(units(ROWS), [units(ROWS), units(ROWS)], weights, offsets())
+        self.crops = Crops(units(2, IMAGES), [units(views, IMAGES), units(views, IMAGES)], offsets())
+        self.positions = PatchTerms(units(ROWS), [units(ROWS), units(ROWS)], weights, offsets())
         self.teacher = TeacherHead(drawn(PROTOTYPES), SHARP)
         self.prototypes = drawn(PROTOTYPES)
-        students = (*self.crops.students, *self.places.students)
+        students = (*self.crops.students, *self.positions.students)
         self.trained = [*students, self.prototypes]
         for tensor in self.trained:
             tensor.requires_grad_()
 
     def loss(self, **options) -> tuple[Tensor, dict[str, Tensor]]:
         options = {"weights": WEIGHTS, "temperature": SOFT, **options}
-        return head_loss(self.crops, self.places, self.teacher, self.prototypes, **options)
+        return head_loss(self.crops, self.positions, self.teacher, self.prototypes, **options)
 
 
 def cross_entropy(target: Tensor, logits: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def cross_entropy(target: Tensor, logits: Tensor) -> Tensor:
 
 def dense(inputs: Inputs) -> dict[str, Tensor]:
     """Each term, written down crop by crop: section 3 of the paper in the weights of the released code."""
-    crops, places, teacher = inputs.crops, inputs.places, inputs.teacher
+    crops, positions, teacher = inputs.crops, inputs.positions, inputs.teacher
 
     def assigned(units: Tensor, offsets: Tensor) -> Tensor:
         return torch.softmax(units @ teacher.prototypes.t() / teacher.temperature - offsets, -1)
@@ -92,17 +92,17 @@ def dense(inputs: Inputs) -> dict[str, Tensor]:
         return sum(cross_entropy(target, found) for target, found in pairs)
 
     def hidden(student: Tensor) -> Tensor:
-        target, total = assigned(places.teacher, places.offsets), torch.zeros(())
+        target, total = assigned(positions.teacher, positions.offsets), torch.zeros(())
         for row in range(ROWS):
-            total = total + places.weights[row] * cross_entropy(target[row], logits(student[row]))
-        return total / (2 * PICTURES)
+            total = total + positions.weights[row] * cross_entropy(target[row], logits(student[row]))
+        return total / (2 * IMAGES)
 
     found = (
         crossed(crops.students[0]),
         crossed(crops.students[1]),
         same(),
-        hidden(places.students[0]),
-        hidden(places.students[1]),
+        hidden(positions.students[0]),
+        hidden(positions.students[1]),
     )
     return dict(zip(TermWeights._fields, found, strict=True))
 
@@ -129,11 +129,11 @@ def test_terms_and_gradients_are_those_of_the_dense_form(small, chunk):
 @pytest.mark.parametrize("chunk", [None, 7])
 def test_even_predictions_cost_the_logarithm_of_the_prototypes(small, chunk):
     """Equal prototypes make all logits of a student equal: each cross-entropy is log K, and weights add up as printed
-    in the code: X 1 each of 2 + 2 n pairs, S twice (once without small crops), M by the pictures that have places."""
+    in the code: X 1 each of 2 + 2 n pairs, S twice (once without small crops), M by the images that have places."""
     inputs = Inputs(small)
     inputs.prototypes = torch.ones_like(inputs.prototypes)
     total, terms = inputs.loss(chunk=chunk, weights=TermWeights())
-    most, hidden = math.log(PROTOTYPES), float(inputs.places.weights.sum()) / (2 * PICTURES)
+    most, hidden = math.log(PROTOTYPES), float(inputs.positions.weights.sum()) / (2 * IMAGES)
     same = 2 if small else 1
     for name, factor in zip(TermWeights._fields, (1, 1, same, hidden, hidden), strict=True):
         assert terms[name].item() == pytest.approx(factor * most), name
@@ -157,16 +157,16 @@ def test_the_intact_student_learns_nothing_from_the_elastic_one(chunk):
 @pytest.mark.parametrize("chunk", [None, 6])
 def test_nothing_of_the_teacher_gets_a_gradient(chunk):
     inputs = Inputs(3)
-    for tensor in (inputs.crops.teacher, inputs.places.teacher, inputs.teacher.prototypes):
+    for tensor in (inputs.crops.teacher, inputs.positions.teacher, inputs.teacher.prototypes):
         tensor.requires_grad_()
     inputs.loss(chunk=chunk)[0].backward()
-    for tensor in (inputs.crops.teacher, inputs.places.teacher, inputs.teacher.prototypes):
+    for tensor in (inputs.crops.teacher, inputs.positions.teacher, inputs.teacher.prototypes):
         assert tensor.grad is None or not tensor.grad.any()
 
 
 @pytest.mark.parametrize("chunk", [None, 1])
 def test_large_crops_are_compared_with_the_other_large_crop(chunk):
-    """Students that give each picture's two crops what the teacher gave to its crops swapped have a loss of nearly
+    """Students that give each image's two crops what the teacher gave to its crops swapped have a loss of nearly
     none at a sharp temperature; those that give the same crop the same have a large one."""
     corners = torch.eye(PROTOTYPES, dtype=torch.float64)
     units = corners[torch.tensor([[0, 1, 2, 3, 4], [5, 6, 7, 8, 0]])]  # (2, B, C): every crop its own prototype
@@ -232,7 +232,7 @@ def test_koleo_of_a_regular_simplex_is_that_of_its_edge():
     assert found.item() == pytest.approx(-math.log(math.sqrt(8 / 3)), rel=1e-6)
 
 
-def test_koleo_of_a_picture_twice_has_a_finite_gradient():
+def test_koleo_of_a_image_twice_has_a_finite_gradient():
     features = torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(0))
     features[0, 1] = features[0, 0]
     features[0, 2] = 0

@@ -30,7 +30,7 @@ def published(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor
 
 
 def drawn(dtype: torch.dtype = torch.float64, rows: int = ROWS) -> tuple[Tensor, Tensor]:
-    """Directions (n, C) that favour some prototypes (K, C), which have various lengths."""
+    """Directions (n, C) that favor some prototypes (K, C), which have various lengths."""
     generator = torch.Generator().manual_seed(3)
     units = torch.randn(rows, CHANNELS, generator=generator, dtype=torch.float64) + 0.7
     prototypes = torch.randn(PROTOTYPES, CHANNELS, generator=generator, dtype=torch.float64)

@@ -43,7 +43,7 @@ def test_the_loss_is_equation_1(temperature):
     assert loss.item() == pytest.approx(nt_xent(first, second, temperature), rel=1e-12)
 
 
-def test_the_loss_of_orthogonal_pictures_with_equal_views_is_known():
+def test_the_loss_of_orthogonal_images_with_equal_views_is_known():
     """Each view has one partner at cosine 1 and 2 (B - 1) others at cosine 0; itself is not among them."""
     loss = make(temperature=0.5).loss(torch.eye(6), torch.eye(6))
     assert loss.item() == pytest.approx(math.log(math.exp(2) + 10) - 2, rel=1e-6)

@@ -1,4 +1,4 @@
-"""Two crops of one picture, and what SimCLR, BYOL and VICReg do with them alike."""
+"""Two crops of one image, and what SimCLR, BYOL and VICReg do with them alike."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def batch_of(count: int = 4, size: tuple[int, int] = (32, 32)) -> dict[str, Tens
     return {"views": torch.randint(0, 256, (count, 2, 3, *size), generator=generator, dtype=torch.uint8)}
 
 
-def views_of(task: TwoViewTask, picture: Tensor) -> Tensor:
-    return type(task).views(task.config, task.backbone)(picture)["views"]
+def views_of(task: TwoViewTask, image: Tensor) -> Tensor:
+    return type(task).views(task.config, task.backbone)(image)["views"]
 
 
 @pytest.mark.parametrize("size", [32, (32, 64)])
@@ -51,22 +51,22 @@ def test_views_are_two_different_crops_of_the_backbones_size(name, size):
 def test_views_of_up_to_64_pixels_stay_sharp_by_themselves(blur, size, sharp):
     colors = {**PLAIN, "blur": 1.0, "sigma": (1.0, 2.0)}
     task = make("byol", size, blur=blur, crop_scale=(1, 1), flip=0, first=colors, second=colors)
-    picture = torch.randint(0, 256, (3, size, size), dtype=torch.uint8)
-    assert all(torch.equal(view, picture) == sharp for view in views_of(task, picture))
+    image = torch.randint(0, 256, (3, size, size), dtype=torch.uint8)
+    assert all(torch.equal(view, image) == sharp for view in views_of(task, image))
 
 
 def test_blur_can_be_switched_off_at_any_size():
     task = make("byol", 96, blur=False, crop_scale=(1, 1), flip=0, first=PLAIN, second=PLAIN)
-    picture = torch.randint(0, 256, (3, 96, 96), dtype=torch.uint8)
-    assert all(torch.equal(view, picture) for view in views_of(task, picture))
+    image = torch.randint(0, 256, (3, 96, 96), dtype=torch.uint8)
+    assert all(torch.equal(view, image) for view in views_of(task, image))
 
 
-def test_each_view_has_its_own_colours():
+def test_each_view_has_its_own_colors():
     task = make("vicreg", crop_scale=(1, 1), flip=0, first=PLAIN, second={**PLAIN, "solarize": 1.0})
-    picture = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
-    first, second = views_of(task, picture)
-    assert torch.equal(first, picture)
-    assert torch.equal(second, torch.where(picture < 128, picture, 255 - picture))
+    image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+    first, second = views_of(task, image)
+    assert torch.equal(first, image)
+    assert torch.equal(second, torch.where(image < 128, image, 255 - image))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_each_view_has_its_own_colours():
         ("vicreg", (0.4, 0.4, 0.2, 0.1, 1.0, 0.0), (0.4, 0.4, 0.2, 0.1, 0.1, 0.2)),
     ],
 )
-def test_colours_are_the_papers_and_keep_their_defaults_beside_a_changed_one(name, first, second):
+def test_colors_are_the_papers_and_keep_their_defaults_beside_a_changed_one(name, first, second):
     fields = ("brightness", "contrast", "saturation", "hue", "blur", "solarize")
     for change in ({}, {"first": {"gray": 0.0}, "second": {"gray": 0.0}}):
         config = task_config({"name": name, **change})
@@ -88,8 +88,8 @@ def test_colours_are_the_papers_and_keep_their_defaults_beside_a_changed_one(nam
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_single_picture_is_refused_in_one_line(name):
-    with pytest.raises(ConfigError, match=r"batch_size: \w+ got 1 picture; give at least 2 to each process"):
+def test_a_single_image_is_refused_in_one_line(name):
+    with pytest.raises(ConfigError, match=r"batch_size: \w+ got 1 image; give at least 2 to each process"):
         make(name)(batch_of(1))
 
 
@@ -125,7 +125,7 @@ def test_losses_are_computed_in_float32_under_autocast(name):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_constant_pictures_give_a_finite_loss_and_finite_gradients(name):
+def test_constant_images_give_a_finite_loss_and_finite_gradients(name):
     task = make(name)
     output = task({"views": torch.full((4, 2, 3, 32, 32), 128, dtype=torch.uint8)})
     output.loss.backward()
@@ -133,17 +133,17 @@ def test_constant_pictures_give_a_finite_loss_and_finite_gradients(name):
     assert all(p.grad.isfinite().all() for p in task.parameters() if p.grad is not None)
 
 
-def test_the_picture_of_views_shows_the_nearest_second_view_in_its_frame(monkeypatch: pytest.MonkeyPatch):
+def test_the_image_of_views_shows_the_nearest_second_view_in_its_frame(monkeypatch: pytest.MonkeyPatch):
     task = make("simclr")
     batch = batch_of(3)
     directions = [torch.eye(3), torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, 1, 0]])]  # second views of 1 and 2 exchanged
     monkeypatch.setattr(task, "embed", lambda images: directions.pop(0))
     modes = [module.training for module in task.modules()]
-    picture = task.visualize(batch)["views"]
+    image = task.visualize(batch)["views"]
     assert [module.training for module in task.modules()] == modes
     side = 96 + 2
-    assert picture.shape == (3, 3 * side + 2, 3 * side + 2)
-    tiles = picture[:, 2:, 2:].unfold(1, 96, side).unfold(2, 96, side).permute(1, 2, 0, 3, 4)  # (rows, columns, 3, ...)
+    assert image.shape == (3, 3 * side + 2, 3 * side + 2)
+    tiles = image[:, 2:, 2:].unfold(1, 96, side).unfold(2, 96, side).permute(1, 2, 0, 3, 4)  # (rows, columns, 3, ...)
     middle = slice(9, 87, 3)
     for row, found in enumerate((0, 2, 1)):
         shown = [batch["views"][row, 0], batch["views"][row, 1], batch["views"][found, 1]]

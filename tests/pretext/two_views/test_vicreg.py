@@ -30,9 +30,9 @@ def terms(first: Tensor, second: Tensor) -> tuple[float, float, float]:
     for a, b in zip(first.flatten().tolist(), second.flatten().tolist(), strict=True):
         invariance += (a - b) ** 2 / (count * channels)
     for columns in (first.t().tolist(), second.t().tolist()):
-        centred = [[value - sum(column) / count for value in column] for column in columns]
-        for i, left in enumerate(centred):
-            for j, right in enumerate(centred):
+        centered = [[value - sum(column) / count for value in column] for column in columns]
+        for i, left in enumerate(centered):
+            for j, right in enumerate(centered):
                 shared = sum(a * b for a, b in zip(left, right, strict=True)) / (count - 1)
                 if i == j:
                     variance += max(0.0, 1 - math.sqrt(shared + 1e-4)) / channels / 2
@@ -51,7 +51,7 @@ def test_the_loss_is_the_sum_of_its_three_terms(weights):
     assert task.loss(first, second).item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_the_loss_of_equal_features_of_all_pictures_is_known():
+def test_the_loss_of_equal_features_of_all_images_is_known():
     constant = torch.ones(4, 12, dtype=torch.float64)
     assert make().loss(constant, constant).item() == pytest.approx(25 * (1 - 0.01))
 

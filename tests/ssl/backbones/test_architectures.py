@@ -31,7 +31,7 @@ def test_adapter_tells_the_truth(module):
     images = torch.randn(2, 3, size, size)
 
     assert backbone.input_size == (size, size)
-    assert all(backbone.lacks(capability) is None for capability in ("pooled", "dense_map"))
+    assert all(backbone.missing_reason(capability) is None for capability in ("pooled", "dense_map"))
     features = backbone.pooled(images)
     assert features.shape == (2, backbone.embed_dim)
     assert features.isfinite().all()

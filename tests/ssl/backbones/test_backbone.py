@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from unlabeled.pretext import registry
-from unlabeled.ssl.backbones.backbone import CAPABILITIES, Backbone, Stage, create_backbone
+from unlabeled.ssl.backbones.backbone import CAPABILITIES, Backbone, FeatureStage, create_backbone
 from unlabeled.ssl.core.errors import CapabilityError, CheckpointError, ConfigError
 from unlabeled.ssl.task import PretextTask
 
@@ -64,8 +64,8 @@ def test_width_follows_the_pooling():
 def test_strides_are_measured():
     stated = timm.create_model("tresnet_m").feature_info[0]["reduction"]
     assert stated == 2
-    assert create_backbone("tresnet_m", size=64).stages[0] == Stage(64, 4)
-    assert Backbone(TinyMaps(), size=(32, 32)).stages == [Stage(6, 4)]
+    assert create_backbone("tresnet_m", size=64).stages[0] == FeatureStage(64, 4)
+    assert Backbone(TinyMaps(), size=(32, 32)).stages == [FeatureStage(6, 4)]
 
 
 def test_non_square_sizes():
@@ -128,7 +128,7 @@ def test_building_leaves_modes_and_weights_alone():
         (
             "efficientformer_l1",
             {"size": 64},
-            "backbone.size: efficientformer_l1 cannot take pictures of 64x64 .*; give",
+            "backbone.size: efficientformer_l1 cannot take images of 64x64 .*; give",
         ),
     ],
 )
@@ -150,8 +150,8 @@ def test_pretrained_without_network_names_the_remedy(monkeypatch):
 def test_own_module_needs_timms_surface():
     backbone = Backbone(Tiny(), size=(16, 16))
     assert (backbone.embed_dim, backbone.stages, backbone.depth) == (6, [], 0)
-    assert backbone.lacks("pooled") is None
-    assert backbone.lacks("dense_map") == "no forward_intermediates"
+    assert backbone.missing_reason("pooled") is None
+    assert backbone.missing_reason("dense_map") == "no forward_intermediates"
     with pytest.raises(CapabilityError, match="Tiny has 0 feature maps"):
         backbone.map(torch.randn(1, 3, 16, 16))
     with pytest.raises(
@@ -161,16 +161,16 @@ def test_own_module_needs_timms_surface():
 
 
 def test_a_head_that_does_not_pool_is_found_out():
-    assert Backbone(Tiny(pool=False), size=(16, 16)).lacks("pooled") == (
-        "its head does not pool but gives (6, 4, 4) for a picture"
+    assert Backbone(Tiny(pool=False), size=(16, 16)).missing_reason("pooled") == (
+        "its head does not pool but gives (6, 4, 4) for an image"
     )
     unpooled = create_backbone("test_vit", size=32, global_pool="")
-    assert unpooled.lacks("pooled") == "its head does not pool but gives (5, 64) for a picture"
+    assert unpooled.missing_reason("pooled") == "its head does not pool but gives (5, 64) for an image"
 
 
 def test_unknown_capability():
     with pytest.raises(CapabilityError, match="'dense_mop' is unknown; did you mean 'dense_map'"):
-        Backbone(Tiny(), size=(16, 16)).lacks("dense_mop")
+        Backbone(Tiny(), size=(16, 16)).missing_reason("dense_mop")
 
 
 def test_a_class_and_a_size_in_words_are_refused():
@@ -184,7 +184,7 @@ def test_capability_error_tells_which_tasks_would_do(monkeypatch):
     module = ModuleType("tasks_for_this_test")
     for name, requires in (("Easy", {"pooled"}), ("Hard", {"pooled", "impossible"})):
         setattr(module, name, type(name, (PretextTask,), {"requires": frozenset(requires)}))
-    module.lacks = lambda backbone: f"{backbone.name} is too small"  # type: ignore[attr-defined]
+    module.missing_reason = lambda backbone: f"{backbone.name} is too small"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(CAPABILITIES, "impossible", f"{module.__name__}:lacks")
     targets = {"easy": f"{module.__name__}:Easy", "hard": f"{module.__name__}:Hard", "broken": "no_such_module:X"}

@@ -90,7 +90,7 @@ def test_the_structure_is_no_part_of_the_module_and_travels_with_it() -> None:
         ({"size": "big"}, r"backbone.size: 'big' is not possible"),
         ({"mean": (0.5,)}, r"backbone.mean: \(0.5,\) is not possible; give three numbers, one a channel"),
         ({"std": (0.5, 0, 1)}, r"backbone.std: .* give three positive numbers"),
-        ({"size": 1}, r"backbone: OnlyLarge fails on a picture of 3x1x1 \(too small\); give the size that it takes"),
+        ({"size": 1}, r"backbone: OnlyLarge fails on an image of 3x1x1 \(too small\); give the size that it takes"),
     ],
 )
 def test_a_fault_of_the_constructor_is_one_line(arguments: dict[str, object], message: str) -> None:

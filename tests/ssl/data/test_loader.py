@@ -1,4 +1,4 @@
-"""Which pictures a step sees, what their views draw, and what becomes of broken ones."""
+"""Which images a step sees, what their views draw, and what becomes of broken ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 3), (4, 1), (3, 4)]
 
 
 class Numbers:
-    """Picture i is filled with i; the pictures `broken` cannot be decoded."""
+    """Image i is filled with i; the images `broken` cannot be decoded."""
 
     classes = None
 
@@ -53,10 +53,10 @@ class Numbers:
         return f"number {index}"
 
 
-def draws(picture: Tensor) -> dict[str, Tensor]:
+def draws(image: Tensor) -> dict[str, Tensor]:
     """Views that use all three generators."""
     drawn = [torch.rand(()).item(), np.random.rand(), random.random()]
-    return {"image": picture, "drawn": torch.tensor(drawn, dtype=torch.float64)}
+    return {"image": image, "drawn": torch.tensor(drawn, dtype=torch.float64)}
 
 
 def sampler(**settings: int) -> RunSampler:
@@ -74,7 +74,7 @@ def steps(world: int, accumulation: int, **settings: int) -> list[list[Key]]:
 
 
 @pytest.mark.parametrize(("world", "accumulation"), LAYOUTS)
-def test_steps_see_the_same_pictures_in_all_layouts(world: int, accumulation: int) -> None:
+def test_steps_see_the_same_images_in_all_layouts(world: int, accumulation: int) -> None:
     assert steps(world, accumulation) == steps(1, 1)
 
 
@@ -184,7 +184,7 @@ def test_loading_leaves_the_generators_of_the_main_process_alone() -> None:
     assert random.getstate() == before[2]
 
 
-def test_broken_pictures_are_replaced_the_same_way_every_time() -> None:
+def test_broken_images_are_replaced_the_same_way_every_time() -> None:
     broken = frozenset(range(0, 50, 2))
     samples = [ViewDataset(Numbers(50, broken), draws, seed=1)[0, 4] for _ in range(2)]
     assert samples[0].views["index"] == samples[1].views["index"]
@@ -199,13 +199,13 @@ def test_broken_pictures_are_replaced_the_same_way_every_time() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_data_that_is_all_broken_stops_at_once_in_one_line(workers: int) -> None:
-    with pytest.raises(DataError, match=r"^data: 16 pictures in a row cannot be decoded, the last is .*torn") as caught:
+    with pytest.raises(DataError, match=r"^data: 16 images in a row cannot be decoded, the last is .*torn") as caught:
         loaded(workers, frozenset(range(50)))
     assert "\n" not in str(caught.value)
     assert type(caught.value) is DataError
 
 
-def raises_a_bug(picture: Tensor) -> dict[str, Tensor]:
+def raises_a_bug(image: Tensor) -> dict[str, Tensor]:
     raise KeyError("a bug")
 
 
@@ -232,8 +232,8 @@ from unlabeled.ssl.data.loader import RunSampler, ViewDataset, make_loader
 from unlabeled.ssl.data.registry import open_source
 from unlabeled.ssl.config.schema import DataConfig
 
-def views(picture):
-    return {"image": picture}
+def views(image):
+    return {"image": image}
 
 dataset = ViewDataset(open_source(DataConfig(name="digits")), views, seed=0)
 iterator = iter(make_loader(dataset, RunSampler(length=len(dataset), batch_size=8, total_steps=99, seed=0), workers=2))
@@ -246,7 +246,7 @@ def test_python_exits_quietly_with_an_iterator_left_open() -> None:
     assert (result.stdout, result.stderr) == ("8\n", "")
 
 
-def kills_itself(picture: Tensor) -> dict[str, Tensor]:
+def kills_itself(image: Tensor) -> dict[str, Tensor]:
     os.kill(os.getpid(), signal.SIGKILL)
     return {}
 
@@ -257,7 +257,7 @@ def test_a_killed_worker_is_an_error_for_people() -> None:
         list(loader)
 
 
-def signals_itself(picture: Tensor) -> dict[str, Tensor]:
+def signals_itself(image: Tensor) -> dict[str, Tensor]:
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGTERM)
     return {"threads": torch.tensor(torch.get_num_threads())}
@@ -282,7 +282,7 @@ def bad(*indices: int) -> list[BadImage]:
     return [BadImage(index, f"number {index}", "is torn") for index in indices]
 
 
-def test_bad_pictures_are_listed_once_and_counted(tmp_path: Path) -> None:
+def test_bad_images_are_listed_once_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "run" / "bad_images.jsonl"
     listed = BadImages(path, total=100, max_fraction=0.05)
     assert listed.add([]) == 0
@@ -306,13 +306,13 @@ def test_a_resumed_run_continues_the_list(tmp_path: Path) -> None:
     assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [3, 5, 7, 8]
 
 
-def test_too_many_bad_pictures_stop_a_run(tmp_path: Path) -> None:
+def test_too_many_bad_images_stop_a_run(tmp_path: Path) -> None:
     listed = BadImages(tmp_path / "bad_images.jsonl", total=40, max_fraction=0.05)
     listed.add(bad(1, 2))
     listed.check()
     listed.add(bad(3))
     expected = (
-        r"^data: 3 of 40 pictures \(7\.5%\) cannot be decoded, more than data\.max_bad_fraction=0\.05; look at .*jsonl"
+        r"^data: 3 of 40 images \(7\.5%\) cannot be decoded, more than data\.max_bad_fraction=0\.05; look at .*jsonl"
     )
     with pytest.raises(DataError, match=expected):
         listed.check()

@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from unlabeled.ssl.core.distributed import gather_rows
+from unlabeled.ssl.core.distributed import gather_across_ranks
 from unlabeled.ssl.nn.batch_norm import synchronize
 
 
@@ -24,7 +24,7 @@ def network() -> nn.Module:
 def loss_of(net: nn.Module, x: Tensor) -> Tensor:
     """Compares each row of this rank with the rows of all ranks."""
     rows = net(x)
-    return (rows @ gather_rows(rows).t()).tanh().mean()
+    return (rows @ gather_across_ranks(rows).t()).tanh().mean()
 
 
 def inputs() -> Tensor:
@@ -69,4 +69,4 @@ def test_alone_nothing_changes() -> None:
     synchronize(converted)
     assert torch.equal(plain(inputs()), converted(inputs()))
     assert plain.state_dict().keys() == converted.state_dict().keys()
-    assert gather_rows(inputs()).shape == inputs().shape
+    assert gather_across_ranks(inputs()).shape == inputs().shape

@@ -28,11 +28,11 @@ def rates(model: torch.nn.Module) -> list[float]:
 @pytest.mark.parametrize(("name", "kwargs", "branches"), NETWORKS)
 def test_every_branch_has_the_rate(name: str, kwargs: dict, branches: int, before: float) -> None:
     backbone = create_backbone(name, size=32, drop_path_rate=before, **kwargs)
-    pictures = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    whole = backbone.eval().pooled(pictures)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    whole = backbone.eval().pooled(images)
     uniform_drop_path(backbone.model, 0.2)
     assert rates(backbone.model) == [0.2] * branches
-    assert torch.equal(backbone.pooled(pictures), whole)  # in evaluation nothing is dropped
+    assert torch.equal(backbone.pooled(images), whole)  # in evaluation nothing is dropped
     uniform_drop_path(backbone.model, 0.5)
     assert rates(backbone.model) == [0.5] * branches
 

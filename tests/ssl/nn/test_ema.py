@@ -22,13 +22,13 @@ def test_formula_in_double_precision(momentum):
         momentum * t.detach() + (1 - momentum) * s.detach()
         for t, s in zip(teacher.parameters(), student.parameters(), strict=True)
     ]
-    places = [parameter.data_ptr() for parameter in teacher.parameters()]
+    positions = [parameter.data_ptr() for parameter in teacher.parameters()]
     statistics = teacher[1].running_mean.clone()
     before = [parameter.clone() for parameter in student.parameters()]
     ema_update(teacher, student, momentum)
     for found, wanted in zip(teacher.parameters(), expected, strict=True):
         torch.testing.assert_close(found.detach(), wanted, rtol=1e-14, atol=1e-15)
-    assert [parameter.data_ptr() for parameter in teacher.parameters()] == places
+    assert [parameter.data_ptr() for parameter in teacher.parameters()] == positions
     assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
     assert torch.equal(teacher[1].running_mean, statistics)
     assert teacher[1].num_batches_tracked == 0

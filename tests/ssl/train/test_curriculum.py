@@ -1,4 +1,4 @@
-"""Smaller pictures at the start of a run: the crop of the spectrum, the schedule, and who can take part."""
+"""Smaller images at the start of a run: the crop of the spectrum, the schedule, and who can take part."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.config.schema import CurriculumName, PretrainConfig
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.task import PretextTask
-from unlabeled.ssl.train.curriculum import Curriculum, Stage, create_curriculum, low_frequencies, plan_stages
+from unlabeled.ssl.train.curriculum import Curriculum, CurriculumPhase, create_curriculum, low_frequencies, plan_phases
 from unlabeled.workflows.settings import compose_settings
 
 VIT = {"size": 64, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
@@ -32,7 +32,7 @@ SIZES = [
 
 
 def wave(size: tuple[int, int], cycles: tuple[int, int], amplitude: float = 0.4) -> Tensor:
-    """0.5 + amplitude cos(2 pi (cycles over the picture) + 0.7) at the centres of pixels, float64 (h, w)."""
+    """0.5 + amplitude cos(2 pi (cycles over the image) + 0.7) at the centers of pixels, float64 (h, w)."""
     rows, columns = (
         (torch.arange(count, dtype=torch.float64) + 0.5) * c / count for count, c in zip(size, cycles, strict=True)
     )
@@ -60,10 +60,10 @@ def test_an_even_window_has_half_of_the_wave_at_its_edge() -> None:
     assert torch.allclose(edge, wave((24, 24), (12, 1), amplitude=0.2).float(), atol=1e-5)
 
 
-def cropped(pictures: np.ndarray[Any, Any], side: int, axis: int) -> np.ndarray[Any, Any]:
-    """The published steps along one axis, and a shift of phases from corners to centres of pixels."""
-    whole = pictures.shape[axis]
-    spectrum = np.fft.fftshift(np.fft.fft(pictures, axis=axis), axes=axis)
+def cropped(images: np.ndarray[Any, Any], side: int, axis: int) -> np.ndarray[Any, Any]:
+    """The published steps along one axis, and a shift of phases from corners to centers of pixels."""
+    whole = images.shape[axis]
+    spectrum = np.fft.fftshift(np.fft.fft(images, axis=axis), axes=axis)
     first = whole // 2 - side // 2
     window = np.take(spectrum, range(first, first + side), axis=axis)
     turns = (np.arange(side) - side // 2) * (0.5 / side - 0.5 / whole)
@@ -72,23 +72,23 @@ def cropped(pictures: np.ndarray[Any, Any], side: int, axis: int) -> np.ndarray[
 
 
 @pytest.mark.parametrize(("full", "size"), SIZES)
-def test_crop_is_the_published_one_at_the_centres_of_pixels(full: tuple[int, int], size: tuple[int, int]) -> None:
-    pictures = torch.rand(2, 3, *full, generator=torch.Generator().manual_seed(0))
-    found = low_frequencies(pictures, size)
+def test_crop_is_the_published_one_at_the_centers_of_pixels(full: tuple[int, int], size: tuple[int, int]) -> None:
+    images = torch.rand(2, 3, *full, generator=torch.Generator().manual_seed(0))
+    found = low_frequencies(images, size)
     assert found.dtype == torch.float32
-    expected = cropped(cropped(pictures.double().numpy(), size[1], -1), size[0], -2)
+    expected = cropped(cropped(images.double().numpy(), size[1], -1), size[0], -2)
     np.testing.assert_allclose(found.numpy(), expected, atol=3e-6)
-    assert torch.allclose(found.mean((-2, -1)), pictures.mean((-2, -1)), atol=1e-5)
-    assert torch.allclose(low_frequencies(pictures, full), pictures, atol=3e-6)
+    assert torch.allclose(found.mean((-2, -1)), images.mean((-2, -1)), atol=1e-5)
+    assert torch.allclose(low_frequencies(images, full), images, atol=3e-6)
 
 
 @pytest.mark.parametrize(("full", "size"), [(32, 24), (32, 23), (31, 16)])
-def test_turned_and_mirrored_pictures_have_turned_and_mirrored_crops(full: int, size: int) -> None:
-    """Else the crop itself says how a picture was turned, and rotation is solved without looking at it."""
-    pictures = torch.rand(2, 3, full, full, generator=torch.Generator().manual_seed(2))
-    small = low_frequencies(pictures, (size, size))
+def test_turned_and_mirrored_images_have_turned_and_mirrored_crops(full: int, size: int) -> None:
+    """Else the crop itself says how an image was turned, and rotation is solved without looking at it."""
+    images = torch.rand(2, 3, full, full, generator=torch.Generator().manual_seed(2))
+    small = low_frequencies(images, (size, size))
     for turn in (lambda x: x.rot90(1, (2, 3)), lambda x: x.flip(3), lambda x: x.flip(2), lambda x: x.mT):
-        assert torch.allclose(low_frequencies(turn(pictures), (size, size)), turn(small), atol=3e-6)
+        assert torch.allclose(low_frequencies(turn(images), (size, size)), turn(small), atol=3e-6)
 
 
 def test_values_below_zero_stay_below_zero() -> None:
@@ -101,19 +101,23 @@ def test_values_below_zero_stay_below_zero() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
 def test_the_transform_runs_in_float32_under_autocast(dtype: torch.dtype) -> None:
-    pictures = torch.randint(0, 256, (2, 3, 20, 20), generator=torch.Generator().manual_seed(1)).to(dtype)
-    expected = low_frequencies(pictures.float(), (12, 12))
+    images = torch.randint(0, 256, (2, 3, 20, 20), generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = low_frequencies(images.float(), (12, 12))
     with torch.autocast("cpu", torch.bfloat16):
-        found = low_frequencies(pictures, (12, 12))
+        found = low_frequencies(images, (12, 12))
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)
 
 
 def test_published_schedules() -> None:
     """60, 20 and 20 % of the steps; and stages of equal compute, 2, 4 and 4 of ten."""
-    plain = plan_stages("efficienttrain", 1000, (224, 224), (32, 32))
-    assert plain == [Stage(0, 600, (160, 160)), Stage(600, 200, (192, 192)), Stage(800, 200, (224, 224))]
-    stages = plan_stages("efficienttrain++", 1000, (224, 224), (32, 32))
+    plain = plan_phases("efficienttrain", 1000, (224, 224), (32, 32))
+    assert plain == [
+        CurriculumPhase(0, 600, (160, 160)),
+        CurriculumPhase(600, 200, (192, 192)),
+        CurriculumPhase(800, 200, (224, 224)),
+    ]
+    stages = plan_phases("efficienttrain++", 1000, (224, 224), (32, 32))
     assert [stage.size[0] for stage in stages] == [96, 160, 224]
     assert [stage.first for stage in stages] == [0, stages[0].steps, stages[0].steps + stages[1].steps]
     assert sum(stage.steps for stage in stages) == 1000
@@ -129,9 +133,9 @@ def test_published_schedules() -> None:
 def test_any_number_of_steps_is_divided_without_gaps_and_ends_at_full_size(
     name: CurriculumName, full: tuple[int, int], step: tuple[int, int]
 ) -> None:
-    weights = {stage.size: stage.steps / 1e6 for stage in plan_stages(name, 1_000_000, full, step)}
+    weights = {stage.size: stage.steps / 1e6 for stage in plan_phases(name, 1_000_000, full, step)}
     for total in [*range(1, 40), 997]:
-        stages = plan_stages(name, total, full, step)
+        stages = plan_phases(name, total, full, step)
         assert [stage.first for stage in stages] == [sum(s.steps for s in stages[:n]) for n in range(len(stages))]
         assert sum(stage.steps for stage in stages) == total
         assert stages[-1].size == full
@@ -145,7 +149,7 @@ def test_any_number_of_steps_is_divided_without_gaps_and_ends_at_full_size(
 
 
 def test_sides_shrink_each_for_itself() -> None:
-    sizes = [stage.size for stage in plan_stages("efficienttrain", 100, (96, 160), (8, 16))]
+    sizes = [stage.size for stage in plan_phases("efficienttrain", 100, (96, 160), (8, 16))]
     assert sizes == [(72, 112), (80, 144), (96, 160)]  # 68.6 x 114.3 and 82.3 x 137.1, rounded
 
 
@@ -162,7 +166,7 @@ def test_each_step_has_its_size_and_the_announcement_says_so() -> None:
     assert create_curriculum(None, rotation(), 10) is None
 
 
-def test_pictures_of_full_size_shrink_and_everything_else_stays() -> None:
+def test_images_of_full_size_shrink_and_everything_else_stays() -> None:
     curriculum = create_curriculum("efficienttrain", rotation(), 10)
     assert curriculum is not None
     generator = torch.Generator().manual_seed(0)
@@ -180,12 +184,12 @@ def test_pictures_of_full_size_shrink_and_everything_else_stays() -> None:
     assert torch.allclose(smaller["globals"].mean(), batch["globals"].float().mean() / 255, atol=1e-5)
     assert all(smaller[name] is batch[name] for name in batch.keys() - {"globals"})
     assert curriculum.apply(batch, 8) is batch, "the last stage sees what the loader gave"
-    with pytest.raises(ConfigError, match=r"engine.curriculum: no pictures of the batch have the network's 64x64"):
+    with pytest.raises(ConfigError, match=r"engine.curriculum: no images of the batch have the network's 64x64"):
         curriculum.apply({"locals": batch["locals"]}, 0)
 
 
 @pytest.mark.parametrize("task", ["mae", "simmim"])
-def test_masked_tasks_get_what_they_take_for_normalised(task: str) -> None:
+def test_masked_tasks_get_what_they_take_for_normalized(task: str) -> None:
     small = {"decoder": {"dim": 16, "depth": 1, "heads": 2}} if task == "mae" else {}
     backbone = create_backbone("vit_tiny_patch16_224", dynamic_img_size=True, **VIT)
     backbone.set_statistics((0.4, 0.5, 0.6), (0.2, 0.3, 0.2))
@@ -202,9 +206,9 @@ def test_masked_tasks_get_what_they_take_for_normalised(task: str) -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("vit_tiny_patch16_224", VIT, r"takes no pictures of 48x48 \(.*\); set backbone.kwargs.dynamic_img_size=true"),
-        ("vit_relpos_small_patch16_224", VIT, r"takes no pictures of 48x48 .*; take a network for any size"),
-        ("resnet18", {"size": 32}, r"no smaller size for pictures of 32x32 \(multiples of 32x32, 10 steps\)"),
+        ("vit_tiny_patch16_224", VIT, r"takes no images of 48x48 \(.*\); set backbone.kwargs.dynamic_img_size=true"),
+        ("vit_relpos_small_patch16_224", VIT, r"takes no images of 48x48 .*; take a network for any size"),
+        ("resnet18", {"size": 32}, r"no smaller size for images of 32x32 \(multiples of 32x32, 10 steps\)"),
     ],
 )
 def test_networks_that_cannot_say_what_to_change(name: str, arguments: dict[str, Any], message: str) -> None:
@@ -213,20 +217,20 @@ def test_networks_that_cannot_say_what_to_change(name: str, arguments: dict[str,
         create_curriculum("efficienttrain", task, 10)
 
 
-def test_a_task_can_refuse_small_pictures_or_all_but_whole_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_can_refuse_small_images_or_all_but_whole_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = create_backbone("vit_tiny_patch16_224", dynamic_img_size=True, **(VIT | {"patch_size": 16}))
     decoder = {"dim": 16, "depth": 1, "heads": 2}
     masked = create_task({"name": "mae", "mask_ratio": 0.9, "decoder": decoder}, backbone)
-    with pytest.raises(ConfigError, match=r"engine.curriculum: pictures of 32x32 do not fit: task.mask_ratio: 0.9 lea"):
+    with pytest.raises(ConfigError, match=r"engine.curriculum: images of 32x32 do not fit: task.mask_ratio: 0.9 lea"):
         create_curriculum("efficienttrain++", masked, 100)
     task = rotation()
     monkeypatch.setattr(task, "size_step", lambda: None)
-    with pytest.raises(ConfigError, match=r"engine.curriculum: Rotation needs pictures of the full size; set engine"):
+    with pytest.raises(ConfigError, match=r"engine.curriculum: Rotation needs images of the full size; set engine"):
         create_curriculum("efficienttrain", task, 10)
 
 
 def test_one_step_is_at_full_size_and_too_few_for_a_curriculum() -> None:
-    with pytest.raises(ConfigError, match=r"no smaller size for pictures of 64x64 \(multiples of 8x8, 1 steps\)"):
+    with pytest.raises(ConfigError, match=r"no smaller size for images of 64x64 \(multiples of 8x8, 1 steps\)"):
         create_curriculum("efficienttrain", rotation(), 1)
 
 

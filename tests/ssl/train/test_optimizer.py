@@ -6,7 +6,7 @@ from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.backbones.elastic import Elastic, ElasticConfig
 from unlabeled.ssl.config.schema import OptimConfig
 from unlabeled.ssl.core.errors import ConfigError
-from unlabeled.ssl.train.optimizer import create_optimizer, parameter_groups, set_rates
+from unlabeled.ssl.train.optimizer import create_optimizer, parameter_groups, set_learning_rates
 
 HEAD = {"prototypes": 4, "hidden": 4, "bottleneck": 4}
 
@@ -38,7 +38,7 @@ def test_layer_decay_falls_from_the_head_to_the_stem(mae) -> None:
 
 def test_rates_reach_every_group(mae) -> None:
     optimizer = create_optimizer(mae, OptimConfig(layer_decay=0.5))
-    set_rates(optimizer, lr=1.0, weight_decay=0.1)
+    set_learning_rates(optimizer, lr=1.0, weight_decay=0.1)
     for group in optimizer.param_groups:
         assert group["lr"] == group["lr_scale"]
         assert group["weight_decay"] == (0.1 if group["decays"] else 0.0)

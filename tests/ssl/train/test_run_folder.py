@@ -67,7 +67,7 @@ def begin_earlier(out: Path, **data: object) -> None:
 
 
 EARLIER = [
-    ({"name": "folder", "path": "pictures", "labels": True}, {"path", "test_path", "test_fraction", "labels"}),
+    ({"name": "folder", "path": "images", "labels": True}, {"path", "test_path", "test_fraction", "labels"}),
     ({"name": "shapes", "count": 64, "labels": True}, {"count"}),
     (
         {"name": "parquet", "path": "a/*.parquet", "image_column": "img"},

@@ -37,5 +37,5 @@ def test_few_classes_have_no_top5_and_absent_ones_a_row_of_zeros() -> None:
 def test_outputs_that_are_not_finite_are_told() -> None:
     logits = np.zeros((4, 3), np.float32)
     logits[1, 2], logits[3, 0] = np.nan, np.inf
-    with pytest.raises(DataError, match=r"outputs for 2 of 4 test pictures are NaN or infinite; lower optim.lr"):
+    with pytest.raises(DataError, match=r"outputs for 2 of 4 test images are NaN or infinite; lower optim.lr"):
         accuracy_of(logits, np.zeros(4, int))

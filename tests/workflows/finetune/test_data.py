@@ -1,4 +1,4 @@
-"""Labelled pictures: parts of the labels, numbering of classes, and what is done to training pictures."""
+"""Labeled images: parts of the labels, numbering of classes, and what is done to training images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.data.loader import seeded
 from unlabeled.workflows.finetune import data
 from unlabeled.workflows.finetune.config import AugmentConfig, FinetuneConfig
-from unlabeled.workflows.finetune.data import TrainTransform, open_labelled, stratified
+from unlabeled.workflows.finetune.data import TrainTransform, open_labeled, stratified
 
 NAMES = ("a", "b", "c")
 
@@ -40,7 +40,7 @@ def test_a_part_of_the_labels_is_the_same_part_of_every_class() -> None:
 
 
 def test_the_fraction_is_what_training_sees_and_testing_does_not(sources: dict[str, MemorySource]) -> None:
-    train, test = open_labelled(config(label_fraction=0.3))
+    train, test = open_labeled(config(label_fraction=0.3))
     assert (len(train), len(test)) == (9, 9)
     for index in range(9):
         assert train.source.describe(index).startswith("train")
@@ -52,16 +52,16 @@ def test_the_fraction_is_what_training_sees_and_testing_does_not(sources: dict[s
 def test_test_classes_are_renumbered_by_name(sources: dict[str, MemorySource]) -> None:
     sources["test"].classes = ("blue", "red")
     sources["test"]._labels = torch.tensor([0, 1, 0, 1, 1, 1, 0, 0, 0])
-    _, test = open_labelled(config())
+    _, test = open_labeled(config())
     assert test.labels.tolist() == [2, 0, 2, 0, 0, 0, 2, 2, 2]
     sources["test"].classes = ("blue", "violet")
     with pytest.raises(DataError, match="test class 'violet' is not among the 3 training classes"):
-        open_labelled(config())
+        open_labeled(config())
 
 
-def test_pictures_without_a_label_are_left_out(sources: dict[str, MemorySource]) -> None:
+def test_images_without_a_label_are_left_out(sources: dict[str, MemorySource]) -> None:
     sources["train"]._labels = torch.tensor([-1, 0, 1] * 10)
-    train, _ = open_labelled(config())
+    train, _ = open_labeled(config())
     assert len(train) == 20
     assert train.labels.tolist() == [0, 1] * 10
     assert train.source.describe(0) == "train-1.png"
@@ -70,31 +70,31 @@ def test_pictures_without_a_label_are_left_out(sources: dict[str, MemorySource])
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([1] * 30, "all training pictures are of class 'green'"),
-        ([-1] * 30, "no picture of the training split has a label"),
+        ([1] * 30, "all training images are of class 'green'"),
+        ([-1] * 30, "no image of the training split has a label"),
         ([0, 1, 3] * 10, "training label 3 is outside the 3 classes"),
     ],
 )
 def test_labels_that_teach_nothing(sources: dict[str, MemorySource], labels: list[int], message: str) -> None:
     sources["train"]._labels = torch.tensor(labels)
     with pytest.raises(DataError, match=message):
-        open_labelled(config())
+        open_labeled(config())
 
 
 def test_no_labels_at_all(sources: dict[str, MemorySource]) -> None:
     sources["train"].classes = None
     with pytest.raises(DataError, match="the training split has no labels"):
-        open_labelled(config())
+        open_labeled(config())
 
 
 def test_strong_policies_never_fail_and_depend_on_the_seed_alone() -> None:
     policy = TrainTransform(AugmentConfig(auto="rand-m10-n5-inc1"), (16, 16), (0.5, 0.5, 0.5))
-    picture = torch.randint(0, 256, (3, 20, 24), dtype=torch.uint8)
+    image = torch.randint(0, 256, (3, 20, 24), dtype=torch.uint8)
     for seed in range(40):  # among five of fifteen operations at full strength is posterize, down to no bits
         with seeded(seed):
-            first = policy(picture)["image"]
+            first = policy(image)["image"]
         with seeded(seed):
-            assert torch.equal(first, policy(picture)["image"])
+            assert torch.equal(first, policy(image)["image"])
 
 
 def test_no_bits_are_black() -> None:

@@ -12,9 +12,9 @@ from timm.data.mixup import one_hot
 from torch import Tensor
 
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
-from unlabeled.ssl.train.optimizer import create_optimizer, parameter_groups, set_rates
-from unlabeled.workflows.finetune.config import AugmentConfig, FinetuneOptim, NetworkConfig
-from unlabeled.workflows.finetune.network import classifier_network
+from unlabeled.ssl.train.optimizer import create_optimizer, parameter_groups, set_learning_rates
+from unlabeled.workflows.finetune.classifier import create_classifier_backbone
+from unlabeled.workflows.finetune.config import AugmentConfig, FinetuneOptim, ModelConfig
 from unlabeled.workflows.finetune.task import Finetune, FinetuneTask
 
 CLASSES = 4
@@ -31,7 +31,7 @@ def resnet() -> Backbone:
 
 def task(target: Backbone | None = None, **settings: object) -> Finetune:
     torch.manual_seed(0)
-    network = classifier_network(target or vit(), CLASSES, NetworkConfig())
+    network = create_classifier_backbone(target or vit(), CLASSES, ModelConfig())
     return Finetune(FinetuneTask.model_validate({"classes": CLASSES, **settings}), network).train()
 
 
@@ -53,17 +53,17 @@ def test_the_loss_is_smoothed_cross_entropy() -> None:
 
 
 @pytest.mark.parametrize("alphas", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}])
-def test_mixed_targets_sum_to_one_and_say_what_is_in_the_picture(alphas: dict[str, float]) -> None:
+def test_mixed_targets_sum_to_one_and_say_what_is_in_the_image(alphas: dict[str, float]) -> None:
     made = task(augment=PLAIN | alphas, smoothing=0.1)
     labels = torch.tensor([0, 1])
     smooth = one_hot(labels, CLASSES, on_value=0.9 + 0.1 / CLASSES, off_value=0.1 / CLASSES)
     found = set()
     for seed in range(6):
         torch.manual_seed(seed)
-        pictures = torch.stack([torch.zeros(3, 16, 16), torch.ones(3, 16, 16)])
-        images, targets = made.mixed(pictures, labels)
+        drawn = torch.stack([torch.zeros(3, 16, 16), torch.ones(3, 16, 16)])
+        images, targets = made.mixed(drawn, labels)
         assert targets.sum(1) == pytest.approx(torch.ones(2))
-        share = 1 - images[0].mean().item()  # of the first picture in the first place, by area or by weight
+        share = 1 - images[0].mean().item()  # of the first image in the first place, by area or by weight
         torch.testing.assert_close(targets[0], share * smooth[0] + (1 - share) * smooth[1], atol=1e-5, rtol=0)
         found.add(round(share, 3))
     assert len(found) > 3
@@ -82,10 +82,10 @@ def test_mixing_is_a_function_of_torchs_generator_and_leaves_the_others_alone() 
     assert drawn[0] == drawn[1] != made(data).loss.item()
 
 
-def test_without_mixing_labels_stay_and_erasing_alone_changes_pictures() -> None:
+def test_without_mixing_labels_stay_and_erasing_alone_changes_images() -> None:
     made = task(augment=PLAIN | {"erase": 1.0})
-    pictures, labels = torch.zeros(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
-    images, targets = made.mixed(pictures.clone(), labels)
+    drawn, labels = torch.zeros(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
+    images, targets = made.mixed(drawn.clone(), labels)
     assert targets is labels
     assert ((images != 0).flatten(1).any(1)).all()
 
@@ -121,7 +121,7 @@ def test_the_count_of_averages_goes_on_after_a_restart() -> None:
 def test_rates_fall_with_depth_as_in_the_papers_and_tokens_do_not_decay() -> None:
     made, config = task(vit(depth=3)), FinetuneOptim(layer_decay=0.5, weight_decay=0.05)
     optimizer = create_optimizer(made, config)
-    set_rates(optimizer, lr=1.0, weight_decay=0.05)
+    set_learning_rates(optimizer, lr=1.0, weight_decay=0.05)
     rates, decays = {}, {}
     for group, settings in zip(parameter_groups(made, config), optimizer.param_groups, strict=True):
         for name in group["names"]:

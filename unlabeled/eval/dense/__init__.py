@@ -1,1 +1,1 @@
-"""What a network sees in single places of a picture: maps, attention, segmentation, objects."""
+"""What a network sees in single places of an image: maps, attention, segmentation, objects."""

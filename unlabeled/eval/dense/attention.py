@@ -2,7 +2,7 @@
 
 Read by hooks around one ordinary forward pass; a network that keeps no such block gives None.
 
-Shapes: B pictures, P prefix tokens (class, distillation, registers), L = gh gw places in raster order, N = P + L.
+Shapes: B images, P prefix tokens (class, distillation, registers), L = gh gw places in raster order, N = P + L.
 """
 
 from __future__ import annotations

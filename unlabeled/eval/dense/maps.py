@@ -1,6 +1,6 @@
-"""What a network sees in single places, as pictures: components of its map, attention, and similarity to one place.
+"""What a network sees in single places, as images: components of its map, attention, and similarity to one place.
 
-Shapes: B pictures of (h, w) pixels, (gh, gw) places, C channels.
+Shapes: B images of (h, w) pixels, (gh, gw) places, C channels.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unlabeled.eval.dense.attention import class_attention
-from unlabeled.eval.dense.places import fine_level
+from unlabeled.eval.dense.dense_features import fine_level
 from unlabeled.eval.dense.simpool import SimPool
 from unlabeled.eval.dense.tiles import enlarged, heat, stretched, tiled
 from unlabeled.eval.features.extract import Resize, evaluating
@@ -18,35 +18,35 @@ from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.level_map import LevelMap
 
 CAPTIONS = {
-    "pca": "first three principal components of the map over all pictures, as red, green and blue",
+    "pca": "first three principal components of the map over all images, as red, green and blue",
     "attention": "attention of the class token in the last block, mean of its heads",
     "pooling": "attention of the mean to the places (SimPool with nothing trained)",
     "similarity": "cosine of each place to the marked one",
 }
-"""Key of `map_pictures` → what the picture shows; there is either ``attention`` or ``pooling``."""
+"""Key of `map_images` → what the image shows; there is either ``attention`` or ``pooling``."""
 
 
 @torch.no_grad()
-def map_pictures(
+def map_images(
     backbone: Backbone,
     images: Tensor,
     *,
     device: torch.device | str = "cpu",
     foreground: float | None = None,
-    place: tuple[float, float] = (0.5, 0.5),
+    position: tuple[float, float] = (0.5, 0.5),
 ) -> dict[str, Tensor]:
-    """Pictures uint8 (3, H, W), for a report, of the places of `images` uint8 (B, 3, h, w): see `CAPTIONS`.
+    """Images uint8 (3, H, W), for a report, of the places of `images` uint8 (B, 3, h, w): see `CAPTIONS`.
 
-    Each has the pictures above and what is seen in them below. Pictures of another size than the network's are resized
+    Each has the images above and what is seen in them below. Images of another size than the network's are resized
     whole. `foreground`: shows components only where the first one, 0..1 and larger on what lies inside, is above it.
-    `place`: (down, across) of the place that others are compared with, 0..1.
+    `position`: (down, across) of the place that others are compared with, 0..1.
 
     The map is the last one, after the final norm, or the deepest that is fine enough. A network without a class token
     has ``pooling`` in place of ``attention``. Raises CapabilityError for a network without maps.
     """
-    backbone.require({"dense_map"}, task="pictures of its feature map")
+    backbone.require({"dense_map"}, task="images of its feature map")
     images = torch.stack([Resize(backbone.input_size)(image) for image in images.cpu()])
-    level, last = (LevelMap(backbone, index, task="pictures") for index in (fine_level(backbone), -1))
+    level, last = (LevelMap(backbone, index, task="images") for index in (fine_level(backbone), -1))
     backbone.to(device)
     with evaluating(backbone):
         normal = backbone.normalize(images.to(device))
@@ -56,32 +56,32 @@ def map_pictures(
     if looks is None:
         looks = SimPool.untrained(maps.shape[1]).attention(maps)
     rows, columns = maps.shape[2:]
-    down, across = (min(int(at * count), count - 1) for at, count in zip(place, (rows, columns), strict=True))
+    down, across = (min(int(at * count), count - 1) for at, count in zip(position, (rows, columns), strict=True))
     shares = stretched(looks.float().cpu(), (1, 2))
     alike = similarity(maps, (down, across))
-    colours = (components(maps, foreground) * 255).round().to(torch.uint8)
+    colors = (components(maps, foreground) * 255).round().to(torch.uint8)
     size = images.shape[2:]
     marked = torch.stack([_marked(image, (down, across), (rows, columns)) for image in images])
     return {
-        "pca": tiled([list(images), [enlarged(one, size) for one in colours]]),
+        "pca": tiled([list(images), [enlarged(one, size) for one in colors]]),
         name: tiled([list(images), [heat(one, image) for one, image in zip(shares, images, strict=True)]]),
         "similarity": tiled([list(marked), [heat(one, image) for one, image in zip(alike, images, strict=True)]]),
     }
 
 
 def components(maps: Tensor, foreground: float | None = None) -> Tensor:
-    """First three principal components over the places of all pictures, each stretched to 0..1: (B, 3, gh, gw).
+    """First three principal components over the places of all images, each stretched to 0..1: (B, 3, gh, gw).
 
-    Of maps (B, C, gh, gw). The first one is turned so that it is larger inside of the pictures than at their borders.
-    With `foreground` places whose first component is not above it are 0, and the colours are components of the rest
+    Of maps (B, C, gh, gw). The first one is turned so that it is larger inside of the images than at their borders.
+    With `foreground` places whose first component is not above it are 0, and the colors are components of the rest
     (as in Oquab et al., DINOv2, 2023, arXiv 2304.07193, figure 1).
     """
     batch, _, rows, columns = maps.shape
-    places = maps.permute(0, 2, 3, 1).flatten(0, 2).double()
+    positions = maps.permute(0, 2, 3, 1).flatten(0, 2).double()
     border = torch.ones(batch, rows, columns, dtype=torch.bool, device=maps.device)
     border[:, 1:-1, 1:-1] = False
     border = border.flatten()
-    found = _principal(places)
+    found = _principal(positions)
     inside, outside = found[~border, 0], found[border, 0]
     if len(inside) and float(inside.mean()) < float(outside.mean()):
         found[:, 0] = -found[:, 0]
@@ -90,35 +90,35 @@ def components(maps: Tensor, foreground: float | None = None) -> Tensor:
         kept = found[:, 0] > foreground
         found = torch.zeros_like(found)
         if bool(kept.any()):
-            found[kept] = stretched(_principal(places[kept]), (0,))
+            found[kept] = stretched(_principal(positions[kept]), (0,))
     return found.float().view(batch, rows, columns, 3).permute(0, 3, 1, 2)
 
 
-def similarity(maps: Tensor, place: tuple[int, int]) -> Tensor:
-    """Cosine of each place of maps (B, C, gh, gw) to the one in row and column `place`, below 0 as 0: (B, gh, gw)."""
+def similarity(maps: Tensor, position: tuple[int, int]) -> Tensor:
+    """Cosine of each position of maps (B, C, gh, gw) to the one at row and column `position`, >= 0: (B, gh, gw)."""
     unit = F.normalize(maps, dim=1)
-    return (unit * unit[:, :, place[0], place[1], None, None]).sum(dim=1).clamp(min=0)
+    return (unit * unit[:, :, position[0], position[1], None, None]).sum(dim=1).clamp(min=0)
 
 
 def _principal(rows: Tensor) -> Tensor:
     """First three principal components of float64 (N, C): (N, 3), those that there are not are 0.
 
-    The sign of each is that of its largest loading, so that the same rows always give the same colours.
+    The sign of each is that of its largest loading, so that the same rows always give the same colors.
     """
-    centred = rows - rows.mean(dim=0)
-    _, vectors = torch.linalg.eigh(centred.T @ centred)
+    centered = rows - rows.mean(dim=0)
+    _, vectors = torch.linalg.eigh(centered.T @ centered)
     basis = vectors.flip(1)[:, :3]
     largest = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
-    found = centred @ (basis * largest.sign())
+    found = centered @ (basis * largest.sign())
     return F.pad(found, (0, 3 - found.shape[1]))
 
 
-def _marked(image: Tensor, place: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """The picture uint8 (3, h, w) with one place of its `grid` filled with red."""
+def _marked(image: Tensor, position: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """The image uint8 (3, h, w) with one place of its `grid` filled with red."""
     top, left, bottom, right = (
         round((at + end) * side / count)
         for end in (0, 1)
-        for at, side, count in zip(place, image.shape[1:], grid, strict=True)
+        for at, side, count in zip(position, image.shape[1:], grid, strict=True)
     )
     marked = image.clone()
     marked[:, top : max(bottom, top + 1), left : max(right, left + 1)] = torch.tensor([255, 0, 0])[:, None, None]

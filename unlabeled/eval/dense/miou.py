@@ -1,6 +1,6 @@
-"""Mean intersection over union of a test set, with an interval from its pictures.
+"""Mean intersection over union of a test set, with an interval from its images.
 
-Shapes: N pictures, K classes with the background.
+Shapes: N images, K classes with the background.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ class Overlap(NamedTuple):
 
 
 def overlap(truth: Tensor, predicted: Tensor, classes: int, ignore: int = 255) -> Overlap:
-    """Of each picture by itself, (B, K), for masks (B, h, w); pixels whose truth is `ignore` count nowhere."""
+    """Of each image by itself, (B, K), for masks (B, h, w); pixels whose truth is `ignore` count nowhere."""
     known = truth != ignore
-    picture = torch.arange(len(truth), device=truth.device)[:, None, None] * classes
+    image = torch.arange(len(truth), device=truth.device)[:, None, None] * classes
 
     def counted(values: Tensor, among: Tensor) -> npt.NDArray[np.int64]:
-        found = torch.bincount((values.long() + picture)[among], minlength=len(truth) * classes)
+        found = torch.bincount((values.long() + image)[among], minlength=len(truth) * classes)
         return found.view(len(truth), classes).cpu().numpy().astype(np.int64)
 
     return Overlap(counted(truth, known & (truth == predicted)), counted(truth, known), counted(predicted, known))
 
 
 def joined(parts: list[Overlap]) -> Overlap:
-    """All pictures of several batches."""
+    """All images of several batches."""
     return Overlap(*(np.concatenate(one) for one in zip(*parts, strict=True)))
 
 
@@ -66,7 +66,7 @@ def pixel_accuracy(counts: Overlap) -> Floats:
 def estimates(counts: Overlap, seed: int) -> tuple[Estimate, Estimate]:
     """(mean IoU, pixel accuracy) of the whole test set from counts (N, K).
 
-    The 95 % intervals are percentiles over test sets of as many pictures drawn with replacement.
+    The 95 % intervals are percentiles over test sets of as many images drawn with replacement.
     """
     whole = Overlap(*(one.sum(axis=0) for one in counts))
     random, total = np.random.default_rng(seed), len(counts.hits)

@@ -1,6 +1,6 @@
 """SimPool: pooling by the attention of the mean to the places (Psomas et al., ICCV 2023, arXiv 2309.06891).
 
-Shapes: B pictures, N places, D channels.
+Shapes: B images, N places, D channels.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ class SimPool(nn.Module):
     (a · (v - min v + 1e-6)^gamma)^(1/gamma), element by element, or a · v without `gamma`. The paper takes gamma 1.25
     for transformers and 2 for ConvNets.
 
-    The minimum is that of one picture, so that a picture's result does not depend on its batch. The authors'
-    implementation (github.com/billpsomas/simpool) takes that of the whole batch; `official` does the same.
+    The minimum is that of one image, so that an image's result does not depend on its batch. The authors'
+    implementation (github.com/billpsomas/simpool) takes that of the whole batch; `reference` does the same.
     """
 
     def __init__(
-        self, dim: int, *, gamma: float | None = 1.25, learned_beta: bool = False, official: bool = False
+        self, dim: int, *, gamma: float | None = 1.25, learned_beta: bool = False, reference: bool = False
     ) -> None:
         """`learned_beta`: a trained scalar, at first 0, is added to `gamma`, which must then be given."""
         super().__init__()
         if learned_beta and gamma is None:
             raise ValueError("learned_beta: has no effect without gamma; give gamma, such as 1.25")
-        self.dim, self.gamma, self.official = dim, gamma, official
+        self.dim, self.gamma, self.reference = dim, gamma, reference
         self.norm = nn.LayerNorm(dim, eps=_EPS)
         self.query = nn.Linear(dim, dim, bias=False)
         self.key = nn.Linear(dim, dim, bias=False)
@@ -46,30 +46,30 @@ class SimPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Places (B, N, D), prefix tokens left out, or a map (B, D, H, W) → (B, D)."""
-        places = _places(x)
-        values = self.norm(places)
-        weights = self._weights(places, values).unsqueeze(1)  # (B, 1, N)
+        positions = _positions(x)
+        values = self.norm(positions)
+        weights = self._weights(positions, values).unsqueeze(1)  # (B, 1, N)
         if self.gamma is None:
             return torch.squeeze(weights @ values, 1)
         with torch.autocast(x.device.type, enabled=False):  # powers near 1e-6 need float32
             values = values.float()
-            least = values.amin() if self.official else values.amin(dim=(1, 2), keepdim=True)
+            least = values.amin() if self.reference else values.amin(dim=(1, 2), keepdim=True)
             power = self.gamma if self.beta is None else self.gamma + self.beta
             mixed: Tensor = weights.float() @ (values - least + _EPS).pow(power)
             return mixed.pow(1 / power).squeeze(1)
 
     def attention(self, x: Tensor) -> Tensor:
-        """The weight of each place: (B, N), or (B, H, W) for a map; each picture's sum to 1."""
-        places = _places(x)
-        weights = self._weights(places, self.norm(places))
+        """The weight of each place: (B, N), or (B, H, W) for a map; each image's sum to 1."""
+        positions = _positions(x)
+        weights = self._weights(positions, self.norm(positions))
         return weights.view(-1, *x.shape[2:]) if x.ndim == 4 else weights
 
-    def _weights(self, places: Tensor, values: Tensor) -> Tensor:
-        query = self.query(places.mean(dim=1, keepdim=True))  # (B, 1, D)
+    def _weights(self, positions: Tensor, values: Tensor) -> Tensor:
+        query = self.query(positions.mean(dim=1, keepdim=True))  # (B, 1, D)
         logits: Tensor = (query @ self.key(values).transpose(1, 2)).squeeze(1) * self.dim**-0.5
         return logits.softmax(dim=1)
 
 
-def _places(x: Tensor) -> Tensor:
+def _positions(x: Tensor) -> Tensor:
     """(B, N, D) from that or from a map (B, D, H, W)."""
     return x.flatten(2).transpose(1, 2) if x.ndim == 4 else x

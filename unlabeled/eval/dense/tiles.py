@@ -1,4 +1,4 @@
-"""Pictures for the report made of pictures: tiles in rows, classes and heat as colours.
+"""Images for the report made of images: tiles in rows, classes and heat as colors.
 
 Shapes: (h, w) pixels of one tile.
 """
@@ -23,7 +23,7 @@ _SMALLEST = 96
 
 
 def tiled(rows: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Rows of pictures uint8 (3, h, w), all of one size, on white: uint8 (3, H, W). Small ones are enlarged."""
+    """Rows of images uint8 (3, h, w), all of one size, on white: uint8 (3, H, W). Small ones are enlarged."""
     tiles = torch.stack([tile.cpu() for row in rows for tile in row])
     factor = max(1, -(-_SMALLEST // min(tiles.shape[2:])))
     tiles = tiles.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
@@ -31,17 +31,17 @@ def tiled(rows: Sequence[Sequence[Tensor]]) -> Tensor:
     return grid
 
 
-def class_colours(mask: Tensor, image: Tensor, ignore: int = 255) -> Tensor:
-    """Classes (h, w) as colours over the grey picture uint8 (3, h, w); background is dark, `ignore` white."""
+def class_colors(mask: Tensor, image: Tensor, ignore: int = 255) -> Tensor:
+    """Classes (h, w) as colors over the gray image uint8 (3, h, w); background is dark, `ignore` white."""
     table = _palette()
-    colours = table[torch.where(mask == ignore, 255, mask.long() % 255)].permute(2, 0, 1).float()
-    grey = image.float().mean(dim=0, keepdim=True)
-    return (0.7 * colours + 0.3 * grey).round().to(torch.uint8)
+    colors = table[torch.where(mask == ignore, 255, mask.long() % 255)].permute(2, 0, 1).float()
+    gray = image.float().mean(dim=0, keepdim=True)
+    return (0.7 * colors + 0.3 * gray).round().to(torch.uint8)
 
 
 @functools.cache
 def _palette() -> Tensor:
-    """uint8 (256, 3): 0 black, 255 white, between them twenty colours in turn."""
+    """uint8 (256, 3): 0 black, 255 white, between them twenty colors in turn."""
     cycle = np.rint(np.array([colormaps["tab20"](number)[:3] for number in range(20)]) * 255)
     rows = cycle[np.arange(-1, 255) % 20].astype(np.uint8)
     rows[0], rows[255] = 0, 255
@@ -49,16 +49,16 @@ def _palette() -> Tensor:
 
 
 def heat(values: Tensor, image: Tensor) -> Tensor:
-    """Values (gh, gw), at most 0..1, as colours over the grey picture uint8 (3, h, w) whose places they are."""
+    """Values (gh, gw), at most 0..1, as colors over the gray image uint8 (3, h, w) whose places they are."""
     table = torch.from_numpy(np.rint(colormaps["inferno"](np.arange(256))[:, :3] * 255))
-    colours = table[(values.cpu().float().clamp(0, 1) * 255).round().long()].permute(2, 0, 1)
-    grey = image.cpu().float().mean(dim=0, keepdim=True)
-    return (0.7 * enlarged(colours.float(), tuple(image.shape[1:])) + 0.3 * grey).clamp(0, 255).round().to(torch.uint8)
+    colors = table[(values.cpu().float().clamp(0, 1) * 255).round().long()].permute(2, 0, 1)
+    gray = image.cpu().float().mean(dim=0, keepdim=True)
+    return (0.7 * enlarged(colors.float(), tuple(image.shape[1:])) + 0.3 * gray).clamp(0, 255).round().to(torch.uint8)
 
 
-def enlarged(picture: Tensor, size: tuple[int, ...]) -> Tensor:
+def enlarged(image: Tensor, size: tuple[int, ...]) -> Tensor:
     """(3, gh, gw) → (3, h, w), each place a block."""
-    found: Tensor = tv.resize(picture, list(size), interpolation=InterpolationMode.NEAREST_EXACT)
+    found: Tensor = tv.resize(image, list(size), interpolation=InterpolationMode.NEAREST_EXACT)
     return found
 
 

@@ -1,4 +1,4 @@
-"""TokenCut: one object of a picture, found by cutting the graph of its places in two (Wang et al., CVPR 2022).
+"""TokenCut: one object of an image, found by cutting the graph of its places in two (Wang et al., CVPR 2022).
 
 arXiv 2202.11539, repository github.com/YangtaoWANG95/TokenCut. Nothing is trained, nothing but features is looked at.
 
@@ -19,25 +19,25 @@ _EPS = 1e-5
 """Weight of the edge between places that are not alike."""
 
 
-class Cut(NamedTuple):
-    """The object of one picture."""
+class NormalizedCut(NamedTuple):
+    """The object of one image."""
 
     box: tuple[int, int, int, int]
     """In places."""
     object: npt.NDArray[np.bool_]
     """(gh, gw): the component of the seed."""
     vector: npt.NDArray[np.float64]
-    """(gh, gw): the second smallest generalised eigenvector, positive at the seed; 0 where there is nothing to cut."""
+    """(gh, gw): the second smallest generalized eigenvector, positive at the seed; 0 where there is nothing to cut."""
     value: float
     """Its eigenvalue: near 0 for two groups that share nothing, near 1 for one group."""
 
 
-def cut(features: Floats, tau: float = 0.2) -> Cut:
+def cut(features: Floats, tau: float = 0.2) -> NormalizedCut:
     """Cuts the places of `features` (C, gh, gw) in two and keeps what is connected to the strongest.
 
     Places of cosine above `tau` are joined by 1, others by 1e-5 (W); y is the second smallest solution of
     (D - W) y = λ D y with D the degrees. The side of y's mean on which |y| is largest is the object's, and of it the
-    4-connected component around that place. Where all places are alike the object is the whole picture.
+    4-connected component around that place. Where all places are alike the object is the whole image.
     """
     grid = features.shape[1:]
     rows = features.reshape(len(features), -1).T.astype(np.float64)
@@ -54,7 +54,7 @@ def cut(features: Floats, tau: float = 0.2) -> Cut:
     found = components == components.flat[seed]
     down, across = (np.flatnonzero(found.any(axis=axis)) for axis in (1, 0))
     box = (int(across[0]), int(down[0]), int(across[-1]) + 1, int(down[-1]) + 1)
-    return Cut(box, found, vector.reshape(grid), value)
+    return NormalizedCut(box, found, vector.reshape(grid), value)
 
 
 def second_eigenvector(weights: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], float]:

@@ -16,9 +16,9 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 
 from unlabeled.eval.base import Evaluator, EvaluatorConfig, FloatArray, IntArray, Measure, Value, check_features
+from unlabeled.eval.encoded_dataset import EncodedDataset
 from unlabeled.eval.neighbors.faiss_threads import faiss_threads
 from unlabeled.eval.neighbors.search import normalized
-from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.core.seeds import derive
 
@@ -30,23 +30,24 @@ _MEASURES = {
 
 
 class ClusterConfig(EvaluatorConfig):
-    """k-means on the test features through faiss, compared with the classes."""
+    """Clusters the test features with k-means and compares the clusters with the classes."""
 
     restarts: int = Field(5, ge=1)
-    """Runs from other starting points; the one of the best objective counts."""
+    """Runs from different starting points; the one with the best objective counts. [runs]"""
     iterations: int = Field(50, ge=1)
-    """Of each run."""
+    """Iterations of each run. [iterations]"""
     spherical: bool = True
-    """Features and centroids of unit length, compared by cosine; false: as they are, by Euclidean distance."""
+    """Scale features and centroids to unit length, so that they are compared by cosine; false: compare them by
+    Euclidean distance."""
 
 
 class ClusterEvaluator(Evaluator):
-    """Agreement of k-means clusters of the test pictures with their classes, k being the number of these classes.
+    """Agreement of k-means clusters of the test images with their classes, k being the number of these classes.
 
     Yields ``accuracy`` (each cluster stands for one class, matched for the best total), ``nmi`` (mutual information
     over the mean of both entropies, 0..1), ``ari`` (adjusted Rand index, 0 by chance, 1 at best), and ``clusters``
     int64 (N,), numbered by the class that they are matched to. Where fewer distinct features than classes exist, k is
-    cut, which a ``note`` says. Raises DataError when all test pictures are of one class.
+    cut, which a ``note`` says. Raises DataError when all test images are of one class.
     """
 
     name: ClassVar = "cluster"
@@ -61,14 +62,14 @@ class ClusterEvaluator(Evaluator):
     def measure(cls, key: str) -> Measure | None:
         return _MEASURES.get(key)
 
-    def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
-        data = subject.features
+    def run(self, dataset: EncodedDataset) -> Iterator[tuple[str, Value]]:
+        data = dataset.features
         check_features(data)
         truth = data.test.labels
         classes = np.unique(truth)
         if len(classes) < 2:
             raise DataError(
-                f"evaluate.cluster: all test pictures are of class {data.classes[int(classes[0])]!r}, so clusters "
+                f"evaluate.cluster: all test images are of class {data.classes[int(classes[0])]!r}, so clusters "
                 "cannot be compared with classes; give test data of at least two"
             )
         rows = normalized(data.test.features) if self.config.spherical else np.ascontiguousarray(data.test.features)
@@ -85,9 +86,9 @@ class ClusterEvaluator(Evaluator):
             restarts=self.config.restarts,
             iterations=self.config.iterations,
             spherical=self.config.spherical,
-            seed=derive(subject.seed, "cluster"),
+            seed=derive(dataset.seed, "cluster"),
         )
-        counts = contingency_matrix(truth, found)  # (classes, clusters that hold a picture)
+        counts = contingency_matrix(truth, found)  # (classes, clusters that hold an image)
         matched, columns = linear_sum_assignment(counts, maximize=True)
         yield "accuracy", _MEASURES["accuracy"].of(float(counts[matched, columns].sum() / len(truth)))
         yield "nmi", _MEASURES["nmi"].of(float(normalized_mutual_info_score(truth, found)))

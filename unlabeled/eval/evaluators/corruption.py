@@ -1,4 +1,4 @@
-"""How much of the accuracy is left on corrupted test pictures, under one classifier fitted to clean training features.
+"""How much of the accuracy is left on corrupted test images, under one classifier fitted to clean training features.
 
 After ImageNet-C (Hendrycks & Dietterich 2019, 1903.12261); its mCE divides by the errors of an AlexNet, which is not at
 hand for any data. The accuracy kept, mean accuracy under corruption over clean accuracy, stands in its place.
@@ -18,59 +18,59 @@ from torch import Tensor
 
 from unlabeled.eval.base import Estimate, Evaluator, EvaluatorConfig, FloatArray, IntArray, Measure, Value
 from unlabeled.eval.corruptions import CorruptedSource, CorruptionName
+from unlabeled.eval.encoded_dataset import EncodedDataset
 from unlabeled.eval.evaluators.knn import KnnConfig, KnnEvaluator
 from unlabeled.eval.evaluators.linear import LinearConfig, LinearEvaluator
 from unlabeled.eval.evaluators.spectrum import chosen
-from unlabeled.eval.features.extract import EvalTransform, PictureTransform, Resize, pixel_size, raw_pixels
+from unlabeled.eval.features.extract import EvalTransform, ImageTransform, Resize, pixel_size, raw_pixels
 from unlabeled.eval.intervals import wilson
-from unlabeled.eval.subject import Subject
 
 _K = 20
 _SHOWN = 96
-"""Pixels to which pictures in the report are enlarged at least."""
+"""Pixels to which images in the report are enlarged at least."""
 _Z95 = 1.96
 
 Hits = npt.NDArray[np.bool_]
 
 
 _MEASURES = {
-    "clean": Measure("accuracy on the same pictures, clean", "percent"),
+    "clean": Measure("accuracy on the same images, clean", "percent"),
     "mean": Measure("mean accuracy under corruption", "percent"),
     "kept": Measure("accuracy kept under corruption (mean / clean)", "percent"),
 }
 
 
 class CorruptionConfig(EvaluatorConfig):
-    """Accuracy on corrupted test pictures of a classifier fitted to clean features, after ImageNet-C."""
+    """Accuracy on corrupted test images of a classifier trained on clean features, after ImageNet-C."""
 
     corruptions: tuple[CorruptionName, ...] = Field(
         ("gaussian_noise", "gaussian_blur", "jpeg", "brightness"), min_length=1
     )
-    """Which ones, by name."""
+    """Corruptions to apply, by name."""
     severities: tuple[Annotated[int, Field(ge=1, le=5)], ...] = Field((1, 3, 5), min_length=1)
-    """From 1 (weak) to 5."""
-    pictures: int = Field(1000, ge=1)
-    """Test pictures, drawn by the seed."""
+    """Severities to apply, from 1 (weak) to 5 (strong)."""
+    images: int = Field(1000, ge=1)
+    """Test images to use, drawn with the seed. [images]"""
     classifier: Literal["knn", "linear"] = "knn"
-    """kNN with k = 20, or a linear probe with the default settings of ``evaluate.linear``."""
+    """knn: kNN with k = 20. linear: a linear probe with the default settings of evaluate.linear."""
 
 
 class CorruptionEvaluator(Evaluator):
-    """Accuracy on clean and corrupted test pictures of one classifier fitted to the clean training features.
+    """Accuracy on clean and corrupted test images of one classifier fitted to the clean training features.
 
-    kNN with k = 20, or the linear probe with its usual grid. Pictures are corrupted at the size at which the network
-    sees them (`unlabeled.eval.corruptions` says how strongly), raw pixels at theirs; at most ``pictures`` of the test
+    kNN with k = 20, or the linear probe with its usual grid. Images are corrupted at the size at which the network
+    sees them (`unlabeled.eval.corruptions` says how strongly), raw pixels at theirs; at most ``images`` of the test
     split, drawn by the seed.
 
     Yields ``clean``, ``mean`` (over corruptions and severities), ``kept`` (mean over clean; a ``note`` where nothing
-    clean is right) and each corruption's mean, with 95 % intervals over pictures; for each severity
+    clean is right) and each corruption's mean, with 95 % intervals over images; for each severity
     ``gaussian_noise_s3``; ``accuracies`` float64 (corruptions, severities), ``names`` and ``severities`` beside it;
-    ``pictures``, their number; ``examples``, one picture in all its corruptions.
+    ``images``, their number; ``examples``, one image in all its corruptions.
     """
 
     name: ClassVar = "corruption"
-    title: ClassVar = "Corrupted pictures"
-    needs: ClassVar = "pictures"
+    title: ClassVar = "Corrupted images"
+    needs: ClassVar = "images"
     captions: ClassVar = {"examples": "a row for each corruption: clean, then each severity"}
     Config: ClassVar = CorruptionConfig
 
@@ -81,14 +81,14 @@ class CorruptionEvaluator(Evaluator):
     def measure(cls, key: str) -> Measure | None:
         return _under(key) if key in get_args(CorruptionName) else _MEASURES.get(key)
 
-    def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
-        config, test = self.config, subject.features.test
-        rows = chosen(len(test), config.pictures, "corruption", subject.seed)
+    def run(self, dataset: EncodedDataset) -> Iterator[tuple[str, Value]]:
+        config, test = self.config, dataset.features.test
+        rows = chosen(len(test), config.images, "corruption", dataset.seed)
         numbers = rows if test.indices is None else test.indices[rows]
         cells = [(name, severity) for name in config.corruptions for severity in config.severities]
-        sources = [_corrupted(subject, numbers, name, severity) for name, severity in cells]
-        features = [test.features[rows], *(_encoded(subject, source) for source in sources)]
-        hits = self._hits(subject, features, test.labels[rows])
+        sources = [_corrupted(dataset, numbers, name, severity) for name, severity in cells]
+        features = [test.features[rows], *(_encoded(dataset, source) for source in sources)]
+        hits = self._hits(dataset, features, test.labels[rows])
         by_cell = hits[1:].reshape(len(config.corruptions), len(config.severities), -1)
         yield from _accuracies(hits[0], by_cell.mean(axis=(0, 1)))
         for name, part in zip(config.corruptions, by_cell, strict=True):
@@ -98,17 +98,17 @@ class CorruptionEvaluator(Evaluator):
         yield "accuracies", by_cell.mean(axis=2)
         yield "names", np.array(config.corruptions)
         yield "severities", np.array(config.severities)
-        yield "pictures", len(rows)
+        yield "images", len(rows)
         yield "examples", _examples(sources, len(config.corruptions))
 
-    def _hits(self, subject: Subject, features: list[FloatArray], labels: IntArray) -> Hits:
-        """Whether each picture's class is told rightly, (sets, N): all sets meet the same fitted classifier."""
+    def _hits(self, dataset: EncodedDataset, features: list[FloatArray], labels: IntArray) -> Hits:
+        """Whether each image's class is told rightly, (sets, N): all sets meet the same fitted classifier."""
         sets = len(features)
-        asked = replace(subject.features.test, features=np.concatenate(features), labels=np.tile(labels, sets))
-        judged = replace(subject, features=replace(subject.features, test=replace(asked, indices=None)))
+        asked = replace(dataset.features.test, features=np.concatenate(features), labels=np.tile(labels, sets))
+        evaluated = replace(dataset, features=replace(dataset.features, test=replace(asked, indices=None)))
         knn = self.config.classifier == "knn"
         classifier = KnnEvaluator(KnnConfig(k=(_K,))) if knn else LinearEvaluator(LinearConfig())
-        predicted = dict(classifier.run(judged))["predictions"]
+        predicted = dict(classifier.run(evaluated))["predictions"]
         assert isinstance(predicted, np.ndarray)
         return np.asarray(predicted.reshape(sets, -1) == labels)
 
@@ -117,21 +117,21 @@ def _under(corruption: str) -> Measure:
     return Measure(f"accuracy under {corruption.replace('_', ' ')}", "percent")
 
 
-def _corrupted(subject: Subject, numbers: IntArray, name: CorruptionName, severity: int) -> CorruptedSource:
-    source = subject.pictures()[1]
-    prepare: PictureTransform
-    if subject.backbone is None:
+def _corrupted(dataset: EncodedDataset, numbers: IntArray, name: CorruptionName, severity: int) -> CorruptedSource:
+    source = dataset.require_sources()[1]
+    prepare: ImageTransform
+    if dataset.backbone is None:
         prepare = Resize(pixel_size(source))
     else:
-        prepare = EvalTransform(subject.backbone.input_size)
-    return CorruptedSource(source, numbers.tolist(), prepare, name, severity, subject.seed)
+        prepare = EvalTransform(dataset.backbone.input_size)
+    return CorruptedSource(source, numbers.tolist(), prepare, name, severity, dataset.seed)
 
 
-def _encoded(subject: Subject, source: CorruptedSource) -> FloatArray:
-    load = subject.loading
-    if subject.backbone is None:
+def _encoded(dataset: EncodedDataset, source: CorruptedSource) -> FloatArray:
+    load = dataset.loading
+    if dataset.backbone is None:
         return raw_pixels(source, batch_size=load.batch_size, workers=load.workers).features
-    return subject.encode(source).features
+    return dataset.encode(source).features
 
 
 def _accuracies(clean: Hits, corrupted: FloatArray) -> Iterator[tuple[str, Value]]:
@@ -140,7 +140,7 @@ def _accuracies(clean: Hits, corrupted: FloatArray) -> Iterator[tuple[str, Value
     yield "clean", _MEASURES["clean"].of(Estimate(accuracy, *wilson(accuracy, count)))
     yield "mean", _MEASURES["mean"].of(_mean(corrupted))
     if accuracy == 0:
-        yield "note", "no clean picture is told rightly, so that nothing can be kept under corruption"
+        yield "note", "no clean image is told rightly, so that nothing can be kept under corruption"
         return
     kept = float(corrupted.mean()) / accuracy
     half = _Z95 * float((corrupted - kept * clean).std()) / accuracy / count**0.5
@@ -148,16 +148,16 @@ def _accuracies(clean: Hits, corrupted: FloatArray) -> Iterator[tuple[str, Value
 
 
 def _mean(parts: FloatArray) -> Estimate:
-    """Mean of the pictures' shares of right answers, (N,), with the normal interval over pictures."""
+    """Mean of the images' shares of right answers, (N,), with the normal interval over images."""
     mean, half = float(parts.mean()), _Z95 * float(parts.std()) / len(parts) ** 0.5
     return Estimate(mean, max(0.0, mean - half), min(1.0, mean + half))
 
 
 def _examples(sources: list[CorruptedSource], kinds: int) -> Tensor:
-    """The first picture: a row a corruption; clean, then each severity. uint8 (3, H, W), small ones in blocks."""
+    """The first image: a row a corruption; clean, then each severity. uint8 (3, H, W), small ones in blocks."""
     clean = sources[0].prepare(sources[0].source.read(int(sources[0].indices[0])))
-    pictures = [source.read(0) for source in sources]
-    each = len(pictures) // kinds
-    lines = [torch.cat([clean, *pictures[row * each : (row + 1) * each]], dim=2) for row in range(kinds)]
+    images = [source.read(0) for source in sources]
+    each = len(images) // kinds
+    lines = [torch.cat([clean, *images[row * each : (row + 1) * each]], dim=2) for row in range(kinds)]
     factor = max(1, _SHOWN // min(clean.shape[1:]))
     return torch.cat(lines, dim=1).repeat_interleave(factor, 1).repeat_interleave(factor, 2)

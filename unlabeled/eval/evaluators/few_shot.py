@@ -1,8 +1,8 @@
-"""Few-shot classification: episodes of a few classes with a few labelled pictures each.
+"""Few-shot classification: episodes of a few classes with a few labeled images each.
 
 The CL2N protocol of SimpleShot (Wang et al. 2019, 1911.04623): features less the training split's mean, scaled to unit
 length; a query belongs to the nearest class mean of its episode. The classes are those of the test split. Their labels
-in the training split are not used, but unlike the field's benchmarks the network may have seen pictures of them.
+in the training split are not used, but unlike the field's benchmarks the network may have seen images of them.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from unlabeled.eval.base import (
     Value,
     check_features,
 )
+from unlabeled.eval.encoded_dataset import EncodedDataset
 from unlabeled.eval.neighbors.search import normalized
-from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.core.seeds import derive
 
 
 class FewShotConfig(EvaluatorConfig):
-    """Episodes of nearest class means on centred features of unit length (SimpleShot's CL2N)."""
+    """Classifies by the nearest class mean in few-shot episodes (SimpleShot, CL2N)."""
 
     ways: int = Field(5, ge=2)
-    """Classes of an episode."""
+    """Classes in each episode. [classes]"""
     shots: tuple[int, ...] = (1, 5)
-    """Labelled pictures of each class."""
+    """Labeled images of each class, one result for each number in the list. [images]"""
     queries: int = Field(15, ge=1)
-    """Pictures of each class to be classified."""
+    """Images of each class to classify. [images]"""
     episodes: int = Field(600, ge=2)
-    """Of each number of shots, which give the mean and its interval."""
+    """Episodes for each number of shots; they give the mean and its confidence interval. [episodes]"""
 
 
 class FewShotEvaluator(Evaluator):
     """Mean accuracy of n-way k-shot episodes, for each k of the settings.
 
     Yields ``5way_1shot`` and so on as `Estimate`: mean over the episodes +- 1.96 deviations / sqrt(episodes), as the
-    field does. The interval is about the draw of episodes from these test pictures, not about other test pictures
-    (Lafargue et al. 2024, 2409.02850). Where pictures or classes are too few, queries and then ways are cut, which a
+    field does. The interval is about the draw of episodes from these test images, not about other test images
+    (Lafargue et al. 2024, 2409.02850). Where images or classes are too few, queries and then ways are cut, which a
     ``note`` says; DataError when no two classes can be told apart.
     """
 
@@ -72,11 +72,11 @@ class FewShotEvaluator(Evaluator):
         found = re.fullmatch(r"(\d+)way_(\d+)shot", key)
         return _episodes(int(found[1]), int(found[2])) if found else None
 
-    def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
-        data, config = subject.features, self.config
+    def run(self, dataset: EncodedDataset) -> Iterator[tuple[str, Value]]:
+        data, config = dataset.features, self.config
         check_features(data)
-        centre = data.train.features.mean(axis=0, dtype=np.float64)
-        features = normalized((data.test.features - centre).astype(np.float32))
+        center = data.train.features.mean(axis=0, dtype=np.float64)
+        features = normalized((data.test.features - center).astype(np.float32))
         members = [np.flatnonzero(data.test.labels == label) for label in np.unique(data.test.labels)]
         refused = []
         for shots in dict.fromkeys(config.shots):
@@ -90,7 +90,7 @@ class FewShotEvaluator(Evaluator):
                     f"{shots}-shot: the test split allows {ways} ways and {queries} queries a class, "
                     f"not {config.ways} and {config.queries}",
                 )
-            seed = derive(subject.seed, "few_shot", shots)
+            seed = derive(dataset.seed, "few_shot", shots)
             found = episodes(features, members, ways, shots, queries, config.episodes, seed)
             half = 1.96 * float(found.std(ddof=1)) / math.sqrt(len(found))
             mean = float(found.mean())
@@ -98,11 +98,11 @@ class FewShotEvaluator(Evaluator):
             yield f"{ways}way_{shots}shot", _episodes(ways, shots).of(estimate)
         if len(refused) == len(set(config.shots)):
             raise DataError(
-                f"evaluate.few_shot: no two test classes have {min(refused) + 1} pictures, one more than the shots; "
-                "give more labelled test pictures"
+                f"evaluate.few_shot: no two test classes have {min(refused) + 1} images, one more than the shots; "
+                "give more labeled test images"
             )
         if refused:
-            yield "note", f"no two test classes have pictures enough for {', '.join(map(str, refused))} shots"
+            yield "note", f"no two test classes have images enough for {', '.join(map(str, refused))} shots"
 
 
 def _episodes(ways: int, shots: int) -> Measure:
@@ -110,7 +110,7 @@ def _episodes(ways: int, shots: int) -> Measure:
 
 
 def possible(members: list[IntArray], ways: int, shots: int, queries: int) -> tuple[int, int]:
-    """(ways, queries) that classes of these pictures allow: the wish, else fewer queries, else fewer ways (0: none)."""
+    """(ways, queries) that classes of these images allow: the wish, else fewer queries, else fewer ways (0: none)."""
     spare = sorted((len(rows) - shots for rows in members if len(rows) > shots), reverse=True)[:ways]
     return len(spare), min([queries, *spare])
 
@@ -120,7 +120,7 @@ def episodes(
 ) -> npt.NDArray[np.float64]:
     """Accuracy of each of `count` episodes, float64 (count,).
 
-    `members` are the rows of each class in `features` (N, D); classes and pictures are drawn without replacement.
+    `members` are the rows of each class in `features` (N, D); classes and images are drawn without replacement.
     """
     eligible = [rows for rows in members if len(rows) >= shots + queries]
     generator = np.random.default_rng(seed)
@@ -131,8 +131,8 @@ def episodes(
             generator.choice(eligible[one], shots + queries, replace=False)
             for one in generator.permutation(len(eligible))[:ways]
         ]
-        pictures = features[np.stack(drawn)].astype(np.float64)  # (ways, shots + queries, D)
-        means = pictures[:, :shots].mean(axis=1)
-        distances = (means**2).sum(axis=1) - 2 * pictures[:, shots:] @ means.T  # less |query|^2; (ways, queries, ways)
+        images = features[np.stack(drawn)].astype(np.float64)  # (ways, shots + queries, D)
+        means = images[:, :shots].mean(axis=1)
+        distances = (means**2).sum(axis=1) - 2 * images[:, shots:] @ means.T  # less |query|^2; (ways, queries, ways)
         accuracy[episode] = (distances.argmin(axis=2) == truth).mean()
     return accuracy

@@ -1,4 +1,4 @@
-"""What a network keeps of a picture under augmentation: LiDAR and alignment of several views."""
+"""What a network keeps of an image under augmentation: LiDAR and alignment of several views."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from unlabeled.eval.base import Estimate, Evaluator, EvaluatorConfig, Measure, Value
+from unlabeled.eval.encoded_dataset import EncodedDataset
 from unlabeled.eval.evaluators.spectrum import chosen
 from unlabeled.eval.metrics import lidar, pair_distances
-from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.core.seeds import derive
 from unlabeled.ssl.data.loader import seeded
@@ -29,28 +29,28 @@ _MEASURES = {
 
 
 class InvarianceConfig(EvaluatorConfig):
-    """LiDAR and alignment over crops, flips and colour jitter of training pictures."""
+    """LiDAR and alignment over random crops, flips and color changes of training images."""
 
-    pictures: int = Field(500, ge=2)
-    """Training pictures, drawn by the seed; the paper of LiDAR takes 1000."""
+    images: int = Field(500, ge=2)
+    """Training images to use, drawn with the seed; the LiDAR paper uses 1000. [images]"""
     views: int = Field(10, ge=2)
-    """Of each picture; the paper takes 50."""
+    """Random views of each image; the LiDAR paper uses 50. [views]"""
     scale: float = Field(0.2, gt=0, le=1)
-    """Smallest part of a picture's area that a crop shows."""
+    """Smallest fraction of the image area that a crop covers. [fraction]"""
 
 
 class InvarianceEvaluator(Evaluator):
-    """LiDAR and alignment over crops, flips and colour jitter, the views that most joint-embedding tasks train on.
+    """LiDAR and alignment over crops, flips and color jitter, the views that most joint-embedding tasks train on.
 
     For a task with other views (patches, rotations) they are a common yardstick and not its own LiDAR.
 
-    Yields ``lidar`` (at most ``pictures`` - 1) and ``alignment`` with the 95 % interval of its mean over pictures;
-    ``pictures`` and ``views``, the numbers used; ``distances`` float64 (N,), alignment of each picture.
+    Yields ``lidar`` (at most ``images`` - 1) and ``alignment`` with the 95 % interval of its mean over images;
+    ``images`` and ``views``, the numbers used; ``distances`` float64 (N,), alignment of each image.
     """
 
     name: ClassVar = "invariance"
-    title: ClassVar = "Views of the same picture"
-    needs: ClassVar = "network"
+    title: ClassVar = "Views of the same image"
+    needs: ClassVar = "backbone"
     Config: ClassVar = InvarianceConfig
 
     def __init__(self, config: InvarianceConfig) -> None:
@@ -60,28 +60,28 @@ class InvarianceEvaluator(Evaluator):
     def measure(cls, key: str) -> Measure | None:
         return _MEASURES.get(key)
 
-    def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
-        train, views = subject.features.train, self.config.views
+    def run(self, dataset: EncodedDataset) -> Iterator[tuple[str, Value]]:
+        train, views = dataset.features.train, self.config.views
         readable = np.arange(len(train)) if train.indices is None else train.indices
-        picked = readable[chosen(len(readable), self.config.pictures, "invariance", subject.seed)]
+        picked = readable[chosen(len(readable), self.config.images, "invariance", dataset.seed)]
         if len(picked) < 2:
-            raise DataError(f"evaluate.invariance: {len(picked)} pictures are too few; give at least two")
-        augment = augmentation(subject.network().input_size, self.config.scale)
-        source = ViewSource(subject.pictures()[0], picked.tolist(), views, augment, subject.seed)
-        features = subject.encode(source).features.reshape(len(picked), views, -1)
+            raise DataError(f"evaluate.invariance: {len(picked)} images are too few; give at least two")
+        augment = augmentation(dataset.require_backbone().input_size, self.config.scale)
+        source = ViewSource(dataset.require_sources()[0], picked.tolist(), views, augment, dataset.seed)
+        features = dataset.encode(source).features.reshape(len(picked), views, -1)
         distances = pair_distances(features)
         mean, half = float(distances.mean()), _Z95 * float(distances.std(ddof=1)) / len(picked) ** 0.5
         yield "lidar", _MEASURES["lidar"].of(lidar(features))
         yield "alignment", _MEASURES["alignment"].of(Estimate(mean, mean - half, mean + half))
-        yield "pictures", len(picked)
+        yield "images", len(picked)
         yield "views", views
         yield "distances", distances
 
 
 class ViewSource:
-    """`views` augmented versions of each of the pictures `indices` of another source, all of a picture in a row.
+    """`views` augmented versions of each of the images `indices` of another source, all of an image in a row.
 
-    What is drawn for a version follows from the seed, the picture's index and the version's number.
+    What is drawn for a version follows from the seed, the image's index and the version's number.
     """
 
     classes: Sequence[str] | None = None
@@ -95,21 +95,21 @@ class ViewSource:
         return len(self.indices) * self.views
 
     def read(self, index: int) -> Tensor:
-        picture, view = divmod(index, self.views)
-        image = self.source.read(self.indices[picture])
-        with seeded(derive("view", self.seed, self.indices[picture], view)):
+        position, view = divmod(index, self.views)
+        image = self.source.read(self.indices[position])
+        with seeded(derive("view", self.seed, self.indices[position], view)):
             return self.augment(image)
 
     def labels(self) -> Tensor | None:
         return None
 
     def describe(self, index: int) -> str:
-        picture, view = divmod(index, self.views)
-        return f"{self.source.describe(self.indices[picture])}, view {view} of seed {self.seed}, {self.augment!r}"
+        position, view = divmod(index, self.views)
+        return f"{self.source.describe(self.indices[position])}, view {view} of seed {self.seed}, {self.augment!r}"
 
 
 def augmentation(size: tuple[int, int], scale: float) -> Callable[[Tensor], Tensor]:
-    """uint8 (3, H, W) → uint8 (3, h, w) of `size`: crops of `scale` to 1 of the area, flips, colour jitter (p = 0.8).
+    """uint8 (3, H, W) → uint8 (3, h, w) of `size`: crops of `scale` to 1 of the area, flips, color jitter (p = 0.8).
 
     The jitter is that of SimCLR (Chen et al. 2020, 2002.05709) at half strength, as for CIFAR-10 there.
     """

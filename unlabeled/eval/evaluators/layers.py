@@ -12,10 +12,10 @@ from pydantic import Field
 from torch import Tensor
 
 from unlabeled.eval.base import Evaluator, EvaluatorConfig, FloatArray, IntArray, Measure, Value
+from unlabeled.eval.encoded_dataset import EncodedDataset, Loading, random_twin
 from unlabeled.eval.evaluators.spectrum import chosen
 from unlabeled.eval.features.extract import extract_features
 from unlabeled.eval.metrics import Array, cka_map
-from unlabeled.eval.subject import Loading, Subject, random_twin
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.core.seeds import derive
@@ -37,10 +37,10 @@ _RANDOM = Measure("CKA of the features with those of random weights", "number", 
 
 
 class LayersConfig(EvaluatorConfig):
-    """Similarity (debiased linear CKA) between the layers of the network, and with those of random weights."""
+    """Similarity (debiased linear CKA) between the layers of the network, and to those of random weights."""
 
-    pictures: int = Field(1024, ge=4)
-    """Training pictures, drawn by the seed."""
+    images: int = Field(1024, ge=4)
+    """Training images to use, drawn with the seed. [images]"""
 
 
 class LayersEvaluator(Evaluator):
@@ -55,7 +55,7 @@ class LayersEvaluator(Evaluator):
 
     name: ClassVar = "layers"
     title: ClassVar = "Layers"
-    needs: ClassVar = "network"
+    needs: ClassVar = "backbone"
     Config: ClassVar = LayersConfig
 
     def __init__(self, config: LayersConfig) -> None:
@@ -65,19 +65,19 @@ class LayersEvaluator(Evaluator):
     def measure(cls, key: str) -> Measure | None:
         return _RANDOM if key == "random" else None
 
-    def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
-        backbone, train = subject.network(), subject.features.train
+    def run(self, dataset: EncodedDataset) -> Iterator[tuple[str, Value]]:
+        backbone, train = dataset.require_backbone(), dataset.features.train
         if not backbone.stages:
             yield "note", f"{backbone.name} gives no feature maps, so its layers cannot be compared"
             return
         readable = np.arange(len(train)) if train.indices is None else train.indices
-        rows = readable[chosen(len(readable), self.config.pictures, "layers", subject.seed)]
-        source, loading = subject.pictures()[0], subject.loading
+        rows = readable[chosen(len(readable), self.config.images, "layers", dataset.seed)]
+        source, loading = dataset.require_sources()[0], dataset.loading
         here = layer_features(backbone, source, rows, loading)
         yield "cka", cka_map(list(here.values()), list(here.values()))
         yield "names", np.array(list(here))
         try:
-            twin = random_twin(backbone, derive("layers", subject.seed))
+            twin = random_twin(backbone, derive("layers", dataset.seed))
         except ConfigError as error:
             yield "note", f"not compared with random weights: {error}"
             return
@@ -92,23 +92,23 @@ def cka_between(
     second: Backbone,
     source: ImageSource,
     *,
-    pictures: int = 1024,
+    images: int = 1024,
     seed: int = 0,
     loading: Loading | None = None,
 ) -> LayerSimilarity:
-    """Debiased linear CKA of all layers of two networks (of any two architectures or runs) on the same pictures.
+    """Debiased linear CKA of all layers of two networks (of any two architectures or runs) on the same images.
 
-    Each network sees the pictures at its own size. `pictures` of `source` are drawn by `seed`. Raises DataError when a
-    network gives no feature maps or fewer than four pictures can be decoded.
+    Each network sees the images at its own size. `images` of `source` are drawn by `seed`. Raises DataError when a
+    network gives no feature maps or fewer than four images can be decoded.
     """
-    rows = chosen(len(source), pictures, "layers", seed)
+    rows = chosen(len(source), images, "layers", seed)
     loading = loading or Loading()
     found = [layer_features(backbone, source, rows, loading) for backbone in (first, second)]
     return LayerSimilarity(cka_map(*(list(one.values()) for one in found)), tuple(found[0]), tuple(found[1]))
 
 
 def layer_features(backbone: Backbone, source: ImageSource, rows: IntArray, loading: Loading) -> dict[str, FloatArray]:
-    """Layer → features float32 (N, C): each map of the pictures `rows` of `source`, mean over places, then ``pooled``.
+    """Layer → features float32 (N, C): each map of the images `rows` of `source`, mean over places, then ``pooled``.
 
     Raises DataError when the network gives no feature maps.
     """

@@ -3,7 +3,7 @@
 All heads of a grid are trained in one pass, as in DINOv2's evaluation (Oquab et al. 2023, 2304.07193): they see the
 same batches, and those that read the same features share their matrix products.
 
-Shapes: N pictures, F features of all inputs together, H heads, C classes.
+Shapes: N images, F features of all inputs together, H heads, C classes.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from unlabeled.eval.base import (
     Value,
     check_features,
 )
+from unlabeled.eval.encoded_dataset import EncodedDataset
 from unlabeled.eval.evaluators.knn import best_classes
 from unlabeled.eval.probe.batches import Batches, Course, augmented_batches, cached_batches
 from unlabeled.eval.probe.heads import GroupedSgd, Setting, hold_out
 from unlabeled.eval.probe.inputs import BlockFeatures, Input, block_inputs, pooled_inputs
-from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.core.seeds import derive
 
@@ -50,7 +50,7 @@ _DINOV2 = {
     "pooling": ("cls", "cls+avg"),
     "init": 0.01,
 }
-"""The grid of the authors' ``eval/linear.py``; features are standardised here, and the test split does not choose."""
+"""The grid of the authors' ``eval/linear.py``; features are standardized here, and the test split does not choose."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ class Choice:
 
 @dataclass(frozen=True)
 class _Probed:
-    """What a probe works on: standardised features of all inputs (N, F) and what it takes to compute more of them."""
+    """What a probe works on: standardized features of all inputs (N, F) and what it takes to compute more of them."""
 
-    subject: Subject
+    dataset: EncodedDataset
     config: LinearConfig
     data: FeatureSet
     """With the features of all inputs."""
@@ -90,61 +90,60 @@ class _Probed:
 
     @property
     def augmented(self) -> bool:
-        return self.config.augment and self.subject.backbone is not None
+        return self.config.augment and self.dataset.backbone is not None
 
     def course(self, rows: Tensor) -> Course:
         epochs = self.config.augment_epochs if self.augmented else self.config.epochs
-        return Course(rows, min(self.config.batch_size, len(rows)), epochs, self.subject.seed)
+        return Course(rows, min(self.config.batch_size, len(rows)), epochs, self.dataset.seed)
 
     def batches(self, course: Course) -> Batches:
         if not self.augmented:
             return cached_batches(self.features, self.labels, course)
         mean, deviation = (torch.from_numpy(one).to(self.features.device) for one in (self.mean, self.deviation))
-        return augmented_batches(self.subject, self.outputs, mean, deviation, self.labels, course)
+        return augmented_batches(self.dataset, self.outputs, mean, deviation, self.labels, course)
 
 
 class LinearConfig(EvaluatorConfig):
-    """Linear probe on frozen features: a grid trained in one pass, chosen on a split of the training set."""
+    """Trains a linear probe on frozen features, with a grid of settings of which a hold-out chooses the best."""
 
     grid: Literal["dinov2"] | None = None
-    """dinov2: the 52 heads of DINOv2 (arXiv 2304.07193): 13 learning rates, class tokens of the last 1 and 4 blocks,
-    without and with the average of the patches, no decay, weights from N(0, 0.01). It stands for lr, weight_decay,
-    blocks, pooling and init."""
+    """dinov2: use DINOv2's grid of 52 heads (arXiv 2304.07193) in place of lr, weight_decay, blocks, pooling and init:
+    13 learning rates, class tokens of the last 1 and 4 blocks, with and without the average of the patches."""
     lr: tuple[float, ...] = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-    """Learning rates of SGD with momentum, for standardised features and a batch of 256."""
+    """Learning rates to try, for SGD with momentum on standardized features and a batch of 256."""
     weight_decay: tuple[float, ...] = (0.0, 1e-4, 1e-3)
-    """Each with each learning rate."""
+    """Weight decays to try, each with each learning rate."""
     blocks: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """Also part of the grid: features of the last so many blocks (of a network of stages: stages), final norm applied.
-    (): the pooled features alone."""
+    """Numbers of final blocks (for networks of stages: stages) to read features from; each is added to the grid. Empty:
+    only the pooled features. [blocks]"""
     pooling: tuple[Literal["cls", "avg", "cls+avg"], ...] = ()
-    """What is read of these blocks: their class tokens, the averages of their patches, or the class tokens and the
-    average of the last block's patches. (): cls where the network has a class token, else avg."""
+    """What to read from these blocks. cls: their class tokens. avg: the averages of their patches. cls+avg: the class
+    tokens and the average of the last block's patches. Empty: cls if the network has a class token, else avg."""
     prefixes: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """Also probe the first so many pooled features (Matryoshka representations), each with its own choice, in the same
-    pass."""
+    """Also train probes on the first n pooled features, for each n in this list (Matryoshka representations).
+    [features]"""
     init: float = Field(0.0, ge=0)
-    """Standard deviation of the first weights."""
+    """Standard deviation of the initial weights."""
     epochs: int = Field(50, ge=1)
-    """Passes over the cached features."""
+    """Passes over the cached features. [epochs]"""
     batch_size: int = Field(256, ge=1)
-    """Pictures per step."""
+    """Images per training step. [images]"""
     holdout: float = Field(0.1, gt=0, lt=1)
-    """Part of the training set that chooses the head."""
+    """Fraction of the training set that is held out to choose the probe. [fraction]"""
     augment: bool = False
-    """Train on random crops and flips, encoded anew in each epoch, and not on cached features. The hold-out is not
-    augmented; raw pixels are not either."""
+    """Train on random crops and flips, which the network encodes in each epoch, in place of cached features. The
+    hold-out and raw pixels are not augmented."""
     augment_epochs: int = Field(10, ge=1)
-    """Epochs with `augment`, instead of `epochs`; each is a pass of the network over the training set, and there are
-    two trainings: for the choice and for the result."""
+    """Epochs with `augment`, in place of `epochs`. Each is a pass of the network over the training set, and there are
+    two trainings: one to choose and one for the result. [epochs]"""
 
 
 class LinearEvaluator(Evaluator):
-    """Accuracy of a linear classifier on standardised features.
+    """Accuracy of a linear classifier on standardized features.
 
     Every (input, lr, weight decay) of the grid is trained on the training split less a stratified hold-out; the
     hold-out chooses one of them (ties: lower loss), which is then trained anew on the whole training split and meets
-    the test split once. Features are standardised with the training split's mean and deviation.
+    the test split once. Features are standardized with the training split's mean and deviation.
 
     Yields ``top1``, ``top5`` (more than five classes) and ``holdout_top1`` as fractions, ``lr``, ``weight_decay``,
     ``diverged`` (number of heads with a non-finite weight), ``predictions`` int64 (N,) and ``confusion`` int64 (C, C)
@@ -166,16 +165,16 @@ class LinearEvaluator(Evaluator):
     def measure(cls, key: str) -> Measure | None:
         return _MEASURES.get(key)
 
-    def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
-        check_features(subject.features)
-        probed, inputs = self._probed(subject)
+    def run(self, dataset: EncodedDataset) -> Iterator[tuple[str, Value]]:
+        check_features(dataset.features)
+        probed, inputs = self._probed(dataset)
         heads = [Head(one, setting) for one in inputs for setting in self.grid]
         best, diverged = self._choose(probed, heads)
         finals = self._fit(probed, [one.head for one in best], torch.arange(len(probed.labels)))
         chosen, test = best[0], probed.data.test
         for choice, final in zip(best, finals, strict=True):
             of = choice.head.input
-            scores = final.scores(_standardised(of, test.features, probed)).softmax(dim=1)[0].T
+            scores = final.scores(_standardized(of, test.features, probed)).softmax(dim=1)[0].T
             guesses = best_classes(scores.cpu().numpy(), 5)
             cut = Cut(of.stop) if of.prefix else None
             yield from _accuracies(guesses, test.labels, len(probed.data.classes), cut)
@@ -187,32 +186,32 @@ class LinearEvaluator(Evaluator):
         yield "diverged", diverged
         yield "predictions", predictions
         yield "confusion", confusion_matrix(test.labels, predictions, len(probed.data.classes))
-        yield from self._notes(chosen.head, inputs, subject)
+        yield from self._notes(chosen.head, inputs, dataset)
 
-    def _probed(self, subject: Subject) -> tuple[_Probed, list[Input]]:
+    def _probed(self, dataset: EncodedDataset) -> tuple[_Probed, list[Input]]:
         """The features of all inputs, and where each lies among them."""
-        data, outputs = subject.features, None
+        data, outputs = dataset.features, None
         inputs = pooled_inputs(data.train.features.shape[1], self.config.prefixes)
-        if self.config.blocks and subject.backbone is not None:
+        if self.config.blocks and dataset.backbone is not None:
             outputs, inputs = block_inputs(
-                subject.backbone, self.config.blocks, self.config.pooling, fall_back=self.config.grid is not None
+                dataset.backbone, self.config.blocks, self.config.pooling, fall_back=self.config.grid is not None
             )
             named = f"class tokens of {outputs.classes} blocks, averages of {outputs.averages}"
             train, test = (
-                _aligned(split, subject.encode(source, outputs, named=named))
-                for split, source in zip((data.train, data.test), subject.pictures(), strict=True)
+                _aligned(split, dataset.encode(source, outputs, named=named))
+                for split, source in zip((data.train, data.test), dataset.require_sources(), strict=True)
             )
             data = replace(data, train=train, test=test)
             check_features(data)
         mean, deviation = statistics(data.train.features)
         rows = np.subtract(data.train.features, mean)
         rows /= deviation
-        features, labels = (torch.from_numpy(one).to(subject.device) for one in (rows, data.train.labels))
-        return _Probed(subject, self.config, data, outputs, mean, deviation, features, labels), inputs
+        features, labels = (torch.from_numpy(one).to(dataset.device) for one in (rows, data.train.labels))
+        return _Probed(dataset, self.config, data, outputs, mean, deviation, features, labels), inputs
 
     def _choose(self, probed: _Probed, heads: list[Head]) -> tuple[list[Choice], int]:
         """The best head among whole inputs, then the best for each prefix; and the number of heads that diverged."""
-        kept, held = stratified_split(probed.data.train.labels, self.config.holdout, probed.subject.seed)
+        kept, held = stratified_split(probed.data.train.labels, self.config.holdout, probed.dataset.seed)
         groups = self._fit(probed, heads, torch.from_numpy(kept))
         rows = torch.from_numpy(held).to(probed.features.device)
         features, labels = probed.features[rows], probed.labels[rows]
@@ -237,7 +236,7 @@ class LinearEvaluator(Evaluator):
     def _fit(self, probed: _Probed, heads: list[Head], rows: Tensor) -> list[GroupedSgd]:
         """Trains `heads` on `rows` of the training split; one group for each input, in the order of the heads."""
         course = probed.course(rows)
-        classes, seed = len(probed.data.classes), probed.subject.seed
+        classes, seed = len(probed.data.classes), probed.dataset.seed
         groups = {
             one: GroupedSgd(
                 one.stop - one.start,
@@ -255,14 +254,14 @@ class LinearEvaluator(Evaluator):
                 group.step(one.of(features), labels, rate=rate)
         return list(groups.values())
 
-    def _notes(self, chosen: Head, inputs: list[Input], subject: Subject) -> Iterator[tuple[str, Value]]:
+    def _notes(self, chosen: Head, inputs: list[Input], dataset: EncodedDataset) -> Iterator[tuple[str, Value]]:
         if chosen.input.blocks:
             yield "blocks", chosen.input.blocks
             yield "note", f"the chosen head reads the {chosen.input.title} ({len(inputs)} inputs were tried)"
-        if self.config.augment and subject.backbone is not None:
-            yield "note", f"trained on random crops and flips of the pictures for {self.config.augment_epochs} epochs"
+        if self.config.augment and dataset.backbone is not None:
+            yield "note", f"trained on random crops and flips of the images for {self.config.augment_epochs} epochs"
         elif self.config.augment:
-            yield "note", "trained on cached features, since there is no network to encode augmented pictures"
+            yield "note", "trained on cached features, since there is no network to encode augmented images"
         lr, rates = chosen.setting.lr, self.config.lr
         if len(set(rates)) > 2 and lr in (min(rates), max(rates)):
             yield "note", f"the chosen lr {lr:g} is at the edge of the grid; evaluate.linear.lr may be too narrow"
@@ -299,14 +298,14 @@ def _start(of: Input, classes: int, deviation: float, seed: int) -> Tensor | Non
     return torch.randn(classes, of.stop - of.start, generator=generator) * deviation
 
 
-def _standardised(of: Input, features: FloatArray, probed: _Probed) -> Tensor:
+def _standardized(of: Input, features: FloatArray, probed: _Probed) -> Tensor:
     columns = slice(of.start, of.stop)
     rows = (features[:, columns] - probed.mean[columns]) / probed.deviation[columns]
     return torch.from_numpy(rows).to(probed.features.device)
 
 
 def _aligned(split: FeatureSplit, encoded: FeatureSplit) -> FeatureSplit:
-    """`split` with the features that `encoded` has of the same pictures."""
+    """`split` with the features that `encoded` has of the same images."""
     numbers = np.arange(len(split)) if split.indices is None else split.indices
     have = np.arange(len(encoded)) if encoded.indices is None else encoded.indices
     return replace(split, features=encoded.features[np.searchsorted(have, numbers)])
@@ -337,7 +336,7 @@ def statistics(features: FloatArray) -> tuple[FloatArray, FloatArray]:
 def stratified_split(labels: IntArray, fraction: float, seed: int) -> tuple[IntArray, IntArray]:
     """Ascending indices (kept, held out): about `fraction` of each class held out, and at least one kept.
 
-    Classes with a single picture are kept. Raises DataError when nothing can be held out.
+    Classes with a single image are kept. Raises DataError when nothing can be held out.
     """
     generator = np.random.default_rng(seed)
     held: list[IntArray] = []
@@ -347,11 +346,11 @@ def stratified_split(labels: IntArray, fraction: float, seed: int) -> tuple[IntA
         held.append(members[:count])
     chosen = np.sort(np.concatenate(held))
     if len(chosen) == 0:
-        raise DataError(f"evaluate.data: {len(labels)} training pictures, one a class, are too few for a linear probe")
+        raise DataError(f"evaluate.data: {len(labels)} training images, one a class, are too few for a linear probe")
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen
 
 
 def confusion_matrix(truth: IntArray, predicted: IntArray, classes: int) -> npt.NDArray[np.int64]:
-    """int64 (C, C): pictures of each true class (row) by predicted class (column)."""
+    """int64 (C, C): images of each true class (row) by predicted class (column)."""
     counts = np.bincount(truth * classes + predicted, minlength=classes * classes)
     return counts.reshape(classes, classes).astype(np.int64)

@@ -1,10 +1,10 @@
 """Logistic regression: the linear probe's convex counterpart, solved to the end by L-BFGS (scikit-learn).
 
 The protocol of CLIP's linear evaluation (Radford et al. 2021, 2103.00020): one L2 penalty, chosen on held-out training
-pictures, then fitted anew on all of them. It has no learning rate and no schedule, so it says what the probe should
+images, then fitted anew on all of them. It has no learning rate and no schedule, so it says what the probe should
 reach.
 
-Shapes: N pictures, D features, C classes.
+Shapes: N images, D features, C classes.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from unlabeled.eval.base import Evaluator, EvaluatorConfig, FloatArray, IntArray, Measure, Value, check_features
+from unlabeled.eval.encoded_dataset import EncodedDataset
 from unlabeled.eval.evaluators.knn import best_classes
-from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.core.seeds import derive
 
@@ -33,24 +33,24 @@ _MEASURES = {"top1": Measure("logistic regression"), "top5": Measure("logistic r
 
 
 class LogisticConfig(EvaluatorConfig):
-    """Logistic regression on standardised features, solved by L-BFGS: what the linear probe should reach."""
+    """Logistic regression on standardized features, solved by L-BFGS: what a linear probe should reach."""
 
     C: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0, 10.0)
-    """Inverse strengths of the L2 penalty, as scikit-learn counts it; a hold-out of the training set chooses one."""
+    """Inverse strengths of the L2 penalty to try, in scikit-learn's convention."""
     holdout: float = Field(0.1, gt=0, lt=1)
-    """Part of the training set that chooses C."""
+    """Fraction of the training set that is held out to choose C. [fraction]"""
     iterations: int = Field(1000, ge=1)
-    """Largest number of L-BFGS iterations."""
+    """Largest number of L-BFGS iterations. [iterations]"""
     limit: int | None = Field(20_000, ge=2)
-    """Largest number of training pictures, drawn class by class; None: all, which is slow."""
+    """Use at most this many training images, drawn class by class; null: all, which is slow. [images]"""
 
 
 class LogisticEvaluator(Evaluator):
-    """Accuracy of L2-regularised logistic regression on standardised features.
+    """Accuracy of L2-regularized logistic regression on standardized features.
 
     Every C (inverse strength of the penalty) is fitted on a stratified part of the training split; the rest chooses one
     (ties: lower log loss, then smaller C), with which the whole training split is fitted. At most `limit` training
-    pictures take part, drawn class by class, which a ``note`` then says.
+    images take part, drawn class by class, which a ``note`` then says.
 
     Yields ``top1``, ``top5`` (more than five classes) as fractions, ``C``, ``predictions`` int64 (N,), and a ``note``
     when C lies at the edge of the list or L-BFGS stopped short.
@@ -70,19 +70,19 @@ class LogisticEvaluator(Evaluator):
     def measure(cls, key: str) -> Measure | None:
         return _MEASURES.get(key)
 
-    def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
-        data, config = subject.features, self.config
+    def run(self, dataset: EncodedDataset) -> Iterator[tuple[str, Value]]:
+        data, config = dataset.features, self.config
         check_features(data)
         classes, features, labels = len(data.classes), data.train.features, data.train.labels
         if config.limit is not None and config.limit < len(labels):
-            rows = stratified(labels, config.limit / len(labels), derive(subject.seed, "logistic limit"))
-            yield "note", f"fitted on {len(rows):,} of {len(labels):,} training pictures (evaluate.logistic.limit)"
+            rows = stratified(labels, config.limit / len(labels), derive(dataset.seed, "logistic limit"))
+            yield "note", f"fitted on {len(rows):,} of {len(labels):,} training images (evaluate.logistic.limit)"
             features, labels = features[rows], labels[rows]
         wanted = sorted(set(config.C))
-        chosen = wanted[0] if len(wanted) == 1 else self._choose(features, labels, wanted, subject.seed)
+        chosen = wanted[0] if len(wanted) == 1 else self._choose(features, labels, wanted, dataset.seed)
         if chosen is None:
             chosen = wanted[len(wanted) // 2]
-            yield "note", f"one training picture a class leaves none to choose C on; it is the middle one, {chosen:g}"
+            yield "note", f"one training image a class leaves none to choose C on; it is the middle one, {chosen:g}"
         fit = fit_logistic(features, labels, [chosen], config.iterations)
         guesses = best_classes(fit.probabilities(data.test.features, classes), 5)
         hits = guesses == data.test.labels[:, None]
@@ -97,7 +97,7 @@ class LogisticEvaluator(Evaluator):
             yield "note", f"L-BFGS stopped after {config.iterations} iterations; raise evaluate.logistic.iterations"
 
     def _choose(self, features: FloatArray, labels: IntArray, wanted: list[float], seed: int) -> float | None:
-        """The C that is best on pictures held out; None when every class has one picture alone."""
+        """The C that is best on images held out; None when every class has one image alone."""
         kept = stratified(labels, 1 - self.config.holdout, derive(seed, "logistic holdout"), spare=1)
         held = np.setdiff1d(np.arange(len(labels)), kept)
         if len(held) == 0:
@@ -131,7 +131,7 @@ class LogisticFit:
 
 
 def fit_logistic(features: FloatArray, labels: IntArray, inverses: Sequence[float], iterations: int) -> LogisticFit:
-    """Standardises features (N, D) and fits a multinomial classifier for each C of `inverses`; at least two classes."""
+    """Standardizes features (N, D) and fits a multinomial classifier for each C of `inverses`; at least two classes."""
     wide = features.astype(np.float64)
     scaler = StandardScaler().fit(wide)
     rows = scaler.transform(wide)
@@ -142,9 +142,9 @@ def fit_logistic(features: FloatArray, labels: IntArray, inverses: Sequence[floa
 
 
 def stratified(labels: IntArray, fraction: float, seed: int, *, spare: int = 0) -> IntArray:
-    """Ascending rows of about `fraction` of each class, and of at least one picture of each.
+    """Ascending rows of about `fraction` of each class, and of at least one image of each.
 
-    `spare` pictures of each class are left out wherever there is still one to take.
+    `spare` images of each class are left out wherever there is still one to take.
     """
     generator = np.random.default_rng(seed)
     drawn: list[IntArray] = []

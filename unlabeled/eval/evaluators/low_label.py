@@ -1,7 +1,7 @@
-"""Few labels: the linear probe on a small part of the labelled training pictures.
+"""Few labels: the linear probe on a small part of the labeled training images.
 
 The 1 % and 10 % of labels at which self-supervised methods are compared (Chen et al. 2020, 2002.05709), on frozen
-features. With less than a handful of pictures a class nothing can be held out to choose settings on; there it is
+features. With less than a handful of images a class nothing can be held out to choose settings on; there it is
 logistic regression with a fixed penalty, as DINO-like methods are judged with so few labels (Assran et al. 2022,
 2204.07141).
 """
@@ -27,38 +27,39 @@ from unlabeled.eval.base import (
     Value,
     check_features,
 )
+from unlabeled.eval.encoded_dataset import EncodedDataset
 from unlabeled.eval.evaluators.linear import LinearConfig, LinearEvaluator
 from unlabeled.eval.evaluators.logistic import fit_logistic, stratified
 from unlabeled.eval.intervals import over_draws
-from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.core.seeds import derive
 
 _FEWEST = 5
-"""Pictures a class, on average, from which the linear probe can choose its settings."""
+"""Images a class, on average, from which the linear probe can choose its settings."""
 _ITERATIONS = 1000
 
 
 class LowLabelConfig(EvaluatorConfig):
-    """The linear probe with few labels."""
+    """The linear probe with only a fraction of the labels."""
 
     fractions: tuple[float, ...] = (0.01, 0.1)
-    """Parts of the training labels, drawn class by class."""
+    """Fractions of the training labels, drawn class by class, one result for each. [fraction]"""
     draws: int = Field(3, ge=1)
-    """Draws of labelled pictures, over which the interval is taken."""
+    """Random draws of the labeled images; they give the confidence interval. [draws]"""
     steps: int = Field(500, ge=1)
-    """Least number of optimizer steps; a small part has few in an epoch."""
+    """Smallest number of optimizer steps, since an epoch of few images has few steps. [steps]"""
     C: float = Field(0.01, gt=0)
-    """Of logistic regression, which replaces the probe below five pictures a class."""
+    """Inverse strength of the penalty of logistic regression, which replaces the probe below five images per class."""
     probe: LinearConfig = LinearConfig()
+    """Settings of the probe, as in evaluate.linear."""
 
 
 class LowLabelEvaluator(Evaluator):
     """Test accuracy with each fraction of the training labels, over several draws of them.
 
-    The labelled pictures are drawn class by class, at least one of each. Yields ``1pct`` and so on: `Estimate` of the
-    mean with Student's 95 % interval over the draws (which does not cover the choice of test pictures; none of a
-    single draw); and a ``note`` where a fraction is less than one picture a class, or is too small for a
+    The labeled images are drawn class by class, at least one of each. Yields ``1pct`` and so on: `Estimate` of the
+    mean with Student's 95 % interval over the draws (which does not cover the choice of test images; none of a
+    single draw); and a ``note`` where a fraction is less than one image a class, or is too small for a
     hold-out. Raises DataError where the linear probe does.
     """
 
@@ -86,29 +87,29 @@ class LowLabelEvaluator(Evaluator):
             return None
         return _part(number)
 
-    def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
-        labels = subject.features.train.labels
-        check_features(subject.features)
+    def run(self, dataset: EncodedDataset) -> Iterator[tuple[str, Value]]:
+        labels = dataset.features.train.labels
+        check_features(dataset.features)
         for fraction in dict.fromkeys(self.config.fractions):
             key = f"{100 * fraction:g}"
             draws = [
-                stratified(labels, fraction, derive(subject.seed, "low_label", key, draw))
+                stratified(labels, fraction, derive(dataset.seed, "low_label", key, draw))
                 for draw in range(self.config.draws)
             ]
             count, classes = len(draws[0]), len(np.unique(labels))
             if fraction * len(labels) < classes:
-                yield "note", f"{key} % is less than one picture a class; {count} of {len(labels):,} pictures were used"
+                yield "note", f"{key} % is less than one image a class; {count} of {len(labels):,} images were used"
             if count < _FEWEST * classes:
                 yield (
                     "note",
-                    f"{key} %: {count / classes:.1f} pictures a class are too few to choose settings on, so this is "
+                    f"{key} %: {count / classes:.1f} images a class are too few to choose settings on, so this is "
                     f"logistic regression with C = {self.config.C:g}",
                 )
-            yield f"{key}pct", _part(key).of(over_draws([self._accuracy(subject, rows, classes) for rows in draws]))
+            yield f"{key}pct", _part(key).of(over_draws([self._accuracy(dataset, rows, classes) for rows in draws]))
 
-    def _accuracy(self, subject: Subject, rows: IntArray, classes: int) -> float:
-        """Test accuracy with the labels of the training pictures `rows`."""
-        part = replace(subject.features, train=_rows(subject.features.train, rows))
+    def _accuracy(self, dataset: EncodedDataset, rows: IntArray, classes: int) -> float:
+        """Test accuracy with the labels of the training images `rows`."""
+        part = replace(dataset.features, train=_rows(dataset.features.train, rows))
         if len(rows) < _FEWEST * classes:
             fit = fit_logistic(part.train.features, part.train.labels, [self.config.C], _ITERATIONS)
             found = fit.probabilities(part.test.features, len(part.classes)).argmax(axis=1)
@@ -116,7 +117,7 @@ class LowLabelEvaluator(Evaluator):
         probe = self.config.probe
         per_epoch = max(1, len(rows) // probe.batch_size)
         epochs = max(probe.epochs, math.ceil(self.config.steps / per_epoch))
-        values = LinearEvaluator(probe.model_copy(update={"epochs": epochs})).run(replace(subject, features=part))
+        values = LinearEvaluator(probe.model_copy(update={"epochs": epochs})).run(replace(dataset, features=part))
         return next(value.value for key, value in values if key == "top1" and isinstance(value, Measured))
 
 

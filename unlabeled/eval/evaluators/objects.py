@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import draw_bounding_boxes
 
 from unlabeled.eval.base import Estimate, Evaluator, EvaluatorConfig, Measure, Value
-from unlabeled.eval.dense.places import Places, drawn
+from unlabeled.eval.dense.dense_features import DenseFeatures, drawn
 from unlabeled.eval.dense.tiles import tiled
 from unlabeled.eval.dense.tokencut import component_boxes, cut, intersection_over_union
+from unlabeled.eval.encoded_dataset import EncodedDataset
 from unlabeled.eval.features.extract import Resize
 from unlabeled.eval.intervals import wilson
-from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import ConfigError, DataError, UnlabeledError
 from unlabeled.ssl.core.seeds import derive
 from unlabeled.ssl.data.source import DecodeError, ImageSource, MaskSource, annotated_boxes
@@ -28,51 +28,52 @@ Boxes = npt.NDArray[np.float32]
 _HIT = 0.5
 """IoU from which a box counts as found."""
 _TILE = 224
-"""Pixels a side of the pictures that are shown."""
+"""Pixels a side of the images that are shown."""
 _TRUE, _FOUND = (255, 255, 255), (255, 140, 0)
 
 
 _MEASURES = {
     "corloc": Measure("CorLoc, TokenCut", "percent"),
     "iou": Measure("best IoU, TokenCut", "percent"),
-    "whole": Measure("CorLoc of the whole picture", "percent"),
+    "whole": Measure("CorLoc of the whole image", "percent"),
 }
 
 
 class ObjectsConfig(EvaluatorConfig):
-    """Objects found without any training by cutting the graph of places in two (TokenCut)."""
+    """Finds the main object of an image without training, by cutting the graph of its patches in two (TokenCut)."""
 
     level: int | None = None
-    """Number of the feature map; None: keys of the last attention block, or the deepest map that is fine enough."""
-    pictures: int = Field(1000, ge=1)
-    """Largest number of test pictures."""
+    """Feature map to use, by number; null: the keys of the last attention block, or the deepest map that is fine
+    enough."""
+    images: int = Field(1000, ge=1)
+    """Use at most this many test images. [images]"""
     tau: float = Field(0.2, ge=-1, lt=1)
-    """Cosine from which two places are joined."""
+    """Cosine similarity above which two patches are connected."""
     native: bool = False
-    """Pictures at their own size, padded to whole patches, as published; None of them is resized, so the network must
-    take any size (``backbone.kwargs={dynamic_img_size: true}`` for vision transformers)."""
+    """Use images at their own size, padded to whole patches, as published. The network must accept any size (for vision
+    transformers: backbone.kwargs={dynamic_img_size: true})."""
     examples: int = Field(12, ge=1)
-    """Test pictures that are shown."""
+    """Test images to show in the report. [images]"""
 
 
 class ObjectsEvaluator(Evaluator):
-    """CorLoc of TokenCut: part of the test pictures whose one predicted box meets a true one at IoU 0.5 or more.
+    """CorLoc of TokenCut: part of the test images whose one predicted box meets a true one at IoU 0.5 or more.
 
     Features are the keys of the last attention block, which the paper found best, or, in a network without one, the
-    deepest map that is fine enough. Such a map loses the picture's mean first: what a rectifier made is alike
-    everywhere by the threshold of TokenCut. Pictures are resized whole to the network's size, so that every network and
+    deepest map that is fine enough. Such a map loses the image's mean first: what a rectifier made is alike
+    everywhere by the threshold of TokenCut. Images are resized whole to the network's size, so that every network and
     the baseline of raw pixels see the same; with ``native`` they keep theirs, padded with zeros to whole places, as
-    published. True boxes are the annotated ones, or around the connected components of masks; pictures with neither
+    published. True boxes are the annotated ones, or around the connected components of masks; images with neither
     are left out.
 
-    Yields ``corloc`` and ``iou`` (mean over pictures of the best IoU with a true box) with intervals, ``whole``
-    (CorLoc of a box around the whole picture), ``pictures`` (how many were judged), a picture ``examples`` (true boxes
+    Yields ``corloc`` and ``iou`` (mean over images of the best IoU with a true box) with intervals, ``whole``
+    (CorLoc of a box around the whole image), ``images`` (how many were judged), an image ``examples`` (true boxes
     thin and white, the predicted one thick and orange), and ``note``.
     """
 
     name: ClassVar = "objects"
     title: ClassVar = "Object discovery"
-    needs: ClassVar = "pictures"
+    needs: ClassVar = "images"
     captions: ClassVar = {"examples": "true boxes thin and white, the found one thick and orange"}
     Config: ClassVar = ObjectsConfig
 
@@ -83,16 +84,16 @@ class ObjectsEvaluator(Evaluator):
     def measure(cls, key: str) -> Measure | None:
         return _MEASURES.get(key)
 
-    def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
-        test = subject.pictures()[1]
-        places = Places(subject, self.name, self.config.level, keys=True)
-        indices = drawn(len(test), self.config.pictures, derive("objects", subject.seed))
+    def run(self, dataset: EncodedDataset) -> Iterator[tuple[str, Value]]:
+        test = dataset.require_sources()[1]
+        positions = DenseFeatures(dataset, self.name, self.config.level, keys=True)
+        indices = drawn(len(test), self.config.images, derive("objects", dataset.seed))
         overlaps: list[float] = []
         whole: list[bool] = []
         examples: list[Tensor] = []
-        for scenes in _scenes(test, indices, None if self.config.native else places.size, subject):
-            judged = [scene for scene in scenes if len(scene.boxes)]
-            for scene, box in zip(judged, self._found(places, judged), strict=True):
+        for scenes in _scenes(test, indices, None if self.config.native else positions.size, dataset):
+            evaluated = [scene for scene in scenes if len(scene.boxes)]
+            for scene, box in zip(evaluated, self._found(positions, evaluated), strict=True):
                 overlaps.append(float(intersection_over_union(box, scene.boxes).max()))
                 height, width = scene.size
                 frame = np.array([0, 0, width, height], dtype=np.float32)
@@ -100,42 +101,46 @@ class ObjectsEvaluator(Evaluator):
                 if len(examples) < self.config.examples:
                     examples.append(drawn_boxes(scene.image, scene.size, scene.boxes, box))
         if not overlaps:
-            raise DataError("evaluate.data: no test picture has a box or a mask with an object; give data with either")
+            raise DataError("evaluate.data: no test image has a box or a mask with an object; give data with either")
         hits = float(np.mean([overlap >= _HIT for overlap in overlaps]))
         yield "corloc", _MEASURES["corloc"].of(Estimate(hits, *wilson(hits, len(overlaps))))
         yield "iou", _MEASURES["iou"].of(_mean(overlaps))
         yield "whole", _MEASURES["whole"].of(float(np.mean(whole)))
-        yield "pictures", len(overlaps)
+        yield "images", len(overlaps)
         yield "examples", tiled([examples[start : start + 4] for start in range(0, len(examples), 4)])
         if len(overlaps) < len(indices):
             left = len(indices) - len(overlaps)
-            yield "note", f"{left} of {len(indices)} test pictures have no true box, or cannot be decoded"
-        if subject.backbone is not None:
-            taken = "keys of the last attention block" if places.keys else "a feature map"
-            yield "note", f"features are {taken}" + (f"; {places.note}" if places.note and not places.keys else "")
+            yield "note", f"{left} of {len(indices)} test images have no true box, or cannot be decoded"
+        if dataset.backbone is not None:
+            taken = "keys of the last attention block" if positions.keys else "a feature map"
+            yield (
+                "note",
+                f"features are {taken}" + (f"; {positions.note}" if positions.note and not positions.keys else ""),
+            )
 
-    def _found(self, places: Places, scenes: Sequence[Scene]) -> Iterator[Boxes]:
-        """The predicted box of each of `scenes`, in pixels of the picture."""
+    def _found(self, positions: DenseFeatures, scenes: Sequence[Scene]) -> Iterator[Boxes]:
+        """The predicted box of each of `scenes`, in pixels of the image."""
         if not scenes:
             return
         if not self.config.native:
-            for scene, features in zip(scenes, places(torch.stack([one.image for one in scenes])), strict=True):
-                yield self._box(features, scene.size, scene, centre=places.maps)
+            for scene, features in zip(scenes, positions(torch.stack([one.image for one in scenes])), strict=True):
+                yield self._box(features, scene.size, scene, center=positions.maps)
             return
-        step = places.network.size_step()
+        step = positions.network.size_step()
         for scene in scenes:
             pad = (-scene.size[0] % step[0], -scene.size[1] % step[1])
             padded = (scene.size[0] + pad[0], scene.size[1] + pad[1])
-            if padded != places.size and (reason := places.network.refuses(padded)) is not None:
+            if padded != positions.size and (reason := positions.network.refuses(padded)) is not None:
                 raise ConfigError(
-                    f"evaluate.objects.native: {places.network.name} cannot take {padded[0]}x{padded[1]} ({reason}); "
+                    f"evaluate.objects.native: {positions.network.name} cannot take {padded[0]}x{padded[1]} "
+                    f"({reason}); "
                     "set false, or backbone.kwargs={dynamic_img_size: true} if it has that"
                 )
-            yield self._box(places(scene.image[None], pad)[0], padded, scene, centre=places.maps)
+            yield self._box(positions(scene.image[None], pad)[0], padded, scene, center=positions.maps)
 
-    def _box(self, features: Tensor, covered: tuple[int, int], scene: Scene, centre: bool) -> Boxes:
-        """The predicted box of places (C, gh, gw) that cover (h, w) pixels of the picture, cut to it."""
-        if centre:
+    def _box(self, features: Tensor, covered: tuple[int, int], scene: Scene, center: bool) -> Boxes:
+        """The predicted box of places (C, gh, gw) that cover (h, w) pixels of the image, cut to it."""
+        if center:
             features = features - features.mean(dim=(1, 2), keepdim=True)
         (rows, columns), (height, width) = features.shape[1:], scene.size
         box = np.array(cut(features.cpu().numpy(), self.config.tau).box, dtype=np.float32)
@@ -144,21 +149,21 @@ class ObjectsEvaluator(Evaluator):
 
 
 class Scene(NamedTuple):
-    """A test picture and where its objects are."""
+    """A test image and where its objects are."""
 
     image: Tensor
     """uint8 (3, h, w), as the network sees it."""
     size: tuple[int, int]
-    """(H, W) of the picture itself, in whose pixels boxes are."""
+    """(H, W) of the image itself, in whose pixels boxes are."""
     boxes: Boxes
     """(N, 4)."""
 
 
 def _scenes(
-    source: ImageSource, indices: Sequence[int], size: tuple[int, int] | None, subject: Subject
+    source: ImageSource, indices: Sequence[int], size: tuple[int, int] | None, dataset: EncodedDataset
 ) -> Iterator[list[Scene]]:
-    """The pictures `indices`, resized to `size` or (None) as they are; those that cannot be decoded are left out."""
-    load = subject.loading
+    """The images `indices`, resized to `size` or (None) as they are; those that cannot be decoded are left out."""
+    load = dataset.loading
     loader: DataLoader[Scene | UnlabeledError | None] = DataLoader(
         _Scenes(source, indices, Resize(size) if size is not None else None),
         batch_size=min(load.batch_size, 64),
@@ -197,7 +202,7 @@ class _Scenes(Dataset["Scene | UnlabeledError | None"]):
 
 
 def true_boxes(source: ImageSource, index: int) -> Boxes:
-    """Annotated boxes of picture `index`, else those around the components of its mask; (0, 4) with neither."""
+    """Annotated boxes of image `index`, else those around the components of its mask; (0, 4) with neither."""
     boxes = annotated_boxes(source, index)
     if boxes is not None:
         return boxes.numpy().astype(np.float32)
@@ -207,16 +212,14 @@ def true_boxes(source: ImageSource, index: int) -> Boxes:
 
 
 def drawn_boxes(image: Tensor, size: tuple[int, int], true: Boxes, found: Boxes) -> Tensor:
-    """The picture as a square uint8 (3, 224, 224) with the true boxes thin and white, the found one thick and orange.
+    """The image as a square uint8 (3, 224, 224) with the true boxes thin and white, the found one thick and orange.
 
-    Boxes are in pixels of a picture of `size` (H, W).
+    Boxes are in pixels of an image of `size` (H, W).
     """
     scale = np.array([size[1], size[0], size[1], size[0]], dtype=np.float32) / _TILE
     tile = Resize((_TILE, _TILE))(image)
-    for boxes, colour, width in ((true, _TRUE, 1), (found[None], _FOUND, 3)):
-        tile = draw_bounding_boxes(
-            tile, torch.from_numpy(boxes / scale).clamp(0, _TILE - 1), colors=colour, width=width
-        )
+    for boxes, color, width in ((true, _TRUE, 1), (found[None], _FOUND, 3)):
+        tile = draw_bounding_boxes(tile, torch.from_numpy(boxes / scale).clamp(0, _TILE - 1), colors=color, width=width)
     return tile
 
 

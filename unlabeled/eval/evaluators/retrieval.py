@@ -1,10 +1,10 @@
-"""Retrieval: each test picture asks for the others of its class, by cosine similarity.
+"""Retrieval: each test image asks for the others of its class, by cosine similarity.
 
 Average precision over the whole ranking, as in image retrieval; recall@k as in metric learning (Song et al. 2016,
-1511.06452); R-precision and MAP@R as Musgrave et al. 2020 (2003.08505) propose them, where R is the number of pictures
+1511.06452); R-precision and MAP@R as Musgrave et al. 2020 (2003.08505) propose them, where R is the number of images
 to be found. Queries are ranked a few at a time, so memory grows with N and not with N^2.
 
-Shapes: N test pictures, Q queries of a chunk.
+Shapes: N test images, Q queries of a chunk.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from unlabeled.eval.base import Estimate, Evaluator, EvaluatorConfig, Measure, Point, Value, check_features
+from unlabeled.eval.encoded_dataset import EncodedDataset
 from unlabeled.eval.intervals import wilson
 from unlabeled.eval.neighbors.search import normalized
-from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.core.seeds import derive
 
 _CELLS = 2**22
-"""(query, picture) pairs ranked at a time: about 100 MB."""
+"""(query, image) pairs ranked at a time: about 100 MB."""
 
 
 _RANKINGS = {
@@ -35,21 +35,21 @@ _RANKINGS = {
 
 
 class RetrievalConfig(EvaluatorConfig):
-    """Test pictures that look for others of their class."""
+    """Looks up each test image among the others and checks whether they are of its class."""
 
     k: tuple[int, ...] = (1, 5, 10)
-    """Of recall@k."""
+    """Numbers of neighbors for recall@k, one result for each. [neighbors]"""
 
 
 class RetrievalEvaluator(Evaluator):
-    """How well the other test pictures of a class are ranked before those of other classes.
+    """How well the other test images of a class are ranked before those of other classes.
 
-    Pictures that are the only one of their class ask nothing (a ``note`` says how many) but may be found. Pictures of
+    Images that are the only one of their class ask nothing (a ``note`` says how many) but may be found. Images of
     equal similarity are ranked at random, so features that say nothing score as chance.
 
     Yields ``map`` (mean average precision over all ranks), ``map_at_r``, ``r_precision`` and, for each k of the
     settings, ``recall1``: the share of queries with one of their class among the first k, as `Estimate` with Wilson's
-    interval for the number of queries. Raises DataError when no class has two pictures, or when there is one class.
+    interval for the number of queries. Raises DataError when no class has two images, or when there is one class.
     """
 
     name: ClassVar = "retrieval"
@@ -69,23 +69,23 @@ class RetrievalEvaluator(Evaluator):
         k = key.removeprefix("recall")
         return _recall(int(k)) if k != key and k.isdigit() else _RANKINGS.get(key)
 
-    def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
-        data = subject.features
+    def run(self, dataset: EncodedDataset) -> Iterator[tuple[str, Value]]:
+        data = dataset.features
         check_features(data)
         counts = np.bincount(data.test.labels)
         alone, total = int((counts == 1).sum()), len(data.test)
         if alone == total or counts.max() == total:
-            why = "no test class has two pictures" if alone == total else "all test pictures are of one class"
-            raise DataError(f"evaluate.retrieval: {why}; give test data of several classes with several pictures each")
+            why = "no test class has two images" if alone == total else "all test images are of one class"
+            raise DataError(f"evaluate.retrieval: {why}; give test data of several classes with several images each")
         if alone:
-            yield "note", f"{alone} test pictures are the only one of their class and were not used as queries"
+            yield "note", f"{alone} test images are the only one of their class and were not used as queries"
         wanted = list(dict.fromkeys(min(k, total - 1) for k in self.config.k))
         if max(self.config.k) > total - 1:
-            yield "note", f"k was cut to {total - 1}, the number of other test pictures"
+            yield "note", f"k was cut to {total - 1}, the number of other test images"
         # a stable sort ranks equal similarities by row; shuffled rows make that a draw by lot
-        order = np.random.default_rng(derive(subject.seed, "retrieval")).permutation(total)
-        features = torch.from_numpy(normalized(data.test.features[order])).to(subject.device)
-        labels = torch.from_numpy(data.test.labels[order]).to(subject.device)
+        order = np.random.default_rng(derive(dataset.seed, "retrieval")).permutation(total)
+        features = torch.from_numpy(normalized(data.test.features[order])).to(dataset.device)
+        labels = torch.from_numpy(data.test.labels[order]).to(dataset.device)
         found = retrieval_scores(features, labels, wanted)
         for key, measure in _RANKINGS.items():
             yield key, measure.of(float(found[key].mean()))
@@ -99,7 +99,7 @@ def _recall(k: int) -> Measure:
 
 
 def retrieval_scores(features: Tensor, labels: Tensor, ks: list[int], *, cells: int = _CELLS) -> dict[str, Tensor]:
-    """Scores of each picture of a class with others, as a query against all but itself; float64 (Q,) each, on the CPU.
+    """Scores of each image of a class with others, as a query against all but itself; float64 (Q,) each, on the CPU.
 
     `features` float32 (N, D) of unit length, `labels` int64 (N,), every k below N. Keys: ``map``, ``map_at_r``,
     ``r_precision``, and ``recall{k}`` (1 where one of the first k is of the class, else 0).

@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from unlabeled.eval.base import Evaluator, EvaluatorConfig, FloatArray, IntArray, Measure, Value
+from unlabeled.eval.encoded_dataset import EncodedDataset
 from unlabeled.eval.metrics import (
     Spectrum,
     alpha_req,
@@ -18,7 +19,6 @@ from unlabeled.eval.metrics import (
     two_nn,
     uniformity,
 )
-from unlabeled.eval.subject import Subject
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.core.seeds import derive
 
@@ -26,7 +26,7 @@ _DEAD = 1e-6
 """A feature that varies by less than this part of the largest value of any feature is dead."""
 _MEASURES = {
     "rankme": Measure("RankMe", "number"),
-    "effective_rank": Measure("effective rank of the centred features", "number"),
+    "effective_rank": Measure("effective rank of the centered features", "number"),
     "alpha": Measure("α-ReQ (best near 1)", "number", None),
     "dimension": Measure("intrinsic dimension (TwoNN)", "number", None),
     "learnability": Measure("cluster learnability (of CLID)", "percent", None),
@@ -38,22 +38,23 @@ _MEASURES = {
 class SpectrumConfig(EvaluatorConfig):
     """Measures of the training features that need no labels: RankMe, α-ReQ, intrinsic dimension, uniformity."""
 
-    pictures: int = Field(25_600, ge=2)
-    """Training pictures, drawn by the seed; the number of the RankMe paper."""
+    images: int = Field(25_600, ge=2)
+    """Training images to use, drawn with the seed; the default is that of the RankMe paper. [images]"""
     pairwise: int = Field(10_000, ge=2)
-    """Of these, as many for what compares pairs: intrinsic dimension, cluster learnability, uniformity."""
+    """Of these, images for measures that compare pairs: intrinsic dimension, cluster learnability, uniformity.
+    [images]"""
 
 
 class SpectrumEvaluator(Evaluator):
-    """Label-free measures (`unlabeled.eval.metrics`) of the training features.
+    """Label-free measures of the training features: ranks, dimension, learnability, uniformity.
 
-    Ranks and α are those of at most ``pictures`` pictures, the rest of at most ``pairwise`` of them, both drawn by the
-    seed: most of these values grow with the number of pictures, so compare those of equal numbers. Dimension and
+    Ranks and α are those of at most ``images`` images, the rest of at most ``pairwise`` of them, both drawn by the
+    seed: most of these values grow with the number of images, so compare those of equal numbers. Dimension and
     learnability are the two parts of CLID, which has a value only among several encoders (`metrics.clid`).
 
     Yields ``rankme``, ``effective_rank``, ``alpha``, ``dimension``, ``learnability``, ``uniformity`` and ``dead`` (part
-    of the features that do not vary); ``pictures`` and ``pairwise``, the numbers used; ``singular_values`` float64
-    (min(N, D),) of the centred features over √N, deviations along the principal directions, largest first; and a
+    of the features that do not vary); ``images`` and ``pairwise``, the numbers used; ``singular_values`` float64
+    (min(N, D),) of the centered features over √N, deviations along the principal directions, largest first; and a
     ``note`` for each value that degenerate features do not have.
     """
 
@@ -69,9 +70,9 @@ class SpectrumEvaluator(Evaluator):
     def measure(cls, key: str) -> Measure | None:
         return _MEASURES.get(key)
 
-    def run(self, subject: Subject) -> Iterator[tuple[str, Value]]:
-        every, seed = subject.features.train.features, subject.seed
-        features = every[chosen(len(every), self.config.pictures, "spectrum", seed)]
+    def run(self, dataset: EncodedDataset) -> Iterator[tuple[str, Value]]:
+        every, seed = dataset.features.train.features, dataset.seed
+        features = every[chosen(len(every), self.config.images, "spectrum", seed)]
         spectrum = Spectrum.of(features)
         few = features[chosen(len(features), self.config.pairwise, "pairs", seed)]
         yield "rankme", _MEASURES["rankme"].of(rankme(spectrum))
@@ -81,18 +82,18 @@ class SpectrumEvaluator(Evaluator):
         yield from _if_possible("learnability", lambda: cluster_learnability(few, seed=seed))
         yield "uniformity", _MEASURES["uniformity"].of(uniformity(few))
         yield "dead", _MEASURES["dead"].of(dead_features(features))
-        yield "pictures", len(features)
+        yield "images", len(features)
         yield "pairwise", len(few)
-        yield "singular_values", spectrum.centred / np.sqrt(spectrum.count)
+        yield "singular_values", spectrum.centered / np.sqrt(spectrum.count)
         if len(features) <= features.shape[1]:
             yield (
                 "note",
-                f"{len(features)} pictures of {features.shape[1]} features: ranks cannot be more than the pictures",
+                f"{len(features)} images of {features.shape[1]} features: ranks cannot be more than the images",
             )
 
 
 def dead_features(features: FloatArray) -> float:
-    """Part of the features (N, D) that are the same for every picture, but for rounding."""
+    """Part of the features (N, D) that are the same for every image, but for rounding."""
     spread = features.max(axis=0) - features.min(axis=0)
     return float((spread <= _DEAD * np.abs(features).max()).mean())
 

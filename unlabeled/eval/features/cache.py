@@ -21,7 +21,7 @@ from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled.ssl.data.source import DecodeError, ImageSource
 
 _SAMPLED = 16
-"""Pictures whose pixels enter the identity of a source."""
+"""Images whose pixels enter the identity of a source."""
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def weights_identity(backbone: Backbone) -> str:
 
 @torch.no_grad()
 def _answer(backbone: Backbone) -> bytes:
-    """The features of one picture of noise."""
+    """The features of one image of noise."""
     device = next((tensor.device for tensor in backbone.buffers()), torch.device("cpu"))
     noise = torch.randn(1, 3, *backbone.input_size, generator=torch.Generator().manual_seed(0)).to(device)
     with modes_kept(backbone.model):
@@ -57,7 +57,7 @@ def _answer(backbone: Backbone) -> bytes:
 
 
 def data_identity(source: ImageSource) -> str:
-    """Hash of what a source holds: its settings, split, names and labels, and the pixels of a few of its pictures."""
+    """Hash of what a source holds: its settings, split, names and labels, and the pixels of a few of its images."""
     digest = hashlib.sha256(type(source).__qualname__.encode())
     digest.update(repr((getattr(source, "config", None), getattr(source, "split", None), source.classes)).encode())
     for index in range(len(source)):
@@ -72,10 +72,10 @@ def data_identity(source: ImageSource) -> str:
 
 def _pixels(source: ImageSource, index: int) -> bytes:
     try:
-        picture = source.read(index)
+        image = source.read(index)
     except DecodeError:
         return b"unreadable"
-    return repr(tuple(picture.shape)).encode() + picture.contiguous().numpy().tobytes()
+    return repr(tuple(image.shape)).encode() + image.contiguous().numpy().tobytes()
 
 
 def load_split(file: Path) -> FeatureSplit | None:

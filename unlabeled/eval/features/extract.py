@@ -1,6 +1,6 @@
-"""Pictures to features: one deterministic pass over a source, shared by processes and cached on disk.
+"""Images to features: one deterministic pass over a source, shared by processes and cached on disk.
 
-Shapes: B images of a batch, N pictures of a source, D features.
+Shapes: B images of a batch, N images of a source, D features.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from unlabeled.ssl.data.source import DecodeError, ImageSource
 Precision = Literal["fp32", "bf16", "fp16"]
 Encode = Callable[[Tensor], Tensor]
 Outputs = Callable[[Backbone, Tensor], Tensor]
-"""(backbone, normalised images (B, 3, h, w)) → (B, F)."""
-PictureTransform = Callable[[Tensor], Tensor]
-"""uint8 (3, H, W) → uint8 (3, h, w), the same for the same picture; its `repr` tells it apart."""
-PictureBatch = tuple[Tensor, "Tensor | None", list[int]]
-"""Indices (B,), pictures uint8 (B, 3, h, w) or None where none can be decoded, and the indices of those that cannot."""
+"""(backbone, normalized images (B, 3, h, w)) → (B, F)."""
+ImageTransform = Callable[[Tensor], Tensor]
+"""uint8 (3, H, W) → uint8 (3, h, w), the same for the same image; its `repr` tells it apart."""
+ImageBatch = tuple[Tensor, "Tensor | None", list[int]]
+"""Indices (B,), images uint8 (B, 3, h, w) or None where none can be decoded, and the indices of those that cannot."""
 
 _MARGIN = 256 / 224
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,10 +42,10 @@ AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """uint8 (3, H, W) of any size → uint8 (3, h, w), always the same for the same picture.
+    """uint8 (3, H, W) of any size → uint8 (3, h, w), always the same for the same image.
 
-    The usual protocol: bicubic resize to 256/224 of `size`, then the centre. A picture that is no larger than that on
-    either side is resized to `size` as a whole, so that small pictures lose nothing: 32 x 32 into 32 stays as it is.
+    The usual protocol: bicubic resize to 256/224 of `size`, then the center. An image that is no larger than that on
+    either side is resized to `size` as a whole, so that small images lose nothing: 32 x 32 into 32 stays as it is.
     """
 
     size: tuple[int, int]
@@ -57,13 +57,13 @@ class EvalTransform:
             return _resize(image, self.size)
         scale = max(h * _MARGIN / height, w * _MARGIN / width)
         covering = (max(h, round(height * scale)), max(w, round(width * scale)))
-        centre: Tensor = tv.center_crop(_resize(image, covering), list(self.size))
-        return centre
+        center: Tensor = tv.center_crop(_resize(image, covering), list(self.size))
+        return center
 
 
 @dataclass(frozen=True)
 class Resize:
-    """uint8 (3, H, W) → uint8 (3, h, w), bicubic, the whole picture."""
+    """uint8 (3, H, W) → uint8 (3, h, w), bicubic, the whole image."""
 
     size: tuple[int, int]
 
@@ -83,7 +83,7 @@ def extract_features(
     source: ImageSource,
     *,
     size: int | tuple[int, int] | None = None,
-    transform: PictureTransform | None = None,
+    transform: ImageTransform | None = None,
     outputs: Outputs | None = None,
     named: str = "pooled",
     batch_size: int = 256,
@@ -93,14 +93,14 @@ def extract_features(
     precision: Precision = "fp32",
     together: bool = True,
 ) -> FeatureSplit:
-    """Features of every readable picture, float32 (N, F), in the order of `source`; pooled ones without `outputs`.
+    """Features of every readable image, float32 (N, F), in the order of `source`; pooled ones without `outputs`.
 
     Under torch.distributed each process encodes a part and all receive the whole, unless `together` is off. With a
     `cache` folder the result is kept there and read back for the same weights, transform (None: `EvalTransform` of
-    `size`), outputs (`named` says what they are), data and precision. Pictures that cannot be decoded are left out and
+    `size`), outputs (`named` says what they are), data and precision. Images that cannot be decoded are left out and
     named in `FeatureSplit.skipped`. The modes of all modules and the random state are left as they were.
 
-    Raises DataError when not a single picture can be decoded.
+    Raises DataError when not a single image can be decoded.
     """
     pixels = (size, size) if isinstance(size, int) else size or backbone.input_size
     device, transform = torch.device(device), transform or EvalTransform(pixels)
@@ -139,9 +139,9 @@ def encode_batch(
 def raw_pixels(
     source: ImageSource, *, size: int = 32, batch_size: int = 256, workers: int = 0, cache: Path | None = None
 ) -> FeatureSplit:
-    """The baseline without a network: pictures of at most `size` x `size` pixels, flattened, 0..1, float32 (N, 3hw).
+    """The baseline without a network: images of at most `size` x `size` pixels, flattened, 0..1, float32 (N, 3hw).
 
-    All pictures get the size of the first readable one, cut down to `size` on each side.
+    All images get the size of the first readable one, cut down to `size` on each side.
     """
     transform = Resize(pixel_size(source, size))
 
@@ -176,8 +176,8 @@ def is_main_process() -> bool:
     return rank() == 0
 
 
-class _Pictures(Dataset[tuple[int, Tensor | None]]):
-    """Part of a source, transformed; None stands for a picture that cannot be decoded."""
+class _Images(Dataset[tuple[int, Tensor | None]]):
+    """Part of a source, transformed; None stands for an image that cannot be decoded."""
 
     def __init__(self, source: ImageSource, transform: Callable[[Tensor], Tensor], indices: Sequence[int]) -> None:
         self.source, self.transform, self.indices = source, transform, indices
@@ -193,17 +193,17 @@ class _Pictures(Dataset[tuple[int, Tensor | None]]):
             return index, None
 
 
-def load_pictures(
+def load_images(
     source: ImageSource,
     transform: Callable[[Tensor], Tensor],
     indices: Sequence[int],
     *,
     batch_size: int,
     workers: int,
-) -> Iterable[PictureBatch]:
-    """The pictures `indices` of `source`, transformed to one size, in that order."""
+) -> Iterable[ImageBatch]:
+    """The images `indices` of `source`, transformed to one size, in that order."""
     return DataLoader(
-        _Pictures(source, transform, indices),
+        _Images(source, transform, indices),
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=_collate,
@@ -212,7 +212,7 @@ def load_pictures(
     )
 
 
-def _collate(items: list[tuple[int, Tensor | None]]) -> PictureBatch:
+def _collate(items: list[tuple[int, Tensor | None]]) -> ImageBatch:
     good = [(index, image) for index, image in items if image is not None]
     images = torch.stack([image for _, image in good]) if good else None
     return torch.tensor([index for index, _ in good]), images, [index for index, image in items if image is None]
@@ -222,14 +222,14 @@ def _collate(items: list[tuple[int, Tensor | None]]) -> PictureBatch:
 def _encode_all(
     encode: Encode,
     source: ImageSource,
-    transform: PictureTransform,
+    transform: ImageTransform,
     batch_size: int,
     workers: int,
     ranks: tuple[int, int],
 ) -> FeatureSplit:
     own, world = ranks
     share = range(len(source) * own // world, len(source) * (own + 1) // world)
-    loader = load_pictures(source, transform, share, batch_size=batch_size, workers=workers)
+    loader = load_images(source, transform, share, batch_size=batch_size, workers=workers)
     features: list[Tensor] = []
     indices: list[Tensor] = []
     unreadable: list[int] = []
@@ -247,7 +247,7 @@ def _encode_all(
 
 def _split(source: ImageSource, rows: Tensor, indices: IntArray, unreadable: list[int]) -> FeatureSplit:
     if len(rows) == 0:
-        raise DataError(f"evaluate.data: none of the {len(source)} pictures can be decoded; run `unlabeled doctor`")
+        raise DataError(f"evaluate.data: none of the {len(source)} images can be decoded; run `unlabeled doctor`")
     labels = source.labels()
     known = np.full(len(source), -1) if labels is None else labels.cpu().numpy()
     skipped = tuple(source.describe(index) for index in unreadable)
@@ -291,11 +291,11 @@ def _cached(file: Path, compute: Callable[[], FeatureSplit], ranks: tuple[int, i
 
 
 def pixel_size(source: ImageSource, largest: int = 32) -> tuple[int, int]:
-    """(h, w) of the raw pixels of `source`: of its first readable picture, cut down to `largest` on each side."""
+    """(h, w) of the raw pixels of `source`: of its first readable image, cut down to `largest` on each side."""
     for index in range(len(source)):
         try:
             height, width = source.read(index).shape[-2:]
         except DecodeError:
             continue
         return min(height, largest), min(width, largest)
-    raise DataError(f"evaluate.data: none of the {len(source)} pictures can be decoded; run `unlabeled doctor`")
+    raise DataError(f"evaluate.data: none of the {len(source)} images can be decoded; run `unlabeled doctor`")

@@ -1,7 +1,7 @@
-"""Batch-norm statistics of dense pictures, for networks that trained on masked ones.
+"""Batch-norm statistics of dense images, for networks that trained on masked ones.
 
-The running statistics of a network that saw only the visible part of its pictures are those of visible positions; under
-them the features of whole pictures are shifted. They are therefore estimated anew before a frozen evaluation (SparK,
+The running statistics of a network that saw only the visible part of its images are those of visible positions; under
+them the features of whole images are shifted. They are therefore estimated anew before a frozen evaluation (SparK,
 arXiv 2301.03580, trains such networks; "precise batch norm" of arXiv 2105.07576, section 3, is the estimate). Weights
 stay as they are.
 """
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from unlabeled.eval.features.extract import EvalTransform, load_pictures
+from unlabeled.eval.features.extract import EvalTransform, load_images
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled.ssl.config.schema import EvaluateConfig
@@ -29,17 +29,17 @@ from unlabeled.ssl.data.source import ImageSource
 log = logging.getLogger(__name__)
 
 
-def recalibration_pictures(config: EvaluateConfig, backbone: Backbone, masked_statistics: bool) -> int:
-    """How many pictures the statistics of `backbone` are to be estimated on; 0: they stay as they are.
+def recalibration_images(config: EvaluateConfig, backbone: Backbone, masked_statistics: bool) -> int:
+    """How many images the statistics of `backbone` are to be estimated on; 0: they stay as they are.
 
-    `masked_statistics`: whether its running statistics were collected on masked pictures (see `PretextTask`).
+    `masked_statistics`: whether its running statistics were collected on masked images (see `PretextTask`).
     """
     wanted = masked_statistics if config.recalibrate == "auto" else config.recalibrate
     if wanted and not batch_norms(backbone):
         if config.recalibrate is True:
             log.warning("evaluate.recalibrate: true has no effect, %s has no batch norms", backbone.name)
         return 0
-    return config.recalibrate_pictures if wanted else 0
+    return config.recalibrate_images if wanted else 0
 
 
 def batch_norms(module: nn.Module) -> list[_BatchNorm]:
@@ -52,34 +52,32 @@ def recalibrated(
     backbone: Backbone,
     source: ImageSource,
     *,
-    pictures: int,
+    count: int,
     batch_size: int = 256,
     workers: int = 0,
     device: torch.device | str = "cpu",
 ) -> Backbone:
-    """A copy of `backbone` whose batch norms have the statistics of up to `pictures` whole pictures of `source`.
+    """A copy of `backbone` whose batch norms have the statistics of up to `count` whole images of `source`.
 
-    Running mean and variance (unbiased) are those of all positions of all these pictures together, while every batch
-    norm normalises with the statistics of its batch; all else runs in evaluation mode. The pictures come in a fixed
+    Running mean and variance (unbiased) are those of all positions of all these images together, while every batch
+    norm normalizes with the statistics of its batch; all else runs in evaluation mode. The images come in a fixed
     shuffle, since the order of a folder would make batches of one class. Every process of torch.distributed does the
     same work and ends with the first one's numbers. Random state and `backbone` are left as they were.
 
-    Raises DataError when fewer than two of the pictures can be decoded.
+    Raises DataError when fewer than two of the images can be decoded.
     """
     device = torch.device(device)
     with modes_kept(backbone):  # which also drops tensors kept from earlier passes that cannot be copied
         twin = copy.deepcopy(backbone).to(device).eval()
-    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:pictures].tolist()
-    batches = load_pictures(
-        source, EvalTransform(twin.input_size), order, batch_size=max(2, batch_size), workers=workers
-    )
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:count].tolist()
+    batches = load_images(source, EvalTransform(twin.input_size), order, batch_size=max(2, batch_size), workers=workers)
     with _collecting(twin) as collected, torch.no_grad():
         for _, images, _ in batches:
             if images is not None and len(images) > 1:  # of a single value there is no variance
                 twin.pooled(twin.normalize(images.to(device, non_blocking=True)))
     if not any(statistics.count for statistics in collected.values()):
         raise DataError(
-            f"evaluate.recalibrate: fewer than two of {len(order)} training pictures can be decoded; "
+            f"evaluate.recalibrate: fewer than two of {len(order)} training images can be decoded; "
             "run `unlabeled doctor`"
         )
     for norm, statistics in collected.items():

@@ -25,7 +25,7 @@ from unlabeled.eval.base import FloatArray, IntArray
 from unlabeled.eval.neighbors.topk import COLUMNS, QUERIES, collect, decoded, empty_keys, keys_of_pairs, merged, worst
 
 _CANDIDATES = 3
-"""Candidates for each neighbour wanted."""
+"""Candidates for each neighbor wanted."""
 _UNPROVEN = 1 / 8
 """Where more of the first queries than this cannot be proven, the exact search alone is faster."""
 
@@ -87,11 +87,14 @@ def _rounded(rows: Tensor, mean: Tensor) -> _Rounded:
     found = _Rounded(torch.empty(rows.shape, dtype=torch.int8), *(torch.empty(len(rows)) for _ in range(3)))
     for start in range(0, len(rows), COLUMNS):
         part = slice(start, start + COLUMNS)
-        centred = rows[part] - mean
-        scales = (centred.abs().amax(dim=1) / 127).clamp_min(1e-30)
-        values = (centred / scales[:, None]).round_()
+        centered = rows[part] - mean
+        scales = (centered.abs().amax(dim=1) / 127).clamp_min(1e-30)
+        values = (centered / scales[:, None]).round_()
         found.values[part], found.scales[part] = values.to(torch.int8), scales
-        found.lengths[part], found.errors[part] = centred.norm(dim=1), (centred - values * scales[:, None]).norm(dim=1)
+        found.lengths[part], found.errors[part] = (
+            centered.norm(dim=1),
+            (centered - values * scales[:, None]).norm(dim=1),
+        )
     return found
 
 

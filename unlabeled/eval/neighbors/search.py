@@ -30,18 +30,18 @@ from unlabeled.ssl.core.errors import ConfigError, DataError
 
 APPROXIMATE = ("ivf", "hnsw")
 _ROWS = 4096
-"""Rows normalised at a time."""
+"""Rows normalized at a time."""
 _SAMPLE = 1000
 """Queries on which an approximate search is compared with the exact one."""
 _ROUNDING = 1e-5
 """Far more than two ways to sum a cosine differ by."""
 _LINKS = 32
-"""Neighbours of a node of the HNSW graph; the lowest layer has twice as many."""
+"""Neighbors of a node of the HNSW graph; the lowest layer has twice as many."""
 
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """How the neighbours are found."""
+    """How the neighbors are found."""
 
     kind: Literal["exact", "reduced", "ivf", "hnsw"] = "exact"
     effort: int = 64
@@ -156,7 +156,7 @@ def _indexed(
     need = len(train) * (4 * train.shape[1] * 2 + 8 * _LINKS) / 1e9  # features twice, links
     if need > settings.memory_gb:
         raise ConfigError(
-            f"evaluate.knn.search: {settings.kind} needs about {need:.1f} GB of memory for {len(train)} pictures, "
+            f"evaluate.knn.search: {settings.kind} needs about {need:.1f} GB of memory for {len(train)} images, "
             f"and evaluate.knn.memory_gb is {settings.memory_gb:g}; raise it, or use exact"
         )
     rows = normalized(train)
@@ -176,7 +176,7 @@ def _described(count: int, settings: SearchSettings) -> str:
     """The index in faiss's words."""
     if settings.kind == "hnsw":
         return f"HNSW{_LINKS},Flat"
-    return f"IVF{max(1, min(int(4 * count**0.5), count // 39))},Flat"  # k-means wants 39 rows a centre
+    return f"IVF{max(1, min(int(4 * count**0.5), count // 39))},Flat"  # k-means wants 39 rows a center
 
 
 def _completed(

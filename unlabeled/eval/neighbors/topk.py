@@ -2,7 +2,7 @@
 
 A score and where it stands are one 64-bit number, so that an entry of more than another is the better one: the higher
 score and, where scores are equal, the lower index. Numbers are all different then, the order of a result is defined,
-and numpy's vectorised partition and sort find it (its `argpartition` would leave ties to chance).
+and numpy's vectorized partition and sort find it (its `argpartition` would leave ties to chance).
 
 Shapes: Q queries, n columns of a block, k entries kept.
 """
@@ -103,12 +103,12 @@ def _take(keys: IntArray, block: FloatArray, floors: FloatArray, offset: int) ->
     floors = np.maximum(floors, worst(keys))
     if k < count and np.isneginf(floors).any():  # the best of this block alone are no less than its own k-th
         floors = np.maximum(floors, np.partition(block, count - k, axis=1)[:, count - k])
-    places = np.flatnonzero(block >= floors[:, None])
-    if len(places) == 0:
+    positions = np.flatnonzero(block >= floors[:, None])
+    if len(positions) == 0:
         return
-    rows = places // count
+    rows = positions // count
     counts = np.bincount(rows, minlength=len(block))
     padded = np.full((len(block), int(counts.max())), EMPTY)
     ranks = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-    padded[rows, ranks] = encoded(block.reshape(-1)[places], places - rows * count + offset)
+    padded[rows, ranks] = encoded(block.reshape(-1)[positions], positions - rows * count + offset)
     keys[:] = merged(keys, padded)

@@ -1,4 +1,4 @@
-"""Batches for linear heads: of cached features, or of augmented pictures that are encoded on the way."""
+"""Batches for linear heads: of cached features, or of augmented images that are encoded on the way."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from unlabeled.eval.features.extract import Outputs, encode_batch, evaluating, load_pictures
-from unlabeled.eval.subject import Subject
+from unlabeled.eval.encoded_dataset import EncodedDataset
+from unlabeled.eval.features.extract import Outputs, encode_batch, evaluating, load_images
 from unlabeled.ssl.core.seeds import derive
 from unlabeled.ssl.data.loader import seeded
 from unlabeled.ssl.data.source import ImageSource
 
 Batches = Iterator[tuple[Tensor, Tensor]]
-"""Standardised features float32 (B, F) and labels int64 (B,); the features' memory is used again for the next batch."""
+"""Standardized features float32 (B, F) and labels int64 (B,); the features' memory is used again for the next batch."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,18 @@ class Course:
 
 
 def cached_batches(features: Tensor, labels: Tensor, course: Course) -> Batches:
-    """Rows of standardised features (N, F) and labels (N,)."""
+    """Rows of standardized features (N, F) and labels (N,)."""
     buffer = features.new_empty(course.batch, features.shape[1])  # a new one each time costs more than the copy
     for order in course.orders():
         order = order.to(features.device)
         truth = labels[order]
-        for place, rows in enumerate(torch.split(order, course.batch)):
+        for position, rows in enumerate(torch.split(order, course.batch)):
             torch.index_select(features, 0, rows, out=buffer)
-            yield buffer, truth[place * course.batch : (place + 1) * course.batch]
+            yield buffer, truth[position * course.batch : (position + 1) * course.batch]
 
 
-class AugmentedPictures:
-    """A source in which picture ``epoch * N + i`` is a random crop of picture i, mirrored at times.
+class AugmentedImages:
+    """A source in which image ``epoch * N + i`` is a random crop of image i, mirrored at times.
 
     The crop is RandomResizedCrop's (8 to 100 % of the area, bicubic) as in the linear evaluation of DINOv2 and of the
     supervised recipes before it; its draws are a function of (seed, epoch, i).
@@ -74,9 +74,9 @@ class AugmentedPictures:
 
     def read(self, index: int) -> Tensor:
         """uint8 (3, h, w)."""
-        epoch, picture = divmod(index, len(self.source))
-        pixels = self.source.read(picture)
-        with seeded(derive("linear probe", self.seed, epoch, picture)):
+        epoch, inner = divmod(index, len(self.source))
+        pixels = self.source.read(inner)
+        with seeded(derive("linear probe", self.seed, epoch, inner)):
             image: Tensor = self._transform(pixels)
         return image
 
@@ -88,21 +88,21 @@ class AugmentedPictures:
 
 
 def augmented_batches(
-    subject: Subject, outputs: Outputs | None, mean: Tensor, deviation: Tensor, labels: Tensor, course: Course
+    dataset: EncodedDataset, outputs: Outputs | None, mean: Tensor, deviation: Tensor, labels: Tensor, course: Course
 ) -> Batches:
-    """Features of augmented training pictures, with `mean` and `deviation` (F,); `labels` (N,) are those of all rows.
+    """Features of augmented training images, with `mean` and `deviation` (F,); `labels` (N,) are those of all rows.
 
     The network stays frozen and in evaluation mode.
     """
-    backbone, load = subject.network(), subject.loading
-    source = AugmentedPictures(subject.pictures()[0], backbone.input_size, subject.seed)
-    numbers = subject.features.train.indices
-    pictures = torch.arange(len(labels)) if numbers is None else torch.from_numpy(numbers)
-    keys = torch.cat([pictures[order] + epoch * len(source) for epoch, order in enumerate(course.orders())])
+    backbone, load = dataset.require_backbone(), dataset.loading
+    source = AugmentedImages(dataset.require_sources()[0], backbone.input_size, dataset.seed)
+    numbers = dataset.features.train.indices
+    readable = torch.arange(len(labels)) if numbers is None else torch.from_numpy(numbers)
+    keys = torch.cat([readable[order] + epoch * len(source) for epoch, order in enumerate(course.orders())])
     row_of = torch.zeros(len(source), dtype=torch.int64)
-    row_of[pictures] = torch.arange(len(pictures))
+    row_of[readable] = torch.arange(len(readable))
     backbone.to(load.device)
-    batches = load_pictures(source, _unchanged, keys.tolist(), batch_size=course.batch, workers=load.workers)
+    batches = load_images(source, _unchanged, keys.tolist(), batch_size=course.batch, workers=load.workers)
     for indices, images, _ in batches:
         if images is None:
             continue

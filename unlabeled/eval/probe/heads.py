@@ -1,6 +1,6 @@
 """Many linear classifiers trained side by side: one matrix product for all heads that read the same features.
 
-Shapes: H heads, C classes, D features, B pictures of a batch.
+Shapes: H heads, C classes, D features, B images of a batch.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ class GroupedSgd:
     def step(self, features: Tensor, labels: Tensor, *, rate: float) -> None:
         """One step on features (B, D) and labels (B,), with all learning rates multiplied by `rate`."""
         features = features.contiguous()
-        places = labels * len(labels) + torch.arange(len(labels), device=labels.device)
+        positions = labels * len(labels) + torch.arange(len(labels), device=labels.device)
         with torch.no_grad():
             for part, decayed in self._parts:
-                self._step(part, decayed, features, places, rate)
+                self._step(part, decayed, features, positions, rate)
 
     def scores(self, features: Tensor) -> Tensor:
         """Features (N, D) → logits (H, C, N)."""
@@ -100,14 +100,14 @@ class GroupedSgd:
             for first in starts
         ]
 
-    def _step(self, part: slice, decayed: bool, features: Tensor, places: Tensor, rate: float) -> None:
-        """`places` (B,): where in (C B) the true class of each picture lies."""
+    def _step(self, part: slice, decayed: bool, features: Tensor, positions: Tensor, rate: float) -> None:
+        """`positions` (B,): where in (C B) the true class of each image lies."""
         weights, momentum, rates = self.weights[part], self._momentum[part], self._rates[part]
-        count = len(places)
+        count = len(positions)
         logits = self._product(weights, features).add_(self.biases[part]).view(-1, self.classes, count)
         residual = logits.softmax(dim=1)  # gradient of the cross-entropy: softmax minus one-hot
         flat = residual.view(len(residual), -1)
-        flat.index_add_(1, places, self._minus_one.expand(len(flat), count))
+        flat.index_add_(1, positions, self._minus_one.expand(len(flat), count))
         residual = residual.view(-1, count).mul_(1 / count)  # (H C, B)
         # the transpose of contiguous features is what both of its operands may be
         torch.add(self._product(residual, features.t()), momentum, alpha=_MOMENTUM, out=momentum)

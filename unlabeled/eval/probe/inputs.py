@@ -42,7 +42,7 @@ class Input:
 
 @dataclass(frozen=True)
 class BlockFeatures:
-    """(backbone, normalised images (B, 3, h, w)) → (B, F): class tokens of the last blocks, then averages.
+    """(backbone, normalized images (B, 3, h, w)) → (B, F): class tokens of the last blocks, then averages.
 
     The class tokens are those of the last `classes` blocks, the last block's last; the averages those of the last
     `averages`, the last block's first. So each input is a range of columns.

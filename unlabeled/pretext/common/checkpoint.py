@@ -91,7 +91,7 @@ def _is_fixed_table(stored: Tensor, file_prefix: int) -> bool:
 
 
 def _square_grid(stored: Tensor, file_prefix: int) -> tuple[int, int] | None:
-    """Grid of a stored table (1, F + L, D): the authors train on square pictures only. None when L is no square."""
+    """Grid of a stored table (1, F + L, D): the authors train on square images only. None when L is no square."""
     patches = stored.shape[1] - file_prefix if stored.ndim == 3 else 0
     side = math.isqrt(max(patches, 0))
     return (side, side) if patches > 0 and side * side == patches else None

@@ -47,6 +47,6 @@ def tiled(tiles: Tensor | Sequence[Tensor], columns: int, *, gap: int = 2, groun
 
 
 def displayed(images: Tensor, backbone: Backbone) -> Tensor:
-    """Normalised (B, C, H, W) → uint8 of the same shape: the inverse of ``backbone.normalize``, clipped."""
+    """Normalized (B, C, H, W) → uint8 of the same shape: the inverse of ``backbone.normalize``, clipped."""
     mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (backbone.mean, backbone.std))
     return ((images * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)

@@ -1,7 +1,7 @@
-"""Multi-crop: two large crops of a picture and several small ones (SwAV, arXiv 2006.09882, section 3.4), in the sizes
-and colours of DINO (Caron et al., arXiv 2104.14294; code of the authors: github.com/facebookresearch/dino).
+"""Multi-crop: two large crops of an image and several small ones (SwAV, arXiv 2006.09882, section 3.4), in the sizes
+and colors of DINO (Caron et al., arXiv 2104.14294; code of the authors: github.com/facebookresearch/dino).
 
-What a loader brings; batches hold crops picture by picture.
+What a loader brings; batches hold crops image by image.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ from unlabeled.ssl.core.errors import ConfigError, first_line
 from unlabeled.ssl.task import TaskConfig
 
 GLOBALS = 2
-"""Large crops of each picture."""
+"""Large crops of each image."""
 _LOCAL_PART = 96 / 224
 """Side of a small crop over that of a large one, as published."""
 _SHOWN = 4
-"""Pictures of a sheet."""
+"""Images of a sheet."""
 _ANY_SIZE = "dynamic_img_size"
-"""Argument of timm's transformers that lets them take pictures of another size than their own."""
+"""Argument of timm's transformers that lets them take images of another size than their own."""
 
 
 class MultiCropConfig(TaskConfig):
-    """Settings of the crops; the defaults are those of DINO's released code."""
+    """Settings of large and small crops; the defaults are those of DINO's released code."""
 
     locals: int = Field(8, ge=0)
-    """Small crops of each picture, beside the two large ones."""
+    """Small crops of each image, in addition to the two large ones. [crops]"""
     local_size: Size | None = None
-    """Their pixels, one number or [height, width]; None: 96/224 of ``backbone.size``, rounded to the backbone's stride.
-    The large crops have ``backbone.size``."""
+    """Side of the small crops, one number or [height, width]; null: 96/224 of backbone.size, rounded to the backbone's
+    stride. The large crops have backbone.size. [pixels]"""
     global_scale: tuple[Part, Part] = (0.4, 1.0)
-    """Part of the picture's area in a large crop, smallest and largest."""
+    """Smallest and largest fraction of the image area that a large crop covers. [fraction]"""
     local_scale: tuple[Part, Part] = (0.05, 0.4)
-    """The same of a small crop."""
+    """Smallest and largest fraction of the image area that a small crop covers. [fraction]"""
     first_colors: ColorConfig = ColorConfig(blur=1.0)
-    """Colours of the first large crop."""
+    """Color augmentation of the first large crop."""
     second_colors: ColorConfig = ColorConfig(blur=0.1, solarize=0.2)
-    """Colours of the second large crop."""
+    """Color augmentation of the second large crop."""
     local_colors: ColorConfig = ColorConfig(blur=0.5)
-    """Colours of the small crops."""
+    """Color augmentation of the small crops."""
 
     @model_validator(mode="after")
     def _ordered(self) -> MultiCropConfig:
@@ -62,7 +62,7 @@ class MultiCropConfig(TaskConfig):
 
 
 class MultiCropViews:
-    """Picture, uint8 (3, H, W) of any size → ``globals`` uint8 (2, 3, h, w) and, if any, ``locals`` (n, 3, h', w')."""
+    """Image, uint8 (3, H, W) of any size → ``globals`` uint8 (2, 3, h, w) and, if any, ``locals`` (n, 3, h', w')."""
 
     def __init__(self, config: MultiCropConfig, size: tuple[int, int], local: tuple[int, int]) -> None:
         bicubic = v2.InterpolationMode.BICUBIC
@@ -72,10 +72,10 @@ class MultiCropViews:
         self.large_colors = [Colors(config.first_colors), Colors(config.second_colors)]
         self.small_colors = Colors(config.local_colors)
 
-    def __call__(self, picture: Tensor) -> dict[str, Tensor]:
-        views = {"globals": torch.stack([colors(self.large(picture).image) for colors in self.large_colors])}
+    def __call__(self, image: Tensor) -> dict[str, Tensor]:
+        views = {"globals": torch.stack([colors(self.large(image).image) for colors in self.large_colors])}
         if self.locals:
-            small = [self.small_colors(self.small(picture).image) for _ in range(self.locals)]
+            small = [self.small_colors(self.small(image).image) for _ in range(self.locals)]
             views["locals"] = torch.stack(small)
         return views
 
@@ -119,12 +119,12 @@ def _require_blur(field: str, size: tuple[int, int], colors: list[ColorConfig]) 
     if min(size) <= reach:
         raise ConfigError(
             f"{field}: crops of {size[0]}x{size[1]} are too small for a blur that reaches {reach} pixels; "
-            "give larger ones, or a smaller sigma or blur=0 in the colours of the task"
+            "give larger ones, or a smaller sigma or blur=0 in the colors of the task"
         )
 
 
 def crop_sheet(kinds: Iterable[Tensor]) -> Tensor:
-    """uint8 (B, V, 3, h, w) of several kinds → one picture, uint8 (3, H, W): a row for each of the first 4, in which
+    """uint8 (B, V, 3, h, w) of several kinds → one image, uint8 (3, H, W): a row for each of the first 4, in which
     all of its crops stand in one scale."""
     rows = list(zip(*(kind[:_SHOWN].cpu() for kind in kinds), strict=True))
     crops = [crop for row in rows for kind in row for crop in kind]

@@ -1,7 +1,7 @@
-"""Views of one picture: random crops that know where they were taken, and the colours of contrastive methods.
+"""Views of one image: random crops that know where they were taken, and the colors of contrastive methods.
 
 A view's *box* is (x1, y1, x2, y2), float32: where its left, upper, right and lower edge lie in the unit square of the
-original picture. A mirrored view has x1 > x2. That is the one description of geometry that all tasks share.
+original image. A mirrored view has x1 > x2. That is the one description of geometry that all tasks share.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class View(NamedTuple):
 
 
 class RandomCrop:
-    """Random part of a picture, resized to a fixed size, mirrored at times.
+    """Random part of an image, resized to a fixed size, mirrored at times.
 
-    Area U(scale), aspect log-uniform in `ratio`; after ten draws that do not fit, the largest centred part (the rule of
-    torchvision's RandomResizedCrop).
+    Area U(scale), aspect log-uniform in `ratio`; after ten draws that do not fit, the largest centered crop (the rule
+    of torchvision's RandomResizedCrop).
     """
 
     def __init__(
@@ -49,28 +49,28 @@ class RandomCrop:
         self.interpolation = interpolation
         self._crop = v2.RandomResizedCrop(size, scale=scale, ratio=ratio)
 
-    def __call__(self, picture: Tensor) -> View:
+    def __call__(self, original: Tensor) -> View:
         """uint8 (3, H, W) of any size → a view of `size`."""
-        part = self._crop.make_params([picture])
+        part = self._crop.make_params([original])
         top, left, height, width = (int(part[name]) for name in ("top", "left", "height", "width"))
-        image = F.resized_crop(picture, top, left, height, width, list(self.size), self.interpolation, antialias=True)
-        box = crop_box(top, left, height, width, picture.shape[-2:])
+        image = F.resized_crop(original, top, left, height, width, list(self.size), self.interpolation, antialias=True)
+        box = crop_box(top, left, height, width, original.shape[-2:])
         if torch.rand(()) < self.flip:
             image, box = F.horizontal_flip(image), box[[2, 1, 0, 3]]
         return View(image, box)
 
 
 def crop_box(top: int, left: int, height: int, width: int, size: tuple[int, ...]) -> Tensor:
-    """Box (4,) of a crop in pixels of a picture of `size` (H, W), each axis in units of its own extent.
+    """Box (4,) of a crop in pixels of an image of `size` (H, W), each axis in units of its own extent.
 
-    Edges lie at the centres of the outermost pixels, as in PixPro's code: (left / (W - 1), ...).
+    Edges lie at the centers of the outermost pixels, as in PixPro's code: (left / (W - 1), ...).
     """
     rows, columns = (max(length - 1, 1) for length in size)
     return torch.tensor([left / columns, top / rows, (left + width - 1) / columns, (top + height - 1) / rows])
 
 
-def cell_centres(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Boxes (..., 4) → centres (..., gh * gw, 2) of the cells of a grid over each view, as (x, y), in raster order."""
+def cell_centers(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Boxes (..., 4) → centers (..., gh * gw, 2) of the cells of a grid over each view, as (x, y), in raster order."""
     rows, columns = grid
     x1, y1, x2, y2 = boxes.unsqueeze(-1).unbind(-2)  # (..., 1) each
     across = (torch.arange(columns, device=boxes.device, dtype=boxes.dtype) + 0.5) / columns
@@ -81,26 +81,30 @@ def cell_centres(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 class ColorConfig(TaskConfig):
-    """Colour augmentation of one view; the defaults are BYOL's (arXiv 2006.07733, appendix B), without blur."""
+    """Color augmentation of one view; the defaults are BYOL's (arXiv 2006.07733, appendix B), without blur."""
 
     brightness: float = Field(0.4, ge=0)
+    """Largest relative change of brightness. [fraction]"""
     contrast: float = Field(0.4, ge=0)
+    """Largest relative change of contrast. [fraction]"""
     saturation: float = Field(0.2, ge=0)
+    """Largest relative change of saturation. [fraction]"""
     hue: float = Field(0.1, ge=0, le=0.5)
+    """Largest shift of hue; 0.5 reaches the opposite color. [turns]"""
     jitter: Chance = 0.8
-    """Probability of the four above."""
+    """Probability that brightness, contrast, saturation and hue change."""
     gray: Chance = 0.2
-    """Probability of losing the colour."""
+    """Probability that the image loses its color."""
     blur: Chance = 0.0
     """Probability of a Gaussian blur."""
     sigma: tuple[float, float] = (0.1, 2.0)
-    """Its standard deviation in pixels, smallest and largest."""
+    """Smallest and largest standard deviation of the blur. [pixels]"""
     solarize: Chance = 0.0
-    """Probability of inverting all values of 128 and above."""
+    """Probability that all values of 128 and above are inverted."""
 
 
 class Colors:
-    """Changes colours and sharpness, never places. Order: jitter, grey, blur, solarize."""
+    """Changes colors and sharpness, never places. Order: jitter, gray, blur, solarize."""
 
     def __init__(self, config: ColorConfig) -> None:
         jitter = v2.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue)

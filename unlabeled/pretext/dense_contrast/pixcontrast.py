@@ -1,4 +1,4 @@
-"""PixContrast: near cells of two views attract each other, far cells of the same picture repel.
+"""PixContrast: near cells of two views attract each other, far cells of the same image repel.
 
 Xie, Lin, Zhang, Cao, Lin, Hu, "Propagate Yourself: Exploring Pixel-Level Consistency for Unsupervised Visual
 Representation Learning", CVPR 2021, arXiv 2011.10043, section 3.1. The authors' repository has no code of it:
@@ -16,20 +16,28 @@ from torch.nn import functional as F
 
 from unlabeled.pretext.common.precision import widened
 from unlabeled.pretext.dense_contrast.pixel_pairs import PixelPairs, PixelPairsConfig, overlap_logs
-from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, Paper, Recipe, StepOutput, TaskConfig
 
 
 class PixContrastConfig(PixelPairsConfig):
-    """Settings of PixContrast; what it shares with PixPro is as there."""
+    """Settings of PixContrast; those shared with PixPro have the same defaults."""
 
     temperature: float = Field(0.3, gt=0)
-    """Cosines are divided by it."""
+    """Temperature of the contrastive loss: cosine similarities are divided by it."""
 
 
 class PixContrast(PixelPairs):
-    """Contrast of the cells of one picture. Submodules: `backbone`, `projector`, and a `teacher` that follows both."""
+    """Pulls together nearby cells of two views of an image and pushes distant cells apart.
+
+    Submodules: `backbone`, `projector`, and a `teacher` that follows both."""
 
     Config: ClassVar[type[TaskConfig]] = PixContrastConfig
+    paper = Paper(
+        "Propagate Yourself: Exploring Pixel-Level Consistency for Unsupervised Visual Representation Learning",
+        2021,
+        "https://arxiv.org/abs/2011.10043",
+    )
+    good_for = "dense features for detection and segmentation; the contrastive baseline of PixPro"
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "larspixpro",
@@ -63,7 +71,7 @@ def contrast(queries: Tensor, keys: Tensor, positive: Tensor, temperature: float
     """Maps (B, C, gh, gw) of two views and their pairs (bool, B, L1, L2) → (B,).
 
     For each cell that has partners, -log of the part that they have in the sum of exp(cosine / temperature) over all
-    cells of the other view (section 3.1); the mean of these cells, and 0 for a picture without any. At least
+    cells of the other view (section 3.1); the mean of these cells, and 0 for an image without any. At least
     float32.
     """
     with torch.autocast(queries.device.type, enabled=False):

@@ -1,6 +1,6 @@
 """What PixPro and PixContrast share: two crops whose places are known, pairs of near cells, a momentum teacher.
 
-Legend: B pictures, two views of each, C channels, a grid (gh, gw) of L cells, in raster order.
+Legend: B images, two views of each, C channels, a grid (gh, gw) of L cells, in raster order.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from unlabeled.pretext.common.precision import widened
 from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy
-from unlabeled.pretext.common.views import Chance, ColorConfig, Colors, Part, RandomCrop, cell_centres
-from unlabeled.pretext.dense_contrast.pair_pictures import matched_cells
+from unlabeled.pretext.common.views import Chance, ColorConfig, Colors, Part, RandomCrop, cell_centers
+from unlabeled.pretext.dense_contrast.pair_images import matched_cells
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.level_map import LevelMap
 from unlabeled.ssl.core.errors import ConfigError
@@ -30,67 +30,68 @@ Aspect = Annotated[float, Field(gt=0)]
 
 _SMALL = 64
 """Pixels up to which `blur: auto` does not blur."""
-_PLACES = 3
+_POSITIONS = 3
 """Cells along each side that a map must have: in a smaller one nearly all pairs are near."""
 _SHOWN = 8
-"""Pictures that `visualize` shows."""
+"""Images that `visualize` shows."""
 
 
-class FirstColors(ColorConfig):
-    """Colours of the first view."""
+class FirstPixelColors(ColorConfig):
+    """Color augmentation of the first view."""
 
     blur: Chance = 1.0
 
 
-class SecondColors(ColorConfig):
-    """Colours of the second view."""
+class SecondPixelColors(ColorConfig):
+    """Color augmentation of the second view."""
 
     blur: Chance = 0.1
     solarize: Chance = 0.2
 
 
 class PixelPairsConfig(TaskConfig):
-    """Settings of both methods; the defaults are those of PixPro's paper and code."""
+    """Settings of PixPro and PixContrast; the defaults are those of PixPro's paper and code."""
 
     level: int = -1
-    """Which feature map is trained, -1 the last. It must have at least 3x3 places."""
+    """Feature map to train, counted as in a list: -1 is the last. It must have at least 3x3 cells."""
     hidden_dim: int = Field(4096, ge=1)
-    """Width inside the projections."""
+    """Width of the hidden layers of the projections. [channels]"""
     feature_dim: int = Field(256, ge=1)
-    """Width of what is compared."""
+    """Width of the projected features that the loss compares. [channels]"""
     threshold: float = Field(0.7, gt=0)
-    """Two cells are a positive pair when their centres in the original picture lie less than this apart, in diagonals
-    of the coarser view's cell. On a grid finer than 7x7 the same distance in the picture is threshold * gh / 7."""
+    """Two cells form a positive pair if their centers in the original image are closer than this, measured in diagonals
+    of the coarser view's cell. On grids finer than 7x7 the threshold grows with the grid, so that the distance in the
+    image stays the same. [cell diagonals]"""
     momentum: float = Field(0.99, ge=0, le=1)
-    """Of the teacher at the start; it rises to 1 by half a cosine."""
+    """Decay rate of the teacher's weights at the start of the run; it rises to 1 along a half cosine."""
     joint_passes: bool = False
-    """Run both views through a network in one pass: faster, but batch norms then see both views together, unlike in the
+    """Run both views through a network in one pass. This is faster, but batch norms then mix both views, unlike in the
     paper."""
     crop_scale: tuple[Part, Part] = (0.08, 1.0)
-    """Part of the picture's area that a view covers, smallest and largest."""
+    """Smallest and largest fraction of the image area that a view covers. [fraction]"""
     crop_ratio: tuple[Aspect, Aspect] = (3 / 4, 4 / 3)
-    """Narrowest and widest width over height of that part."""
+    """Narrowest and widest aspect ratio (width / height) of a crop."""
     flip: Chance = 0.5
     """Probability of a horizontal flip of a view."""
-    first: FirstColors = FirstColors()
-    """Colours of the first view."""
-    second: SecondColors = SecondColors()
-    """Colours of the second view."""
+    first: FirstPixelColors = FirstPixelColors()
+    """Color augmentation of the first view."""
+    second: SecondPixelColors = SecondPixelColors()
+    """Color augmentation of the second view."""
     blur: Literal["auto"] | bool = "auto"
-    """Whether the views are blurred, as `first` and `second` say. auto: not when they have at most 64 pixels."""
+    """Whether views are blurred, as often as `first` and `second` say. auto: only views of more than 64 pixels."""
 
 
 class PixelPairViews:
-    """Two random crops of a picture, coloured each in its own way, and where they were taken."""
+    """Two random crops of an image, colored each in its own way, and where they were taken."""
 
     def __init__(self, config: PixelPairsConfig, size: tuple[int, int]) -> None:
         self.crop = RandomCrop(size, scale=config.crop_scale, ratio=config.crop_ratio, flip=config.flip)
         unblurred = {} if blurs(config, size) else {"blur": 0.0}
         self.colors = [Colors(colors.model_copy(update=unblurred)) for colors in (config.first, config.second)]
 
-    def __call__(self, picture: Tensor) -> dict[str, Tensor]:
+    def __call__(self, image: Tensor) -> dict[str, Tensor]:
         """uint8 (3, H, W) → ``views`` uint8 (2, 3, h, w) and their ``boxes`` float32 (2, 4), see `common.views`."""
-        crops = [self.crop(picture) for _ in self.colors]
+        crops = [self.crop(image) for _ in self.colors]
         images = [change(crop.image) for change, crop in zip(self.colors, crops, strict=True)]
         return {"views": torch.stack(images), "boxes": torch.stack([crop.box for crop in crops])}
 
@@ -107,12 +108,12 @@ def cell_diagonals(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def cell_distances(first: Tensor, second: Tensor, first_grid: tuple[int, int], second_grid: tuple[int, int]) -> Tensor:
-    """Boxes (B, 4) of two views → (B, L1, L2): how far apart the centres of their cells lie in the original picture.
+    """Boxes (B, 4) of two views → (B, L1, L2): how far apart the centers of their cells lie in the original image.
 
-    In units of the larger of the two cells' diagonals. Each axis of the picture counts as 1, whatever its shape.
+    In units of the larger of the two cells' diagonals. Each axis of the image counts as 1, whatever its shape.
     """
     first, second = widened(first), widened(second)
-    offsets = cell_centres(first, first_grid).unsqueeze(2) - cell_centres(second, second_grid).unsqueeze(1)
+    offsets = cell_centers(first, first_grid).unsqueeze(2) - cell_centers(second, second_grid).unsqueeze(1)
     unit = torch.maximum(cell_diagonals(first, first_grid), cell_diagonals(second, second_grid))
     distances: Tensor = torch.linalg.vector_norm(offsets, dim=-1) / unit.view(-1, 1, 1)
     return distances
@@ -149,7 +150,7 @@ class PixelPairs(PretextTask):
     def __init__(self, config: PixelPairsConfig, backbone: Backbone) -> None:
         """Raises ConfigError for a level that the backbone lacks, CapabilityError for a map below 3x3 places."""
         super().__init__(config, backbone)
-        self.level = LevelMap(backbone, config.level, task=type(self).__name__, places=_PLACES)
+        self.level = LevelMap(backbone, config.level, task=type(self).__name__, positions=_POSITIONS)
         self.train_only(self.level.reached(backbone))
         self.projector = PixelMLP(self.level.channels, config.hidden_dim, config.feature_dim)
         self.teacher = nn.ModuleDict()
@@ -165,10 +166,10 @@ class PixelPairs(PretextTask):
 
     def require_size(self, size: tuple[int, int]) -> None:
         rows, columns = self.level.grid_of(self.backbone, size)
-        if min(rows, columns) < _PLACES:
+        if min(rows, columns) < _POSITIONS:
             raise ConfigError(
-                f"task.level: map {self.config.level} of {self.backbone.name} has {rows}x{columns} places for pictures "
-                f"of {size[0]}x{size[1]}, at least {_PLACES}x{_PLACES} are needed; raise backbone.size"
+                f"task.level: map {self.config.level} of {self.backbone.name} has {rows}x{columns} places for images "
+                f"of {size[0]}x{size[1]}, at least {_POSITIONS}x{_POSITIONS} are needed; raise backbone.size"
             )
 
     def follow(self, name: str) -> None:
@@ -176,7 +177,7 @@ class PixelPairs(PretextTask):
         self.teacher[name] = frozen_copy(cast(nn.Module, getattr(self, name)))
 
     def update_teacher(self, momentum: float) -> None:
-        """Moves every parameter of the teacher towards the student's; its batch norms keep their own statistics."""
+        """Moves every parameter of the teacher toward the student's; its batch norms keep their own statistics."""
         for name, copy in self.teacher.items():
             ema_update(copy, getattr(self, name), momentum)
 
@@ -185,7 +186,7 @@ class PixelPairs(PretextTask):
         self.update_teacher(cosine_momentum(self.config.momentum, 1.0, progress))
 
     def images_of(self, batch: Batch) -> list[Tensor]:
-        """``views`` (B, 2, 3, h, w) → two of (B, 3, h, w), normalised."""
+        """``views`` (B, 2, 3, h, w) → two of (B, 3, h, w), normalized."""
         return [self.backbone.normalize(images) for images in batch["views"].unbind(1)]
 
     def each_view(self, network: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> list[Tensor]:
@@ -195,7 +196,7 @@ class PixelPairs(PretextTask):
         return [network(view) for view in views]
 
     def student_maps(self, images: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Normalised views → feature maps (B, channels, gh, gw) and projections (B, C, gh, gw), one of each a view."""
+        """Normalized views → feature maps (B, channels, gh, gw) and projections (B, C, gh, gw), one of each a view."""
         maps = self.each_view(lambda view: self.level(self.backbone, view), images)
         return maps, self.each_view(self.projector, maps)
 
@@ -208,14 +209,14 @@ class PixelPairs(PretextTask):
 
     def positive_pairs(self, boxes: Tensor, grid: tuple[int, ...]) -> Tensor:
         """Boxes (B, 2, 4) → bool (B, L, L): cells of the first view (rows) near cells of the second (columns)."""
-        places = (grid[-2], grid[-1])
-        return cell_distances(boxes[:, 0], boxes[:, 1], places, places) < self.config.threshold
+        positions = (grid[-2], grid[-1])
+        return cell_distances(boxes[:, 0], boxes[:, 1], positions, positions) < self.config.threshold
 
     @torch.no_grad()
     def visualize(self, batch: Batch) -> dict[str, Tensor]:
-        """``pairs``: the two views of each of the first 8 pictures, cells of a positive pair in the same colour.
+        """``pairs``: the two views of each of the first 8 images, cells of a positive pair in the same color.
 
-        A cell of the second view has the colour of the nearest of its partners; cells without one are darkened.
+        A cell of the second view has the color of the nearest of its partners; cells without one are darkened.
         """
         images, boxes = batch["views"][:_SHOWN], batch["boxes"][:_SHOWN]
         distances = cell_distances(boxes[:, 0], boxes[:, 1], self.level.grid, self.level.grid)
@@ -223,6 +224,6 @@ class PixelPairs(PretextTask):
 
 
 def overlap_logs(positive: Tensor) -> dict[str, Tensor]:
-    """``positives``: part of all pairs of cells that are near; ``overlap``: part of pictures with any such pair."""
+    """``positives``: part of all pairs of cells that are near; ``overlap``: part of images with any such pair."""
     near = positive.flatten(1)
     return {"positives": near.float().mean(), "overlap": near.any(1).float().mean()}

@@ -19,12 +19,12 @@ from unlabeled.pretext.common.checkpoint import load_mapped
 from unlabeled.pretext.common.precision import widened
 from unlabeled.pretext.dense_contrast.pixel_pairs import PixelMLP, PixelPairs, PixelPairsConfig, overlap_logs
 from unlabeled.ssl.backbones.backbone import Backbone
-from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, Paper, Recipe, StepOutput, TaskConfig
 
 logger = logging.getLogger(__name__)
 
 _EPS = 1e-6
-"""Added to the number of pairs of a picture, and to similarities before a power below 1 (infinitely steep at 0)."""
+"""Added to the number of pairs of an image, and to similarities before a power below 1 (infinitely steep at 0)."""
 _WRAPPED = "module."
 """Prefix of every name in the authors' files, which they saved out of DDP."""
 
@@ -33,16 +33,15 @@ class PixProConfig(PixelPairsConfig):
     """Settings of PixPro; the defaults are those of the paper and the released recipe."""
 
     gamma: float = Field(2.0, gt=0)
-    """Power of the similarity by which cells are smoothed."""
+    """Sharpness of the smoothing: similarities between cells are raised to this power."""
     transform_layers: Literal[0, 1, 2] = 1
-    """Layers of what is summed up when a cell is smoothed; 0: its projection itself."""
+    """Layers of the transform that is applied to cells before they are averaged; 0: none. [layers]"""
     instance_weight: float = Field(0.0, ge=0)
-    """Weight of the loss on whole pictures (BYOL's), which shares the backbone; 0: there is no such branch. The paper's
-    results with it have 1."""
+    """Weight of an additional BYOL loss on whole images; 0: no such branch. The paper's results with it use 1."""
 
 
 class PixelPropagation(nn.Module):
-    """Each cell becomes the sum of all cells of its picture, weighted by how similar they are (section 3.2)."""
+    """Each cell becomes the sum of all cells of its image, weighted by how similar they are (section 3.2)."""
 
     def __init__(self, dim: int, layers: Literal[0, 1, 2], gamma: float) -> None:
         super().__init__()
@@ -70,10 +69,18 @@ class PixelPropagation(nn.Module):
 
 
 class PixPro(PixelPairs):
-    """Pixel-level consistency. Submodules: `backbone`, `projector`, `propagation`; with an `instance_weight` also
+    """Makes each smoothed cell of one view agree with the nearby cells of another view.
+
+    Submodules: `backbone`, `projector`, `propagation`; with an `instance_weight` also
     `instance_projector` and `predictor`; `teacher` holds momentum copies of the backbone and the projectors."""
 
     Config: ClassVar[type[TaskConfig]] = PixProConfig
+    paper = Paper(
+        "Propagate Yourself: Exploring Pixel-Level Consistency for Unsupervised Visual Representation Learning",
+        2021,
+        "https://arxiv.org/abs/2011.10043",
+    )
+    good_for = "dense features for detection and segmentation, with convolutional networks above all"
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "larspixpro",
@@ -89,7 +96,7 @@ class PixPro(PixelPairs):
         "epochs": 100,
     }
     """PixPro (Xie et al., CVPR 2021, arXiv 2011.10043): the published recipe of 100 epochs (ResNet-50, 224 pixels).
-    Its results with a loss on whole pictures as well: task.instance_weight=1"""
+    Its results with a loss on whole images as well: task.instance_weight=1"""
     config: PixProConfig
 
     def __init__(self, config: PixProConfig, backbone: Backbone) -> None:
@@ -102,7 +109,7 @@ class PixPro(PixelPairs):
 
     def forward(self, batch: Batch) -> StepOutput:
         """``views`` uint8 (B, 2, 3, h, w), ``boxes`` (B, 2, 4) → the loss of all near pairs of cells, in [-4, 4], plus
-        the weighted one of whole pictures, in the same range."""
+        the weighted one of whole images, in the same range."""
         images = self.images_of(batch)  # (B, 3, h, w) of each view, as all lists below are
         maps, projections = self.student_maps(images)  # (B, channels, gh, gw), (B, C, gh, gw)
         key_maps, keys = self.teacher_maps(images)
@@ -127,7 +134,7 @@ class PixPro(PixelPairs):
         """The teacher's maps of both views → (B, C) each, of length 1."""
         return _pooled(self.each_view(self.teacher["instance_projector"], maps))
 
-    def load_official(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+    def load_reference(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
         """Loads a pretraining checkpoint of the authors, ``{"model": ...}`` or its tensors.
 
         Where it lacks the momentum networks (names with ``_k``), the teacher becomes a copy of what was loaded. Returns
@@ -135,7 +142,7 @@ class PixPro(PixelPairs):
         """
         model = cast(Mapping[str, Tensor], state.get("model", state))
         tensors = {name.removeprefix(_WRAPPED): tensor for name, tensor in model.items()}
-        missing, unexpected = load_mapped(self, tensors, official_names(self))
+        missing, unexpected = load_mapped(self, tensors, reference_names(self))
         momentum = [name for name in missing if name.split(".")[0].endswith("_k")]
         if momentum and not any(name.split(".")[0].endswith("_k") for name in tensors):
             for name, copy in self.teacher.items():
@@ -148,7 +155,7 @@ class PixPro(PixelPairs):
 def consistency(predictions: Tensor, keys: Tensor, positive: Tensor) -> Tensor:
     """Maps (B, C, gh, gw) of two views and their pairs (bool, B, L1, L2) → (B,): mean cosine of the pairs.
 
-    Zero for a picture without pairs. At least float32. Source: section 3.2; the authors' code for the 1e-6.
+    Zero for an image without pairs. At least float32. Source: section 3.2; the authors' code for the 1e-6.
     """
     with torch.autocast(predictions.device.type, enabled=False):
         first, second = (F.normalize(widened(maps).flatten(2), dim=1) for maps in (predictions, keys))
@@ -162,9 +169,9 @@ def agreement(predictions: Sequence[Tensor], keys: Sequence[Tensor]) -> Tensor:
     return -2 * forth.sum(1).mean() - 2 * back.sum(1).mean()
 
 
-def official_names(task: PixPro) -> dict[str, str]:
+def reference_names(task: PixPro) -> dict[str, str]:
     """The authors' names (without ``module.``) → ours."""
-    places = {
+    positions = {
         "backbone.model": "encoder",
         "projector": "projector",
         "propagation.value_transform": "value_transform",
@@ -176,8 +183,8 @@ def official_names(task: PixPro) -> dict[str, str]:
     }
     names = {}
     for own in task.state_dict():
-        place = next(place for place in places if own.startswith(f"{place}."))
-        names[f"{places[place]}{own.removeprefix(place)}"] = own
+        position = next(position for position in positions if own.startswith(f"{position}."))
+        names[f"{positions[position]}{own.removeprefix(position)}"] = own
     return names
 
 

@@ -21,19 +21,23 @@ from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.task import TaskConfig
 
 
-class DecoderConfig(TaskConfig):
-    """The decoder, thrown away after pretraining. Source of the defaults: section 4.1 of the paper."""
+class TransformerDecoderConfig(TaskConfig):
+    """The decoder, which is discarded after pretraining; the defaults are those of section 4.1 of the paper."""
 
     dim: int = Field(512, ge=4)
-    """Channels."""
+    """Width of the decoder. [channels]"""
     depth: int = Field(8, ge=1)
-    """Blocks. Fewer are faster and cost little after fine-tuning, but much in a linear probe (table 1a)."""
+    """Transformer blocks. Fewer are faster and hardly matter for fine-tuning, but cost accuracy in a linear probe
+    (table 1a). [blocks]"""
     heads: int = Field(16, ge=1)
+    """Attention heads of each block; they must divide `dim`. [heads]"""
     mlp_ratio: float = Field(4.0, gt=0)
+    """Width of the hidden layer of each block's MLP, as a multiple of `dim`."""
     norm_eps: float = Field(1e-6, gt=0)
+    """Epsilon of the decoder's layer norms."""
 
     @model_validator(mode="after")
-    def _divides(self) -> DecoderConfig:
+    def _divides(self) -> TransformerDecoderConfig:
         if self.dim % 4:
             raise ValueError(f"dim {self.dim} is no multiple of 4, as its positions need; set dim={self.dim // 4 * 4}")
         if self.dim % self.heads:
@@ -45,16 +49,17 @@ class AutoencoderConfig(MaskedImageConfig):
     """Settings of a masked autoencoder; the defaults are the paper's."""
 
     norm_pix: bool = True
-    """Predict each patch normalised by its own mean and deviation; False: the pixels of the normalised picture."""
-    decoder: DecoderConfig = DecoderConfig()
+    """Predict each patch after normalizing it by its own mean and deviation; false: predict the pixels of the
+    normalized image."""
+    decoder: TransformerDecoderConfig = TransformerDecoderConfig()
+    """The decoder, which is discarded after pretraining."""
     positions: Literal["sincos", "backbone"] = "sincos"
-    """sincos: the backbone's table of absolute positions becomes the paper's fixed sine-cosine table and is not
-    trained. backbone: it is trained as the backbone has it. A backbone without such a table (rotary positions only)
-    keeps its own either way, and so do relative positions and tables that are resampled or finer than a patch; the
-    decoder's positions are always the fixed table."""
+    """Position embeddings of the backbone. sincos: replace its table of absolute positions by the paper's fixed
+    sine-cosine table. backbone: train its own. Relative and rotary positions, and tables that are resampled or finer
+    than a patch, always stay as they are; the decoder always uses the fixed table."""
     init: Literal["auto", "mae", "keep"] = "auto"
-    """mae: weights of the backbone are drawn anew as in the paper. keep: they and the positions stay as they are, and
-    only the decoder is drawn. auto: keep for a backbone that starts from trained weights, else mae."""
+    """Initial weights. mae: redraw the backbone as in the paper. keep: leave the backbone and its positions as they
+    are, and draw only the decoder. auto: keep if the backbone starts from trained weights, else mae."""
 
 
 class PositionTable(NamedTuple):
@@ -66,13 +71,15 @@ class PositionTable(NamedTuple):
     """(gh, gw), L patches."""
 
 
-def drawn_anew(config: AutoencoderConfig, backbone: Backbone) -> bool:
+def reinitialized_positions(config: AutoencoderConfig, backbone: Backbone) -> bool:
     """Whether the backbone's weights are drawn by the task."""
     return config.init == "mae" or (config.init == "auto" and not backbone.trained)
 
 
-def settle_positions(config: AutoencoderConfig, backbone: Backbone, table: PositionTable | None, *, anew: bool) -> None:
-    """Sets the fixed table if asked to (`anew`), and trains absolute positions unless they are that table.
+def settle_positions(
+    config: AutoencoderConfig, backbone: Backbone, table: PositionTable | None, *, reinitialize: bool
+) -> None:
+    """Sets the fixed table if asked to (`reinitialize`), and trains absolute positions unless they are that table.
 
     Raises ConfigError for a width that the fixed table cannot have.
     """
@@ -80,7 +87,7 @@ def settle_positions(config: AutoencoderConfig, backbone: Backbone, table: Posit
         return
     values, (rows, columns) = table
     dim = values.shape[-1]
-    if dim % 4 and not anew:
+    if dim % 4 and not reinitialize:
         return
     if dim % 4:
         raise ConfigError(
@@ -88,10 +95,10 @@ def settle_positions(config: AutoencoderConfig, backbone: Backbone, table: Posit
             "set task.positions=backbone"
         )
     fixed = sincos_2d(dim, table.grid, values.shape[1] - rows * columns).to(values)
-    if anew:
+    if reinitialize:
         values.data.copy_(fixed)
     # a table that came with trained weights may be the fixed one too: it then goes on being fixed
-    values.requires_grad_(not (anew or torch.allclose(values.detach(), fixed, atol=1e-4)))
+    values.requires_grad_(not (reinitialize or torch.allclose(values.detach(), fixed, atol=1e-4)))
 
 
 def names_of_fixed(backbone: Backbone, table: PositionTable | None) -> set[str]:
@@ -113,7 +120,7 @@ def load_autoencoder(
     Raises CheckpointError, before anything is changed, when a tensor has another shape or none fits.
     """
     tensors = cast(Mapping[str, Tensor], state.get("model", state))
-    names = {_official_name(name): name for name in task.state_dict()}
+    names = {_reference_name(name): name for name in task.state_dict()}
     changed = dict(tensors)
     if "pos_embed" in tensors and table is not None:
         changed["pos_embed"] = resampled_positions(tensors["pos_embed"], *table, file_prefix=file_prefix)
@@ -136,7 +143,7 @@ def init_projection(convolution: nn.Conv2d) -> None:
     nn.init.xavier_uniform_(convolution.weight.data.view(convolution.out_channels, -1))
 
 
-def _official_name(name: str) -> str:
+def _reference_name(name: str) -> str:
     """Name of one of a task's tensors in the authors' files."""
     if name.startswith("decoder."):
         return "mask_token" if name == "decoder.mask_token" else "decoder_" + name.removeprefix("decoder.")

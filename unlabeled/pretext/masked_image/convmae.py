@@ -14,38 +14,42 @@ from torch import Tensor, nn
 from unlabeled.pretext.masked_image.autoencoder import (
     AutoencoderConfig,
     PositionTable,
-    drawn_anew,
     init_linear,
     init_projection,
     load_autoencoder,
     names_of_fixed,
+    reinitialized_positions,
     settle_positions,
 )
 from unlabeled.pretext.masked_image.mae import TransformerDecoder
-from unlabeled.pretext.masked_image.masked_image import MaskedImageTask, cell_pictures, cell_targets, squared_error
+from unlabeled.pretext.masked_image.masked_image import MaskedImageTask, cell_images, cell_targets, squared_error
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.masked.masking import Masking, Method
 from unlabeled.ssl.backbones.masked.stages import Execution, StageEncoder
 from unlabeled.ssl.backbones.networks.convmae import ConvViT, PatchConv
-from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, Paper, Recipe, StepOutput, TaskConfig
 
 
 class ConvMAEConfig(AutoencoderConfig):
     """Settings of ConvMAE; the defaults are those of the authors' command."""
 
     execution: Execution = "gathered"
-    """gathered: the convolution stages compute visible cells only. dense: they compute all and mask, as the authors'
-    code does. Results and gradients are the same."""
+    """How the convolution stages run. gathered: on visible cells only. dense: on all cells, then masked, as in the
+    authors' code. Results and gradients are the same; gathered is faster."""
 
 
 class ConvMAE(MaskedImageTask):
-    """Masked autoencoder over stages. Submodules: `backbone`, `decoder`, and the two skips into the decoder.
+    """Reconstructs masked cells with a backbone of convolution stages followed by a transformer.
+
+    Submodules: `backbone`, `decoder`, and the two skips into the decoder.
 
     The skips bring the convolution stages to the tokens of their cell, and are thrown away with the decoder. There is
-    no class token. `load_official` takes the authors' pretraining files, with or without skips and decoder.
+    no class token. `load_reference` takes the authors' pretraining files, with or without skips and decoder.
     """
 
     Config: ClassVar[type[TaskConfig]] = ConvMAEConfig
+    paper = Paper("MCMAE: Masked Convolution Meets Masked Autoencoders", 2022, "https://arxiv.org/abs/2205.03892")
+    good_for = "hybrid backbones that you will fine-tune, for detection and segmentation above all"
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "adamw",
@@ -75,17 +79,17 @@ class ConvMAE(MaskedImageTask):
         self.stage2_output_decode = PatchConv(second, last, sides[1])
         values = self.cell[0] * self.cell[1] * encoder.channels
         self.decoder = TransformerDecoder(last, values, grid=grid, **config.decoder.model_dump())
-        anew = drawn_anew(config, backbone)
-        if anew:
+        reinitialize = reinitialized_positions(config, backbone)
+        if reinitialize:
             _init_encoder(encoder.model)
-        settle_positions(config, backbone, self.positions(), anew=anew)
+        settle_positions(config, backbone, self.positions(), reinitialize=reinitialize)
         for parameter in encoder.unreached():
             parameter.requires_grad_(False)
 
     def forward(self, batch: Batch, *, noise: Tensor | None = None, visible: Tensor | None = None) -> StepOutput:
         """Mean squared error of the hidden cells of ``batch["image"]``, and the part of their variance explained.
 
-        A uint8 picture (B, 3, H, W) is normalised here; a float one is taken as normalised already. `noise` (B, L) or
+        A uint8 image (B, 3, H, W) is normalized here; a float one is taken as normalized already. `noise` (B, L) or
         `visible` (bool, B, gh, gw) decides the masks; None: as `draw` gives it.
         """
         images = self.images_of(batch)  # (B, 3, H, W)
@@ -96,7 +100,7 @@ class ConvMAE(MaskedImageTask):
         return squared_error(predictions, targets)
 
     def encode(self, images: Tensor, masking: Masking) -> Tensor:
-        """Normalised (B, 3, H, W) → tokens of the visible cells (B, K, D), those of all three stages in sum."""
+        """Normalized (B, 3, H, W) → tokens of the visible cells (B, K, D), those of all three stages in sum."""
         encoder = StageEncoder(self.backbone)
         stages = encoder.encode(images, masking, self.config.execution)
         # each skip makes one token of the places of a cell: (B, K, c, c, C) -> (B, K, 1, 1, D) -> (B, K, D)
@@ -107,7 +111,7 @@ class ConvMAE(MaskedImageTask):
 
     def reconstruct(self, images: Tensor, masking: Masking) -> Tensor:
         predictions = self.decoder.predict_all(self.encode(images, masking), masking)  # (B, L, ph * pw * 3)
-        return cell_pictures(predictions, images, self.cell, masking.grid, norm_pix=self.config.norm_pix)
+        return cell_images(predictions, images, self.cell, masking.grid, norm_pix=self.config.norm_pix)
 
     def positions(self) -> PositionTable:
         """The backbone's table of absolute positions."""
@@ -118,10 +122,10 @@ class ConvMAE(MaskedImageTask):
         """The table of positions, where it is the fixed one."""
         return names_of_fixed(self.backbone, self.positions())
 
-    def load_official(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+    def load_reference(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
         """See the class and `load_autoencoder`."""
         found = load_autoencoder(self, state, self.positions(), file_prefix=0)  # there is no class token
-        settle_positions(self.config, self.backbone, self.positions(), anew=False)
+        settle_positions(self.config, self.backbone, self.positions(), reinitialize=False)
         return found
 
 

@@ -18,7 +18,7 @@ _RULES = [
 """Source: github.com/facebookresearch/ConvNeXt and ConvNeXt-V2; ResNets' names match none of the rules."""
 
 
-def official_name(name: str) -> str:
+def reference_name(name: str) -> str:
     """The authors' name of the parameter or buffer that timm's ConvNeXt calls `name`; a ResNet's names stay.
 
     >>> official_name("stages.2.blocks.0.mlp.fc1.weight")

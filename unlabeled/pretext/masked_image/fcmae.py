@@ -3,8 +3,8 @@
 Woo, Debnath, Hu, Chen, Liu, Kweon, Xie, "ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders",
 CVPR 2023, arXiv 2301.00808; code of the authors: github.com/facebookresearch/ConvNeXt-V2.
 
-Made for ConvNeXt V2; any network that has a masked form will do. Response norms take their statistics per picture, over
-visible places, as in the paper; the authors' PyTorch code takes them over all pictures of a process's batch.
+Made for ConvNeXt V2; any network that has a masked form will do. Response norms take their statistics per image, over
+visible places, as in the paper; the authors' PyTorch code takes them over all images of a process's batch.
 Shapes as in `unlabeled.ssl.task`.
 """
 
@@ -20,30 +20,30 @@ from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
 from unlabeled.pretext.common.checkpoint import load_mapped
-from unlabeled.pretext.masked_image.convnext_names import official_name
+from unlabeled.pretext.masked_image.convnext_names import reference_name
 from unlabeled.pretext.masked_image.masked_image import (
     MaskedImageConfig,
     MaskedImageTask,
-    cell_pictures,
+    cell_images,
     cell_targets,
     squared_error,
 )
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.masked.masking import Masking, Method
 from unlabeled.ssl.backbones.masked.sparse import SparseEncoder
-from unlabeled.ssl.task import Batch, NamedParameter, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, NamedParameter, Paper, Recipe, StepOutput, TaskConfig
 
 _STD = 0.02
 """Of all initial weights of the decoder."""
 
 
-class DecoderConfig(TaskConfig):
-    """The decoder, thrown away after pretraining. Source of the defaults: the paper's comparison of decoders."""
+class ConvDecoderConfig(TaskConfig):
+    """The decoder, which is discarded after pretraining; the defaults are the best of the paper's comparison."""
 
     dim: int = Field(512, ge=1)
-    """Channels."""
+    """Width of the decoder. [channels]"""
     depth: int = Field(1, ge=1)
-    """ConvNeXt V2 blocks; more cost time and gain nothing."""
+    """ConvNeXt V2 blocks; more cost time without improving results. [blocks]"""
 
 
 class FCMAEConfig(MaskedImageConfig):
@@ -51,18 +51,28 @@ class FCMAEConfig(MaskedImageConfig):
 
     mask_ratio: float = Field(0.6, gt=0, lt=1)
     norm_pix: bool = True
-    """Predict each cell normalised by its own mean and deviation; False: the pixels of the normalised picture."""
-    decoder: DecoderConfig = DecoderConfig()
+    """Predict each cell after normalizing it by its own mean and deviation; false: predict the pixels of the normalized
+    image."""
+    decoder: ConvDecoderConfig = ConvDecoderConfig()
+    """The decoder, which is discarded after pretraining."""
 
 
 class FCMAE(MaskedImageTask):
-    """Fully convolutional masked autoencoder. Submodules: `backbone` (the encoder) and `decoder`.
+    """Reconstructs the masked cells of an image with a fully convolutional autoencoder.
+
+    Submodules: `backbone` (the encoder) and `decoder`.
 
     A cell of the mask is one place of the encoder's last map. The backbone keeps its initial weights: timm draws those
     of ConvNeXt with a deviation of 0.02. (The authors' PyTorch code draws some of them again with a deviation of 1.)
     """
 
     Config: ClassVar[type[TaskConfig]] = FCMAEConfig
+    paper = Paper(
+        "ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders",
+        2023,
+        "https://arxiv.org/abs/2301.00808",
+    )
+    good_for = "ConvNeXt V2 and similar convolutional networks that you will fine-tune; a cheap step"
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "adamw",
@@ -96,7 +106,7 @@ class FCMAE(MaskedImageTask):
     def forward(self, batch: Batch, *, noise: Tensor | None = None, visible: Tensor | None = None) -> StepOutput:
         """Mean squared error of the hidden cells of ``batch["image"]``, and the part of their variance explained.
 
-        A uint8 picture (B, 3, H, W) is normalised here; a float one is taken as normalised already. `noise` (B, L) or
+        A uint8 image (B, 3, H, W) is normalized here; a float one is taken as normalized already. `noise` (B, L) or
         `visible` (bool, B, gh, gw) decides the masks; None: as `draw` gives it.
         """
         images = self.images_of(batch)  # (B, 3, H, W)
@@ -107,13 +117,13 @@ class FCMAE(MaskedImageTask):
         return squared_error(predictions, targets)
 
     def encode(self, images: Tensor, masking: Masking) -> Tensor:
-        """Normalised (B, 3, H, W) → features of the visible cells (B, K, C), in the order of `ids_keep`."""
+        """Normalized (B, 3, H, W) → features of the visible cells (B, K, C), in the order of `ids_keep`."""
         (last,) = self.sparse.maps(images, masking, indices=[-1])
-        return last.rows()  # a cell is one place of the last map
+        return last.tokens()  # a cell is one place of the last map
 
     def reconstruct(self, images: Tensor, masking: Masking) -> Tensor:
         predictions = self.decoder.predict_all(self.encode(images, masking), masking)  # (B, L, ph * pw * 3)
-        return cell_pictures(predictions, images, self.cell, masking.grid, norm_pix=self.config.norm_pix)
+        return cell_images(predictions, images, self.cell, masking.grid, norm_pix=self.config.norm_pix)
 
     def parameter_groups(self) -> Iterator[NamedParameter]:
         """See the base class; gains and offsets of response norms are decayed, as published.
@@ -123,7 +133,7 @@ class FCMAE(MaskedImageTask):
         for named in super().parameter_groups():
             yield named._replace(decay=named.decay or ".grn." in named.name)
 
-    def load_official(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+    def load_reference(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
         """Loads checkpoints of a pretraining run (sparse layout, with decoder) and ``convnextv2_*_fcmae.pt`` files.
 
         Takes the dictionary of tensors or the file's ``{"model": ...}``. Returns (missing, unexpected) names of the
@@ -133,7 +143,7 @@ class FCMAE(MaskedImageTask):
         """
         tensors = dense_layout(cast(Mapping[str, Tensor], state.get("model", state)))
         shaped = {name: _flat(name, value) for name, value in tensors.items()}
-        return load_mapped(self, shaped, official_names(self.state_dict()))
+        return load_mapped(self, shaped, reference_names(self.state_dict()))
 
 
 class ConvDecoder(nn.Module):
@@ -170,7 +180,7 @@ class ConvDecoder(nn.Module):
     def mixed(self, latent: Tensor, masking: Masking) -> Tensor:
         """Features of the visible cells (B, K, in_dim) → what the blocks make of all cells (B, L, dim), raster order.
 
-        Response norms of these blocks see the whole picture.
+        Response norms of these blocks see the whole image.
         """
         visible = self.proj(latent)  # (B, K, in_dim) -> (B, K, dim)
         hidden = self.mask_token.to(visible.dtype).expand(visible.shape[0], masking.ids_masked.shape[1], -1)
@@ -208,15 +218,15 @@ def _dense_kernel(kernel: Tensor) -> Tensor:
     return kernel.reshape(side, -1, *kernel.shape[1:]).permute(3, 2, 1, 0).contiguous()
 
 
-def official_names(own: Iterable[str]) -> dict[str, str]:
+def reference_names(own: Iterable[str]) -> dict[str, str]:
     """Name in the authors' dense layout → name among `own`, those of the tensors of an `FCMAE`."""
 
-    def official(name: str) -> str:
+    def reference(name: str) -> str:
         if name.startswith("decoder."):
-            return official_name(name.removeprefix("decoder.")).replace("blocks.", "decoder.")
-        return official_name(name.removeprefix("backbone.model."))
+            return reference_name(name.removeprefix("decoder.")).replace("blocks.", "decoder.")
+        return reference_name(name.removeprefix("backbone.model."))
 
-    return {official(name): name for name in own}
+    return {reference(name): name for name in own}
 
 
 def _flat(name: str, value: Tensor) -> Tensor:

@@ -19,17 +19,17 @@ from unlabeled.pretext.common.positions import sincos_2d
 from unlabeled.pretext.masked_image.autoencoder import (
     AutoencoderConfig,
     PositionTable,
-    drawn_anew,
     init_linear,
     load_autoencoder,
     names_of_fixed,
+    reinitialized_positions,
     settle_positions,
 )
-from unlabeled.pretext.masked_image.masked_image import MaskedImageTask, cell_pictures, cell_targets, squared_error
+from unlabeled.pretext.masked_image.masked_image import MaskedImageTask, cell_images, cell_targets, squared_error
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.masked.masking import Masking, Method
 from unlabeled.ssl.backbones.masked.tokens import TokenEncoder
-from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, Paper, Recipe, StepOutput, TaskConfig
 
 
 class MAEConfig(AutoencoderConfig):
@@ -37,12 +37,18 @@ class MAEConfig(AutoencoderConfig):
 
 
 class MAE(MaskedImageTask):
-    """Masked autoencoder. Submodules: `backbone` (the encoder) and `decoder`.
+    """Encodes a quarter of the patches and reconstructs the pixels of the rest.
 
-    `load_official` takes ``mae_pretrain_vit_*`` (encoder) and ``*_full`` and ``mae_visualize_*`` files (with decoder).
+    Submodules: `backbone` (the encoder) and `decoder`.
+
+    `load_reference` takes ``mae_pretrain_vit_*`` (encoder) and ``*_full`` and ``mae_visualize_*`` files (with decoder).
     """
 
     Config: ClassVar[type[TaskConfig]] = MAEConfig
+    paper = Paper("Masked Autoencoders Are Scalable Vision Learners", 2022, "https://arxiv.org/abs/2111.06377")
+    good_for = (
+        "vision transformers that you will fine-tune; one of the cheapest steps, since masked patches are not encoded"
+    )
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "adamw",
@@ -68,17 +74,17 @@ class MAE(MaskedImageTask):
         self.keep(grid)  # refuses a ratio that hides nothing or all
         values = self.cell[0] * self.cell[1] * encoder.channels
         self.decoder = TransformerDecoder(encoder.dim, values, grid=grid, **config.decoder.model_dump())
-        anew = drawn_anew(config, backbone)
-        if anew:
+        reinitialize = reinitialized_positions(config, backbone)
+        if reinitialize:
             _init_encoder(encoder)
-        settle_positions(config, backbone, self.positions(), anew=anew)
+        settle_positions(config, backbone, self.positions(), reinitialize=reinitialize)
         for parameter in encoder.unreached():
             parameter.requires_grad_(False)
 
     def forward(self, batch: Batch, *, noise: Tensor | None = None, visible: Tensor | None = None) -> StepOutput:
         """Mean squared error of the hidden patches of ``batch["image"]``, and the part of their variance explained.
 
-        A uint8 picture (B, 3, H, W) is normalised here; a float one is taken as normalised already. `noise` (B, L) or
+        A uint8 image (B, 3, H, W) is normalized here; a float one is taken as normalized already. `noise` (B, L) or
         `visible` (bool, B, gh, gw) decides the masks; None: as `draw` gives it.
         """
         images = self.images_of(batch)  # (B, 3, H, W)
@@ -89,13 +95,13 @@ class MAE(MaskedImageTask):
         return squared_error(predictions, targets)
 
     def encode(self, images: Tensor, masking: Masking) -> Tensor:
-        """Normalised (B, 3, H, W) → tokens of prefix and visible patches (B, P + K, D), after the last norm."""
+        """Normalized (B, 3, H, W) → tokens of prefix and visible patches (B, P + K, D), after the last norm."""
         # not ``backbone(images)``: hidden patches are dropped before the first block, so they cost nothing
         return TokenEncoder(self.backbone).encode(images, masking.ids_keep)[0]
 
     def reconstruct(self, images: Tensor, masking: Masking) -> Tensor:
         predictions = self.decoder.predict_all(self.encode(images, masking), masking)  # (B, L, ph * pw * 3)
-        return cell_pictures(predictions, images, self.cell, masking.grid, norm_pix=self.config.norm_pix)
+        return cell_images(predictions, images, self.cell, masking.grid, norm_pix=self.config.norm_pix)
 
     def positions(self) -> PositionTable | None:
         """The backbone's table of absolute positions; None where it has none."""
@@ -110,10 +116,10 @@ class MAE(MaskedImageTask):
         TokenEncoder(self.backbone).grid(size)  # refuses sizes that the network does not take token by token
         super().require_size(size)
 
-    def load_official(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+    def load_reference(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
         """See the class and `load_autoencoder`."""
         found = load_autoencoder(self, state, self.positions(), file_prefix=1)  # one entry for the class token
-        settle_positions(self.config, self.backbone, self.positions(), anew=False)
+        settle_positions(self.config, self.backbone, self.positions(), reinitialize=False)
         return found
 
 
@@ -175,7 +181,7 @@ class TransformerDecoder(nn.Module):
         """(B, P + K, in_dim) → (B, P + L, dim): prefix without positions, visible and masked tokens with theirs."""
         prefix = latent.shape[1] - masking.ids_keep.shape[1]
         positions = cast(Tensor, self.positions)  # (L, dim)
-        if masking.grid != self.grid:  # pictures of another size, as a curriculum gives them
+        if masking.grid != self.grid:  # images of another size, as a curriculum gives them
             positions = sincos_2d(self.dim, masking.grid)[0].to(positions)
         visible = self.embed(latent).to(positions.dtype)  # autocast gives it in half precision, positions are not
         kept = visible[:, prefix:] + F.embedding(masking.ids_keep, positions)  # (B, K, dim)

@@ -1,4 +1,4 @@
-"""What all masked image models share: one crop, a mask over a grid of cells, the cells' pixels as targets, and pictures
+"""What all masked image models share: one crop, a mask over a grid of cells, the cells' pixels as targets, and images
 of what was predicted.
 
 The pixels of a cell stand in the order row, column, channel: element ``(dy * pw + dx) * C + c`` is channel c of the
@@ -31,10 +31,10 @@ from unlabeled.ssl.backbones.masked.tokens import gather_patches
 from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.data.views import Views
-from unlabeled.ssl.task import Batch, FloatPictures, PretextTask, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, FloatImages, PretextTask, StepOutput, TaskConfig
 
-_PICTURES = 8
-"""Rows of a visualisation."""
+_IMAGES = 8
+"""Rows of a visualization."""
 _EPS = 1e-6
 """Added to the variance of a cell, inside the square root."""
 
@@ -42,16 +42,17 @@ Part = Annotated[float, Field(gt=0, le=1)]
 
 
 class MaskedImageConfig(TaskConfig):
-    """Settings of every masked image model; each method gives its own defaults."""
+    """Settings of every masked image model; each method has its own defaults."""
 
     mask_ratio: float = Field(0.75, gt=0, lt=1)
-    """Part of the cells that is hidden."""
+    """Fraction of the cells (patches) that is masked. [fraction]"""
     mask_pattern: Pattern = "random"
-    """random: each cell by itself. block: rectangles. grid: a regular pattern. See `mask_noise`."""
+    """random: each cell is masked independently. block: rectangles are masked. grid: a regular pattern is masked."""
     mask_count: Rounding = "exact"
-    """How the number of visible cells is rounded; see `count_keep`. official: as the authors' code does."""
+    """How the number of visible cells is rounded. exact: from the decimal product. official: as the authors' code does,
+    which may differ by one cell."""
     crop_scale: tuple[Part, Part] = (0.2, 1.0)
-    """Part of the picture's area that a crop covers, smallest and largest."""
+    """Smallest and largest fraction of the image area that a crop covers. [fraction]"""
 
     @model_validator(mode="after")
     def _ordered(self) -> MaskedImageConfig:
@@ -61,14 +62,14 @@ class MaskedImageConfig(TaskConfig):
 
 
 class CropViews:
-    """One random crop with a flip: picture, uint8 (3, H, W) → ``{"image": uint8 (3, h, w)}``."""
+    """One random crop with a flip: image, uint8 (3, H, W) → ``{"image": uint8 (3, h, w)}``."""
 
     def __init__(self, size: tuple[int, int], scale: tuple[float, float], interpolation: v2.InterpolationMode) -> None:
         self.crop = v2.RandomResizedCrop(list(size), scale=scale, interpolation=interpolation, antialias=True)
         self.flip = v2.RandomHorizontalFlip(0.5)
 
-    def __call__(self, picture: Tensor) -> dict[str, Tensor]:
-        return {"image": self.flip(self.crop(picture))}
+    def __call__(self, image: Tensor) -> dict[str, Tensor]:
+        return {"image": self.flip(self.crop(image))}
 
 
 class MaskedImageTask(PretextTask):
@@ -82,7 +83,7 @@ class MaskedImageTask(PretextTask):
     """Whose way of counting visible cells is used."""
     interpolation: ClassVar[v2.InterpolationMode] = v2.InterpolationMode.BICUBIC
     """Of the random crop."""
-    float_pictures: ClassVar[FloatPictures] = "normalised"
+    float_images: ClassVar[FloatImages] = "normalized"
     config: MaskedImageConfig
     cell: tuple[int, int]
     """Pixels (rows, columns) of one cell of the mask; set before `forward` is called."""
@@ -98,19 +99,19 @@ class MaskedImageTask(PretextTask):
         return {"noise": mask_noise(self.config.mask_pattern, images.shape[0], grid, images.device)}
 
     def reconstruct(self, images: Tensor, masking: Masking) -> Tensor:
-        """Normalised (B, C, H, W) and its mask → the predicted pictures (B, C, H, W), normalised, at least float32."""
+        """Normalized (B, C, H, W) and its mask → the predicted images (B, C, H, W), normalized, at least float32."""
         raise NotImplementedError
 
     @torch.no_grad()
     def visualize(
         self, batch: Batch, *, noise: Tensor | None = None, visible: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """``reconstruction``: a row per picture (the first 8): original, masked, reconstruction; uint8 (3, H, W).
+        """``reconstruction``: a row per image (the first 8): original, masked, reconstruction; uint8 (3, H, W).
 
         Predictions stand at hidden cells only. The networks run in eval mode.
         """
-        images = self.images_of(batch)[:_PICTURES]
-        noise, visible = (None if given is None else given[:_PICTURES] for given in (noise, visible))
+        images = self.images_of(batch)[:_IMAGES]
+        noise, visible = (None if given is None else given[:_IMAGES] for given in (noise, visible))
         masking = self.mask(images, noise, visible)
         with modes_kept(self):
             self.eval()
@@ -121,7 +122,7 @@ class MaskedImageTask(PretextTask):
         return {"reconstruction": tiled(enlarged(tiles), len(columns))}
 
     def images_of(self, batch: Batch) -> Tensor:
-        """``batch["image"]`` normalised, (B, 3, H, W); float pictures are taken as normalised already."""
+        """``batch["image"]`` normalized, (B, 3, H, W); float images are taken as normalized already."""
         images = batch["image"]
         return images if images.is_floating_point() else self.backbone.normalize(images)
 
@@ -135,7 +136,7 @@ class MaskedImageTask(PretextTask):
         return random_masking(noise, self.keep(grid), grid)
 
     def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Cells (gh, gw) of pictures of `size` (height, width) pixels. Raises ConfigError when they do not fit."""
+        """Cells (gh, gw) of images of `size` (height, width) pixels. Raises ConfigError when they do not fit."""
         if size[0] % self.cell[0] or size[1] % self.cell[1]:
             below = [max(1, pixels // step) * step for pixels, step in zip(size, self.cell, strict=True)]
             raise ConfigError(
@@ -213,10 +214,10 @@ def squared_error(predictions: Tensor, targets: Tensor) -> StepOutput:
     return StepOutput(loss, {"explained": 1 - loss.detach() / (targets.square().mean() + 1e-6)})
 
 
-def cell_pictures(
+def cell_images(
     predictions: Tensor, images: Tensor, cell: tuple[int, int], grid: tuple[int, int], *, norm_pix: bool = True
 ) -> Tensor:
-    """Predictions of all cells (B, L, ph * pw * C) as pictures (B, C, H, W), normalized, at least as precise as
+    """Predictions of all cells (B, L, ph * pw * C) as images (B, C, H, W), normalized, at least as precise as
     `images`. With `norm_pix` each cell gets back its true mean and deviation."""
     predictions = predictions.to(torch.promote_types(predictions.dtype, images.dtype))
     if norm_pix:

@@ -19,13 +19,13 @@ from torchvision.transforms import v2
 
 from unlabeled.pretext.common.checkpoint import load_mapped
 from unlabeled.pretext.masked_image.masked_image import MaskedImageConfig, MaskedImageTask, Part
-from unlabeled.pretext.masked_image.simmim_names import official_names, to_own_layout
+from unlabeled.pretext.masked_image.simmim_names import reference_names, to_own_layout
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.level_map import LevelMap
 from unlabeled.ssl.backbones.masked.masking import Masking, Method
 from unlabeled.ssl.backbones.stem import find_stem, substituted
 from unlabeled.ssl.core.errors import ConfigError
-from unlabeled.ssl.task import Batch, NamedParameter, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, NamedParameter, Paper, Recipe, StepOutput, TaskConfig
 
 logger = logging.getLogger(__name__)
 
@@ -44,20 +44,22 @@ class SimMIMConfig(MaskedImageConfig):
     """Settings of SimMIM; the defaults are the paper's (section 4.1.1)."""
 
     mask_ratio: float = Field(0.6, gt=0, lt=1)
-    """Part of the cells that is hidden."""
+    """Fraction of the cells that is masked. [fraction]"""
     mask_unit: int | None = Field(None, ge=1)
-    """Pixels along a side of one cell of the mask, a multiple of the network's patch. None: 32 where that leaves 4
-    cells along each side, else the largest that does, down to 4."""
+    """Side of one cell of the mask, a multiple of the network's patch size; null: 32 if that leaves 4 cells along each
+    side, else the largest size that does, down to 4. [pixels]"""
     crop_scale: tuple[Part, Part] = (0.67, 1.0)
-    """Part of the picture's area that a crop covers, smallest and largest."""
+    """Smallest and largest fraction of the image area that a crop covers. [fraction]"""
 
 
 class SimMIM(MaskedImageTask):
-    """Masked image modelling with nearly any backbone. Submodules: `backbone` and `decoder` (one 1x1 convolution).
+    """Predicts the raw pixels of masked cells with one linear layer on top of the whole backbone.
+
+    Submodules: `backbone` and `decoder` (one 1x1 convolution).
 
     Where the backbone turns each patch into a token of its own (see `unlabeled.ssl.backbones.stem`), `mask_token` (1,
     1, D) takes the place of the tokens of hidden cells, after the patch embedding and its norm and before positions and
-    class token. Any other backbone gets pictures whose hidden cells are filled with one learned colour, `mask_token`
+    class token. Any other backbone gets images whose hidden cells are filled with one learned color, `mask_token`
     (1, 3, 1, 1). `level` says which, and the log does once.
 
     Initial values: the backbone keeps its own, as timm draws them (the authors' differ a little: normal matrices of
@@ -66,6 +68,8 @@ class SimMIM(MaskedImageTask):
     """
 
     Config: ClassVar[type[TaskConfig]] = SimMIMConfig
+    paper = Paper("SimMIM: A Simple Framework for Masked Image Modeling", 2022, "https://arxiv.org/abs/2111.09886")
+    good_for = "Swin and nearly any other backbone that you will fine-tune, where MAE does not apply"
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "adamw",
@@ -109,29 +113,29 @@ class SimMIM(MaskedImageTask):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.decoder = nn.Conv2d(channels, 3 * self.stride**2, kernel_size=1)
         self.train_only(self.last.reached(backbone))  # not a head, nor what comes after the last map
-        place = "as one colour in the picture" if self.stem is None else f"as one token after {self.stem.name}"
-        logger.info("simmim: hidden cells of %d pixels enter %s %s", unit, backbone.name, place)
+        position = "as one color in the image" if self.stem is None else f"as one token after {self.stem.name}"
+        logger.info("simmim: hidden cells of %d pixels enter %s %s", unit, backbone.name, position)
 
     def forward(self, batch: Batch, *, noise: Tensor | None = None, visible: Tensor | None = None) -> StepOutput:
         """Mean absolute error over hidden pixels of ``batch["image"]``, and the part of their magnitude explained.
 
-        A uint8 picture (B, 3, H, W) is normalised here; a float one is taken as normalised already. `noise` (B, L) or
+        A uint8 image (B, 3, H, W) is normalized here; a float one is taken as normalized already. `noise` (B, L) or
         `visible` (bool, B, gh, gw, on the cells of the mask) decides the masks; None: as `draw` gives it.
         """
         images = self.images_of(batch)  # (B, 3, H, W)
         masking = self.mask(images, noise, visible)  # of cells of `mask_unit` pixels, a patch or more
         features = self.encode(images, masking)  # (B, C, H', W')
         predicted = self.decode(features, (images.shape[-2], images.shape[-1]))  # (B, 3, H, W)
-        hidden = self.hidden_pixels(masking)  # bool (B, 1, H, W)
+        hidden = self.masked_pixels(masking)  # bool (B, 1, H, W)
         loss = masked_l1(predicted, images, hidden)
         # what a prediction of zeros, the mean color, would get: the share of it that is gone is explained
         blank = masked_l1(torch.zeros_like(predicted), images, hidden).detach()
         return StepOutput(loss, {"explained": 1 - loss.detach() / (blank + 1e-6)})
 
     def encode(self, images: Tensor, masking: Masking) -> Tensor:
-        """Normalised (B, 3, H, W) and its mask → the last map (B, C, H', W'), after the network's final norm."""
+        """Normalized (B, 3, H, W) and its mask → the last map (B, C, H', W'), after the network's final norm."""
         if self.stem is None:
-            images = torch.where(self.hidden_pixels(masking), self.mask_token.to(images.dtype), images)
+            images = torch.where(self.masked_pixels(masking), self.mask_token.to(images.dtype), images)
             return self.last(self.backbone, images)
         # a cell of the mask covers several patches: (B, gh, gw) cells -> patches of the stem
         patches = (self.cell[0] // self.stem.patch[0], self.cell[1] // self.stem.patch[1])
@@ -139,7 +143,7 @@ class SimMIM(MaskedImageTask):
             return self.last(self.backbone, images)
 
     def decode(self, features: Tensor, size: tuple[int, int]) -> Tensor:
-        """The last map (B, C, H', W') → predicted pictures (B, 3, H, W) of `size` (H, W), normalized.
+        """The last map (B, C, H', W') → predicted images (B, 3, H, W) of `size` (H, W), normalized.
 
         Each place of the last map gives the ``stride`` x ``stride`` pixels under it, channel by channel and each
         channel row by row (the order of a pixel shuffle).
@@ -148,10 +152,10 @@ class SimMIM(MaskedImageTask):
         grid = (math.ceil(height / self.stride), math.ceil(width / self.stride))
         if features.shape[-2:] != grid:  # networks without padding lose places at the edge
             features = F.interpolate(features, size=grid, mode="bilinear", align_corners=False)
-        pictures = F.pixel_shuffle(self.decoder(features), self.stride)
-        return pictures[..., :height, :width]  # the last places stand over where the stride does not divide the size
+        images = F.pixel_shuffle(self.decoder(features), self.stride)
+        return images[..., :height, :width]  # the last places stand over where the stride does not divide the size
 
-    def hidden_pixels(self, masking: Masking) -> Tensor:
+    def masked_pixels(self, masking: Masking) -> Tensor:
         """Bool (B, 1, H, W), True where a pixel is hidden."""
         return ~masking.enlarged(self.cell)[:, None]
 
@@ -170,7 +174,7 @@ class SimMIM(MaskedImageTask):
             spared = named.name.rpartition(".")[2] in _NOT_DECAYED
             yield named._replace(decay=False) if spared else named
 
-    def load_official(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+    def load_reference(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
         """Loads ``simmim_pretrain__*`` files of the authors' Swin or ViT: encoder, mask token and prediction layer.
 
         Takes the dictionary of tensors or the file's ``{"model": ...}``. Swin goes into timm's SwinTransformer; the ViT
@@ -181,7 +185,7 @@ class SimMIM(MaskedImageTask):
         Raises CheckpointError, before anything is changed, when a tensor has another shape or none fits.
         """
         tensors = cast(Mapping[str, Tensor], state.get("model", state))
-        return load_mapped(self, to_own_layout(tensors, self.backbone.model), official_names(self))
+        return load_mapped(self, to_own_layout(tensors, self.backbone.model), reference_names(self))
 
 
 def masked_l1(predicted: Tensor, images: Tensor, hidden: Tensor) -> Tensor:

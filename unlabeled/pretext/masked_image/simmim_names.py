@@ -1,4 +1,4 @@
-"""The layout of SimMIM's official checkpoints (microsoft/SimMIM) and where its tensors stand in timm's networks."""
+"""The layout of SimMIM's reference checkpoints (microsoft/SimMIM) and where its tensors stand in timm's networks."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _TABLE = "relative_position_bias_table"
 _SHARED_TABLE = f"encoder.rel_pos_bias.{_TABLE}"
 
 
-def official_names(task: nn.Module) -> dict[str, str]:
+def reference_names(task: nn.Module) -> dict[str, str]:
     """Name in the authors' files → name in `task` (SimMIM), for every tensor of its state."""
-    return {_official_name(name): name for name in task.state_dict()}
+    return {_reference_name(name): name for name in task.state_dict()}
 
 
-def _official_name(name: str) -> str:
+def _reference_name(name: str) -> str:
     """Swin's downsampling ends a stage there and begins one in timm; the ViT's layer scales have short names there."""
     if not name.startswith("backbone.model."):
         return {"mask_token": "encoder.mask_token"}.get(name, name.replace("decoder.", "decoder.0."))

@@ -20,12 +20,12 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from unlabeled.pretext.common.checkpoint import load_mapped
-from unlabeled.pretext.masked_image.convnext_names import official_name
+from unlabeled.pretext.masked_image.convnext_names import reference_name
 from unlabeled.pretext.masked_image.masked_image import (
     MaskedImageConfig,
     MaskedImageTask,
     Part,
-    cell_pictures,
+    cell_images,
     cell_targets,
     patchify,
     squared_error,
@@ -35,7 +35,7 @@ from unlabeled.ssl.backbones.masked.masking import Masking, Method
 from unlabeled.ssl.backbones.masked.sparse import MaskedMap, SparseEncoder, convert
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 from unlabeled.ssl.nn.batch_norm import SyncedBatchNorm2d
-from unlabeled.ssl.task import Batch, NamedParameter, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, NamedParameter, Paper, Recipe, StepOutput, TaskConfig
 
 _UNDECAYED = re.compile(r"cls_token|pos_embed|mask_token|gamma")
 """Parameters that the authors do not decay, besides one-dimensional ones and biases."""
@@ -51,15 +51,15 @@ _DECODER_NAMES = {
 }
 """Parts of our names → of theirs, replaced in this order."""
 _UNUSED = frozenset({"imn_m", "imn_s", "norm_black"})
-"""Constants in the authors' files that only their pictures need."""
+"""Constants in the authors' files that only their images need."""
 
 
-class DecoderConfig(TaskConfig):
-    """The decoder, thrown away after pretraining."""
+class LightDecoderConfig(TaskConfig):
+    """The decoder, which is discarded after pretraining."""
 
     width: int = Field(768, ge=2)
-    """Channels at the coarsest level; each block halves them. Narrower is much faster: at 768 the decoder of a
-    ResNet-50 costs three times the encoder."""
+    """Channels at the coarsest level; each further level has half as many. Narrower is much faster: at 768, the decoder
+    costs three times as much as a ResNet-50. [channels]"""
 
 
 class SparKConfig(MaskedImageConfig):
@@ -68,16 +68,27 @@ class SparKConfig(MaskedImageConfig):
     mask_ratio: float = Field(0.6, gt=0, lt=1)
     crop_scale: tuple[Part, Part] = (0.67, 1.0)
     mask_unit: int | None = Field(None, ge=1)
-    """Pixels of the side of a cell, a multiple of the network's total stride; None: that stride, as published."""
+    """Side of one cell of the mask, a multiple of the network's total stride; null: that stride, as published.
+    [pixels]"""
     levels: int = Field(4, ge=1)
-    """Feature maps that the decoder receives, from the coarsest on; fewer where the network has fewer."""
-    decoder: DecoderConfig = DecoderConfig()
+    """Feature maps that the decoder receives, starting with the coarsest; fewer if the network has fewer. [feature
+    maps]"""
+    decoder: LightDecoderConfig = LightDecoderConfig()
+    """The decoder, which is discarded after pretraining."""
 
 
 class SparK(MaskedImageTask):
-    """Sparse and hierarchical masked modeling. Submodules: `backbone`, `densify` and `decoder`."""
+    """Reconstructs masked cells from the sparse feature maps of a convolutional network at several scales.
+
+    Submodules: `backbone`, `densify` and `decoder`."""
 
     Config: ClassVar[type[TaskConfig]] = SparKConfig
+    paper = Paper(
+        "Designing BERT for Convolutional Networks: Sparse and Hierarchical Masked Modeling",
+        2023,
+        "https://arxiv.org/abs/2301.03580",
+    )
+    good_for = "ResNets and other convolutional networks that you will fine-tune"
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "lamb",
@@ -122,7 +133,7 @@ class SparK(MaskedImageTask):
     def forward(self, batch: Batch, *, noise: Tensor | None = None, visible: Tensor | None = None) -> StepOutput:
         """Mean squared error of the hidden cells of ``batch["image"]``, and the part of their variance explained.
 
-        A uint8 picture (B, 3, H, W) is normalised here; a float one is taken as normalised already. `noise` (B, L) or
+        A uint8 image (B, 3, H, W) is normalized here; a float one is taken as normalized already. `noise` (B, L) or
         `visible` (bool, B, gh, gw) decides the masks; None: as `draw` gives it.
         """
         images = self.images_of(batch)  # (B, 3, H, W)
@@ -134,7 +145,7 @@ class SparK(MaskedImageTask):
         return squared_error(predictions, targets)
 
     def encode(self, images: Tensor, masking: Masking) -> list[MaskedMap]:
-        """Normalised (B, 3, H, W) → maps of visible places (B, C_i, h_i, w_i), coarsest first."""
+        """Normalized (B, 3, H, W) → maps of visible places (B, C_i, h_i, w_i), coarsest first."""
         return self.sparse.maps(images, masking, indices=self.levels)
 
     def decode(self, maps: Sequence[MaskedMap]) -> Tensor:
@@ -143,19 +154,19 @@ class SparK(MaskedImageTask):
         return prediction
 
     def predict(self, images: Tensor, masking: Masking) -> Tensor:
-        """Normalised (B, 3, H, W) → predictions (B, 3, H, W) in units of each cell's own mean and deviation."""
+        """Normalized (B, 3, H, W) → predictions (B, 3, H, W) in units of each cell's own mean and deviation."""
         return self.decode(self.encode(images, masking))
 
     def reconstruct(self, images: Tensor, masking: Masking) -> Tensor:
         predictions = patchify(self.predict(images, masking), self.cell)  # (B, L, ph * pw * 3)
-        return cell_pictures(predictions, images, self.cell, masking.grid)
+        return cell_images(predictions, images, self.cell, masking.grid)
 
     def parameter_groups(self) -> Iterator[NamedParameter]:
         """See the base class; mask embeddings and layer scales are not decayed either, as published."""
         for named in super().parameter_groups():
             yield named._replace(decay=named.decay and not _UNDECAYED.search(named.name))
 
-    def load_official(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+    def load_reference(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
         """Loads ``*_spark_style.pth`` (everything) and ``*_timm_style.pth`` (encoder only) files.
 
         Takes the dictionary of tensors or the file's ``{"module": ...}``. Returns (missing, unexpected) names of the
@@ -168,7 +179,7 @@ class SparK(MaskedImageTask):
             del tensors[name]
         whole = any(name.startswith(_ENCODER) for name in tensors)
         layouts = [
-            official_names(self.state_dict(), encoder=_ENCODER if whole else "", timm_names=timm_names)
+            reference_names(self.state_dict(), encoder=_ENCODER if whole else "", timm_names=timm_names)
             for timm_names in (False, True)
         ]
         return load_mapped(self, tensors, max(layouts, key=lambda names: len(names.keys() & tensors.keys())))
@@ -205,7 +216,7 @@ def fill(masked: MaskedMap, token: Tensor) -> Tensor:
 
 
 class LightDecoder(nn.Module):
-    """Doubles the coarsest map until it has the size of the picture, adding the finer maps on the way.
+    """Doubles the coarsest map until it has the size of the image, adding the finer maps on the way.
 
     Source: section 3 of the paper; sizes and initial weights are those of the authors' code. `widths` (one more than
     there are blocks) are the channels before the first, between all, and after the last block.
@@ -213,7 +224,7 @@ class LightDecoder(nn.Module):
 
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(DecoderBlock(before, after) for before, after in pairwise(widths))
+        self.blocks = nn.ModuleList(UpsamplingBlock(before, after) for before, after in pairwise(widths))
         self.proj = nn.Conv2d(widths[-1], 3, 1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -232,7 +243,7 @@ class LightDecoder(nn.Module):
         return prediction
 
 
-class DecoderBlock(nn.Module):
+class UpsamplingBlock(nn.Module):
     """Doubles the resolution, (B, before, h, w) → (B, after, 2 h, 2 w)."""
 
     def __init__(self, before: int, after: int) -> None:
@@ -280,7 +291,7 @@ def _cell(unit: int | None, stride: int, name: str) -> tuple[int, int]:
 def _levels(backbone: Backbone, stride: int, count: int) -> list[int]:
     """Indices of the maps that the decoder receives, coarsest first: the deepest of each stride, by halves down to 2.
 
-    A finer map would have no block that takes it: the decoder's last block gives the picture's own size.
+    A finer map would have no block that takes it: the decoder's last block gives the image's own size.
     """
     deepest = {stage.stride: index for index, stage in enumerate(backbone.stages)}
     levels: list[int] = []
@@ -303,21 +314,21 @@ def _has_batch_norm(backbone: Backbone) -> bool:
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in backbone.model.modules())
 
 
-def official_names(own: Iterable[str], *, encoder: str = _ENCODER, timm_names: bool = False) -> dict[str, str]:
+def reference_names(own: Iterable[str], *, encoder: str = _ENCODER, timm_names: bool = False) -> dict[str, str]:
     """Name in the authors' files → name among `own`, those of the tensors of a `SparK`.
 
     `encoder` precedes the names of the encoder's tensors; with `timm_names` these are timm's own, also of a ConvNeXt.
     """
 
-    def official(name: str) -> str:
+    def reference(name: str) -> str:
         if name.startswith("backbone."):
             name = name.removeprefix("backbone.model.")
-            return encoder + (name if timm_names else official_name(name))
+            return encoder + (name if timm_names else reference_name(name))
         for ours, theirs in _DECODER_NAMES.items():
             name = name.replace(ours, theirs)
         return name
 
-    return {official(name): name for name in own}
+    return {reference(name): name for name in own}
 
 
 def _inner(state: Mapping[str, Any]) -> Mapping[str, Any]:

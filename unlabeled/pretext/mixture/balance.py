@@ -26,14 +26,16 @@ _LIFT = 2.0**12
 
 
 class Ramp(TaskConfig):
-    """A weight that moves over the run."""
+    """A weight that changes over the run."""
 
     start: float = Field(ge=0)
+    """Weight at the start."""
     end: float = Field(ge=0)
+    """Weight at the end."""
     schedule: Literal["linear", "cosine"] = "linear"
-    """cosine: half a cosine, slow at both ends."""
+    """Shape of the change. cosine: a half cosine, slow at both ends."""
     over: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
-    """Parts of the run between which it moves; before and after it rests."""
+    """Interval of the run in which the weight changes; before and after, it is constant. [fraction of the run]"""
 
     @model_validator(mode="after")
     def _goes_forward(self) -> Ramp:
@@ -97,5 +99,5 @@ def split_rows(shares: Sequence[float], rows: int) -> list[list[int]]:
     for row in range(rows):
         lacking = [share / total * (row + 1) - len(given) for share, given in zip(shares, dealt, strict=True)]
         largest = max(lacking)
-        dealt[next(place for place, lack in enumerate(lacking) if lack >= largest - 1e-9)].append(row)
+        dealt[next(position for position, lack in enumerate(lacking) if lack >= largest - 1e-9)].append(row)
     return dealt

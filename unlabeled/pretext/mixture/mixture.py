@@ -1,4 +1,4 @@
-"""The settings of a mixture of tasks: which ones, how much each counts, and who sees which pictures."""
+"""The settings of a mixture of tasks: which ones, how much each counts, and who sees which images."""
 
 from __future__ import annotations
 
@@ -23,33 +23,36 @@ _OWN = re.compile(r"^task(?=:)|\btask(?=\.[a-z])|(?<=setting in )task(?=;)")
 
 
 class Part(TaskConfig):
-    """One task of a mixture: in a configuration, its own fields stand beside these."""
+    """One task of a mixture; in a configuration, the task's own settings are written next to these."""
 
     name: str
+    """Name of the task."""
     weight: Weight = 1.0
-    """Of its loss in the sum: a number, or {start, end, schedule: linear | cosine, over: [0, 1]} over the run."""
+    """Weight of the task's loss: a number, or {start: 1, end: 0, schedule: cosine, over: [0, 0.5]} for a weight that
+    changes over the run."""
     portion: float = Field(1.0, gt=0)
-    """Of the pictures of a batch, in proportion to the other tasks'; for `batch: split`."""
+    """Share of the images of a batch, relative to the other tasks; for batch=split."""
     settings: SerializeAsAny[TaskConfig]
-    """The task's own."""
+    """Any setting of the task itself, such as mask_ratio."""
 
 
 class MultiConfig(TaskConfig):
     """Settings of a mixture of tasks."""
 
     tasks: tuple[Part, ...] = Field(default_factory=lambda: _parts(_ALIKE))
-    """Two or more of {name: ..., weight: ..., and the task's own fields}. A bare name means weight 1."""
+    """Two or more tasks: names, or mappings such as {name: mae, weight: 1, mask_ratio: 0.6}. A bare name has weight
+    1."""
     batch: Literal["shared", "split"] = "shared"
-    """shared: each task sees every picture, and a step costs what the single steps cost together. split: each task sees
-    its own part of the pictures (see `portion`), and a step costs about what one task's does; the loader makes the
-    views of all tasks of each picture all the same."""
+    """shared: every task receives every image, and a step costs as much as one step of each task together. split: each
+    task receives its own share of the images (see `portion`), and a step costs about as much as that of a single
+    task."""
     balance: Literal["fixed", "gradient_norm"] = "fixed"
-    """fixed: the weights as they are given. gradient_norm: scaled such that, at the parameters of the backbone that all
-    tasks train, the weighted gradients are as strong as the weights say, their sum unchanged."""
+    """fixed: use the weights as given. gradient_norm: rescale them so that the gradients at the shared parameters of
+    the backbone are as strong as the weights say."""
     balance_every: int = Field(20, ge=1)
-    """Optimizer steps between measurements, each of which costs one backward pass through every task."""
+    """Optimizer steps between measurements of gradient norms; each costs one backward pass per task. [steps]"""
     balance_momentum: float = Field(0.9, ge=0, lt=1)
-    """Of the running mean of the measured norms."""
+    """Decay rate of the running mean of the measured norms."""
 
     @field_validator("tasks", mode="before")
     @classmethod
@@ -70,12 +73,12 @@ class MultiConfig(TaskConfig):
 
 
 def _parts(given: Any) -> tuple[Part, ...]:
-    return tuple(_part(place, one) for place, one in enumerate(given))
+    return tuple(_part(position, one) for position, one in enumerate(given))
 
 
-def _part(place: int, given: Any) -> Part:
-    """One entry of `MultiConfig.tasks`. Raises ConfigError, in one line that names ``task.tasks[place]``."""
-    where = f"task.tasks[{place}]"
+def _part(position: int, given: Any) -> Part:
+    """One entry of `MultiConfig.tasks`. Raises ConfigError, in one line that names ``task.tasks[position]``."""
+    where = f"task.tasks[{position}]"
     if isinstance(given, Part):
         return given
     fields = {"name": given} if isinstance(given, str) else given
@@ -84,7 +87,7 @@ def _part(place: int, given: Any) -> Part:
     if fields["name"] == "multi":
         raise ConfigError(f"{where}.name: a mixture cannot hold a mixture; list the inner one's tasks")
     own = {key: value for key, value in fields.items() if key in ("weight", "portion")}
-    with told_as(where):
+    with named_in_errors(where):
         settings = task_config({key: value for key, value in fields.items() if key not in own})
     try:
         return Part.model_validate({"name": fields["name"], "settings": settings, **own})
@@ -93,7 +96,7 @@ def _part(place: int, given: Any) -> Part:
 
 
 @contextmanager
-def told_as(where: str) -> Iterator[None]:
+def named_in_errors(where: str) -> Iterator[None]:
     """Names the settings of one task by where they stand, in the errors that it raises."""
     try:
         yield

@@ -3,7 +3,7 @@
     unlabeled pretrain task=multi 'task.tasks=[{name: mae, weight: 1}, {name: rotation, weight: 0.2}]' ...
 
 Each task is the one that stands alone under its name, around the same `Backbone` object: with its own views of the
-same picture, its own forward pass, head and state. Mixtures of pretext tasks: Doersch, Zisserman, "Multi-task
+same image, its own forward pass, head and state. Mixtures of pretext tasks: Doersch, Zisserman, "Multi-task
 Self-Supervised Visual Learning", ICCV 2017, arXiv 1708.07860 (which also gives each task its own batches). What belongs
 to a task has its label and a slash before it: batches hold ``mae/image``, logs ``mae/loss``.
 """
@@ -22,40 +22,44 @@ from torch.distributed.tensor import DTensor
 
 from unlabeled.pretext.common.precision import widened
 from unlabeled.pretext.mixture.balance import Ramp, balanced, gradient_norms, split_rows, weight_at
-from unlabeled.pretext.mixture.mixture import MultiConfig, told_as
+from unlabeled.pretext.mixture.mixture import MultiConfig, named_in_errors
 from unlabeled.pretext.registry import task_class
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 from unlabeled.ssl.data.views import Views
-from unlabeled.ssl.task import Batch, NamedParameter, PretextTask, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, NamedParameter, Paper, PretextTask, Recipe, StepOutput, TaskConfig
 from unlabeled.ssl.train.collapse import DEVIATION, INFORMATION
 
 logger = logging.getLogger(__name__)
 
 
 class MultiViews:
-    """The views of every task, of the same picture: ``{label}/{key}``."""
+    """The views of every task, of the same image: ``{label}/{key}``."""
 
     def __init__(self, views: dict[str, Views]) -> None:
         self.views = views
 
-    def __call__(self, picture: Tensor) -> dict[str, Tensor]:
-        return {f"{label}/{key}": value for label, views in self.views.items() for key, value in views(picture).items()}
+    def __call__(self, image: Tensor) -> dict[str, Tensor]:
+        return {f"{label}/{key}": value for label, views in self.views.items() for key, value in views(image).items()}
 
 
 class Multi(PretextTask):
-    """Several tasks around one backbone. Submodules: `backbone` and `tasks`; buffers: the `weights` (N,) of the step to
+    """Trains one backbone on several tasks at once, with a weighted sum of their losses.
+
+    Submodules: `backbone` and `tasks`; buffers: the `weights` (N,) of the step to
     come and, where these are balanced, `norms` (N,) and the number of `steps`.
 
     A parameter of the backbone is trained when the loss of any task trains it, unless a task prescribes its value (the
     fixed positions of MAE). Tasks that draw the backbone's weights anew (MAE) do so for all, the last of them for good.
     Decay and layer of the backbone's parameters are those that the first task gives them.
 
-    The running statistics of batch norms are those of all tasks' pictures together. Of tasks that could collapse, the
+    The running statistics of batch norms are those of all tasks' images together. Of tasks that could collapse, the
     first one's features are watched.
     """
 
     Config: ClassVar[type[TaskConfig]] = MultiConfig
+    paper = Paper("Multi-task Self-Supervised Visual Learning", 2017, "https://arxiv.org/abs/1708.07860")
+    good_for = "combining the strengths of tasks, such as a masked one with one that compares views"
     recipe: ClassVar[Recipe] = {
         "task": {"tasks": [{"name": "rotation", "weight": 1}, {"name": "simmim", "weight": 1}]},
         "optim": {
@@ -97,8 +101,8 @@ class Multi(PretextTask):
         self._measured: Tensor | None = None
         self._rows: dict[tuple[int, torch.device], list[Tensor]] = {}
         if config.batch == "shared" and any(part.portion != 1 for part in config.tasks):
-            logger.warning("task.tasks: portion has no effect while each task sees all pictures; set task.batch=split")
-        seen = "all pictures" if config.batch == "shared" else "its own part of the pictures"
+            logger.warning("task.tasks: portion has no effect while each task sees all images; set task.batch=split")
+        seen = "all images" if config.batch == "shared" else "its own part of the images"
         logger.info(
             "multi: %s, each with views of its own and so a forward pass of its own through %s, over %s",
             ", ".join(built), backbone.name, seen,
@@ -114,7 +118,7 @@ class Multi(PretextTask):
         return any(task_class(part.name).masks_statistics(part.settings) for part in config.tasks)
 
     def draw(self, batch: Batch) -> dict[str, Tensor]:
-        """``{label}/{key}`` for what each task draws, for all pictures also where these are split."""
+        """``{label}/{key}`` for what each task draws, for all images also where these are split."""
         drawn = {label: task.draw(self._seen(label, batch)) for label, task in self._each()}
         return {f"{label}/{key}": value for label, values in drawn.items() for key, value in values.items()}
 
@@ -122,8 +126,8 @@ class Multi(PretextTask):
         """The weighted sum of the tasks' losses; each one's loss and logs as ``{label}/{key}``."""
         rows, draw = self._rows_of(batch), draw or self.draw(batch)
         outputs: dict[str, StepOutput] = {}
-        for place, (label, task) in enumerate(self._each()):
-            own = None if rows is None else rows[place]
+        for position, (label, task) in enumerate(self._each()):
+            own = None if rows is None else rows[position]
             outputs[label] = task(self._seen(label, batch, own), **_of(label, draw, own))
         losses = [widened(output.loss) for output in outputs.values()]
         if self._measures():
@@ -158,8 +162,8 @@ class Multi(PretextTask):
         return math.lcm(*(height for height, _ in found)), math.lcm(*(width for _, width in found))
 
     def require_size(self, size: tuple[int, int]) -> None:
-        for place, (_, task) in enumerate(self._each()):
-            with told_as(f"task.tasks[{place}]"):
+        for position, (_, task) in enumerate(self._each()):
+            with named_in_errors(f"task.tasks[{position}]"):
                 task.require_size(size)
 
     def parameter_groups(self) -> Iterator[NamedParameter]:
@@ -174,18 +178,18 @@ class Multi(PretextTask):
 
     @torch.no_grad()
     def visualize(self, batch: Batch) -> dict[str, Tensor]:
-        """The pictures of each task, ``{label}/{name}``."""
+        """The images of each task, ``{label}/{name}``."""
         found: dict[str, Tensor] = {}
         for label, task in self._each():
             with self._whole(task):
                 shown = task.visualize(self._seen(label, batch))
-            found |= {f"{label}/{name}": picture for name, picture in shown.items()}
+            found |= {f"{label}/{name}": image for name, image in shown.items()}
         return found
 
-    def load_official(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+    def load_reference(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
         """Raises CheckpointError: a mixture has no official files."""
         raise CheckpointError(
-            f"official: a mixture ({', '.join(self.tasks)}) has no official checkpoints; start from the weights of a "
+            f"reference: a mixture ({', '.join(self.tasks)}) has no reference checkpoints; start from the weights of a "
             "network with backbone.checkpoint=FILE"
         )
 
@@ -205,7 +209,7 @@ class Multi(PretextTask):
         """The batch as one task knows it: its own views, and what belongs to none (``index``)."""
         common = {key: value for key, value in batch.items() if "/" not in key}
         seen = {**common, **_of(label, batch)}
-        if cast(PretextTask, self.tasks[label]).float_pictures == "normalised":
+        if cast(PretextTask, self.tasks[label]).float_images == "normalized":
             seen = {key: self.backbone.normalize(one) if _unit(one) else one for key, one in seen.items()}
         return seen if rows is None else {key: value.index_select(0, rows) for key, value in seen.items()}
 
@@ -219,7 +223,7 @@ class Multi(PretextTask):
             _lend(task, self.backbone)
 
     def _rows_of(self, batch: Batch) -> list[Tensor] | None:
-        """Which pictures of the batch each task sees; None: all. Raises ConfigError when there are too few."""
+        """Which images of the batch each task sees; None: all. Raises ConfigError when there are too few."""
         if self.config.batch == "shared":
             return None
         first = next(iter(batch.values()))
@@ -228,7 +232,7 @@ class Multi(PretextTask):
             dealt = split_rows([part.portion for part in self.config.tasks], len(first))
             if not all(dealt):
                 raise ConfigError(
-                    f"task.batch: {len(first)} pictures of a process cannot be split over {len(dealt)} tasks in these "
+                    f"task.batch: {len(first)} images of a process cannot be split over {len(dealt)} tasks in these "
                     "portions; raise batch_size or set task.batch=shared"
                 )
             self._rows[key] = [torch.tensor(rows, device=first.device) for rows in dealt]
@@ -260,13 +264,13 @@ class Multi(PretextTask):
     def _logs(self, outputs: Mapping[str, StepOutput]) -> dict[str, Tensor]:
         logs: dict[str, Tensor] = {}
         balancing = self.config.balance == "gradient_norm"
-        for place, (label, output) in enumerate(outputs.items()):
+        for position, (label, output) in enumerate(outputs.items()):
             logs[f"{label}/loss"] = output.loss.detach()
             logs |= {f"{label}/{key}": value for key, value in output.logs.items()}
-            if balancing or isinstance(self.config.tasks[place].weight, Ramp):
-                logs[f"{label}/weight"] = self.weights[place].clone()
+            if balancing or isinstance(self.config.tasks[position].weight, Ramp):
+                logs[f"{label}/weight"] = self.weights[position].clone()
             if balancing:
-                logs[f"{label}/grad_norm"] = self.norms[place].clone()
+                logs[f"{label}/grad_norm"] = self.norms[position].clone()
         for figure in (INFORMATION, DEVIATION):  # the lowest one under its plain name, for the alarm
             found = [output.logs[figure] for output in outputs.values() if figure in output.logs]
             logs |= {figure: torch.stack(found).min()} if found else {}
@@ -280,7 +284,7 @@ def _of(label: str, given: Mapping[str, Tensor], rows: Tensor | None = None) -> 
 
 
 def _unit(tensor: Tensor) -> bool:
-    """Whether it holds pictures of 0..1 values, as a curriculum makes them."""
+    """Whether it holds images of 0..1 values, as a curriculum makes them."""
     return tensor.is_floating_point() and tensor.ndim > 3 and tensor.shape[-3] == 3
 
 
@@ -300,23 +304,23 @@ def _build_all(config: MultiConfig, backbone: Backbone) -> tuple[dict[str, Prete
     trained: dict[str, set[str]] = {}
     fixed: set[str] = set()
 
-    def build(place: int) -> tuple[PretextTask, bool]:
-        part = config.tasks[place]
+    def build(position: int) -> tuple[PretextTask, bool]:
+        part = config.tasks[position]
         before = [parameter.detach().clone() for parameter in backbone.parameters()]
         for name, parameter in backbone.named_parameters():
             parameter.requires_grad_(free[name])
-        with told_as(f"task.tasks[{place}]"):
+        with named_in_errors(f"task.tasks[{position}]"):
             task = task_class(part.name)(part.settings, backbone)
-        trained[labels[place]] = {name for name, one in backbone.named_parameters() if one.requires_grad}
+        trained[labels[position]] = {name for name, one in backbone.named_parameters() if one.requires_grad}
         fixed.update(task.fixed())
         return task, not all(map(torch.equal, before, backbone.parameters()))
 
     labels = config.labels()
-    found = [build(place) for place in range(len(labels))]
-    last = max((place for place, (_, redrew) in enumerate(found) if redrew), default=0)
+    found = [build(position) for position in range(len(labels))]
+    last = max((position for position, (_, redrew) in enumerate(found) if redrew), default=0)
     built = {
-        label: build(place)[0] if place < last and not found[place][1] else found[place][0]
-        for place, label in enumerate(labels)
+        label: build(position)[0] if position < last and not found[position][1] else found[position][0]
+        for position, label in enumerate(labels)
     }
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(name not in fixed and any(name in names for names in trained.values()))
@@ -332,7 +336,7 @@ def _combined(tasks: list[PretextTask]) -> dict[str, Any]:
         "requires": frozenset[str]().union(*(task.requires for task in tasks)),
         "masked_statistics": any(task.masked_statistics for task in tasks),
         "synced_statistics": any(task.synced_statistics for task in tasks),
-        "per_picture": all(task.per_picture for task in tasks),
+        "per_image": all(task.per_image for task in tasks),
         "collapse_remedy": "; ".join(one for one in remedies if one != usual) or usual,
     }
 

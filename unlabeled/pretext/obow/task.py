@@ -16,8 +16,8 @@ from unlabeled.pretext.common.checkpoint import load_mapped
 from unlabeled.pretext.common.precision import widened
 from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy
 from unlabeled.pretext.common.views import Part
-from unlabeled.pretext.obow.official import official_names
-from unlabeled.pretext.obow.pictures import nearest_words, painted, side_by_side, word_colors
+from unlabeled.pretext.obow.drawing import nearest_words, painted, side_by_side, word_colors
+from unlabeled.pretext.obow.reference import reference_names
 from unlabeled.pretext.obow.views import ImageCropsConfig, OBoWViews, PatchesConfig, sizes_of
 from unlabeled.pretext.obow.vocabulary import (
     Distances,
@@ -38,7 +38,7 @@ from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 from unlabeled.ssl.data.views import Views
 from unlabeled.ssl.nn.ema import ema_update
-from unlabeled.ssl.task import Batch, NamedParameter, PretextTask, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, NamedParameter, Paper, PretextTask, Recipe, StepOutput, TaskConfig
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +49,9 @@ _LEAST = 1e-3
 """Part of the mean squared feature that the mean distance of a first batch is at least: on small maps each place may
 be a word itself."""
 _TINY = 1e-12
-"""Smallest mean distance that is divided by; constant pictures have none."""
+"""Smallest mean distance that is divided by; constant images have none."""
 _SHOWN = 8
-"""Pictures that `visualize` shows."""
+"""Images that `visualize` shows."""
 
 
 class OBoWConfig(TaskConfig):
@@ -61,36 +61,39 @@ class OBoWConfig(TaskConfig):
     """
 
     levels: tuple[int, ...] | None = Field(None, min_length=1)
-    """Feature maps with a vocabulary each; negative ones count from the end. None: the one at three quarters of the
-    depth and the last (stages 3 and 4 of a ResNet, blocks 9 and 12 of a ViT)."""
+    """Feature maps that have a vocabulary each; negative numbers count from the end. null: the map at three quarters of
+    the depth and the last one."""
     words: int = Field(8192, ge=2)
-    """Words of each vocabulary."""
+    """Size of each vocabulary. [words]"""
     kappa: float = Field(8.0, gt=0)
-    """Factor of the student's logits."""
+    """Scale of the student's logits."""
     beta: float | None = Field(15.0, gt=0)
-    """Sharpness of the codes: inverse temperature times the running mean of the distance to the nearest word. None:
-    each place has its nearest word only."""
+    """Sharpness of the assignment to words: inverse temperature, relative to the mean distance to the nearest word;
+    null: assign each location to its nearest word only."""
     pool: Pool = "max"
-    """How codes are pooled over places."""
+    """How assignments are pooled over the locations of an image."""
     word_source: Source = "local"
-    """What of a map becomes a word: a 3x3 average at a random place, one random cell, or the mean of the map."""
+    """What becomes a new word. local: the 3x3 average around a random location. cell: one random location. map: the
+    average of the whole map."""
     fill: Literal["auto"] | bool = "auto"
-    """Take all words from places of the first batch, and the mean distance from its own. Published: False, random
-    words cut off at zero. auto: where feature maps have negative values, which such words do not fit."""
+    """Fill the vocabulary from the first batch, and start the mean distance from it; false: random words, as published.
+    auto: only if feature maps have negative values, which random words do not fit."""
     map_norm: Literal["auto"] | bool = "auto"
-    """Normalise the teacher's maps over channels at each place. Published: False. auto: as `fill`."""
+    """Normalize the teacher's feature maps over channels at each location; false: as published. auto: as `fill`."""
     momentum: float = Field(0.99, ge=0, le=1)
-    """Of the teacher's weights at the start; a half cosine leads to 1."""
+    """Decay rate of the teacher's weights at the start of the run; it rises to 1 along a half cosine."""
     distance_decay: float = Field(0.99, ge=0, lt=1)
-    """Of the running mean distance."""
+    """Decay rate of the running mean distance to the nearest word."""
     center: Part = 0.875
-    """Part of each side of the picture that the teacher sees (224 of 256 pixels)."""
+    """Fraction of each side of the image that the teacher sees (224 of 256 pixels). [fraction]"""
     image_crops: ImageCropsConfig = ImageCropsConfig()
+    """Crops of the image for the student."""
     patches: PatchesConfig = PatchesConfig()
+    """Patches of the image for the student."""
     decay_all: bool = True
-    """Weight decay on every parameter, norms and biases too, as published; False: not on these."""
+    """Apply weight decay to every parameter, as published; false: not to norms and biases."""
     memory: int = Field(256, ge=1)
-    """Largest size in MB of one table of distances; it is made in parts where it would be larger."""
+    """Largest size of one table of distances; larger tables are computed in pieces. [MB]"""
 
     @model_validator(mode="after")
     def _student_sees_something(self) -> OBoWConfig:
@@ -100,7 +103,9 @@ class OBoWConfig(TaskConfig):
 
 
 class OBoW(PretextTask):
-    """Online bag of visual words. Submodules: `backbone` (the student), `teacher`, `vocabularies`, `heads`.
+    """Predicts which visual words a teacher finds in the image, from small crops and patches of it.
+
+    Submodules: `backbone` (the student), `teacher`, `vocabularies`, `heads`.
 
     Order of a step: codes, bags and predictions all use the words as they were before it; the teacher's momentum, new
     words and the running mean distance follow in `after_step` (the authors move the teacher within the next step, by
@@ -112,6 +117,12 @@ class OBoW(PretextTask):
     """
 
     Config: ClassVar[type[TaskConfig]] = OBoWConfig
+    paper = Paper(
+        "OBoW: Online Bag-of-Visual-Words Generation for Self-Supervised Learning",
+        2021,
+        "https://arxiv.org/abs/2012.11552",
+    )
+    good_for = "ResNets at moderate batch sizes; good frozen features after few epochs"
     recipe: ClassVar[Recipe] = {
         "optim": {"name": "sgd", "lr": 0.03, "lr_scaling": "none", "momentum": 0.9, "weight_decay": 1e-4},
         "schedule": {"name": "cosine", "warmup_epochs": 10, "min_lr": 3e-5, "per_epoch": True},
@@ -124,7 +135,7 @@ class OBoW(PretextTask):
     requires: ClassVar[frozenset[str]] = frozenset({"dense_map", "pooled"})
     small_settings: ClassVar[dict[str, Any]] = {"words": 64}
     synced_statistics: ClassVar[bool] = True
-    per_picture: ClassVar[bool] = False
+    per_image: ClassVar[bool] = False
     collapse_remedy: ClassVar[str] = "lower optim.lr, lengthen schedule.warmup_epochs, or raise task.beta"
     config: OBoWConfig
     scale: Tensor
@@ -137,7 +148,7 @@ class OBoW(PretextTask):
         sizes = sizes_of(config.image_crops, config.patches, backbone)
         if sizes.refused is not None:
             logger.warning(
-                "obow: %s takes no pictures but its own %dx%d (%s), so the student's are as large; "
+                "obow: %s takes no images but its own %dx%d (%s), so the student's are as large; "
                 "backbone.kwargs.dynamic_img_size=true may help",
                 backbone.name, *sizes.teacher, sizes.refused,
             )  # fmt: skip
@@ -160,20 +171,20 @@ class OBoW(PretextTask):
         return OBoWViews(config.image_crops, config.patches, sizes, config.center)
 
     def draw(self, batch: Batch) -> dict[str, Tensor]:
-        """``place`` (B, levels) in [0, 1): from where each picture's new words are taken."""
+        """``position`` (B, levels) in [0, 1): from where each image's new words are taken."""
         image = batch["image"]
-        return {"place": torch.rand(len(image), len(self.levels), device=image.device)}
+        return {"position": torch.rand(len(image), len(self.levels), device=image.device)}
 
-    def forward(self, batch: Batch, *, place: Tensor | None = None) -> StepOutput:
+    def forward(self, batch: Batch, *, position: Tensor | None = None) -> StepOutput:
         """``image`` (B, 3, H, W), ``crops`` (B, n, 3, h, w) and ``patches`` (B, m, 3, h', w') → sum over kinds of views
-        of KL(bag || prediction), in mean over levels, pictures and views."""
-        place = self.draw(batch)["place"] if place is None else place
+        of KL(bag || prediction), in mean over levels, images and views."""
+        position = self.draw(batch)["position"] if position is None else position
         features = {kind: self.student(batch[kind]) for kind in _VIEWS if kind in batch}  # (B, n, D) each
         losses = {kind: self.scale.new_zeros(()) for kind in features}
         logs: dict[str, Tensor] = {}
         news, informed = [], []
         for level, maps in enumerate(self.teacher_maps(batch["image"])):
-            words, bags, found = self.assign(level, maps, place[:, level])  # (K, C), (B, K)
+            words, bags, found = self.assign(level, maps, position[:, level])  # (K, C), (B, K)
             weights = self.heads[level](words)  # (K, D): a classifier made anew, as the words change in every step
             for kind, pooled in features.items():
                 logits = bow_logits(pooled, weights, self.scale[level])  # (B, n, K)
@@ -189,7 +200,7 @@ class OBoW(PretextTask):
         return StepOutput(torch.stack(list(losses.values())).sum(), logs, first)
 
     def student(self, views: Tensor) -> Tensor:
-        """(B, n, 3, h, w) → pooled features (B, n, D), not normalised."""
+        """(B, n, 3, h, w) → pooled features (B, n, D), not normalized."""
         pooled = self.backbone.pooled(self.backbone.normalize(views.flatten(0, 1)))
         return pooled.view(*views.shape[:2], -1)
 
@@ -200,18 +211,18 @@ class OBoW(PretextTask):
         return [self.prepared(one) for one in self.teacher.maps(self.backbone.normalize(images), self.levels)]
 
     def prepared(self, maps: Tensor) -> Tensor:
-        """(B, C, H, W) as the network gives it → without its border, and normalised where `map_norm` says so."""
+        """(B, C, H, W) as the network gives it → without its border, and normalized where `map_norm` says so."""
         inner = inner_map(maps)
         if not self.map_norm:
             return inner
         return F.layer_norm(widened(inner.movedim(1, -1)), inner.shape[1:2]).movedim(-1, 1)
 
     @torch.no_grad()
-    def assign(self, level: int, maps: Tensor, place: Tensor) -> tuple[Tensor, Tensor, News]:
+    def assign(self, level: int, maps: Tensor, position: Tensor) -> tuple[Tensor, Tensor, News]:
         """Maps (B, C, h, w) of one level → its words (K, C), bags (B, K), and what is to be stored."""
         vocabulary = cast(Vocabulary, self.vocabularies[level])
         window = window_of(maps, self.config.word_source)
-        words, seeds = vocabulary.read(maps, place, window)
+        words, seeds = vocabulary.read(maps, position, window)
         cells = maps.flatten(2).transpose(1, 2)
         distances = Distances(cells, words, self.config.memory * _MB)
         nearest, distance = vocabulary.distance, vocabulary.distance
@@ -225,7 +236,7 @@ class OBoW(PretextTask):
             distance = vocabulary.moved_distance(nearest)
         sharpness = None if self.config.beta is None else self.config.beta / distance.clamp(min=_TINY)
         bags = distances.bags(sharpness, self.config.pool)
-        return words, bags, News(pick_words(maps, place, window), nearest, seeds)
+        return words, bags, News(pick_words(maps, position, window), nearest, seeds)
 
     def _level_logs(self, level: int, bags: Tensor) -> dict[str, Tensor]:
         return {
@@ -249,7 +260,7 @@ class OBoW(PretextTask):
 
     @torch.no_grad()
     def visualize(self, batch: Batch) -> dict[str, Tensor]:
-        """``words``: a row a picture (the first 8): what the teacher sees, the same with its places in the colours of
+        """``words``: a row an image (the first 8): what the teacher sees, the same with its places in the colors of
         their nearest words (one column a level), and the student's views. The networks run in eval mode."""
         images = batch["image"][:_SHOWN].cpu()
         columns = [images[:, None]]
@@ -264,7 +275,7 @@ class OBoW(PretextTask):
         columns += [batch[kind][:_SHOWN].cpu() for kind in _VIEWS if kind in batch]
         return {"words": side_by_side(columns)}
 
-    def load_official(self, state: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    def load_reference(self, state: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         """Loads a checkpoint of the authors' repository (``tools``' per-epoch files): student, teacher, heads, queues.
 
         Takes the file's ``{"network": ...}`` or its tensors, with or without the prefix of data parallelism. Returns
@@ -272,7 +283,7 @@ class OBoW(PretextTask):
         or tensors do not fit.
         """
         tensors: Mapping[str, Tensor] = state.get("network", state)
-        names = official_names(self.state_dict())
+        names = reference_names(self.state_dict())
         if not any(name.startswith("feature_extractor._feature_blocks.4") for name in names):
             raise CheckpointError(
                 f"checkpoint: OBoW's files hold ResNets, the backbone is {self.backbone.name}; "
@@ -291,7 +302,7 @@ def bow_logits(features: Tensor, weights: Tensor, scale: Tensor) -> Tensor:
 
 
 def bow_loss(logits: Tensor, bags: Tensor) -> Tensor:
-    """KL(bag || softmax(logits)), in mean over views (B, n, K) of pictures with bags (B, K). At least float32."""
+    """KL(bag || softmax(logits)), in mean over views (B, n, K) of images with bags (B, K). At least float32."""
     with torch.autocast(logits.device.type, enabled=False):
         crossed = (bags[:, None] * widened(logits).log_softmax(-1)).sum(-1)
     return torch.xlogy(bags, bags).sum(-1).mean() - crossed.mean()

@@ -1,4 +1,4 @@
-"""What OBoW shows: the whole picture to the teacher; crops, and small windows of one large crop, to the student.
+"""What OBoW shows: the whole image to the teacher; crops, and small windows of one large crop, to the student.
 
 Sizes are those of the paper's recipe for 224 pixels, scaled to the backbone's input.
 """
@@ -27,9 +27,10 @@ _ROWS = 3
 
 class _SeenByStudent(TaskConfig):
     size: Size | None = None
-    """Pixels, one number or [height, width]."""
+    """Side of a view, one number or [height, width]; null: a fixed fraction of the network's input (160/224 for crops,
+    96/224 for patches). [pixels]"""
     scale: tuple[Part, Part]
-    """Part of the picture's area, smallest and largest."""
+    """Smallest and largest fraction of the image area that a crop covers. [fraction]"""
 
     @model_validator(mode="after")
     def _ordered(self) -> _SeenByStudent:
@@ -39,26 +40,28 @@ class _SeenByStudent(TaskConfig):
 
 
 class ImageCropsConfig(_SeenByStudent):
-    """Crops of the picture. Without a `size`: 160/224 of the network's input, in multiples of its last stride."""
+    """Crops of the image. Without a `size`: 160/224 of the network's input, in multiples of its last stride."""
 
     number: int = Field(2, ge=0)
-    """Per picture; 1 in the vanilla form, 0: none."""
+    """Crops of each image; the vanilla form has 1. [crops]"""
     scale: tuple[Part, Part] = (0.08, 0.6)
     colors: ColorConfig = ColorConfig(saturation=0.4, blur=0.5)
+    """Color augmentation of the crops."""
 
 
 class PatchesConfig(_SeenByStudent):
-    """Overlapping windows, three by three, of one larger crop whose colours they share. Without a `size`: 96/224 of the
+    """Overlapping windows, three by three, of one larger crop whose colors they share. Without a `size`: 96/224 of the
     network's input, in multiples of its last stride."""
 
     number: int = Field(5, ge=0, le=_ROWS**2)
-    """Windows that are kept, by chance; 0 in the vanilla form."""
+    """Patches of each image, drawn from a grid of 3x3; the vanilla form has 0. [patches]"""
     scale: tuple[Part, Part] = (0.6, 1.0)
     base: Size | None = None
-    """Pixels of the larger crop; None: 256/224 of the network's input."""
+    """Side of the larger crop that patches are cut from; null: 256/224 of the network's input. [pixels]"""
     shift: int | None = Field(None, ge=0)
-    """Largest random shift of a window in pixels, along each axis; None: 24/224 of the input's shorter side."""
+    """Largest random shift of a patch along each axis; null: 24/224 of the shorter side of the input. [pixels]"""
     colors: ColorConfig = ColorConfig(saturation=0.4)
+    """Color augmentation of the patches."""
 
 
 class Sizes(NamedTuple):
@@ -75,7 +78,7 @@ class Sizes(NamedTuple):
 
 
 def sizes_of(crops: ImageCropsConfig, patches: PatchesConfig, backbone: Backbone) -> Sizes:
-    """All sizes for `backbone`. A network that takes pictures of one size only gets views of that size.
+    """All sizes for `backbone`. A network that takes images of one size only gets views of that size.
 
     Raises ConfigError for a size that was asked for and that the network cannot take, and for windows that do not fit.
     """
@@ -110,13 +113,13 @@ def _fitting(
     if seen.size is None:
         return full, reason
     raise ConfigError(
-        f"{field}: {backbone.name} cannot take pictures of {size[0]}x{size[1]} ({reason}); set it to "
+        f"{field}: {backbone.name} cannot take images of {size[0]}x{size[1]} ({reason}); set it to "
         f"{list(full)}, or backbone.kwargs.dynamic_img_size=true where the network knows it"
     )
 
 
 def _refusal(backbone: Backbone, size: tuple[int, int]) -> str | None:
-    """What the network says to pictures of `size`; None when it takes them."""
+    """What the network says to images of `size`; None when it takes them."""
 
     @torch.no_grad()
     def run(net: Any, x: Tensor) -> None:
@@ -134,10 +137,10 @@ def _pair(size: Size) -> tuple[int, int]:
 
 
 class OBoWViews:
-    """Picture → ``image`` (3, H, W), ``crops`` (n, 3, h, w) and ``patches`` (m, 3, h', w'), all uint8."""
+    """Image → ``image`` (3, H, W), ``crops`` (n, 3, h, w) and ``patches`` (m, 3, h', w'), all uint8."""
 
     def __init__(self, crops: ImageCropsConfig, patches: PatchesConfig, sizes: Sizes, center: float) -> None:
-        """`center`: part of each side of the picture that the teacher sees."""
+        """`center`: part of each side of the image that the teacher sees."""
         self.sizes = sizes
         self.center = center
         self.crops, self.patches = crops.number, patches.number
@@ -146,22 +149,22 @@ class OBoWViews:
         self._base = RandomCrop(sizes.base, scale=patches.scale)
         self._base_colors = Colors(patches.colors)
 
-    def __call__(self, picture: Tensor) -> dict[str, Tensor]:
+    def __call__(self, original: Tensor) -> dict[str, Tensor]:
         """uint8 (3, H, W) of any size → the views; a kind that is switched off is missing."""
-        views = {"image": self._whole(picture)}
+        views = {"image": self._whole(original)}
         if self.crops:
-            crops = [self._crop_colors(self._crop(picture).image) for _ in range(self.crops)]
+            crops = [self._crop_colors(self._crop(original).image) for _ in range(self.crops)]
             views["crops"] = torch.stack(crops)
         if self.patches:
-            views["patches"] = self._windows(self._base_colors(self._base(picture).image))
+            views["patches"] = self._windows(self._base_colors(self._base(original).image))
         return views
 
-    def _whole(self, picture: Tensor) -> Tensor:
-        """The centre of the picture, mirrored at times, in its own colours."""
+    def _whole(self, original: Tensor) -> Tensor:
+        """The center of the image, mirrored at times, in its own colors."""
         target = self.sizes.teacher
-        enlarge = max(to / (self.center * side) for to, side in zip(target, picture.shape[-2:], strict=True))
-        size = [max(to, round(side * enlarge)) for to, side in zip(target, picture.shape[-2:], strict=True)]
-        image: Tensor = F.center_crop(F.resize(picture, size, antialias=True), list(target))
+        enlarge = max(to / (self.center * side) for to, side in zip(target, original.shape[-2:], strict=True))
+        size = [max(to, round(side * enlarge)) for to, side in zip(target, original.shape[-2:], strict=True)]
+        image: Tensor = F.center_crop(F.resize(original, size, antialias=True), list(target))
         return F.horizontal_flip(image) if torch.rand(()) < 0.5 else image
 
     def _windows(self, base: Tensor) -> Tensor:
@@ -172,8 +175,8 @@ class OBoWViews:
             for side, window in zip(base.shape[-2:], (height, width), strict=True)
         )
         windows = []
-        for place in torch.randperm(_ROWS**2)[: self.patches].tolist():
+        for position in torch.randperm(_ROWS**2)[: self.patches].tolist():
             shift = torch.randint(0, self.sizes.shift + 1, (2,)).tolist()
-            top, left = place // _ROWS * down + shift[0], place % _ROWS * across + shift[1]
+            top, left = position // _ROWS * down + shift[0], position % _ROWS * across + shift[1]
             windows.append(base[:, top : top + height, left : left + width])
         return torch.stack(windows)

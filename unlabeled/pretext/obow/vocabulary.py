@@ -1,7 +1,7 @@
-"""Visual words: a queue of teacher features, what a picture says in them, and the classifier made of them.
+"""Visual words: a queue of teacher features, what an image says in them, and the classifier made of them.
 
 Source: sections 3.1 and 3.2 of the paper and valeoai/obow. The codes of P places over K words would be the largest
-tensor of a step, so they are made for a few pictures at a time, and never leave log space before they are pooled.
+tensor of a step, so they are made for a few images at a time, and never leave log space before they are pooled.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unlabeled.pretext.common.precision import widened
-from unlabeled.ssl.core.distributed import gather_rows, rank, sum_over_ranks, world_size
+from unlabeled.ssl.core.distributed import gather_across_ranks, rank, sum_over_ranks, world_size
 from unlabeled.ssl.nn.batch_norm import SyncedBatchNorm1d
 
 Pool = Literal["max", "mean"]
@@ -41,14 +41,14 @@ def window_of(maps: Tensor, source: Source) -> tuple[int, int]:
     return side, side
 
 
-def pick_words(maps: Tensor, place: Tensor, window: tuple[int, int]) -> Tensor:
+def pick_words(maps: Tensor, where: Tensor, window: tuple[int, int]) -> Tensor:
     """One local average of each map (B, C, H, W) → (B, C), at least float32.
 
-    `place` (B,) in [0, 1) runs over all positions of the window in raster order. Only that window is averaged.
+    `where` (B,) in [0, 1) runs over all positions of the window in raster order. Only that window is averaged.
     """
     (height, width), device = maps.shape[-2:], maps.device
     rows, columns = height - window[0] + 1, width - window[1] + 1
-    position = _positions(place, rows * columns)
+    position = _positions(where, rows * columns)
     corner = position // columns * width + position % columns
     inside = torch.arange(window[0], device=device)[:, None] * width + torch.arange(window[1], device=device)
     index = corner[:, None] + inside.flatten()  # (B, window)
@@ -56,19 +56,19 @@ def pick_words(maps: Tensor, place: Tensor, window: tuple[int, int]) -> Tensor:
     return widened(taken).mean(-1)
 
 
-def seed_words(maps: Tensor, place: Tensor, window: tuple[int, int], each: int) -> Tensor:
-    """Many words out of the maps (B, C, H, W) of one batch: `each` local averages of every picture (B * each, C),
-    picture by picture, evenly spaced from `place` (B,) on; they repeat where a map has too few."""
+def seed_words(maps: Tensor, where: Tensor, window: tuple[int, int], each: int) -> Tensor:
+    """Many words out of the maps (B, C, H, W) of one batch: `each` local averages of every image (B * each, C),
+    image by image, evenly spaced from `where` (B,) on; they repeat where a map has too few."""
     pooled = F.avg_pool2d(widened(maps), window, stride=1).flatten(2)  # (B, C, positions)
-    steps = torch.arange(each, device=maps.device, dtype=place.dtype) / each
-    position = _positions((place[:, None] + steps) % 1, pooled.shape[-1])  # (B, each)
+    steps = torch.arange(each, device=maps.device, dtype=where.dtype) / each
+    position = _positions((where[:, None] + steps) % 1, pooled.shape[-1])  # (B, each)
     rows = pooled.gather(2, position[:, None].expand(-1, pooled.shape[1], -1)).transpose(1, 2)
     return rows.flatten(0, 1)
 
 
-def _positions(place: Tensor, count: int) -> Tensor:
+def _positions(where: Tensor, count: int) -> Tensor:
     """[0, 1) → integers in [0, count)."""
-    return (place * count).long().clamp(max=count - 1)
+    return (where * count).long().clamp(max=count - 1)
 
 
 def squared_distances(cells: Tensor, words: Tensor) -> Tensor:
@@ -80,16 +80,16 @@ def squared_distances(cells: Tensor, words: Tensor) -> Tensor:
 
 
 class Distances:
-    """Squared distances of all places to all words, a few pictures at a time.
+    """Squared distances of all places to all words, a few images at a time.
 
     Held when they fit into `memory` bytes at once, else computed anew in each of the two passes that need them.
     """
 
     def __init__(self, cells: Tensor, words: Tensor, memory: int) -> None:
         """Places (B, P, C) and words (K, C)."""
-        per_picture = cells.shape[1] * words.shape[0] * words.element_size()
+        per_image = cells.shape[1] * words.shape[0] * words.element_size()
         self.words = words
-        self.parts = torch.split(cells, max(memory // per_picture, 1))
+        self.parts = torch.split(cells, max(memory // per_image, 1))
         self._held = squared_distances(cells, words) if len(self.parts) == 1 else None
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -98,7 +98,7 @@ class Distances:
             yield squared_distances(part, self.words) if self._held is None else self._held
 
     def mean_nearest(self) -> Tensor:
-        """Scalar: the mean over places and pictures of the distance to the nearest word, of this rank."""
+        """Scalar: the mean over places and images of the distance to the nearest word, of this rank."""
         return torch.cat([one.amin(-1) for one in self]).mean()
 
     def bags(self, sharpness: Tensor | None, pool: Pool) -> Tensor:
@@ -129,7 +129,7 @@ class News(NamedTuple):
     """What one forward pass found out, to be stored after the optimizer step."""
 
     rows: Tensor
-    """New words (B, C) of this rank's pictures."""
+    """New words (B, C) of this rank's images."""
     nearest: Tensor
     """Mean squared distance to the nearest word, over all ranks (1,)."""
     seeds: Tensor | None
@@ -165,13 +165,13 @@ class Vocabulary(nn.Module):
         self._ready = self._ready or bool(self.batches > 0)
         return self._ready
 
-    def read(self, maps: Tensor, place: Tensor, window: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    def read(self, maps: Tensor, where: Tensor, window: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         """The words (K, C) to be used with `maps` (B, C, H, W), and again as seeds where they were made of these."""
         if self.ready:
             return self.words, None
-        pictures = len(maps) * (world_size() if self.training else 1)
-        seeds = seed_words(maps, place, window, -(-len(self.words) // pictures))
-        seeds = (gather_rows(seeds) if self.training else seeds)[: len(self.words)].to(self.words.dtype)
+        images = len(maps) * (world_size() if self.training else 1)
+        seeds = seed_words(maps, where, window, -(-len(self.words) // images))
+        seeds = (gather_across_ranks(seeds) if self.training else seeds)[: len(self.words)].to(self.words.dtype)
         return seeds, seeds
 
     def moved_distance(self, nearest: Tensor) -> Tensor:
@@ -180,12 +180,12 @@ class Vocabulary(nn.Module):
 
     @torch.no_grad()
     def store(self, news: Sequence[News]) -> None:
-        """Takes in what the micro-steps of one optimizer step brought, on all ranks, in the order of the pictures."""
+        """Takes in what the micro-steps of one optimizer step brought, on all ranks, in the order of the images."""
         self.distance.copy_(self.moved_distance(torch.stack([one.nearest for one in news]).mean(0)))
         if news[0].seeds is not None:
             self.words.copy_(news[0].seeds)
         for one in news:
-            self._write(gather_rows(one.rows))
+            self._write(gather_across_ranks(one.rows))
         self.batches += 1
 
     def _write(self, rows: Tensor) -> None:
@@ -218,11 +218,11 @@ class WordHead(nn.Module):
         own = words.chunk(ranks)[rank()] if shared else words
         hidden = F.relu(self.bn(self.fc(F.normalize(own, dim=1))))
         weights = F.normalize(widened(self.last_layer(hidden)), dim=1)
-        return gather_rows(weights) if shared else weights
+        return gather_across_ranks(weights) if shared else weights
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
-    """Mean of a scalar over ranks that have equally many pictures, (1,)."""
+    """Mean of a scalar over ranks that have equally many images, (1,)."""
     return sum_over_ranks(value.detach().clone().view(1)) / world_size()
 
 
@@ -232,7 +232,7 @@ def perplexity(bag: Tensor) -> Tensor:
 
 
 def information(bags: Tensor) -> Tensor:
-    """Bags (B, K) → (H(mean bag) - mean H(bag)) / log K: what a bag says about its picture, 0 when all are alike."""
+    """Bags (B, K) → (H(mean bag) - mean H(bag)) / log K: what a bag says about its image, 0 when all are alike."""
 
     def entropy(bag: Tensor) -> Tensor:
         return -torch.xlogy(bag, bag).sum(-1)

@@ -1,20 +1,20 @@
-"""Context prediction: where does one patch of a picture lie, as seen from another, of eight places around it?
+"""Context prediction: where does one patch of an image lie, as seen from another, of eight places around it?
 
 Doersch, Gupta, Efros: Unsupervised Visual Representation Learning by Context Prediction, ICCV 2015, arXiv 1505.05192;
-repository github.com/cdoersch/deepcontext. B pictures, P patches of a grid, Q ordered pairs of neighbours.
+repository github.com/cdoersch/deepcontext. B images, P patches of a grid, Q ordered pairs of neighbors.
 
-- **Patches and pictures.** The backbone's input size is the patch: 96 pixels in the paper (``backbone=contextnet``, or
-  any other with ``backbone.size=96``). Pictures are resized to 150,000 .. 450,000 pixels for patches of 96 and in
-  proportion for others, enlarged where the grid would not fit. So small pictures work: of one of 32 x 32, a grid of
+- **Patches and images.** The backbone's input size is the patch: 96 pixels in the paper (``backbone=contextnet``, or
+  any other with ``backbone.size=96``). Images are resized to 150,000 .. 450,000 pixels for patches of 96 and in
+  proportion for others, enlarged where the grid would not fit. So small images work: of one of 32 x 32, a grid of
   3 x 3 takes patches of at most 8 of its own pixels a side, enlarged to the patch; one of 2 x 2 takes up to 12.
-- **One grid a picture**, of fixed shape: 9 patches and their 40 pairs. The authors draw four grids of whatever fits;
-  their batch of about 506 patches and 2309 pairs is one of 56 pictures here.
+- **One grid an image**, of fixed shape: 9 patches and their 40 pairs. The authors draw four grids of whatever fits;
+  their batch of about 506 patches and 2309 pairs is one of 56 images here.
 - **Loss**: the mean over pairs. The authors' is the sum: their rate of 1e-5 is 0.023 for the mean over 2309 pairs.
 - **Statistics** of batch norms are those of all ranks, as the authors' one process has the whole batch.
-- Pictures are never mirrored: left and right would change places.
+- Images are never mirrored: left and right would change places.
 
-Another recipe is OpenMMLab's (mmselfsup, ResNet-50): random crops of 64 in 3 x 3 cells of 85 pixels, random greyscale,
-only the 8 pairs with the centre, labelled the other way round (the neighbour first), every patch embedded once a pair.
+Another recipe is OpenMMLab's (mmselfsup, ResNet-50): random crops of 64 in 3 x 3 cells of 85 pixels, random grayscale,
+only the 8 pairs with the center, labeled the other way round (the neighbor first), every patch embedded once a pair.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from unlabeled.pretext.common.checkpoint import load_mapped
 from unlabeled.pretext.common.drawing import RIGHT, WRONG, tiled
 from unlabeled.pretext.common.precision import widened
 from unlabeled.pretext.predictive import patch_cues
-from unlabeled.pretext.predictive.patch_grid import OFFSETS, GridLayout, GridViews, Mark, draw_grid, neighbour_pairs
+from unlabeled.pretext.predictive.patch_grid import OFFSETS, GridLayout, GridViews, Mark, draw_grid, neighbor_pairs
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.networks.context import caffe_xavier_
 from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled.ssl.data.views import Views
-from unlabeled.ssl.task import Batch, FloatPictures, PretextTask, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, FloatImages, Paper, PretextTask, Recipe, StepOutput, TaskConfig
 
 Count = Annotated[int, Field(ge=1)]
 Part = Annotated[float, Field(gt=0, le=1)]
@@ -45,7 +45,7 @@ Pixels = Annotated[float, Field(gt=0)]
 _PAPER = 96
 """Side of the paper's patches, in pixels: what `pixels` is for."""
 _SHOWN = 4
-"""Pictures that `visualize` shows."""
+"""Images that `visualize` shows."""
 _MARGIN = 8
 """Pixels around each drawn grid."""
 
@@ -54,28 +54,29 @@ class ContextConfig(TaskConfig):
     """Settings of context prediction; the defaults are those of the released code."""
 
     grid: tuple[Count, Count] = (3, 3)
-    """Rows and columns of patches."""
+    """Rows and columns of patches. [patches]"""
     gap: float = Field(0.5, ge=0)
-    """Pixels between patches, in sides of a patch: 48 for 96."""
+    """Gap between neighboring patches: 48 pixels for patches of 96. [patch sides]"""
     jitter: float = Field(7 / 96, ge=0)
-    """Largest shift of a patch along either axis, in sides of a patch: 7 pixels for 96."""
+    """Largest random shift of a patch along each axis: 7 pixels for patches of 96. [patch sides]"""
     pixels: tuple[Pixels, Pixels] = (150_000, 450_000)
-    """Fewest and most pixels of the resized picture, for patches of 96 x 96; in proportion for others."""
+    """Smallest and largest area of the resized image, for patches of 96x96; in proportion for other patches.
+    [pixels]"""
     color: Literal["drop", "projection", "none"] = "drop"
-    """drop: one random channel stays, noise of +-0.5 in place of the two others; projection: the axis from green to
-    magenta is removed; none: all colours stay. Each channel loses its mean over the patch."""
+    """How color is removed, so that chromatic aberration does not give the location away. drop: keep one random channel
+    and replace the others by noise. projection: remove the axis from green to magenta. none: keep all colors."""
     pixelate: float = Field(0.33, ge=0, le=1)
-    """Probability that a patch is reduced and enlarged again."""
+    """Probability that a patch is downsampled and upsampled again."""
     smallest: Part = 10 / 96
-    """Smallest side of a reduced patch, as part of the whole; the number of pixels is uniform up to all but one row."""
+    """Smallest side of a downsampled patch. [fraction of the patch]"""
     widths: tuple[Count, Count] = (4096, 4096)
-    """Widths of the two hidden layers (fc7, fc8) that judge a pair."""
+    """Widths of the two hidden layers of the head (fc7, fc8). [channels]"""
 
     @field_validator("grid")
     @classmethod
-    def _has_neighbours(cls, grid: tuple[int, int]) -> tuple[int, int]:
+    def _has_neighbors(cls, grid: tuple[int, int]) -> tuple[int, int]:
         if grid == (1, 1):
-            raise ValueError("one patch has no neighbours; give at least [1, 2]")
+            raise ValueError("one patch has no neighbors; give at least [1, 2]")
         return grid
 
     @field_validator("pixels")
@@ -120,9 +121,17 @@ class PairHead(nn.Module):
 
 
 class Context(PretextTask):
-    """Classifies the place of each patch as seen from each of its neighbours. Submodules: `backbone` and `head`."""
+    """Classifies where one patch lies relative to a neighboring patch of the same image.
+
+    Submodules: `backbone` and `head`."""
 
     Config: ClassVar[type[TaskConfig]] = ContextConfig
+    paper = Paper(
+        "Unsupervised Visual Representation Learning by Context Prediction",
+        2015,
+        "https://arxiv.org/abs/1505.05192",
+    )
+    good_for = "a classic baseline that learns how the parts of an object are arranged"
     recipe: ClassVar[Recipe] = {
         "optim": {"name": "momentum", "lr": 0.023, "lr_scaling": "none", "momentum": 0.0, "weight_decay": 0.0},
         "schedule": {"name": "constant", "warmup_epochs": 0},
@@ -130,13 +139,13 @@ class Context(PretextTask):
         "epochs": 75,
     }
     """Context prediction (Doersch et al., ICCV 2015, arXiv 1505.05192): the authors' released recipe for
-    contextnet. 56 pictures give 504 patches and 2240 pairs, as many as the authors' batches have. Their rate of
+    contextnet. 56 images give 504 patches and 2240 pairs, as many as the authors' batches have. Their rate of
     1e-5 is for the sum over pairs: 0.023 for the mean. Plain SGD (timm's `momentum`, since its `sgd` is Nesterov's)
     at a constant rate and without momentum, where the paper speaks of 0.999. 75 epochs of ImageNet are their 1.7
     million steps."""
     requires: ClassVar[frozenset[str]] = frozenset({"pooled"})
     synced_statistics: ClassVar[bool] = True
-    float_pictures: ClassVar[FloatPictures] = "bytes"
+    float_images: ClassVar[FloatImages] = "bytes"
     collapse_remedy: ClassVar[str] = (
         "lower optim.lr, or take a backbone whose batch norms have no learnable scale (backbone=contextnet)"
     )
@@ -146,7 +155,7 @@ class Context(PretextTask):
         super().__init__(config, backbone)
         self.train_only(backbone.reached_by_pooled())
         self.layout = config.layout(backbone.input_size)
-        for name, values in neighbour_pairs(*config.grid)._asdict().items():
+        for name, values in neighbor_pairs(*config.grid)._asdict().items():
             self.register_buffer(f"_{name}", values, persistent=False)
         self.head = PairHead(backbone.embed_dim, config.widths)
 
@@ -183,25 +192,25 @@ class Context(PretextTask):
         return patch_cues.to_rms(pixels)
 
     def inputs(self, disguised: Tensor) -> Tensor:
-        """Disguised patches on the scale of the backbone's own pictures: divided by its mean deviation in 0..255.
+        """Disguised patches on the scale of the backbone's own images: divided by its mean deviation in 0..255.
 
         That is RMS 50 for `contextnet`, as published, and 0.87 for networks with ImageNet's statistics. So what is
-        pretrained on has the contrast of the pictures that the backbone sees later, through `Backbone.normalize`.
+        pretrained on has the contrast of the images that the backbone sees later, through `Backbone.normalize`.
         """
         deviation = 255 * sum(self.backbone.std) / len(self.backbone.std)
         return disguised.to(self.head.fc9.weight.dtype) / deviation
 
-    def judge(self, disguised: Tensor, pictures: int) -> tuple[Tensor, Tensor]:
+    def classify(self, disguised: Tensor, images: int) -> tuple[Tensor, Tensor]:
         """Disguised (B * P, 3, h, w) → scores (B, Q, 8) and embeddings (B * P, D); every patch is embedded once."""
         embeddings = self.backbone.pooled(self.inputs(disguised))
-        scores = self.head(embeddings.reshape(pictures, -1, self.backbone.embed_dim), self._first, self._second)
+        scores = self.head(embeddings.reshape(images, -1, self.backbone.embed_dim), self._first, self._second)
         return widened(scores), embeddings
 
     def forward(self, batch: Batch, **draw: Tensor) -> StepOutput:
         """``patches`` uint8 (B, P, 3, h, w) → mean cross-entropy over all B * Q pairs; a guess has ln 8 = 2.079."""
         patches = batch["patches"]
         drawn = {name: values.flatten(0, 1) for name, values in (draw or self.draw(batch)).items()}
-        scores, embeddings = self.judge(self.disguise(patches.flatten(0, 1), **drawn), len(patches))
+        scores, embeddings = self.classify(self.disguise(patches.flatten(0, 1), **drawn), len(patches))
         labels = cast(Tensor, self._label).expand(len(patches), -1)
         accuracy = (scores.detach().argmax(-1) == labels).float().mean()
         loss = F.cross_entropy(scores.flatten(0, 1), labels.flatten())
@@ -209,9 +218,9 @@ class Context(PretextTask):
 
     @torch.no_grad()
     def visualize(self, batch: Batch) -> dict[str, Tensor]:
-        """``positions``: one row a picture, its grid as it was cut (left) and as the network sees it (right).
+        """``positions``: one row an image, its grid as it was cut (left) and as the network sees it (right).
 
-        The middle patch, in grey, is asked about its neighbours. A neighbour's frame is green where its place was told
+        The middle patch, in gray, is asked about its neighbors. A neighbor's frame is green where its place was told
         rightly and red where not; the white dot is on the side or corner where the network takes it to lie: outwards
         everywhere is all right.
         """
@@ -220,7 +229,7 @@ class Context(PretextTask):
         disguised = self.disguise(patches.flatten(0, 1), **drawn)
         with modes_kept(self):
             self.eval()
-            predicted = self.judge(disguised, len(patches))[0].argmax(-1).cpu()
+            predicted = self.classify(disguised, len(patches))[0].argmax(-1).cpu()
         seen = (disguised + 127.5).clamp(0, 255).to(torch.uint8).reshape(patches.shape)
         tiles = [
             draw_grid(self.layout, shown[position].cpu(), corners[position], self._marks(guesses))
@@ -230,16 +239,16 @@ class Context(PretextTask):
         return {"positions": tiled(tiles, 2, gap=_MARGIN)}
 
     def _marks(self, guesses: list[int]) -> Iterator[Mark]:
-        """Frames of the middle patch and its neighbours, from the predicted labels of all pairs (Q,) of one picture."""
+        """Frames of the middle patch and its neighbors, from the predicted labels of all pairs (Q,) of one image."""
         rows, columns = self.config.grid
         middle = rows // 2 * columns + columns // 2
         yield Mark(middle, (150, 150, 150))
-        pairs = zip(*(values.tolist() for values in neighbour_pairs(rows, columns)), strict=True)
+        pairs = zip(*(values.tolist() for values in neighbor_pairs(rows, columns)), strict=True)
         for guess, (first, second, label) in zip(guesses, pairs, strict=True):
             if first == middle:
                 yield Mark(second, RIGHT if guess == label else WRONG, guess)
 
-    def load_official(self, state: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    def load_reference(self, state: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         """Loads the released Caffe model for `contextnet`, its blobs by name.
 
         ``conv1`` ... ``conv5`` and ``fc6`` ... ``fc9`` have ``.weight`` and ``.bias``, ``bn3`` ... ``bn7`` have ``.0``,
@@ -248,7 +257,7 @@ class Context(PretextTask):
         """
         rest = dict(state)
         converted: dict[str, Tensor] = {}
-        for layer, (ours, norm) in _OFFICIAL.items():
+        for layer, (ours, norm) in _REFERENCE.items():
             converted |= _from_caffe(rest, layer, ours, norm)
         if (joined := converted.pop("head.fc7.weight", None)) is not None:
             first, second = joined.tensor_split(2, dim=-1)
@@ -260,7 +269,7 @@ class Context(PretextTask):
 
 _COUNTER = "num_batches_tracked"
 _TRUNK = "backbone.model"
-_OFFICIAL: dict[str, tuple[str, str | None]] = {
+_REFERENCE: dict[str, tuple[str, str | None]] = {
     "conv1": (f"{_TRUNK}.blocks.0.conv", None),
     "conv2": (f"{_TRUNK}.blocks.1.conv", None),
     "conv3": (f"{_TRUNK}.blocks.2.conv", f"{_TRUNK}.blocks.2.bn"),

@@ -1,7 +1,7 @@
-"""Removes from patches what would give their place away without anything being recognised: colour fringes, contrast.
+"""Removes from patches what would give their place away without anything being recognized: color fringes, contrast.
 
 Doersch, Gupta, Efros, ICCV 2015, arXiv 1505.05192, section 3.1; numbers of github.com/cdoersch/deepcontext. Lenses
-bend colours apart the more the further out they are, so that the fringes of an edge tell where in the picture it was.
+bend colors apart the more the further out they are, so that the fringes of an edge tell where in the image it was.
 All functions take N patches (N, 3, h, w) of values 0..255, float32 or wider, and treat each one by itself.
 """
 
@@ -33,15 +33,15 @@ def pixelate(patches: Tensor, shrink: Tensor) -> Tensor:
 def _reduce_and_enlarge(shrink: Tensor, length: int) -> Tensor:
     """(N,) → (N, length, length): the matrix that takes a line of pixels to `length * shrink` of them and back."""
     side = (length * shrink).trunc().clamp(min=2)[:, None]  # (N, 1)
-    place = torch.arange(length, device=shrink.device, dtype=shrink.dtype)
-    reduced = ((place + 0.5) * (length / side) - 0.5).clamp(0, length - 1)  # rows past `side` are never read
-    enlarged = ((place + 0.5) * (side / length) - 0.5).clamp(min=0).minimum(side - 1)
-    return _tent(enlarged, place) @ _tent(reduced, place)
+    position = torch.arange(length, device=shrink.device, dtype=shrink.dtype)
+    reduced = ((position + 0.5) * (length / side) - 0.5).clamp(0, length - 1)  # rows past `side` are never read
+    enlarged = ((position + 0.5) * (side / length) - 0.5).clamp(min=0).minimum(side - 1)
+    return _tent(enlarged, position) @ _tent(reduced, position)
 
 
-def _tent(positions: Tensor, place: Tensor) -> Tensor:
-    """Weights of bilinear interpolation at `positions` (N, M) among pixels at `place` (L,) → (N, M, L)."""
-    return (1 - (positions.unsqueeze(-1) - place).abs()).clamp(min=0)
+def _tent(positions: Tensor, position: Tensor) -> Tensor:
+    """Weights of bilinear interpolation at `positions` (N, M) among pixels at `position` (L,) → (N, M, L)."""
+    return (1 - (positions.unsqueeze(-1) - position).abs()).clamp(min=0)
 
 
 def keep_one_channel(patches: Tensor, kept: Tensor, noise: Tensor) -> Tensor:
@@ -53,8 +53,8 @@ def keep_one_channel(patches: Tensor, kept: Tensor, noise: Tensor) -> Tensor:
 def drop_green_magenta(patches: Tensor) -> Tensor:
     """Every pixel projected along the axis from green to magenta, a = (-1, 2, -1): x - a (a.x) / (a.a); no mean."""
     axis = patches.new_tensor(_GREEN_MAGENTA).view(1, 3, 1, 1)
-    centred = without_mean(patches)
-    return centred - axis * (centred * axis).sum(1, keepdim=True) / axis.square().sum()
+    centered = without_mean(patches)
+    return centered - axis * (centered * axis).sum(1, keepdim=True) / axis.square().sum()
 
 
 def without_mean(patches: Tensor) -> Tensor:

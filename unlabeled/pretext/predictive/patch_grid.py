@@ -1,7 +1,7 @@
-"""Patches of one picture on a grid with gaps, each moved a little: where they lie and who is whose neighbour.
+"""Patches of one image on a grid with gaps, each moved a little: where they lie and who is whose neighbor.
 
 Doersch, Gupta, Efros, ICCV 2015, arXiv 1505.05192. The gaps keep edges from running on into the next patch, the
-jitter keeps long lines from meeting. Shapes: P patches of a grid in raster order, Q ordered pairs of neighbours.
+jitter keeps long lines from meeting. Shapes: P patches of a grid in raster order, Q ordered pairs of neighbors.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from unlabeled.pretext.common.drawing import Color, enlarged, enlargement, frame
 OFFSETS = ((-1, -1), (0, -1), (1, -1), (-1, 0), (1, 0), (-1, 1), (0, 1), (1, 1))
 """Label → (columns to the right, rows down) from the first patch of a pair to the second."""
 _LONGEST = 8
-"""Longest side of a resized picture in multiples of what the grid needs; slivers beyond that are squeezed."""
+"""Longest side of a resized image in multiples of what the grid needs; slivers beyond that are squeezed."""
 _GROUND = 40
-"""Grey between drawn patches: dark, so that white dots show."""
+"""Gray between drawn patches: dark, so that white dots show."""
 
 
-class Pairs(NamedTuple):
-    """All ordered pairs of neighbours of a grid, int64 (Q,) each."""
+class PatchPairs(NamedTuple):
+    """All ordered pairs of neighbors of a grid, int64 (Q,) each."""
 
     first: Tensor
     """Place of the first patch in the grid, in raster order."""
@@ -34,8 +34,8 @@ class Pairs(NamedTuple):
     """Where the second lies as seen from the first: an index into `OFFSETS`. (a, b) and (b, a) sum up to 7."""
 
 
-def neighbour_pairs(rows: int, columns: int) -> Pairs:
-    """Every pair of the 8-neighbourhood in both directions: 40 for a grid of 3 x 3."""
+def neighbor_pairs(rows: int, columns: int) -> PatchPairs:
+    """Every pair of the 8-neighborhood in both directions: 40 for a grid of 3 x 3."""
     found = [
         (row * columns + column, (row + down) * columns + column + right, label)
         for row in range(rows)
@@ -43,11 +43,11 @@ def neighbour_pairs(rows: int, columns: int) -> Pairs:
         for label, (right, down) in enumerate(OFFSETS)
         if 0 <= row + down < rows and 0 <= column + right < columns
     ]
-    return Pairs(*(torch.tensor(column) for column in zip(*found, strict=True)))
+    return PatchPairs(*(torch.tensor(column) for column in zip(*found, strict=True)))
 
 
 class GridLayout(NamedTuple):
-    """A grid in pixels of the resized picture; all pairs are (down, across)."""
+    """A grid in pixels of the resized image; all pairs are (down, across)."""
 
     grid: tuple[int, int]
     """Rows and columns."""
@@ -66,11 +66,11 @@ class GridLayout(NamedTuple):
 
     @property
     def needs(self) -> tuple[int, int]:
-        """Smallest picture, as in the authors' code: the grid and one jitter."""
+        """Smallest image, as in the authors' code: the grid and one jitter."""
         return self.extent[0] + self.jitter[0], self.extent[1] + self.jitter[1]
 
     def draw(self, size: tuple[int, int]) -> Tensor:
-        """Upper left corners of all patches in a picture of `size`, int64 (P, 2) as (top, left).
+        """Upper left corners of all patches in an image of `size`, int64 (P, 2) as (top, left).
 
         The grid's place is drawn once, the jitter for each patch and axis; what it would push out is held at the edge.
         """
@@ -85,43 +85,43 @@ class GridLayout(NamedTuple):
 
 
 class GridViews:
-    """A picture, resized to a random number of pixels, gives the patches of one grid."""
+    """An image, resized to a random number of pixels, gives the patches of one grid."""
 
     def __init__(self, layout: GridLayout, pixels: tuple[float, float]) -> None:
-        """`pixels`: fewest and most of the resized picture; more where the grid would not fit."""
+        """`pixels`: fewest and most of the resized image; more where the grid would not fit."""
         self.layout = layout
         self.pixels = pixels
 
-    def __call__(self, picture: Tensor) -> dict[str, Tensor]:
+    def __call__(self, image: Tensor) -> dict[str, Tensor]:
         """uint8 (3, H, W) of any size → ``patches``, uint8 (P, 3, h, w), and ``corners``, int64 (P, 2): (top, left)."""
-        resized = self.resize(picture)
+        resized = self.resize(image)
         corners = self.layout.draw((resized.shape[1], resized.shape[2]))
         height, width = self.layout.patch
         patches = [resized[:, top : top + height, left : left + width] for top, left in corners.tolist()]
         return {"patches": torch.stack(patches), "corners": corners}
 
-    def resize(self, picture: Tensor) -> Tensor:
+    def resize(self, image: Tensor) -> Tensor:
         """uint8 (3, H, W) with a pixel count drawn from U(pixels), its aspect kept; never too small for the grid."""
-        sides, needs = picture.shape[1:], self.layout.needs
+        sides, needs = image.shape[1:], self.layout.needs
         pixels = torch.empty(()).uniform_(*self.pixels).item()
         factor = math.sqrt(pixels / (sides[0] * sides[1]))
         factor = max(factor, *(need / side for need, side in zip(needs, sides, strict=True)))
         size = [min(max(int(side * factor), need), _LONGEST * need) for side, need in zip(sides, needs, strict=True)]
-        resized: Tensor = F.resize(picture, size, antialias=True)
+        resized: Tensor = F.resize(image, size, antialias=True)
         return resized
 
 
 class Mark(NamedTuple):
     """A frame around one patch of a drawn grid."""
 
-    place: int
+    position: int
     color: Color
     label: int | None = None
     """A white dot sits on the frame where this label points to, as seen from the patch's middle; None: no dot."""
 
 
 def draw_grid(layout: GridLayout, patches: Tensor, corners: Tensor, marks: Iterable[Mark]) -> Tensor:
-    """The patches where they lay in the picture, with their frames: uint8 (3, H, W) of a size that `layout` fixes.
+    """The patches where they lay in the image, with their frames: uint8 (3, H, W) of a size that `layout` fixes.
 
     `patches` is uint8 (P, 3, h, w), `corners` int64 (P, 2); small patches are enlarged to about 96 pixels.
     """
@@ -129,12 +129,12 @@ def draw_grid(layout: GridLayout, patches: Tensor, corners: Tensor, marks: Itera
     frame = max(3, enlarge * min(layout.patch) // 20)
     sides = [enlarge * (extent + 2 * jitter) for extent, jitter in zip(layout.extent, layout.jitter, strict=True)]
     canvas = torch.full((3, sides[0] + 2 * frame, sides[1] + 2 * frame), _GROUND, dtype=torch.uint8)
-    marked = {mark.place: mark for mark in marks}
-    for place, (patch, corner) in enumerate(zip(patches, corners - corners.min(dim=0).values, strict=True)):
+    marked = {mark.position: mark for mark in marks}
+    for position, (patch, corner) in enumerate(zip(patches, corners - corners.min(dim=0).values, strict=True)):
         tile = enlarged(patch, enlarge)
         top, left = (enlarge * int(pixels) + frame for pixels in corner)
-        if place in marked:
-            tile, top, left = _marked(tile, frame, marked[place]), top - frame, left - frame
+        if position in marked:
+            tile, top, left = _marked(tile, frame, marked[position]), top - frame, left - frame
         canvas[:, top : top + tile.shape[1], left : left + tile.shape[2]] = tile
     return canvas
 

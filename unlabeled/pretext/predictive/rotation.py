@@ -1,9 +1,9 @@
-"""Rotation prediction (RotNet): which of four rotations was applied to the picture?
+"""Rotation prediction (RotNet): which of four rotations was applied to the image?
 
 Gidaris, Singh, Komodakis: Unsupervised Representation Learning by Predicting Image Rotations, ICLR 2018,
 arXiv 1803.07728; repository github.com/gidariss/FeatureLearningRotNet.
 
-Every picture enters the batch in all its rotations. They are made on the device, from one picture that the loader
+Every image enters the batch in all its rotations. They are made on the device, from one image that the loader
 brings, after crop and flip; a rotation by a right angle only permutes pixels, so nothing is interpolated.
 """
 
@@ -24,7 +24,7 @@ from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 from unlabeled.ssl.data.views import Views
-from unlabeled.ssl.task import Batch, NamedParameter, PretextTask, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, NamedParameter, Paper, PretextTask, Recipe, StepOutput, TaskConfig
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Ratio = Annotated[float, Field(gt=0)]
@@ -32,7 +32,7 @@ Ratio = Annotated[float, Field(gt=0)]
 _SMALL = 64
 """Pixels up to which `crop: auto` follows the CIFAR recipe."""
 _SHOWN = 8
-"""Pictures that `visualize` shows."""
+"""Images that `visualize` shows."""
 _FRAME = 8
 """Pixels of the frame around each of them."""
 _COUNTER = "num_batches_tracked"
@@ -43,24 +43,25 @@ class RotationConfig(TaskConfig):
     """Settings of rotation prediction; the defaults are those of the released code."""
 
     angles: Literal[2, 4] = 4
-    """Rotations per picture: 4 (0, 90, 180, 270 degrees) or 2 (0, 180), the only ones that keep a non-square shape."""
+    """Rotations of each image: 4 (0, 90, 180, 270 degrees), or 2 (0, 180), which also suits images that are not square.
+    [rotations]"""
     crop: Literal["auto", "pad", "resized"] = "auto"
-    """pad: shift by up to `pad` pixels (the CIFAR recipe); resized: random part of the picture (the ImageNet recipe);
-    auto: pad for pictures of up to 64 pixels."""
+    """pad: pad the image by `pad` pixels, then crop (the CIFAR recipe). resized: crop a random region and resize it
+    (the ImageNet recipe). auto: pad for images of up to 64 pixels."""
     pad: int = Field(4, ge=0)
-    """Pixels of zeros on each side before the crop of `crop: pad`."""
+    """For crop=pad: zeros on each side before the crop. [pixels]"""
     scale: tuple[Fraction, Fraction] = (0.08, 1.0)
-    """Smallest and largest part of the area that `crop: resized` keeps."""
+    """For crop=resized: smallest and largest fraction of the image area. [fraction]"""
     ratio: tuple[Ratio, Ratio] = (3 / 4, 4 / 3)
-    """Narrowest and widest width over height of that part."""
+    """For crop=resized: narrowest and widest aspect ratio (width / height)."""
     flip: float = Field(0.5, ge=0, le=1)
     """Probability of a horizontal flip."""
     decay_all: bool = True
-    """Weight decay on every parameter, norms and biases too, as published; False: not on these."""
+    """Apply weight decay to every parameter, as published; false: not to norms and biases."""
 
 
 class RotationViews:
-    """Crop and flip of one picture; rotations are made later, on the device."""
+    """Crop and flip of one image; rotations are made later, on the device."""
 
     def __init__(self, config: RotationConfig, size: tuple[int, int]) -> None:
         crop: list[v2.Transform]
@@ -70,15 +71,15 @@ class RotationViews:
             crop = [v2.RandomResizedCrop(size, scale=config.scale, ratio=config.ratio, antialias=True)]
         self.transform = v2.Compose([*crop, v2.RandomHorizontalFlip(config.flip)])
 
-    def __call__(self, picture: Tensor) -> dict[str, Tensor]:
+    def __call__(self, image: Tensor) -> dict[str, Tensor]:
         """uint8 (3, H, W) of any size → ``image``, uint8 (3, h, w)."""
-        return {"image": self.transform(picture)}
+        return {"image": self.transform(image)}
 
 
 def rotations(images: Tensor, angles: int) -> Tensor:
     """(B, C, H, W) → (B * angles, C, H, W), image by image: x0 by 0, x0 by 90 degrees counter-clockwise, ...
 
-    With two angles the second is 180 degrees. Raises ConfigError for four angles of pictures that are not square.
+    With two angles the second is 180 degrees. Raises ConfigError for four angles of images that are not square.
     """
     _check_square(images.shape[-2], images.shape[-1], angles)
     quarters = range(0, 4, 4 // angles)
@@ -88,21 +89,29 @@ def rotations(images: Tensor, angles: int) -> Tensor:
 def _check_square(height: int, width: int, angles: int) -> None:
     if angles == 4 and height != width:
         remedy = "set task.angles=2 or a square backbone.size"
-        raise ConfigError(f"task.angles: 4 rotations need square pictures, these are {height}x{width}; {remedy}")
+        raise ConfigError(f"task.angles: 4 rotations need square images, these are {height}x{width}; {remedy}")
 
 
 class Rotation(PretextTask):
-    """Classifies the rotation of each picture from the pooled features, with one linear layer."""
+    """Predicts by how many right angles an image was rotated.
+
+    One linear layer classifies the pooled features."""
 
     Config: ClassVar[type[TaskConfig]] = RotationConfig
+    paper = Paper(
+        "Unsupervised Representation Learning by Predicting Image Rotations",
+        2018,
+        "https://arxiv.org/abs/1803.07728",
+    )
+    good_for = "a quick first baseline on any backbone, for images that have an upright orientation"
     recipe: ClassVar[Recipe] = {
         "optim": {"name": "sgd", "lr": 0.1, "lr_scaling": "none", "momentum": 0.9, "weight_decay": 5e-4},
         "schedule": {"name": "multistep", "warmup_epochs": 0, "milestones": [60, 120, 160], "gamma": 0.2},
         "batch_size": 128,
         "epochs": 200,
     }
-    """Rotation prediction (Gidaris et al., ICLR 2018, arXiv 1803.07728): the authors' CIFAR-10 recipe. Each picture
-    is seen in four rotations; batch_size counts pictures, and the rate is not scaled by four."""
+    """Rotation prediction (Gidaris et al., ICLR 2018, arXiv 1803.07728): the authors' CIFAR-10 recipe. Each image
+    is seen in four rotations; batch_size counts images, and the rate is not scaled by four."""
     requires: ClassVar[frozenset[str]] = frozenset({"pooled"})
     config: RotationConfig
 
@@ -117,7 +126,7 @@ class Rotation(PretextTask):
         return RotationViews(config, backbone.input_size)
 
     def size_step(self) -> tuple[int, int]:
-        """See the base class; square pictures stay square under four angles."""
+        """See the base class; square images stay square under four angles."""
         height, width = self.backbone.size_step()
         both = math.lcm(height, width)
         return (both, both) if self.config.angles == 4 else (height, width)
@@ -129,7 +138,7 @@ class Rotation(PretextTask):
         return scores
 
     def forward(self, batch: Batch) -> StepOutput:
-        """``image`` uint8 (B, 3, H, W) → mean cross-entropy over all B * angles rotated pictures."""
+        """``image`` uint8 (B, 3, H, W) → mean cross-entropy over all B * angles rotated images."""
         logits = self.logits(batch["image"]).float()
         labels = self._labels(len(batch["image"]), logits.device)
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
@@ -145,26 +154,26 @@ class Rotation(PretextTask):
 
     @torch.no_grad()
     def visualize(self, batch: Batch) -> dict[str, Tensor]:
-        """``rotations``: one row a picture, in all its rotations.
+        """``rotations``: one row an image, in all its rotations.
 
         A frame is green where the prediction is right and red where it is wrong; the white bar is on the side that
-        the network takes for the top of the unrotated picture.
+        the network takes for the top of the unrotated image.
         """
         images = batch["image"][:_SHOWN]
         with modes_kept(self):
             predicted = self.eval().logits(images).argmax(1)
         right = predicted == self._labels(len(images), predicted.device)
-        pictures = enlarged(rotations(images, self.config.angles).cpu())
+        turned = enlarged(rotations(images, self.config.angles).cpu())
         quarters = (predicted * (4 // self.config.angles)).tolist()
-        judged = [_judged(*one) for one in zip(pictures, quarters, right.tolist(), strict=True)]
-        return {"rotations": tiled(judged, self.config.angles, ground=0)}
+        tiles = [_marked(*one) for one in zip(turned, quarters, right.tolist(), strict=True)]
+        return {"rotations": tiled(tiles, self.config.angles, ground=0)}
 
-    def load_official(self, state: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    def load_reference(self, state: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         """Loads a network-in-network checkpoint of the authors' repository, ``{epoch, network}`` or its `network`."""
         network: Mapping[str, Tensor] = state.get("network", state)
-        names = _official_names(self)
+        names = _reference_names(self)
         ours = self.state_dict()
-        renamed = {name: network[official] for name, official in names.items() if official in network}
+        renamed = {name: network[reference] for name, reference in names.items() if reference in network}
         if not renamed:
             raise CheckpointError(
                 "rotation: the checkpoint has no tensor of RotNet's network-in-network that belongs to "
@@ -182,25 +191,25 @@ class Rotation(PretextTask):
         return missing, [name for name in network if name not in used]
 
 
-def _official_names(task: Rotation) -> dict[str, str]:
+def _reference_names(task: Rotation) -> dict[str, str]:
     """Our name → the authors' (their NetworkInNetwork's `_feature_blocks`); empty for other backbones."""
     parts = {"conv": "Conv", "bn": "BatchNorm"}
     names = {}
     for name in task.state_dict():
         match name.split("."):
             case ["backbone", "model", "blocks", block, unit, part, kind] if part in parts and kind != _COUNTER:
-                official = f"Block{int(block) + 1}_ConvB{unit.removeprefix('conv')}"
-                names[name] = f"_feature_blocks.{block}.{official}.layers.{parts[part]}.{kind}"
+                reference = f"Block{int(block) + 1}_ConvB{unit.removeprefix('conv')}"
+                names[name] = f"_feature_blocks.{block}.{reference}.layers.{parts[part]}.{kind}"
     for kind in ("weight", "bias") if names else ():
         names[f"head.{kind}"] = f"_feature_blocks.{task.backbone.depth}.Classifier.{kind}"
     return names
 
 
-def _judged(picture: Tensor, quarter: int, right: bool) -> Tensor:
-    """uint8 (3, H, W) with a frame in the colour of the verdict, and in it a bar on the side of the predicted top."""
-    # a picture turned counter-clockwise by 0, 90, 180, 270 degrees has its top above, left, below, right: the frame is
+def _marked(image: Tensor, quarter: int, right: bool) -> Tensor:
+    """uint8 (3, H, W) with a frame in the color of the verdict, and in it a bar on the side of the predicted top."""
+    # an image turned counter-clockwise by 0, 90, 180, 270 degrees has its top above, left, below, right: the frame is
     # turned with it, so that the bar only ever has to be drawn above
-    upright = framed(torch.rot90(picture, -quarter, (1, 2)), _FRAME, RIGHT if right else WRONG)
+    upright = framed(torch.rot90(image, -quarter, (1, 2)), _FRAME, RIGHT if right else WRONG)
     side = upright.shape[2] // 4
     upright[:, _FRAME // 4 : 3 * _FRAME // 4, side:-side] = 255
     return torch.rot90(upright, quarter, (1, 2))

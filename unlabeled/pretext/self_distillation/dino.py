@@ -1,4 +1,4 @@
-"""DINO: the student's assignment of any crop of a picture follows the teacher's of its other large crops.
+"""DINO: the student's assignment of any crop of an image follows the teacher's of its other large crops.
 
 Caron, Touvron, Misra, Jegou, Mairal, Bojanowski, Joulin, "Emerging Properties in Self-Supervised Vision Transformers",
 ICCV 2021, arXiv 2104.14294; code of the authors: github.com/facebookresearch/dino.
@@ -17,7 +17,7 @@ from unlabeled.pretext.self_distillation.self_distillation import (
     TeacherCenter,
     TeacherStudent,
     assigned_crops,
-    assignment_figures,
+    assignment_metrics,
     by_crop,
     create_head,
     crops_by_size,
@@ -26,20 +26,30 @@ from unlabeled.pretext.self_distillation.self_distillation import (
     log_probabilities,
 )
 from unlabeled.ssl.backbones.backbone import Backbone
-from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, Paper, Recipe, StepOutput, TaskConfig
 
 
 class DINOConfig(SelfDistillationConfig):
-    """Settings of DINO; the defaults are those of its released code, with the warm-up of the teacher's temperature."""
+    """Settings of DINO; the defaults are those of its released code, with a warmup of the teacher's temperature."""
 
 
 class DINO(TeacherStudent):
-    """Self-distillation of whole crops. Submodules beside those of `TeacherStudent`: `centers` and `head`.
+    """Matches the teacher's prototype assignments across large and small crops of an image.
 
-    Shapes: B pictures, V = 2 + n crops of each, D features, C channels of a direction, K prototypes.
+    Submodules on top of those of `TeacherStudent`: `centers` and `head`.
+
+    Shapes: B images, V = 2 + n crops of each, D features, C channels of a direction, K prototypes.
     """
 
     Config: ClassVar[type[TaskConfig]] = DINOConfig
+    paper = Paper(
+        "Emerging Properties in Self-Supervised Vision Transformers",
+        2021,
+        "https://arxiv.org/abs/2104.14294",
+    )
+    good_for = (
+        "features that you will use frozen: kNN, retrieval, linear probes; about ten crops per image make a step costly"
+    )
     small_settings: ClassVar[dict[str, Any]] = {
         "locals": 0,
         "head": {"prototypes": 64, "hidden": 64, "bottleneck": 32},
@@ -78,7 +88,7 @@ class DINO(TeacherStudent):
         assigned = self.assign(crops[0])  # (2, B, K): the teacher sees the large crops only
         units, predicted = self.predict(crops)  # (V, B, C), (V, B, K): the student sees all
         loss = cross_view_loss(assigned, predicted)
-        return StepOutput(loss, assignment_figures(assigned), units[0].detach())
+        return StepOutput(loss, assignment_metrics(assigned), units[0].detach())
 
     @torch.no_grad()
     def assign(self, large: Tensor) -> Tensor:
@@ -89,13 +99,13 @@ class DINO(TeacherStudent):
 
     def predict(self, crops: list[Tensor]) -> tuple[Tensor, Tensor]:
         """The student's directions (V, B, C) of all crops and their log-probabilities (V, B, K)."""
-        pictures = len(crops[0]) // GLOBALS
+        images = len(crops[0]) // GLOBALS
         pooled = torch.cat([self.backbone.pooled(of_size) for of_size in crops])  # (V B, D), a pass for each size
         units = directions(self.head, pooled)  # (V B, C), in one pass: its batch norms see all crops together
         predicted = log_probabilities(self.head, units, self.config.student_temperature)  # (V B, K)
-        return by_crop(units, pictures), by_crop(predicted, pictures)
+        return by_crop(units, images), by_crop(predicted, images)
 
     def after_step(self, progress: float) -> None:
-        """The centre follows the teacher's logits, the teacher follows the student."""
+        """The center follows the teacher's logits, the teacher follows the student."""
         cast(TeacherCenter, self.centers["head"]).move()
         super().after_step(progress)

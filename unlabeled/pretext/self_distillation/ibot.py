@@ -1,9 +1,9 @@
-"""iBOT: DINO on pictures of which a part is hidden, and the same distillation for each hidden patch.
+"""iBOT: DINO on images of which a part is hidden, and the same distillation for each hidden patch.
 
 Zhou, Wei, Wang, Shen, Xie, Yuille, Kong, "iBOT: Image BERT Pre-Training with Online Tokenizer", ICLR 2022, arXiv
 2111.07832; code of the authors: github.com/bytedance/ibot.
 
-Shapes: B pictures, V = 2 + n crops of each, L = gh * gw places of the last feature map, M of them hidden over all
+Shapes: B images, V = 2 + n crops of each, L = gh * gw places of the last feature map, M of them hidden over all
 crops, D features of a crop, C channels of a direction, K prototypes.
 """
 
@@ -17,14 +17,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unlabeled.pretext.common.multi_crop import GLOBALS
-from unlabeled.pretext.self_distillation.hidden_places import Hidden, HiddenConfig, HiddenPlaces, at_places
+from unlabeled.pretext.self_distillation.masked_patches import MaskedPatches, PatchMaskConfig, PatchMasker, at_positions
 from unlabeled.pretext.self_distillation.self_distillation import (
     HeadConfig,
     SelfDistillationConfig,
     TeacherCenter,
     TeacherStudent,
     assigned_crops,
-    assignment_figures,
+    assignment_metrics,
     by_crop,
     create_head,
     crops_by_size,
@@ -34,30 +34,32 @@ from unlabeled.pretext.self_distillation.self_distillation import (
     scores,
 )
 from unlabeled.ssl.backbones.backbone import Backbone
-from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, Paper, Recipe, StepOutput, TaskConfig
 
 logger = logging.getLogger(__name__)
 
 
-class IBOTConfig(HiddenConfig, SelfDistillationConfig):
+class IBOTConfig(PatchMaskConfig, SelfDistillationConfig):
     """Settings of iBOT; the defaults are the paper's (section 4)."""
 
     head: HeadConfig = HeadConfig(prototypes=8192)
     patch_head: HeadConfig | None = None
-    """Head of the patches. None: they share that of whole crops, as published, or have one like it where the last map
-    has another number of channels than pooled features."""
+    """Head for patches; null: share the head of whole crops, as published (or use a separate one like it, if the last
+    feature map has another number of channels than the pooled features)."""
     patch_weight: float = Field(1.0, gt=0)
-    """Of the loss of patches; that of whole crops weighs one."""
+    """Weight of the loss on masked patches; the loss on whole crops has weight 1."""
 
 
 class IBOT(TeacherStudent):
-    """Self-distillation of whole crops and hidden patches.
+    """Combines DINO's loss on whole crops with the same distillation for each masked patch.
 
-    Submodules beside those of `TeacherStudent`: `centers`, `head`, `mask_token` (see
-    `unlabeled.pretext.self_distillation.hidden_places`), and `patch_head` where it is not shared.
+    Submodules on top of those of `TeacherStudent`: `centers`, `head`, `mask_token` (see
+    `unlabeled.pretext.self_distillation.masked_patches`), and `patch_head` where it is not shared.
     """
 
     Config: ClassVar[type[TaskConfig]] = IBOTConfig
+    paper = Paper("iBOT: Image BERT Pre-Training with Online Tokenizer", 2022, "https://arxiv.org/abs/2111.07832")
+    good_for = "frozen features for whole images and for patches (segmentation); costs slightly more than DINO"
     small_settings: ClassVar[dict[str, Any]] = {
         "locals": 0,
         "head": {"prototypes": 64, "hidden": 64, "bottleneck": 32},
@@ -95,20 +97,20 @@ class IBOT(TeacherStudent):
         self.centers = nn.ModuleDict({"head": TeacherCenter(config.head.prototypes, config.center_momentum)})
         self.follow("head", create_head(backbone.embed_dim, config.head))
         channels = backbone.stages[-1].channels
-        self.places = HiddenPlaces(config, backbone, task="iBOT")
-        self.mask_token = self.places.new_token()
+        self.positions = PatchMasker(config, backbone, task="iBOT")
+        self.mask_token = self.positions.new_token()
         self.shared = config.patch_head is None and channels == backbone.embed_dim
         patch_head = config.patch_head or config.head
         if not self.shared:
             self.follow("patch_head", create_head(channels, patch_head))
-        # patches have a centre of their own under a shared head too: they are not distributed as whole crops are
+        # patches have a center of their own under a shared head too: they are not distributed as whole crops are
         self.centers["patch_head"] = TeacherCenter(patch_head.prototypes, config.center_momentum)
         heads = "share a head" if self.shared else "have heads of their own"
-        logger.info("ibot: hidden places enter %s %s; crops and patches %s", backbone.name, self.places.entry, heads)
+        logger.info("ibot: hidden places enter %s %s; crops and patches %s", backbone.name, self.positions.entry, heads)
 
     def draw(self, batch: Batch) -> dict[str, Tensor]:
         """``noise`` (B, 2, L): the places with the largest are hidden. ``ratio`` (B, 2): how many, 0 for none."""
-        noise, ratio = self.places.draw(self.backbone, batch["globals"])
+        noise, ratio = self.positions.draw(self.backbone, batch["globals"])
         return {"noise": noise, "ratio": ratio}
 
     def forward(self, batch: Batch, *, noise: Tensor | None = None, ratio: Tensor | None = None) -> StepOutput:
@@ -120,53 +122,53 @@ class IBOT(TeacherStudent):
         if noise is None or ratio is None:
             noise, ratio = self.draw(batch).values()
         crops = crops_by_size(self.backbone, batch)  # [(2 B, 3, h, w), (n B, 3, h', w') if any]
-        hidden = self.places.hide(self.backbone, noise, ratio, crops[0])  # M places of all large crops
+        hidden = self.positions.hide(self.backbone, noise, ratio, crops[0])  # M places of all large crops
         assigned, assigned_patches = self.assign(crops[0], hidden)  # (2, B, K), (M, K): the teacher sees whole crops
         units, predicted, predicted_patches = self.predict(crops, hidden)  # (V, B, C), (V, B, K), (M, K)
         crop_loss = cross_view_loss(assigned, predicted)
-        patch_loss = hidden_loss(assigned_patches, predicted_patches, hidden)
+        patch_loss = masked_loss(assigned_patches, predicted_patches, hidden)
         loss = crop_loss + self.config.patch_weight * patch_loss
-        logs = {"crop_loss": crop_loss.detach(), "patch_loss": patch_loss.detach(), **assignment_figures(assigned)}
+        logs = {"crop_loss": crop_loss.detach(), "patch_loss": patch_loss.detach(), **assignment_metrics(assigned)}
         return StepOutput(loss, logs, units[0].detach())
 
     @torch.no_grad()
-    def assign(self, large: Tensor, hidden: Hidden) -> tuple[Tensor, Tensor]:
+    def assign(self, large: Tensor, hidden: MaskedPatches) -> tuple[Tensor, Tensor]:
         """The teacher's assignments of whole large crops (2, B, K), and of the places that are hidden (M, K)."""
         teacher: Any = self.teacher
         crop_center, patch_center = (cast(TeacherCenter, self.centers[name]) for name in ("head", "patch_head"))
-        pooled, patches = self.places.encode(teacher["backbone"], large)  # (2 B, D), (2 B, L, channels)
+        pooled, patches = self.positions.encode(teacher["backbone"], large)  # (2 B, D), (2 B, L, channels)
         head = teacher["head" if self.shared else "patch_head"]
         units = directions(head, patches)  # (2 B, L, C)
         patch_center.observe(scores(head, units.mean((0, 1))[None]))  # of all places: logits are linear in directions
         assigned = assigned_crops(teacher["head"], crop_center, pooled, self.temperature())
-        return assigned, patch_center.assign(scores(head, at_places(units, hidden)), self.temperature())
+        return assigned, patch_center.assign(scores(head, at_positions(units, hidden)), self.temperature())
 
-    def predict(self, crops: list[Tensor], hidden: Hidden) -> tuple[Tensor, Tensor, Tensor]:
+    def predict(self, crops: list[Tensor], hidden: MaskedPatches) -> tuple[Tensor, Tensor, Tensor]:
         """The student's directions (V, B, C) of all crops, their log-probabilities (V, B, K), and those of the hidden
         places (M, K)."""
         (large, *small), temperature = crops, self.config.student_temperature
-        pooled, patches = self.places.encode(self.backbone, large, hidden.visible, self.mask_token)
+        pooled, patches = self.positions.encode(self.backbone, large, hidden.visible, self.mask_token)
         pooled = torch.cat([pooled, *(self.backbone.pooled(of_size) for of_size in small)])  # small crops stay whole
         units = directions(self.head, pooled)  # (V B, C)
         predicted = log_probabilities(self.head, units, temperature)  # (V B, K)
         head = self.head if self.shared else self.patch_head
-        patch_units = directions(head, at_places(patches, hidden))  # (M, C)
-        pictures = len(large) // GLOBALS
-        return by_crop(units, pictures), by_crop(predicted, pictures), log_probabilities(head, patch_units, temperature)
+        patch_units = directions(head, at_positions(patches, hidden))  # (M, C)
+        images = len(large) // GLOBALS
+        return by_crop(units, images), by_crop(predicted, images), log_probabilities(head, patch_units, temperature)
 
     def after_step(self, progress: float) -> None:
-        """The centres follow the teacher's logits, the teacher follows the student."""
+        """The centers follow the teacher's logits, the teacher follows the student."""
         for center in self.centers.values():
             cast(TeacherCenter, center).move()
         super().after_step(progress)
 
     @torch.no_grad()
     def visualize(self, batch: Batch) -> dict[str, Tensor]:
-        """``crops``: a row a picture (the first 4): large crops, the same with hidden places in grey, small crops."""
-        return {"crops": self.places.sheet(self.backbone, batch, **self.draw(batch))}
+        """``crops``: a row an image (the first 4): large crops, the same with hidden places in gray, small crops."""
+        return {"crops": self.positions.sheet(self.backbone, batch, **self.draw(batch))}
 
 
-def hidden_loss(assigned: Tensor, log_predicted: Tensor, hidden: Hidden) -> Tensor:
+def masked_loss(assigned: Tensor, log_predicted: Tensor, hidden: MaskedPatches) -> Tensor:
     """Cross-entropy of hidden places: mean over those of a crop, then over all N crops, also those without.
 
     `assigned` and `log_predicted` (M, K). Source: equation 2 of iBOT.

@@ -3,9 +3,9 @@
 Zhang, Guo, Lao, Yu, Ru, Wang, Ye, He, Chen, Yang, "POA: Pre-training Once for Models of All Sizes", ECCV 2024, arXiv
 2408.01031; code of the authors: github.com/alipay/POA. Where paper and code differ, this is the code. Deviations:
 everything of a sub-network is what timm builds at its size (Swin's first norm is over the sub-network's channels, its
-windows shift in turns), hidden places of ResNets are one colour in the picture and not a token after the pooling.
+windows shift in turns), hidden places of ResNets are one color in the image and not a token after the pooling.
 
-Shapes: B pictures, V = 2 + n crops of each, M hidden places over all large crops, D channels of the whole network and d
+Shapes: B images, V = 2 + n crops of each, M hidden places over all large crops, D channels of the whole network and d
 of a sub-network, C channels of a direction, K prototypes.
 """
 
@@ -21,10 +21,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from unlabeled.pretext.common.multi_crop import GLOBALS
 from unlabeled.pretext.common.views import Part
-from unlabeled.pretext.self_distillation.hidden_places import Hidden, HiddenConfig, HiddenPlaces, Spread, at_places
+from unlabeled.pretext.self_distillation.masked_patches import (
+    MaskedPatches,
+    PatchMaskConfig,
+    PatchMasker,
+    Spread,
+    at_positions,
+)
 from unlabeled.pretext.self_distillation.poa_losses import (
     Crops,
-    Places,
+    PatchTerms,
     TeacherHead,
     TermWeights,
     head_loss,
@@ -35,7 +41,7 @@ from unlabeled.pretext.self_distillation.self_distillation import (
     HeadConfig,
     TeacherStudent,
     TeacherStudentConfig,
-    assignment_figures,
+    assignment_metrics,
     assignments,
     by_crop,
     create_head,
@@ -49,7 +55,7 @@ from unlabeled.ssl.backbones.elastic.sampler import SizeSampler
 from unlabeled.ssl.core.distributed import rank
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 from unlabeled.ssl.nn.drop_path import uniform_drop_path
-from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, Paper, Recipe, StepOutput, TaskConfig
 
 logger = logging.getLogger(__name__)
 
@@ -57,33 +63,34 @@ _WATCHED = 64
 """Large crops, at most, from which the figures of the assignments are taken."""
 
 
-class POAConfig(HiddenConfig, TeacherStudentConfig):
-    """Settings of POA; the defaults are those of its code for ViTs, parts of a run are of its 346 epochs."""
+class POAConfig(PatchMaskConfig, TeacherStudentConfig):
+    """Settings of POA; the defaults are those of its code for ViTs, as fractions of a run of 346 epochs."""
 
     elastic: ElasticConfig = ElasticConfig()
-    """Which sizes the network holds. With its own alone there is no elastic student: what is left is DINOv2's loss."""
+    """Which sizes the network holds. If it holds only its own, there is no elastic student and the loss is DINOv2's."""
     size_scale: float = Field(3.0, ge=1)
-    """S: how much more often the smallest width and depth are drawn than the largest (2 for Swin and ResNet)."""
+    """How much more often the smallest width and depth are drawn than the largest (2 for Swin and ResNet)."""
     size_per_rank: bool = False
-    """Whether each rank trains a sub-network of its own in a step, as published; then all wait for the largest."""
+    """Train another sub-network on each process in a step, as published; each step then waits for the largest."""
     prototypes: tuple[int, ...] = (8192, 16384, 32768, 65536)
-    """K of each head."""
+    """Number of prototypes of each head. [prototypes]"""
     hidden: int = Field(2048, ge=1)
-    """Channels between the linear layers of the heads."""
+    """Width of the heads' hidden layers. [channels]"""
     bottleneck: int = Field(256, ge=1)
-    """C."""
+    """Width of the heads' normalized output. [channels]"""
     chunk: int | None = Field(None, ge=1)
-    """Rows of logits that each network has in memory at a time; None: all."""
+    """Compute logits for this many crops or patches at a time to save memory; null: all at once. [rows]"""
     intact_weight: float = Field(0.8, ge=0, le=1)
-    """lambda: weight of the intact student's terms, the elastic one's get what it lacks of 1."""
+    """Weight of the full student's losses (lambda in the paper); those of the elastic student have 1 minus this."""
     terms: TermWeights | None = None
-    """Instead of `intact_weight`: the weight of each term."""
+    """Weight of each loss term, in place of `intact_weight`: {cross_intact, cross_elastic, same_elastic, patch_intact,
+    patch_elastic}."""
     koleo_weight: float = Field(0.1, ge=0)
-    """gamma: of the spread of the features of different pictures."""
+    """Weight of the KoLeo regularizer, which spreads the features of different images (gamma in the paper)."""
     patches_from: float = Field(30 / 346, ge=0, le=1)
-    """Part of the run after which crops have hidden places."""
+    """When masking starts: before that, crops are not masked. [fraction of the run]"""
     drop_path: float | None = Field(None, ge=0, lt=1)
-    """Stochastic depth of each block alike (0.2 for ViTs); None: as the network is built."""
+    """Stochastic depth, the same for each block (0.2 for ViTs); null: as the network is built."""
 
     global_scale: tuple[Part, Part] = (0.32, 1.0)
     local_scale: tuple[Part, Part] = (0.05, 0.32)
@@ -111,7 +118,7 @@ class Seen(NamedTuple):
 
     crops: Tensor
     """(V, B, d), the large crops first; (2, B, D) of the teacher, which sees no others."""
-    places: Tensor
+    positions: Tensor
     """(M, d)."""
 
 
@@ -121,23 +128,27 @@ class Targets(NamedTuple):
 
     crops: Tensor
     """Directions (2, B, C)."""
-    places: Tensor
+    positions: Tensor
     """Directions (M, C)."""
     crop_offsets: Tensor
     """(K,), see `sinkhorn_offsets`."""
-    place_offsets: Tensor
+    patch_offsets: Tensor
     """(K,)."""
 
 
 class POA(TeacherStudent):
-    """Self-distillation of an intact and an elastic student. Submodules beside those of `TeacherStudent`: `heads`, one
-    for each number of prototypes, and `mask_token` (see `unlabeled.pretext.self_distillation.hidden_places`).
+    """Distills a teacher into a full student and into a sub-network that changes with each step.
+
+    Submodules on top of those of `TeacherStudent`: `heads`, one for each number of prototypes,
+    and `mask_token` (see `unlabeled.pretext.self_distillation.masked_patches`).
 
     The sub-network of a step follows from the number of steps done, the buffer `steps`, and a seed drawn when the task
     is built, the buffer `seed`.
     """
 
     Config: ClassVar[type[TaskConfig]] = POAConfig
+    paper = Paper("POA: Pre-training Once for Models of All Sizes", 2024, "https://arxiv.org/abs/2408.01031")
+    good_for = "getting models of many sizes from one run"
     recipe: ClassVar[Recipe] = {
         "task": {"mask_pattern": "block"},
         "optim": {
@@ -160,7 +171,7 @@ class POA(TeacherStudent):
     backbone.kwargs={dynamic_img_size: true}."""
     requires: ClassVar[frozenset[str]] = frozenset({"pooled", "dense_map", "elastic"})
     small_settings: ClassVar[dict[str, Any]] = {"locals": 0, "prototypes": (32, 64), "hidden": 32, "bottleneck": 16}
-    per_picture: ClassVar[bool] = False
+    per_image: ClassVar[bool] = False
     config: POAConfig
     steps: Tensor
     seed: Tensor
@@ -184,15 +195,15 @@ class POA(TeacherStudent):
             )
         self.sizes = Elastic(backbone, config.elastic)
         self.alone = len(self.sizes.sizes) == 1
-        self.places = HiddenPlaces(config, backbone, task="POA")
-        self.mask_token = self.places.new_token()
+        self.positions = PatchMasker(config, backbone, task="POA")
+        self.mask_token = self.positions.new_token()
         self.follow("heads", nn.ModuleList(create_head(backbone.embed_dim, config.head(k)) for k in config.prototypes))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("seed", torch.randint(2**31, ()))
         self._sampler: SizeSampler | None = None
         logger.info(
             "poa: %d sizes from %s to %s; hidden places enter %s",
-            len(self.sizes.sizes), self.sizes.sizes[0], self.sizes.full, self.places.entry,
+            len(self.sizes.sizes), self.sizes.sizes[0], self.sizes.full, self.positions.entry,
         )  # fmt: skip
 
     def elastic(self) -> ElasticConfig:
@@ -200,7 +211,7 @@ class POA(TeacherStudent):
 
     def draw(self, batch: Batch) -> dict[str, Tensor]:
         """``noise`` (B, 2, L): the places with the largest are hidden. ``ratio`` (B, 2): how many, 0 for none."""
-        noise, ratio = self.places.draw(self.backbone, batch["globals"])
+        noise, ratio = self.positions.draw(self.backbone, batch["globals"])
         return {"noise": noise, "ratio": ratio * (self.progress >= self.config.patches_from)}
 
     def forward(self, batch: Batch, *, noise: Tensor | None = None, ratio: Tensor | None = None) -> StepOutput:
@@ -212,7 +223,7 @@ class POA(TeacherStudent):
         if noise is None or ratio is None:
             noise, ratio = self.draw(batch).values()
         crops = crops_by_size(self.backbone, batch)  # [(2 B, 3, h, w), (n B, 3, h', w') if any]
-        hidden = self.places.hide(self.backbone, noise, ratio, crops[0])  # M places of all large crops
+        hidden = self.positions.hide(self.backbone, noise, ratio, crops[0])  # M places of all large crops
         with torch.no_grad():
             taught = self.seen(self.teacher["backbone"], crops[:1], hidden, masked=False)
         students = [self.seen(network, crops, hidden) for network in self.students()]  # intact, and elastic
@@ -229,23 +240,23 @@ class POA(TeacherStudent):
         # the elastic one is made of slices of the intact one's parameters, so both get their gradients in one backward
         return [self.backbone] if self.alone else [self.backbone, self.sizes.take(self.backbone, self.size())]
 
-    def seen(self, network: Any, crops: list[Tensor], hidden: Hidden, *, masked: bool = True) -> Seen:
+    def seen(self, network: Any, crops: list[Tensor], hidden: MaskedPatches, *, masked: bool = True) -> Seen:
         """What `network` gives for the large crops, `masked` or whole, and for the small ones."""
         large, *small = crops
         visible = hidden.visible if masked else None
-        pooled, places = self.places.encode(network, large, visible, self.mask_token)  # (2 B, d), (2 B, L, d)
+        pooled, positions = self.positions.encode(network, large, visible, self.mask_token)  # (2 B, d), (2 B, L, d)
         pooled = torch.cat([pooled, *(network.pooled(of_size) for of_size in small)])  # (V B, d)
-        return Seen(by_crop(pooled, len(large) // GLOBALS), at_places(places, hidden))
+        return Seen(by_crop(pooled, len(large) // GLOBALS), at_positions(positions, hidden))
 
     def head_terms(
-        self, head: Any, teacher: Any, taught: Seen, students: list[Seen], hidden: Hidden
+        self, head: Any, teacher: Any, taught: Seen, students: list[Seen], hidden: MaskedPatches
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one head and its terms, with figures of the teacher's assignments."""
         last, targets, figures = self.assign(teacher, taught)
         units = [_directions(head, seen) for seen in students]  # (V, B, C) and (M, C) of each
         loss, terms = head_loss(
             Crops(targets.crops, [crops for crops, _ in units], targets.crop_offsets),
-            Places(targets.places, [places for _, places in units], hidden.weights, targets.place_offsets),
+            PatchTerms(targets.positions, [positions for _, positions in units], hidden.weights, targets.patch_offsets),
             last,
             prototypes_of(head),
             weights=self.config.terms or TermWeights.balanced(self.config.intact_weight),
@@ -259,14 +270,14 @@ class POA(TeacherStudent):
         """The teacher's assignments in one of its heads, as that head's last layer and what Sinkhorn-Knopp makes of
         its directions; and their figures."""
         last = TeacherHead(prototypes_of(teacher), self.temperature())
-        crops, places = _directions(teacher, taught)  # (2, B, C), (M, C)
-        crop_offsets, place_offsets = (  # apart: crops and places use prototypes differently; (K,) each
+        crops, positions = _directions(teacher, taught)  # (2, B, C), (M, C)
+        crop_offsets, patch_offsets = (  # apart: crops and places use prototypes differently; (K,) each
             sinkhorn_offsets(units.flatten(0, -2), last.prototypes, last.temperature, chunk=self.config.chunk)
-            for units in (crops, places)
+            for units in (crops, positions)
         )
         logits = crops.flatten(0, 1)[:_WATCHED] @ last.prototypes.t()
-        figures = assignment_figures(assignments(logits, last.temperature, crop_offsets))
-        return last, Targets(crops, places, crop_offsets, place_offsets), figures
+        figures = assignment_metrics(assignments(logits, last.temperature, crop_offsets))
+        return last, Targets(crops, positions, crop_offsets, patch_offsets), figures
 
     def size(self) -> SubSize:
         """The size of this step's sub-network, on this rank."""
@@ -287,12 +298,12 @@ class POA(TeacherStudent):
 
     @torch.no_grad()
     def visualize(self, batch: Batch) -> dict[str, Tensor]:
-        """``crops``: a row a picture (the first 4): large crops, the same with hidden places in grey, small crops."""
-        return {"crops": self.places.sheet(self.backbone, batch, **self.draw(batch))}
+        """``crops``: a row an image (the first 4): large crops, the same with hidden places in gray, small crops."""
+        return {"crops": self.positions.sheet(self.backbone, batch, **self.draw(batch))}
 
 
 def _directions(head: Any, seen: Seen) -> tuple[Tensor, Tensor]:
     """Directions of crops (V, B, C) and places (M, C) in a head, in one pass."""
-    views, pictures = seen.crops.shape[:2]
-    units = directions(head, torch.cat([seen.crops.flatten(0, 1), seen.places]))
-    return by_crop(units[: views * pictures], pictures), units[views * pictures :]
+    views, images = seen.crops.shape[:2]
+    units = directions(head, torch.cat([seen.crops.flatten(0, 1), seen.positions]))
+    return by_crop(units[: views * images], images), units[views * images :]

@@ -3,7 +3,7 @@
 Zhang, Guo, Lao, Yu, Ru, Wang, Ye, He, Chen, Yang, "POA: Pre-training Once for Models of All Sizes", ECCV 2024, arXiv
 2408.01031; code of the authors: github.com/alipay/POA. Where paper and code weigh terms differently, this is the code.
 
-Shapes: B pictures, V = 2 + n crops of each, the large ones first, R hidden places of large crops, C channels of a
+Shapes: B images, V = 2 + n crops of each, the large ones first, R hidden places of large crops, C channels of a
 direction, K prototypes. Crops are crop by crop. Directions and prototypes are at least float32, directions of length
 one.
 
@@ -71,7 +71,7 @@ class Crops(NamedTuple):
     """(K,): of the teacher's assignments (see `sinkhorn_offsets`)."""
 
 
-class Places(NamedTuple):
+class PatchTerms(NamedTuple):
     """Directions of hidden places in one head, in any order."""
 
     teacher: Tensor
@@ -86,7 +86,7 @@ class Places(NamedTuple):
 
 def head_loss(
     crops: Crops,
-    places: Places | None,
+    positions: PatchTerms | None,
     teacher: TeacherHead,
     prototypes: Tensor,
     *,
@@ -98,37 +98,37 @@ def head_loss(
 
     `prototypes` (K, C): the students', as `prototypes_of` gives them; `temperature`: what their logits are divided by;
     `chunk`: rows of logits that each network has at a time, None: all. Gradients reach `prototypes` and the students'
-    directions; those of the intact student get none from being the elastic student's target. `places` None: without
+    directions; those of the intact student get none from being the elastic student's target. `positions` None: without
     hidden places.
     """
-    images, pictures = crops.teacher.shape[:2].numel(), crops.teacher.shape[1]
+    crops_in_all, count = crops.teacher.shape[:2].numel(), crops.teacher.shape[1]
 
     def crop_terms(units: Tensor, *others: Tensor) -> Tensor:
         *students, shared, offsets = others
-        assigned = _assigned(units, teacher, offsets)  # (2, b, K): b pictures of the chunk
+        assigned = _assigned(units, teacher, offsets)  # (2, b, K): b images of the chunk
         predicted = _log_predicted(students, shared, temperature)  # (S, V, b, K)
         terms = [cross_view_loss(assigned, student) for student in predicted]
         if len(students) > 1:
             terms.append(same_view_loss(*predicted))
-        return torch.stack(terms) * (units.shape[1] / pictures)  # means over the chunk's pictures, to be added up
+        return torch.stack(terms) * (units.shape[1] / count)  # means over the chunk's images, to be added up
 
-    def place_terms(units: Tensor, counted: Tensor, *others: Tensor) -> Tensor:
+    def patch_terms(units: Tensor, counted: Tensor, *others: Tensor) -> Tensor:
         *students, shared, offsets = others
         predicted = _log_predicted(students, shared, temperature)  # (S, r, K): r rows of the chunk
         entropies = -(_assigned(units, teacher, offsets) * predicted).sum(-1)  # (S, r)
-        return (entropies * counted).sum(-1) / images
+        return (entropies * counted).sum(-1) / crops_in_all
 
     elastic = len(crops.students) > 1
     names = ["cross_intact", *["cross_elastic", "same_elastic"] * elastic]
-    # a chunk of crops is one of pictures, with all crops of each: its terms compare them
+    # a chunk of crops is one of images, with all crops of each: its terms compare them
     at_once = None if chunk is None else max(1, chunk // len(crops.students[0]))
     total, found = summed_in_chunks(
         crop_terms, [crops.teacher, *crops.students], [prototypes, crops.offsets], at_once, _of(weights, names), dim=1
     )
-    if places is not None:
+    if positions is not None:
         more = ["patch_intact", *["patch_elastic"] * elastic]
-        rows = [places.teacher, places.weights, *places.students]
-        added, terms = summed_in_chunks(place_terms, rows, [prototypes, places.offsets], chunk, _of(weights, more))
+        rows = [positions.teacher, positions.weights, *positions.students]
+        added, terms = summed_in_chunks(patch_terms, rows, [prototypes, positions.offsets], chunk, _of(weights, more))
         total, found, names = total + added, torch.cat([found, terms]), names + more
     return total, dict(zip(names, found.unbind(), strict=True))
 
@@ -142,9 +142,9 @@ def same_view_loss(intact: Tensor, elastic: Tensor) -> Tensor:
 
 
 def koleo(features: Tensor) -> Tensor:
-    """(V, B, D) → how near the pictures of a crop lie: minus the mean logarithm of the distance of the nearest other.
+    """(V, B, D) → how near the images of a crop lie: minus the mean logarithm of the distance of the nearest other.
 
-    Directions of the features, in at least float32; mean over pictures and crops, those of this rank. A picture twice
+    Directions of the features, in at least float32; mean over images and crops, those of this rank. An image twice
     in a batch gives a large gradient, but a finite one. Source: Sablayrolles et al., ICLR 2019, arXiv 1806.03198.
     """
     loss = KoLeoLoss()
@@ -232,7 +232,7 @@ class _Summed(torch.autograd.Function):
         ctx: Any, terms: Terms, count: int, chunk: int, weights: Sequence[float], dim: int, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
         needed: tuple[bool, ...] = ctx.needs_input_grad[-len(tensors) :]
-        gradients = {place: torch.zeros_like(tensors[place]) for place, need in enumerate(needed) if need}
+        gradients = {position: torch.zeros_like(tensors[position]) for position, need in enumerate(needed) if need}
         found = []
         for start in _starts(tensors[0], chunk, dim):
             values = [*_parts(tensors[:count], start, chunk, dim), *tensors[count:]]
@@ -240,14 +240,14 @@ class _Summed(torch.autograd.Function):
             with torch.enable_grad():
                 sums = terms(*leaves)
                 parts = torch.autograd.grad(
-                    _weighted(sums, weights), [leaves[place] for place in gradients], allow_unused=True
+                    _weighted(sums, weights), [leaves[position] for position in gradients], allow_unused=True
                 )
-            for (place, gradient), part in zip(gradients.items(), parts, strict=True):
+            for (position, gradient), part in zip(gradients.items(), parts, strict=True):
                 if part is not None:
-                    into = _parts([gradient], start, chunk, dim)[0] if place < count else gradient
+                    into = _parts([gradient], start, chunk, dim)[0] if position < count else gradient
                     into += part
             found.append(sums.detach())
-        ctx.places = tuple(gradients)
+        ctx.positions = tuple(gradients)
         ctx.save_for_backward(*gradients.values())
         summed = torch.stack(found).sum(0)
         ctx.mark_non_differentiable(summed)
@@ -256,6 +256,6 @@ class _Summed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = dict(zip(ctx.places, ctx.saved_tensors, strict=True))
+        gradients = dict(zip(ctx.positions, ctx.saved_tensors, strict=True))
         inputs = range(len(ctx.needs_input_grad) - _SETTINGS)
         return (None,) * _SETTINGS + tuple(gradients[i] * of_total if i in gradients else None for i in inputs)

@@ -8,9 +8,9 @@ prototypes are used alike: Cuturi, "Sinkhorn Distances", NeurIPS 2013, arXiv 130
 In this order: settings, the momentum teacher, crops, heads, the teacher's assignments (`TeacherCenter`, or
 Sinkhorn-Knopp), the loss. A task's `forward` calls what it needs of them.
 
-Shapes: B pictures, V crops of each, D features, C channels of a direction, K prototypes, n rows of any kind. Batches
-hold crops picture by picture; networks get them crop by crop: the first crop of each picture, the second ... Head and
-centre are lightly's. Its DINOLoss is not used, as it moves its centre inside of each forward pass, in evaluation too;
+Shapes: B images, V crops of each, D features, C channels of a direction, K prototypes, n rows of any kind. Batches
+hold crops image by image; networks get them crop by crop: the first crop of each image, the second ... Head and
+center are lightly's. Its DINOLoss is not used, as it moves its center inside of each forward pass, in evaluation too;
 `cross_view_loss` gives the same numbers.
 """
 
@@ -46,49 +46,50 @@ from unlabeled.ssl.task import Batch, NamedParameter, PretextTask, TaskConfig
 
 
 class HeadConfig(TaskConfig):
-    """A projection head: three linear layers, a direction, and its products with the prototypes."""
+    """A projection head: three linear layers, normalization, and the similarity to each prototype."""
 
     prototypes: int = Field(65536, ge=2)
-    """K."""
+    """Number of prototypes that images are assigned to (K in the paper). [prototypes]"""
     hidden: int = Field(2048, ge=1)
-    """Channels between the linear layers."""
+    """Width of the hidden layers. [channels]"""
     bottleneck: int = Field(256, ge=1)
-    """Channels of the direction."""
+    """Width of the normalized output that is compared with the prototypes. [channels]"""
     batch_norm: bool = False
-    """Batch norms between the linear layers."""
+    """Use batch norm between the linear layers."""
     unit_prototypes: bool = True
-    """Prototypes of length one; False: their lengths are learned, which can be better and less stable."""
+    """Keep prototypes at length one; false: learn their lengths, which can be better but is less stable."""
 
 
 class TeacherStudentConfig(MultiCropConfig):
-    """Settings of teacher and temperatures; the defaults are DINO's, parts of a run are of its 100 epochs."""
+    """Settings of the teacher and of temperatures; the defaults are DINO's, as fractions of a run of 100 epochs."""
 
     student_temperature: float = Field(0.1, gt=0)
-    """What the student's logits are divided by."""
+    """Temperature of the student's logits."""
     teacher_temperature: float = Field(0.07, gt=0)
-    """What the teacher's are divided by after the warm-up; lower is sharper."""
+    """Temperature of the teacher's logits after its warmup; lower is sharper."""
     teacher_temperature_start: float = Field(0.04, gt=0)
-    """The same when the warm-up begins."""
+    """Temperature of the teacher's logits at the start of its warmup."""
     temperature_warmup: float = Field(0.3, ge=0, le=1)
-    """Part of the run over which the teacher's temperature rises linearly (30 epochs)."""
+    """Length of the linear warmup of the teacher's temperature. [fraction of the run]"""
     momentum: float = Field(0.996, ge=0, le=1)
-    """Of the teacher's moving average, at the start."""
+    """Decay rate of the teacher's weights at the start of the run."""
     momentum_end: float = Field(1.0, ge=0, le=1)
-    """Where its half cosine ends."""
+    """Value that the decay rate reaches along a half cosine."""
     momentum_stretch: float = Field(1.0, gt=0, le=1)
-    """Part of that half cosine that the run goes through."""
+    """Fraction of that half cosine that the run covers. [fraction]"""
     freeze_prototypes: float = Field(0.01, ge=0, le=1)
-    """Part of the run, at its start, in which the prototypes stay (one epoch)."""
+    """Keep the prototypes fixed for this long at the start. [fraction of the run]"""
     export: Literal["teacher", "student"] = "teacher"
-    """Whose backbone is evaluated and exported; published numbers are the teacher's."""
+    """Which backbone is evaluated and exported; published numbers are the teacher's."""
 
 
 class SelfDistillationConfig(TeacherStudentConfig):
-    """Settings of DINO's head and centre, the defaults as published."""
+    """Settings of DINO's head and centering; the defaults are the published ones."""
 
     head: HeadConfig = HeadConfig()
+    """The projection head."""
     center_momentum: float = Field(0.9, ge=0, lt=1)
-    """Of the moving average of the teacher's logits, which its assignments are taken without."""
+    """Decay rate of the running mean of the teacher's logits, which is subtracted from them."""
 
 
 class TeacherStudent(PretextTask):
@@ -165,24 +166,24 @@ class TeacherStudent(PretextTask):
 
     @torch.no_grad()
     def visualize(self, batch: Batch) -> dict[str, Tensor]:
-        """``crops``: a row a picture (the first 4), large crops and then small ones in the same scale."""
+        """``crops``: a row an image (the first 4), large crops and then small ones in the same scale."""
         return {"crops": crop_sheet(batch[name] for name in ("globals", "locals") if name in batch)}
 
 
 def crops_by_size(backbone: Backbone, batch: Batch) -> list[Tensor]:
-    """``globals`` (B, 2, 3, h, w) and ``locals`` (B, n, 3, h', w'), uint8 → normalised, crop by crop: (2 B, 3, h, w)
+    """``globals`` (B, 2, 3, h, w) and ``locals`` (B, n, 3, h', w'), uint8 → normalized, crop by crop: (2 B, 3, h, w)
     and, if there are small ones, (n B, 3, h', w'). Networks take the sizes apart."""
     return [backbone.normalize(crop_major(batch[name])) for name in ("globals", "locals") if name in batch]
 
 
 def crop_major(crops: Tensor) -> Tensor:
-    """(B, V, 3, h, w) → (V * B, 3, h, w): the first crop of each picture, the second of each, ..."""
+    """(B, V, 3, h, w) → (V * B, 3, h, w): the first crop of each image, the second of each, ..."""
     return crops.transpose(0, 1).flatten(0, 1)
 
 
-def by_crop(rows: Tensor, pictures: int) -> Tensor:
+def by_crop(rows: Tensor, images: int) -> Tensor:
     """(V * B, ...), crop by crop → (V, B, ...)."""
-    return rows.view(-1, pictures, *rows.shape[1:])
+    return rows.view(-1, images, *rows.shape[1:])
 
 
 def create_head(dim: int, config: HeadConfig) -> DINOProjectionHead:
@@ -234,7 +235,7 @@ def log_probabilities(head: Any, units: Tensor, temperature: float) -> Tensor:
 class TeacherCenter(Center):  # type: ignore[misc]
     """The moving average of the teacher's logits, (1, K), without which its assignments are taken.
 
-    lightly's, moved once an optimizer step: all micro-steps of one use the same centre and count in the next.
+    lightly's, moved once an optimizer step: all micro-steps of one use the same center and count in the next.
     """
 
     def __init__(self, prototypes: int, momentum: float) -> None:
@@ -243,7 +244,7 @@ class TeacherCenter(Center):  # type: ignore[misc]
         """Means (1, K) of the micro-steps since the last move."""
 
     def assign(self, logits: Tensor, temperature: Tensor) -> Tensor:
-        """The teacher's logits (..., K) → its assignments (..., K), under the centre as it was after the last step."""
+        """The teacher's logits (..., K) → its assignments (..., K), under the center as it was after the last step."""
         assigned: Tensor = ((logits - self.value) / temperature).softmax(-1)
         return assigned
 
@@ -339,19 +340,19 @@ def _logsumexp_over_ranks(values: Tensor) -> Tensor:
 
 
 def cross_view_loss(assigned: Tensor, log_predicted: Tensor) -> Tensor:
-    """Mean cross-entropy over pictures and over pairs of a teacher's crop and another crop of the student.
+    """Mean cross-entropy over images and over pairs of a teacher's crop and another crop of the student.
 
     `assigned` (T, B, K): the teacher's; `log_predicted` (V, B, K): log-probabilities of the student's V >= T crops, of
     which the first T are the teacher's. T V - T pairs: 18 for 2 large and 8 small crops. Source: equation 3 of DINO.
     """
-    teachers, pictures = assigned.shape[:2]
+    teachers, images = assigned.shape[:2]
     every = (assigned.sum(0) * log_predicted).sum()  # all pairs at once: the sum over T comes first
     same = (assigned * log_predicted[:teachers]).sum()  # a crop does not teach itself
-    return (same - every) / (teachers * (len(log_predicted) - 1) * pictures)
+    return (same - every) / (teachers * (len(log_predicted) - 1) * images)
 
 
 @torch.no_grad()
-def assignment_figures(assigned: Tensor) -> dict[str, Tensor]:
+def assignment_metrics(assigned: Tensor) -> dict[str, Tensor]:
     """Assignments (..., K) → ``teacher_entropy``, 0 sharp to 1 even, and ``teacher_information`` (see
     `unlabeled.ssl.train.collapse`), both over log K."""
     rows = assigned.flatten(0, -2)

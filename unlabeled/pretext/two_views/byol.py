@@ -20,30 +20,39 @@ from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy
 from unlabeled.pretext.two_views.two_views import FirstColors, SecondColors, TwoViewsConfig, TwoViewTask, exactly
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.nn.ema import ema_update
-from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, Paper, Recipe, StepOutput, TaskConfig
 
 
 class BYOLConfig(TwoViewsConfig):
     """Settings of BYOL; the defaults are those of the run of 1000 epochs."""
 
     momentum: float = Field(0.996, ge=0, le=1)
-    """Of the teacher at the start; it rises to 1 by half a cosine. 0.99 for 300 epochs and fewer (appendix C)."""
+    """Decay rate of the teacher's weights at the start; it rises to 1 along a half cosine. Use 0.99 for 300 epochs or
+    fewer (appendix C)."""
     hidden: int = Field(4096, ge=1)
-    """Width of the hidden layer of projector and predictor."""
+    """Width of the hidden layer of projector and predictor. [channels]"""
     dim: int = Field(256, ge=1)
-    """Channels of projections and predictions."""
+    """Width of projections and predictions. [channels]"""
     first: FirstColors = FirstColors()
     second: SecondColors = SecondColors()
 
 
 class BYOL(TwoViewTask):
-    """The student (`backbone`, `projector`, `predictor`) against `teacher`, a copy of its backbone and projector.
+    """Predicts the features that a slowly updated copy of the network, the teacher, computes from another view.
+
+    The student is `backbone`, `projector` and `predictor`; `teacher` is a copy of the first two.
 
     The teacher starts as an exact copy, projector included; its batch norms see the statistics of each batch and keep
     running ones of their own. It follows after the optimizer step, with the momentum of the step to come.
     """
 
     Config: ClassVar[type[TaskConfig]] = BYOLConfig
+    paper = Paper(
+        "Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning",
+        2020,
+        "https://arxiv.org/abs/2006.07733",
+    )
+    good_for = "frozen features from medium batches, without negatives; two full-size views per image"
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "lars",

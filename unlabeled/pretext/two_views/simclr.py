@@ -1,4 +1,4 @@
-"""SimCLR: find a picture's other view among all other views of the batch.
+"""SimCLR: find an image's other view among all other views of the batch.
 
 Chen, Kornblith, Norouzi, Hinton: A Simple Framework for Contrastive Learning of Visual Representations, ICML 2020,
 arXiv 2002.05709; repository github.com/google-research/simclr. Loss and head are lightly's. All 2 B views pass through
@@ -17,11 +17,11 @@ from pydantic import Field
 from unlabeled.pretext.common.views import Chance, ColorConfig
 from unlabeled.pretext.two_views.two_views import TwoViewsConfig, TwoViewTask, exactly
 from unlabeled.ssl.backbones.backbone import Backbone
-from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, Paper, Recipe, StepOutput, TaskConfig
 
 
 class SimCLRColors(ColorConfig):
-    """Colours of both views, of strength 1 (appendix A); half of it suits CIFAR (appendix B.9)."""
+    """Color augmentation of both views at strength 1 (appendix A); half of it suits CIFAR (appendix B.9)."""
 
     brightness: float = Field(0.8, ge=0)
     contrast: float = Field(0.8, ge=0)
@@ -34,23 +34,32 @@ class SimCLRConfig(TwoViewsConfig):
     """Settings of SimCLR; the defaults are those for ImageNet."""
 
     temperature: float = Field(0.1, gt=0)
-    """Divides the cosines; 0.5 for CIFAR (appendix B.9)."""
+    """Temperature of the contrastive loss; 0.5 for CIFAR (appendix B.9)."""
     hidden: int = Field(2048, ge=1)
-    """Width of the projection head's hidden layer; the authors take the backbone's, 2048 for a ResNet-50."""
+    """Width of the projection head's hidden layer; the authors use that of the backbone, 2048 for a ResNet-50.
+    [channels]"""
     dim: int = Field(128, ge=1)
-    """Channels of the projections that are compared."""
+    """Width of the projections that the loss compares. [channels]"""
     first: SimCLRColors = SimCLRColors()
     second: SimCLRColors = SimCLRColors()
 
 
 class SimCLR(TwoViewTask):
-    """NT-Xent over the two views of all pictures, those of other ranks included.
+    """Finds the other view of an image among all views in the batch.
+
+    The loss is NT-Xent over the views of all ranks.
 
     lightly's gather passes on the gradients of all ranks' losses, and DDP takes the mean over ranks: together the exact
     gradient of one process with the whole batch.
     """
 
     Config: ClassVar[type[TaskConfig]] = SimCLRConfig
+    paper = Paper(
+        "A Simple Framework for Contrastive Learning of Visual Representations",
+        2020,
+        "https://arxiv.org/abs/2002.05709",
+    )
+    good_for = "a simple contrastive baseline, if you can afford large batches"
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "lars",
@@ -64,7 +73,7 @@ class SimCLR(TwoViewTask):
     }
     """SimCLR (Chen et al., ICML 2020, arXiv 2002.05709): the published recipe, 100 to 1000 epochs of batches of 256
     to 8192, with the square-root rule of its appendix B.1. LARS leaves norms and biases alone, as published."""
-    per_picture: ClassVar[bool] = False
+    per_image: ClassVar[bool] = False
     collapse_remedy: ClassVar[str] = "lower optim.lr, raise batch_size, or lower task.temperature"
     config: SimCLRConfig
 

@@ -1,6 +1,6 @@
-"""What SimCLR, BYOL and VICReg share: two augmented crops of each picture, and how their features are shown.
+"""What SimCLR, BYOL and VICReg share: two augmented crops of each image, and how their features are shown.
 
-Legend: B pictures, D channels of the projection. A batch holds ``views``, uint8 (B, 2, 3, h, w).
+Legend: B images, D channels of the projection. A batch holds ``views``, uint8 (B, 2, 3, h, w).
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from unlabeled.ssl.task import Batch, PretextTask, StepOutput, TaskConfig
 _SMALL = 64
 """Pixels up to which `blur: auto` leaves views sharp."""
 _SHOWN = 8
-"""Pictures that `visualize` shows."""
+"""Images that `visualize` shows."""
 _FRAME = 6
 """Pixels of the frame around the partner that was found."""
 
 
 class FirstColors(ColorConfig):
-    """Colours of BYOL's first view (arXiv 2006.07733, table 6): always blurred."""
+    """Color augmentation of BYOL's first view (arXiv 2006.07733, table 6): always blurred."""
 
     blur: Chance = 1.0
 
 
 class SecondColors(ColorConfig):
-    """Colours of BYOL's second view (arXiv 2006.07733, table 6): seldom blurred, at times solarized."""
+    """Color augmentation of BYOL's second view (arXiv 2006.07733, table 6): rarely blurred, sometimes solarized."""
 
     blur: Chance = 0.1
     solarize: Chance = 0.2
@@ -51,16 +51,16 @@ class TwoViewsConfig(TaskConfig):
     """
 
     crop_scale: tuple[Part, Part] = (0.08, 1.0)
-    """Part of the picture's area that a view covers, smallest and largest."""
+    """Smallest and largest fraction of the image area that a view covers. [fraction]"""
     flip: Chance = 0.5
     """Probability of a horizontal flip."""
     blur: Literal["auto"] | bool = "auto"
-    """Whether views are blurred as often as `first` and `second` say, or never; auto: for views of more than 64 pixels
-    (SimCLR, appendix B.9, and what followed it leave CIFAR's pictures sharp)."""
+    """Whether views are blurred, as often as `first` and `second` say. auto: only views of more than 64 pixels (SimCLR,
+    appendix B.9, does not blur CIFAR's images)."""
     first: ColorConfig = ColorConfig()
-    """Colours of the first view."""
+    """Color augmentation of the first view."""
     second: ColorConfig = ColorConfig()
-    """Colours of the second view."""
+    """Color augmentation of the second view."""
 
     @model_validator(mode="after")
     def _ordered(self) -> TwoViewsConfig:
@@ -70,7 +70,7 @@ class TwoViewsConfig(TaskConfig):
 
 
 class TwoViews:
-    """Two crops of one picture, drawn apart, each with colours of its own."""
+    """Two crops of one image, drawn apart, each with colors of its own."""
 
     def __init__(self, config: TwoViewsConfig, size: tuple[int, int]) -> None:
         self.crop = RandomCrop(
@@ -80,9 +80,9 @@ class TwoViews:
         sharp = {} if blurred else {"blur": 0.0}
         self.colors = [Colors(colors.model_copy(update=sharp)) for colors in (config.first, config.second)]
 
-    def __call__(self, picture: Tensor) -> dict[str, Tensor]:
+    def __call__(self, image: Tensor) -> dict[str, Tensor]:
         """uint8 (3, H, W) of any size → ``views``, uint8 (2, 3, h, w)."""
-        return {"views": torch.stack([colors(self.crop(picture).image) for colors in self.colors])}
+        return {"views": torch.stack([colors(self.crop(image).image) for colors in self.colors])}
 
 
 class TwoViewTask(PretextTask):
@@ -103,18 +103,18 @@ class TwoViewTask(PretextTask):
         return TwoViews(config, backbone.input_size)
 
     def pair(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """``views`` uint8 (B, 2, 3, h, w) → the first and the second views, normalised (B, 3, h, w) each.
+        """``views`` uint8 (B, 2, 3, h, w) → the first and the second views, normalized (B, 3, h, w) each.
 
-        Raises ConfigError for a single picture: batch norm and the losses need others beside it.
+        Raises ConfigError for a single image: batch norm and the losses need others beside it.
         """
         first, second = batch["views"].unbind(1)
         if len(first) < 2:
             name = type(self).__name__
-            raise ConfigError(f"batch_size: {name} got 1 picture; give at least 2 to each process and micro-step")
+            raise ConfigError(f"batch_size: {name} got 1 image; give at least 2 to each process and micro-step")
         return self.backbone.normalize(first), self.backbone.normalize(second)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Normalised (B, 3, h, w) → projections (B, D)."""
+        """Normalized (B, 3, h, w) → projections (B, D)."""
         projections: Tensor = self.projector(self.backbone(images))
         return projections
 
@@ -125,9 +125,9 @@ class TwoViewTask(PretextTask):
 
     @torch.no_grad()
     def visualize(self, batch: Batch) -> dict[str, Tensor]:
-        """``views``: a row per picture (the first 8): both views, and the second view that lies nearest to the first.
+        """``views``: a row per image (the first 8): both views, and the second view that lies nearest to the first.
 
-        The frame of the last one is green where that is the picture's own, red where it is another's.
+        The frame of the last one is green where that is the image's own, red where it is another's.
         """
         views = batch["views"][:_SHOWN]
         with modes_kept(self):
@@ -138,9 +138,9 @@ class TwoViewTask(PretextTask):
         found = (first @ second.T).argmax(1)
         right = found == torch.arange(len(views), device=found.device)
         tiles = enlarged(torch.stack([views[:, 0], views[:, 1], views[found, 1]], 1).cpu())  # (B, 3 columns, 3, h, w)
-        for row, verdict in zip(tiles, right.tolist(), strict=True):
+        for row, summary in zip(tiles, right.tolist(), strict=True):
             inner = row[2, :, _FRAME:-_FRAME, _FRAME:-_FRAME]  # the frame covers the edge: all tiles have one size
-            row[2] = framed(inner, _FRAME, RIGHT if verdict else WRONG)
+            row[2] = framed(inner, _FRAME, RIGHT if summary else WRONG)
         return {"views": tiled(tiles.flatten(0, 1), 3)}
 
 

@@ -1,4 +1,4 @@
-"""VICReg: the two views agree, each channel varies over pictures, and no two channels say the same.
+"""VICReg: the two views agree, each channel varies over images, and no two channels say the same.
 
 Bardes, Ponce, LeCun: VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning, ICLR 2022,
 arXiv 2105.04906; repository github.com/facebookresearch/vicreg. The loss is lightly's. Each view passes through the
@@ -18,7 +18,7 @@ from torch import nn
 from unlabeled.pretext.common.precision import widened
 from unlabeled.pretext.two_views.two_views import FirstColors, SecondColors, TwoViewsConfig, TwoViewTask, exactly
 from unlabeled.ssl.backbones.backbone import Backbone
-from unlabeled.ssl.task import Batch, Recipe, StepOutput, TaskConfig
+from unlabeled.ssl.task import Batch, Paper, Recipe, StepOutput, TaskConfig
 from unlabeled.ssl.train.collapse import DEVIATION
 
 
@@ -26,27 +26,36 @@ class VICRegConfig(TwoViewsConfig):
     """Settings of VICReg; the defaults are the paper's."""
 
     invariance_weight: float = Field(25.0, ge=0)
-    """Of the mean squared difference of the two views."""
+    """Weight of the mean squared difference between the two views."""
     variance_weight: float = Field(25.0, ge=0)
-    """Of the hinge that keeps each channel's standard deviation at 1 or above; without it features collapse."""
+    """Weight of the hinge loss that keeps the standard deviation of each feature at 1 or above; without it, features
+    collapse."""
     covariance_weight: float = Field(1.0, ge=0)
-    """Of the squared covariances of different channels."""
+    """Weight of the squared covariances between features."""
     hidden: int = Field(8192, ge=1)
-    """Width of the expander's two hidden layers."""
+    """Width of the expander's two hidden layers. [channels]"""
     dim: int = Field(8192, ge=1)
-    """Channels of the projections that are compared."""
+    """Width of the projections that the loss compares. [channels]"""
     first: FirstColors = FirstColors()
     second: SecondColors = SecondColors()
 
 
 class VICReg(TwoViewTask):
-    """Three terms on the projections of both views; variance and covariance are those of all ranks' pictures.
+    """Makes two views agree, while each feature varies over images and features stay uncorrelated.
+
+    Variance and covariance are those of all ranks' images.
 
     lightly's gather passes on the gradients of all ranks' losses, and DDP takes the mean over ranks: together the exact
     gradient of one process with the whole batch.
     """
 
     Config: ClassVar[type[TaskConfig]] = VICRegConfig
+    paper = Paper(
+        "VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning",
+        2022,
+        "https://arxiv.org/abs/2105.04906",
+    )
+    good_for = "frozen features without negatives or a teacher; its loss terms show why a run fails"
     recipe: ClassVar[Recipe] = {
         "optim": {
             "name": "lars",
@@ -61,7 +70,7 @@ class VICReg(TwoViewTask):
     """VICReg (Bardes et al., ICLR 2022, arXiv 2105.04906): the published recipe, 100 or 1000 epochs of batches of
     2048."""
     small_settings: ClassVar[dict[str, Any]] = {"hidden": 64, "dim": 32}
-    per_picture: ClassVar[bool] = False
+    per_image: ClassVar[bool] = False
     collapse_remedy: ClassVar[str] = "raise task.variance_weight, or lower optim.lr"
     config: VICRegConfig
 

@@ -19,9 +19,9 @@ from unlabeled.report.figures.style import (
     ACCENT,
     CARD,
     INK,
-    LOOKS,
     SOFT,
     STYLE,
+    STYLES,
     WIDTH,
     drawing,
     legend,
@@ -41,20 +41,20 @@ def comparison_figure(comparisons: Sequence[Comparison]) -> Markup:
     rows = [(c, name) for c in quoted for name in c.values]
     with mpl.rc_context(STYLE):
         figure, axes = drawing(0.5 + 0.3 * len(rows))
-        places = [-row - 0.6 * quoted.index(comparison) for row, (comparison, _) in enumerate(rows)]
-        for place, (comparison, name) in zip(places, rows, strict=True):
+        positions = [-row - 0.6 * quoted.index(comparison) for row, (comparison, _) in enumerate(rows)]
+        for position, (comparison, name) in zip(positions, rows, strict=True):
             estimate, color = comparison.values[name], ACCENT if name == "backbone" else SOFT
-            axes.plot([estimate.low, estimate.high], [place, place], color=color)
-            axes.plot([estimate.value], [place], "o", color=color, markersize=6)
+            axes.plot([estimate.low, estimate.high], [position, position], color=color)
+            axes.plot([estimate.value], [position], "o", color=color, markersize=6)
             axes.annotate(
-                f"{percent(estimate.value)} %", (estimate.high, place), (6, 0), textcoords="offset points",
+                f"{percent(estimate.value)} %", (estimate.high, position), (6, 0), textcoords="offset points",
                 va="center", fontsize=8.5, color=INK if name == "backbone" else SOFT,
             )  # fmt: skip
-        axes.set_yticks(places, [f"{c.label}: {TITLES.get(name, name)}" for c, name in rows])
+        axes.set_yticks(positions, [f"{c.label}: {TITLES.get(name, name)}" for c, name in rows])
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.grid(axis="y", visible=False)
-        axes.set_ylim(min(places) - 0.6, 0.6)
+        axes.set_ylim(min(positions) - 0.6, 0.6)
         axes.margins(x=0.16)
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
         axes.xaxis.set_major_locator(MaxNLocator(4))
@@ -106,7 +106,7 @@ def prefix_figure(rows: Sequence[Comparison], dimensions: Mapping[str, int], tit
             label = TITLES.get(name, name) + (", PCA" if principal else "")
             _line(axes, points, name, label=label, **({"markerfacecolor": CARD, "alpha": 0.75} if principal else {}))
         if pixels is not None:
-            axes.axhline(pixels.value, label=TITLES["pixels"], **{**LOOKS["pixels"], "marker": None})
+            axes.axhline(pixels.value, label=TITLES["pixels"], **{**STYLES["pixels"], "marker": None})
         _numbered(axes, sorted({x for points in lines.values() for x, _ in points}))
         axes.set_xlabel("number of features")
         percent_axis(axes)
@@ -121,15 +121,15 @@ def class_figure(shares: Mapping[str, npt.NDArray[np.float64]], classes: Sequenc
             figure, axes = drawing(2.6)
             for name, share in shares.items():
                 values = np.sort(share[np.isfinite(share)])[::-1]
-                look = {**LOOKS.get(name, {"color": SOFT}), "marker": None}
-                axes.plot(np.arange(1, len(values) + 1), values, label=TITLES.get(name, name), **look)
+                style = {**STYLES.get(name, {"color": SOFT}), "marker": None}
+                axes.plot(np.arange(1, len(values) + 1), values, label=TITLES.get(name, name), **style)
             axes.set_xlabel("classes, best first")
             percent_axis(axes)
         else:
             figure, axes = drawing(0.7 + 0.22 * len(classes))
             for name, share in shares.items():
-                look = {**LOOKS.get(name, {"color": SOFT}), "linestyle": ""}
-                axes.plot(share, np.arange(len(share)), label=TITLES.get(name, name), **look)
+                style = {**STYLES.get(name, {"color": SOFT}), "linestyle": ""}
+                axes.plot(share, np.arange(len(share)), label=TITLES.get(name, name), **style)
             axes.set_yticks(np.arange(len(classes)), [short(name) for name in classes])
             axes.set_ylim(len(classes) - 0.5, -0.5)
             axes.tick_params(axis="y", length=0)
@@ -139,23 +139,23 @@ def class_figure(shares: Mapping[str, npt.NDArray[np.float64]], classes: Sequenc
         return svg(figure, label)
 
 
-def _line(axes: Axes, points: Sequence[tuple[float, Estimate]], name: str, **look: Any) -> None:
+def _line(axes: Axes, points: Sequence[tuple[float, Estimate]], name: str, **style: Any) -> None:
     """One encoder's values with their intervals."""
     xs, ys = [x for x, _ in points], [one.value for _, one in points]
-    look = {"label": TITLES.get(name, name), **LOOKS.get(name, {"color": SOFT}), **look}
-    axes.plot(xs, ys, **look)
+    style = {"label": TITLES.get(name, name), **STYLES.get(name, {"color": SOFT}), **style}
+    axes.plot(xs, ys, **style)
     for x, one in points:
-        axes.plot([x, x], [one.low, one.high], color=look["color"], linewidth=0.9, alpha=0.5)
+        axes.plot([x, x], [one.low, one.high], color=style["color"], linewidth=0.9, alpha=0.5)
 
 
-def _numbered(axes: Axes, places: Sequence[float]) -> None:
+def _numbered(axes: Axes, positions: Sequence[float]) -> None:
     """Ticks at the places that were measured, on a log scale where they spread over more than a factor of eight."""
-    if min(places) > 0 and max(places) > 8 * min(places):
+    if min(positions) > 0 and max(positions) > 8 * min(positions):
         axes.set_xscale("log")
-    elif max(places) > min(places):
-        edge = 0.06 * (max(places) - min(places))
-        axes.set_xlim(min(places) - edge, max(places) + edge)
-    axes.xaxis.set_major_locator(FixedLocator(list(places)))
+    elif max(positions) > min(positions):
+        edge = 0.06 * (max(positions) - min(positions))
+        axes.set_xlim(min(positions) - edge, max(positions) + edge)
+    axes.xaxis.set_major_locator(FixedLocator(list(positions)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())

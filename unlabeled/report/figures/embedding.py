@@ -12,14 +12,14 @@ from unlabeled.eval.embedding import Embedding
 from unlabeled.report.figures.style import KINDS, SOFT, STYLE, WIDTH, drawing, legend, short, svg
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">")
-"""Shapes beside the colours, for eyes and printers that do not tell colours apart."""
+"""Shapes beside the colors, for eyes and printers that do not tell colors apart."""
 
 _LEGEND = 0.5
 """Inches below the points."""
 
 
 def embedding_figure(embedding: Embedding, classes: Sequence[str]) -> Markup:
-    """Points of test pictures; the ten commonest classes have colours and shapes, others are small and grey."""
+    """Points of test images; the ten commonest classes have colors and shapes, others are small and gray."""
     points, labels = embedding.points, embedding.labels
     counts = np.bincount(labels, minlength=len(classes))
     shown = [int(one) for one in np.argsort(-counts, kind="stable")[: len(KINDS)] if counts[one]]
@@ -40,4 +40,4 @@ def embedding_figure(embedding: Embedding, classes: Sequence[str]) -> Markup:
         axes.spines[["left", "bottom"]].set_visible(False)
         axes.set_aspect("equal", "datalim")
         legend(figure, axes, loc="outside lower center", ncols=4, columnspacing=1.2, handletextpad=0.2)
-        return svg(figure, f"Map of {len(points)} test pictures by their features, coloured by class")
+        return svg(figure, f"Map of {len(points)} test images by their features, colored by class")

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from unlabeled.eval.base import Estimate
 from unlabeled.eval.comparison import Comparison, measures
-from unlabeled.eval.results import Evidence, of_evaluator
+from unlabeled.eval.results import Results, of_evaluator
 from unlabeled.report.figures.accuracy import class_figure, prefix_figure, series_figure
 from unlabeled.report.figures.matrices import confusion_figure, heat_figure, spectrum_figure
 from unlabeled.report.sections import Series, find_series, is_per_class, per_class
@@ -27,14 +27,14 @@ _LAYERS = {
 }
 
 
-def evaluator_figures(evidence: Evidence) -> dict[str, list[Figure]]:
+def evaluator_figures(results: Results) -> dict[str, list[Figure]]:
     """Evaluator → its figures: curves over a number, over the number of features, and of the arrays in `_arrays`."""
-    rows = measures(evidence)
+    rows = measures(results)
     found = {}
-    for name, judge in evidence.judges.items():
+    for name, evaluator in results.evaluators.items():
         own = [row for row in rows if row.evaluator == name]
-        arrays = _arrays(judge.title, _arrays_of(name, evidence), evidence.classes)
-        found[name] = [*_curves(judge.title, own), *_prefixes(own, evidence), *arrays]
+        arrays = _arrays(evaluator.title, _arrays_of(name, results), results.classes)
+        found[name] = [*_curves(evaluator.title, own), *_prefixes(own, results), *arrays]
     return found
 
 
@@ -48,21 +48,21 @@ def _curves(of: str, rows: Sequence[Comparison]) -> Iterator[Figure]:
         yield title, series_figure(together, title)
 
 
-def _prefixes(rows: Sequence[Comparison], evidence: Evidence) -> Iterator[Figure]:
+def _prefixes(rows: Sequence[Comparison], results: Results) -> Iterator[Figure]:
     """Of the measures to quote; of an evaluator without one, of its first that is a fraction."""
     rows = [row for row in rows if row.unit != "number"]
     cut = list(dict.fromkeys(row.whole for row in rows if row.cut is not None))
     headline = {row.whole for row in rows if row.headline}
-    dimensions = {encoder: found.dimension for encoder, found in evidence.encoders.items()}
+    dimensions = {encoder: found.dimension for encoder, found in results.encoders.items()}
     for label in [label for label in cut if label in headline] or cut[:1]:
         title = f"{label}, by number of features"
         if figure := prefix_figure([row for row in rows if row.whole == label], dimensions, title):
             yield title, figure
 
 
-def _arrays_of(name: str, evidence: Evidence) -> Arrays:
+def _arrays_of(name: str, results: Results) -> Arrays:
     found = Arrays()
-    for encoder, one in evidence.encoders.items():
+    for encoder, one in results.encoders.items():
         for key, array in of_evaluator(name, one.arrays).items():
             found.setdefault(key, {})[encoder] = array
     return found

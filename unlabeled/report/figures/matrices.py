@@ -18,10 +18,10 @@ from unlabeled.report.figures.style import (
     ACCENT,
     CARD,
     INK,
-    LOOKS,
     PIXEL,
     SOFT,
     STYLE,
+    STYLES,
     WIDTH,
     drawing,
     legend,
@@ -91,8 +91,8 @@ def spectrum_figure(spectra: Mapping[str, npt.NDArray[Any]], label: str) -> Mark
             if len(values):
                 part = values / values[0]
                 part = part[part > 10.0**-_DECADES]
-                look = {**LOOKS.get(name, {"color": SOFT}), "marker": None if len(part) > 1 else "o"}
-                axes.plot(np.arange(1, len(part) + 1), part, label=TITLES.get(name, name), **look)
+                style = {**STYLES.get(name, {"color": SOFT}), "marker": None if len(part) > 1 else "o"}
+                axes.plot(np.arange(1, len(part) + 1), part, label=TITLES.get(name, name), **style)
         if not axes.lines:
             return None
         axes.set(xscale="log", yscale="log", xlabel="rank", ylabel="singular value / largest")

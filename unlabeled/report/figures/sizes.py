@@ -35,13 +35,13 @@ def size_figure(curve: SizeCurve, metric: str) -> Markup:
         for result in measured if few else ():
             color, ends = (
                 INK if result.kind == "alone" else ACCENT,
-                wilson(result.metrics[metric], curve.test_pictures),
+                wilson(result.metrics[metric], curve.test_images),
             )
             above.plot([result.parameters] * 2, ends, color=color, linewidth=0.9, alpha=0.6)
         if twins:
             xs, ys = [one.parameters for one in twins], [one.random[metric] for one in twins]
-            look: Any = {"marker": "o", "markersize": 3.5, "markerfacecolor": CARD} if few else {}
-            below.plot(xs, ys, "--", color=SOFT, linewidth=1.1, label="random weights", **look)
+            style: Any = {"marker": "o", "markersize": 3.5, "markerfacecolor": CARD} if few else {}
+            below.plot(xs, ys, "--", color=SOFT, linewidth=1.1, label="random weights", **style)
         if metric in curve.pixels:
             below.axhline(curve.pixels[metric], color=SOFT, linestyle=(0, (1, 2)), linewidth=1.2, label="raw pixels")
         figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8, labelcolor=SOFT)
@@ -74,9 +74,11 @@ def _size_axes(
     return axes[0], last
 
 
-def _points(axes: Axes, results: Sequence[SizeResult], metric: str, label: str, **look: Any) -> None:
+def _points(axes: Axes, results: Sequence[SizeResult], metric: str, label: str, **style: Any) -> None:
     if results:
         xs, ys = [result.parameters for result in results], [result.metrics[metric] for result in results]
         axes.plot(
-            xs, ys, **{"marker": "o", "linestyle": "", "markersize": 4.5, "color": ACCENT, "label": label, **look}
+            xs,
+            ys,
+            **{"marker": "o", "linestyle": "", "markersize": 4.5, "color": ACCENT, "label": label, **style},
         )

@@ -1,6 +1,6 @@
-"""How the report's figures look: SVG drawn by matplotlib without its global state, in the page's own colours and font.
+"""How the report's figures look: SVG drawn by matplotlib without its global state, in the page's own colors and font.
 
-Figures are drawn in stand-in colours, which the SVG text then replaces by the page's CSS variables, so that they follow
+Figures are drawn in stand-in colors, which the SVG text then replaces by the page's CSS variables, so that they follow
 light and dark; text stays text.
 """
 
@@ -23,7 +23,7 @@ INK, SOFT, LINE, ACCENT, CARD = "#010101", "#020202", "#030303", "#040404", "#05
 KINDS = tuple(f"#0600{number:02x}" for number in range(10))
 """Of classes: as many as can be told apart; ``--kind0`` to ``--kind9`` of the page."""
 PIXEL = "#2a9d95"
-"""Of pixels, which CSS cannot recolour: near the accent, and visible on light and on dark."""
+"""Of pixels, which CSS cannot recolor: near the accent, and visible on light and on dark."""
 _VARIABLES = {
     INK: "var(--ink)", SOFT: "var(--soft)", LINE: "var(--line)", ACCENT: "var(--accent)", CARD: "var(--card)",
     **{color: f"var(--kind{number})" for number, color in enumerate(KINDS)},
@@ -55,7 +55,7 @@ WIDTH = 4.4
 """Inches; a figure is as wide as a phone, so that its text needs no shrinking there."""
 _NAME = 14
 
-LOOKS: dict[str, dict[str, Any]] = {
+STYLES: dict[str, dict[str, Any]] = {
     "backbone": {"color": ACCENT, "marker": "o", "markersize": 4, "zorder": 3},
     "pixels": {"color": SOFT, "linestyle": (0, (1, 2)), "marker": "s", "markersize": 3, "linewidth": 1.2},
     "random": {"color": SOFT, "linestyle": "--", "marker": "D", "markersize": 3, "linewidth": 1.1},
@@ -82,7 +82,7 @@ def percent_axis(axes: Axes, ticks: int = 5) -> None:
 
 
 def svg(figure: Figure, label: str) -> Markup:
-    """The figure as an SVG element that takes its colours and font from the page and its width from its place.
+    """The figure as an SVG element that takes its colors and font from the page and its width from its place.
 
     `label` says to those who cannot see it what it shows; of two figures of a page it must differ.
     """

@@ -75,7 +75,7 @@ def _is_number(value: Any) -> bool:
 def _thinned(
     xs: npt.NDArray[np.float64], ys: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """At most `_POINTS` points, means of neighbouring ones."""
+    """At most `_POINTS` points, means of neighboring ones."""
     if len(xs) <= _POINTS:
         return xs, ys
     parts = np.array_split(np.arange(len(xs)), _POINTS)
@@ -83,7 +83,7 @@ def _thinned(
 
 
 def _rolling(values: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.float64]:
-    """Centred moving mean over `width` values, over fewer at the ends."""
+    """Centered moving mean over `width` values, over fewer at the ends."""
     kernel = np.ones(width)
     mean: npt.NDArray[np.float64] = np.convolve(values, kernel, "same") / np.convolve(
         np.ones_like(values), kernel, "same"

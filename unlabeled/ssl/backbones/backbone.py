@@ -23,21 +23,21 @@ from unlabeled.ssl.core.errors import (
     CapabilityError,
     CheckpointError,
     ConfigError,
-    LacksCapabilityError,
+    MissingCapabilityError,
     first_line,
     nearest,
 )
 from unlabeled.ssl.core.plain import class_path
 
-__all__ = ["CAPABILITIES", "CUSTOM", "Backbone", "Stage", "block_layers", "create_backbone"]
+__all__ = ["CAPABILITIES", "CUSTOM", "Backbone", "FeatureStage", "block_layers", "create_backbone"]
 
 CAPABILITIES: dict[str, str] = {
-    "pooled": "unlabeled.ssl.backbones.backbone:_lacks_pooled",
-    "dense_map": "unlabeled.ssl.backbones.backbone:_lacks_dense_map",
-    "token_dropping": "unlabeled.ssl.backbones.masked.tokens:lacks_token_dropping",
-    "masked_stages": "unlabeled.ssl.backbones.masked.stages:lacks_masked_stages",
-    "sparse_convs": "unlabeled.ssl.backbones.masked.sparse:lacks_sparse_convs",
-    "elastic": "unlabeled.ssl.backbones.elastic:lacks_elastic",
+    "pooled": "unlabeled.ssl.backbones.backbone:_pooled_missing_reason",
+    "dense_map": "unlabeled.ssl.backbones.backbone:_dense_map_missing_reason",
+    "token_dropping": "unlabeled.ssl.backbones.masked.tokens:token_dropping_missing_reason",
+    "masked_stages": "unlabeled.ssl.backbones.masked.stages:masked_stages_missing_reason",
+    "sparse_convs": "unlabeled.ssl.backbones.masked.sparse:sparse_convs_missing_reason",
+    "elastic": "unlabeled.ssl.backbones.elastic:elastic_missing_reason",
 }
 """Capability → ``"module:function"``; the function takes a Backbone and says in a few words why it lacks it."""
 
@@ -47,7 +47,7 @@ _USUAL_STRIDE = 32
 """Pixels per place of the last map, where a network has no maps to measure."""
 
 
-class Stage(NamedTuple):
+class FeatureStage(NamedTuple):
     """One level of a backbone's feature maps."""
 
     channels: int
@@ -100,7 +100,7 @@ class Backbone(nn.Module):
         self.std = _statistics("std", data["std"] if std is None else std)
         self._shapes = _measure(model, self.name, self.input_size, self.custom)
         self.embed_dim: int = self._shapes.pooled[0]
-        self.stages: list[Stage] = _stages(model, self._shapes, self.input_size)
+        self.stages: list[FeatureStage] = _stages(model, self._shapes, self.input_size)
         self.depth = count_blocks(name for name, _ in model.named_parameters())
         # in a tuple, so that it is no part of this module; before a task changes the network
         self._outline: tuple[nn.Module, ...] = (outline(model),) if self.custom else ()
@@ -108,24 +108,24 @@ class Backbone(nn.Module):
         self.register_buffer("_std", torch.tensor(self.std).view(1, -1, 1, 1), persistent=False)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 or 0..1 float (B, 3, H, W) → normalised float32 (B, 3, H, W), on the images' device."""
+        """uint8 or 0..1 float (B, 3, H, W) → normalized float32 (B, 3, H, W), on the images' device."""
         scaled = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         return (scaled - cast(Tensor, self._mean)) / cast(Tensor, self._std)
 
     def set_statistics(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        """Normalises with `mean` and `std` of 0..1 values from here on."""
+        """Normalizes with `mean` and `std` of 0..1 values from here on."""
         self.mean, self.std = mean, std
         cast(Tensor, self._mean).copy_(torch.tensor(mean).view(1, -1, 1, 1))
         cast(Tensor, self._std).copy_(torch.tensor(std).view(1, -1, 1, 1))
 
     def pooled(self, x: Tensor) -> Tensor:
-        """Normalised (B, 3, H, W) → (B, embed_dim), as timm's ``forward_head(..., pre_logits=True)`` gives it."""
+        """Normalized (B, 3, H, W) → (B, embed_dim), as timm's ``forward_head(..., pre_logits=True)`` gives it."""
         model = cast(Any, self.model)
         features: Tensor = model.forward_head(model.forward_features(x), pre_logits=True)
         return features.flatten(1)
 
     def map(self, x: Tensor) -> Tensor:
-        """Normalised (B, 3, H, W) → (B, C, H', W'), the last feature map."""
+        """Normalized (B, 3, H, W) → (B, C, H', W'), the last feature map."""
         return self.maps(x, [-1])[0]
 
     def maps(self, x: Tensor, indices: Iterable[int]) -> list[Tensor]:
@@ -137,18 +137,18 @@ class Backbone(nn.Module):
         count = len(self.stages)
         if missing := [index for index in asked if not -count <= index < count]:
             raise CapabilityError(f"backbone: {self.name} has {count} feature maps; there is no number {missing[0]}")
-        places = [index % count for index in asked]
-        ascending = sorted(set(places))  # timm gives them in the order of the network
+        positions = [index % count for index in asked]
+        ascending = sorted(set(positions))  # timm gives them in the order of the network
         found: list[Tensor] = cast(Any, self.model).forward_intermediates(
             x, indices=ascending, output_fmt="NCHW", intermediates_only=True
         )
-        return [found[ascending.index(place)] for place in places]
+        return [found[ascending.index(position)] for position in positions]
 
     def forward(self, x: Tensor) -> Tensor:
         """Same as `pooled`."""
         return self.pooled(x)
 
-    def lacks(self, capability: str) -> str | None:
+    def missing_reason(self, capability: str) -> str | None:
         """Why this backbone lacks `capability`, in a few words; None when it has it."""
         if capability not in CAPABILITIES:
             raise CapabilityError(f"capability: {capability!r} is unknown; {nearest(capability, CAPABILITIES)}")
@@ -156,21 +156,27 @@ class Backbone(nn.Module):
         reason: str | None = getattr(importlib.import_module(module), function)(self)
         return reason
 
+    def lacks(self, capability: str) -> str | None:
+        """The old name of `missing_reason`."""
+        return self.missing_reason(capability)
+
     def require(self, capabilities: Iterable[str], *, task: str) -> None:
         """Raises LacksCapabilityError naming the backbone, the task and what is missing."""
         for capability in sorted(capabilities):
-            if (reason := self.lacks(capability)) is not None:
-                raise LacksCapabilityError(f"backbone: {self.name} cannot do {task}: it lacks {capability} ({reason})")
+            if (reason := self.missing_reason(capability)) is not None:
+                raise MissingCapabilityError(
+                    f"backbone: {self.name} cannot do {task}: it lacks {capability} ({reason})"
+                )
 
     def size_step(self) -> tuple[int, int]:
-        """Multiples (h, w) that sides of pictures should be: of the total stride of the maps, and of the patch."""
+        """Multiples (h, w) that sides of images should be: of the total stride of the maps, and of the patch."""
         embed = getattr(self.model, "patch_embed", None)
         patch = embed.patch_size if isinstance(embed, PatchEmbed) else (1, 1)
         stride = max((stage.stride for stage in self.stages), default=_USUAL_STRIDE)
         return math.lcm(stride, int(patch[0])), math.lcm(stride, int(patch[1]))
 
     def refuses(self, size: tuple[int, int]) -> str | None:
-        """Why the network, built for `input_size`, cannot take pictures of `size`; None when it can."""
+        """Why the network, built for `input_size`, cannot take images of `size`; None when it can."""
         try:
             shapes = probe_shapes(self.model, size)
         except Exception as error:  # whatever its forward raises
@@ -183,7 +189,7 @@ class Backbone(nn.Module):
         return dict(zip((f"model.{name}" for name in names), block_layers(names), strict=True))
 
     def twin(self) -> Backbone:
-        """The same architecture with fresh random weights and the same statistics of the pictures.
+        """The same architecture with fresh random weights and the same statistics of the images.
 
         A module without a timm name is drawn by its layers' own ``reset_parameters``. Raises ConfigError when that
         leaves some of its parameters out.
@@ -209,8 +215,8 @@ class Backbone(nn.Module):
 
     def reached_by_maps(self, indices: Iterable[int]) -> set[str]:
         """Names of the parameters (relative to this module) that the feature maps `indices` depend on."""
-        places = sorted({index % len(self.stages) for index in indices})
-        return {f"model.{name}" for name in reached_by_maps(self.model, self.input_size, places)}
+        positions = sorted({index % len(self.stages) for index in indices})
+        return {f"model.{name}" for name in reached_by_maps(self.model, self.input_size, positions)}
 
 
 def create_backbone(
@@ -228,7 +234,7 @@ def create_backbone(
     if not timm.is_model(name.split(".")[0]):
         raise ConfigError(f"backbone.name: {name!r} is not a timm model; {nearest(name, timm.list_models())}")
     if kwargs.get("in_chans", 3) != 3:
-        raise ConfigError(f"backbone.kwargs.in_chans: {kwargs['in_chans']} is not possible; pictures are RGB, give 3")
+        raise ConfigError(f"backbone.kwargs.in_chans: {kwargs['in_chans']} is not possible; images are RGB, give 3")
     pixels = _pixels(size)
     own = _pixels(kwargs.get("img_size"))
     if pixels and own and pixels != own:
@@ -302,7 +308,7 @@ def _measure(model: nn.Module, name: str, size: tuple[int, int], custom: bool) -
     shown = f"{size[0]}x{size[1]}"
     patches = getattr(model, "patch_embed", None)
     if isinstance(patches, PatchEmbed) and not patches.dynamic_img_pad:
-        # timm would cut off the rest of the picture without a word
+        # timm would cut off the rest of the image without a word
         for pixels, patch in zip(size, cast(tuple[int, int], patches.patch_size), strict=True):
             if pixels % patch:
                 near = " or ".join(str(patch * n) for n in (pixels // patch, pixels // patch + 1) if n)
@@ -312,15 +318,15 @@ def _measure(model: nn.Module, name: str, size: tuple[int, int], custom: bool) -
     except Exception as error:  # whatever a network's forward raises: it is told in one line, with its cause
         if custom:
             raise ConfigError(
-                f"backbone: {name} fails on a picture of 3x{shown} ({first_line(error)}); give the size that it takes, "
+                f"backbone: {name} fails on an image of 3x{shown} ({first_line(error)}); give the size that it takes, "
                 "as unlabeled.Backbone(module, size=(h, w)), or mend its forward_features and forward_head"
             ) from error
         raise ConfigError(
-            f"backbone.size: {name} cannot take pictures of {shown} ({first_line(error)}); give another backbone.size"
+            f"backbone.size: {name} cannot take images of {shown} ({first_line(error)}); give another backbone.size"
         ) from error
 
 
-def _stages(model: nn.Module, shapes: Shapes, size: tuple[int, int]) -> list[Stage]:
+def _stages(model: nn.Module, shapes: Shapes, size: tuple[int, int]) -> list[FeatureStage]:
     """Channels and stride of each map: the stated stride, unless the map is far from the size that it implies."""
     if shapes.maps is None or not all(len(shape) == 3 for shape in shapes.maps):
         return []
@@ -332,7 +338,7 @@ def _stages(model: nn.Module, shapes: Shapes, size: tuple[int, int]) -> list[Sta
         stride = stated[position] if len(stated) == len(shapes.maps) else measured
         # maps of networks without padding are up to four places smaller than their stride implies
         near = abs(size[0] / stride - height) <= max(4.0, 0.25 * height)
-        stages.append(Stage(channels, stride if near else measured))
+        stages.append(FeatureStage(channels, stride if near else measured))
     return stages
 
 
@@ -349,14 +355,14 @@ def _pixels(size: Any) -> tuple[int, int] | None:
     return height, width
 
 
-def _lacks_pooled(backbone: Backbone) -> str | None:
+def _pooled_missing_reason(backbone: Backbone) -> str | None:
     shape = backbone._shapes.pooled
     if all(length == 1 for length in shape[1:]):
         return None
-    return f"its head does not pool but gives {tuple(shape)} for a picture"
+    return f"its head does not pool but gives {tuple(shape)} for an image"
 
 
-def _lacks_dense_map(backbone: Backbone) -> str | None:
+def _dense_map_missing_reason(backbone: Backbone) -> str | None:
     if backbone.stages:
         return None
     maps = backbone._shapes.maps

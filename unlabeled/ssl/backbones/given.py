@@ -30,22 +30,22 @@ _LAZY = (UninitializedParameter, UninitializedBuffer)
 log = logging.getLogger(__name__)
 
 
-def adopt(given: nn.Module, *, beside: str | Path | None = None) -> Backbone:
+def adopt(given: nn.Module, *, alongside: str | Path | None = None) -> Backbone:
     """A copy of `given`, an ``nn.Module`` with timm's surface or a `Backbone`, on the CPU and ready to be trained.
 
-    `beside`: an export whose weights a bare module is to receive; it then sees pictures of the size that is named
+    `alongside`: an export whose weights a bare module is to receive; it then sees images of the size that is named
     there. Raises CapabilityError, in one line, for a module that cannot be trained or copied, ConfigError for one that
-    does not take pictures of its size.
+    does not take images of its size.
     """
     backbone = given if isinstance(given, Backbone) else None
     model = getattr(given, "_orig_mod", given) if backbone is None else backbone.model  # what torch.compile wraps
     name = type(model).__name__ if backbone is None else backbone.name
     _check_tensors(model, name)
     if backbone is None:
-        described = describe(beside) if beside is not None and export_files(beside)[1].is_file() else None
+        described = describe(alongside) if alongside is not None and export_files(alongside)[1].is_file() else None
         size, mean, std = (described.size, described.mean, described.std) if described else (None, None, None)
         backbone = Backbone(model, size=size, mean=mean, std=std)
-        log.info("backbone: %s as it is given, on pictures of %dx%d", name, *backbone.input_size)
+        log.info("backbone: %s as it is given, on images of %dx%d", name, *backbone.input_size)
     try:
         own = copy.deepcopy(backbone)
     except Exception as error:  # __deepcopy__ and __reduce__ raise whatever they like
@@ -59,11 +59,11 @@ def load_into(given: nn.Module, path: str | Path) -> Backbone:
 
     Raises what `adopt` raises, and CheckpointError when the files are missing or do not fit the network.
     """
-    return fill_adopted(adopt(given, beside=path), path)
+    return fill_adopted(adopt(given, alongside=path), path)
 
 
 def fill_adopted(backbone: Backbone, path: str | Path) -> Backbone:
-    """`backbone` with the weights of the export at `path` and the statistics of the pictures that are named there."""
+    """`backbone` with the weights of the export at `path` and the statistics of the images that are named there."""
     described = describe(path)
     backbone.set_statistics(described.mean, described.std)
     fill_whole(backbone, path)
@@ -82,7 +82,7 @@ def record(backbone: Backbone) -> BackboneConfig:
 
 
 def fingerprint(backbone: Backbone) -> str:
-    """Hash of the names and shapes of all tensors, and of the size, mean and deviation of the pictures."""
+    """Hash of the names and shapes of all tensors, and of the size, mean and deviation of the images."""
     shapes = [(name, tuple(tensor.shape)) for name, tensor in backbone.model.state_dict().items()]
     seen = repr((shapes, backbone.input_size, backbone.mean, backbone.std))
     return hashlib.sha256(seen.encode()).hexdigest()[:16]
@@ -136,7 +136,7 @@ def _check_tensors(model: Any, name: str) -> None:
         return  # `Backbone` says so
     tensors = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
     if lazy := [key for key, tensor in tensors.items() if isinstance(tensor, _LAZY)]:
-        raise CapabilityError(f"backbone: {name} has no shape for {lazy[0]} yet; pass one picture through it first")
+        raise CapabilityError(f"backbone: {name} has no shape for {lazy[0]} yet; pass one image through it first")
     if empty := [key for key, tensor in tensors.items() if tensor.is_meta]:
         raise CapabilityError(f"backbone: {name} has no values for {empty[0]} (device meta); build it on the CPU")
     devices = sorted({str(tensor.device) for tensor in tensors.values()})

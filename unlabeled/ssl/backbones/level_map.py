@@ -18,11 +18,11 @@ class LevelMap:
     The last map is taken after the network's final norm, where the network can do that (transformers are trained with
     it). For any other map the network is run no further than it takes.
 
-    Attributes: `channels`, `grid` (places (gh, gw) for a picture of the backbone's own size).
+    Attributes: `channels`, `grid` (places (gh, gw) for an image of the backbone's own size).
     """
 
-    def __init__(self, backbone: Backbone, level: int, *, task: str, places: int = 1) -> None:
-        """`places`: how many the map must have along each side; `task`: who asks, for messages.
+    def __init__(self, backbone: Backbone, level: int, *, task: str, positions: int = 1) -> None:
+        """`positions`: how many the map must have along each side; `task`: who asks, for messages.
 
         Raises ConfigError for a level that the backbone does not have, CapabilityError for too few places.
         """
@@ -33,15 +33,15 @@ class LevelMap:
         self._options = _options(backbone, self.index)
         self.channels, *_ = _shape(backbone, self.index, self._options)
         self.grid = self.grid_of(backbone, backbone.input_size)
-        if min(self.grid) < places:
-            raise CapabilityError(_too_small(backbone, self, task, places))
+        if min(self.grid) < positions:
+            raise CapabilityError(_too_small(backbone, self, task, positions))
 
     def __call__(self, backbone: Backbone, images: Tensor) -> Tensor:
-        """Normalised (B, 3, H, W) → (B, channels, gh, gw), by the weights of `backbone`."""
+        """Normalized (B, 3, H, W) → (B, channels, gh, gw), by the weights of `backbone`."""
         return _map(backbone.model, images, self.index, self._options)
 
     def grid_of(self, backbone: Backbone, size: tuple[int, int]) -> tuple[int, int]:
-        """Places (gh, gw) of the map for pictures of `size` (h, w)."""
+        """Places (gh, gw) of the map for images of `size` (h, w)."""
         _, rows, columns = _shape(backbone, self.index, self._options, size)
         return rows, columns
 
@@ -79,22 +79,22 @@ def _options(backbone: Backbone, index: int) -> dict[str, bool]:
 def _shape(
     backbone: Backbone, index: int, options: dict[str, bool], size: tuple[int, int] | None = None
 ) -> tuple[int, int, int]:
-    """(C, gh, gw) of a map, for pictures of `size`, or of the backbone's own."""
+    """(C, gh, gw) of a map, for images of `size`, or of the backbone's own."""
     pixels = size or backbone.input_size
     shape = probed(backbone.model, pixels, lambda net, x: _map(net, x, index, options).shape)
     return shape[1], shape[2], shape[3]
 
 
-def _too_small(backbone: Backbone, found: LevelMap, task: str, places: int) -> str:
+def _too_small(backbone: Backbone, found: LevelMap, task: str, positions: int) -> str:
     """The message for a map of too few places, with the nearest one that has enough, if there is one."""
     count, size = len(backbone.stages), backbone.input_size
     remedies = ["a smaller backbone.kwargs.output_stride (if the network has that) or a larger backbone.size"]
     for index in range(found.index):
         _, rows, columns = _shape(backbone, index, {})
-        if min(rows, columns) >= places:
+        if min(rows, columns) >= positions:
             remedies[:-1] = [f"task.level={index - count} ({rows}x{columns})"]
     shown = f"{found.grid[0]}x{found.grid[1]} places at {size[0]}x{size[1]} pixels"
     return (
         f"backbone: {backbone.name} cannot do {task}: map {found.index - count} has {shown}, "
-        f"at least {places}x{places} are needed; set {', '.join(remedies)}"
+        f"at least {positions}x{positions} are needed; set {', '.join(remedies)}"
     )

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 
 _T = TypeVar("_T")
 _Results = Callable[[Any, Tensor], list[Tensor]]
-"""(network, picture) → what is read of it."""
+"""(network, image) → what is read of it."""
 
 
 _SMALL = 2**37
-"""Parameters times pixels of a picture up to which a real pass is the cheaper one: 32 million at 64x64."""
+"""Parameters times pixels of an image up to which a real pass is the cheaper one: 32 million at 64x64."""
 
 
 class Shapes(NamedTuple):
-    """Shapes for one picture, without the batch axis."""
+    """Shapes for one image, without the batch axis."""
 
     pooled: tuple[int, ...]
     """(D,) where the head pools."""
@@ -36,9 +36,9 @@ class Shapes(NamedTuple):
 
 
 def probe_shapes(model: nn.Module, size: tuple[int, int]) -> Shapes:
-    """Shapes that `model` gives for a picture of `size` (h, w).
+    """Shapes that `model` gives for an image of `size` (h, w).
 
-    Raises whatever the network raises for a picture that it cannot take.
+    Raises whatever the network raises for an image that it cannot take.
     """
     try:
         if _small(model, size):
@@ -50,7 +50,7 @@ def probe_shapes(model: nn.Module, size: tuple[int, int]) -> Shapes:
 
 
 def _small(model: nn.Module, size: tuple[int, int]) -> bool:
-    """Whether a pass of real tensors is cheap: a network on the CPU, of few parameters for its pictures."""
+    """Whether a pass of real tensors is cheap: a network on the CPU, of few parameters for its images."""
     parameters = list(model.parameters())
     usual = all(one.device.type == "cpu" and one.dtype in (torch.float32, torch.float64) for one in parameters)
     return usual and sum(one.numel() for one in parameters) * size[0] * size[1] <= _SMALL
@@ -63,7 +63,7 @@ def _run_real(model: nn.Module, size: tuple[int, int]) -> Shapes:
 
 
 def probed(model: nn.Module, size: tuple[int, int], run: Callable[[nn.Module, Tensor], _T]) -> _T:
-    """What `run(network, picture)` gives for a copy of `model` in eval mode and a picture of `size`: shapes, graphs.
+    """What `run(network, image)` gives for a copy of `model` in eval mode and an image of `size`: shapes, graphs.
 
     On the meta device where the network can, else, and where it is small, with real tensors. Raises whatever `run`
     raises there.
@@ -137,7 +137,7 @@ def reached_by_maps(model: nn.Module, size: tuple[int, int], indices: list[int])
 
 
 def reached_by(model: nn.Module, size: tuple[int, int], results: _Results) -> set[str]:
-    """Names of the parameters that ``results(network, pictures)`` depend on."""
+    """Names of the parameters that ``results(network, images)`` depend on."""
 
     @torch.enable_grad()
     def reached(net: nn.Module, x: Tensor) -> set[str]:

@@ -1,10 +1,10 @@
-"""The first layer of a network, where it turns each patch of the picture into one token of its own.
+"""The first layer of a network, where it turns each patch of the image into one token of its own.
 
 Such a stem lets a learned token take the place of a patch right after it: nothing of the patch is left then, while
 positions, class token and everything after see a token like any other. A stem is known by what it does, not by its
-name: it is run on pictures that differ in some patches only.
+name: it is run on images that differ in some patches only.
 
-Shapes as in `unlabeled.ssl.task`: B pictures, L = gh * gw patches, D channels.
+Shapes as in `unlabeled.ssl.task`: B images, L = gh * gw patches, D channels.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Stem(NamedTuple):
         return {"NLC": grid.flatten(1)[..., None], "NHWC": grid[..., None], "NCHW": grid[:, None]}[self.layout]
 
     def tokens(self, result: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The stem's result for pictures of `grid` (gh, gw) patches → (B, gh, gw, D)."""
+        """The stem's result for images of `grid` (gh, gw) patches → (B, gh, gw, D)."""
         return result.permute(0, 2, 3, 1) if self.layout == "NCHW" else result.reshape(-1, *grid, self.dim)
 
 
@@ -71,11 +71,11 @@ def substituted(model: nn.Module, stem: Stem, visible: Tensor, token: Tensor) ->
 def find_stem(model: nn.Module, size: tuple[int, int]) -> Stem | None:
     """The outermost module that makes one token of each patch, before positions; None where there is none.
 
-    It is called once with the picture of `size` (h, w) alone, each of its tokens depends on the pixels of its own
-    patch and in the same way at each place, and nothing else in the network reads the picture. Statistics over
+    It is called once with the image of `size` (h, w) alone, each of its tokens depends on the pixels of its own
+    patch and in the same way at each place, and nothing else in the network reads the image. Statistics over
     patches, as batch norm has them, are a dependence too.
     """
-    for name, shape in _called_with_picture(model, size).items():
+    for name, shape in _called_with_image(model, size).items():
         module = model.get_submodule(name)
         for stem in _readings(name, _patch(module), shape, size):
             if _keeps_patches_apart(module, stem, size) and _alone(model, stem, size):
@@ -98,8 +98,8 @@ def _of_patches(module: nn.Module) -> bool:
     return bool(convs) and disjoint and not any(isinstance(part, nn.Linear) for part in module.modules())
 
 
-def _called_with_picture(model: nn.Module, size: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-    """Name → shape of the result, of the modules of patch convolutions called once, with the picture alone."""
+def _called_with_image(model: nn.Module, size: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """Name → shape of the result, of the modules of patch convolutions called once, with the image alone."""
 
     def run(net: nn.Module, x: Tensor) -> dict[str, list[tuple[int, ...] | None]]:
         calls: dict[str, list[tuple[int, ...] | None]] = {}
@@ -115,17 +115,17 @@ def _called_with_picture(model: nn.Module, size: tuple[int, int]) -> dict[str, t
     return {name: found[0] for name in order if len(found := calls.get(name, [])) == 1 and found[0] is not None}
 
 
-def _recorder(calls: dict[str, list[tuple[int, ...] | None]], name: str, picture: Tensor) -> Any:
+def _recorder(calls: dict[str, list[tuple[int, ...] | None]], name: str, image: Tensor) -> Any:
     def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        alone = len(args) == 1 and not kwargs and args[0] is picture  # not something already made of it
-        fits = alone and isinstance(result, Tensor) and len(result) == len(picture)
+        alone = len(args) == 1 and not kwargs and args[0] is image  # not something already made of it
+        fits = alone and isinstance(result, Tensor) and len(result) == len(image)
         calls.setdefault(name, []).append(tuple(result.shape) if fits else None)
 
     return record
 
 
 def _readings(name: str, patch: tuple[int, int], shape: tuple[int, ...], size: tuple[int, int]) -> list[Stem]:
-    """The ways to read a result of `shape` (1, ...) as the grid of patches of a picture of `size`."""
+    """The ways to read a result of `shape` (1, ...) as the grid of patches of an image of `size`."""
     if size[0] % patch[0] or size[1] % patch[1]:
         return []
     grid = (size[0] // patch[0], size[1] // patch[1])
@@ -140,15 +140,15 @@ def _readings(name: str, patch: tuple[int, int], shape: tuple[int, ...], size: t
 
 @torch.no_grad()
 def _keeps_patches_apart(module: nn.Module, stem: Stem, size: tuple[int, int]) -> bool:
-    """Whether exactly the tokens of changed patches change, in train mode, and a flat picture has equal tokens."""
+    """Whether exactly the tokens of changed patches change, in train mode, and a flat image has equal tokens."""
     part = copy.deepcopy(module).to("cpu", torch.float32).train()
     generator = torch.Generator().manual_seed(0)
     grid = (size[0] // stem.patch[0], size[1] // stem.patch[1])
-    pictures, others = torch.randn(2, 2, 3, *size, generator=generator)
+    images, others = torch.randn(2, 2, 3, *size, generator=generator)
     changed = torch.rand(2, *grid, generator=generator) < 0.5
     pixels = changed.repeat_interleave(stem.patch[0], 1).repeat_interleave(stem.patch[1], 2)[:, None]
     before, after, flat = (
-        stem.tokens(part(x), grid) for x in (pictures, torch.where(pixels, others, pictures), torch.ones_like(pictures))
+        stem.tokens(part(x), grid) for x in (images, torch.where(pixels, others, images), torch.ones_like(images))
     )
     limit = _TOLERANCE * before.abs().amax()
     moved = (before - after).abs().amax(-1) > limit  # (2, gh, gw)
@@ -158,12 +158,12 @@ def _keeps_patches_apart(module: nn.Module, stem: Stem, size: tuple[int, int]) -
 
 @torch.enable_grad()
 def _alone(model: nn.Module, stem: Stem, size: tuple[int, int]) -> bool:
-    """Whether no feature map depends on the picture once all tokens of the stem are replaced."""
+    """Whether no feature map depends on the image once all tokens of the stem are replaced."""
 
     def run(net: nn.Module, x: Tensor) -> bool:
         x.requires_grad_(True)
         for parameter in net.parameters():
-            parameter.requires_grad_(True)  # so that there is a graph without the picture too
+            parameter.requires_grad_(True)  # so that there is a graph without the image too
         net.get_submodule(stem.name).register_forward_hook(lambda *call: call[2].detach())
         maps = cast(Any, net).forward_intermediates(x, output_fmt="NCHW", intermediates_only=True)
         total = torch.stack([one.sum() for one in maps]).sum()

@@ -27,6 +27,7 @@ from pydantic import BaseModel, ValidationError
 
 from unlabeled.ssl.config.base import Section
 from unlabeled.ssl.config.messages import explain, in_short
+from unlabeled.ssl.config.renamed import new_name, with_new_names
 from unlabeled.ssl.core.errors import ConfigError, first_line, nearest
 from unlabeled.ssl.core.plain import number
 
@@ -59,7 +60,7 @@ def options(group: str) -> list[str]:
 
 def compose_config(
     command: str,
-    words: Sequence[str],
+    overrides: Sequence[str],
     model: type[SectionT],
     *,
     values: Mapping[str, Any] | None = None,
@@ -69,11 +70,11 @@ def compose_config(
 
     Raises ConfigError, in one line, for a word that cannot be read, an unknown setting, or an impossible value.
     """
-    return validate(composed(command, words, values=values, choices=choices), model)
+    return validate(composed(command, overrides, values=values, choices=choices), model)
 
 
 def composed(
-    command: str, words: Sequence[str], *, values: Mapping[str, Any] | None = None, choices: Choices | None = None
+    command: str, overrides: Sequence[str], *, values: Mapping[str, Any] | None = None, choices: Choices | None = None
 ) -> dict[str, Any]:
     """As `compose_config`, before validation: mappings, lists and plain values.
 
@@ -82,17 +83,17 @@ def composed(
     else replaces it.
     """
     chosen, given = _split(values or {})
-    overrides = parse(words)
-    _store(choices or {}, _choices_of(command, overrides) | set(chosen.items()))
+    parsed = parse(overrides)
+    _store(choices or {}, _choices_of(command, parsed) | set(chosen.items()))
     lines = [_group_word(group, name, choices or {}) for group, name in chosen.items()]
-    lines += [_to_hydra(override, choices or {}) for override in overrides]
+    lines += [_to_hydra(override, choices or {}) for override in parsed]
     try:
         with initialize_config_dir(str(config_folder()), version_base=None):
             config = compose(command, overrides=[line for line in lines if line is not None])
         plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"config: {first_line(error)}") from None
-    return merged(plain, given)
+    return merged(with_new_names(plain), given)
 
 
 def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,11 +105,11 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def set_within(section: str, words: Sequence[str], values: Mapping[str, Any] | None = None) -> set[str]:
+def set_within(section: str, overrides: Sequence[str], values: Mapping[str, Any] | None = None) -> set[str]:
     """Names in `section` that the words and values set themselves, apart from what files say."""
     _, nested = _split(values or {})
     found = set(nested.get(section, ()))
-    for override in parse(words):
+    for override in parse(overrides):
         first, _, inside = override.key_or_group.partition(".")
         if first == section:
             value = None if inside or override.is_delete() else override.value()
@@ -116,9 +117,9 @@ def set_within(section: str, words: Sequence[str], values: Mapping[str, Any] | N
     return found
 
 
-def _choices_of(command: str, overrides: Sequence[Override]) -> set[tuple[str, str]]:
+def _choices_of(command: str, parsed: Sequence[Override]) -> set[tuple[str, str]]:
     """(group, name) of everything that the words, the command's file or the recipe's file choose."""
-    chosen = {(override.key_or_group, str(override.value())) for override in overrides}
+    chosen = {(override.key_or_group, str(override.value())) for override in parsed}
     files = [config_folder() / f"{command}.yaml"]
     files += [_recipe_file(name) for group, name in chosen if group == "recipe"]
     for file in files:
@@ -167,7 +168,7 @@ def _split(values: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
             chosen[group] = str(section["name"])
             nested[group] = {field: inner for field, inner in section.items() if field != "name"}
     nested.pop("recipe", None)  # all there is of it is its name
-    return chosen, nested
+    return chosen, with_new_names(nested)
 
 
 def _with_name(tree: Any, path: Sequence[str]) -> Any:
@@ -210,10 +211,10 @@ def validate(values: Any, model: type[SectionT]) -> SectionT:
         raise ConfigError(explain(error, model)) from None
 
 
-def parse(words: Sequence[str]) -> list[Override]:
+def parse(overrides: Sequence[str]) -> list[Override]:
     """Words → Hydra overrides. Raises ConfigError for a word that is not ``key=value``."""
     parsed = []
-    for word in words:
+    for word in overrides:
         if "=" not in word and not word.startswith("~"):
             raise ConfigError(f"{word!r} is not a setting; write key=value, such as epochs=100")
         try:
@@ -228,16 +229,18 @@ def parse(words: Sequence[str]) -> list[Override]:
 def _dotted(word: str) -> str:
     """``task.tasks[1].weight=2`` as Hydra has it: ``task.tasks.1.weight=2``."""
     key, equals, value = word.partition("=")
-    return re.sub(r"\[(\d+)\]", r".\1", key) + equals + value
+    prefix = re.match(r"[+~]*", key)
+    assert prefix is not None
+    return prefix[0] + new_name(re.sub(r"\[(\d+)\]", r".\1", key[prefix.end() :])) + equals + value
 
 
-def sweep(words: Sequence[str]) -> Iterator[tuple[list[str], str]]:
+def sweep(overrides: Sequence[str]) -> Iterator[tuple[list[str], str]]:
     """``--multirun``: every combination of the swept values as (words, label of the combination).
 
     A sweep is written as Hydra writes it: ``optim.lr=1e-3,1e-4``, ``engine.seed=range(3)``, ``task=mae,rotation``.
     """
     choices: list[list[tuple[str, str]]] = []
-    for override in parse(words):
+    for override in parse(overrides):
         if override.is_sweep_override():
             values = [str(value) for value in override.sweep_string_iterator()]
             choices.append(

@@ -33,122 +33,142 @@ CurriculumName = Literal["efficienttrain", "efficienttrain++"]
 
 
 class BackboneConfig(Section):
-    """Which network is pretrained, and from which weights it starts."""
+    """The network to pretrain and the weights that it starts from."""
 
     name: str = "vit_small_patch16_224"
-    """A timm model name (ours, such as ``nin_cifar``, are registered with timm too)."""
+    """Name of a timm model; see timm.list_models(). unlabeled adds a few, such as nin_cifar and contextnet."""
     pretrained: bool = False
-    """Start from timm's published weights."""
+    """Start from timm's published weights instead of random ones."""
     checkpoint: Path | None = None
-    """Start from this file: a run's ``backbone.safetensors``, a run folder, or a timm or safetensors state dict."""
+    """Start from the weights in this file: a run folder, its backbone.safetensors, or a state dict saved by timm,
+    PyTorch or safetensors."""
     size: Size | None = None
-    """Pixels of the pictures that the network sees, one number or [height, width]; None: the model's own."""
+    """Side of the images that the network receives, one number or [height, width]; null: the model's own. [pixels]"""
     kwargs: Arguments = Field(default_factory=dict)
-    """Further arguments for ``timm.create_model``, such as ``{patch_size: 4}``."""
+    """Further arguments of timm.create_model, such as {patch_size: 4}."""
     module: str | None = None
-    """Written by a run that was given its network from Python, as an ``nn.Module`` or `Backbone`: the class of that.
-    Such a run goes on when it is given again; `name` is ``custom`` unless timm built it."""
+    """Written by a run whose backbone was passed from Python: the class of that module. To resume such a run, pass the
+    module again."""
     fingerprint: str | None = None
-    """Written beside `module`: a hash of its tensors' names and shapes, and of its size, mean and deviation."""
+    """Written next to `module`: a hash of the names and shapes of its tensors, its size, mean and deviation."""
 
 
 class DataConfig(Section):
-    """Where the images come from. Further keys are settings of the source that `name` chooses: its own ``Config``."""
+    """Where the images come from. The other settings depend on the source that `name` chooses."""
 
     model_config = ConfigDict(extra="allow")
 
     name: str = "folder"
-    """A data source: built in, or of an installed package."""
+    """Data source, built in or from an installed package; `unlabeled settings` lists them."""
     limit: int | None = Field(None, ge=1)
-    """Use only this many pictures, chosen by a fixed shuffle."""
+    """Use at most this many images per split, chosen by a fixed shuffle; null: all. [images]"""
     max_bad_fraction: float = Field(0.05, ge=0, le=1)
-    """A run stops when more than this part of the data cannot be decoded."""
+    """Stop the run if more than this fraction of the images cannot be decoded. [fraction]"""
 
 
 class OptimConfig(Section):
-    """The optimizer (any name that timm knows) and how the learning rate follows the batch."""
+    """The optimizer, and how the learning rate scales with the batch size."""
 
     name: str = "adamw"
+    """Optimizer: any name that timm.optim.create_optimizer_v2 accepts, such as adamw, lars, lamb or sgd."""
     lr: float = Field(1.5e-4, gt=0)
-    """Base learning rate, for a batch of `lr_batch` images."""
+    """Base learning rate, for a batch of `lr_batch` images; see `lr_scaling`."""
     lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
-    """peak = lr x (batch_size / lr_batch), its square root, or lr as it is."""
+    """How the peak learning rate follows from `lr`. linear: lr * batch_size / lr_batch. sqrt: lr * sqrt(batch_size /
+    lr_batch). none: lr."""
     lr_batch: int = Field(256, ge=1)
+    """Batch size that `lr` is meant for. [images]"""
     weight_decay: float = Field(0.05, ge=0)
+    """Weight decay. Most tasks do not apply it to biases and norm layers."""
     weight_decay_end: float | None = Field(None, ge=0)
-    """Cosine from `weight_decay` to this over the run; None: constant."""
+    """Move the weight decay to this value over the run along a half cosine; null: keep it constant."""
     betas: tuple[float, float] | None = None
+    """Adam's decay rates of the running means of gradients and of squared gradients; null: the optimizer's own."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """Of SGD-like optimizers."""
+    """Momentum of SGD and LARS."""
     layer_decay: float | None = Field(None, gt=0, le=1)
-    """Learning rate of layer i is multiplied by layer_decay^(depth + 1 - i); None: no layer-wise decay."""
+    """Multiply the learning rate of layer i by layer_decay^(depth + 1 - i), so that early layers learn more slowly;
+    null: one rate for all layers."""
     patch_embed_lr: float = Field(1.0, gt=0)
-    """Learning rate of the backbone's patch embedding is multiplied by this, on top of `layer_decay` (DINOv2: 0.2)."""
+    """Multiply the learning rate of the patch embedding by this, on top of `layer_decay` (DINOv2: 0.2)."""
     kwargs: Arguments = Field(default_factory=dict)
-    """Further arguments of the optimizer."""
+    """Further arguments of the optimizer, such as {eps: 1e-6}."""
 
 
 class ScheduleConfig(Section):
-    """The learning rate over the run, set before each optimizer step. See `unlabeled.ssl.train.schedule`."""
+    """The learning rate over the run: a linear warmup, then a cosine, steps, or a constant."""
 
     name: Literal["cosine", "multistep", "constant"] = "cosine"
+    """Shape after the warmup. cosine: down to `min_lr`. multistep: multiplied by `gamma` at each of `milestones`.
+    constant: unchanged."""
     warmup_epochs: float = Field(40.0, ge=0)
+    """Length of the linear warmup. [epochs]"""
     start_lr: float = Field(0.0, ge=0)
-    """Where the linear warm-up begins."""
+    """Learning rate at the start of the warmup."""
     start_factor: float = Field(0.0, ge=0)
-    """Added to `start_lr`: this part of the peak rate."""
+    """Fraction of the peak learning rate that is added to `start_lr`. [fraction]"""
     min_lr: float = Field(0.0, ge=0)
-    """Where the cosine ends."""
+    """Learning rate at the end of the cosine."""
     min_factor: float = Field(0.0, ge=0)
-    """Added to `min_lr`: this part of the peak rate."""
+    """Fraction of the peak learning rate that is added to `min_lr`. [fraction]"""
     warmup_in_cosine: bool = False
-    """Whether the cosine's length includes the warm-up (SimMIM) or begins after it (MAE)."""
+    """Whether the cosine spans the warmup too (as in SimMIM) or starts after it (as in MAE)."""
     reach_min: bool = False
-    """Whether the last step already has the smallest rate (SparK) or would have it one step later."""
+    """Whether the last step uses the smallest learning rate (as in SparK) or would reach it one step later."""
     lag: int = Field(0, ge=0)
-    """Step n uses the value of step n - lag (SimMIM's loop: 1)."""
+    """Delay of the schedule: step n uses the value of step n - lag (SimMIM's code: 1). [steps]"""
     stretch: float = Field(1.0, gt=0, le=1)
-    """The run is this part of its cosines, of weight decay too, which end beyond it (POA: 0.78 for ViT)."""
+    """Fraction of the cosines of learning rate and weight decay that the run covers; below 1 it stops before they end
+    (POA: 0.78 for ViTs). [fraction]"""
     per_epoch: bool = False
-    """Change the rate only at the start of an epoch once the warm-up is over (OBoW)."""
+    """After the warmup, change the learning rate only at the start of each epoch (as in OBoW)."""
     milestones: tuple[float, ...] = ()
-    """multistep: epochs at which the rate is multiplied by `gamma`."""
+    """For multistep: when the learning rate is multiplied by `gamma`. [epochs]"""
     gamma: float = Field(0.1, gt=0)
+    """For multistep: factor of the learning rate at each milestone."""
 
 
 class EngineConfig(Section):
-    """How the run is executed."""
+    """How the run is executed: precision, memory, devices, checkpoints."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Numeric precision of the forward and backward pass. bf16 suits recent GPUs; fp16 scales the loss."""
     accumulation: int = Field(1, ge=1)
-    """Micro-steps per optimizer step; the batch stays `batch_size`."""
+    """Micro-steps per optimizer step: gradients are summed over that many smaller batches, and `batch_size` stays the
+    same. [micro-steps]"""
     clip: float | None = Field(None, gt=0)
-    """Largest gradient norm; None: no clipping."""
+    """Clip gradients to this norm; null: no clipping."""
     clip_parts: bool = False
-    """Clip each child module of the task (backbone, heads) by itself, as DINOv2 and POA do, and not all together."""
+    """Clip each submodule of the task (backbone, each head) separately, as DINOv2 and POA do, instead of all
+    together."""
     compile: bool = False
+    """Compile the task with torch.compile."""
     cpu_kernels: bool | None = None
-    """CPU: fp32 linear layers through oneDNN and bf16 attention as plain products, instead of what torch chooses; None:
-    where that is faster (AMD with AVX-512). Not together with `compile`."""
+    """On the CPU: run fp32 linear layers through oneDNN and bf16 attention as plain matrix products. null: where that
+    is faster (AMD processors with AVX-512). Cannot be combined with `compile`."""
     channels_last: bool | None = None
-    """Memory layout of convolutions; None: channels last for networks of 2-D maps on a GPU."""
+    """Store convolution inputs with channels last; null: for convolutional networks on a GPU."""
     curriculum: CurriculumName | None = None
-    """Smaller pictures, of low frequencies alone, in the first 80 % of the steps (efficienttrain) or for the first 60 %
-    of the compute (efficienttrain++). For any task; see `unlabeled.ssl.train.curriculum`."""
+    """Train on smaller, low-frequency images first: for the first 80 % of the steps (efficienttrain) or the first
+    60 % of the compute (efficienttrain++). Works with any task; null: whole images throughout."""
     sync_bn: bool | None = None
-    """Batch-norm statistics over all processes; None: where the task's authors had it so."""
+    """Compute batch-norm statistics over all processes; null: as the task's authors did."""
     seed: int = 0
+    """Seed of all random numbers of the run."""
     workers: int = Field(2, ge=0)
-    """Loader processes per process."""
+    """Processes that load images, for each training process; 0 loads them in the training process itself.
+    [processes]"""
     threads: int | None = Field(None, ge=1)
-    """CPU threads per process; None: torch's choice, or the cores shared between the processes of a launcher."""
+    """CPU threads of each process; null: PyTorch's choice, or the cores divided among the processes of a launcher.
+    [threads]"""
     device: Literal["auto", "cpu"] = "auto"
+    """Where networks run. auto: on the GPU if there is one."""
     checkpoint_epochs: float = Field(1.0, gt=0)
-    """Epochs between checkpoints; the last step always writes one."""
+    """Time between checkpoints; the last step always writes one. [epochs]"""
     checkpoint_steps: int | None = Field(None, ge=1)
-    """Optimizer steps between checkpoints, instead of `checkpoint_epochs`."""
+    """Optimizer steps between checkpoints, in place of `checkpoint_epochs`. [steps]"""
     keep: int = Field(2, ge=1)
-    """Newest checkpoints that are kept."""
+    """How many of the newest checkpoints to keep. [checkpoints]"""
 
     @model_validator(mode="after")
     def _parts_are_clipped_to_something(self) -> EngineConfig:
@@ -158,54 +178,58 @@ class EngineConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """Evidence: during the run and at its end.
+    """How the features are evaluated, during the run and at its end.
 
-    Beside the fields below it takes a section of each evaluator's name, such as ``knn``, whose settings are the
-    evaluator's own: `unlabeled.eval.registry.settle` checks them.
+    Each evaluator adds a section of its own name, such as ``knn``, which `unlabeled.eval.registry.settle` checks.
     """
 
     model_config = ConfigDict(extra="allow")
 
     every: float = Field(0.0, ge=0)
-    """Epochs between online kNN evaluations; 0: none."""
+    """Time between kNN evaluations during the run; 0: none. [epochs]"""
     final: bool = True
-    """Evaluate and write the report when the run ends, if there are labels."""
+    """Evaluate and write the report when the run ends, provided that there are labels."""
     data: DataConfig | None = None
-    """Labelled data; None: the run's own data, with its labels."""
+    """Labeled data to evaluate on; null: the run's own data with its labels."""
     baselines: bool | tuple[Literal["pixels", "random"], ...] = True
-    """Also evaluate raw pixels and the same backbone with random weights; a list takes one of them alone."""
+    """Also evaluate raw pixels and the same backbone with random weights. A list chooses among them, such as
+    [random]."""
     batch_size: int = Field(256, ge=1)
+    """Images per batch when features are extracted. [images]"""
     limit: int | None = Field(None, ge=1)
-    """Largest number of pictures per split, chosen by a fixed shuffle."""
+    """Use at most this many images per split, chosen by a fixed shuffle; null: all. [images]"""
     recalibrate: Literal["auto"] | bool = "auto"
-    """Estimate the running statistics of batch norms anew on whole training pictures, of the backbone and of its
-    baseline with random weights. auto: when the task collected them on masked pictures."""
-    recalibrate_pictures: int = Field(1024, ge=2)
-    """Training pictures for that estimate, chosen by a fixed shuffle."""
+    """Recompute the running statistics of batch norms on unmasked training images. auto: if the task collected them on
+    masked images."""
+    recalibrate_images: int = Field(1024, ge=2)
+    """Training images for `recalibrate`, chosen by a fixed shuffle. [images]"""
     evaluators: Literal["all"] | tuple[str, ...] = ("knn", "linear")
-    """Which evaluators judge the features, by name."""
+    """Evaluators to run, by name, such as [knn,linear,cluster]; all: every one."""
     prefixes: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """Also judge the first so many features, and as many principal components, by every evaluator of pooled features
-    (Matryoshka representations)."""
+    """Also evaluate the first n features, and as many principal components, for each n in this list (Matryoshka
+    representations). [features]"""
     embedding: str | None = "tsne"
-    """Map of the test features in the report: tsne, umap (needs ``umap-learn``) or pca; None: no map."""
+    """Two-dimensional map of the test features in the report: tsne, pca, or umap (needs the package umap-learn); null:
+    no map."""
     maps: int = Field(6, ge=0)
-    """Test pictures, drawn by seed, on which the report shows what the backbone looks at; 0: none."""
+    """Test images for which the report shows what the backbone attends to; 0: none. [images]"""
 
 
 class LogConfig(Section):
-    """What is written while the run goes."""
+    """What is written during the run."""
 
     every: int = Field(10, ge=1)
-    """Optimizer steps between lines of ``metrics.jsonl``."""
+    """Optimizer steps between two lines of metrics.jsonl. [steps]"""
     tensorboard: bool = True
+    """Write TensorBoard event files into the run folder."""
     wandb: str | None = None
-    """Weights & Biases project; None: off."""
+    """Project on Weights & Biases to log to; null: do not log there."""
     progress: bool = True
+    """Show a progress bar in the terminal."""
 
 
 class RunConfig(Section):
-    """What the engine needs to know of any run."""
+    """Settings of any training run that belong to no group."""
 
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
@@ -213,28 +237,29 @@ class RunConfig(Section):
     engine: EngineConfig = EngineConfig()
     log: LogConfig = LogConfig()
     out: Path = Path("runs/run")
-    """The run folder."""
+    """Run folder."""
     epochs: float = Field(100.0, gt=0)
-    """Passes over the data."""
+    """Length of the run, in passes over the data. [epochs]"""
     batch_size: int = Field(256, ge=1)
-    """Images per optimizer step, over all processes and micro-steps."""
+    """Images per optimizer step, summed over all processes and micro-steps. [images]"""
     resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the newest checkpoint in `out`; never: refuse a folder that holds one."""
+    """auto: continue from the newest checkpoint in `out`. never: refuse a folder that holds a checkpoint."""
     debug: bool = False
-    """Tiny mode: two epochs of two steps, 64 pictures, no workers; proves that a command works."""
+    """Tiny mode: two epochs of two steps on 64 images, to check that a command works."""
 
 
 class PretrainConfig(RunConfig):
-    """One pretraining run."""
+    """Pretrains a backbone on images without labels."""
 
     task: Arguments = Field(default_factory=lambda: {"name": "mae"})
-    """``name`` and the fields of that task's own ``Config``."""
+    """Pretext task. task=NAME chooses it together with its recipe; task.FIELD=VALUE changes one of its settings. See:
+    unlabeled settings task=NAME"""
     backbone: BackboneConfig = BackboneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     out: Path = Path("runs/pretrain")
-    """The run folder."""
-    official: Path | None = None
-    """Start the whole task (backbone, decoder, heads) from this checkpoint of the method's original authors."""
+    """Run folder."""
+    reference: Path | None = None
+    """Start the whole task (backbone, decoder, heads) from a checkpoint of the method's authors."""
 
     @model_validator(mode="after")
     def _task_has_a_name(self) -> PretrainConfig:
@@ -244,59 +269,72 @@ class PretrainConfig(RunConfig):
 
 
 class EvaluateRun(Section):
-    """``unlabeled evaluate TARGET``: a run folder, a timm name or a weights file, and labelled data."""
+    """Evaluates a run, a timm model or a weights file on labeled data."""
 
     target: str
-    """A run folder, a timm model name, or a file of weights (which also needs `backbone.name`)."""
+    """What to evaluate: a run folder, the name of a timm model, or a weights file (which also needs backbone.name).
+    Typed without target=."""
     backbone: BackboneConfig | None = None
+    """For a weights file: the network that the weights belong to."""
     pretrained: bool = True
     """For a timm name: load its published weights."""
     data: DataConfig | None = None
-    """Labelled data; None: what the run was evaluated on or pretrained on."""
+    """Labeled data to evaluate on; null: the data that the run was evaluated on or pretrained on."""
     evaluate: EvaluateConfig = EvaluateConfig()
     sizes: Sizes | None = None
-    """Of an elastic run: also evaluate these of its sizes, each beside random weights, and draw the curve."""
-    beside: tuple[Path, ...] = ()
-    """With `sizes`: runs of single networks of the same kind, drawn at their size as "trained alone"."""
+    """For an elastic run: also evaluate these of its sizes, each with a baseline of random weights, and draw accuracy
+    over size. all, or a list of [width, depth]."""
+    versus: tuple[Path, ...] = ()
+    """With `sizes`: runs of fixed-size networks of the same kind, drawn in the same figure as "trained alone"."""
     out: Path | None = None
-    """Where the report goes; None: ``report/`` in the run folder, else ``reports/<target>``."""
+    """Folder of the report; null: report/ in the run folder, or reports/TARGET."""
     device: Literal["auto", "cpu"] = "auto"
+    """Where networks run. auto: on the GPU if there is one."""
     workers: int = Field(2, ge=0)
+    """Processes that load images; 0 loads them in the main process. [processes]"""
     seed: int = 0
+    """Seed of everything that is drawn, such as random weights and hold-outs."""
 
 
 class DoctorRun(Section):
-    """``unlabeled doctor data=...``: scan a data source before anyone spends a GPU hour."""
+    """Scans a data source before you spend GPU hours on it."""
 
     data: DataConfig = DataConfig()
+    """Data to scan."""
     limit: int | None = Field(None, ge=1)
-    """Scan only this many pictures; None: all."""
+    """Scan at most this many images; null: all. [images]"""
     workers: int = Field(2, ge=0)
+    """Processes that decode images; 0 decodes them in the main process. [processes]"""
 
 
 class ExportRun(Section):
-    """``unlabeled export RUN``: a run's network, or sub-networks of an elastic one, as files that timm loads.
+    """Writes the network of a run, or sub-networks of an elastic run, as files that timm loads.
 
     Without `width`, `like` and `sizes` it is the whole network.
     """
 
     run: Path
-    """The run folder, or another exported backbone."""
+    """Run folder, or another exported backbone. Typed without run=."""
     out: Path
-    """A name that ends in ``.safetensors``, or a folder; with `sizes` a folder."""
+    """File to write, with the ending .safetensors, or a folder; with `sizes` a folder."""
     width: int | None = Field(None, ge=1)
-    """With `depth`: the size that is wanted (``unlabeled sizes RUN`` lists them)."""
+    """For an elastic run, with `depth`: width of the sub-network; `unlabeled sizes RUN` lists them. [channels]"""
     depth: Depth | None = None
+    """With `width`: depth of the sub-network, in blocks, or in blocks of each stage. [blocks]"""
     sizes: Sizes | None = None
-    """Several sizes, one file each."""
+    """For an elastic run: export several sizes, one file each. all, or a list of [width, depth]."""
     like: str | None = None
-    """The size of this timm model, in a file that it loads, such as ``vit_small_patch16_224``."""
+    """For an elastic run: export the size of this timm model, such as vit_small_patch16_224, in a file that it
+    loads."""
     recalibrate: bool = True
-    """Where a sub-network has batch norms: estimate their running statistics, which belong to one size alone."""
-    recalibrate_pictures: int = Field(1024, ge=2)
-    """Training pictures for that estimate, chosen by a fixed shuffle; labels are not needed."""
+    """Recompute the running statistics of a sub-network's batch norms, which differ between sizes."""
+    recalibrate_images: int = Field(1024, ge=2)
+    """Training images for `recalibrate`, chosen by a fixed shuffle; labels are not needed. [images]"""
     data: DataConfig | None = None
-    """Pictures for that estimate; None: those of the run."""
+    """Images for `recalibrate`; null: those of the run."""
     batch_size: int = Field(256, ge=1)
+    """Images per batch for `recalibrate`. [images]"""
     device: Literal["auto", "cpu"] = "auto"
+    """Where networks run. auto: on the GPU if there is one."""
     workers: int = Field(2, ge=0)
+    """Processes that load images; 0 loads them in the main process. [processes]"""

@@ -18,7 +18,7 @@ ItemT = TypeVar("ItemT")
 
 
 @contextlib.contextmanager
-def told_once() -> Iterator[None]:
+def report_errors_once() -> Iterator[None]:
     """A fault that all ranks meet is told by the first one; the others leave without a word."""
     try:
         yield
@@ -60,18 +60,18 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def gather_rows(rows: Tensor) -> Tensor:
+def gather_across_ranks(rows: Tensor) -> Tensor:
     """(B, ...) of each rank → (B * ranks, ...) in the order of ranks, on every rank; all ranks must bring equally many.
 
     With a gradient: what the losses of all ranks say about a row is summed up at the rank that it came from.
     """
     if world_size() == 1:
         return rows
-    gathered: Tensor = _GatherRows.apply(rows)
+    gathered: Tensor = _GatherAcrossRanks.apply(rows)
     return gathered
 
 
-class _GatherRows(Function):
+class _GatherAcrossRanks(Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
         parts = [torch.empty_like(rows) for _ in range(world_size())]

@@ -22,7 +22,7 @@ class CapabilityError(UnlabeledError):
     """A backbone cannot do what a task needs of it."""
 
 
-class LacksCapabilityError(CapabilityError):
+class MissingCapabilityError(CapabilityError):
     """A backbone lacks a capability that a task asks for by name."""
 
 

@@ -1,7 +1,7 @@
 """Randomness as a function of where it is used, so that a resumed run needs no generator state.
 
-Every draw of a run comes from a generator seeded by (run seed, purpose, step or epoch, rank or picture): the weights,
-each epoch's order, each picture's augmentation, each micro-step's masks and dropout.
+Every draw of a run comes from a generator seeded by (run seed, purpose, step or epoch, rank or image): the weights,
+each epoch's order, each image's augmentation, each micro-step's masks and dropout.
 """
 
 from __future__ import annotations

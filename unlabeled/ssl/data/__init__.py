@@ -1,1 +1,1 @@
-"""Images in: sources (where pictures come from), decoding, and the loader that feeds a task's views."""
+"""Images in: sources (where images come from), decoding, and the loader that feeds a task's views."""

@@ -1,4 +1,4 @@
-"""Pictures that cannot be decoded: listed in the run folder, counted, and at some point too many."""
+"""Images that cannot be decoded: listed in the run folder, counted, and at some point too many."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from unlabeled.ssl.core.errors import DataError
 
 @dataclass(frozen=True)
 class BadImage:
-    """One picture that could not be decoded."""
+    """One image that could not be decoded."""
 
     index: int
     """Its place in the source."""
@@ -22,7 +22,7 @@ class BadImage:
 
 
 class BadImages:
-    """The distinct broken pictures of a run, one JSON line each in the file `path`.
+    """The distinct broken images of a run, one JSON line each in the file `path`.
 
     A file that is there already, of a run that is resumed, is read and continued. Only one process may write it: in a
     distributed run the others send theirs to the main one.
@@ -38,7 +38,7 @@ class BadImages:
 
     @property
     def count(self) -> int:
-        """Distinct broken pictures so far."""
+        """Distinct broken images so far."""
         return len(self._known)
 
     def add(self, bad: Iterable[BadImage]) -> int:
@@ -55,7 +55,7 @@ class BadImages:
         """Raises DataError when more than `max_fraction` of the data is broken."""
         if self.count > self.max_fraction * self.total:
             raise DataError(
-                f"data: {self.count} of {self.total} pictures ({self.count / self.total:.1%}) cannot be decoded, more "
+                f"data: {self.count} of {self.total} images ({self.count / self.total:.1%}) cannot be decoded, more "
                 f"than data.max_bad_fraction={self.max_fraction}; look at {self.path}, then mend them or raise it"
             )
 

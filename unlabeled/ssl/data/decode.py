@@ -1,9 +1,9 @@
-"""Bytes or a file → RGB uint8 (3, H, W), for every kind of picture that people have on disk.
+"""Bytes or a file → RGB uint8 (3, H, W), for every kind of image that people have on disk.
 
 What is not plain RGB becomes so by these rules:
 
-- transparency (RGBA, LA, palettes and grey values marked transparent) is composited on white;
-- 16-bit grey is divided by 257, so that 65535 is white; 32-bit grey within 0..255 or 0..65535 is read as 8 or 16 bits,
+- transparency (RGBA, LA, palettes and gray values marked transparent) is composited on white;
+- 16-bit gray is divided by 257, so that 65535 is white; 32-bit gray within 0..255 or 0..65535 is read as 8 or 16 bits,
   floats within 0..1 as such, and any other range is stretched from its minimum to its maximum;
 - the EXIF orientation is applied; of an animation the first frame is taken.
 """
@@ -29,7 +29,7 @@ from unlabeled.ssl.data.source import DecodeError
 _JPEG = {".jpg", ".jpeg", ".jpe", ".jfif", ".jp2"}
 _NETPBM = {".ppm", ".pgm", ".pbm", ".pnm"}
 EXTENSIONS = frozenset(_JPEG | _NETPBM | {".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
-"""File names that are taken for pictures, in lower case."""
+"""File names that are taken for images, in lower case."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
 _ORIENTATION = 0x0112
@@ -45,7 +45,7 @@ _TRANSPOSE = {
 
 
 class Header(NamedTuple):
-    """What a picture says of itself before it is decoded."""
+    """What an image says of itself before it is decoded."""
 
     format: str
     mode: str
@@ -53,12 +53,12 @@ class Header(NamedTuple):
 
 
 def decode_rgb(data: bytes | str | os.PathLike[str], name: str | None = None) -> torch.Tensor:
-    """Decodes an encoded picture, or the file at a path, to uint8 (3, H, W).
+    """Decodes an encoded image, or the file at a path, to uint8 (3, H, W).
 
     `name` is what the error calls it. Raises DecodeError, in one line, for whatever cannot be decoded: truncated,
     corrupt or empty data, decompression bombs, other kinds of files, and paths that are no files.
     """
-    called = name or (f"picture of {len(data)} bytes" if isinstance(data, bytes) else _printable(data))
+    called = name or (f"image of {len(data)} bytes" if isinstance(data, bytes) else _printable(data))
     content = data if isinstance(data, bytes) else read_bytes(data, called)
     with _decoding(called), _open(content, called) as image:
         image.load()
@@ -66,13 +66,13 @@ def decode_rgb(data: bytes | str | os.PathLike[str], name: str | None = None) ->
 
 
 def rgb_tensor(image: Image.Image) -> torch.Tensor:
-    """Pillow picture of any mode → RGB uint8 (3, H, W), by this module's rules (orientation excepted)."""
+    """Pillow image of any mode → RGB uint8 (3, H, W), by this module's rules (orientation excepted)."""
     pixels = np.array(_to_rgb(image))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def read_header(content: bytes, name: str) -> Header:
-    """Format and mode of an encoded picture without decoding it. Raises DecodeError as `decode_rgb` does."""
+    """Format and mode of an encoded image without decoding it. Raises DecodeError as `decode_rgb` does."""
     with _decoding(name), _open(content, name) as image:
         return Header(image.format or "?", image.mode)
 
@@ -108,7 +108,7 @@ def _open(content: bytes, name: str) -> Image.Image:
     try:
         return Image.open(io.BytesIO(content), formats=_formats())
     except UnidentifiedImageError:
-        raise DecodeError(f"{name}: is not a picture of a known format ({len(content)} bytes)") from None
+        raise DecodeError(f"{name}: is not an image of a known format ({len(content)} bytes)") from None
 
 
 @functools.cache
@@ -121,7 +121,7 @@ def _formats() -> tuple[str, ...]:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # a picture with broken EXIF is still a picture, taken as it lies
+    except Exception:  # an image with broken EXIF is still an image, taken as it lies
         orientation = 1
     method = _TRANSPOSE.get(orientation)
     return image if method is None else image.transpose(method)
@@ -129,9 +129,9 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
-        return _grey(np.asarray(image).astype(np.float64) / 257)
+        return _gray(np.asarray(image).astype(np.float64) / 257)
     if image.mode in ("I", "F"):
-        return _grey(_to_255(np.asarray(image).astype(np.float64), unit_range=image.mode == "F"))
+        return _gray(_to_255(np.asarray(image).astype(np.float64), unit_range=image.mode == "F"))
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, "white")
@@ -153,7 +153,7 @@ def _to_255(values: npt.NDArray[np.float64], *, unit_range: bool) -> npt.NDArray
     return (clean - low) * 255 / (high - low) if high > low else np.zeros_like(clean)
 
 
-def _grey(values: npt.NDArray[np.float64]) -> Image.Image:
+def _gray(values: npt.NDArray[np.float64]) -> Image.Image:
     return Image.fromarray((values + 0.5).astype(np.uint8)).convert("RGB")
 
 

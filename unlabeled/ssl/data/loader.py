@@ -1,6 +1,6 @@
-"""From a source to batches: which pictures each step sees, their views, and what happens to broken ones.
+"""From a source to batches: which images each step sees, their views, and what happens to broken ones.
 
-A batch depends on the seed, the step and the data alone: not on loader workers, and the set of its pictures neither on
+A batch depends on the seed, the step and the data alone: not on loader workers, and the set of its images neither on
 the number of processes nor on accumulation. A run can therefore go on at any step as if it had never stopped.
 """
 
@@ -29,7 +29,7 @@ from unlabeled.ssl.data.source import DecodeError, ImageSource
 from unlabeled.ssl.data.views import Views
 
 Key = tuple[int, int]
-"""(epoch, index of the picture): together with the run's seed this fixes what the views draw."""
+"""(epoch, index of the image): together with the run's seed this fixes what the views draw."""
 
 
 def require_batch(batch_size: int, images: int, world: int, accumulation: int) -> None:
@@ -49,7 +49,7 @@ class RunSampler(Sampler[list[Key]]):
     """The keys of every micro-step that one process sees, from `start_step` to the end of the run.
 
     Each epoch is a permutation of the data, cut to full batches; optimizer step s takes `batch_size` places of the
-    row of all epochs. They are laid out as [micro-step][rank][local], so that the pictures of a step are the same
+    row of all epochs. They are laid out as [micro-step][rank][local], so that the images of a step are the same
     whatever `world` and `accumulation` are. Raises ConfigError when a batch is larger than the data or does not divide.
     """
 
@@ -88,11 +88,11 @@ class RunSampler(Sampler[list[Key]]):
         local = self.batch_size // (self.world * self.accumulation)
         shuffled, order = -1, np.empty(0, dtype=np.int64)
         for step in range(self.start_step, self.total_steps):
-            epoch, place = divmod(step, self.steps_per_epoch)
+            epoch, position = divmod(step, self.steps_per_epoch)
             if epoch != shuffled:
                 shuffled, order = epoch, self._order(epoch)
             for micro in range(self.accumulation):
-                first = place * self.batch_size + (micro * self.world + self.rank) * local
+                first = position * self.batch_size + (micro * self.world + self.rank) * local
                 yield [(epoch, index) for index in order[first : first + local].tolist()]
 
     def _order(self, epoch: int) -> npt.NDArray[np.int64]:
@@ -100,17 +100,17 @@ class RunSampler(Sampler[list[Key]]):
 
 
 class Sample(NamedTuple):
-    """One picture's views, and the broken pictures met on the way to it."""
+    """One image's views, and the broken images met on the way to it."""
 
     views: dict[str, Tensor]
     bad: list[BadImage]
 
 
 class ViewDataset(Dataset[Sample]):
-    """Pictures of a source through a task's views, under randomness that belongs to (seed, epoch, index).
+    """Images of a source through a task's views, under randomness that belongs to (seed, epoch, index).
 
-    A picture that cannot be decoded is replaced by another one, fixed by (seed, index, attempt), and reported. Raises
-    DataError when `max_attempts` pictures in a row are broken.
+    An image that cannot be decoded is replaced by another one, fixed by (seed, index, attempt), and reported. Raises
+    DataError when `max_attempts` images in a row are broken.
     """
 
     def __init__(
@@ -127,11 +127,11 @@ class ViewDataset(Dataset[Sample]):
         return len(self.source)
 
     def __getitem__(self, key: Key) -> Sample:
-        """Views of picture `key`, and int64 () ``"index"``: the picture really used, and its ``"label"`` if known."""
+        """Views of image `key`, and int64 () ``"index"``: the image really used, and its ``"label"`` if known."""
         epoch, index = key
-        picture, used, bad = self._read(index)
-        with seeded(derive("picture", self.seed, epoch, index)):
-            views = self.views(picture)
+        image, used, bad = self._read(index)
+        with seeded(derive("image", self.seed, epoch, index)):
+            views = self.views(image)
         known = {} if self.labels is None else {"label": self.labels[used]}
         return Sample({**views, "index": torch.tensor(used), **known}, bad)
 
@@ -155,14 +155,14 @@ class ViewDataset(Dataset[Sample]):
                 bad.append(BadImage(used, name, str(error).removeprefix(f"{name}: ")))
             used = derive("replacement", self.seed, index, attempt) % len(self.source)
         raise DataError(
-            f"data: {self.max_attempts} pictures in a row cannot be decoded, the last is {bad[-1].name} "
+            f"data: {self.max_attempts} images in a row cannot be decoded, the last is {bad[-1].name} "
             f"({bad[-1].reason}); scan the data with `unlabeled doctor`"
         )
 
 
 @dataclass
 class LoadedBatch:
-    """What a loader yields: the views of all pictures stacked, and the broken pictures that were replaced."""
+    """What a loader yields: the views of all images stacked, and the broken images that were replaced."""
 
     tensors: dict[str, Tensor]
     """Each (B, ...); ``"index"`` is int64 (B,)."""
@@ -255,7 +255,7 @@ def seeded(seed: int) -> Iterator[None]:
     """Seeds the CPU generators of torch, numpy and Python; in the main process they are then put back."""
     # not torch.manual_seed: that reaches for the GPU's generators too, and is ten times slower
     generator = torch.default_generator
-    # in a worker nothing else draws from them, and numpy takes longer over its state than a small picture to decode
+    # in a worker nothing else draws from them, and numpy takes longer over its state than a small image to decode
     restored = get_worker_info() is None
     if restored:
         before = generator.get_state(), np.random.get_state(), random.getstate()

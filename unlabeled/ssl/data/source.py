@@ -1,6 +1,6 @@
 """The contract of a data source and of its settings.
 
-A source answers four questions about an index: the picture, its label, what to call it, and (where it has one) its
+A source answers four questions about an index: the image, its label, what to call it, and (where it has one) its
 segmentation mask. Sources are opened in the main process, pickled to loader workers, and must therefore hold paths
 and tables rather than open files. A class of sources has its settings as ``Config``, a subclass of `SourceConfig`, and
 is built as ``Source(config, split)``; `unlabeled.ssl.data.registry` finds it by its name.
@@ -22,7 +22,7 @@ Split = Literal["train", "test"]
 
 
 class DecodeError(DataError):
-    """One picture cannot be decoded; the loader skips it, counts it and lists it."""
+    """One image cannot be decoded; the loader skips it, counts it and lists it."""
 
 
 class SourceConfig(Section):
@@ -36,12 +36,12 @@ class SourceConfig(Section):
     """Settings of tiny mode (``debug=true``), such as fewer images where the source makes them."""
 
     limit: int | None = Field(None, ge=1)
-    """Use only this many images, chosen by a fixed shuffle."""
+    """Use at most this many images per split, chosen by a fixed shuffle; null: all. [images]"""
 
 
 @runtime_checkable
 class ImageSource(Protocol):
-    """Map-style collection of pictures."""
+    """Map-style collection of images."""
 
     classes: Sequence[str] | None
     """Class names, index = label; None when the source has no labels."""
@@ -49,15 +49,15 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> torch.Tensor:
-        """Picture `index` as RGB, uint8 (3, H, W). Raises DecodeError when it cannot be decoded."""
+        """Image `index` as RGB, uint8 (3, H, W). Raises DecodeError when it cannot be decoded."""
         ...
 
     def labels(self) -> torch.Tensor | None:
-        """All labels, int64 (N,), without decoding a picture; -1 for one that has none; None when there are none."""
+        """All labels, int64 (N,), without decoding an image; -1 for one that has none; None when there are none."""
         ...
 
     def describe(self, index: int) -> str:
-        """What a person calls picture `index`: its path, or its row and file."""
+        """What a person calls image `index`: its path, or its row and file."""
         ...
 
 
@@ -81,7 +81,7 @@ class MaskSource(ImageSource, Protocol):
     """A source that also knows which pixels show what."""
 
     def mask(self, index: int) -> torch.Tensor:
-        """Segmentation of picture `index`, uint8 (H, W): 0 is background, class c is c + 1.
+        """Segmentation of image `index`, uint8 (H, W): 0 is background, class c is c + 1.
 
         255 says that nobody knows, or that it does not matter: such pixels are left out of every measure.
         """
@@ -89,7 +89,7 @@ class MaskSource(ImageSource, Protocol):
 
 
 class Subset:
-    """The pictures `indices` of another source, in that order."""
+    """The images `indices` of another source, in that order."""
 
     def __init__(self, source: ImageSource, indices: torch.Tensor) -> None:
         self.source = source
@@ -126,7 +126,7 @@ class MaskSubset(Subset):
 
 
 def limited(source: ImageSource, limit: int | None) -> ImageSource:
-    """The first `limit` pictures of a fixed shuffle of `source`, or all when there are no more than that."""
+    """The first `limit` images of a fixed shuffle of `source`, or all when there are no more than that."""
     if limit is None or limit >= len(source):
         return source
     shuffled = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
@@ -136,7 +136,7 @@ def limited(source: ImageSource, limit: int | None) -> ImageSource:
 
 
 def encoded(source: ImageSource, index: int) -> bytes | Path | None:
-    """The file or the bytes behind picture `index`; None where pictures are made or kept as arrays.
+    """The file or the bytes behind image `index`; None where images are made or kept as arrays.
 
     A source offers this by a method of the same name. Raises DecodeError when there is nothing where it should be.
     """
@@ -146,7 +146,7 @@ def encoded(source: ImageSource, index: int) -> bytes | Path | None:
 
 
 def annotated_boxes(source: ImageSource, index: int) -> torch.Tensor | None:
-    """Boxes around the objects of picture `index`, float32 (N, 4): left, top, right, bottom in pixels from the corner.
+    """Boxes around the objects of image `index`, float32 (N, 4): left, top, right, bottom in pixels from the corner.
 
     None where nobody drew any. A source offers this by a method ``boxes``.
     """

@@ -7,4 +7,4 @@ from collections.abc import Callable
 from torch import Tensor
 
 Views = Callable[[Tensor], dict[str, Tensor]]
-"""Picture, uint8 (3, H, W) of any size → tensors of fixed shape by name."""
+"""Image, uint8 (3, H, W) of any size → tensors of fixed shape by name."""

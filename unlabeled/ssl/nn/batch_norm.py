@@ -25,7 +25,7 @@ class SyncedBatchNorm1d(nn.BatchNorm1d):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  torch's name
         """(B, C) → the same shape."""
-        return batch_norm_rows(self, input) if self.training and synced() else super().forward(input)
+        return batch_norm_features(self, input) if self.training and synced() else super().forward(input)
 
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):
@@ -36,7 +36,7 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
         if not (self.training and synced()):
             return super().forward(input)
         rows = input.permute(0, 2, 3, 1)
-        return batch_norm_rows(self, rows.reshape(-1, rows.shape[-1])).view(rows.shape).permute(0, 3, 1, 2)
+        return batch_norm_features(self, rows.reshape(-1, rows.shape[-1])).view(rows.shape).permute(0, 3, 1, 2)
 
 
 class _SyncedBatchNormAct2d(BatchNormAct2d):  # type: ignore[misc]
@@ -45,7 +45,7 @@ class _SyncedBatchNormAct2d(BatchNormAct2d):  # type: ignore[misc]
             plain: Tensor = super().forward(x)
             return plain
         rows = x.permute(0, 2, 3, 1)
-        normalized = batch_norm_rows(self, rows.reshape(-1, rows.shape[-1])).view(rows.shape).permute(0, 3, 1, 2)
+        normalized = batch_norm_features(self, rows.reshape(-1, rows.shape[-1])).view(rows.shape).permute(0, 3, 1, 2)
         activated: Tensor = self.act(self.drop(normalized))
         return activated
 
@@ -72,7 +72,7 @@ def synced() -> bool:
     return world_size() > 1
 
 
-def batch_norm_rows(module: _BatchNorm, rows: Tensor) -> Tensor:
+def batch_norm_features(module: _BatchNorm, rows: Tensor) -> Tensor:
     """Batch norm of (M, C) with the settings of `module`, moving its running statistics as torch does.
 
     In training the statistics are those of all rows of all ranks; the running variance takes the unbiased one.

@@ -1,4 +1,4 @@
-"""Stochastic depth (arXiv 1603.09382): residual branches that are left out at random, for a picture at a time."""
+"""Stochastic depth (arXiv 1603.09382): residual branches that are left out at random, for an image at a time."""
 
 from __future__ import annotations
 

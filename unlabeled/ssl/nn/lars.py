@@ -68,16 +68,16 @@ class LARS(Optimizer):
 def adapted_gradients(parameters: list[Tensor], weight_decay: float, trust: float, eps: float) -> list[Tensor]:
     """Gradients of `parameters` in their order, as `LARS` hands them to SGD; those in ``.grad`` stay as they are."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    places = [place for place, parameter in enumerate(parameters) if parameter.ndim > 1]
-    if not places:
+    positions = [position for position, parameter in enumerate(parameters) if parameter.ndim > 1]
+    if not positions:
         return gradients
-    weights = [parameters[place] for place in places]
-    decayed = torch._foreach_add([gradients[place] for place in places], weights, alpha=weight_decay)
+    weights = [parameters[position] for position in positions]
+    decayed = torch._foreach_add([gradients[position] for position in positions], weights, alpha=weight_decay)
     lengths, slopes = (torch.stack(torch._foreach_norm(tensors)) for tensors in (weights, list(decayed)))
     scales = torch.where((lengths > 0) & (slopes > 0), trust * lengths / (slopes + eps), 1.0)
     torch._foreach_mul_(decayed, list(scales.unbind()))
-    for place, gradient in zip(places, decayed, strict=True):
-        gradients[place] = gradient
+    for position, gradient in zip(positions, decayed, strict=True):
+        gradients[position] = gradient
     return gradients
 
 

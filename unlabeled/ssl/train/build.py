@@ -111,7 +111,7 @@ def build_backbone(config: BackboneConfig, given: Backbone | None = None) -> Bac
 
 
 def set_layout(task: PretextTask, config: RunConfig, accelerator: Accelerator) -> None:
-    """Memory format, synchronised batch norm, compilation."""
+    """Memory format, synchronized batch norm, compilation."""
     wanted = config.engine.channels_last
     convolutional = len({stage.stride for stage in task.backbone.stages}) > 1
     if wanted or (wanted is None and convolutional and accelerator.device.type == "cuda"):
@@ -119,9 +119,9 @@ def set_layout(task: PretextTask, config: RunConfig, accelerator: Accelerator) -
     synced = config.engine.sync_bn if config.engine.sync_bn is not None else task.synced_statistics
     if synced and accelerator.num_processes > 1 and not task.masked_statistics:  # masked ones span all ranks anyway
         synchronize(task)
-    if not task.per_picture and config.engine.accumulation > 1:
+    if not task.per_image and config.engine.accumulation > 1:
         logger.warning(
-            "engine.accumulation: %s compares the pictures of a batch; each of %d micro-steps has only a part of it",
+            "engine.accumulation: %s compares the images of a batch; each of %d micro-steps has only a part of it",
             type(task).__name__, config.engine.accumulation,
         )  # fmt: skip
     if config.engine.compile:
@@ -129,7 +129,7 @@ def set_layout(task: PretextTask, config: RunConfig, accelerator: Accelerator) -
 
 
 def warn_of_small_images(source: ImageSource, backbone: Backbone) -> None:
-    """One line when the first readable pictures are smaller than what the network sees."""
+    """One line when the first readable images are smaller than what the network sees."""
     height, width = backbone.input_size
     for index in range(min(8, len(source))):
         try:

@@ -1,22 +1,22 @@
-"""Watches the features of a joint-embedding task for collapse: every picture giving the same, or one direction only.
+"""Watches the features of a joint-embedding task for collapse: every image giving the same, or one direction only.
 
-Two figures of the L2-normalised features z (N, D), as the loss compares them:
+Two figures of the L2-normalized features z (N, D), as the loss compares them:
 
-- spread: standard deviation over pictures, averaged over channels, times sqrt(D). 1 for directions drawn evenly from a
-  sphere, 0 when all pictures give the same (the figure of SimSiam, arXiv 2011.10566, section 4.1).
-- rank: effective rank of the centred features, the exponential of the entropy of their normalised singular values
+- spread: standard deviation over images, averaged over channels, times sqrt(D). 1 for directions drawn evenly from a
+  sphere, 0 when all images give the same (the figure of SimSiam, arXiv 2011.10566, section 4.1).
+- rank: effective rank of the centered features, the exponential of the entropy of their normalized singular values
   (RankMe, arXiv 2210.02885). 1 when all differences lie along one line.
 
 Two more, where a task logs them:
 
-- ``teacher_information``: how much the teacher's assignment says about the picture, H(mean p) - mean H(p) over log K; 0
-  when all pictures get the same one, be it sharp or even.
-- ``channel_deviation``: standard deviation over pictures, averaged over channels, of features that the loss takes as
+- ``teacher_information``: how much the teacher's assignment says about the image, H(mean p) - mean H(p) over log K; 0
+  when all images get the same one, be it sharp or even.
+- ``channel_deviation``: standard deviation over images, averaged over channels, of features that the loss takes as
   long as they are. These may shrink to nothing while their directions, which spread and rank look at, stay apart.
 
 The limits lie between what healthy and collapsing runs gave on drawn shapes, after step 50 of 110 to 200, with networks
 of 8 to 16 channels, heads of 8 to 16, batches of 16 and AdamW. That of the spread is low since heads that divide by a
-small temperature tell pictures apart by little: iBOT's begin near 0.06.
+small temperature tell images apart by little: iBOT's begin near 0.06.
 
 ======================================================  =============  ==========  ===========  =============
 run (rate)                                              spread         rank        information  deviation
@@ -53,10 +53,10 @@ DEVIATION = "channel_deviation"
 _LIMITS = {"feature_spread": 0.02, "feature_rank": 1.2, INFORMATION: 1e-4, DEVIATION: 0.1}
 """Figure → value below which features count as collapsed."""
 _MEANING = {
-    "feature_spread": "the features of all pictures are nearly the same",
-    "feature_rank": "the features of all pictures lie along one line",
-    INFORMATION: "the teacher assigns every picture alike",
-    DEVIATION: "the features of all pictures have shrunk to nearly nothing",
+    "feature_spread": "the features of all images are nearly the same",
+    "feature_rank": "the features of all images lie along one line",
+    INFORMATION: "the teacher assigns every image alike",
+    DEVIATION: "the features of all images have shrunk to nearly nothing",
 }
 WATCH_EVERY = 10
 """Optimizer steps between readings."""
@@ -65,14 +65,14 @@ _ROWS = 256
 
 
 @torch.no_grad()
-def feature_figures(features: Tensor) -> dict[str, float]:
+def feature_metrics(features: Tensor) -> dict[str, float]:
     """(N, D) → ``feature_spread`` and ``feature_rank``; empty for fewer than four rows."""
     if features.shape[0] < 4:
         return {}
     z = torch.nn.functional.normalize(features[:_ROWS].float(), dim=1)
-    centred = z - z.mean(0)
-    spread = centred.square().mean(0).sqrt().mean() * z.shape[1] ** 0.5
-    values = torch.linalg.svdvals(centred.double().cpu())
+    centered = z - z.mean(0)
+    spread = centered.square().mean(0).sqrt().mean() * z.shape[1] ** 0.5
+    values = torch.linalg.svdvals(centered.double().cpu())
     part = values / values.sum().clamp(min=1e-12) + 1e-12
     return {"feature_spread": spread.item(), "feature_rank": (-part * part.log()).sum().exp().item()}
 
@@ -88,7 +88,7 @@ class CollapseAlarm:
         self.warned = False
         self._recent: dict[str, deque[bool]] = {name: deque(maxlen=readings) for name in _LIMITS}
 
-    def look(self, step: int, values: Mapping[str, float]) -> str | None:
+    def update(self, step: int, values: Mapping[str, float]) -> str | None:
         """Takes the figures after `step` steps; returns the warning, which it also logs, when it is time for one."""
         if step <= self.after:
             return None

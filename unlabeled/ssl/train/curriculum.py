@@ -1,13 +1,13 @@
-"""EfficientTrain: a run that begins with the low frequencies of its pictures, which are learned first and cost less.
+"""EfficientTrain: a run that begins with the low frequencies of its images, which are learned first and cost less.
 
 Wang, Yue, Lu, Liu, Zhong, Song, Huang, "EfficientTrain: Exploring Generalized Curriculum Learning for Training Visual
 Backbones", ICCV 2023, arXiv 2211.09703; "EfficientTrain++", T-PAMI 2024, arXiv 2405.08768; code of the authors:
 github.com/LeapLabTHU/EfficientTrain.
 
-Whole pictures come from the loader as ever. On the device, the central window of their spectrum becomes a smaller
-picture: unlike a resized one it has every low frequency as it was, and no aliasing. All of this is a function of the
+Whole images come from the loader as ever. On the device, the central window of their spectrum becomes a smaller
+image: unlike a resized one it has every low frequency as it was, and no aliasing. All of this is a function of the
 step alone, so a resumed run has nothing to restore. Evaluation and export know nothing of it and, like the last stage,
-have whole pictures.
+have whole images.
 
 Not taken over: the growing magnitude of RandAugment, which does not apply to pretext tasks, whose views are their own;
 of EfficientTrain++ the larger batches at small sizes, the replay buffer, and the down-sampling in the loader that takes
@@ -38,13 +38,13 @@ Size = tuple[int, int]
 
 _FULL = 224
 _STEPS = {160: 0.6, 192: 0.2, 224: 0.2}
-"""EfficientTrain: size → part of the steps, for pictures of 224 pixels (arXiv 2211.09703)."""
+"""EfficientTrain: size → part of the steps, for images of 224 pixels (arXiv 2211.09703)."""
 _EQUAL_STAGES = {96: 2, 160: 4, 224: 4}
 """EfficientTrain++: size → how many of ten stages of equal compute (arXiv 2405.08768)."""
 
 
-class Stage(NamedTuple):
-    """Consecutive steps with pictures of one size."""
+class CurriculumPhase(NamedTuple):
+    """Consecutive steps with images of one size."""
 
     first: int
     """Its first step."""
@@ -54,27 +54,27 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True)
 class Curriculum:
-    """What size the pictures of each step have; made by `create_curriculum`."""
+    """What size the images of each step have; made by `create_curriculum`."""
 
     name: str
-    stages: tuple[Stage, ...]
+    stages: tuple[CurriculumPhase, ...]
     """In order, without gaps; the last has the full size."""
     finish: Callable[[Tensor], Tensor]
-    """Values 0..255 → what the task takes floating pictures for."""
+    """Values 0..255 → what the task takes floating images for."""
 
     @property
     def full(self) -> Size:
         return self.stages[-1].size
 
     def size(self, step: int) -> Size:
-        """Size of the pictures that optimizer step `step` (from 0) sees."""
+        """Size of the images that optimizer step `step` (from 0) sees."""
         return next(stage.size for stage in reversed(self.stages) if stage.first <= step)
 
     def apply(self, batch: Batch, step: int) -> Batch:
-        """The batch of step `step` with smaller pictures: floats, where they were uint8 (..., 3, H, W) of full size.
+        """The batch of step `step` with smaller images: floats, where they were uint8 (..., 3, H, W) of full size.
 
-        Pictures of another size (local crops) and all other tensors stay, boxes in units of the picture too; at full
-        size everything does. Raises ConfigError when none of the pictures has the full size.
+        Images of another size (local crops) and all other tensors stay, boxes in units of the image too; at full
+        size everything does. Raises ConfigError when none of the images has the full size.
         """
         size = self.size(step)
         if size == self.full:
@@ -82,7 +82,7 @@ class Curriculum:
         whole = {name for name, tensor in batch.items() if self._is_whole(tensor)}
         if not whole:
             raise ConfigError(
-                f"engine.curriculum: no pictures of the batch have the network's {_shown(self.full)} pixels, so none "
+                f"engine.curriculum: no images of the batch have the network's {_shown(self.full)} pixels, so none "
                 "can be made smaller; set engine.curriculum=null, or backbone.size to the size of the task's views"
             )
         return {name: self._smaller(tensor, size) if name in whole else tensor for name, tensor in batch.items()}
@@ -91,12 +91,12 @@ class Curriculum:
         return tensor.dtype == torch.uint8 and tensor.shape[-3:] == (3, *self.full)
 
     @torch.no_grad()
-    def _smaller(self, pictures: Tensor, size: Size) -> Tensor:
-        return self.finish(low_frequencies(pictures, size))
+    def _smaller(self, images: Tensor, size: Size) -> Tensor:
+        return self.finish(low_frequencies(images, size))
 
     @property
     def compute(self) -> float:
-        """Expected compute over that of whole pictures throughout, taken to grow with the number of pixels."""
+        """Expected compute over that of whole images throughout, taken to grow with the number of pixels."""
         seen = sum(stage.steps * stage.size[0] * stage.size[1] for stage in self.stages)
         return seen / (sum(stage.steps for stage in self.stages) * self.full[0] * self.full[1])
 
@@ -108,20 +108,20 @@ class Curriculum:
 def create_curriculum(name: CurriculumName | None, task: PretextTask, total_steps: int) -> Curriculum | None:
     """The curriculum `name` of a run of `total_steps`; None when there is to be none.
 
-    Raises ConfigError when task or backbone cannot do with the smaller pictures, or when there is no smaller size.
+    Raises ConfigError when task or backbone cannot do with the smaller images, or when there is no smaller size.
     """
     if name is None:
         return None
     backbone, step = task.backbone, task.size_step()
     if step is None:
         raise ConfigError(
-            f"engine.curriculum: {type(task).__name__} needs pictures of the full size; set engine.curriculum=null"
+            f"engine.curriculum: {type(task).__name__} needs images of the full size; set engine.curriculum=null"
         )
-    stages = tuple(plan_stages(name, total_steps, backbone.input_size, step))
+    stages = tuple(plan_phases(name, total_steps, backbone.input_size, step))
     smaller = {stage.size: None for stage in stages[:-1]}
     if not smaller:
         raise ConfigError(
-            f"engine.curriculum: {name} finds no smaller size for pictures of {_shown(backbone.input_size)} (multiples "
+            f"engine.curriculum: {name} finds no smaller size for images of {_shown(backbone.input_size)} (multiples "
             f"of {_shown(step)}, {total_steps} steps); raise backbone.size, lower the strides (such as "
             "backbone.kwargs.output_stride=8), or set engine.curriculum=null"
         )
@@ -130,15 +130,15 @@ def create_curriculum(name: CurriculumName | None, task: PretextTask, total_step
     return Curriculum(name, stages, partial(as_floats, task))
 
 
-def as_floats(task: PretextTask, pictures: Tensor) -> Tensor:
-    """Floating pictures (..., 3, H, W) of values 0..255 → what `task` takes floating pictures for."""
-    if task.float_pictures == "bytes":
-        return pictures
-    return pictures / 255 if task.float_pictures == "unit" else task.backbone.normalize(pictures / 255)
+def as_floats(task: PretextTask, images: Tensor) -> Tensor:
+    """Floating images (..., 3, H, W) of values 0..255 → what `task` takes floating images for."""
+    if task.float_images == "bytes":
+        return images
+    return images / 255 if task.float_images == "unit" else task.backbone.normalize(images / 255)
 
 
-def plan_stages(name: CurriculumName, total_steps: int, full: Size, step: Size) -> list[Stage]:
-    """The stages of curriculum `name`; neighbours of one size are one stage.
+def plan_phases(name: CurriculumName, total_steps: int, full: Size, step: Size) -> list[CurriculumPhase]:
+    """The stages of curriculum `name`; neighbors of one size are one stage.
 
     Sizes are parts of `full`, each side for itself, rounded to multiples of `step`; the last stage has the full size
     and at least one step.
@@ -152,21 +152,21 @@ def plan_stages(name: CurriculumName, total_steps: int, full: Size, step: Size) 
     total = sum(weights.values())
     ends = [min(round(total_steps * done / total), total_steps - 1) for done in itertools.accumulate(weights.values())]
     ends[-1] = total_steps
-    stages = [Stage(begin, end - begin, size) for size, begin, end in zip(weights, [0, *ends], ends, strict=False)]
+    stages = [
+        CurriculumPhase(begin, end - begin, size) for size, begin, end in zip(weights, [0, *ends], ends, strict=False)
+    ]
     return [stage for stage in stages if stage.steps]
 
 
-def low_frequencies(pictures: Tensor, size: Size) -> Tensor:
-    """(..., H, W) of any type → float32 (..., h, w) with the frequencies below h / 2 and w / 2 cycles a picture.
+def low_frequencies(images: Tensor, size: Size) -> Tensor:
+    """(..., H, W) of any type → float32 (..., h, w) with the frequencies below h / 2 and w / 2 cycles an image.
 
     These keep amplitude and phase, so the mean stays as it was. Values may lie a little outside the range of the input.
-    The crop of a turned or mirrored picture is the turned or mirrored crop. Source: arXiv 2211.09703; see `_crop`.
+    The crop of a turned or mirrored image is the turned or mirrored crop. Source: arXiv 2211.09703; see `_crop`.
     """
-    rows, columns = (
-        _crop(whole, side).to(pictures.device) for whole, side in zip(pictures.shape[-2:], size, strict=True)
-    )
-    with torch.autocast(pictures.device.type, enabled=False):
-        return rows @ (pictures.float() @ columns.T)
+    rows, columns = (_crop(whole, side).to(images.device) for whole, side in zip(images.shape[-2:], size, strict=True))
+    with torch.autocast(images.device.type, enabled=False):
+        return rows @ (images.float() @ columns.T)
 
 
 @cache
@@ -175,10 +175,10 @@ def _crop(whole: int, side: int) -> Tensor:
 
     Fourier transform, shift, window [whole / 2 - side / 2, whole / 2 + side / 2), inverse, real part, times
     side / whole, all in one: entry (n, m) is the sum of cos(2 pi k (u_n - u_m)) over the frequencies k of the window,
-    over `whole`. As in the paper but for where places lie: u is the centre of a pixel in units of the picture, where
+    over `whole`. As in the paper but for where places lie: u is the center of a pixel in units of the image, where
     the paper has its corner. That puts the crop off the middle by up to half a pixel, and the seam where the spectrum
-    takes opposite sides for neighbours then tells the first row from the last: enough to solve rotation without
-    looking at the picture.
+    takes opposite sides for neighbors then tells the first row from the last: enough to solve rotation without
+    looking at the image.
     """
     frequencies = torch.arange(-(side // 2), side - side // 2, dtype=torch.float64)
     after, before = (
@@ -198,16 +198,16 @@ def _rounded(pixels: int, full: Size, step: Size) -> Size:
 
 
 def _require(task: PretextTask, size: Size) -> None:
-    """Raises ConfigError when the backbone or the task cannot do with pictures of `size`."""
+    """Raises ConfigError when the backbone or the task cannot do with images of `size`."""
     if (reason := task.backbone.refuses(size)) is not None:
         raise ConfigError(
-            f"engine.curriculum: {task.backbone.name} takes no pictures of {_shown(size)} ({reason}); "
+            f"engine.curriculum: {task.backbone.name} takes no images of {_shown(size)} ({reason}); "
             + _remedy(task.backbone)
         )
     try:
         task.require_size(size)
     except ConfigError as error:
-        raise ConfigError(f"engine.curriculum: pictures of {_shown(size)} do not fit: {error}") from error
+        raise ConfigError(f"engine.curriculum: images of {_shown(size)} do not fit: {error}") from error
 
 
 def _remedy(backbone: Backbone) -> str:

@@ -33,10 +33,10 @@ from unlabeled.ssl.core.signals import StopRequest
 from unlabeled.ssl.data.bad import BadImage, BadImages
 from unlabeled.ssl.data.loader import LoadedBatch
 from unlabeled.ssl.task import Batch, PretextTask, StepOutput
-from unlabeled.ssl.train.collapse import WATCH_EVERY, CollapseAlarm, feature_figures
+from unlabeled.ssl.train.collapse import WATCH_EVERY, CollapseAlarm, feature_metrics
 from unlabeled.ssl.train.curriculum import Curriculum
 from unlabeled.ssl.train.monitor import Meter, Monitor, Stopwatch, memory_gb
-from unlabeled.ssl.train.optimizer import set_rates
+from unlabeled.ssl.train.optimizer import set_learning_rates
 from unlabeled.ssl.train.run_folder import Plan
 from unlabeled.ssl.train.saver import Saver
 from unlabeled.ssl.train.schedule import Schedule, weight_decay_at
@@ -82,14 +82,14 @@ def train(run: Training) -> str | None:
     """Runs until the last step or until a signal; returns the signal's name, or None when the run is complete.
 
     Raises DivergedError before the optimizer step when loss or gradients are not finite on any rank, and DataError
-    when too many pictures cannot be decoded.
+    when too many images cannot be decoded.
     """
     run.model.train()
     kernels = False if run.config.engine.compile else run.config.engine.cpu_kernels
     with StopRequest() as stop, cpu_kernels(run.accelerator.device, kernels):
         for step in range(run.start_step, run.plan.total_steps):
             lr = run.schedule(step)
-            set_rates(run.optimizer, lr, weight_decay_at(run.config.optim, step, run.schedule.cosine_steps))
+            set_learning_rates(run.optimizer, lr, weight_decay_at(run.config.optim, step, run.schedule.cosine_steps))
             local, bad, features = accumulate(run, step)
             run.task.before_step(step / run.plan.total_steps)
             norm = gradient_norm(run)
@@ -181,7 +181,7 @@ def consult_ranks(
 ) -> tuple[dict[str, float], bool]:
     """The ranks' verdict on a step: means of `values`, and whether any rank was asked to stop.
 
-    One reduction, and the step's one synchronisation with the device: after backward, before the optimizer step.
+    One reduction, and the step's one synchronization with the device: after backward, before the optimizer step.
     """
     names, device = list(values), run.accelerator.device
     finite = torch.isfinite(values["loss"])
@@ -208,9 +208,9 @@ def record(run: Training, step: int, values: dict[str, float], lr: float, featur
     """Adds a step to the meter; every ``log.every`` steps and at the end, writes a row. Looks out for collapse."""
     run.meter.add(values)
     due = step % run.config.log.every == 0 or step == run.plan.total_steps
-    watched = feature_figures(features) if features is not None and (due or step % WATCH_EVERY == 0) else {}
+    watched = feature_metrics(features) if features is not None and (due or step % WATCH_EVERY == 0) else {}
     if step % WATCH_EVERY == 0:
-        run.alarm.look(step, {**values, **watched})
+        run.alarm.update(step, {**values, **watched})
     if due:
         row = {**run.meter.take(), **watched, "lr": lr, **run.watch.take()}
         row["memory_gb"] = memory_gb(run.accelerator.device)

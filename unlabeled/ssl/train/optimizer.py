@@ -74,7 +74,7 @@ def create_optimizer(task: PretextTask, config: OptimConfig) -> torch.optim.Opti
     return optimizer
 
 
-def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+def set_learning_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
     """Sets learning rate and weight decay of every group for the step to come."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]

@@ -1,7 +1,7 @@
 """The run folder: whose it is, what lies in it, and how long the run will be.
 
 ``config.yaml`` (resolved) · ``metrics.jsonl`` · ``bad_images.jsonl`` · ``tensorboard/`` · ``checkpoints/step_*`` ·
-``backbone.safetensors`` + ``backbone.json`` · ``pictures/`` (what the task sees) · ``report/``
+``backbone.safetensors`` + ``backbone.json`` · ``images/`` (what the task sees) · ``report/``
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from unlabeled.ssl.backbones.given import require_same_module
+from unlabeled.ssl.config.renamed import with_new_names
 from unlabeled.ssl.config.schema import RunConfig
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 from unlabeled.ssl.core.files import write_atomically, writing
@@ -110,6 +111,7 @@ def current(values: Mapping[str, Any]) -> dict[str, Any]:
     What was added since has its default; what an earlier version wrote into every run, and this source never read, is
     left out.
     """
+    values = with_new_names(values)
     result = dict(values)
     if isinstance(data := values.get("data"), Mapping):
         result["data"] = _data_now(data)

@@ -94,7 +94,7 @@ class Saver:
         meter.load_state_dict(state["meter"])
         if state["world"] != self._accelerator.num_processes:
             logger.warning(
-                "resumed with %d processes instead of %d: the same pictures per step, but other random numbers",
+                "resumed with %d processes instead of %d: the same images per step, but other random numbers",
                 self._accelerator.num_processes,
                 state["world"],
             )

@@ -31,29 +31,31 @@ from unlabeled.ssl.core.errors import CapabilityError, ConfigError, first_line, 
 _TABLE = Path(__file__).with_name("architectures.json")
 _SIZES = (64, 96, 128)
 """Pixels tried, in this order, for a network that the table does not have; then its own size."""
-_PICTURES = 2
+_IMAGES = 2
 
 
 class MatrixRun(Section):
-    """``unlabeled matrix task=mae module=vision_transformer out=docs/matrix.md``."""
+    """Tries every task on every architecture of timm and tabulates what runs on what."""
 
     task: tuple[str, ...] | None = None
-    """Tasks, one name or a list; None: all."""
+    """Tasks to try, one name or a list; null: all."""
     module: tuple[str, ...] | None = None
-    """Architecture modules of timm, one name or a list; None: all."""
+    """timm's architecture modules to try, such as vision_transformer, one name or a list; null: all."""
     out: Path | None = None
-    """Page to write, with the cells beside it as JSON; with `task` or `module`, its other cells stay."""
+    """Markdown page to write, with its cells as JSON next to it. With `task` or `module`, the other cells of an
+    existing page are kept."""
     seed: int = 0
+    """Seed of weights and images."""
 
     @field_validator("out")
     @classmethod
     def _is_a_page(cls, out: Path | None) -> Path | None:
         if out is not None and out.suffix != ".md":
-            raise ValueError(f"{out} is no Markdown file; give a name such as docs/matrix.md")
+            raise ValueError(f"{out} is no Markdown file; give a name such as docs/reference/matrix.md")
         return out
 
 
-class Cell(NamedTuple):
+class MatrixEntry(NamedTuple):
     """What happened to one task on one network."""
 
     status: Literal["runs", "cannot", "fault"]
@@ -67,7 +69,7 @@ class Matrix:
     timm: str = timm.__version__
     networks: dict[str, str] = field(default_factory=dict)
     """Module → name of the network, its size and arguments."""
-    cells: dict[str, dict[str, Cell]] = field(default_factory=dict)
+    cells: dict[str, dict[str, MatrixEntry]] = field(default_factory=dict)
 
     @property
     def tasks(self) -> list[str]:
@@ -94,11 +96,14 @@ class Matrix:
         """The inverse of `dumps`."""
         stored = json.loads(text)
         networks = {module: row.pop("network") for module, row in stored["modules"].items()}
-        cells = {module: {task: Cell(*cell) for task, cell in row.items()} for module, row in stored["modules"].items()}
+        cells = {
+            module: {task: MatrixEntry(*cell) for task, cell in row.items()}
+            for module, row in stored["modules"].items()
+        }
         return cls(stored["timm"], networks, cells)
 
     @classmethod
-    def beside(cls, page: Path) -> Matrix:
+    def stored_with(cls, page: Path) -> Matrix:
         """The cells of the page `page`; none when it does not exist.
 
         Raises ConfigError when they cannot be read, or are of another timm than the installed one.
@@ -116,9 +121,9 @@ class Matrix:
         return stored
 
 
-def matrix_config(words: Sequence[str]) -> MatrixRun:
+def matrix_config(overrides: Sequence[str]) -> MatrixRun:
     """The settings of the command. Raises ConfigError, in one line, for a word that is not one of them."""
-    values = {override.key_or_group: _value(override) for override in parse(words)}
+    values = {override.key_or_group: _value(override) for override in parse(overrides)}
     for name in ("task", "module"):
         if isinstance(values.get(name), str):
             values[name] = [values[name]]
@@ -144,7 +149,7 @@ def measure(run: MatrixRun, progress: Callable[[Sequence[str]], Iterator[str]] =
     `progress` passes the modules on and may tell of them. Raises ConfigError when the page cannot be added to.
     """
     partial = run.task is not None or run.module is not None
-    matrix = Matrix.beside(run.out) if partial and run.out is not None else Matrix()
+    matrix = Matrix.stored_with(run.out) if partial and run.out is not None else Matrix()
     tasks = list(run.task or task_names())
     for module in progress(list(run.module or timm.list_modules())):
         network = architecture(module)
@@ -180,34 +185,34 @@ def _smallest(module: str) -> dict[str, Any]:
     return {"name": name, "size": create_backbone(name).input_size}
 
 
-def try_task(task: str, backbone: Backbone, seed: int = 0) -> Cell:
+def try_task(task: str, backbone: Backbone, seed: int = 0) -> MatrixEntry:
     """One forward and backward pass of `task` on a copy of `backbone`."""
     kind = task_class(task)
     try:
         backbone.require(kind.requires, task=kind.__name__)
         return _step({"name": task, **kind.small_settings}, copy.deepcopy(backbone), seed)
     except CapabilityError as error:
-        return Cell("cannot", _short(str(error)))
+        return MatrixEntry("cannot", _short(str(error)))
     except Exception as error:  # whatever it is, it is a result: told in the table and to be mended
-        return Cell("fault", f"{type(error).__name__}: {first_line(error)}")
+        return MatrixEntry("fault", f"{type(error).__name__}: {first_line(error)}")
 
 
-def _step(settings: Mapping[str, Any], backbone: Backbone, seed: int) -> Cell:
+def _step(settings: Mapping[str, Any], backbone: Backbone, seed: int) -> MatrixEntry:
     torch.manual_seed(seed)
     task = create_task(settings, backbone).train()
     views = type(task).views(task_config(settings), backbone)
     height, width = backbone.input_size
-    pictures = torch.randint(0, 256, (_PICTURES, 3, height + 8, width + 8), dtype=torch.uint8)
-    seen = [views(picture) for picture in pictures]
+    images = torch.randint(0, 256, (_IMAGES, 3, height + 8, width + 8), dtype=torch.uint8)
+    seen = [views(image) for image in images]
     batch: dict[str, Tensor] = {key: torch.stack([view[key] for view in seen]) for key in seen[0]}
     loss = task(batch).loss
     if not bool(loss.isfinite()):
-        return Cell("fault", f"its loss is {loss.item()}")
+        return MatrixEntry("fault", f"its loss is {loss.item()}")
     loss.backward()
     for label, parameter in task.named_parameters():
         if parameter.requires_grad and (parameter.grad is None or not bool(parameter.grad.isfinite().all())):
-            return Cell("fault", f"{label} gets {'no' if parameter.grad is None else 'an infinite'} gradient")
-    return Cell("runs")
+            return MatrixEntry("fault", f"{label} gets {'no' if parameter.grad is None else 'an infinite'} gradient")
+    return MatrixEntry("runs")
 
 
 def _short(message: str) -> str:

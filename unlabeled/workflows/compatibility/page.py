@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from unlabeled.pretext.registry import task_names
-from unlabeled.workflows.compatibility.measure import Cell, Matrix
+from unlabeled.workflows.compatibility.measure import Matrix, MatrixEntry
 
 _HEAD = """\
 # What runs on what
@@ -18,8 +18,8 @@ _HEAD = """\
 Every architecture module of timm {timm}, and our own, under every pretext task. Nothing here is guessed: each ✓ is one
 forward and one backward pass of the task, with its default settings, that gave a finite loss and a gradient for every
 parameter that it trains. (PixPro and PixContrast look at the second map, DINO and iBOT do without local crops, OBoW has
-64 words: the pictures are small.) Where a task cannot, a number stands for [the reason](#why-not); the command itself
-also names the place in the network.
+64 words: the images are small.) Where a task cannot, a number stands for [the reason](#why-not); the command itself
+also names the layer.
 
 One small network stands for each module ([which ones](#the-networks)); others of the same module may differ.
 
@@ -28,7 +28,7 @@ Made by `make matrix`. One pair by itself: `unlabeled matrix task=mae module=bei
 
 _FEW = 20
 """Modules that are also named beside their count."""
-_NEVER = Cell("cannot", "not tried")
+_NEVER = MatrixEntry("cannot", "not tried")
 
 
 def render_page(matrix: Matrix) -> str:
@@ -82,7 +82,7 @@ def _numbered(matrix: Matrix) -> dict[str, int]:
     return {reason: number for number, reason in enumerate([*ordered, *faults], start=1)}
 
 
-def _column(matrix: Matrix, task: str) -> list[Cell]:
+def _column(matrix: Matrix, task: str) -> list[MatrixEntry]:
     return [row[task] for row in matrix.cells.values() if task in row]
 
 
@@ -111,7 +111,7 @@ def _table(matrix: Matrix, reasons: dict[str, int]) -> str:
     return "\n".join(lines)
 
 
-def _mark(cell: Cell | None, reasons: dict[str, int]) -> str:
+def _mark(cell: MatrixEntry | None, reasons: dict[str, int]) -> str:
     if cell is None:
         return ""
     if cell.status == "runs":

@@ -15,32 +15,31 @@ from unlabeled.eval.features.extract import extract_features, is_main_process
 from unlabeled.eval.intervals import wilson
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.core.errors import DataError
+from unlabeled.ssl.core.renamed import OldNames
 from unlabeled.ssl.task import PretextTask
+from unlabeled.workflows.finetune.classifier import logits_of
 from unlabeled.workflows.finetune.config import FinetuneConfig
-from unlabeled.workflows.finetune.data import LabelledPictures
-from unlabeled.workflows.finetune.network import logits_of
+from unlabeled.workflows.finetune.data import LabeledImages
 from unlabeled.workflows.finetune.task import Finetune
 
 
 @dataclass(frozen=True)
-class Accuracy:
+class Accuracy(OldNames, pictures="images"):
     """Of one set of weights."""
 
     values: Mapping[str, Estimate]
     """``top1``, and ``top5`` where there are more than five classes, with 95 % Wilson intervals."""
-    pictures: int
+    images: int
     confusion: IntArray
     """(C, C): true class by predicted class."""
     skipped: tuple[str, ...] = ()
-    """Pictures that could not be decoded."""
+    """Images that could not be decoded."""
 
 
-def measure_accuracy(
-    network: Backbone, test: LabelledPictures, config: FinetuneConfig, device: torch.device
-) -> Accuracy:
+def measure_accuracy(network: Backbone, test: LabeledImages, config: FinetuneConfig, device: torch.device) -> Accuracy:
     """Top-1 and top-5 accuracy of `network` on `test`; the mode that it is in stays.
 
-    Under torch.distributed every process must call it. Raises DataError when outputs are not finite or no picture can
+    Under torch.distributed every process must call it. Raises DataError when outputs are not finite or no image can
     be decoded.
     """
     outputs = extract_features(
@@ -56,7 +55,7 @@ def accuracy_of(logits: Any, labels: IntArray, skipped: tuple[str, ...] = ()) ->
     broken = int((~np.isfinite(logits).all(axis=1)).sum())
     if broken:
         raise DataError(
-            f"evaluate: the outputs for {broken} of {len(labels)} test pictures are NaN or infinite; lower optim.lr"
+            f"evaluate: the outputs for {broken} of {len(labels)} test images are NaN or infinite; lower optim.lr"
         )
     count, classes = logits.shape
     predicted = logits.argmax(axis=1)
@@ -74,7 +73,7 @@ def accuracy_of(logits: Any, labels: IntArray, skipped: tuple[str, ...] = ()) ->
 class OnlineAccuracy:
     """The test accuracy every few epochs, for a curve; never due when that is not asked for."""
 
-    def __init__(self, config: FinetuneConfig, test: LabelledPictures, steps_per_epoch: int) -> None:
+    def __init__(self, config: FinetuneConfig, test: LabeledImages, steps_per_epoch: int) -> None:
         self._config, self._test = config, test
         every = config.evaluate.every
         self._every_steps = max(round(every * steps_per_epoch), 1) if every else None

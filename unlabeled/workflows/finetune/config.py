@@ -18,35 +18,36 @@ Part = Annotated[float, Field(gt=0, le=1)]
 Chance = Annotated[float, Field(ge=0, le=1)]
 
 
-class NetworkConfig(Section):
-    """What is changed of the target's network when it becomes a classifier."""
+class ModelConfig(Section):
+    """What changes in the target's network when it becomes a classifier."""
 
     size: Size | None = None
-    """Pixels of the pictures that it sees, one number or [height, width]; None: as the target. Positions are resampled
-    where timm does so."""
+    """Side of the images that the network receives, one number or [height, width]; null: as in the target. Position
+    embeddings are resampled where timm does so. [pixels]"""
     drop_path: float = Field(0.0, ge=0, lt=1)
-    """Largest rate of stochastic depth, which grows with depth (MAE: 0.1 for ViT-B, 0.2 for ViT-L)."""
+    """Largest rate of stochastic depth; the rate grows with depth (MAE: 0.1 for ViT-B, 0.2 for ViT-L)."""
     kwargs: Arguments = Field(default_factory=dict)
-    """Further arguments for ``timm.create_model``, over those of the target, such as ``{global_pool: avg}``."""
+    """Further arguments of timm.create_model that replace those of the target, such as {global_pool: avg}."""
 
 
 class AugmentConfig(Section):
-    """What is done to training pictures, by timm's transforms."""
+    """Augmentation of training images, by timm's transforms."""
 
     crop: tuple[Part, Part] = (0.08, 1.0)
-    """Smallest and largest part of the picture's area that a crop takes."""
+    """Smallest and largest fraction of the image area that a crop covers. [fraction]"""
     flip: Chance = 0.5
-    """Probability of a mirrored picture; 0 for digits and letters."""
+    """Probability of a horizontal flip; set it to 0 for digits and letters."""
     auto: str | None = "rand-m9-mstd0.5-inc1"
-    """timm's word for RandAugment or AutoAugment; None: neither."""
+    """timm's string for RandAugment or AutoAugment; null: neither."""
     jitter: float = Field(0.0, ge=0)
-    """Brightness, contrast and saturation change by up to this part; without `auto` only."""
+    """Brightness, contrast and saturation change by up to this fraction; needs augment.auto=null. [fraction]"""
     erase: Chance = 0.25
-    """Probability that a rectangle of the picture becomes noise (random erasing)."""
+    """Probability that a rectangle of the image is replaced by noise (random erasing)."""
     mixup: float = Field(0.8, ge=0)
-    """Alpha of mixup: batches are averaged with themselves in reverse, labels too; 0: off."""
+    """Alpha of mixup, which averages images and their labels in pairs; 0: off."""
     cutmix: float = Field(1.0, ge=0)
-    """Alpha of CutMix: a rectangle comes from the other picture; 0: off. With both, either has half of the batches."""
+    """Alpha of CutMix, which pastes a rectangle from another image; 0: off. If both are on, each batch uses one of
+    them, with equal probability."""
 
     @model_validator(mode="after")
     def _crop_is_ordered(self) -> AugmentConfig:
@@ -58,57 +59,60 @@ class AugmentConfig(Section):
 
 
 class AccuracyConfig(Section):
-    """How the test split is read."""
+    """How accuracy on the test split is measured."""
 
     every: float = Field(0.0, ge=0)
-    """Epochs between measurements on the test split, for a curve only; 0: at the end alone."""
+    """Time between measurements on the test split, for a curve only; 0: at the end only. [epochs]"""
     batch_size: int = Field(256, ge=1)
+    """Images per batch on the test split. [images]"""
     limit: int | None = Field(None, ge=1)
-    """Largest number of test pictures, chosen by a fixed shuffle."""
+    """Use at most this many test images, chosen by a fixed shuffle; null: all. [images]"""
 
 
 class FinetuneOptim(OptimConfig):
-    """As in pretraining, with the rate and the layer-wise decay of fine-tuning."""
+    """As in pretraining, with the learning rate and layer-wise decay of fine-tuning."""
 
     lr: float = Field(5e-4, gt=0)
     layer_decay: float | None = Field(0.65, gt=0, le=1)
 
 
 class FinetuneSchedule(ScheduleConfig):
-    """As in pretraining, with a short warm-up."""
+    """As in pretraining, with a short warmup."""
 
     warmup_epochs: float = Field(5.0, ge=0)
     min_lr: float = Field(1e-6, ge=0)
 
 
 class FinetuneConfig(RunConfig):
-    """``unlabeled finetune TARGET``: a run folder, a timm name or a weights file, and labelled data."""
+    """Trains a run, a timm model or a weights file into a classifier on labeled data."""
 
     target: str
-    """A run folder, a timm model name, or a file of weights (which also needs `backbone.name`)."""
+    """What to fine-tune: a run folder, the name of a timm model, or a weights file (which also needs backbone.name).
+    Typed without target=."""
     backbone: BackboneConfig | None = None
-    """Of a file of weights: the network that they belong to."""
+    """For a weights file: the network that the weights belong to."""
     pretrained: bool = True
     """For a timm name: load its published weights."""
     scratch: bool = False
     """Train from random weights instead of the target's."""
     baseline: bool = True
-    """After pretrained weights, train the same network from random ones for as many steps, in ``out/scratch``: without
-    layer-wise decay, which is for layers that have learned something, and else under the same settings."""
-    network: NetworkConfig = NetworkConfig()
+    """Then train the same network from random weights for as many steps, in OUT/scratch, with the same settings but
+    without layer-wise decay."""
+    model: ModelConfig = ModelConfig()
     frozen: bool = False
-    """Train the classifier alone, on features that stay as they are."""
+    """Train only the classifier, on frozen features."""
     label_fraction: float | None = Field(None, gt=0, le=1)
-    """Use this part of each class, such as 0.01 or 0.1, chosen under `engine.seed`; None: all."""
+    """Use this fraction of the images of each class, such as 0.01 or 0.1, drawn with engine.seed; null: all.
+    [fraction]"""
     augment: AugmentConfig | None = AugmentConfig()
-    """None: pictures as in testing."""
+    """null: no augmentation; images are prepared as in testing."""
     smoothing: float = Field(0.1, ge=0, lt=1)
-    """Label smoothing: this part of each label is spread over all classes."""
+    """Label smoothing: fraction of each label that is spread evenly over all classes. [fraction]"""
     ema: float | None = Field(None, gt=0, lt=1)
-    """Decay of a moving average of the weights, lower in the first steps, which then is what is tested and exported;
-    None: none."""
+    """Decay of a moving average of the weights, which is then tested and exported; smaller in the first steps. null: no
+    average."""
     optim: FinetuneOptim = FinetuneOptim()
     schedule: FinetuneSchedule = FinetuneSchedule()
     evaluate: AccuracyConfig = AccuracyConfig()
     out: Path = Path("runs/finetune")
-    """The run folder."""
+    """Run folder."""

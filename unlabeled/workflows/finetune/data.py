@@ -1,4 +1,4 @@
-"""Labelled pictures for fine-tuning, and what is done to them."""
+"""Labeled images for fine-tuning, and what is done to them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class LabelledPictures:
+class LabeledImages:
     """One split."""
 
     source: ImageSource
@@ -40,29 +40,29 @@ class LabelledPictures:
         return len(self.labels)
 
 
-def open_labelled(config: FinetuneConfig) -> tuple[LabelledPictures, LabelledPictures]:
-    """(training, test) pictures that have a label, the first cut down to ``label_fraction``.
+def open_labeled(config: FinetuneConfig) -> tuple[LabeledImages, LabeledImages]:
+    """(training, test) images that have a label, the first cut down to ``label_fraction``.
 
     Raises DataError for a split without labels, a single class, test classes that training does not have, and a
-    fraction that leaves a class without a picture.
+    fraction that leaves a class without an image.
     """
     train, test = (open_source(config.data, split) for split in ("train", "test"))
     classes = _classes(train, "training")
-    pictures = _labelled(train, classes, "training")
-    if len(present := torch.bincount(pictures.labels).nonzero()) < 2:
+    images = _labeled(train, classes, "training")
+    if len(present := torch.bincount(images.labels).nonzero()) < 2:
         raise DataError(
-            f"data: all training pictures are of class {classes[int(present[0])]!r}; give data with two classes or more"
+            f"data: all training images are of class {classes[int(present[0])]!r}; give data with two classes or more"
         )
     if config.label_fraction is not None:
-        rows = stratified(pictures.labels, classes, config.label_fraction, config.engine.seed)
-        pictures = LabelledPictures(Subset(pictures.source, rows), pictures.labels[rows], classes)
-    return pictures, _labelled(limited(test, config.evaluate.limit), classes, "test")
+        rows = stratified(images.labels, classes, config.label_fraction, config.engine.seed)
+        images = LabeledImages(Subset(images.source, rows), images.labels[rows], classes)
+    return images, _labeled(limited(test, config.evaluate.limit), classes, "test")
 
 
 def stratified(labels: Tensor, classes: tuple[str, ...], fraction: float, seed: int) -> Tensor:
-    """Sorted indices, int64 (M,), of `fraction` of the pictures of each class, rounded, under `seed`.
+    """Sorted indices, int64 (M,), of `fraction` of the images of each class, rounded, under `seed`.
 
-    A smaller fraction takes a part of those of a larger one. Raises DataError when it leaves a class without a picture.
+    A smaller fraction takes a part of those of a larger one. Raises DataError when it leaves a class without an image.
     """
     random = np.random.default_rng(derive("labels", seed))
     chosen = []
@@ -71,7 +71,7 @@ def stratified(labels: Tensor, classes: tuple[str, ...], fraction: float, seed: 
         count = round(fraction * len(members))
         if count == 0:
             raise DataError(
-                f"label_fraction: {fraction:g} leaves none of the {len(members)} pictures of class {classes[label]!r}; "
+                f"label_fraction: {fraction:g} leaves none of the {len(members)} images of class {classes[label]!r}; "
                 f"give {1 / len(members):.2g} or more"
             )
         chosen.append(members[:count])
@@ -87,8 +87,8 @@ def _classes(source: ImageSource, split: str) -> tuple[str, ...]:
     return tuple(source.classes)
 
 
-def _labelled(source: ImageSource, classes: tuple[str, ...], split: str) -> LabelledPictures:
-    """Those pictures of `source` that have a label, numbered as in `classes`."""
+def _labeled(source: ImageSource, classes: tuple[str, ...], split: str) -> LabeledImages:
+    """Those images of `source` that have a label, numbered as in `classes`."""
     names, labels = _classes(source, split), source.labels()
     assert labels is not None, "a source with classes has labels"
     if len(labels) and int(labels.max()) >= len(names):
@@ -97,18 +97,18 @@ def _labelled(source: ImageSource, classes: tuple[str, ...], split: str) -> Labe
         raise DataError(f"data: {split} class {unknown[0]!r} is not among the {len(classes)} training classes")
     rows = torch.nonzero(labels >= 0).flatten()
     if len(rows) == 0:
-        raise DataError(f"data: no picture of the {split} split has a label; give other data")
+        raise DataError(f"data: no image of the {split} split has a label; give other data")
     if len(rows) < len(labels):
         logger.info(
-            "data: %d of %d %s pictures have no label and are left out", len(labels) - len(rows), len(labels), split
+            "data: %d of %d %s images have no label and are left out", len(labels) - len(rows), len(labels), split
         )
         source = Subset(source, rows)
     numbers = torch.tensor([classes.index(name) for name in names])
-    return LabelledPictures(source, numbers[labels[rows]], classes)
+    return LabeledImages(source, numbers[labels[rows]], classes)
 
 
 class TrainTransform:
-    """Picture, uint8 (3, H, W) of any size → ``{"image": uint8 (3, h, w)}``: crop, flip, RandAugment, by timm.
+    """Image, uint8 (3, H, W) of any size → ``{"image": uint8 (3, h, w)}``: crop, flip, RandAugment, by timm.
 
     Raises ConfigError for an `auto` that timm cannot read.
     """
@@ -129,29 +129,29 @@ class TrainTransform:
                 if operation.name.startswith("Posterize"):
                     operation.aug_fn = _posterize
 
-    def __call__(self, picture: Tensor) -> dict[str, Tensor]:
-        """Under the global generators of torch, numpy and Python, which the loader seeds for each picture."""
-        return {"image": self._transform(tv.to_pil_image(picture))}
+    def __call__(self, image: Tensor) -> dict[str, Tensor]:
+        """Under the global generators of torch, numpy and Python, which the loader seeds for each image."""
+        return {"image": self._transform(tv.to_pil_image(image))}
 
 
-def _posterize(picture: Image.Image, bits: int, **_: Any) -> Image.Image:
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
     """timm's, which keeps no bits at the highest magnitude: black, as Pillow had it before 13, which refuses that."""
-    return timm_posterize(picture, bits) if bits > 0 else Image.new(picture.mode, picture.size)
+    return timm_posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 class PlainTransform:
-    """The picture as in testing: no augmentation."""
+    """The image as in testing: no augmentation."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         self._transform = EvalTransform(size)
 
-    def __call__(self, picture: Tensor) -> dict[str, Tensor]:
+    def __call__(self, image: Tensor) -> dict[str, Tensor]:
         """uint8 (3, H, W) of any size → ``{"image": uint8 (3, h, w)}``."""
-        return {"image": self._transform(picture)}
+        return {"image": self._transform(image)}
 
 
 def train_transform(config: AugmentConfig | None, network: Backbone) -> TrainTransform | PlainTransform:
-    """What training pictures of `network` go through."""
+    """What training images of `network` go through."""
     if config is None:
         return PlainTransform(network.input_size)
     return TrainTransform(config, network.input_size, network.mean)

@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 
-from unlabeled.eval.subject import random_twin
+from unlabeled.eval.encoded_dataset import random_twin
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.given import record
 from unlabeled.ssl.backbones.weights import export_backbone
 from unlabeled.ssl.config.composition import validate
 from unlabeled.ssl.config.schema import DataConfig, EvaluateRun, PretrainConfig
-from unlabeled.ssl.core.distributed import told_once
+from unlabeled.ssl.core.distributed import report_errors_once
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.core.files import writing
+from unlabeled.ssl.core.renamed import OldNames
 from unlabeled.ssl.core.seeds import derive
 from unlabeled.ssl.data.loader import ViewDataset
 from unlabeled.ssl.data.registry import filled, labeled
@@ -32,9 +33,9 @@ from unlabeled.ssl.train.monitor import read_metrics
 from unlabeled.ssl.train.run_folder import Plan, claim_folder, read_config
 from unlabeled.workflows.evaluate import Target, resolve_target
 from unlabeled.workflows.finetune.accuracy import Accuracy, OnlineAccuracy, measure_accuracy
+from unlabeled.workflows.finetune.classifier import create_classifier_backbone
 from unlabeled.workflows.finetune.config import FinetuneConfig
-from unlabeled.workflows.finetune.data import LabelledPictures, open_labelled
-from unlabeled.workflows.finetune.network import classifier_network
+from unlabeled.workflows.finetune.data import LabeledImages, open_labeled
 from unlabeled.workflows.finetune.report import Facts, write_report
 from unlabeled.workflows.finetune.task import Finetune, FinetuneTask
 from unlabeled.workflows.settings import compose_settings, tiny
@@ -45,14 +46,14 @@ CLASSIFIER = "classifier.safetensors"
 
 
 @dataclass(frozen=True)
-class FinetuneResult:
+class FinetuneResult(OldNames, network="backbone"):
     """What fine-tuning leaves behind."""
 
-    network: Backbone
-    """``network.model`` is the classifier, with averaged weights where ``ema`` asks for them."""
+    backbone: Backbone
+    """``backbone.model`` is the classifier, with averaged weights where ``ema`` asks for them."""
     classes: tuple[str, ...]
     accuracy: Accuracy | None
-    """Of `network` on the test split, after the last step; None when stopped."""
+    """Of `backbone` on the test split, after the last step; None when stopped."""
     baseline: Accuracy | None
     """Of the same network trained from random weights; None without it."""
     metrics: list[dict[str, Any]]
@@ -73,8 +74,8 @@ class _Trained:
     network: Backbone
     accuracies: dict[str, Accuracy]
     """Of the weights to quote, and beside averaged ones those of the last step."""
-    train: LabelledPictures
-    test: LabelledPictures
+    train: LabeledImages
+    test: LabeledImages
     title: str
     pretrained: bool
     """Whether it began with trained weights."""
@@ -87,7 +88,7 @@ class _Trained:
 
 def finetune_config(
     target: str | Path,
-    words: Sequence[str] = (),
+    overrides: Sequence[str] = (),
     values: Mapping[str, Any] | None = None,
     backbone: Backbone | None = None,
 ) -> FinetuneConfig:
@@ -95,7 +96,7 @@ def finetune_config(
 
     `backbone`: a network that is given from Python: the target itself, or what the target's weights belong to.
     """
-    config = compose_settings("finetune", words, FinetuneConfig, {**(values or {}), "target": str(target)})
+    config = compose_settings("finetune", overrides, FinetuneConfig, {**(values or {}), "target": str(target)})
     if backbone is not None:
         config = config.model_copy(update={"backbone": record(backbone)})
     folder = Path(target).expanduser()
@@ -113,7 +114,7 @@ def finetune_config(
 def _data_of(folder: Path) -> DataConfig:
     """What the run in `folder` names for evaluation, else its own data, whole."""
     if not os.path.isfile(folder / "config.yaml"):
-        raise ConfigError("data: not given; a target that is no run folder needs labelled data, such as data=digits")
+        raise ConfigError("data: not given; a target that is no run folder needs labeled data, such as data=digits")
     run = validate(read_config(folder / "config.yaml"), PretrainConfig)
     return run.evaluate.data or run.data.model_copy(update={"limit": None})
 
@@ -138,7 +139,7 @@ def finetune_from(config: FinetuneConfig, backbone: Backbone | None = None) -> F
             report = _report(config, own, baseline)
         logger.info("report: %s", report)
     return FinetuneResult(
-        network=own.network,
+        backbone=own.network,
         classes=own.train.classes,
         accuracy=next(iter(own.accuracies.values()), None),
         baseline=next(iter(baseline.accuracies.values()), None) if baseline is not None else None,
@@ -167,12 +168,12 @@ def _can_be_random(backbone: Backbone) -> bool:
 
 
 def _train(config: FinetuneConfig, backbone: Backbone | None) -> _Trained:
-    with told_once():
+    with report_errors_once():
         wanted = EvaluateRun(
             target=config.target, backbone=config.backbone, pretrained=config.pretrained, seed=config.engine.seed
         )
         target = resolve_target(wanted, copy.deepcopy(backbone))  # the baseline begins from it too
-        data = open_labelled(config)
+        data = open_labeled(config)
         run = prepare(config, target, data)
     begin = time.perf_counter()
     try:
@@ -197,34 +198,32 @@ def _train(config: FinetuneConfig, backbone: Backbone | None) -> _Trained:
     )
 
 
-def prepare(config: FinetuneConfig, target: Target, data: tuple[LabelledPictures, LabelledPictures]) -> Training:
+def prepare(config: FinetuneConfig, target: Target, data: tuple[LabeledImages, LabeledImages]) -> Training:
     """Builds everything the engine needs and restores the newest checkpoint of the folder, if there is one."""
     accelerator = create_accelerator(config.engine)
     checkpoint = claim_folder(config)
-    pictures, test = data
-    plan = Plan.of(config, len(pictures), accelerator.num_processes)
+    images, test = data
+    plan = Plan.of(config, len(images), accelerator.num_processes)
     local = config.batch_size // accelerator.num_processes // config.engine.accumulation
     if local % 2 and config.augment is not None and (config.augment.mixup or config.augment.cutmix):
         raise ConfigError(
-            f"batch_size: mixup pairs pictures, and {local} a micro-step is odd; give another batch_size, or set "
+            f"batch_size: mixup pairs images, and {local} a micro-step is odd; give another batch_size, or set "
             "augment.mixup=0 augment.cutmix=0"
         )
     torch.manual_seed(derive("weights", config.engine.seed))
-    network = classifier_network(target.backbone, len(pictures.classes), config.network, weights=not config.scratch)
+    network = create_classifier_backbone(target.backbone, len(images.classes), config.model, weights=not config.scratch)
     settings = FinetuneTask(
-        classes=len(pictures.classes), augment=config.augment, smoothing=config.smoothing, frozen=config.frozen,
+        classes=len(images.classes), augment=config.augment, smoothing=config.smoothing, frozen=config.frozen,
         ema=config.ema,
     )  # fmt: skip
     task = Finetune(settings, network)
     views = Finetune.views(settings, network)
-    dataset = ViewDataset(pictures.source, views, config.engine.seed, labels=pictures.labels)
+    dataset = ViewDataset(images.source, views, config.engine.seed, labels=images.labels)
     online = OnlineAccuracy(config, test, plan.steps_per_epoch)
     return assemble(config, accelerator, checkpoint, plan, task=task, dataset=dataset, online=online)
 
 
-def _measure(
-    task: Finetune, test: LabelledPictures, config: FinetuneConfig, device: torch.device
-) -> dict[str, Accuracy]:
+def _measure(task: Finetune, test: LabeledImages, config: FinetuneConfig, device: torch.device) -> dict[str, Accuracy]:
     networks = {"averaged weights": task.encoder()} if task.ema is not None else {}
     networks["last step"] = task.backbone
     return {name: measure_accuracy(network, test, config, device) for name, network in networks.items()}
@@ -241,5 +240,5 @@ def _report(config: FinetuneConfig, own: _Trained, baseline: _Trained | None) ->
         seconds=own.seconds,
         device=own.device,
     )
-    beside = baseline.accuracies if baseline is not None else None
-    return write_report(config, facts, own.accuracies, beside)
+    alongside = baseline.accuracies if baseline is not None else None
+    return write_report(config, facts, own.accuracies, alongside)

@@ -16,9 +16,9 @@ from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.layer_index import decay_applies
 from unlabeled.ssl.data.loader import seeded
 from unlabeled.ssl.task import Batch, NamedParameter, PretextTask, StepOutput, TaskConfig
+from unlabeled.workflows.finetune.classifier import classifier_parameters, logits_of
 from unlabeled.workflows.finetune.config import AugmentConfig
 from unlabeled.workflows.finetune.data import PlainTransform, TrainTransform, train_transform
-from unlabeled.workflows.finetune.network import classifier_parameters, logits_of
 
 
 class FinetuneTask(TaskConfig):
@@ -34,8 +34,8 @@ class FinetuneTask(TaskConfig):
 class Finetune(PretextTask):
     """A classifier under cross-entropy, with mixup, CutMix, random erasing, label smoothing and averaged weights.
 
-    The recipe of DeiT, BEiT and MAE (arXiv 2012.12877, 2106.08254, 2111.06377). `backbone` is the whole network of
-    `unlabeled.workflows.finetune.network.classifier_network`. The batch has ``image``, uint8 (B, 3, h, w), and
+    The recipe of DeiT, BEiT and MAE (arXiv 2012.12877, 2106.08254, 2111.06377). `backbone` is the model of
+    `unlabeled.workflows.finetune.classifier.create_classifier_backbone`. The batch has ``image`` uint8 (B, 3, h, w) and
     ``label``, int64 (B,).
     """
 
@@ -86,7 +86,7 @@ class Finetune(PretextTask):
         timm draws from Python's and numpy's generators, which are seeded here from torch's.
         """
         augment = self.config.augment
-        assert augment is not None, "only where pictures are augmented"
+        assert augment is not None, "only where images are augmented"
         with seeded(int(torch.randint(2**31, ()))):
             if augment.erase:
                 images = RandomErasing(augment.erase, mode="pixel", device=images.device)(images)

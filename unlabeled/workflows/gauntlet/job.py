@@ -14,20 +14,20 @@ from typing import Any
 
 import yaml
 
-from unlabeled.eval.subject import Loading, Subject
-from unlabeled.eval.suite import judged, subject_of
+from unlabeled.eval.encoded_dataset import EncodedDataset, Loading
+from unlabeled.eval.runner import encode_dataset, evaluate_features
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.core.errors import CheckpointError, UnlabeledError, first_line
 from unlabeled.ssl.core.files import write_atomically, writing
 from unlabeled.workflows.gauntlet.cells import CellResult, CellStore
 from unlabeled.workflows.gauntlet.page import write_pages
-from unlabeled.workflows.gauntlet.plan import Cell, Entrant, GauntletPlan, Group, make_plan, settled
+from unlabeled.workflows.gauntlet.plan import Entrant, GauntletCell, GauntletPlan, Group, make_plan, settled
 from unlabeled.workflows.gauntlet.settings import GauntletRun
 from unlabeled.workflows.gauntlet.table import gauntlet_document
 
 SETTINGS = "gauntlet.yaml"
 
-Told = Callable[[Cell, CellResult], None]
+Told = Callable[[GauntletCell, CellResult], None]
 """Hears of each cell as it is finished."""
 
 Build = Callable[[Entrant, int], Backbone | None]
@@ -63,7 +63,7 @@ def run_gauntlet(run: GauntletRun, begin: Callable[[int, int], Told] | None = No
     return document
 
 
-def _silent(cell: Cell, result: CellResult) -> None:
+def _silent(cell: GauntletCell, result: CellResult) -> None:
     pass
 
 
@@ -94,21 +94,21 @@ def _known(run: GauntletRun, plan: GauntletPlan, store: CellStore) -> dict[str, 
 
 
 def _measured(
-    run: GauntletRun, plan: GauntletPlan, group: Group, cells: Sequence[Cell], build: Build
-) -> Iterator[tuple[Cell, CellResult]]:
+    run: GauntletRun, plan: GauntletPlan, group: Group, cells: Sequence[GauntletCell], build: Build
+) -> Iterator[tuple[GauntletCell, CellResult]]:
     """Yields each of `cells`, which share their features, with what became of it."""
     if not cells:
         return
     began = time.perf_counter()
     try:
-        subject = _subject(run, group, build)
+        dataset = _dataset(run, group, build)
     except Exception as error:  # whatever it is, it is a result: the other cells go on
         for cell in cells:
             yield cell, CellResult.failed(cell, _reason(error, cell))
         return
     features = time.perf_counter() - began
     for cell in cells:
-        yield cell, _judged(run, plan, replace(subject, seed=cell.seed), cell, features)
+        yield cell, _run_cell(run, plan, replace(dataset, seed=cell.seed), cell, features)
 
 
 def _last_kept() -> Build:
@@ -124,21 +124,23 @@ def _last_kept() -> Build:
     return build
 
 
-def _subject(run: GauntletRun, group: Group, build: Build) -> Subject:
+def _dataset(run: GauntletRun, group: Group, build: Build) -> EncodedDataset:
     load = Loading(run.evaluate.batch_size, run.workers, run.compute, "fp32", run.out / "features")
     encoder = build(group.entrant, group.init)
-    return subject_of(encoder, group.data.sources, load, recalibrate=group.entrant.recalibrate)
+    return encode_dataset(encoder, group.data.sources, load, recalibrate=group.entrant.recalibrate)
 
 
-def _judged(run: GauntletRun, plan: GauntletPlan, subject: Subject, cell: Cell, features: float) -> CellResult:
+def _run_cell(
+    run: GauntletRun, plan: GauntletPlan, dataset: EncodedDataset, cell: GauntletCell, features: float
+) -> CellResult:
     try:
-        found = judged(subject, plan.evaluators[cell.evaluator], run.evaluate.prefixes)
+        found = evaluate_features(dataset, plan.evaluators[cell.evaluator], run.evaluate.prefixes)
     except Exception as error:  # as above
         return CellResult.failed(cell, _reason(error, cell))
-    return CellResult.done(cell, found, len(subject.features.test), features)
+    return CellResult.done(cell, found, len(dataset.features.test), features)
 
 
-def _reason(error: Exception, cell: Cell) -> str:
+def _reason(error: Exception, cell: GauntletCell) -> str:
     """The error in one line; the log has the traceback of one that is no fault of the input."""
     if isinstance(error, UnlabeledError):
         return str(error)

@@ -15,8 +15,8 @@ from unlabeled.report.page import environment
 from unlabeled.ssl.core.files import write_atomically, writing
 
 _CSV = (
-    "data", "metric", "label", "unit", "better", "row", "kind", "network", "value", "seeds", "seeds_low", "seeds_high",
-    "pictures_low", "pictures_high", "rank", "best", "mean_rank",
+    "data", "metric", "label", "unit", "better", "row", "kind", "backbone", "value", "seeds", "seeds_low", "seeds_high",
+    "images_low", "images_high", "rank", "best", "mean_rank",
 )  # fmt: skip
 _NAMED = 3
 """Rows named beside a note."""
@@ -34,7 +34,7 @@ def write_pages(document: Mapping[str, Any], folder: Path) -> Path:
         "tables": tables,
         "overall": _overall(document, tables),
         "lead": _lead(document),
-        "words": _words(document),
+        "sentences": _sentences(document),
     }
     texts = {
         "json": json.dumps(document, indent=1) + "\n",
@@ -57,10 +57,10 @@ def _csv(document: Mapping[str, Any]) -> str:
     for column in document["columns"]:
         for value in column["values"]:
             row = rows[value["row"]]
-            ends = [*(value["over_seeds"] or ("", "")), *(value["over_pictures"] or ("", ""))]
+            ends = [*(value["over_seeds"] or ("", "")), *(value["over_images"] or ("", ""))]
             writer.writerow(
                 [column[name] for name in ("data", "metric", "label", "unit", "better")]
-                + [row["label"], row["kind"], row["network"], value["value"], value["seeds"], *ends, value["rank"]]
+                + [row["label"], row["kind"], row["backbone"], value["value"], value["seeds"], *ends, value["rank"]]
                 + [int(value["best"]), row["mean_rank"]]
             )
     return text.getvalue()
@@ -92,8 +92,8 @@ def _tables(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _overall(document: Mapping[str, Any], tables: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rows with the cells of all data sets side by side."""
     return [
-        {**row, "cells": [cell for table in tables for cell in table["rows"][place]["cells"]]}
-        for place, row in enumerate(document["rows"])
+        {**row, "cells": [cell for table in tables for cell in table["rows"][position]["cells"]]}
+        for position, row in enumerate(document["rows"])
     ]
 
 
@@ -110,13 +110,13 @@ def _lead(document: Mapping[str, Any]) -> str:
     return " · ".join([*parts, f"{cells['failed']} failed"] if cells["failed"] else parts)
 
 
-def _words(document: Mapping[str, Any]) -> list[str]:
+def _sentences(document: Mapping[str, Any]) -> list[str]:
     """How the numbers came about."""
-    words = [
-        "Backbones are frozen; features are their pooled output, pictures are not augmented, and every row goes "
+    sentences = [
+        "Backbones are frozen; features are their pooled output, images are not augmented, and every row goes "
         "through the same evaluators with the same settings.",
         "Raw pixels are at most 32 x 32. Each architecture also stands there with random weights, drawn by each seed.",
-        "Intervals are 95 %: over test pictures (Wilson for accuracies, otherwise the evaluator's own), which says "
+        "Intervals are 95 %: over test images (Wilson for accuracies, otherwise the evaluator's own), which says "
         "nothing of another training of the same backbone"
         + ("." if len(document["seeds"]) == 1 else "; over seeds, t intervals of the mean, which for backbones that "
            "were given are seeds of the evaluation alone."),
@@ -124,11 +124,13 @@ def _words(document: Mapping[str, Any]) -> list[str]:
         "row that lacks one of them has none.",
     ]  # fmt: skip
     if document["limit"] is not None:
-        words.append(f"At most {document['limit']:,} pictures of each split, chosen by a fixed shuffle.")
-    anew = [row["label"] for row in document["rows"] if row["recalibrated"]]
-    if anew:
-        words.append(f"Batch-norm statistics were estimated anew on whole training pictures for {', '.join(anew)}.")
-    return words + [f"{note['note']} ({_few(note['where'])})" for note in document["notes"]]
+        sentences.append(f"At most {document['limit']:,} images of each split, chosen by a fixed shuffle.")
+    recalibrated = [row["label"] for row in document["rows"] if row["recalibrated"]]
+    if recalibrated:
+        sentences.append(
+            f"Batch-norm statistics were estimated anew on whole training images for {', '.join(recalibrated)}."
+        )
+    return sentences + [f"{note['note']} ({_few(note['where'])})" for note in document["notes"]]
 
 
 def _few(names: Sequence[str]) -> str:
@@ -159,7 +161,7 @@ def _cell(value: Mapping[str, Any] | None, column: Mapping[str, Any], failed: bo
     unit = column["unit"]
     intervals = [
         limits({"low": ends[0], "high": ends[1]}, unit) + (" (seeds)" if name == "over_seeds" else "")
-        for name in ("over_pictures", "over_seeds")
+        for name in ("over_images", "over_seeds")
         if (ends := value[name]) is not None and ends[0] < ends[1]  # of equal seeds there is nothing to show
     ]
     return {

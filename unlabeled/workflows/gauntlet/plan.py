@@ -14,17 +14,17 @@ import torch
 
 from unlabeled._version import __version__
 from unlabeled.eval.base import Evaluator
+from unlabeled.eval.encoded_dataset import random_twin
 from unlabeled.eval.features.cache import cache_key, data_identity, weights_identity
-from unlabeled.eval.features.recalibrate import recalibration_pictures
+from unlabeled.eval.features.recalibrate import recalibration_images
 from unlabeled.eval.registry import build_evaluators, evaluator_config, evaluator_origin, measure_of, settle
-from unlabeled.eval.subject import random_twin
 from unlabeled.report.summary import count_parameters, name_backbone
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.config.schema import BackboneConfig, EvaluateConfig, EvaluateRun
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.data.registry import open_source
 from unlabeled.ssl.data.source import ImageSource, limited
-from unlabeled.workflows.evaluate import Target, masked_statistics, resolve_target
+from unlabeled.workflows.evaluate import Target, resolve_target, saw_masked_images_only
 from unlabeled.workflows.gauntlet.settings import GauntletBackbone, GauntletData, GauntletRun
 
 Kind = Literal["given", "random", "pixels"]
@@ -41,32 +41,32 @@ class Entrant:
     build: Callable[[int], Backbone] | None
     """Seed of random weights → the network; None: raw pixels."""
     weights: str = "pixels"
-    """Hash of the weights, of the network and of the size of its pictures; random weights also have their seed."""
+    """Hash of the weights, of the network and of the size of its images; random weights also have their seed."""
     network: str = ""
     """timm name, with what was changed of it."""
     parameters: int = 0
     recalibrate: int = 0
-    """Training pictures on which batch-norm statistics are estimated anew; 0: they stay."""
+    """Training images on which batch-norm statistics are estimated anew; 0: they stay."""
 
 
 @dataclass(frozen=True)
-class LabelledData:
+class LabeledData:
     """One data set."""
 
     label: str
     sources: Sources
     identity: str
     majority: float
-    """Part of the test pictures that are of the commonest training class."""
+    """Part of the test images that are of the commonest training class."""
 
     @property
-    def pictures(self) -> tuple[int, int]:
-        """Training and test pictures, unreadable ones counted."""
+    def images(self) -> tuple[int, int]:
+        """Training and test images, unreadable ones counted."""
         return len(self.sources[0]), len(self.sources[1])
 
 
 @dataclass(frozen=True)
-class Cell:
+class GauntletCell:
     """One evaluator on one encoder's features of one data set, under one seed."""
 
     entrant: str
@@ -82,10 +82,10 @@ class Group:
     """Cells that share their features."""
 
     entrant: Entrant
-    data: LabelledData
+    data: LabeledData
     init: int
     """Seed of random weights; without effect on others."""
-    cells: tuple[Cell, ...]
+    cells: tuple[GauntletCell, ...]
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,11 @@ class GauntletPlan:
     """Everything that is to be measured."""
 
     entrants: tuple[Entrant, ...]
-    data: tuple[LabelledData, ...]
+    data: tuple[LabeledData, ...]
     evaluators: dict[str, Evaluator]
     groups: tuple[Group, ...]
 
-    def cells(self) -> Iterator[Cell]:
+    def cells(self) -> Iterator[GauntletCell]:
         for group in self.groups:
             yield from group.cells
 
@@ -113,17 +113,17 @@ def make_plan(run: GauntletRun) -> GauntletPlan:
         if not _may_be_measured(metric, evaluators):
             known = ", ".join(f"{name}/..." for name in evaluators)
             raise ConfigError(f"measures: {metric!r} is not measured; give measures of {known} such as knn/k20")
-    data = tuple(_labelled(entry, run.limit) for entry in run.data)
+    data = tuple(_labeled(entry, run.limit) for entry in run.data)
     entrants = (*_given(run), Entrant("raw pixels", "pixels", None))
     for field, labels in (("backbones", [one.label for one in entrants]), ("data", [one.label for one in data])):
         label, count = Counter(labels).most_common(1)[0]
         if count > 1:
             raise ConfigError(f"{field}: {label!r} stands for {count} entries; give each a label of its own")
     groups = [
-        _group(run, entrant, labelled, init, evaluators)
+        _group(run, entrant, labeled, init, evaluators)
         for entrant in entrants
         for init in (run.seeds if entrant.kind == "random" else run.seeds[:1])
-        for labelled in data
+        for labeled in data
     ]
     return GauntletPlan(entrants, data, evaluators, tuple(groups))
 
@@ -140,20 +140,20 @@ def _may_be_measured(metric: str, evaluators: Mapping[str, Evaluator]) -> bool:
     return name in evaluators and (measure_of(metric) is not None or evaluator_origin(name) != "built in")
 
 
-def _labelled(entry: GauntletData, limit: int | None) -> LabelledData:
+def _labeled(entry: GauntletData, limit: int | None) -> LabeledData:
     train, test = limited(open_source(entry, "train"), limit), limited(open_source(entry, "test"), limit)
     settings = entry.model_extra or {}
-    place = Path(settings["path"]).name if settings.get("path") else entry.name
-    label = str(entry.label or settings.get("dataset") or place)
+    position = Path(settings["path"]).name if settings.get("path") else entry.name
+    label = str(entry.label or settings.get("dataset") or position)
     names: list[list[str]] = []
     for source in (train, test):
         labels = source.labels()
         if labels is None or source.classes is None:
             raise DataError(f"data: {label} has no labels, and every evaluator needs them; set its label_column")
-        names.append([source.classes[place] if place >= 0 else "" for place in labels.tolist()])
+        names.append([source.classes[position] if position >= 0 else "" for position in labels.tolist()])
     commonest = Counter(names[0]).most_common(1)[0][0]
     majority = float(np.mean([name == commonest for name in names[1]]))
-    return LabelledData(label, (train, test), cache_key(parts=[data_identity(train), data_identity(test)]), majority)
+    return LabeledData(label, (train, test), cache_key(parts=[data_identity(train), data_identity(test)]), majority)
 
 
 def _given(run: GauntletRun) -> list[Entrant]:
@@ -163,11 +163,11 @@ def _given(run: GauntletRun) -> list[Entrant]:
     for entry in run.backbones:
         target = _resolve(entry)
         backbone = target.backbone
-        masked = run.evaluate.recalibrate == "auto" and masked_statistics(target)
+        masked = run.evaluate.recalibrate == "auto" and saw_masked_images_only(target)
         facts: dict[str, Any] = {
             "network": name_backbone(backbone),
             "parameters": count_parameters(backbone),
-            "recalibrate": recalibration_pictures(run.evaluate, backbone, masked),
+            "recalibrate": recalibration_images(run.evaluate, backbone, masked),
         }
         architecture = _architecture(backbone, facts["recalibrate"])
         fresh = not entry.pretrained and not Path(entry.target).expanduser().exists()
@@ -219,20 +219,18 @@ def _told_apart(twins: Sequence[Entrant]) -> list[Entrant]:
     return found
 
 
-def _group(
-    run: GauntletRun, entrant: Entrant, data: LabelledData, init: int, evaluators: dict[str, Evaluator]
-) -> Group:
+def _group(run: GauntletRun, entrant: Entrant, data: LabeledData, init: int, evaluators: dict[str, Evaluator]) -> Group:
     seeds = (init,) if entrant.kind == "random" else run.seeds
     cells = [
-        Cell(entrant.label, data.label, name, seed, _key(run, entrant, data, name, seed))
+        GauntletCell(entrant.label, data.label, name, seed, _key(run, entrant, data, name, seed))
         for seed in seeds
         for name, evaluator in evaluators.items()
-        if entrant.build is not None or evaluator.needs != "network"
+        if entrant.build is not None or evaluator.needs != "backbone"
     ]
     return Group(entrant, data, init, tuple(cells))
 
 
-def _key(run: GauntletRun, entrant: Entrant, data: LabelledData, evaluator: str, seed: int) -> str:
+def _key(run: GauntletRun, entrant: Entrant, data: LabeledData, evaluator: str, seed: int) -> str:
     """The seed is that of the evaluator and, for random weights, of the weights."""
     return cache_key(
         weights=entrant.weights,

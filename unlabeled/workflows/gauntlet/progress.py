@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from unlabeled.workflows.gauntlet.cells import CellResult
 from unlabeled.workflows.gauntlet.job import Told
-from unlabeled.workflows.gauntlet.plan import Cell
+from unlabeled.workflows.gauntlet.plan import GauntletCell
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class CellProgress:
             log.info("%d of %d cells were finished before", known, total)
         bar = self._bar.add_task("", total=total, completed=known)
 
-        def told(cell: Cell, result: CellResult) -> None:
+        def told(cell: GauntletCell, result: CellResult) -> None:
             self._done += 1
             what = f"{cell.entrant} on {cell.data}, {cell.evaluator}" + (" failed" if result.status == "failed" else "")
             if self._shown:

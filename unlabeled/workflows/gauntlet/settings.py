@@ -15,7 +15,7 @@ from unlabeled.ssl.config.schema import DataConfig, EvaluateConfig, Size
 from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.data.registry import Sources, filled, labeled
 
-_SHARED = {"batch_size", "prefixes", "recalibrate", "recalibrate_pictures"}
+_SHARED = {"batch_size", "prefixes", "recalibrate", "recalibrate_images"}
 """Settings of ``evaluate`` that have an effect here, beside the sections of the evaluators."""
 
 
@@ -29,52 +29,56 @@ def _entries(field: str) -> BeforeValidator:
 
 
 class GauntletBackbone(Section):
-    """One backbone; a word alone is its `target`."""
+    """One backbone; a bare name is its `target`."""
 
     target: str
-    """A run folder, a timm model name, or a file of weights (which also needs `name`)."""
+    """A run folder, the name of a timm model, or a weights file (which also needs `name`)."""
     label: str | None = None
-    """What the table calls it; None: after the target."""
+    """Name in the table; null: derived from the target."""
     pretrained: bool = True
-    """For a timm name: its published weights. Without them it is a row of random weights."""
+    """For a timm name: load its published weights; false: random weights."""
     name: str | None = None
-    """For a file of weights: the timm model that they belong to."""
+    """For a weights file: the timm model that the weights belong to."""
     size: Size | None = None
-    """Pixels of the pictures that the network sees, as ``backbone.size``; a run folder knows its own."""
+    """Side of the images that the network receives, one number or [height, width]; null: the model's own, or the run's.
+    [pixels]"""
     kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments for ``timm.create_model``."""
+    """Further arguments of timm.create_model."""
 
 
 class GauntletData(DataConfig):
-    """One labelled data set; a word alone is its `name`."""
+    """One labeled data set; a bare name is its `name`."""
 
     label: str | None = None
-    """What the table calls it; None: after the data set, its path or its name."""
+    """Name in the table; null: the data set's name or path."""
 
 
 class GauntletRun(Section):
-    """``unlabeled gauntlet backbones=[...] data=[...] evaluators=[...]``: every backbone on every data set."""
+    """Evaluates many backbones on many data sets, in one job that you can stop and resume."""
 
     backbones: Annotated[tuple[GauntletBackbone, ...], _entries("target"), Field(min_length=1)]
-    """Run folders, timm names or files of weights, each a word or ``{target: ..., label: ...}``."""
+    """Run folders, timm names or weights files: a list of names, or of mappings such as {target: resnet18, label:
+    ResNet}."""
     data: Annotated[tuple[GauntletData, ...], _entries("name"), Field(min_length=1)]
-    """Labelled data, each the name of a source or a mapping such as ``{name: parquet, path: ...}``."""
+    """Labeled data sets: a list of source names, or of mappings such as {name: parquet, path: FILE}."""
     evaluators: Literal["all"] | Annotated[tuple[str, ...], Field(min_length=1)] = ("knn", "linear")
-    """Which evaluators judge the features, by name."""
+    """Evaluators to run, by name; all: every one."""
     evaluate: EvaluateConfig = EvaluateConfig()
-    """Their settings, such as ``evaluate.knn.k``; also batch_size, prefixes and recalibrate."""
+    """Settings of the evaluators, such as evaluate.knn.k. Of the others, batch_size, prefixes and recalibrate apply."""
     measures: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
-    """Columns of the table, such as ``knn/k20``; empty: one for each evaluator. The files hold all of them."""
+    """Columns of the table, such as knn/k20; empty: one for each evaluator. The result files hold all of them."""
     seeds: Annotated[tuple[int, ...], BeforeValidator(_as_list), Field(min_length=1)] = (0,)
-    """Of everything that an evaluator draws and, for random weights, of the weights."""
+    """Seeds to repeat everything with: what evaluators draw, and random weights."""
     limit: int | None = Field(None, ge=1)
-    """Largest number of pictures per split, chosen by a fixed shuffle."""
+    """Use at most this many images per split, chosen by a fixed shuffle; null: all. [images]"""
     out: Path = Path("runs/gauntlet")
-    """Folder of the cells, the features and the table."""
+    """Folder for the results, the cached features and the table."""
     retry_failed: bool = False
-    """Try cells again that an earlier job noted as failed."""
+    """Try again what failed in an earlier job."""
     device: Literal["auto", "cpu"] = "auto"
+    """Where networks run. auto: on the GPU if there is one."""
     workers: int = Field(0, ge=0)
+    """Processes that load images; 0 loads them in the main process. [processes]"""
 
     @property
     def compute(self) -> torch.device:
@@ -99,18 +103,20 @@ class GauntletRun(Section):
         return self
 
 
-def gauntlet_config(words: Sequence[str]) -> GauntletRun:
+def gauntlet_config(overrides: Sequence[str]) -> GauntletRun:
     """The validated settings of a gauntlet. Raises ConfigError, in one line, for words that do not make one."""
-    named = [word for word in words if word.startswith("data=")]
+    named = [word for word in overrides if word.startswith("data=")]
     listed = _list_in(named[-1]) if named else None
-    others = [word for word in words if word not in named or (listed is None and _list_in(word) is None)]
+    others = [word for word in overrides if word not in named or (listed is None and _list_in(word) is None)]
     composition = composed("gauntlet", others, choices={"data": Sources()})
     if listed is not None:
         if inside := next((word for word in others if word.startswith("data.")), None):
             raise ConfigError(f"{inside}: data is a list; write it inside of one of its mappings")
         composition["data"] = listed
     run = validate(composition, GauntletRun)
-    entries = [filled(labeled(entry, f"data.{place}"), f"data.{place}") for place, entry in enumerate(run.data)]
+    entries = [
+        filled(labeled(entry, f"data.{position}"), f"data.{position}") for position, entry in enumerate(run.data)
+    ]
     return run.model_copy(update={"data": tuple(entries)})
 
 

@@ -1,7 +1,7 @@
 """Cells to a table: means over seeds, their intervals, ranks, and what is best as far as the intervals tell.
 
-A value has up to two 95 % intervals. Over seeds: mean ± t s / √n (Student 1908), for two seeds or more. Over pictures:
-Wilson's for an accuracy on n test pictures, for other measures the one that the evaluator brings; of several seeds the
+A value has up to two 95 % intervals. Over seeds: mean ± t s / √n (Student 1908), for two seeds or more. Over images:
+Wilson's for an accuracy on n test images, for other measures the one that the evaluator brings; of several seeds the
 mean of both ends. Where both are known, `low` and `high` span them.
 """
 
@@ -22,10 +22,10 @@ from unlabeled.eval.evaluators.knn import KnnEvaluator
 from unlabeled.eval.intervals import of_mean, wilson
 from unlabeled.eval.registry import build_evaluator
 from unlabeled.workflows.gauntlet.cells import CellResult
-from unlabeled.workflows.gauntlet.plan import Cell, GauntletPlan, LabelledData
+from unlabeled.workflows.gauntlet.plan import GauntletCell, GauntletPlan, LabeledData
 from unlabeled.workflows.gauntlet.settings import GauntletRun
 
-SCHEMA = 1
+SCHEMA = 2
 
 Ends = tuple[float, float]
 Results = Mapping[str, CellResult]
@@ -42,7 +42,7 @@ class Value:
     low: float | None
     high: float | None
     over_seeds: Ends | None
-    over_pictures: Ends | None
+    over_images: Ends | None
     seeds: int
     rank: float | None = None
     """1 is best, ties share their mean; None where neither direction is better."""
@@ -57,7 +57,7 @@ def gauntlet_document(run: GauntletRun, plan: GauntletPlan, results: Results) ->
     ``cells``     ``total``, ``done``, ``failed``.
     ``rows``      best mean rank first: ``label``, ``kind`` (given, random, pixels), ``network``, ``parameters``,
                   ``recalibrated``, ``mean_rank`` (over all columns with ``ranked``; null where one of them is missing).
-    ``data``      ``label``, ``train_pictures``, ``test_pictures``, ``majority``.
+    ``data``      ``label``, ``train_images``, ``test_images``, ``majority``.
     ``columns``   one for each data set and measure: ``data``, ``metric``, ``evaluator``, ``label``, ``unit``,
                   ``better``, ``shown`` (in the table; the others are in the files alone), ``ranked`` (counts for the
                   mean rank), ``values`` (the fields of `Value`, best first).
@@ -66,7 +66,7 @@ def gauntlet_document(run: GauntletRun, plan: GauntletPlan, results: Results) ->
     ``seeds``, ``limit``, ``versions``, ``hardware``, and ``seconds`` of all evaluators together.
     """
     columns = [
-        _column(labelled, column, results) for labelled in plan.data for column in _columns(plan, labelled, results)
+        _column(labeled, column, results) for labeled in plan.data for column in _columns(plan, labeled, results)
     ]
     shown = _shown(run, columns)
     for column in columns:
@@ -83,7 +83,7 @@ def gauntlet_document(run: GauntletRun, plan: GauntletPlan, results: Results) ->
             "failed": len(failed),
         },
         "rows": _rows(plan, columns),
-        "data": [_data(labelled) for labelled in plan.data],
+        "data": [_data(labeled) for labeled in plan.data],
         "columns": columns,
         "failures": failures,
         "notes": _notes(plan, results),
@@ -134,17 +134,17 @@ class Column:
     metric: str
     evaluator: str
     measure: Measure
-    cells: list[Cell]
+    cells: list[GauntletCell]
     """Where it was measured."""
 
 
-def _columns(plan: GauntletPlan, labelled: LabelledData, results: Results) -> list[Column]:
+def _columns(plan: GauntletPlan, labeled: LabeledData, results: Results) -> list[Column]:
     """What a table can show of one data set, in the order in which evaluators yield it."""
     found: dict[str, Column] = {}
     done = [
         cell
         for cell in plan.cells()
-        if cell.data == labelled.label and (result := results.get(cell.key)) is not None and result.status == "done"
+        if cell.data == labeled.label and (result := results.get(cell.key)) is not None and result.status == "done"
     ]
     for evaluator in plan.evaluators:
         for cell in [cell for cell in done if cell.evaluator == evaluator]:
@@ -155,7 +155,7 @@ def _columns(plan: GauntletPlan, labelled: LabelledData, results: Results) -> li
     return list(found.values())
 
 
-def _column(labelled: LabelledData, column: Column, results: Results) -> dict[str, Any]:
+def _column(labeled: LabeledData, column: Column, results: Results) -> dict[str, Any]:
     metric, measure = column.metric, column.measure
     rows: dict[str, list[CellResult]] = {}
     for cell in column.cells:
@@ -163,7 +163,7 @@ def _column(labelled: LabelledData, column: Column, results: Results) -> dict[st
             rows.setdefault(cell.entrant, []).append(results[cell.key])
     values = [_value(row, metric, measure, found) for row, found in rows.items()]
     return {
-        "data": labelled.label,
+        "data": labeled.label,
         "metric": metric,
         "evaluator": column.evaluator,
         "label": measure.text,
@@ -175,29 +175,29 @@ def _column(labelled: LabelledData, column: Column, results: Results) -> dict[st
 
 def _value(row: str, metric: str, measure: Measure, found: Sequence[CellResult]) -> Value:
     values = [value for result in found if (value := result.metrics[metric]) is not None]
-    pictures = [ends for result in found if (ends := _of_pictures(metric, measure, result)) is not None]
+    images = [ends for result in found if (ends := _of_images(metric, measure, result)) is not None]
     by_seed = over_seeds(values)
     if by_seed is not None and measure.unit != "number":
         by_seed = (max(0.0, by_seed[0]), min(1.0, by_seed[1]))
-    by_picture = (_mean([low for low, _ in pictures]), _mean([high for _, high in pictures])) if pictures else None
-    both = [ends for ends in (by_seed, by_picture) if ends is not None]
+    by_image = (_mean([low for low, _ in images]), _mean([high for _, high in images])) if images else None
+    both = [ends for ends in (by_seed, by_image) if ends is not None]
     return Value(
         row=row,
         value=_mean(values),
         low=min((low for low, _ in both), default=None),
         high=max((high for _, high in both), default=None),
         over_seeds=by_seed,
-        over_pictures=by_picture,
+        over_images=by_image,
         seeds=len(values),
     )
 
 
-def _of_pictures(metric: str, measure: Measure, result: CellResult) -> Ends | None:
+def _of_images(metric: str, measure: Measure, result: CellResult) -> Ends | None:
     value = result.metrics[metric]
     if metric in result.intervals:
         return result.intervals[metric]
     if measure.unit == "accuracy" and value is not None and 0 <= value <= 1:
-        return wilson(value, result.test_pictures)
+        return wilson(value, result.test_images)
     return None
 
 
@@ -230,7 +230,7 @@ def _rows(plan: GauntletPlan, columns: Sequence[Mapping[str, Any]]) -> list[dict
         {
             "label": entrant.label,
             "kind": entrant.kind,
-            "network": entrant.network,
+            "backbone": entrant.network,
             "parameters": entrant.parameters,
             "recalibrated": entrant.recalibrate,
             "mean_rank": float(np.mean(found)) if counted and len(found) == len(counted) else None,
@@ -241,17 +241,17 @@ def _rows(plan: GauntletPlan, columns: Sequence[Mapping[str, Any]]) -> list[dict
     return sorted(rows, key=lambda row: math.inf if row["mean_rank"] is None else row["mean_rank"])
 
 
-def _data(labelled: LabelledData) -> dict[str, Any]:
-    train, test = labelled.pictures
+def _data(labeled: LabeledData) -> dict[str, Any]:
+    train, test = labeled.images
     return {
-        "label": labelled.label,
-        "train_pictures": train,
-        "test_pictures": test,
-        "majority": labelled.majority,
+        "label": labeled.label,
+        "train_images": train,
+        "test_images": test,
+        "majority": labeled.majority,
     }
 
 
-def _unique(cells: Iterable[Cell]) -> list[Cell]:
+def _unique(cells: Iterable[GauntletCell]) -> list[GauntletCell]:
     """One cell for each key."""
     return list({cell.key: cell for cell in cells}.values())
 
@@ -277,4 +277,4 @@ def _notes(plan: GauntletPlan, results: Results) -> list[dict[str, Any]]:
                 refused = (result.reason,) if result.reason and group.entrant.kind == "pixels" else ()
                 for note in result.notes + refused:
                     where.setdefault(note, {})[f"{cell.entrant} on {cell.data}"] = None
-    return [{"note": note, "where": list(places)} for note, places in where.items()]
+    return [{"note": note, "where": list(positions)} for note, positions in where.items()]

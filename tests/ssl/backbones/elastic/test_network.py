@@ -150,7 +150,7 @@ def test_batch_norms_leave_the_statistics_of_the_whole_network_alone() -> None:
     assert torch.equal(slices, whole[:8])  # type: ignore[arg-type]
 
 
-def test_batch_norms_that_are_synchronised_later_are_so_in_sub_networks() -> None:
+def test_batch_norms_that_are_synchronized_later_are_so_in_sub_networks() -> None:
     backbone, elastic = build("resnet50", RESNET)
     elastic.take(backbone, elastic.sizes[0])
     synchronize(backbone)
@@ -211,7 +211,7 @@ def test_a_twin_lends_its_parameters_as_well() -> None:
     torch.testing.assert_close(features, elastic.take(backbone, elastic.sizes[0])(images(backbone)))
 
 
-def test_modes_hooks_and_statistics_of_pictures() -> None:
+def test_modes_hooks_and_statistics_of_images() -> None:
     backbone, elastic = build("vit_tiny_patch16_224", VIT)
     backbone.eval()
     backbone.model.get_submodule("blocks.3").train()
@@ -220,8 +220,8 @@ def test_modes_hooks_and_statistics_of_pictures() -> None:
     modes = {name for name, part in taken.model.blocks.named_children() if part.training}  # type: ignore[union-attr]
     assert modes == {"1"}
     assert (taken.mean, taken.std) == (backbone.mean, backbone.std)
-    picture = torch.rand(1, 3, 32, 32)
-    assert torch.equal(taken.normalize(picture), backbone.normalize(picture))
+    image = torch.rand(1, 3, 32, 32)
+    assert torch.equal(taken.normalize(image), backbone.normalize(image))
     calls: list[Any] = []
     taken.model.register_forward_hook(lambda *args: calls.append(args))
     taken.train()

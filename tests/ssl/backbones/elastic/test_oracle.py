@@ -1,5 +1,5 @@
 """Sub-networks against the published form, written out: the input of a layer is scaled by alpha, queries, keys and
-values are taken one by one, and so are the neighbours that Swin merges. Everything in float64."""
+values are taken one by one, and so are the neighbors that Swin merges. Everything in float64."""
 
 from __future__ import annotations
 
@@ -159,19 +159,19 @@ def test_relative_positions_of_each_head() -> None:
 
 
 def merged(x: Tensor, layer: Any, *, norm_first: bool) -> Tensor:
-    """Swin's merging of 2 x 2 places, neighbour by neighbour, each with the first columns of its own quarter."""
+    """Swin's merging of 2 x 2 places, neighbor by neighbor, each with the first columns of its own quarter."""
     width, full = x.shape[-1], layer.dim
-    neighbours = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
+    neighbors = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
     if norm_first:
-        joint = torch.cat(neighbours, -1)
+        joint = torch.cat(neighbors, -1)
         mean, deviation = joint.mean(-1, keepdim=True), (joint.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
         weights, biases = layer.norm.weight.split(full), layer.norm.bias.split(full)
-        neighbours = [
-            (one - mean) / deviation * weights[n][:width] + biases[n][:width] for n, one in enumerate(neighbours)
+        neighbors = [
+            (one - mean) / deviation * weights[n][:width] + biases[n][:width] for n, one in enumerate(neighbors)
         ]
     columns = layer.reduction.weight.split(full, 1)
     outputs = torch.zeros(1, dtype=x.dtype)
-    for n, one in enumerate(neighbours):
+    for n, one in enumerate(neighbors):
         outputs = outputs + (full / width * one) @ columns[n][: 2 * width, :width].T
     return outputs if norm_first else norm(outputs, layer.norm)
 

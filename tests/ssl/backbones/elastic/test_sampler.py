@@ -29,7 +29,7 @@ def test_each_pass_holds_each_size_as_often_as_published_and_the_whole_network_n
     assert len(sampler.entries) == length
     times = Counter(dict(zip(sizes, multiplicities(sizes, scale, by_width=by_width), strict=True)))
     del times[sizes[-1]]
-    walks = [[sampler.at(walk * length + place) for place in range(length)] for walk in range(2)]
+    walks = [[sampler.at(walk * length + position) for position in range(length)] for walk in range(2)]
     assert Counter(walks[0]) == Counter(walks[1]) == times
     assert walks[0] != walks[1]
     assert all(walk != sampler.entries for walk in walks)

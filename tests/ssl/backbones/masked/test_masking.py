@@ -12,7 +12,7 @@ PATTERNS = ["random", "grid", "block"]
 
 
 @pytest.mark.parametrize(
-    ("method", "cells", "ratio", "exact", "official"),
+    ("method", "cells", "ratio", "exact", "reference"),
     [("mae", 196, 0.75, 49, 49), ("mae", 256, 0.75, 64, 64), ("fcmae", 49, 0.6, 19, 19), ("mae", 64, 0.75, 16, 16),
      ("mae", 100, 0.8, 20, 19), ("convmae", 100, 0.9, 10, 9), ("mae", 25, 0.7, 7, 7), ("mae", 2, 0.75, 0, 0),
      ("simmim", 36, 0.6, 14, 14), ("simmim", 49, 0.6, 19, 19), ("simmim", 25, 0.6, 10, 10), ("simmim", 16, 0.6, 6, 6),
@@ -20,9 +20,9 @@ PATTERNS = ["random", "grid", "block"]
      ("spark", 49, 0.6, 20, 20), ("spark", 144, 0.75, 36, 36), ("spark", 5, 0.5, 2, 2), ("spark", 9, 0.6, 4, 4),
      ("spark", 15, 0.9, 2, 1)],  # 15 * 0.1 = 1.5, and slightly under it in double precision
 )  # fmt: skip
-def test_count_of_kept_cells(method, cells, ratio, exact, official):
+def test_count_of_kept_cells(method, cells, ratio, exact, reference):
     assert count_keep(cells, ratio, method) == exact
-    assert count_keep(cells, ratio, method, "official") == official
+    assert count_keep(cells, ratio, method, "official") == reference
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -40,7 +40,7 @@ def test_masks_are_exact_independent_and_invertible(pattern):
     assert len({tuple(row) for row in masking.visible.flatten(1).tolist()}) > (4 if pattern == "grid" else 60)
     everyone = torch.cat([masking.ids_keep, masking.ids_masked], 1)
     assert torch.equal(everyone.sort(1).values, torch.arange(36).expand(64, -1))
-    # A picture's mask hangs on its own noise only, and keeps its smallest values.
+    # An image's mask hangs on its own noise only, and keeps its smallest values.
     assert torch.equal(random_masking(noise[5:6], 9, (4, 9)).visible, masking.visible[5:6])
     visible = masking.visible[3].flatten()
     assert noise[3, visible].max() < noise[3, ~visible].min()
@@ -68,7 +68,7 @@ def test_a_quarter_of_the_grid_pattern_is_a_regular_grid():
     phases = {(row, column): visible[:, row::2, column::2].flatten(1) for row in (0, 1) for column in (0, 1)}
     complete = torch.stack([cells.all(1) for cells in phases.values()], 1)
     assert torch.equal(complete.sum(1), torch.ones(32, dtype=torch.long))  # all of one phase, so none of another
-    assert complete.any(0).all()  # each phase for some picture
+    assert complete.any(0).all()  # each phase for some image
 
 
 def test_block_pattern_hides_rectangles():
@@ -89,5 +89,5 @@ def test_masking_of_a_given_map():
     assert masking.ids_masked.tolist() == [[1, 2, 3, 5], [0, 1, 3, 4]]
     uneven = visible.clone()
     uneven[1, 0, 2] = False
-    with pytest.raises(ConfigError, match=r"visible: pictures keep \[1, 2\] of 6 cells; give each the same"):
+    with pytest.raises(ConfigError, match=r"visible: images keep \[1, 2\] of 6 cells; give each the same"):
         masking_of(uneven)

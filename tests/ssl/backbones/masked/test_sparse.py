@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.backbones.masked.masking import Masking, random_masking
 from unlabeled.ssl.backbones.masked.sparse import SparseEncoder, convert
+from unlabeled.ssl.backbones.masked.sparse.gathering import Cells, gather_tokens, scatter_tokens
 from unlabeled.ssl.backbones.masked.sparse.masked_map import MaskedMap, NoRuleError
-from unlabeled.ssl.backbones.masked.sparse.rows import Cells, gather_rows, scatter_rows
 
 GRID, FACTOR, CHANNELS = (2, 3), (2, 4), 8
 EXECUTIONS = ["gathered", "dense"]
 
 
-def masking(keep: int = 3, pictures: int = 3) -> Masking:
+def masking(keep: int = 3, images: int = 3) -> Masking:
     torch.manual_seed(4)
-    return random_masking(torch.rand(pictures, 6), keep, GRID)
+    return random_masking(torch.rand(images, 6), keep, GRID)
 
 
 def masked(execution: str, tensor: Tensor | None = None, keep: int = 3) -> MaskedMap:
@@ -31,7 +31,7 @@ def masked(execution: str, tensor: Tensor | None = None, keep: int = 3) -> Maske
     if tensor is None:
         torch.manual_seed(5)
         tensor = torch.randn(3, CHANNELS, GRID[0] * FACTOR[0], GRID[1] * FACTOR[1], dtype=torch.double)
-    return MaskedMap.of_dense(tensor, cells, FACTOR)
+    return MaskedMap.from_dense(tensor, cells, FACTOR)
 
 
 def lively(module: nn.Module) -> nn.Module:
@@ -43,23 +43,23 @@ def lively(module: nn.Module) -> nn.Module:
 
 
 def test_rows_stand_cell_by_cell_and_go_back_to_their_places():
-    places = torch.arange(3 * 4 * 12.0).view(3, 1, 4, 12)
+    positions = torch.arange(3 * 4 * 12.0).view(3, 1, 4, 12)
     cells = Cells(masking())
-    rows = gather_rows(places, cells, FACTOR)
-    assert rows.shape == (3, 3 * 8, 1)
+    tokens = gather_tokens(positions, cells, FACTOR)
+    assert tokens.shape == (3, 3 * 8, 1)
     first = int(cells.masking.ids_keep[1, 0])
     top, left = first // 3 * FACTOR[0], first % 3 * FACTOR[1]
-    assert torch.equal(rows[1, :8, 0], places[1, 0, top : top + 2, left : left + 4].flatten())
+    assert torch.equal(tokens[1, :8, 0], positions[1, 0, top : top + 2, left : left + 4].flatten())
     shown = cells.masking.enlarged(FACTOR)[:, None]
-    assert torch.equal(scatter_rows(rows, cells, FACTOR), torch.where(shown, places, 0.0))
+    assert torch.equal(scatter_tokens(tokens, cells, FACTOR), torch.where(shown, positions, 0.0))
 
 
 def test_gradients_of_moving_rows():
     cells = Cells(masking())
     dense = torch.randn(3, 2, 4, 12, dtype=torch.double, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: gather_rows(x, cells, FACTOR), dense)
-    rows = torch.randn(3, 24, 2, dtype=torch.double, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: scatter_rows(x, cells, FACTOR), rows)
+    assert torch.autograd.gradcheck(lambda x: gather_tokens(x, cells, FACTOR), dense)
+    tokens = torch.randn(3, 24, 2, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: scatter_tokens(x, cells, FACTOR), tokens)
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
@@ -67,12 +67,12 @@ def test_gradients_of_moving_rows():
 def test_batch_norm_counts_visible_places_only(execution, keep):
     x = masked(execution, keep=keep)
     norm = lively(BatchNormAct2d(CHANNELS, act_layer=nn.ReLU)).train()
-    rows = x.rows().flatten(0, 1)
+    tokens = x.tokens().flatten(0, 1)
     found = norm(x)
-    wanted = F.batch_norm(rows, None, None, norm.weight, norm.bias, True, 0.0, norm.eps).relu()
-    torch.testing.assert_close(found.rows().flatten(0, 1), wanted)  # with the activation inside
-    torch.testing.assert_close(norm.running_mean, 0.1 * rows.mean(0))
-    torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * rows.var(0))
+    wanted = F.batch_norm(tokens, None, None, norm.weight, norm.bias, True, 0.0, norm.eps).relu()
+    torch.testing.assert_close(found.tokens().flatten(0, 1), wanted)  # with the activation inside
+    torch.testing.assert_close(norm.running_mean, 0.1 * tokens.mean(0))
+    torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * tokens.var(0))
     assert int(norm.num_batches_tracked) == 1
 
 
@@ -81,7 +81,7 @@ def test_layer_norm_leaves_masked_places_at_zero(execution):
     x = masked(execution)
     norm = lively(LayerNorm2d(CHANNELS))
     found = norm(x)
-    torch.testing.assert_close(found.rows(), F.layer_norm(x.rows(), (CHANNELS,), norm.weight, norm.bias, norm.eps))
+    torch.testing.assert_close(found.tokens(), F.layer_norm(x.tokens(), (CHANNELS,), norm.weight, norm.bias, norm.eps))
     hidden = ~x.cells.active(FACTOR).expand(found.shape)
     assert not found.dense()[hidden].any()
 
@@ -90,23 +90,23 @@ def test_layer_norm_leaves_masked_places_at_zero(execution):
 def test_squeeze_and_excite_averages_over_visible_places(execution):
     x = masked(execution)
     gate = lively(SEModule(CHANNELS, rd_channels=4))
-    mean = x.rows().mean(1)[:, :, None, None]
+    mean = x.tokens().mean(1)[:, :, None, None]
     scale = gate.fc2(gate.act(gate.fc1(mean))).sigmoid().flatten(1)[:, None]
-    torch.testing.assert_close(gate(x).rows(), x.rows() * scale)
+    torch.testing.assert_close(gate(x).tokens(), x.tokens() * scale)
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
-def test_response_norm_is_of_each_picture_and_of_visible_places(execution):
+def test_response_norm_is_of_each_image_and_of_visible_places(execution):
     x = masked(execution)
     norm = lively(GlobalResponseNorm(CHANNELS, channels_last=False))
-    found = norm(x).rows()
-    energy = x.rows().square().sum(1).sqrt()
+    found = norm(x).tokens()
+    energy = x.tokens().square().sum(1).sqrt()
     relative = energy / (energy.mean(1, keepdim=True) + 1e-6)
-    wanted = norm.weight * x.rows() * relative[:, None] + norm.bias + x.rows()
+    wanted = norm.weight * x.tokens() * relative[:, None] + norm.bias + x.tokens()
     torch.testing.assert_close(found, wanted)
     other = x.dense().clone()
     other[1] *= 3
-    assert torch.equal(norm(masked(execution, other)).rows()[0], found[0])
+    assert torch.equal(norm(masked(execution, other)).tokens()[0], found[0])
 
 
 def test_response_norm_survives_large_activations_in_half_precision():
@@ -114,7 +114,7 @@ def test_response_norm_survives_large_activations_in_half_precision():
     with torch.no_grad():
         norm.weight.fill_(1)
     x = masked("gathered", 300 * torch.ones(3, CHANNELS, 4, 12, dtype=torch.half))
-    assert torch.equal(norm(x).rows(), 600 * torch.ones(3, 24, CHANNELS, dtype=torch.half))
+    assert torch.equal(norm(x).tokens(), 600 * torch.ones(3, 24, CHANNELS, dtype=torch.half))
 
 
 def test_an_average_pool_counts_masked_places_in_its_divisor():
@@ -122,7 +122,7 @@ def test_an_average_pool_counts_masked_places_in_its_divisor():
     visible = torch.zeros(1, 2, 2, dtype=torch.bool)
     visible[0, 0, 0] = True
     cells = Cells(random_masking((~visible).flatten(1).float(), 1, (2, 2)))
-    x = MaskedMap.of_dense(torch.ones(1, 1, 4, 4), cells, (2, 2))
+    x = MaskedMap.from_dense(torch.ones(1, 1, 4, 4), cells, (2, 2))
     assert pool(x).dense()[0, 0, 0, 0] == pytest.approx(4 / 9)  # two by two ones among nine
 
 
@@ -130,7 +130,7 @@ def test_in_a_max_pool_the_zeros_of_masked_places_beat_negative_values():
     pool = convert(nn.MaxPool2d(3, 1, 1))
     visible = torch.tensor([[[True, False], [False, False]]])
     cells = Cells(random_masking((~visible).flatten(1).float(), 1, (2, 2)))
-    x = MaskedMap.of_dense(-torch.ones(1, 1, 4, 4), cells, (2, 2))
+    x = MaskedMap.from_dense(-torch.ones(1, 1, 4, 4), cells, (2, 2))
     assert pool(x).dense()[0, 0, :2, :2].tolist() == [[-1, 0], [0, 0]]
 
 
@@ -147,7 +147,7 @@ def test_convolutions_see_zeros_at_masked_places(kernel, stride, padding):
         torch.testing.assert_close(found.dense(), wanted)
 
 
-def test_weights_stay_standardised():
+def test_weights_stay_standardized():
     layer = lively(ScaledStdConv2d(CHANNELS, 5, 1))
     plain = copy.deepcopy(layer)
     x = masked("gathered")
@@ -155,7 +155,7 @@ def test_weights_stay_standardised():
     torch.testing.assert_close(layer(x).dense(), wanted)
 
 
-def test_a_converted_network_is_the_same_for_whole_pictures():
+def test_a_converted_network_is_the_same_for_whole_images():
     backbone = create_backbone("convnextv2_atto", size=64, dims=(8, 16, 16, 16), depths=(1, 1, 1, 1))
     names = list(backbone.state_dict())
     images = torch.randn(2, 3, 64, 64)

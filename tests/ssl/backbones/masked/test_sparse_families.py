@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.backbones.masked.masking import Masking, random_masking
 from unlabeled.ssl.backbones.masked.sparse import SparseEncoder, convert
+from unlabeled.ssl.backbones.masked.sparse.gathering import Cells
 from unlabeled.ssl.backbones.masked.sparse.masked_map import MaskedMap
-from unlabeled.ssl.backbones.masked.sparse.rows import Cells
 from unlabeled.ssl.core.errors import CapabilityError
 
 ARCHITECTURES = json.loads(
@@ -113,16 +113,16 @@ def prepared(module: str) -> tuple[nn.Module, tuple[int, int], tuple[int, int]]:
 
 def maps(model: nn.Module, images: Tensor, masking: Masking, cell, execution: str = "gathered") -> list[Tensor]:
     cells = Cells(masking, None if execution == "dense" else frozenset())
-    x = MaskedMap(torch.where(masking.enlarged(cell)[:, None], images, 0.0), cells, cell, gathered=False)
+    x = MaskedMap(torch.where(masking.enlarged(cell)[:, None], images, 0.0), cells, cell, is_gathered=False)
     torch.manual_seed(1)  # the same drop paths
     found = model.forward_intermediates(x, output_fmt="NCHW", intermediates_only=True)
     assert all(isinstance(one, MaskedMap) for one in found)
     return [one.dense() for one in found]
 
 
-def half_masked(pictures: int = 2) -> Masking:
+def half_masked(images: int = 2) -> Masking:
     torch.manual_seed(2)
-    return random_masking(torch.rand(pictures, 6), 3, (2, 3))
+    return random_masking(torch.rand(images, 6), 3, (2, 3))
 
 
 @pytest.mark.parametrize("module", SUPPORTED)
@@ -131,9 +131,9 @@ def test_with_everything_visible_it_is_the_original_bit_for_bit(module):
     model, size, cell = prepared(module)
     masking = random_masking(torch.rand(2, 6), 6, (2, 3))
     images = torch.randn(2, 3, *size, dtype=torch.double)
-    plain, masked, rows = copy.deepcopy(model), convert(copy.deepcopy(model)), convert(copy.deepcopy(model))
+    plain, masked, tokens = copy.deepcopy(model), convert(copy.deepcopy(model)), convert(copy.deepcopy(model))
     for training in (False, True):  # the pass in eval mode leaves the networks as they were
-        for network in (plain, masked, rows):
+        for network in (plain, masked, tokens):
             network.train(training)
         torch.manual_seed(1)
         expected = plain.forward_intermediates(images, output_fmt="NCHW", intermediates_only=True)
@@ -143,7 +143,7 @@ def test_with_everything_visible_it_is_the_original_bit_for_bit(module):
             assert found[0] == wanted[0]
             assert torch.equal(found[1], wanted[1]), found[0]  # running statistics
         # On rows the sums run in another order.
-        for found, wanted in zip(maps(rows, images, masking, cell), expected, strict=True):
+        for found, wanted in zip(maps(tokens, images, masking, cell), expected, strict=True):
             torch.testing.assert_close(found, wanted, atol=1e-7, rtol=1e-7)
 
 
@@ -168,7 +168,7 @@ def test_masked_places_are_zero_and_nothing_of_them_leaks(module):
 
 
 def _encoder(model: nn.Module, size, cell, execution: str):
-    """`SparseEncoder.maps` on a bare network: pictures enter as they are, with their masked pixels."""
+    """`SparseEncoder.maps` on a bare network: images enter as they are, with their masked pixels."""
 
     class Bare:
         def maps(self, x: Tensor, indices: list[int]) -> list[Tensor]:
@@ -211,14 +211,14 @@ def test_rows_and_masked_maps_give_the_same_values_and_gradients(module):
 
 def test_the_list_of_families_is_complete():
     """The measured matrix has FCMAE, which asks for the masked form alone, on these and no others."""
-    modules = json.loads((Path(__file__).parents[4] / "docs" / "matrix.json").read_text())["modules"]
+    modules = json.loads((Path(__file__).parents[4] / "docs" / "reference" / "matrix.json").read_text())["modules"]
     assert sorted(module for module, cells in modules.items() if cells["fcmae"][0] == "runs") == sorted(SUPPORTED)
     assert len(SUPPORTED) == 40
 
 
 def test_a_family_without_a_masked_form_says_why():
     asked = ("swin_transformer", "vision_transformer", "inception_v3")
-    reasons = {module: build(module).lacks("sparse_convs") or "" for module in asked}
+    reasons = {module: build(module).missing_reason("sparse_convs") or "" for module in asked}
     assert all(0 < len(reason) < 120 and "\n" not in reason for reason in reasons.values()), reasons
     assert reasons["swin_transformer"].endswith("attends to all places")
     assert reasons["vision_transformer"].endswith("attn: Attention attends to all places")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
-from unlabeled.ssl.backbones.masked.tokens import TokenEncoder, gather_patches, lacks_token_dropping
+from unlabeled.ssl.backbones.masked.tokens import TokenEncoder, gather_patches, token_dropping_missing_reason
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -56,7 +56,7 @@ def build(case: str, **kwargs: object) -> Backbone:
     return backbone
 
 
-def pictures(backbone: Backbone, count: int = 2) -> Tensor:
+def images(backbone: Backbone, count: int = 2) -> Tensor:
     return torch.randn(count, 3, *backbone.input_size)
 
 
@@ -64,8 +64,8 @@ def pictures(backbone: Backbone, count: int = 2) -> Tensor:
 @torch.no_grad()
 def test_all_patches_equal_timm_in_any_order(case):
     backbone = build(case)
-    assert lacks_token_dropping(backbone) is None
-    x = pictures(backbone)
+    assert token_dropping_missing_reason(backbone) is None
+    x = images(backbone)
     encoder = TokenEncoder(backbone)
     expected = backbone.model.forward_features(x)
     patches = expected.shape[1] - encoder.prefix
@@ -75,7 +75,7 @@ def test_all_patches_equal_timm_in_any_order(case):
     tokens, prefix = encoder.encode(x, raster)
     torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=1e-5)
 
-    shuffled = torch.rand(2, patches).argsort(dim=1)  # another order for each picture
+    shuffled = torch.rand(2, patches).argsort(dim=1)  # another order for each image
     tokens, _ = encoder.encode(x, shuffled)
     rows = torch.arange(2)[:, None]
     torch.testing.assert_close(tokens[:, prefix:], expected[:, prefix:][rows, shuffled], atol=1e-5, rtol=1e-5)
@@ -87,7 +87,7 @@ def test_all_patches_equal_timm_in_any_order(case):
 def test_dropped_patches_cannot_leak(case):
     backbone = build(case)
     encoder = TokenEncoder(backbone)
-    x = pictures(backbone)
+    x = images(backbone)
     kept = torch.tensor([[4, 1], [0, 5]])
     hidden = torch.ones(2, 6, dtype=torch.bool).scatter(1, kept, False)
     mask = (
@@ -128,12 +128,12 @@ def test_sizes_that_do_not_fit_are_refused():
         ("resnet10t", "convolutions need the whole grid"),
         ("convnext_atto", "convolutions need the whole grid"),
         ("swin_tiny_patch4_window7_224", "windows need the whole grid"),
-        ("tnt_s_legacy_patch16_224", "stem mixes neighbouring patches"),
+        ("tnt_s_legacy_patch16_224", "stem mixes neighboring patches"),
         ("samvit_base_patch16_224", "windows need the whole grid"),
-        ("vitamin_small_224", "stem mixes neighbouring patches"),
-        ("vit_small_r26_s32_224", "stem mixes neighbouring patches"),
+        ("vitamin_small_224", "stem mixes neighboring patches"),
+        ("vit_small_r26_s32_224", "stem mixes neighboring patches"),
         ("mixer_s32_224", "weights for each place"),
-        ("xcit_nano_12_p16_224", "neighbouring patches interact"),
+        ("xcit_nano_12_p16_224", "neighboring patches interact"),
         ("vit_base_patch16_224:pos_drop", "set pos_drop_rate and patch_drop_rate to 0"),
         ("vit_base_patch16_224:patch_drop", "set pos_drop_rate and patch_drop_rate to 0"),
     ],
@@ -155,23 +155,23 @@ def test_subclasses_are_judged_by_what_they_compute():
             return super()._pos_embed(x).roll(1, dims=1)
 
     settings = {"img_size": 32, "num_classes": 0, **TINY}
-    assert lacks_token_dropping(Backbone(Renamed(**settings), size=(32, 32))) is None
-    assert "Shifted" in str(lacks_token_dropping(Backbone(Shifted(**settings), size=(32, 32))))
+    assert token_dropping_missing_reason(Backbone(Renamed(**settings), size=(32, 32))) is None
+    assert "Shifted" in str(token_dropping_missing_reason(Backbone(Shifted(**settings), size=(32, 32))))
 
 
 def test_foreign_parts_of_blocks_are_refused():
     backbone = build("vit_tiny_patch16_224")
     backbone.model.blocks[1].mlp.norm = nn.BatchNorm1d(128)
-    assert "BatchNorm1d" in str(lacks_token_dropping(backbone))
+    assert "BatchNorm1d" in str(token_dropping_missing_reason(backbone))
     backbone.model.blocks[1] = nn.TransformerEncoderLayer(32, 2)
-    assert "TransformerEncoderLayer" in str(lacks_token_dropping(backbone))
+    assert "TransformerEncoderLayer" in str(token_dropping_missing_reason(backbone))
 
 
 @pytest.mark.parametrize("case", ["vit_tiny_patch16_224", "vit_small_patch16_rope_mixed_224"])
 def test_gradients_reach_everything_but_the_head_and_survive_checkpointing(case):
     backbone = build(case, global_pool="avg").train()
     encoder = TokenEncoder(backbone)
-    x, kept = pictures(backbone), torch.tensor([[4, 1], [0, 5]])
+    x, kept = images(backbone), torch.tensor([[4, 1], [0, 5]])
 
     def gradients() -> dict[str, Tensor | None]:
         backbone.zero_grad()

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
-from unlabeled.ssl.backbones.masked.tokens import TokenEncoder, lacks_token_dropping
+from unlabeled.ssl.backbones.masked.tokens import TokenEncoder, token_dropping_missing_reason
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 NAFLEX = {**TINY, "pos_embed_grid_size": (4, 3)}
@@ -88,8 +88,8 @@ def build(case: str) -> Backbone:
     return backbone
 
 
-class Hidden(TorchFunctionMode):
-    """Takes the keys `hidden` (B, N patches) out of every softmax over tokens of the pictures."""
+class MaskedPatches(TorchFunctionMode):
+    """Takes the keys `hidden` (B, N patches) out of every softmax over tokens of the images."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ def dense(backbone: Backbone, x: Tensor, kept: Tensor) -> Tensor:
     if "hiera" in backbone.name:  # timm itself can drop mask units; it gives them in raster order
         found = backbone.model.forward_features(x, mask=~hidden)
         return found.gather(1, kept.argsort(1).argsort(1)[..., None].expand(-1, -1, found.shape[-1]))
-    with Hidden(hidden) as mode:
+    with MaskedPatches(hidden) as mode:
         found = backbone.model.forward_features(x)
     assert mode.used >= 2  # two blocks
     found = found.flatten(1, -2)  # some give (B, gh, gw, D)
@@ -141,7 +141,7 @@ def dense(backbone: Backbone, x: Tensor, kept: Tensor) -> Tensor:
     return torch.cat([found[:, : encoder.prefix], patches], dim=1)
 
 
-def pictures(backbone: Backbone) -> Tensor:
+def images(backbone: Backbone) -> Tensor:
     return torch.randn(2, 3, *backbone.input_size, dtype=torch.float64)
 
 
@@ -155,13 +155,13 @@ def gradients(backbone: Backbone, loss: Tensor) -> dict[str, Tensor | None]:
 @torch.no_grad()
 def test_keeping_all_patches_equals_timm_in_any_order(case):
     backbone = build(case)
-    assert lacks_token_dropping(backbone) is None
-    encoder, x = TokenEncoder(backbone), pictures(backbone)
+    assert token_dropping_missing_reason(backbone) is None
+    encoder, x = TokenEncoder(backbone), images(backbone)
     gh, gw = encoder.grid(backbone.input_size)
     assert gh * gw in (6, 9)
     expected = backbone.model.forward_features(x).flatten(1, -2)
     assert expected.shape == (2, encoder.prefix + gh * gw, encoder.dim)
-    shuffled = torch.rand(2, gh * gw).argsort(dim=1)  # another order for each picture
+    shuffled = torch.rand(2, gh * gw).argsort(dim=1)  # another order for each image
     tokens, prefix = encoder.encode(x, shuffled)
     chosen = expected[:, prefix:].gather(1, shuffled[..., None].expand(-1, -1, encoder.dim))
     close = SINGLE.get(case, 1e-10)
@@ -172,7 +172,7 @@ def test_keeping_all_patches_equals_timm_in_any_order(case):
 @pytest.mark.parametrize("case", CASES)
 def test_dropping_equals_hiding_in_results_and_gradients(case):
     backbone = build(case)
-    x, kept = pictures(backbone), torch.tensor([[4, 1], [0, 5]])
+    x, kept = images(backbone), torch.tensor([[4, 1], [0, 5]])
     expected = dense(backbone, x, kept)
     tokens, _ = TokenEncoder(backbone).encode(x, kept)
     close = SINGLE.get(case, 1e-10)
@@ -190,7 +190,7 @@ def test_dropping_equals_hiding_in_results_and_gradients(case):
 @torch.no_grad()
 def test_dropped_patches_cannot_leak(case):
     backbone = build(case)
-    encoder, x, kept = TokenEncoder(backbone), pictures(backbone), torch.tensor([[4, 1], [0, 5]])
+    encoder, x, kept = TokenEncoder(backbone), images(backbone), torch.tensor([[4, 1], [0, 5]])
     gh, gw = encoder.grid(backbone.input_size)
     hidden = torch.ones(2, gh * gw, dtype=torch.bool).scatter(1, kept, False).view(2, 1, gh, gw)
     hidden = hidden.repeat_interleave(encoder.patch_size[0], 2).repeat_interleave(encoder.patch_size[1], 3)
@@ -202,7 +202,7 @@ def test_dropped_patches_cannot_leak(case):
 @pytest.mark.parametrize("case", [case for case in CASES if "convit" not in case])  # ConViT cannot in timm either
 def test_gradient_checkpointing_changes_nothing(case):
     backbone = build(case)
-    x, kept = pictures(backbone), torch.tensor([[4, 1], [0, 5]])
+    x, kept = images(backbone), torch.tensor([[4, 1], [0, 5]])
     found = []
     for enabled in (False, True):
         backbone.model.set_grad_checkpointing(enabled)

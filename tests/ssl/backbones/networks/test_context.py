@@ -20,7 +20,7 @@ def test_registered_by_importing_the_backbone():
     assert timm.is_model("contextnet")
     data = timm.data.resolve_model_data_config(timm.create_model("contextnet", **TINY))
     assert data["input_size"] == (3, 96, 96)
-    assert [255 * value for value in data["std"]] == pytest.approx([1, 1, 1])  # pictures keep the scale 0..255
+    assert [255 * value for value in data["std"]] == pytest.approx([1, 1, 1])  # images keep the scale 0..255
 
 
 def test_parameter_count_is_the_released_trunks_without_the_biases_that_norms_undo():
@@ -88,7 +88,7 @@ def test_no_batch_norm_can_learn():
     ]  # fmt: skip
 
 
-def test_initialisation_is_caffes_xavier():
+def test_initialization_is_caffes_xavier():
     torch.manual_seed(0)
     model = timm.create_model("contextnet")
     for layer in (model.blocks[0].conv, model.blocks[3].conv, model.head.fc6, model.head.fc):
@@ -108,10 +108,10 @@ def test_the_response_norm_survives_half_precision():
 def test_other_sizes(size):
     backbone = create_backbone("contextnet", size=size, **TINY).eval()
     assert backbone.pooled(torch.randn(2, 3, *backbone.input_size)).shape == (2, 20)
-    assert backbone.lacks("dense_map") is None
+    assert backbone.missing_reason("dense_map") is None
 
 
-def test_larger_pictures_average_fc6_over_places():
+def test_larger_images_average_fc6_over_places():
     model = timm.create_model("contextnet", num_classes=0, **TINY).eval()
     features = torch.randn(1, 12, 3, 4)
     expected = (model.forward_head(features[..., :3]) + model.forward_head(features[..., 1:])) / 2

@@ -166,10 +166,10 @@ def test_layers_for_rate_decay():
     assert model.no_weight_decay() == {"pos_embed"}
 
 
-def test_stochastic_depth_drops_whole_pictures():
+def test_stochastic_depth_drops_whole_images():
     torch.manual_seed(0)
     block = ConvBlock(4, 2.0, drop_path=0.5, norm_eps=1e-5).train()
-    x = torch.randn(64, 3, 2, 2, 4)  # cells of 64 pictures
+    x = torch.randn(64, 3, 2, 2, 4)  # cells of 64 images
     same = (block(x, lambda conv, value: value) == x).flatten(1)
     assert 4 < same.all(1).sum() < 32  # a quarter skips both parts
     assert (same.all(1) | ~same.any(1)).all()
@@ -186,11 +186,11 @@ def test_sizes_that_are_refused():
 
 def test_capabilities():
     backbone = tiny_backbone()
-    assert backbone.lacks("masked_stages") is None
-    assert backbone.lacks("pooled") is None
-    assert backbone.lacks("dense_map") is None
-    assert backbone.lacks("token_dropping") == "convolutions need the whole grid"
-    assert backbone.lacks("sparse_convs") is not None
+    assert backbone.missing_reason("masked_stages") is None
+    assert backbone.missing_reason("pooled") is None
+    assert backbone.missing_reason("dense_map") is None
+    assert backbone.missing_reason("token_dropping") == "convolutions need the whole grid"
+    assert backbone.missing_reason("sparse_convs") is not None
     with pytest.raises(CapabilityError, match=r"convmae_small cannot do MAE: .* token_dropping \(convolutions need"):
         backbone.require({"token_dropping"}, task="MAE")
     plain = create_backbone("test_vit", size=32)
@@ -210,11 +210,11 @@ def test_visible_cells_give_what_the_formula_gives():
         maps = embed.act(embed.norm(maps)).permute(0, 3, 1, 2)
         for block in getattr(model, f"blocks{number}"):
             maps = reference_block(block, maps, mask.enlarged((side, side))[:, None])
-        for picture in range(2):
-            for position, cell in enumerate(mask.ids_keep[picture].tolist()):
+        for image in range(2):
+            for position, cell in enumerate(mask.ids_keep[image].tolist()):
                 top, left = cell // 5 * side, cell % 5 * side
-                expected = maps[picture, :, top : top + side, left : left + side].permute(1, 2, 0)
-                torch.testing.assert_close(found[picture, position], expected, atol=1e-12, rtol=0)
+                expected = maps[image, :, top : top + side, left : left + side].permute(1, 2, 0)
+                torch.testing.assert_close(found[image, position], expected, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
@@ -268,8 +268,8 @@ def test_everything_visible_is_the_plain_network(execution):
         torch.testing.assert_close(rebuilt, whole, atol=1e-12, rtol=0)
 
 
-def test_visible_cells_see_their_visible_neighbours():
-    """The 5 x 5 convolutions reach over the border of a cell: another neighbour, other places."""
+def test_visible_cells_see_their_visible_neighbors():
+    """The 5 x 5 convolutions reach over the border of a cell: another neighbor, other places."""
     encoder, x = StageEncoder(tiny_backbone()), images()
     both = encoder.encode(x, random_masking(torch.tensor([[0.1, 0.2, *[0.5] * 13]] * 2), 2, (3, 5)))
     apart = encoder.encode(x, random_masking(torch.tensor([[0.1, *[0.5] * 13, 0.2]] * 2), 2, (3, 5)))
@@ -286,8 +286,8 @@ def test_activations_computed_anew_give_the_same_gradients(execution):
         StageEncoder(backbone).encode(images().double(), mask, execution).tokens.sin().sum().backward()
         backbone.pooled(images().double()).sin().sum().backward()
         found.append([p.grad.clone() for p in backbone.parameters()])
-    for plain, anew in zip(*found, strict=True):
-        torch.testing.assert_close(anew, plain, atol=1e-12, rtol=1e-10)
+    for plain, recomputed in zip(*found, strict=True):
+        torch.testing.assert_close(recomputed, plain, atol=1e-12, rtol=1e-10)
 
 
 def test_other_sizes_than_its_own():

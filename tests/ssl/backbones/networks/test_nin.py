@@ -72,7 +72,7 @@ def test_statistics_are_those_of_the_cifar_recipe():
     assert [value * 255 for value in data["std"]] == pytest.approx([63.0, 62.1, 66.7])
 
 
-def test_framework_default_initialisation():
+def test_framework_default_initialization():
     torch.manual_seed(3)
     model = timm.create_model("nin_cifar")
     torch.manual_seed(3)

@@ -27,8 +27,8 @@ def test_digits_are_the_ones_of_scikit_learn() -> None:
         assert (counts - share * np.bincount(load_digits().target)).abs().max() <= 0.5
     stored = {(row.astype(int).tobytes(), label) for row, label in zip(*load_digits(return_X_y=True), strict=True)}
     for index in range(0, 450, 7):
-        grey = (test.read(index)[0].float() * 16 / 255).round().long()
-        assert (grey.numpy().tobytes(), int(labels_of(test)[index])) in stored
+        gray = (test.read(index)[0].float() * 16 / 255).round().long()
+        assert (gray.numpy().tobytes(), int(labels_of(test)[index])) in stored
     assert test.read(3).max() == 255
     assert test.describe(3) == "test digit 3"
     assert torch.equal(pickle.loads(pickle.dumps(test)).read(3), test.read(3))

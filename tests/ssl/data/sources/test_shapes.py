@@ -24,12 +24,12 @@ def labels_of(source: ImageSource) -> torch.Tensor:
 def test_shapes_are_the_same_every_time_and_differ_between_splits() -> None:
     train, again, test = shapes(), pickle.loads(pickle.dumps(shapes())), shapes("test")
     assert (len(train), len(test)) == (2048, 512)
-    picture = train.read(11)
-    assert picture.shape == (3, 64, 64)
-    assert picture.dtype == torch.uint8
-    assert torch.equal(picture, again.read(11))
-    assert not torch.equal(picture, test.read(11))
-    assert not torch.equal(picture, train.read(19))
+    image = train.read(11)
+    assert image.shape == (3, 64, 64)
+    assert image.dtype == torch.uint8
+    assert torch.equal(image, again.read(11))
+    assert not torch.equal(image, test.read(11))
+    assert not torch.equal(image, train.read(19))
 
 
 def test_shapes_are_balanced() -> None:
@@ -57,44 +57,44 @@ def test_masks_lie_where_the_object_is() -> None:
     source = shapes(count=64)
     contrast = []
     for index in range(64):
-        picture, inside = source.read(index).float(), source.mask(index) > 0
-        contrast.append((picture[:, inside].mean(1) - picture[:, ~inside].mean(1)).abs().mean())
+        image, inside = source.read(index).float(), source.mask(index) > 0
+        contrast.append((image[:, inside].mean(1) - image[:, ~inside].mean(1)).abs().mean())
     assert min(contrast) > 20
 
 
 def moments(mask: torch.Tensor) -> torch.Tensor:
-    """Shape descriptors that do not change with place, size and rotation: the histogram of distances to the centre."""
+    """Shape descriptors that do not change with place, size and rotation: the histogram of distances to the center."""
     ys, xs = mask.nonzero().float().T
     distance = torch.hypot(ys - ys.mean(), xs - xs.mean())
     histogram = torch.histc(distance / distance.square().mean().sqrt(), bins=12, min=0, max=2)
     return histogram / histogram.sum()
 
 
-def neighbours(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, truth: torch.Tensor) -> float:
+def neighbors(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, truth: torch.Tensor) -> float:
     nearest = torch.cdist(test, train).topk(5, largest=False).indices
     votes = torch.nn.functional.one_hot(labels[nearest], 8).sum(1)
     return float((votes.argmax(1) == truth).float().mean())
 
 
-def test_shape_tells_the_class_and_pixels_and_colours_do_not() -> None:
+def test_shape_tells_the_class_and_pixels_and_colors_do_not() -> None:
     train, test = shapes(count=800), shapes("test", count=800)
-    pictures = [torch.stack([source.read(i) for i in range(len(source))]).float() / 255 for source in (train, test)]
+    images = [torch.stack([source.read(i) for i in range(len(source))]).float() / 255 for source in (train, test)]
     outlines = [torch.stack([moments(source.mask(i)) for i in range(len(source))]) for source in (train, test)]
     truth, labels = labels_of(test), labels_of(train)
-    assert neighbours(outlines[0], labels, outlines[1], truth) > 0.9
-    assert neighbours(pictures[0].flatten(1), labels, pictures[1].flatten(1), truth) < 0.3
-    colours = [torch.cat([batch.mean((2, 3)), batch.std((2, 3))], 1) for batch in pictures]
-    assert neighbours(colours[0], labels, colours[1], truth) < 0.3
+    assert neighbors(outlines[0], labels, outlines[1], truth) > 0.9
+    assert neighbors(images[0].flatten(1), labels, images[1].flatten(1), truth) < 0.3
+    colors = [torch.cat([batch.mean((2, 3)), batch.std((2, 3))], 1) for batch in images]
+    assert neighbors(colors[0], labels, colors[1], truth) < 0.3
 
 
 def upright(source: MaskSource, label: int) -> torch.Tensor:
-    """Mean of a class's masks, each shifted to its centre: (64, 64)."""
-    centred = []
+    """Mean of a class's masks, each shifted to its center: (64, 64)."""
+    centered = []
     for index in range(label, len(source), 8):
         inside = (source.mask(index) > 0).float()
         ys, xs = inside.nonzero().float().T
-        centred.append(torch.roll(inside, (32 - int(ys.mean()), 32 - int(xs.mean())), (0, 1)))
-    return torch.stack(centred).mean(0)
+        centered.append(torch.roll(inside, (32 - int(ys.mean()), 32 - int(xs.mean())), (0, 1)))
+    return torch.stack(centered).mean(0)
 
 
 def test_every_shape_has_an_up_direction_and_no_shape_is_another_one_rotated() -> None:

@@ -58,7 +58,7 @@ def labels_of(source: ImageSource) -> list[int] | None:
 
 
 def marked(count: int) -> Any:
-    """A data set with the types of pictures and class labels, labels in turn."""
+    """A data set with the types of images and class labels, labels in turn."""
     features = datasets.Features(
         {"id": datasets.Value("int64"), "pic": datasets.Image(), "kind": datasets.ClassLabel(names=["cat", "dog"])}
     )
@@ -70,7 +70,7 @@ def marked(count: int) -> Any:
     ("column", "kind"),
     [(cells(6), "struct"), ([cell["bytes"] for cell in cells(6)], "binary"), (cells(6), "named")],
 )
-def test_picture_columns_without_metadata_are_found(tmp_path: Path, column: list[Any], kind: str) -> None:
+def test_image_columns_without_metadata_are_found(tmp_path: Path, column: list[Any], kind: str) -> None:
     columns = {"key": list(range(6)), "pixels": column}
     path = write(tmp_path / "x.parquet", **columns)
     source = opened(path, image_column="pixels" if kind == "named" else None)
@@ -95,7 +95,7 @@ def test_labels_do_not_decode(tmp_path: Path) -> None:
     path = write(tmp_path / "x.parquet", image=[b"broken"] * 10, label=[0, 1] * 5)
     source = opened(path)
     assert sorted(labels_of(source) or []) == [0] * 4 + [1] * 4
-    with pytest.raises(DecodeError, match=r"^row \d of .*x\.parquet: is not a picture of a known format"):
+    with pytest.raises(DecodeError, match=r"^row \d of .*x\.parquet: is not an image of a known format"):
         source.read(0)
 
 
@@ -164,7 +164,7 @@ def test_cells_can_name_files_or_be_empty(tmp_path: Path) -> None:
     source = opened(write(tmp_path / "x.parquet", image=rows))
     assert int(source.read(0)[0, 0, 0]) == 33
     assert int(source.read(2)[0, 0, 0]) == 0
-    with pytest.raises(DecodeError, match=r"^row 1 of .*: its cell 'image' holds no encoded picture$"):
+    with pytest.raises(DecodeError, match=r"^row 1 of .*: its cell 'image' holds no encoded image$"):
         source.read(1)
 
 
@@ -211,7 +211,7 @@ def test_columns_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         opened(path, label_column="label")
     assert opened(path).labels() is None
     path = write(tmp_path / "y.parquet", text=["a"], number=[1])
-    with pytest.raises(DataError, match=r"^data\.image_column: .* has no column of pictures; its columns are text"):
+    with pytest.raises(DataError, match=r"^data\.image_column: .* has no column of images; its columns are text"):
         opened(path)
 
 

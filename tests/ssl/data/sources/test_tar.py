@@ -34,7 +34,7 @@ def shard(path: Path, members: dict[str, bytes]) -> Path:
     return path
 
 
-def labelled(path: Path, labels: list[str], start: int = 0) -> Path:
+def labeled(path: Path, labels: list[str], start: int = 0) -> Path:
     members: dict[str, bytes] = {}
     for row, label in enumerate(labels):
         members |= {f"{row:04}.png": png(start + row), f"{row:04}.cls": label.encode()}
@@ -50,9 +50,9 @@ def shades(source: ImageSource) -> list[int]:
 
 
 def test_shards_in_the_order_of_names_with_their_labels(tmp_path: Path) -> None:
-    labelled(tmp_path / "train-1.tar", ["10", "2"], start=50)
-    labelled(tmp_path / "train-0.tar", ["2", "10", "9"])
-    labelled(tmp_path / "test-0.tar", ["9"], start=90)
+    labeled(tmp_path / "train-1.tar", ["10", "2"], start=50)
+    labeled(tmp_path / "train-0.tar", ["2", "10", "9"])
+    labeled(tmp_path / "test-0.tar", ["9"], start=90)
     train, test = pickle.loads(pickle.dumps(opened(tmp_path))), opened(tmp_path, "test")
     assert train.classes == test.classes == ["2", "9", "10"]
     assert train.labels().tolist() == [0, 2, 1, 2, 0]
@@ -66,7 +66,7 @@ def test_shards_in_the_order_of_names_with_their_labels(tmp_path: Path) -> None:
 def test_samples_are_told_by_folder_and_name_up_to_the_first_dot(tmp_path: Path) -> None:
     members = {
         "a/1.left.png": png(1), "a/1.right.PNG": png(2), "a/1.json": json.dumps({"label": "cat"}).encode(),
-        "b/1.png": png(3), "b/1.json": json.dumps({"label": "ant", "x": [1]}).encode(), "notes.txt": b"no picture",
+        "b/1.png": png(3), "b/1.json": json.dumps({"label": "ant", "x": [1]}).encode(), "notes.txt": b"no image",
     }  # fmt: skip
     source = opened(shard(tmp_path / "all.tar", members), test_fraction=0.01)
     assert source.classes == ["ant", "cat"]
@@ -90,18 +90,18 @@ def test_what_cannot_be_read_is_said_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "broken.tar").write_bytes(b"nothing like it" * 100)
     with pytest.raises(DataError, match=r"broken\.tar is no plain tar file"):
         opened(tmp_path)
-    with pytest.raises(DataError, match="no pictures in 1 shards"):
+    with pytest.raises(DataError, match="no images in 1 shards"):
         opened(shard(tmp_path / "empty.tar", {"a.txt": b"x"}))
-    labelled(tmp_path / "s" / "train.tar", ["a", "b"])
-    labelled(tmp_path / "s" / "test.tar", ["c"])
+    labeled(tmp_path / "s" / "train.tar", ["a", "b"])
+    labeled(tmp_path / "s" / "test.tar", ["c"])
     with pytest.raises(DataError, match="test class 'c' is not among the 2 training classes"):
         opened(tmp_path / "s", "test")
 
 
-def test_a_corrupt_picture_and_a_shard_cut_short_are_decode_errors(tmp_path: Path) -> None:
+def test_a_corrupt_image_and_a_shard_cut_short_are_decode_errors(tmp_path: Path) -> None:
     file = shard(tmp_path / "x.tar", {"1.png": png(1), "2.png": b"no png", "3.png": png(3)})
     source = opened(file)
-    with pytest.raises(DecodeError, match=r"2\.png in .*x\.tar: is not a picture"):
+    with pytest.raises(DecodeError, match=r"2\.png in .*x\.tar: is not an image"):
         source.read(1)
     file.write_bytes(file.read_bytes()[:1600])
     assert int(source.read(0)[0, 0, 0]) == 1

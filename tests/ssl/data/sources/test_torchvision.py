@@ -45,7 +45,7 @@ def test_torchvision_with_a_train_flag(tmp_path: Path) -> None:
     assert train.classes[3] == "3 - three"
     assert train.read(0).shape == (3, 28, 28)
     assert train.read(0).unique().tolist() == [9]
-    assert train.describe(4) == "picture 4 of MNIST"
+    assert train.describe(4) == "image 4 of MNIST"
     assert torch.equal(pickle.loads(pickle.dumps(train)).read(2), train.read(2))
 
 
@@ -64,7 +64,7 @@ def test_torchvision_with_a_split_name(tmp_path: Path) -> None:
     assert test.classes == ["pie", "soup"]
     assert test.read(0).shape == (3, 7, 9)
     (images / "pie" / "test0.jpg").write_bytes(b"broken")
-    with pytest.raises(DataError, match=r"^picture 0 of Food101: cannot be decoded \(cannot identify image file"):
+    with pytest.raises(DataError, match=r"^image 0 of Food101: cannot be decoded \(cannot identify image file"):
         test.read(0)
 
 

@@ -21,8 +21,8 @@ def opened(root: Path, split="train", **settings):
     return open_source(DataConfig(name="voc", path=root, **settings), split)
 
 
-def picture(root: Path, stem: str, *, mask=None, objects=None) -> None:
-    """A picture of 12 x 8 pixels; `mask`: (8, 12) values; `objects`: (name, xmin, ymin, xmax, ymax) as VOC counts."""
+def image(root: Path, stem: str, *, mask=None, objects=None) -> None:
+    """An image of 12 x 8 pixels; `mask`: (8, 12) values; `objects`: (name, xmin, ymin, xmax, ymax) as VOC counts."""
     for folder in ("JPEGImages", "SegmentationClass", "Annotations"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (12, 8), (9, 90, 200)).save(root / "JPEGImages" / f"{stem}.jpg")
@@ -53,16 +53,16 @@ def filled(value: int, *, edge: int = 255):
 
 
 def whole(root: Path) -> Path:
-    picture(root, "a", mask=filled(15), objects=[("person", 4, 3, 9, 6), ("dog", 1, 1, 3, 2)])
-    picture(root, "b", mask=filled(12), objects=[("dog", 1, 1, 12, 8)])
-    picture(root, "c", mask=filled(8), objects=[("cat", 2, 2, 3, 3), ("cat", 5, 5, 6, 6), ("bus", 1, 1, 2, 3)])
-    picture(root, "d", objects=[("sheep", 1, 1, 2, 2)])
+    image(root, "a", mask=filled(15), objects=[("person", 4, 3, 9, 6), ("dog", 1, 1, 3, 2)])
+    image(root, "b", mask=filled(12), objects=[("dog", 1, 1, 12, 8)])
+    image(root, "c", mask=filled(8), objects=[("cat", 2, 2, 3, 3), ("cat", 5, 5, 6, 6), ("bus", 1, 1, 2, 3)])
+    image(root, "d", objects=[("sheep", 1, 1, 2, 2)])
     lists(root, train=["c", "a"], val=["b"])
     lists(root, "Main", train=["a", "b", "c"], val=["d"])
     return root
 
 
-def test_splits_labels_and_pictures_follow_the_lists(tmp_path):
+def test_splits_labels_and_images_follow_the_lists(tmp_path):
     train, test = opened(whole(tmp_path)), opened(tmp_path, "test")
     assert [Path(train.describe(index)).stem for index in range(len(train))] == ["c", "a"]
     assert [Path(test.describe(index)).stem for index in range(len(test))] == ["b"]
@@ -86,7 +86,7 @@ def test_masks_keep_their_values_and_boxes_count_from_the_corner(tmp_path):
     assert torch.equal(part.mask(0), train.mask(index))
 
 
-def test_a_picture_without_a_mask_is_unknown_everywhere(tmp_path):
+def test_a_image_without_a_mask_is_unknown_everywhere(tmp_path):
     held = opened(whole(tmp_path), "test", dataset="Main")
     assert held.mask(0).shape == (8, 12)
     assert (held.mask(0) == 255).all()
@@ -94,19 +94,19 @@ def test_a_picture_without_a_mask_is_unknown_everywhere(tmp_path):
 
 def test_without_lists_a_part_is_held_out_by_name(tmp_path):
     for index in range(20):
-        picture(tmp_path, f"{index:03}", mask=filled(1 + index % 2))
+        image(tmp_path, f"{index:03}", mask=filled(1 + index % 2))
     train, test = (opened(tmp_path, split, test_fraction=0.25) for split in ("train", "test"))
     names = [{source.describe(index) for index in range(len(source))} for source in (train, test)]
     assert (len(train), len(test)) == (15, 5)
     assert not names[0] & names[1]
-    picture(tmp_path, "new", mask=filled(1))
+    image(tmp_path, "new", mask=filled(1))
     again = opened(tmp_path, "test", test_fraction=0.25)
     assert len({again.describe(index) for index in range(len(again))} & names[1]) >= 4
 
 
 def test_without_annotations_labels_are_those_of_the_masks(tmp_path):
-    picture(tmp_path, "a", mask=filled(2))
-    picture(tmp_path, "b", mask=filled(1))
+    image(tmp_path, "a", mask=filled(2))
+    image(tmp_path, "b", mask=filled(1))
     (tmp_path / "Annotations").rmdir()
     (tmp_path / "classes.txt").write_text("scratch\ndent\n")
     lists(tmp_path, train=["a", "b"], val=["a"])
@@ -116,10 +116,10 @@ def test_without_annotations_labels_are_those_of_the_masks(tmp_path):
     assert source.boxes(0) is None
 
 
-def test_pictures_without_objects_are_a_class_of_their_own(tmp_path):
-    picture(tmp_path, "a", mask=filled(255), objects=[])
-    picture(tmp_path, "b", objects=[("zebra", 1, 1, 4, 4)])
-    picture(tmp_path, "c", objects=[("ant", 1, 1, 4, 4)])
+def test_images_without_objects_are_a_class_of_their_own(tmp_path):
+    image(tmp_path, "a", mask=filled(255), objects=[])
+    image(tmp_path, "b", objects=[("zebra", 1, 1, 4, 4)])
+    image(tmp_path, "c", objects=[("ant", 1, 1, 4, 4)])
     lists(tmp_path, train=["b", "c"], val=["a"])
     train, test = opened(tmp_path), opened(tmp_path, "test")
     assert train.classes == test.classes == ["ant", "zebra", "no object"]
@@ -127,9 +127,9 @@ def test_pictures_without_objects_are_a_class_of_their_own(tmp_path):
     assert test.boxes(0).shape == (0, 4)
 
 
-def test_pictures_alone_can_be_pretrained_on(tmp_path):
-    picture(tmp_path, "a")
-    picture(tmp_path, "b")
+def test_images_alone_can_be_pretrained_on(tmp_path):
+    image(tmp_path, "a")
+    image(tmp_path, "b")
     (tmp_path / "Annotations").rmdir()
     (tmp_path / "SegmentationClass").rmdir()
     lists(tmp_path, "Main", train=["a", "b"])
@@ -143,7 +143,7 @@ def test_pictures_alone_can_be_pretrained_on(tmp_path):
 
 
 def test_what_does_not_fit_is_said_in_one_line(tmp_path):
-    picture(tmp_path / "kit" / "VOC2012", "a")
+    image(tmp_path / "kit" / "VOC2012", "a")
     with pytest.raises(DataError, match=r"has no folder JPEGImages; give data\.path=.*VOC2012"):
         opened(tmp_path)
     root = whole(tmp_path / "good")
@@ -173,7 +173,7 @@ def test_what_does_not_fit_is_said_in_one_line(tmp_path):
 def test_masks_that_are_not_class_numbers(tmp_path):
     root = whole(tmp_path)
     source = opened(root)
-    picture(root, "a", mask=filled(21))
+    image(root, "a", mask=filled(21))
     with pytest.raises(DataError, match=r"a\.png .* has value 21, and there are 20 classes; write classes\.txt"):
         source.mask(1)
     Image.new("RGB", (12, 8)).save(root / "SegmentationClass" / "a.png")

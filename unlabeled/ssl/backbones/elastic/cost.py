@@ -1,4 +1,4 @@
-"""What a network costs: its weights, and multiply-adds for one picture.
+"""What a network costs: its weights, and multiply-adds for one image.
 
 Counted in a forward pass on the meta device, so that no weight is made. All blocks of a stage but the first cost the
 same; so the cost is linear in the depth of each stage, and a width needs one network and one more for each stage that
@@ -26,11 +26,11 @@ class Cost(NamedTuple):
 
     parameters: int
     macs: int
-    """Multiply-adds of matrix products and convolutions for one picture."""
+    """Multiply-adds of matrix products and convolutions for one image."""
 
 
 def cost_of(backbone: Backbone) -> Cost:
-    """The cost of `backbone` for a picture of its own size."""
+    """The cost of `backbone` for an image of its own size."""
     return _cost(backbone.model, backbone.input_size)
 
 
@@ -69,7 +69,7 @@ def _cost(model: nn.Module, size: tuple[int, int]) -> Cost:
 
 
 def _deeper(size: SubSize, stage: int) -> SubSize:
-    return SubSize(size.width, tuple(depth + (stage == place) for place, depth in enumerate(size.depths)))
+    return SubSize(size.width, tuple(depth + (stage == position) for position, depth in enumerate(size.depths)))
 
 
 def _difference(larger: Cost, smaller: Cost) -> Cost:

@@ -1,6 +1,6 @@
 """Which of timm's networks are elastic: how their size is read, asked for and numbered.
 
-A family needs residual blocks that keep the shape, norms over the channels of one place or picture, and widths that
+A family needs residual blocks that keep the shape, norms over the channels of one place or image, and widths that
 are prefixes in all layers of the residual stream. Networks that join maps (DenseNet), have no residuals (VGG) or
 irregular widths (EfficientNet) have no such sub-networks.
 """
@@ -37,7 +37,7 @@ _JOINT = {"qkv": 3, "kv": 2}
 
 
 @dataclass(frozen=True)
-class Family:
+class ElasticFamily:
     """One kind of network. Functions take the model, and its full size where it is needed."""
 
     kind: type[nn.Module]
@@ -57,14 +57,14 @@ class Family:
     """Whether small widths are published to be drawn more often."""
 
 
-def family_of(backbone: Backbone) -> Family:
+def family_of(backbone: Backbone) -> ElasticFamily:
     """The family of a network. Raises CapabilityError when it has none."""
-    if reason := lacks_elastic(backbone):
+    if reason := elastic_missing_reason(backbone):
         raise CapabilityError(f"backbone: {backbone.name} cannot be elastic: {reason}")
     return next(family for family in FAMILIES if type(backbone.model) is family.kind)
 
 
-def lacks_elastic(backbone: Backbone) -> str | None:
+def elastic_missing_reason(backbone: Backbone) -> str | None:
     """Why the network has no sub-networks, in a few words; None when it has."""
     model = backbone.model
     if type(model) not in {family.kind for family in FAMILIES}:
@@ -126,7 +126,7 @@ def _heads(block: Any) -> int:
 _MORE_HEADS = ", or more heads in backbone.kwargs.num_heads"
 
 
-def _plain(kind: type[nn.Module]) -> Family:
+def _plain(kind: type[nn.Module]) -> ElasticFamily:
     """Transformers without stages."""
 
     def arguments(model: Any, size: SubSize) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def _plain(kind: type[nn.Module]) -> Family:
         heads = {name: count * size.width // model.embed_dim for name, count in given.items() if "heads" in name}
         return given | heads
 
-    return Family(
+    return ElasticFamily(
         kind,
         read=lambda model: SubSize(model.embed_dim, (len(model.blocks),)),
         unit=_head_unit,
@@ -146,8 +146,8 @@ def _plain(kind: type[nn.Module]) -> Family:
     )
 
 
-def _swin(kind: type[nn.Module]) -> Family:
-    return Family(
+def _swin(kind: type[nn.Module]) -> ElasticFamily:
+    return ElasticFamily(
         kind,
         read=lambda model: SubSize(model.embed_dim, tuple(len(stage.blocks) for stage in model.layers)),
         unit=_head_unit,
@@ -185,17 +185,17 @@ def _resnet_unit(model: Any) -> int:
     return int(norm.num_groups) if isinstance(norm, nn.GroupNorm) else 8
 
 
-FAMILIES: tuple[Family, ...] = (
+FAMILIES: tuple[ElasticFamily, ...] = (
     *(_plain(kind) for kind in (VisionTransformer, VisionTransformerDistilled, VisionTransformerRelPos, Eva, Beit)),
     *(_swin(kind) for kind in (SwinTransformer, SwinTransformerV2)),
-    Family(
+    ElasticFamily(
         ConvNeXt,
         read=_convnext_size,
         unit=lambda model: 8,
         arguments=lambda model, size: {"dims": _scaled(_channels(model), size.width), "depths": size.depths},
         blocks=lambda stage: f"stages.{stage}.blocks",
     ),
-    Family(
+    ElasticFamily(
         ResNet,
         read=_resnet_size,
         unit=_resnet_unit,

@@ -37,7 +37,7 @@ class Elastic:
 
     Batch norms: a sub-network has statistics of its own batches in train mode and leaves the running ones of the whole
     network alone, of which it has slices in eval mode. They are those of other inputs, so extracted networks with batch
-    norms need fresh ones: `unlabeled.eval.features.recalibrate`. Where batch norms are synchronised, all ranks must
+    norms need fresh ones: `unlabeled.eval.features.recalibrate`. Where batch norms are synchronized, all ranks must
     take the same size.
 
     Attributes: `sizes` (smallest first, the last is `full`), `family`.
@@ -145,9 +145,9 @@ def _part(
             slices[leaf] = Slice(tuple(buffer.shape), (1,) * buffer.ndim)
     children: dict[str, tuple[str, _Part | None]] = {}
     for name, child in module._modules.items():
-        place = str(kept[path][int(name)]) if path in kept else name
-        below, inner = source._modules[place], f"{path}.{name}" if path else name
-        children[name] = place, None if child is None or below is None else _part(child, below, kept, inner, module)
+        position = str(kept[path][int(name)]) if path in kept else name
+        below, inner = source._modules[position], f"{path}.{name}" if path else name
+        children[name] = position, None if child is None or below is None else _part(child, below, kept, inner, module)
     return _Part(module, slices, children)
 
 
@@ -175,8 +175,8 @@ def _bound(part: _Part, source: nn.Module) -> nn.Module:
         if buffer is not None and leaf not in source._non_persistent_buffers_set:
             state["_buffers"][leaf] = buffer.clone()  # running statistics of the whole network do not move
     state["_modules"] = {}
-    for name, (place, child) in part.children.items():
-        below = source._modules[place]
+    for name, (position, child) in part.children.items():
+        below = source._modules[position]
         dropping = isinstance(below, DropPath) or (child is not None and isinstance(child.module, DropPath))
         if below is None or child is None or dropping:  # a rate belongs to a block; where it is 0, there is no DropPath
             state["_modules"][name] = None if below is None else _shell(below, below)
@@ -191,7 +191,7 @@ def _sliced(part: Slice | None, whole: Tensor | None) -> Tensor | None:
 
 def _shell(module: nn.Module, source: nn.Module) -> nn.Module:
     """A copy of `module` alone, with hooks of its own; of the class of `source` for batch norms, which may be swapped
-    for synchronised ones."""
+    for synchronized ones."""
     kind: Any = type(source) if isinstance(source, _BatchNorm) else type(module)
     copy: nn.Module = kind.__new__(kind)
     copy.__dict__.update(module.__dict__)

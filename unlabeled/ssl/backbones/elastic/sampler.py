@@ -46,8 +46,8 @@ class SizeSampler:
 
     def at(self, step: int, rank: int = 0) -> SubSize:
         """The size that process `rank` trains in optimizer step `step`, counted from 0."""
-        walk, place = divmod(step, len(self.entries))
-        return self.entries[self._order(walk, -1 if self.shared else rank)[place]]
+        walk, position = divmod(step, len(self.entries))
+        return self.entries[self._order(walk, -1 if self.shared else rank)[position]]
 
     def _order(self, walk: int, walker: int) -> list[int]:
         """The entries' order in a pass, of which the last one asked for is kept."""

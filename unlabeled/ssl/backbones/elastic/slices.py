@@ -2,7 +2,7 @@
 
 Along each axis a slice takes the first part of each of `groups` equal parts: one group for most axes; three for the
 rows of a joint projection to queries, keys and values, of which a plain prefix would take queries alone; four for the
-columns of Swin's patch merging, whose input are four neighbours side by side; two for gated units.
+columns of Swin's patch merging, whose input are four neighbors side by side; two for gated units.
 """
 
 from __future__ import annotations

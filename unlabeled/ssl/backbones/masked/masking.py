@@ -1,7 +1,7 @@
 """Masks over a grid of cells: how many stay visible, which, and in what pattern.
 
 A mask says *visible* (True) everywhere in this package; files and papers that say otherwise are converted at the edge.
-Every picture of a batch keeps the same number K of cells, so that shapes are static.
+Every image of a batch keeps the same number K of cells, so that shapes are static.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _RECTANGLES = 32
 
 
 class Masking(NamedTuple):
-    """Which of L = gh * gw cells each picture keeps."""
+    """Which of L = gh * gw cells each image keeps."""
 
     ids_keep: Tensor
     """Raster indices of the kept cells, int64 (B, K), in ascending order of noise."""
@@ -68,7 +68,7 @@ def count_keep(cells: int, ratio: float, method: Method = "mae", rounding: Round
 
 
 def random_masking(noise: Tensor, keep: int, grid: tuple[int, int]) -> Masking:
-    """Keeps the `keep` cells with the smallest `noise` (B, L) of each picture, each picture by itself.
+    """Keeps the `keep` cells with the smallest `noise` (B, L) of each image, each image by itself.
 
     Source: MAE (arXiv 2111.06377), appendix A.1: random sampling without replacement, by a shuffle.
     """
@@ -82,17 +82,17 @@ def random_masking(noise: Tensor, keep: int, grid: tuple[int, int]) -> Masking:
 def masking_of(visible: Tensor) -> Masking:
     """The masking of a given map, bool (B, gh, gw); kept and masked cells stand in raster order.
 
-    Raises ConfigError when pictures keep different numbers of cells, or all or none.
+    Raises ConfigError when images keep different numbers of cells, or all or none.
     """
     counts = visible.flatten(1).sum(1)
     keep, cells = int(counts[0]), visible[0].numel()
     if not bool((counts == keep).all()) or not 0 < keep <= cells:
         raise ConfigError(
-            f"visible: pictures keep {sorted(set(counts.tolist()))} of {cells} cells; give each the same number above 0"
+            f"visible: images keep {sorted(set(counts.tolist()))} of {cells} cells; give each the same number above 0"
         )
-    places = torch.arange(cells, device=visible.device)
+    positions = torch.arange(cells, device=visible.device)
     # noise that puts visible cells first, and leaves both kinds in raster order
-    return random_masking(places + cells * ~visible.flatten(1), keep, (visible.shape[1], visible.shape[2]))
+    return random_masking(positions + cells * ~visible.flatten(1), keep, (visible.shape[1], visible.shape[2]))
 
 
 def mask_noise(pattern: Pattern, batch: int, grid: tuple[int, int], device: torch.device | None = None) -> Tensor:

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.masked.masking import Masking
-from unlabeled.ssl.backbones.masked.sparse.rows import Cells, gather_rows, scatter_rows
+from unlabeled.ssl.backbones.masked.sparse.gathering import Cells, gather_tokens, scatter_tokens
 from unlabeled.ssl.backbones.masked.tokens import gather_patches
 from unlabeled.ssl.backbones.networks.convmae import ConvViT, Mix, convolve
 
 Execution = Literal["gathered", "dense"]
 
 
-def lacks_masked_stages(backbone: Backbone) -> str | None:
+def masked_stages_missing_reason(backbone: Backbone) -> str | None:
     """Why this backbone cannot run on visible cells stage by stage, in a few words; None when it can."""
     if type(backbone.model) is not ConvViT:
         return "only convmae_* have convolution stages that mask themselves before a transformer"
@@ -65,25 +65,25 @@ class StageEncoder:
 
     @property
     def channels(self) -> int:
-        """Channels of a picture."""
+        """Channels of an image."""
         return self.model.patch_embed1.proj.in_channels
 
     def encode(self, x: Tensor, masking: Masking, execution: Execution = "gathered") -> Stages:
-        """Normalised (B, C, gh * 16, gw * 16) and its mask → what each of the stages gives at visible cells.
+        """Normalized (B, C, gh * 16, gw * 16) and its mask → what each of the stages gives at visible cells.
 
-        ``gathered`` computes these only, ``dense`` everything. The rest gets no gradient either way.
+        ``is_gathered`` computes these only, ``dense`` everything. The rest gets no gradient either way.
         """
         cells = Cells(masking)
         if execution == "gathered":
             pixels = _cells_of(x, masking, self.cell[0])
-            mixes = [_at_visible_places(cells, side) for side in self.sides]
+            mixes = [_at_visible_positions(cells, side) for side in self.sides]
             first, second = self.model.conv_stages(pixels, (mixes[0], mixes[1]))
         else:
             mixes = [_times_mask(cells, side) for side in self.sides]
             maps = self.model.conv_stages(x.permute(0, 2, 3, 1), (mixes[0], mixes[1]))
             first, second = (
-                _cells_of(places.permute(0, 3, 1, 2), masking, side)
-                for places, side in zip(maps, self.sides, strict=True)
+                _cells_of(positions.permute(0, 3, 1, 2), masking, side)
+                for positions, side in zip(maps, self.sides, strict=True)
             )
         tokens = self.model.embed(second).flatten(1, 3)  # (B, K, 1, 1, D) → (B, K, D)
         tokens = tokens + F.embedding(masking.ids_keep, self.model.positions(masking.grid))
@@ -99,12 +99,12 @@ def _cells_of(x: Tensor, masking: Masking, side: int) -> Tensor:
     return gather_patches(x, masking.ids_keep, (side, side)).permute(0, 1, 3, 4, 2)
 
 
-def _at_visible_places(cells: Cells, side: int) -> Mix:
+def _at_visible_positions(cells: Cells, side: int) -> Mix:
     """The `Mix` of visible cells alone, (B, K, side, side, C): all other places of the map are zero."""
 
     def mix(conv: nn.Conv2d, x: Tensor) -> Tensor:
-        mixed = conv(scatter_rows(x.flatten(1, 3), cells, (side, side)))
-        return gather_rows(mixed, cells, (side, side)).view(x.shape)
+        mixed = conv(scatter_tokens(x.flatten(1, 3), cells, (side, side)))
+        return gather_tokens(mixed, cells, (side, side)).view(x.shape)
 
     return mix
 

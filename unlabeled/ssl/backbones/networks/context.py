@@ -25,7 +25,7 @@ _FC6 = 3
 
 
 class ResponseNorm(nn.LocalResponseNorm):
-    """Krizhevsky's normalisation over five neighbouring channels, in float32: squares of what patches of RMS 50 give
+    """Krizhevsky's normalization over five neighboring channels, in float32: squares of what patches of RMS 50 give
     overflow fp16."""
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class _Head(nn.Module):
         self.fc = _classifier(embed_dim, num_classes)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        if min(x.shape[-2:]) < _FC6:  # small pictures: the nearest places stand in for those that are missing
+        if min(x.shape[-2:]) < _FC6:  # small images: the nearest places stand in for those that are missing
             x = F.adaptive_avg_pool2d(x, (max(_FC6, x.shape[2]), max(_FC6, x.shape[3])))
         x = self.act(self.bn6(self.fc6(x)))
         if not self.global_pool:
@@ -90,7 +90,7 @@ def _classifier(inputs: int, num_classes: int) -> nn.Module:
 class ContextNet(nn.Module):
     """conv1 to conv5 (strides 4, 8, 16, 16, 16), a last pooling to stride 32, and fc6, whose outputs are the features.
 
-    With the statistics of its default configuration, pictures enter on the scale 0..255 without their mean colour,
+    With the statistics of its default configuration, images enter on the scale 0..255 without their mean color,
     about as large as the patches of RMS 50 that it is pretrained on.
     """
 

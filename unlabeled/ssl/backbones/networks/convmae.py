@@ -5,7 +5,7 @@ repository github.com/Alpha-VL/ConvMAE, whose names the parameters have. It call
 
 Inside, maps have their channels last: (B, H, W, C). All but the depthwise convolutions then works on the last axes of
 a tensor of any rank, so that a masked run can give it the visible cells alone, (B, K, c, c, C), and say with a `Mix`
-how those meet their neighbours; see `unlabeled.ssl.backbones.masked.stages`.
+how those meet their neighbors; see `unlabeled.ssl.backbones.masked.stages`.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class ConvViT(nn.Module):
         norm_eps: float = 1e-6,
         conv_norm_eps: float = 1e-5,
     ) -> None:
-        """Raises ValueError for a number of stages other than three and for a picture that cells do not tile."""
+        """Raises ValueError for a number of stages other than three and for an image that cells do not tile."""
         super().__init__()
         for name, values in {"patch_size": patch_size, "dims": dims, "depths": depths, "mlp_ratio": mlp_ratio}.items():
             if len(values) != 3:
@@ -161,7 +161,7 @@ class ConvViT(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def _grid(self, size: tuple[int, ...]) -> tuple[int, int]:
-        """Cells (gh, gw) of a picture of `size` (height, width)."""
+        """Cells (gh, gw) of an image of `size` (height, width)."""
         if any(pixels % self.strides[-1] for pixels in size):
             raise ValueError(f"size: {list(size)} is no multiple of the cells of {self.strides[-1]} pixels")
         return size[0] // self.strides[-1], size[1] // self.strides[-1]
@@ -199,9 +199,9 @@ class ConvViT(nn.Module):
     def _stages(self, x: Tensor) -> Iterator[Tensor]:
         """(B, 3, H, W) → one map (B, H_i, W_i, C_i) after another, the third before the last norm."""
         grid = self._grid(tuple(x.shape[-2:]))
-        for places in self.conv_stages(x.permute(0, 2, 3, 1)):
-            yield places
-        tokens = self.transform(self.embed(places).flatten(1, 2) + self.positions(grid))
+        for positions in self.conv_stages(x.permute(0, 2, 3, 1)):
+            yield positions
+        tokens = self.transform(self.embed(positions).flatten(1, 2) + self.positions(grid))
         yield tokens.view(-1, *grid, self.embed_dim)
 
     def forward_features(self, x: Tensor) -> Tensor:

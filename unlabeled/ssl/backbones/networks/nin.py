@@ -1,4 +1,4 @@
-"""The Network-in-Network of RotNet for 32 x 32 pictures, with timm's surface.
+"""The Network-in-Network of RotNet for 32 x 32 images, with timm's surface.
 
 Gidaris, Singh, Komodakis: Unsupervised Representation Learning by Predicting Image Rotations, ICLR 2018,
 arXiv 1803.07728; repository github.com/gidariss/FeatureLearningRotNet.
@@ -35,7 +35,7 @@ def _block(inputs: int, widths: tuple[int, int, int], kernel: int, pool: nn.Modu
 class NetworkInNetwork(nn.Module):
     """Blocks of 96 (stride 2), 192 (stride 4), 192, ... channels; the later ones keep stride 4.
 
-    No third pooling and the framework's default initialisation, as in the released configuration.
+    No third pooling and the framework's default initialization, as in the released configuration.
     """
 
     def __init__(

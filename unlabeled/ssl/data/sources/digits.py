@@ -13,7 +13,7 @@ from unlabeled.ssl.data.sources.layout import holdout
 
 
 class DigitsConfig(SourceConfig):
-    """Settings of the digits: ``data=digits``; no files needed."""
+    """scikit-learn's 1797 images of handwritten digits, 8x8 pixels in 10 classes; no files needed."""
 
 
 class DigitsSource:

@@ -11,20 +11,20 @@ from unlabeled.ssl.data.decode import decode_rgb
 
 
 class FileSource:
-    """Pictures that are files of their own; subclasses give ``encoded``, the file of picture `index`, and `_labels`."""
+    """Images that are files of their own; subclasses give ``encoded``, the file of image `index`, and `_labels`."""
 
     _labels: torch.Tensor | None
 
     def encoded(self, index: int) -> Path:
-        """The file of picture `index`."""
+        """The file of image `index`."""
         raise NotImplementedError
 
     def read(self, index: int) -> torch.Tensor:
-        """Picture `index`, uint8 (3, H, W). Raises DecodeError."""
+        """Image `index`, uint8 (3, H, W). Raises DecodeError."""
         return decode_rgb(self.encoded(index), name=self.describe(index))
 
     def labels(self) -> torch.Tensor | None:
-        """Index of each picture's class, int64 (N,); None where there are no labels."""
+        """Index of each image's class, int64 (N,); None where there are no labels."""
         return self._labels
 
     def describe(self, index: int) -> str:

@@ -1,4 +1,4 @@
-"""Pictures in a folder, nested in any way; the first sub-folder's name can be the label."""
+"""Images in a folder, nested in any way; the first sub-folder's name can be the label."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from unlabeled.ssl.data.sources.layout import FilesConfig, existing_folder, hold
 
 
 class FolderConfig(FilesConfig):
-    """Settings of pictures in a folder: ``data=folder data.path=FOLDER``.
+    """A folder of images at any depth: jpg, png, webp, bmp, tiff, gif.
 
-    Held-out pictures: sub-folders train and test (or val), ``data.test_path=FOLDER``, or with ``data.labels=true`` a
-    part of each class.
+    Held-out images: sub-folders train and test (or val), ``data.test_path=FOLDER``, or with ``data.labels=true`` a
+    fraction of each class.
     """
 
     path: Path | None = None
-    """Folder of pictures, nested in any way."""
+    """Folder of images, nested in any way."""
     labels: bool = False
-    """Take the name of the first sub-folder as the label."""
+    """Use the name of the first sub-folder as the label."""
 
 
 class FolderSource(FileSource):
-    """A folder of pictures at any depth: jpg, png, webp, bmp, tiff, gif; ``data.labels=true`` labels by sub-folder.
+    """A folder of images at any depth: jpg, png, webp, bmp, tiff, gif; ``data.labels=true`` labels by sub-folder.
 
     They come in the order of their names. The splits, by the first rule that fits: `config.test_path` is the test
     split; sub-folders ``train`` and ``test`` (or ``val``, ``validation``) are the splits; with labels,
@@ -52,7 +52,7 @@ class FolderSource(FileSource):
         self.root = test_root if split == "test" and test_root is not None else train_root
         self.classes: list[str] | None = None
         apart = test_root is not None and not os.path.samefile(test_root, self.root)
-        names = _pictures(self.root, skip=test_root if apart else None)
+        names = _images(self.root, skip=test_root if apart else None)
         labels: torch.Tensor | None = None
         if config.labels:
             self.classes = _class_names(train_root, without=test_root)
@@ -61,7 +61,7 @@ class FolderSource(FileSource):
                 kept = holdout(labels, config.test_fraction, split, _name_order(names))
                 names, labels = [names[i] for i in kept.tolist()], labels[kept]
                 if not names:
-                    raise DataError(f"data.path: {self.root} has too few pictures a class to hold some out; add more")
+                    raise DataError(f"data.path: {self.root} has too few images a class to hold some out; add more")
         self._labels = labels
         # one block of bytes instead of a list: forked workers would copy a list by counting its references
         encoded = [os.fsencode(name) for name in names]
@@ -72,20 +72,20 @@ class FolderSource(FileSource):
         return len(self._ends) - 1
 
     def encoded(self, index: int) -> Path:
-        """The file of picture `index`."""
+        """The file of image `index`."""
         name = self._names[self._ends[index] : self._ends[index + 1]]
         return self.root / os.fsdecode(name)
 
 
 class _Found(NamedTuple):
-    pictures: list[str]
+    images: list[str]
     """Paths relative to the root, with forward slashes."""
     files: int
-    """Files looked at, pictures or not."""
+    """Files looked at, images or not."""
 
 
 def _roots(config: FolderConfig) -> tuple[Path, Path | None]:
-    """Folders of the training and of the test pictures."""
+    """Folders of the training and of the test images."""
     root = existing_folder(config.path, "data.path")
     given_test = existing_folder(config.test_path, "data.test_path") if config.test_path is not None else None
     parts = {entry.name.lower(): Path(entry.path) for entry in os.scandir(root) if entry.is_dir()}
@@ -95,20 +95,20 @@ def _roots(config: FolderConfig) -> tuple[Path, Path | None]:
     return root, given_test
 
 
-def _pictures(root: Path, skip: Path | None) -> list[str]:
+def _images(root: Path, skip: Path | None) -> list[str]:
     found = _scan(root, skip)
-    if not found.pictures:
+    if not found.images:
         raise DataError(
-            f"data: no pictures in {root}: {found.files} files were looked at, "
+            f"data: no images in {root}: {found.files} files were looked at, "
             f"those read end in {', '.join(sorted(EXTENSIONS))}"
         )
-    return found.pictures
+    return found.images
 
 
 def _scan(root: Path, skip: Path | None) -> _Found:
     """Walks `root` in the order of names, real folders before linked ones, each folder once; hidden names are left."""
     seen = {_identity(skip)} if skip is not None else set()
-    pictures: list[str] = []
+    images: list[str] = []
     files = 0
     folders, links = [""], list[str]()
     while folders or links:
@@ -124,9 +124,9 @@ def _scan(root: Path, skip: Path | None) -> _Found:
             elif entry.is_file():
                 files += 1
                 if os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
-                    pictures.append(prefix + entry.name)
+                    images.append(prefix + entry.name)
         folders.extend(reversed(inner))
-    return _Found(sorted(pictures), files)
+    return _Found(sorted(images), files)
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 class HuggingFaceConfig(TableConfig):
-    """Settings of a Hugging Face data set: ``data=hf data.path=FOLDER``, or ``data.dataset=NAME`` on the Hub.
+    """A Hugging Face data set, on disk or on the Hub.
 
     Needs ``pip install 'unlabeled[hf]'``.
     """
 
     path: Path | None = None
-    """A folder from ``save_to_disk``, or a local data set."""
+    """Folder written by save_to_disk, or a local data set."""
     dataset: str | None = None
-    """Name of a data set on the Hub, when it is not given by `path`."""
+    """Name of a data set on the Hub, in place of `path`."""
 
 
 class HuggingFaceSource(TableSource):

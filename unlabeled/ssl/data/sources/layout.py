@@ -22,14 +22,14 @@ _SPLIT = re.compile(r"(train(?:ing)?|test(?:ing)?|val(?:id(?:ation)?)?)(?![a-z])
 
 
 class FilesConfig(SourceConfig):
-    """Where training and held-out images lie."""
+    """Where training and held-out images are."""
 
     path: Path | None = None
-    """What is read: a file, a pattern or a folder, as the source has it."""
+    """What to read: a file, a pattern or a folder, depending on the source."""
     test_path: Path | None = None
-    """Held-out images of the same form; None: the source's own test split, or a part held out of `path`."""
+    """Held-out images in the same form; null: the source's own test split, or a fraction of `path`."""
     test_fraction: float = Field(0.2, gt=0, lt=1)
-    """Part held out for testing where there is no test split."""
+    """Fraction of the images that is held out for testing if there is no test split. [fraction]"""
 
 
 def given(path: Path | None, field: str, example: str) -> Path:
@@ -115,9 +115,9 @@ def holdout(
 ) -> torch.Tensor:
     """Sorted indices, int64 (M,), of the train or test part when `fraction` of each class is held out.
 
-    The pictures of a class that come first by `order` (N,) are held out; None: a fixed random order. An order that
-    belongs to the pictures, such as a hash of their names, keeps them in their part when others are added.
-    Each class of two or more has at least one picture in both parts; a class of one picture is trained on.
+    The images of a class that come first by `order` (N,) are held out; None: a fixed random order. An order that
+    belongs to the images, such as a hash of their names, keeps them in their part when others are added.
+    Each class of two or more has at least one image in both parts; a class of one image is trained on.
     """
     count = len(labels)
     keys = np.random.default_rng(0).permutation(count) if order is None else order

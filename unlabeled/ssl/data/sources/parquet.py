@@ -1,4 +1,4 @@
-"""Parquet files with a column of encoded pictures."""
+"""Parquet files with a column of encoded images."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from unlabeled.ssl.data.sources.tables import TableConfig, TableSource, datasets
 
 
 class ParquetConfig(TableConfig):
-    """Settings of parquet files: ``data=parquet data.path=FILE``, ``'PATTERN*.parquet'`` or a folder of them.
+    """Parquet files: one, several by a pattern, or a folder.
 
     Needs ``pip install 'unlabeled[hf]'``.
     """
 
     path: Path | None = None
-    """A parquet file, a pattern or a folder. Files named train-* and test-* (or val*) are the splits; otherwise a part
-    of each class is held out."""
+    """A parquet file, a pattern such as 'data/*.parquet', or a folder. Files named train-* and test-* (or val*) are the
+    splits; otherwise a fraction of each class is held out."""
 
 
 class ParquetSource(TableSource):
-    """Parquet files, one or many; the picture column is found by its type (``pip install 'unlabeled[hf]'``).
+    """Parquet files, one or many; the image column is found by its type (``pip install 'unlabeled[hf]'``).
 
     `config.path` is a file, a pattern such as ``data/*.parquet``, or a folder. Files that are named for a split
     (``train-0000.parquet``, ``test/0000.parquet``) belong to it.

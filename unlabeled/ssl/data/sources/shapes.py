@@ -20,20 +20,20 @@ _Draw = Callable[[Array, Array], Any]
 
 
 class ShapesConfig(SourceConfig):
-    """Settings of drawn shapes: ``data=shapes``; no files needed."""
+    """Synthetic images of shapes, 64x64 pixels in 8 classes, with labels and masks; no files needed."""
 
     debug: ClassVar[Mapping[str, Any]] = {"count": 256}
 
     count: int = Field(2048, ge=1)
-    """Number of training pictures; a quarter as many are made for testing."""
+    """Training images to draw; a quarter as many are drawn for testing. [images]"""
 
 
 class ShapesSource:
     """Drawn shapes, 64 x 64 pixels in 8 classes, with labels and masks; no files needed.
 
-    `config.count` for training, a quarter as many for testing. Picture `index` of a split is always the same. The shape
-    alone makes the class: size, place, tilt, colours and light are random, and a raw-pixel neighbour knows little.
-    Every shape has a top and stands upright within 20 degrees, and nothing else in the picture tells what is up:
+    `config.count` for training, a quarter as many for testing. Image `index` of a split is always the same. The shape
+    alone makes the class: size, place, tilt, colors and light are random, and a raw-pixel neighbor knows little.
+    Every shape has a top and stands upright within 20 degrees, and nothing else in the image tells what is up:
     whoever can say how it was rotated knows the shapes.
     """
 
@@ -50,11 +50,11 @@ class ShapesSource:
         return self._count
 
     def read(self, index: int) -> torch.Tensor:
-        """Picture `index`, uint8 (3, 64, 64)."""
+        """Image `index`, uint8 (3, 64, 64)."""
         draw, random = self._draw(index), self._random(index)
         pose = _pose(random)
-        picture = _paint(random, pose, _coverage(draw, pose, self.size), self.size)
-        return torch.from_numpy((picture * 255 + 0.5).astype(np.uint8))
+        image = _paint(random, pose, _coverage(draw, pose, self.size), self.size)
+        return torch.from_numpy((image * 255 + 0.5).astype(np.uint8))
 
     def mask(self, index: int) -> torch.Tensor:
         """uint8 (64, 64): 0 is background, class c is c + 1."""
@@ -70,7 +70,7 @@ class ShapesSource:
         return f"{self._split} shape {index} ({self.classes[self._label(index)]})"
 
     def _label(self, index: int) -> int:
-        if index >= self._count:  # any number would make a picture
+        if index >= self._count:  # any number would make an image
             raise IndexError(f"there are {self._count} shapes, and no {index}")
         return index % len(self.classes)
 
@@ -85,7 +85,7 @@ TILT = math.radians(20)
 """Largest tilt of a shape, radians."""
 
 _Pose = tuple[float, float, float, float]
-"""Radius, centre x, centre y (units of half the picture, y down), angle."""
+"""Radius, center x, center y (units of half the image, y down), angle."""
 
 
 def _pose(random: np.random.Generator) -> _Pose:
@@ -110,9 +110,9 @@ def _paint(random: np.random.Generator, pose: _Pose, coverage: Array, size: int)
     """Background and object under light from any side, 0..1 (3, size, size)."""
     radius, x, y, _ = pose
     across, down = _grid(size)
-    ground, colour = random.uniform(0.15, 0.85, (2, 3, 1, 1)).astype(np.float32)
-    if np.abs(ground - colour).mean() < 0.25:
-        colour = (ground + 0.5) % 1
+    ground, color = random.uniform(0.15, 0.85, (2, 3, 1, 1)).astype(np.float32)
+    if np.abs(ground - color).mean() < 0.25:
+        color = (ground + 0.5) % 1
     cells = int(random.integers(3, 12))
     rough = random.uniform(-1, 1, (4, cells, cells)).astype(np.float32) * random.uniform(0.05, 0.2)
     blend = _blend(cells, size)
@@ -121,15 +121,15 @@ def _paint(random: np.random.Generator, pose: _Pose, coverage: Array, size: int)
     lit_across, lit_down = np.cos(light) * random.uniform(0.1, 0.3), np.sin(light) * random.uniform(0.05, 0.2)
     background = ground + texture[:3] + (lit_across * across + lit_down * down).astype(np.float32)
     shading = (lit_across * (across - x) + lit_down * (down - y)) / radius
-    picture = background + coverage * (colour + texture[3] + shading - background)
-    picture += (random.integers(0, 256, (1, size, size), dtype=np.uint8) - np.float32(127.5)) * (0.05 / 128)
-    painted: Array = np.clip(picture, 0, 1).astype(np.float32)
+    image = background + coverage * (color + texture[3] + shading - background)
+    image += (random.integers(0, 256, (1, size, size), dtype=np.uint8) - np.float32(127.5)) * (0.05 / 128)
+    painted: Array = np.clip(image, 0, 1).astype(np.float32)
     return painted
 
 
 @functools.cache
 def _grid(size: int) -> tuple[Array, Array]:
-    """Coordinates of pixel centres, -1..1: across (1, size) and down (size, 1)."""
+    """Coordinates of pixel centers, -1..1: across (1, size) and down (size, 1)."""
     line = ((np.arange(size, dtype=np.float32) + 0.5) * 2 / size - 1).astype(np.float32)
     return line[None, :], line[:, None]
 
@@ -137,8 +137,8 @@ def _grid(size: int) -> tuple[Array, Array]:
 @functools.cache
 def _blend(cells: int, size: int) -> Array:
     """Matrix (size, cells) that interpolates `cells` values linearly."""
-    places = np.linspace(0, cells - 1, size)
-    weights: Array = np.maximum(0, 1 - np.abs(places[:, None] - np.arange(cells)[None, :])).astype(np.float32)
+    positions = np.linspace(0, cells - 1, size)
+    weights: Array = np.maximum(0, 1 - np.abs(positions[:, None] - np.arange(cells)[None, :])).astype(np.float32)
     return weights
 
 

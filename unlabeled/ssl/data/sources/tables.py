@@ -1,6 +1,6 @@
-"""Tables of pictures through Hugging Face `datasets`: what sources of such tables share.
+"""Tables of images through Hugging Face `datasets`: what sources of such tables share.
 
-The table stays memory-mapped: a worker receives file names, not pictures. The picture column holds encoded bytes, or
+The table stays memory-mapped: a worker receives file names, not images. The image column holds encoded bytes, or
 ``{bytes, path}``; it is decoded by `unlabeled.ssl.data.decode`, so that what is broken is reported like everywhere.
 """
 
@@ -24,12 +24,12 @@ LABEL_NAMES = ("label", "labels", "fine_label", "class")
 
 
 class TableConfig(FilesConfig):
-    """Columns of a table of pictures."""
+    """Columns of a table of images."""
 
     image_column: str | None = None
-    """The picture column; None: found by its type."""
+    """Column of images; null: found by its type."""
     label_column: str | None = None
-    """The label column; None: the first column of class labels, or one named ``label``."""
+    """Column of labels; null: the first column of class labels, or one named label."""
 
 
 class TableSource:
@@ -58,15 +58,15 @@ class TableSource:
                 f"set data.test_path or data.label_column"
             )
         self._column = column
-        self._pictures = _undecoded(table.select_columns([column]), column)
+        self._images = _undecoded(table.select_columns([column]), column)
         if not len(self):
-            raise DataError(f"data.path: the {split} split of {self.origin} is empty; give one with pictures")
+            raise DataError(f"data.path: the {split} split of {self.origin} is empty; give one with images")
 
     def __len__(self) -> int:
-        return len(self._pictures) if self._rows is None else len(self._rows)
+        return len(self._images) if self._rows is None else len(self._rows)
 
     def read(self, index: int) -> torch.Tensor:
-        """Picture `index`, uint8 (3, H, W). Raises DecodeError."""
+        """Image `index`, uint8 (3, H, W). Raises DecodeError."""
         return decode_rgb(self.encoded(index), name=self.describe(index))
 
     def labels(self) -> torch.Tensor | None:
@@ -74,25 +74,25 @@ class TableSource:
         return self._labels
 
     def describe(self, index: int) -> str:
-        """Row and file, such as ``row 7 of pictures.parquet``."""
+        """Row and file, such as ``row 7 of images.parquet``."""
         return f"row {self._row(index)} of {self.origin}"
 
     def encoded(self, index: int) -> bytes | Path:
         """The bytes in the table, or the file that it names. Raises DecodeError when it holds neither."""
-        cell = self._pictures[self._row(index)][self._column]
+        cell = self._images[self._row(index)][self._column]
         content, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, cell)
         if isinstance(content, bytes):
             return content
         if isinstance(path, str):
             return Path(path)
-        raise DecodeError(f"{self.describe(index)}: its cell {self._column!r} holds no encoded picture")
+        raise DecodeError(f"{self.describe(index)}: its cell {self._column!r} holds no encoded image")
 
     def _row(self, index: int) -> int:
         return index if self._rows is None else int(self._rows[index])
 
 
 def image_column(table: Dataset, config: TableConfig, origin: str) -> str:
-    """Name of the picture column: the one that was asked for, or the first of the type of pictures."""
+    """Name of the image column: the one that was asked for, or the first of the type of images."""
     kinds: dict[str, str] = {name: _kind(feature) for name, feature in table.features.items()}
     listed = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in table.features.items())
     if config.image_column is not None:
@@ -100,12 +100,12 @@ def image_column(table: Dataset, config: TableConfig, origin: str) -> str:
             near = nearest(config.image_column, kinds)
             raise ConfigError(f"data.image_column: {origin} has no column {config.image_column!r}; {near}")
         return config.image_column
-    # marked pictures before structs of bytes before bare bytes, which may be anything
+    # marked images before structs of bytes before bare bytes, which may be anything
     for kind in ("image", "struct", "binary"):
         for name, found in kinds.items():
             if found == kind:
                 return name
-    raise DataError(f"data.image_column: {origin} has no column of pictures; its columns are {listed}")
+    raise DataError(f"data.image_column: {origin} has no column of images; its columns are {listed}")
 
 
 def _kind(feature: Any) -> str:

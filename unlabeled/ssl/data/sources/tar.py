@@ -2,7 +2,7 @@
 
 Members of a shard that share their path up to the first dot of the name are one sample: ``0001.jpg`` with ``0001.cls``
 (the class as text) or ``0001.json`` (with a field ``label``). The headers are read once when the source is opened; a
-picture is then read by its place in the shard, so that shuffling and resuming are as exact as for single files.
+image is then read by its place in the shard, so that shuffling and resuming are as exact as for single files.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from unlabeled.ssl.data.sources.layout import FilesConfig, holdout, split_files
 
 
 class TarConfig(FilesConfig):
-    """Settings of tar shards: ``data=tar data.path=FILE.tar``, ``'PATTERN-*.tar'`` or a folder of them.
+    """Tar shards in WebDataset's layout: one, several by a pattern, or a folder.
 
-    Labels: ``0001.cls`` (text) or ``0001.json`` (a field "label") beside ``0001.jpg``.
+    Labels: ``0001.cls`` (text) or ``0001.json`` (a field "label") next to ``0001.jpg``.
     """
 
     path: Path | None = None
-    """A tar file, a pattern or a folder. Shards named train-* and test-* (or val*) are the splits; otherwise a part of
-    each class is held out."""
+    """A tar file, a pattern such as 'data/train-*.tar', or a folder. Shards named train-* and test-* (or val*) are the
+    splits; otherwise a fraction of each class is held out."""
 
 
 class TarSource:
     """Tar shards as WebDataset writes them, with labels from ``.cls`` or ``.json`` members.
 
-    All pictures of the shards at `config.path`, in the order of the shards' names and of their members. Shards named
+    All images of the shards at `config.path`, in the order of the shards' names and of their members. Shards named
     for a split belong to it, `config.test_path` names test shards; otherwise `config.test_fraction` of each class is
-    held out. There are labels when every picture has one.
+    held out. There are labels when every image has one.
     """
 
     Config: ClassVar[type[SourceConfig]] = TarConfig
@@ -71,11 +71,11 @@ class TarSource:
         return len(self._index.starts)
 
     def read(self, index: int) -> torch.Tensor:
-        """Picture `index`, uint8 (3, H, W). Raises DecodeError."""
+        """Image `index`, uint8 (3, H, W). Raises DecodeError."""
         return decode_rgb(self.encoded(index), name=self.describe(index))
 
     def labels(self) -> torch.Tensor | None:
-        """All labels, int64 (N,); None when not every picture has one."""
+        """All labels, int64 (N,); None when not every image has one."""
         return self._labels
 
     def describe(self, index: int) -> str:
@@ -83,7 +83,7 @@ class TarSource:
         return f"{self._index.name(index)} in {self._index.file(index)}"
 
     def encoded(self, index: int) -> bytes:
-        """The bytes of picture `index`. Raises DecodeError when the shard has become shorter or cannot be read."""
+        """The bytes of image `index`. Raises DecodeError when the shard has become shorter or cannot be read."""
         size = int(self._index.sizes[index])
         try:
             with self._index.file(index).open("rb") as shard:
@@ -97,7 +97,7 @@ class TarSource:
 
 
 class _Index(NamedTuple):
-    """Where N pictures lie. Arrays and not lists: forked workers would copy a list by counting its references."""
+    """Where N images lie. Arrays and not lists: forked workers would copy a list by counting its references."""
 
     files: tuple[Path, ...]
     shards: npt.NDArray[np.int32]
@@ -135,7 +135,7 @@ class _Member(NamedTuple):
 def _read_index(files: list[Path]) -> _Index:
     members = [member for number, file in enumerate(files) for member in _members(number, file)]
     if not members:
-        raise DataError(f"data.path: no pictures in {len(files)} shards, the first of them {files[0]}")
+        raise DataError(f"data.path: no images in {len(files)} shards, the first of them {files[0]}")
     labels = [member.label for member in members]
     return _Index(
         tuple(files),
@@ -148,8 +148,8 @@ def _read_index(files: list[Path]) -> _Index:
 
 
 def _members(number: int, file: Path) -> Iterator[_Member]:
-    """The pictures of one shard with their labels."""
-    pictures: dict[str, tarfile.TarInfo] = {}
+    """The images of one shard with their labels."""
+    images: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, str] = {}
     try:
         with tarfile.open(file, "r:") as shard:
@@ -160,7 +160,7 @@ def _members(number: int, file: Path) -> Iterator[_Member]:
                 key = f"{folder}/{name.partition('.')[0]}"
                 ending = os.path.splitext(name)[1].lower()
                 if ending in EXTENSIONS:
-                    pictures[f"{key}\0{name}"] = member
+                    images[f"{key}\0{name}"] = member
                 elif ending in (".cls", ".json"):
                     content = shard.extractfile(member)
                     label = _label(ending, content.read() if content is not None else b"")
@@ -170,7 +170,7 @@ def _members(number: int, file: Path) -> Iterator[_Member]:
         raise DataError(f"data.path: {file} is no plain tar file ({error}); unpack what is compressed") from error
     except OSError as error:
         raise DataError(f"data.path: {file} cannot be read ({error.strerror or error})") from error
-    for key, member in pictures.items():
+    for key, member in images.items():
         yield _Member(number, member.offset_data, member.size, member.name, labels.get(key.partition("\0")[0]))
 
 
@@ -187,7 +187,7 @@ def _label(ending: str, content: bytes) -> str | None:
 
 
 def _numbered(known: npt.NDArray[np.str_], labels: npt.NDArray[np.str_]) -> tuple[list[str], torch.Tensor]:
-    """Class names, numbers in numeric order, and the label of each picture."""
+    """Class names, numbers in numeric order, and the label of each image."""
     found = {str(name) for name in known}
     names = sorted(found, key=int) if all(name.isdecimal() for name in found) else sorted(found)
     numbers = {name: number for number, name in enumerate(names)}

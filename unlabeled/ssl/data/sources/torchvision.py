@@ -1,4 +1,4 @@
-"""Any labelled data set of torchvision that is already on disk; nothing is ever downloaded."""
+"""Any labeled data set of torchvision that is already on disk; nothing is ever downloaded."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _EXTRA: dict[str, dict[str, Any]] = {"EMNIST": {"split": "balanced"}}
 
 
 class TorchvisionConfig(SourceConfig):
-    """Settings of a data set of torchvision: ``data=torchvision data.dataset=CIFAR10 data.path=ROOT``."""
+    """A labeled data set of torchvision that is already on disk, such as CIFAR10; nothing is downloaded."""
 
     path: Path | None = None
-    """torchvision's root. Nothing is downloaded."""
+    """torchvision's root folder."""
     dataset: str = "CIFAR10"
-    """A class of ``torchvision.datasets``."""
+    """Name of a class of torchvision.datasets."""
     test_fraction: float = Field(0.2, gt=0, lt=1)
-    """Part held out for testing where the class knows no splits."""
+    """Fraction of each class that is held out for testing if the data set has no splits. [fraction]"""
 
 
 class TorchvisionSource:
-    """Any labelled data set of torchvision that is on disk, such as ``data.dataset=CIFAR10``; nothing is downloaded.
+    """Any labeled data set of torchvision that is on disk, such as ``data.dataset=CIFAR10``; nothing is downloaded.
 
     Where the class knows no splits, a part of each class is held out.
     """
@@ -65,7 +65,7 @@ class TorchvisionSource:
         return len(self._dataset) if self._rows is None else len(self._rows)
 
     def read(self, index: int) -> torch.Tensor:
-        """Picture `index`, uint8 (3, H, W). Raises DecodeError."""
+        """Image `index`, uint8 (3, H, W). Raises DecodeError."""
         row = self._row(index)
         try:
             return rgb_tensor(self._dataset[row][0])
@@ -78,12 +78,12 @@ class TorchvisionSource:
         return self._labels
 
     def describe(self, index: int) -> str:
-        """Place and data set, such as ``picture 7 of CIFAR10``."""
-        return f"picture {self._row(index)} of {self.name}"
+        """Place and data set, such as ``image 7 of CIFAR10``."""
+        return f"image {self._row(index)} of {self.name}"
 
     def _row(self, index: int) -> int:
         if index >= len(self):  # of torchvision's classes, some would raise something else
-            raise IndexError(f"{self.name} has {len(self)} pictures, and no {index}")
+            raise IndexError(f"{self.name} has {len(self)} images, and no {index}")
         return index if self._rows is None else int(self._rows[index])
 
 

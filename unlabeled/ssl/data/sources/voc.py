@@ -1,4 +1,4 @@
-"""Pictures with masks and boxes in the form of PASCAL VOC (Everingham et al., IJCV 2010), whole or in part."""
+"""Images with masks and boxes in the form of PASCAL VOC (Everingham et al., IJCV 2010), whole or in part."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VOC_CLASSES = (
 )  # fmt: skip
 """In the order of the masks' values from 1."""
 NO_OBJECT = "no object"
-"""Class of pictures that show none; it comes last, and only where there are such pictures."""
+"""Class of images that show none; it comes last, and only where there are such images."""
 _IGNORE = 255
 
 
@@ -45,15 +45,16 @@ class VocObject(NamedTuple):
 
 
 class VocConfig(SourceConfig):
-    """Settings of data in the form of PASCAL VOC: ``data=voc data.path=.../VOCdevkit/VOC2012``."""
+    """Images in PASCAL VOC's layout, with masks and boxes where there are any."""
 
     path: Path | None = None
-    """The folder of ``JPEGImages``; where there are: ``SegmentationClass`` (masks), ``Annotations`` (boxes), the lists
-    ``ImageSets/Segmentation/train.txt`` and ``val.txt``, and ``classes.txt`` for other classes than VOC's."""
+    """Folder that holds JPEGImages and, optionally, SegmentationClass (masks), Annotations (boxes),
+    ImageSets/Segmentation/train.txt and val.txt (lists of the splits) and classes.txt (for other classes than
+    VOC's)."""
     dataset: str | None = None
-    """Sub-folder of ``ImageSets`` with the lists; None: ``Segmentation`` if there, else ``Main``."""
+    """Sub-folder of ImageSets to take the lists from; null: Segmentation if it exists, else Main."""
     test_fraction: float = Field(0.2, gt=0, lt=1)
-    """Part held out for testing where there are no lists."""
+    """Fraction of the images that is held out for testing if there are no lists. [fraction]"""
 
 
 class VocSource(FileSource):
@@ -62,10 +63,10 @@ class VocSource(FileSource):
     The folder has ``JPEGImages``, and as far as they are there ``SegmentationClass``, ``Annotations``, ``ImageSets``.
     The splits are the lists ``train.txt`` and ``val.txt`` (else ``test.txt``) of ``ImageSets/Segmentation``, of
     ``ImageSets/Main`` where there is no such folder, or of ``ImageSets/{data.dataset}``. Without lists a part of all
-    pictures is held out, chosen by a hash of the name.
+    images is held out, chosen by a hash of the name.
 
     Classes are the lines of ``classes.txt``, in the order of the masks' values from 1; without that file VOC's twenty,
-    or, if the annotations name others, all their names by the alphabet. The label of a picture is the class whose boxes
+    or, if the annotations name others, all their names by the alphabet. The label of an image is the class whose boxes
     are largest together; without an annotation the class with most pixels in the mask. With neither annotations nor
     masks there are no labels.
     """
@@ -74,13 +75,13 @@ class VocSource(FileSource):
 
     def __init__(self, config: VocConfig, split: Split = "train") -> None:
         self.root = _root(existing_folder(config.path, "data.path"))
-        pictures = _by_stem(self.root / "JPEGImages", EXTENSIONS)
-        if not pictures:
-            raise DataError(f"data.path: no pictures in {self.root / 'JPEGImages'}")
+        images = _by_stem(self.root / "JPEGImages", EXTENSIONS)
+        if not images:
+            raise DataError(f"data.path: no images in {self.root / 'JPEGImages'}")
         self._masks = _by_stem(self.root / "SegmentationClass", {".png"})
-        parts = _splits(self.root, config, pictures)
+        parts = _splits(self.root, config, images)
         self._stems = parts[split]
-        self._files = [pictures[stem] for stem in self._stems]
+        self._files = [images[stem] for stem in self._stems]
         self.classes: list[str] | None = None
         self._names: tuple[str, ...] = ()
         self._labels: torch.Tensor | None = None
@@ -97,16 +98,16 @@ class VocSource(FileSource):
         return len(self._stems)
 
     def encoded(self, index: int) -> Path:
-        """The file of picture `index`."""
+        """The file of image `index`."""
         return self.root / "JPEGImages" / self._files[index]
 
     def mask(self, index: int) -> torch.Tensor:
-        """uint8 (H, W): 0 is background, class c is c + 1, 255 unknown; all unknown for a picture without a mask.
+        """uint8 (H, W): 0 is background, class c is c + 1, 255 unknown; all unknown for an image without a mask.
 
         Raises DataError for a folder without masks and for values beyond the classes, DecodeError for a broken file.
         """
         if not self._masks:
-            raise DataError(f"data.path: {self.root} has no masks; put them into SegmentationClass, named as pictures")
+            raise DataError(f"data.path: {self.root} has no masks; put them into SegmentationClass, named as images")
         found = self._mask(self._stems[index])
         return torch.full(self.read(index).shape[1:], _IGNORE, dtype=torch.uint8) if found is None else found
 
@@ -135,7 +136,7 @@ class VocSource(FileSource):
         return mask
 
     def _label(self, stem: str, objects: Sequence[VocObject] | None) -> int:
-        """The class that is largest; -1 for a picture without objects."""
+        """The class that is largest; -1 for an image without objects."""
         sizes = np.zeros(len(self._names))
         if objects:
             for one in objects:
@@ -164,29 +165,29 @@ def _by_stem(folder: Path, extensions: Iterable[str]) -> dict[str, str]:
     return {stem: stem + kind for stem, kind in split if kind.lower() in kinds}
 
 
-def _splits(root: Path, config: VocConfig, pictures: dict[str, str]) -> dict[Split, list[str]]:
-    """Split → stems of its pictures."""
+def _splits(root: Path, config: VocConfig, images: dict[str, str]) -> dict[Split, list[str]]:
+    """Split → stems of its images."""
     folders = (config.dataset,) if config.dataset is not None else ("Segmentation", "Main")
     lists = next((root / "ImageSets" / name for name in folders if (root / "ImageSets" / name).is_dir()), None)
     if lists is None and config.dataset is not None:
         raise DataError(f"data.dataset: {root / 'ImageSets'} has no folder {config.dataset}; remove it or give another")
     if lists is None:
         order = functools.partial(hashlib.blake2b, digest_size=8)
-        digests = b"".join(order(os.fsencode(stem)).digest() for stem in pictures)
+        digests = b"".join(order(os.fsencode(stem)).digest() for stem in images)
         keys = np.frombuffer(digests, dtype="<u8").astype(np.uint64)
-        stems, one_class = list(pictures), torch.zeros(len(pictures), dtype=torch.int64)
+        stems, one_class = list(images), torch.zeros(len(images), dtype=torch.int64)
         train, test = (holdout(one_class, config.test_fraction, split, keys) for split in ("train", "test"))
         return {"train": [stems[i] for i in train.tolist()], "test": [stems[i] for i in test.tolist()]}
     held = next((name for name in ("val", "test") if (lists / f"{name}.txt").is_file()), "val")
-    return {"train": _listed(lists / "train.txt", pictures), "test": _listed(lists / f"{held}.txt", pictures)}
+    return {"train": _listed(lists / "train.txt", images), "test": _listed(lists / f"{held}.txt", images)}
 
 
-def _listed(file: Path, pictures: dict[str, str]) -> list[str]:
+def _listed(file: Path, images: dict[str, str]) -> list[str]:
     try:
         stems = [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except OSError as error:
         raise DataError(f"data.path: {file} cannot be read ({error.strerror}); each split needs its list") from error
-    missing = [stem for stem in stems if stem not in pictures]
+    missing = [stem for stem in stems if stem not in images]
     if missing or not stems:
         shown = f"{len(missing)} names that JPEGImages lacks, such as {missing[0]}" if missing else "no names"
         raise DataError(f"data.path: {file} has {shown}; complete the data or mend the list")
@@ -226,5 +227,5 @@ def _read_mask(file: Path) -> torch.Tensor:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DecodeError(f"{file}: cannot be decoded ({reason})") from error
     if mode not in ("P", "L"):
-        raise DataError(f"data.path: mask {file} is of mode {mode}; save class numbers, in grey or with a palette")
+        raise DataError(f"data.path: mask {file} is of mode {mode}; save class numbers, in gray or with a palette")
     return torch.from_numpy(values.astype(np.uint8))

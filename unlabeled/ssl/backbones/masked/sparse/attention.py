@@ -15,15 +15,15 @@ def split_attention(module: Any, forward: Callable[..., Any], x: MaskedMap) -> M
 
     `module` is timm's ``SplitAttn``.
     """
-    if x.whole:
-        return x.with_seen(forward(x.held))
+    if x.unmasked:
+        return x.from_shown(forward(x.stored))
     mixed: MaskedMap = module.act0(module.drop(module.bn0(module.conv(x))))
-    strip = mixed.strip()
-    batch, radix = strip.shape[0], module.radix
-    branches = strip.reshape(batch, radix, -1, *strip.shape[2:])
+    gathered = mixed.gathered()
+    batch, radix = gathered.shape[0], module.radix
+    branches = gathered.reshape(batch, radix, -1, *gathered.shape[2:])
     gap = branches.sum(1).mean((2, 3), keepdim=True)
     weights = module.rsoftmax(module.fc2(module.act1(module.bn1(module.fc1(gap)))))
-    return mixed.with_strip((branches * weights.reshape(batch, radix, -1, 1, 1)).sum(1).contiguous())
+    return mixed.with_gathered((branches * weights.reshape(batch, radix, -1, 1, 1)).sum(1).contiguous())
 
 
 def selective_kernel(module: Any, forward: Callable[..., Any], x: MaskedMap) -> MaskedMap:
@@ -31,9 +31,9 @@ def selective_kernel(module: Any, forward: Callable[..., Any], x: MaskedMap) -> 
 
     `module` is timm's ``SelectiveKernel``.
     """
-    if x.whole:
-        return x.with_seen(forward(x.held))
+    if x.unmasked:
+        return x.from_shown(forward(x.stored))
     inputs = torch.split(x, module.in_channels // module.num_paths, 1) if module.split_input else [x] * module.num_paths
     paths: list[MaskedMap] = [path(part) for path, part in zip(module.paths, inputs, strict=True)]
-    stacked = torch.stack([path.strip() for path in paths], dim=1)
-    return paths[0].with_strip((stacked * module.attn(stacked)).sum(1))
+    stacked = torch.stack([path.gathered() for path in paths], dim=1)
+    return paths[0].with_gathered((stacked * module.attn(stacked)).sum(1))

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.masked.masking import Masking, random_masking
-from unlabeled.ssl.backbones.masked.sparse.masked_map import MaskedMap, NoRuleError, OrderError, silenced
-from unlabeled.ssl.backbones.masked.sparse.rows import Cells, Factor
+from unlabeled.ssl.backbones.masked.sparse.gathering import Cells, Factor
+from unlabeled.ssl.backbones.masked.sparse.masked_map import MaskedMap, NoRuleError, OrderError, zeroed
 from unlabeled.ssl.backbones.masked.sparse.rules import RULES, attends, refusal
 from unlabeled.ssl.backbones.shapes import ghost
 
 Execution = Literal["gathered", "dense"]
 """gathered: maps are rows of visible places, whole only around spatial layers; the faster one at each resolution (see
-docs/benchmarks.md). dense: whole maps, the reference."""
+docs/results/benchmarks.md). dense: whole maps, the reference."""
 
 
 def convert(module: nn.Module) -> nn.Module:
@@ -55,9 +55,9 @@ def _masked_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 class SparseEncoder:
-    """The feature maps of a ConvNet that sees the visible cells of a picture only; a view without parameters.
+    """The feature maps of a ConvNet that sees the visible cells of an image only; a view without parameters.
 
-    It converts the backbone's layers in place (see `convert`); the backbone stays the same network for whole pictures.
+    It converts the backbone's layers in place (see `convert`); the backbone stays the same network for whole images.
     """
 
     dense: Container[Factor] = frozenset()
@@ -72,26 +72,26 @@ class SparseEncoder:
         convert(backbone.model)
 
     def maps(self, images: Tensor, masking: Masking, indices: Iterable[int]) -> list[MaskedMap]:
-        """Maps of the stages `indices` for normalised (B, 3, H, W), of which the cells of `masking` are visible."""
+        """Maps of the stages `indices` for normalized (B, 3, H, W), of which the cells of `masking` are visible."""
         cells = Cells(masking, None if self.execution == "dense" else self.dense)
         return self.backbone.maps(_masked_images(images, cells, self.cell), indices)  # type: ignore[return-value]
 
 
 def _masked_images(images: Tensor, cells: Cells, cell: tuple[int, int]) -> MaskedMap:
-    return MaskedMap(silenced(images, cells, cell), cells, cell, gathered=False)
+    return MaskedMap(zeroed(images, cells, cell), cells, cell, is_gathered=False)
 
 
-def lacks_sparse_convs(backbone: Backbone) -> str | None:
+def sparse_convs_missing_reason(backbone: Backbone) -> str | None:
     """Why this backbone has no masked form, in a few words; None when it has one.
 
-    Settled by trying: its layers are converted in a copy without values, which then runs on a masked picture.
+    Settled by trying: its layers are converted in a copy without values, which then runs on a masked image.
     """
     if not backbone.stages:
         return "it gives no feature maps"
     stride = max(stage.stride for stage in backbone.stages)
     height, width = backbone.input_size
     if height % stride or width % stride:
-        return f"its stride {stride} does not divide pictures of {height}x{width}"
+        return f"its stride {stride} does not divide images of {height}x{width}"
     grid = (height // stride, width // stride)
     try:
         return _failure(convert(ghost(backbone.model)), backbone.input_size, grid, "meta")
@@ -101,7 +101,7 @@ def lacks_sparse_convs(backbone: Backbone) -> str | None:
 
 @torch.no_grad()
 def _failure(model: nn.Module, size: tuple[int, int], grid: tuple[int, int], device: str) -> str | None:
-    """What happens when the converted `model` meets a masked picture: where and why it fails, or None."""
+    """What happens when the converted `model` meets a masked image: where and why it fails, or None."""
     noise = torch.rand(2, grid[0] * grid[1])
     masking = Masking(*(one.to(device) for one in random_masking(noise, max(1, noise.shape[1] // 2), grid)))
     cell = (size[0] // grid[0], size[1] // grid[1])

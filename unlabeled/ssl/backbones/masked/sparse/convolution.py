@@ -1,7 +1,7 @@
 """Convolutions and other spatial layers on masked maps.
 
 A masked convolution sees zeros at masked places and its output exists at visible places only, so its support never
-grows; nothing is renormalised by the number of visible inputs (SparK, arXiv 2301.03580; github.com/keyu-tian/SparK).
+grows; nothing is renormalized by the number of visible inputs (SparK, arXiv 2301.03580; github.com/keyu-tian/SparK).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
+from unlabeled.ssl.backbones.masked.sparse.gathering import Cells, Factor
 from unlabeled.ssl.backbones.masked.sparse.masked_map import MaskedMap, NoRuleError
-from unlabeled.ssl.backbones.masked.sparse.rows import Cells, Factor
 
 Pair = int | tuple[int, ...] | list[int]
 
@@ -22,16 +22,16 @@ def on_dense(x: MaskedMap, spatial: Callable[[Tensor], Tensor]) -> MaskedMap:
     if x.last:
         raise NoRuleError("a spatial layer on a map with channels last has no masked form")
     dense = spatial(x.dense())
-    return MaskedMap.of_dense(dense, x.cells, factor_of(dense, x.cells))
+    return MaskedMap.from_dense(dense, x.cells, factor_of(dense, x.cells))
 
 
 def factor_of(dense: Tensor, cells: Cells) -> Factor:
     """Places in a cell of a map (B, C, H, W). Raises NoRuleError when cells do not divide the map."""
     height, width = dense.shape[-2:]
-    rows, columns = cells.grid
-    if height % rows or width % columns:
-        raise NoRuleError(f"its map of {height}x{width} does not divide into {rows}x{columns} cells")
-    return height // rows, width // columns
+    tokens, columns = cells.grid
+    if height % tokens or width % columns:
+        raise NoRuleError(f"its map of {height}x{width} does not divide into {tokens}x{columns} cells")
+    return height // tokens, width // columns
 
 
 def convolve(
@@ -53,20 +53,20 @@ def convolve(
     divides = not (x.factor[0] % step[0] or x.factor[1] % step[1])
     factor = (x.factor[0] // step[0], x.factor[1] // step[1])
     if inside and divides and kernel in ((1, 1), step) and x.cells.gathers(factor):
-        rows = F.linear(_inputs(x, kernel, step), weight.permute(0, 2, 3, 1).flatten(1), bias)
-        return MaskedMap.of_rows(rows, x.cells, factor)
+        tokens = F.linear(_inputs(x, kernel, step), weight.permute(0, 2, 3, 1).flatten(1), bias)
+        return MaskedMap.from_tokens(tokens, x.cells, factor)
     return on_dense(x, lambda dense: F.conv2d(dense, weight, bias, step, _padding(padding), _pair(dilation), groups))
 
 
 def _inputs(x: MaskedMap, kernel: tuple[int, int], step: tuple[int, int]) -> Tensor:
     """Rows (B, R / (sh * sw), kh * kw * C) of what each output place of a kernel inside the cell reads."""
-    rows = x.rows()
+    tokens = x.tokens()
     if step == (1, 1):
-        return rows
+        return tokens
     (fh, fw), (sh, sw) = x.factor, step
-    blocks = rows.view(rows.shape[0], -1, fh // sh, sh, fw // sw, sw, rows.shape[-1])
+    blocks = tokens.view(tokens.shape[0], -1, fh // sh, sh, fw // sw, sw, tokens.shape[-1])
     read = blocks[:, :, :, : kernel[0], :, : kernel[1]].transpose(3, 4)
-    return read.reshape(rows.shape[0], -1, kernel[0] * kernel[1] * rows.shape[-1])
+    return read.reshape(tokens.shape[0], -1, kernel[0] * kernel[1] * tokens.shape[-1])
 
 
 def _pair(value: Pair) -> tuple[int, int]:

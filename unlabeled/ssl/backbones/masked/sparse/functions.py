@@ -39,7 +39,7 @@ def apply_function(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _property(func: Any, x: MaskedMap) -> Any:
     name = func.__self__.__name__
     if name in {"requires_grad", "is_leaf", "grad_fn"}:
-        return getattr(x.held, name)
+        return getattr(x.stored, name)
     if name in {"T", "mT", "data"}:
         raise NoRuleError(f"{name} has no masked form")
     with torch._C.DisableTorchFunctionSubclass():
@@ -55,7 +55,7 @@ def _in_place(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Maske
     if plain is None:
         raise NoRuleError(f"{name} has no masked form")
     result: MaskedMap = apply_function(plain, args, kwargs)
-    x.held = result.held
+    x.stored = result.stored
     return x
 
 
@@ -65,21 +65,21 @@ def _pointwise(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[st
     maps = [one for one in _flat(args) if isinstance(one, MaskedMap)]
     if any(one.cells is not first.cells or one.factor != first.factor or one.last != first.last for one in maps):
         raise NoRuleError(f"{name} of maps of different masks or sizes has no masked form")
-    result: MaskedMap = first.with_seen(func(*_storages(args, first), **kwargs))
+    result: MaskedMap = first.from_shown(func(*_storages(args, first), **kwargs))
     name = name.strip("_")
     zero = name in _ZERO_STAYS or (name in _SUMS and all(isinstance(one, MaskedMap) for one in _flat(args)))
-    return result if zero else result.silence()
+    return result if zero else result.zeroed()
 
 
 def _statistic(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MaskedMap:
-    """Functions that normalise by statistics over places: they see the visible ones only."""
+    """Functions that normalize by statistics over places: they see the visible ones only."""
     x: MaskedMap = args[0]
     rest = args[1:]
     if x.last:
         raise NoRuleError(f"{name} of a map with channels last has no masked form")
-    if x.whole:
-        return x.with_seen(func(x.held, *rest, **kwargs))
-    return x.with_strip(func(x.strip(), *rest, **kwargs))
+    if x.unmasked:
+        return x.from_shown(func(x.stored, *rest, **kwargs))
+    return x.with_gathered(func(x.gathered(), *rest, **kwargs))
 
 
 def _reduction(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -90,12 +90,12 @@ def _reduction(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[st
         raise NoRuleError(f"{name} over everything has no masked form")
     axes = {axis % 4 for axis in ((given,) if isinstance(given, int) else given)}
     if axes == set(x.spatial_axes):
-        tensor: Tensor = func(x.seen(strip=not x.whole), *args[1:], **kwargs)
+        tensor: Tensor = func(x.as_shown(gathered=not x.unmasked), *args[1:], **kwargs)
         return tensor
     keeps = kwargs.get("keepdim", bool(args[2]) if len(args) > 2 and name != "norm" else False)
     if axes == {x.channel_axis} and keeps:
-        result = func(x.seen(), *args[1:], **kwargs)
-        return x.with_seen(result if isinstance(result, Tensor) else result[0]).silence()
+        result = func(x.as_shown(), *args[1:], **kwargs)
+        return x.from_shown(result if isinstance(result, Tensor) else result[0]).zeroed()
     raise NoRuleError(f"{name} over axes {sorted(axes)} has no masked form")
 
 
@@ -104,7 +104,7 @@ def _adaptive_pool(func: Function, name: str, args: tuple[Any, ...], kwargs: dic
     size = kwargs.get("output_size", args[1] if len(args) > 1 else None)
     if x.last or size not in (1, (1, 1), [1, 1]):
         raise NoRuleError(f"{name} to {size} places has no masked form")
-    pooled: Tensor = func(x.seen(strip=not x.whole), *args[1:], **kwargs)
+    pooled: Tensor = func(x.as_shown(gathered=not x.unmasked), *args[1:], **kwargs)
     return pooled
 
 
@@ -122,7 +122,7 @@ def _split(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[str, A
     axis = kwargs.get("dim", args[2] if len(args) > 2 else 0)
     if axis % 4 != x.channel_axis:
         raise NoRuleError(f"{name} along axis {axis} has no masked form")
-    return tuple(x.with_seen(part) for part in func(x.seen(), *args[1:], **kwargs))
+    return tuple(x.from_shown(part) for part in func(x.as_shown(), *args[1:], **kwargs))
 
 
 def _select(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MaskedMap:
@@ -131,12 +131,12 @@ def _select(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[str, 
     index = args[1]
     index = index if isinstance(index, tuple) else (index,)
     if Ellipsis in index:
-        place = index.index(Ellipsis)
-        index = (*index[:place], *[slice(None)] * (5 - len(index)), *index[place + 1 :])
-    whole = all(one == slice(None) for axis, one in enumerate(index) if axis != x.channel_axis)
-    if not whole or not all(isinstance(one, slice) for one in index):
+        position = index.index(Ellipsis)
+        index = (*index[:position], *[slice(None)] * (5 - len(index)), *index[position + 1 :])
+    unmasked = all(one == slice(None) for axis, one in enumerate(index) if axis != x.channel_axis)
+    if not unmasked or not all(isinstance(one, slice) for one in index):
         raise NoRuleError("taking a part of the places of a map has no masked form")
-    return x.with_seen(x.seen()[index])
+    return x.from_shown(x.as_shown()[index])
 
 
 def _permute(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MaskedMap:
@@ -145,7 +145,7 @@ def _permute(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[str,
     order = tuple(axis % 4 for axis in given)
     if order != ((0, 3, 1, 2) if x.last else (0, 2, 3, 1)):
         raise NoRuleError(f"permute to {order} has no masked form")
-    return MaskedMap(x.held, x.cells, x.factor, gathered=x.gathered, last=not x.last)
+    return MaskedMap(x.stored, x.cells, x.factor, is_gathered=x.is_gathered, last=not x.last)
 
 
 def _contiguous(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MaskedMap:
@@ -172,7 +172,7 @@ def _pad(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _interpolate(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MaskedMap:
-    """Nearest neighbours stay inside their cell when the map grows by whole numbers."""
+    """Nearest neighbors stay inside their cell when the map grows by whole numbers."""
     if kwargs.get("mode", "nearest") != "nearest":
         raise NoRuleError(f"interpolation ({kwargs['mode']}) mixes cells")
     return _spatial(func, name, args, kwargs)
@@ -180,7 +180,7 @@ def _interpolate(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[
 
 def _fresh(func: Function, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """``x.new_empty(size)``: a plain tensor."""
-    tensor: Tensor = func(args[0].held, *args[1:], **kwargs)
+    tensor: Tensor = func(args[0].stored, *args[1:], **kwargs)
     return tensor
 
 
@@ -199,18 +199,18 @@ def _storages(args: tuple[Any, ...], first: MaskedMap) -> list[Any]:
 
 def _storage(operand: Tensor, first: MaskedMap) -> Tensor:
     if isinstance(operand, MaskedMap):
-        if operand.gathered == first.gathered:
-            return operand.seen()
-        strip = operand.strip() if first.gathered else operand.dense()
-        return strip.permute(0, 2, 3, 1) if first.last else strip
-    if not first.gathered or operand.ndim < 2:
+        if operand.is_gathered == first.is_gathered:
+            return operand.as_shown()
+        gathered = operand.gathered() if first.is_gathered else operand.dense()
+        return gathered.permute(0, 2, 3, 1) if first.last else gathered
+    if not first.is_gathered or operand.ndim < 2:
         return operand
     axes = [axis - 4 for axis in first.spatial_axes]
     if any(operand.ndim >= -axis and operand.shape[axis] > 1 for axis in axes):
-        whole = torch.broadcast_to(operand, first.shape)  # a table of the whole map, such as positions
-        dense = whole.permute(0, 3, 1, 2) if first.last else whole
-        strip = MaskedMap.of_dense(dense, first.cells, first.factor).strip()
-        return strip.permute(0, 2, 3, 1) if first.last else strip
+        unmasked = torch.broadcast_to(operand, first.shape)  # a table of the unmasked map, such as positions
+        dense = unmasked.permute(0, 3, 1, 2) if first.last else unmasked
+        gathered = MaskedMap.from_dense(dense, first.cells, first.factor).gathered()
+        return gathered.permute(0, 2, 3, 1) if first.last else gathered
     return operand
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unlabeled.ssl.backbones.masked.sparse.rows import Cells, Factor, gather_rows, scatter_rows
+from unlabeled.ssl.backbones.masked.sparse.gathering import Cells, Factor, gather_tokens, scatter_tokens
 from unlabeled.ssl.core.errors import CapabilityError
 
 
@@ -29,30 +29,32 @@ class OrderError(NoRuleError):
 class MaskedMap(torch.Tensor):
     """A map (B, C, H, W), or (B, H, W, C) after a permute, that is defined at visible places only.
 
-    It is stored in one of two ways. *Dense*: all places, exactly zero at masked ones. *Gathered*: the visible places as
-    a strip (B, C, R, 1), in the order of `unlabeled.ssl.backbones.masked.sparse.rows`; the strip is itself a map, of
-    one column, so that every layer that treats places alike or takes statistics over them runs on it as it is.
+    It is stored in one of two ways. *Dense*: all positions, exactly zero at masked ones. *Gathered*: only the visible
+    positions, as (B, C, R, 1) in the order of `unlabeled.ssl.backbones.masked.sparse.gathering`. The gathered form is
+    itself a map of one column, so pointwise layers and layers that take statistics over positions run on it unchanged.
 
-    Attributes: `held` (what is stored), `cells`, `factor` (places in a cell), `gathered`, `last` (whether it shows
-    itself as B, H, W, C), and `border` (zeros to be put around it by the spatial layer that comes next, as ``F.pad``
-    takes them; nothing else can be done with a map that has one).
+    Attributes: `stored` (the tensor itself), `cells`, `factor` (positions per cell), `is_gathered`, `last` (whether its
+    shape is B, H, W, C), and `border` (zeros that the next spatial layer adds around it, as ``F.pad`` takes them; a map
+    with a border supports nothing else).
     """
 
-    held: Tensor
+    stored: Tensor
     cells: Cells
     factor: Factor
-    gathered: bool
+    is_gathered: bool
     last: bool
     border: tuple[int, ...] | None
 
     @staticmethod
-    def __new__(cls, storage: Tensor, cells: Cells, factor: Factor, *, gathered: bool, last: bool = False) -> MaskedMap:
-        """`storage`: (B, C, H, W) with zeros at masked places, or (B, C, R, 1) when `gathered`."""
+    def __new__(
+        cls, storage: Tensor, cells: Cells, factor: Factor, *, is_gathered: bool, last: bool = False
+    ) -> MaskedMap:
+        """`storage`: (B, C, H, W) with zeros at masked places, or (B, C, R, 1) when `is_gathered`."""
         batch, channels = storage.shape[:2]
         height, width = cells.size(factor)
         shape = (batch, height, width, channels) if last else (batch, channels, height, width)
         made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=storage.dtype, device=storage.device)
-        made.held, made.cells, made.factor, made.gathered, made.last = storage, cells, factor, gathered, last
+        made.stored, made.cells, made.factor, made.is_gathered, made.last = storage, cells, factor, is_gathered, last
         made.border = None
         return made
 
@@ -60,77 +62,77 @@ class MaskedMap(torch.Tensor):
         pass
 
     @classmethod
-    def of_dense(cls, dense: Tensor, cells: Cells, factor: Factor) -> MaskedMap:
+    def from_dense(cls, dense: Tensor, cells: Cells, factor: Factor) -> MaskedMap:
         """From a map (B, C, H, W) with anything at masked places, stored as `cells` says for `factor`."""
         if cells.gathers(factor):
-            return cls.of_rows(gather_rows(dense, cells, factor), cells, factor)
-        return cls(silenced(dense, cells, factor), cells, factor, gathered=False)
+            return cls.from_tokens(gather_tokens(dense, cells, factor), cells, factor)
+        return cls(zeroed(dense, cells, factor), cells, factor, is_gathered=False)
 
     @classmethod
-    def of_rows(cls, rows: Tensor, cells: Cells, factor: Factor) -> MaskedMap:
+    def from_tokens(cls, tokens: Tensor, cells: Cells, factor: Factor) -> MaskedMap:
         """From the visible places (B, R, C), stored as `cells` says for `factor`."""
         if cells.gathers(factor):
-            return cls(rows.transpose(1, 2).unsqueeze(-1), cells, factor, gathered=True)
-        return cls(scatter_rows(rows, cells, factor), cells, factor, gathered=False)
+            return cls(tokens.transpose(1, 2).unsqueeze(-1), cells, factor, is_gathered=True)
+        return cls(scatter_tokens(tokens, cells, factor), cells, factor, is_gathered=False)
 
     def with_border(self, border: tuple[int, ...]) -> MaskedMap:
         """The same map with `border`."""
-        copied = MaskedMap(self.held, self.cells, self.factor, gathered=self.gathered)
+        copied = MaskedMap(self.stored, self.cells, self.factor, is_gathered=self.is_gathered)
         copied.border = border
         return copied
 
     def dense(self) -> Tensor:
         """(B, C, H, W), zero at masked places, with its border."""
-        whole = self.held
-        if self.gathered:
-            whole = scatter_rows(whole.squeeze(-1).transpose(1, 2), self.cells, self.factor)
-        return whole if self.border is None else F.pad(whole, self.border)
+        dense = self.stored
+        if self.is_gathered:
+            dense = scatter_tokens(dense.squeeze(-1).transpose(1, 2), self.cells, self.factor)
+        return dense if self.border is None else F.pad(dense, self.border)
 
-    def rows(self) -> Tensor:
+    def tokens(self) -> Tensor:
         """The visible places, (B, R, C)."""
-        return self.strip().squeeze(-1).transpose(1, 2)
+        return self.gathered().squeeze(-1).transpose(1, 2)
 
-    def strip(self) -> Tensor:
+    def gathered(self) -> Tensor:
         """The visible places as a map of one column, (B, C, R, 1)."""
-        held = self._without_border()
-        if self.gathered:
-            return held
-        return gather_rows(held, self.cells, self.factor).transpose(1, 2).unsqueeze(-1)
+        storage = self._without_border()
+        if self.is_gathered:
+            return storage
+        return gather_tokens(storage, self.cells, self.factor).transpose(1, 2).unsqueeze(-1)
 
-    def seen(self, *, strip: bool = False) -> Tensor:
+    def as_shown(self, *, gathered: bool = False) -> Tensor:
         """What is stored (or the strip) with its axes in the order that this map shows."""
-        tensor = self.strip() if strip else self._without_border()
+        tensor = self.gathered() if gathered else self._without_border()
         return tensor.permute(0, 2, 3, 1) if self.last else tensor
 
     def _without_border(self) -> Tensor:
         if self.border is not None:
             raise NoRuleError("a padded map is for a spatial layer only")
-        return self.held
+        return self.stored
 
-    def with_seen(self, tensor: Tensor) -> MaskedMap:
+    def from_shown(self, tensor: Tensor) -> MaskedMap:
         """A map at the same places that stores `tensor`, which has its axes as this map shows them."""
         storage = tensor.permute(0, 3, 1, 2) if self.last else tensor
-        return MaskedMap(storage, self.cells, self.factor, gathered=self.gathered, last=self.last)
+        return MaskedMap(storage, self.cells, self.factor, is_gathered=self.is_gathered, last=self.last)
 
-    def with_strip(self, strip: Tensor) -> MaskedMap:
+    def with_gathered(self, gathered: Tensor) -> MaskedMap:
         """A map at the same places, shown as this one, from a strip with its axes as this map shows them."""
-        strip = strip.permute(0, 3, 1, 2) if self.last else strip
-        if self.gathered:
-            return MaskedMap(strip, self.cells, self.factor, gathered=True, last=self.last)
-        dense = scatter_rows(strip.squeeze(-1).transpose(1, 2), self.cells, self.factor)
-        return MaskedMap(dense, self.cells, self.factor, gathered=False, last=self.last)
+        gathered = gathered.permute(0, 3, 1, 2) if self.last else gathered
+        if self.is_gathered:
+            return MaskedMap(gathered, self.cells, self.factor, is_gathered=True, last=self.last)
+        dense = scatter_tokens(gathered.squeeze(-1).transpose(1, 2), self.cells, self.factor)
+        return MaskedMap(dense, self.cells, self.factor, is_gathered=False, last=self.last)
 
-    def silence(self) -> MaskedMap:
+    def zeroed(self) -> MaskedMap:
         """The same map with zeros at masked places, where a function may have left something else."""
-        if self.gathered or self.cells.full:
+        if self.is_gathered or self.cells.full:
             return self
-        storage = silenced(self.held, self.cells, self.factor)
-        return MaskedMap(storage, self.cells, self.factor, gathered=False, last=self.last)
+        storage = zeroed(self.stored, self.cells, self.factor)
+        return MaskedMap(storage, self.cells, self.factor, is_gathered=False, last=self.last)
 
     @property
-    def whole(self) -> bool:
+    def unmasked(self) -> bool:
         """Whether it is the ordinary map: nothing is masked, and it is stored as such."""
-        return self.cells.full and not self.gathered
+        return self.cells.full and not self.is_gathered
 
     @property
     def channel_axis(self) -> int:
@@ -159,6 +161,6 @@ class MaskedMap(torch.Tensor):
         raise AssertionError(f"{func} reached the storage of a masked map without a rule")
 
 
-def silenced(dense: Tensor, cells: Cells, factor: Factor) -> Tensor:
+def zeroed(dense: Tensor, cells: Cells, factor: Factor) -> Tensor:
     """(B, C, H, W) with zeros at masked places, whatever stood there (also NaN)."""
     return dense if cells.full else torch.where(cells.active(factor), dense, 0.0)

@@ -5,10 +5,10 @@ inside, ``LayerNorm2d`` a LayerNorm of another axis. A layer is one of
 
 - *pointwise*: treats each place by itself;
 - *statistic*: treats places alike, and takes statistics over them: over visible ones only;
-- *spatial*: mixes neighbouring places: masked ones are zero, and the output is kept at visible ones (an average pool
+- *spatial*: mixes neighboring places: masked ones are zero, and the output is kept at visible ones (an average pool
   counts masked places in its divisor, a max pool takes their zeros, as SparK's code does);
 - *convolution*: pointwise, inside a cell, or spatial, by its kernel;
-- *batch norm*: statistic, over all pictures and ranks;
+- *batch norm*: statistic, over all images and ranks;
 - *through*: its own code runs on the map, as the code of blocks does.
 
 Sources: SparK (arXiv 2301.03580), ConvNeXt V2 (arXiv 2301.00808).
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from unlabeled.ssl.backbones.masked.sparse.attention import selective_kernel, split_attention
 from unlabeled.ssl.backbones.masked.sparse.convolution import on_dense
 from unlabeled.ssl.backbones.masked.sparse.masked_map import MaskedMap, NoRuleError
-from unlabeled.ssl.nn.batch_norm import SyncedBatchNorm2d, batch_norm_rows, synced
+from unlabeled.ssl.nn.batch_norm import SyncedBatchNorm2d, batch_norm_features, synced
 
 Forward = Callable[..., Any]
 Rule = Callable[[Any, Forward, MaskedMap], Any]
@@ -38,13 +38,13 @@ Rule = Callable[[Any, Forward, MaskedMap], Any]
 
 
 def pointwise(module: nn.Module, forward: Forward, x: MaskedMap) -> MaskedMap:
-    return x.with_seen(forward(x.seen())).silence()
+    return x.from_shown(forward(x.as_shown())).zeroed()
 
 
 def statistic(module: nn.Module, forward: Forward, x: MaskedMap) -> MaskedMap:
-    if x.whole:
-        return x.with_seen(forward(x.seen()))
-    return x.with_strip(forward(x.seen(strip=True)))
+    if x.unmasked:
+        return x.from_shown(forward(x.as_shown()))
+    return x.with_gathered(forward(x.as_shown(gathered=True)))
 
 
 def spatial(module: nn.Module, forward: Forward, x: MaskedMap) -> MaskedMap:
@@ -60,11 +60,11 @@ def pooled(module: nn.Module, forward: Forward, x: MaskedMap) -> Tensor:
     size = getattr(module, "output_size", 1)
     if size not in (1, (1, 1), [1, 1]):
         raise NoRuleError(f"pooling to {size} places has no masked form")
-    return cast(Tensor, forward(x.seen(strip=not x.whole)))
+    return cast(Tensor, forward(x.as_shown(gathered=not x.unmasked)))
 
 
 def convolution(module: nn.Conv2d, forward: Forward, x: MaskedMap) -> MaskedMap:
-    """The plain one has its rule as a function (`convolve`); a weight-standardised 1x1 convolution is pointwise too."""
+    """The plain one has its rule as a function (`convolve`); a weight-standardized 1x1 convolution is pointwise too."""
     if type(module).__mro__[1] is nn.Conv2d and module.padding_mode == "zeros":
         return cast(MaskedMap, forward(x))
     alone = module.kernel_size == (1, 1) and module.stride == (1, 1) and module.padding in ((0, 0), "same", "valid")
@@ -75,26 +75,26 @@ def batch_norm(module: nn.BatchNorm2d, forward: Forward, x: MaskedMap) -> Masked
     trains = module.training or module.running_mean is None
     if not trains:
         return pointwise(module, forward, x)
-    if x.whole and not synced():
-        return x.with_seen(forward(x.seen()))
-    rows = x.rows()
-    normalized = batch_norm_rows(module, rows.reshape(-1, rows.shape[-1])).view(rows.shape)
-    strip = normalized.transpose(1, 2).unsqueeze(-1)
+    if x.unmasked and not synced():
+        return x.from_shown(forward(x.as_shown()))
+    tokens = x.tokens()
+    normalized = batch_norm_features(module, tokens.reshape(-1, tokens.shape[-1])).view(tokens.shape)
+    gathered = normalized.transpose(1, 2).unsqueeze(-1)
     if isinstance(module, BatchNormAct2d):
-        strip = module.act(module.drop(strip))
-    return x.with_strip(strip)
+        gathered = module.act(module.drop(gathered))
+    return x.with_gathered(gathered)
 
 
 def response_norm(module: grn.GlobalResponseNorm, forward: Forward, x: MaskedMap) -> MaskedMap:
-    """Global response norm, each picture by itself, in float32: sums of squares overflow in half precision."""
-    if x.whole:
-        return x.with_seen(forward(x.seen()))
-    strip = x.seen(strip=True)
-    wide = torch.promote_types(strip.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(strip, dim=module.spatial_dim, keepdim=True, dtype=wide)
+    """Global response norm, each image by itself, in float32: sums of squares overflow in half precision."""
+    if x.unmasked:
+        return x.from_shown(forward(x.as_shown()))
+    gathered = x.as_shown(gathered=True)
+    wide = torch.promote_types(gathered.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(gathered, dim=module.spatial_dim, keepdim=True, dtype=wide)
     relative = norm / (norm.mean(dim=module.channel_dim, keepdim=True) + module.eps)
     weight, bias = module.weight.view(module.wb_shape), module.bias.view(module.wb_shape)
-    return x.with_strip(torch.addcmul(bias.to(strip.dtype), strip, (1 + weight * relative).to(strip.dtype)))
+    return x.with_gathered(torch.addcmul(bias.to(gathered.dtype), gathered, (1 + weight * relative).to(gathered.dtype)))
 
 
 def _types(module: Any, names: str) -> list[type[nn.Module]]:

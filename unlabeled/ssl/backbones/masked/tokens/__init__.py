@@ -10,7 +10,7 @@ Shapes: B images, L = gh * gw patches in raster order, K kept ones, P prefix tok
 D channels, (gh, gw) grid.
 """
 
-from unlabeled.ssl.backbones.masked.tokens.encoder import TokenEncoder, lacks_token_dropping
+from unlabeled.ssl.backbones.masked.tokens.encoder import TokenEncoder, token_dropping_missing_reason
 from unlabeled.ssl.backbones.masked.tokens.family import gather_patches
 
-__all__ = ["TokenEncoder", "gather_patches", "lacks_token_dropping"]
+__all__ = ["TokenEncoder", "gather_patches", "token_dropping_missing_reason"]

@@ -1,6 +1,6 @@
 """Families whose attention knows the distance of two patches: a bias for each pair of tokens.
 
-The bias of kept tokens is a choice of rows and columns of the full table, another one for each picture.
+The bias of kept tokens is a choice of rows and columns of the full table, another one for each image.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unlabeled.ssl.backbones.masked.tokens.family import Family, Positions, gather_pairs, with_prefix
+from unlabeled.ssl.backbones.masked.tokens.family import Positions, TokenFamily, gather_pairs, with_prefix
 
 
-class _Biased(Family):
+class _BiasedFamily(TokenFamily):
     def blocks(self, tokens: Tensor, table: Tensor | None, ids: Tensor) -> Tensor:
-        places = with_prefix(ids, self.prefix)
-        shared = self._gathered(self._shared_bias(), places)
+        positions = with_prefix(ids, self.prefix)
+        shared = self._gathered(self._shared_bias(), positions)
         for block in self.trunk.blocks:
-            own = self._gathered(self._own_bias(block.attn), places)
+            own = self._gathered(self._own_bias(block.attn), positions)
             biases = [bias for bias in (own, shared) if bias is not None]
             tokens = self.run(self._block, block, tokens, sum(biases) if biases else None)
         return tokens
 
     @staticmethod
-    def _gathered(bias: Tensor | None, places: Tensor) -> Tensor | None:
-        """(..., heads, N, N) of all tokens → (B, heads, P + K, P + K) of the tokens `places` (B, P + K)."""
+    def _gathered(bias: Tensor | None, positions: Tensor) -> Tensor | None:
+        """(..., heads, N, N) of all tokens → (B, heads, P + K, P + K) of the tokens `positions` (B, P + K)."""
         if bias is None:
             return None
         full = bias.reshape(bias.shape[-3:]).permute(1, 2, 0)
-        return gather_pairs(full, places).permute(0, 3, 1, 2)
+        return gather_pairs(full, positions).permute(0, 3, 1, 2)
 
     def _shared_bias(self) -> Tensor | None:
         """The bias of all blocks, ([1,] heads, N, N)."""
@@ -45,7 +45,7 @@ class _Biased(Family):
         raise NotImplementedError
 
 
-class Beit(_Biased):
+class Beit(_BiasedFamily):
     """BEiT and BEiT v2: a table of relative positions in each block, or one for all, or absolute positions."""
 
     classes: ClassVar[tuple[str, ...]] = ("beit:Beit",)
@@ -77,7 +77,7 @@ class Beit(_Biased):
         return cast(Tensor, x + block.drop_path2(scales[1] * block.mlp(block.norm2(x))))
 
 
-class RelativePositions(_Biased):
+class RelativePositions(_BiasedFamily):
     """timm's ViT with relative positions: a table, or a small network of the logarithmic distance."""
 
     classes: ClassVar[tuple[str, ...]] = ("vision_transformer_relpos:VisionTransformerRelPos",)
@@ -116,7 +116,7 @@ def _attend(attention: Any, qkv: Tensor, bias: Tensor | None) -> Tensor:
     return cast(Tensor, attention.proj_drop(attention.proj(x.transpose(1, 2).flatten(2))))
 
 
-class ConViT(Family):
+class ConViT(TokenFamily):
     """ConViT: attention mixed with attention by distance; the class token joins after the blocks that have it."""
 
     classes: ClassVar[tuple[str, ...]] = ("convit:ConVit",)
@@ -125,10 +125,10 @@ class ConViT(Family):
     attention_names: ClassVar[frozenset[str]] = frozenset({"GPSA", "MHSA"})
     reached: ClassVar[frozenset[str]] = frozenset({"patch_embed", "cls_token", "pos_embed", "blocks", "norm"})
 
-    def lacks(self) -> str | None:
+    def missing_reason(self) -> str | None:
         if self.trunk.local_up_to_layer >= len(self.trunk.blocks):
             return "its class token joins after more blocks than it has; set local_up_to_layer lower"
-        return super().lacks()
+        return super().missing_reason()
 
     def positions(self, grid: tuple[int, int]) -> Positions:
         nothing = self.projection.new_zeros(1, 0, self.dim)

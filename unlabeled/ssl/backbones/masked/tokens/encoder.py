@@ -6,14 +6,14 @@ from torch import Tensor, nn
 
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.masked.tokens.biased import Beit, ConViT, RelativePositions
-from unlabeled.ssl.backbones.masked.tokens.family import Family
+from unlabeled.ssl.backbones.masked.tokens.family import TokenFamily
 from unlabeled.ssl.backbones.masked.tokens.flexible import Gemma, NaFlex, VisionLanguage
 from unlabeled.ssl.backbones.masked.tokens.hiera import Hiera
 from unlabeled.ssl.backbones.masked.tokens.streams import TNT, CaiT
 from unlabeled.ssl.core.errors import ConfigError
 
-FAMILIES: tuple[type[Family], ...] = (
-    Family,
+FAMILIES: tuple[type[TokenFamily], ...] = (
+    TokenFamily,
     Beit,
     RelativePositions,
     ConViT,
@@ -27,25 +27,25 @@ FAMILIES: tuple[type[Family], ...] = (
 
 _FOREIGN: dict[str, str] = {
     "CoaT": "convolutions need the whole grid",
-    "CrossVit": "its two branches cut the picture into patches of different sizes",
+    "CrossVit": "its two branches cut the image into patches of different sizes",
     "HieraDet": "windows need the whole grid",
     "MlpMixer": "mixing across tokens has weights for each place of the grid",
-    "MultiScaleVit": "attention pooled over neighbours needs the whole grid",
+    "MultiScaleVit": "attention pooled over neighbors needs the whole grid",
     "Sequencer2d": "recurrence over rows and columns needs the whole grid",
-    "VOLO": "outlook attention to neighbours needs the whole grid",
+    "VOLO": "outlook attention to neighbors needs the whole grid",
     "VisionTransformerSAM": "windows need the whole grid",
-    "Xcit": "neighbouring patches interact through convolutions",
+    "Xcit": "neighboring patches interact through convolutions",
 }
 """Class of timm → what of it needs more than the kept patches, where a look at its modules would not tell."""
 
 
-def lacks_token_dropping(backbone: Backbone) -> str | None:
+def token_dropping_missing_reason(backbone: Backbone) -> str | None:
     """Why patches cannot be dropped from this backbone, in a few words; None when they can."""
     family = _family(backbone.model)
-    return _foreign_reason(backbone.model) if family is None else family(backbone.model).lacks()
+    return _foreign_reason(backbone.model) if family is None else family(backbone.model).missing_reason()
 
 
-def _family(model: nn.Module) -> type[Family] | None:
+def _family(model: nn.Module) -> type[TokenFamily] | None:
     return next((family for family in FAMILIES if family.holds(model)), None)
 
 
@@ -91,7 +91,7 @@ class TokenEncoder:
 
     @property
     def channels(self) -> int:
-        """C, the channels of a picture."""
+        """C, the channels of an image."""
         return 3
 
     @property
@@ -127,12 +127,12 @@ class TokenEncoder:
         if own is not None and own != tuple(size):
             raise ConfigError(
                 f"backbone.size: {self.backbone.name} is built for {list(own)} pixels, not {list(size)}; "
-                "set backbone.size to the size of the pictures"
+                "set backbone.size to the size of the images"
             )
         return size[0] // patch[0], size[1] // patch[1]
 
     def encode(self, x: Tensor, ids_keep: Tensor) -> tuple[Tensor, int]:
-        """Normalised (B, C, H, W) and raster indices of kept patches (B, K) → tokens (B, P + K, D), and P.
+        """Normalized (B, C, H, W) and raster indices of kept patches (B, K) → tokens (B, P + K, D), and P.
 
         Kept tokens stay in the order of `ids_keep`; the final norm is applied as in timm's ``forward_features``.
         Raises ConfigError for a size that does not fit.

@@ -1,6 +1,6 @@
 """From the pixels of kept patches to tokens, step by step, as timm's plain vision transformers do it.
 
-`Family` is the plain family (``VisionTransformer``, ``Eva``); other families override the steps in which they differ.
+`TokenFamily` is the plain family (``VisionTransformer``, ``Eva``); other families override the steps that differ.
 A step that timm offers as a method is asked of timm, so that each variant is timm's to the bit.
 """
 
@@ -32,7 +32,7 @@ class Positions(NamedTuple):
     """What blocks need of positions, in the family's own form; plain: the rotary table."""
 
 
-class Family:
+class TokenFamily:
     """One family of networks around the network `model`; names of classes are timm's, since releases differ in them."""
 
     classes: ClassVar[tuple[str, ...]] = (
@@ -73,13 +73,13 @@ class Family:
         """Whether `model` is of this family and computes as the family does."""
         return any(_computes_like(model, known, cls.recomputed) for known in _existing(cls.classes))
 
-    def lacks(self) -> str | None:
+    def missing_reason(self) -> str | None:
         """Why patches cannot be dropped from this network, in a few words; None when they can."""
         return self.strange_stem() or self.strange_blocks(self.trunk.blocks) or self.own_dropping()
 
     def strange_stem(self) -> str | None:
         if type(self.trunk.patch_embed) is not PatchEmbed:
-            return "its stem mixes neighbouring patches"
+            return "its stem mixes neighboring patches"
         return mixing_norm(self.trunk.patch_embed.norm)
 
     def strange_blocks(self, blocks: Iterable[nn.Module]) -> str | None:
@@ -116,7 +116,7 @@ class Family:
 
     @property
     def own_size(self) -> tuple[int, int] | None:
-        """The only size (height, width) of pictures that the network takes; None: any multiple of its cell."""
+        """The only size (height, width) of images that the network takes; None: any multiple of its cell."""
         embed = self.trunk.patch_embed
         height, width = embed.img_size
         return (int(height), int(width)) if embed.strict_img_size else None
@@ -147,7 +147,7 @@ class Family:
         return int(gh), int(gw)
 
     def encode(self, x: Tensor, ids: Tensor) -> Tensor:
-        """Normalised (B, C, H, W) and kept patches (B, K) → (B, P + K, D), as ``forward_features`` would give them."""
+        """Normalized (B, C, H, W) and kept patches (B, K) → (B, P + K, D), as ``forward_features`` would give them."""
         prefix, patches, table = self.positions((x.shape[-2] // self.cell[0], x.shape[-1] // self.cell[1]))
         tokens = self.embed(x, ids)
         if patches is not None:
@@ -220,8 +220,8 @@ def gather_patches(x: Tensor, ids: Tensor, patch: tuple[int, int]) -> Tensor:
 
 def gather_pairs(table: Tensor, ids: Tensor) -> Tensor:
     """Entries of `table` (N, N, C) for each pair of the tokens `ids` (B, K) → (B, K, K, C)."""
-    places = ids[:, :, None] * table.shape[0] + ids[:, None, :]
-    return F.embedding(places, table.flatten(0, 1))
+    positions = ids[:, :, None] * table.shape[0] + ids[:, None, :]
+    return F.embedding(positions, table.flatten(0, 1))
 
 
 def with_prefix(ids: Tensor, prefix: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Families for pictures of any shape: NaFlexViT, and the eyes of vision-language models."""
+"""Families for images of any shape: NaFlexViT, and the eyes of vision-language models."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unlabeled.ssl.backbones.masked.tokens.family import Family, Positions, gather_patches, mixing_norm
+from unlabeled.ssl.backbones.masked.tokens.family import Positions, TokenFamily, gather_patches, mixing_norm
 
 
-class NaFlex(Family):
-    """timm's NaFlexViT on pictures of one size: embeddings in a module of their own, any kind of positions."""
+class NaFlex(TokenFamily):
+    """timm's NaFlexViT on images of one size: embeddings in a module of their own, any kind of positions."""
 
     classes: ClassVar[tuple[str, ...]] = ("naflexvit:NaFlexVit",)
     recomputed: ClassVar[tuple[str, ...]] = ("forward_features", "_forward_embeds")
     reached: ClassVar[frozenset[str]] = frozenset({"embeds", "rope", "norm_pre", "blocks", "norm"})
-    has_own_table: ClassVar[bool] = False  # it is resampled from a grid that need not be the picture's
+    has_own_table: ClassVar[bool] = False  # it is resampled from a grid that need not be the image's
 
     def strange_stem(self) -> str | None:
         embeds = self.trunk.embeds
         if type(embeds).__name__ != "NaFlexEmbeds":
-            return "its stem mixes neighbouring patches"
+            return "its stem mixes neighboring patches"
         return mixing_norm(embeds.norm_input) or mixing_norm(embeds.norm)
 
     def own_dropping(self) -> str | None:
@@ -69,7 +69,7 @@ class NaFlex(Family):
         return cast(Tensor, embeds.norm(F.linear(flat, embeds.proj.weight.flatten(1), embeds.proj.bias)))
 
 
-class VisionLanguage(Family):
+class VisionLanguage(TokenFamily):
     """The vision transformers of Qwen3-VL and DeepSeek, inside their classifiers: rotary positions, no class token."""
 
     classes: ClassVar[tuple[str, ...]] = ("qwen3_vit:Qwen3VitClassifier", "deepseek_vit:DeepseekVitClassifier")
@@ -77,19 +77,19 @@ class VisionLanguage(Family):
     block_names: ClassVar[frozenset[str]] = frozenset({"EvaBlock", "DeepseekVitBlock"})
     attention_names: ClassVar[frozenset[str]] = frozenset({"AttentionRope", "EvaAttention"})
     reached: ClassVar[frozenset[str]] = frozenset({"encoder"})
-    has_own_table: ClassVar[bool] = False  # Qwen's is resampled from a grid that need not be the picture's
+    has_own_table: ClassVar[bool] = False  # Qwen's is resampled from a grid that need not be the image's
     encoders: ClassVar[frozenset[str]] = frozenset({"Qwen3VitEncoder", "DeepseekVitEncoder"})
 
     @property
     def trunk(self) -> Any:
         return self.model.encoder
 
-    def lacks(self) -> str | None:
+    def missing_reason(self) -> str | None:
         if type(self.trunk).__name__ not in self.encoders:
             return f"its encoder is {type(self.trunk).__name__}, which is not known"
         if self.model.encoder_pool not in ("", "none"):
-            return "its projector merges neighbouring patches; set encoder_pool to ''"
-        return super().lacks()
+            return "its projector merges neighboring patches; set encoder_pool to ''"
+        return super().missing_reason()
 
 
 class Gemma(VisionLanguage):
@@ -102,7 +102,7 @@ class Gemma(VisionLanguage):
 
     def strange_stem(self) -> str | None:
         known = type(self.trunk.patch_embed).__name__ == "Gemma4PatchEmbed"
-        return None if known else "its stem mixes neighbouring patches"
+        return None if known else "its stem mixes neighboring patches"
 
     @property
     def own_size(self) -> tuple[int, int] | None:
@@ -116,8 +116,8 @@ class Gemma(VisionLanguage):
         (gh, gw), (columns, rows) = grid, self.trunk.patch_embed.position_embedding_table
         table = rows[:gh, None] + columns[None, :gw]
         y, x = torch.meshgrid(*(torch.arange(side, device=table.device) for side in grid), indexing="ij")
-        places = torch.stack([x.flatten(), y.flatten()], dim=-1)
-        turns = self.trunk.rotary_emb(table, places[None])  # cosines and sines, (1, L, channels of a head) each
+        positions = torch.stack([x.flatten(), y.flatten()], dim=-1)
+        turns = self.trunk.rotary_emb(table, positions[None])  # cosines and sines, (1, L, channels of a head) each
         return Positions(table.new_zeros(1, 0, self.dim), table.flatten(0, 1), torch.cat(turns))
 
     def embed(self, x: Tensor, ids: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Hiera drops whole mask units: squares inside which its first stages stay, and which end as one token each.
 
 Ryali et al., "Hiera: A Hierarchical Vision Transformer without the Bells-and-Whistles", ICML 2023, arXiv 2306.00989,
-section 3. Its patch convolution reaches a few pixels past the unit; what it finds there is zero where the neighbour is
+section 3. Its patch convolution reaches a few pixels past the unit; what it finds there is zero where the neighbor is
 dropped, as in the authors' training and in timm's ``forward_features(x, mask)``.
 """
 
@@ -13,10 +13,10 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from unlabeled.ssl.backbones.masked.tokens.family import Family
+from unlabeled.ssl.backbones.masked.tokens.family import TokenFamily
 
 
-class Hiera(Family):
+class Hiera(TokenFamily):
     """A *patch* of this family is a mask unit, for the usual sizes 32 pixels."""
 
     classes: ClassVar[tuple[str, ...]] = ("hiera:Hiera",)
@@ -64,8 +64,8 @@ class Hiera(Family):
         hidden = hidden.repeat_interleave(self.cell[0], 2).repeat_interleave(self.cell[1], 3)
         tokens = self.model.unroll(self.model._pos_embed(self.model.patch_embed(x.masked_fill(hidden, 0.0))))
         tokens = tokens.view(batch, self.model.mu_size, units, -1)  # the units of one place inside the unit in a row
-        places = ids[:, None, :, None].expand(-1, tokens.shape[1], -1, tokens.shape[-1])
-        tokens = tokens.gather(2, places).flatten(1, 2)
+        positions = ids[:, None, :, None].expand(-1, tokens.shape[1], -1, tokens.shape[-1])
+        tokens = tokens.gather(2, positions).flatten(1, 2)
         for block in self.model.blocks:
             tokens = self.run(block, tokens)
         return cast(Tensor, tokens)

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unlabeled.ssl.backbones.masked.tokens.family import Family, Positions, gather_patches, with_prefix
+from unlabeled.ssl.backbones.masked.tokens.family import Positions, TokenFamily, gather_patches, with_prefix
 
 
-class CaiT(Family):
+class CaiT(TokenFamily):
     """CaiT: patches attend to each other through talking heads; a class token then attends to all of them."""
 
     classes: ClassVar[tuple[str, ...]] = ("cait:Cait",)
@@ -22,10 +22,10 @@ class CaiT(Family):
         {"patch_embed", "cls_token", "pos_embed", "blocks", "blocks_token_only", "norm"}
     )
 
-    def lacks(self) -> str | None:
+    def missing_reason(self) -> str | None:
         if self.trunk.blocks_token_only is None:
             return "its class attention was cut off"
-        return super().lacks() or self.strange_blocks(self.trunk.blocks_token_only)
+        return super().missing_reason() or self.strange_blocks(self.trunk.blocks_token_only)
 
     def positions(self, grid: tuple[int, int]) -> Positions:
         return Positions(self.projection.new_zeros(1, 0, self.dim), self.trunk.pos_embed[0])
@@ -34,7 +34,7 @@ class CaiT(Family):
         return cast(Tensor, self.trunk.norm(self.trunk.forward_cls(tokens)))
 
 
-class TNT(Family):
+class TNT(TokenFamily):
     """Transformer in transformer: the pixels of a patch are tokens among themselves and add up to the patch's token."""
 
     classes: ClassVar[tuple[str, ...]] = ("tnt:TNT",)
@@ -46,7 +46,7 @@ class TNT(Family):
     )
 
     def strange_stem(self) -> str | None:
-        return "its stem mixes neighbouring patches" if self.trunk.pixel_embed.legacy else None
+        return "its stem mixes neighboring patches" if self.trunk.pixel_embed.legacy else None
 
     @property
     def cell(self) -> tuple[int, int]:
