@@ -160,6 +160,7 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_readme_run(folder: Path) -> None:
     draw_images(folder)
     run_page("README.md", folder)
@@ -169,6 +170,7 @@ def test_the_commands_of_the_readme_run(folder: Path) -> None:
     assert [path.name for path in (folder / "reports").glob("*/compare.html")] == ["compare.html"]
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_tutorial_run(folder: Path) -> None:
     run_page("docs/tutorial.md", folder)
     run = folder / "runs" / "rotation"
