@@ -7,7 +7,7 @@ Conventions of the pages, as HTML comments on the line before a fenced block:
 - ``<!-- interrupted -->``: the reader presses Ctrl-C during the command, which ends with code 75.
 
 Blocks of ``text`` are output. What is shortened: ``unlabeled pretrain`` and ``finetune`` get ``debug=true``, and the
-images are fewer and smaller.
+images are fewer (`FEWER`).
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ PAGES = ["README.md", "docs/tutorial.md", *(f"docs/how-to/{name}.md" for name in
 
 _BLOCK = re.compile(r"^(?:<!-- (?P<mark>[^>]*?) -->\n)?```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 _SHORTENED = ("pretrain", "finetune")
+FEWER = {"2048": "128", "3072": "192", "4096": "256"}
+"""Numbers of images in files that the reader saves."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def run_page(name: str, folder: Path) -> None:
     """Follows `name` as a reader would who starts in `folder`."""
     for number, block in enumerate(page(name)):
         if block.mark.startswith("file: "):
-            (folder / block.mark.removeprefix("file: ")).write_text(block.text)
+            text = re.sub("|".join(FEWER), lambda match: FEWER[match[0]], block.text)
+            (folder / block.mark.removeprefix("file: ")).write_text(text)
         elif block.kind == "python" and not block.mark.startswith("not run: "):
             script = folder / f"block_{number}.py"
             script.write_text(_short_python(block.text))
