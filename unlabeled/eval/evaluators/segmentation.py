@@ -144,9 +144,8 @@ class SegmentationEvaluator(Evaluator):
     ) -> LabeledFeatures:
         """At most ``bank`` labeled places, as many of each image, drawn by the seed."""
         seed = dataset.seed
-        images = drawn(
-            len(train), self.config.bank, derive("segmentation pictures", seed)
-        )  # a key, not a word: it fixes what is drawn
+        # "pictures" is part of the seed: renaming it would draw other images than before
+        images = drawn(len(train), self.config.bank, derive("segmentation pictures", seed))
         each = -(-self.config.bank // len(images))
         found: list[LabeledFeatures] = []
         for batch in masked_batches(train, positions.size, images, dataset):
