@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from unlabeled.pretext.common.precision import widened
 from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy
-from unlabeled.pretext.common.views import Chance, ColorConfig, Colors, Part, RandomCrop, cell_centers
+from unlabeled.pretext.common.views import ColorConfig, Colors, Fraction, Probability, RandomCrop, cell_centers
 from unlabeled.pretext.dense_contrast.pair_images import matched_cells
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.level_map import LevelMap
@@ -39,14 +39,14 @@ _SHOWN = 8
 class FirstPixelColors(ColorConfig):
     """Color augmentation of the first view."""
 
-    blur: Chance = 1.0
+    blur: Probability = 1.0
 
 
 class SecondPixelColors(ColorConfig):
     """Color augmentation of the second view."""
 
-    blur: Chance = 0.1
-    solarize: Chance = 0.2
+    blur: Probability = 0.1
+    solarize: Probability = 0.2
 
 
 class PixelPairsConfig(TaskConfig):
@@ -67,11 +67,11 @@ class PixelPairsConfig(TaskConfig):
     joint_passes: bool = False
     """Run both views through a network in one pass. This is faster, but batch norms then mix both views, unlike in the
     paper."""
-    crop_scale: tuple[Part, Part] = (0.08, 1.0)
+    crop_scale: tuple[Fraction, Fraction] = (0.08, 1.0)
     """Smallest and largest fraction of the image area that a view covers. [fraction]"""
     crop_ratio: tuple[Aspect, Aspect] = (3 / 4, 4 / 3)
     """Narrowest and widest aspect ratio (width / height) of a crop."""
-    flip: Chance = 0.5
+    flip: Probability = 0.5
     """Probability of a horizontal flip of a view."""
     first: FirstPixelColors = FirstPixelColors()
     """Color augmentation of the first view."""

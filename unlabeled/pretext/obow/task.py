@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from unlabeled.pretext.common.checkpoint import load_mapped
 from unlabeled.pretext.common.precision import widened
 from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy
-from unlabeled.pretext.common.views import Part
+from unlabeled.pretext.common.views import Fraction
 from unlabeled.pretext.obow.drawing import nearest_words, painted, side_by_side, word_colors
 from unlabeled.pretext.obow.reference import reference_names
 from unlabeled.pretext.obow.views import ImageCropsConfig, OBoWViews, PatchesConfig, sizes_of
@@ -46,12 +46,12 @@ _VIEWS = ("crops", "patches")
 """Kinds of student views, by their key in a batch; each has a loss of equal weight, however many views it has."""
 _MB = 2**20
 _LEAST = 1e-3
-"""Part of the mean squared feature that the mean distance of a first batch is at least: on small maps each place may
-be a word itself."""
+"""Lower bound of the first batch's mean distance, as a fraction of the mean squared feature: on small maps each
+position may itself be a word, at distance 0."""
 _TINY = 1e-12
-"""Smallest mean distance that is divided by; constant images have none."""
+"""Smallest mean distance to divide by; for constant images it is 0."""
 _SHOWN = 8
-"""Images that `visualize` shows."""
+"""Number of images that `visualize` shows."""
 
 
 class OBoWConfig(TaskConfig):
@@ -84,7 +84,7 @@ class OBoWConfig(TaskConfig):
     """Decay rate of the teacher's weights at the start of the run; it rises to 1 along a half cosine."""
     distance_decay: float = Field(0.99, ge=0, lt=1)
     """Decay rate of the running mean distance to the nearest word."""
-    center: Part = 0.875
+    center: Fraction = 0.875
     """Fraction of each side of the image that the teacher sees (224 of 256 pixels). [fraction]"""
     image_crops: ImageCropsConfig = ImageCropsConfig()
     """Crops of the image for the student."""

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from unlabeled.pretext.common.views import ColorConfig, Colors, Part, RandomCrop
+from unlabeled.pretext.common.views import ColorConfig, Colors, Fraction, RandomCrop
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.shapes import probed
 from unlabeled.ssl.config.schema import Size
@@ -29,7 +29,7 @@ class _SeenByStudent(TaskConfig):
     size: Size | None = None
     """Side of a view, one number or [height, width]; null: a fixed fraction of the network's input (160/224 for crops,
     96/224 for patches). [pixels]"""
-    scale: tuple[Part, Part]
+    scale: tuple[Fraction, Fraction]
     """Smallest and largest fraction of the image area that a crop covers. [fraction]"""
 
     @model_validator(mode="after")
@@ -44,7 +44,7 @@ class ImageCropsConfig(_SeenByStudent):
 
     number: int = Field(2, ge=0)
     """Crops of each image; the vanilla form has 1. [crops]"""
-    scale: tuple[Part, Part] = (0.08, 0.6)
+    scale: tuple[Fraction, Fraction] = (0.08, 0.6)
     colors: ColorConfig = ColorConfig(saturation=0.4, blur=0.5)
     """Color augmentation of the crops."""
 
@@ -55,7 +55,7 @@ class PatchesConfig(_SeenByStudent):
 
     number: int = Field(5, ge=0, le=_ROWS**2)
     """Patches of each image, drawn from a grid of 3x3; the vanilla form has 0. [patches]"""
-    scale: tuple[Part, Part] = (0.6, 1.0)
+    scale: tuple[Fraction, Fraction] = (0.6, 1.0)
     base: Size | None = None
     """Side of the larger crop that patches are cut from; null: 256/224 of the network's input. [pixels]"""
     shift: int | None = Field(None, ge=0)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unlabeled.pretext.common.multi_crop import crop_sheet
-from unlabeled.pretext.common.views import Part
+from unlabeled.pretext.common.views import Fraction
 from unlabeled.pretext.self_distillation.self_distillation import by_crop, crop_major
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.level_map import LevelMap
@@ -33,9 +33,9 @@ Spread = Literal["uniform", "even"]
 class PatchMaskConfig(TaskConfig):
     """What is masked; the defaults are iBOT's."""
 
-    masked_crops: Part = 0.5
+    masked_crops: Fraction = 0.5
     """Fraction of the large crops that have masked patches. [fraction]"""
-    mask_ratio: tuple[Part, Part] = (0.1, 0.5)
+    mask_ratio: tuple[Fraction, Fraction] = (0.1, 0.5)
     """Smallest and largest fraction of the patches of such a crop that is masked. [fraction]"""
     mask_spread: Spread = "uniform"
     """How mask ratios are drawn. uniform: independently. even: spread evenly over the range within each batch

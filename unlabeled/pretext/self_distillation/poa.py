@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from unlabeled.pretext.common.multi_crop import GLOBALS
-from unlabeled.pretext.common.views import Part
+from unlabeled.pretext.common.views import Fraction
 from unlabeled.pretext.self_distillation.masked_patches import (
     MaskedPatches,
     PatchMaskConfig,
@@ -92,8 +92,8 @@ class POAConfig(PatchMaskConfig, TeacherStudentConfig):
     drop_path: float | None = Field(None, ge=0, lt=1)
     """Stochastic depth, the same for each block (0.2 for ViTs); null: as the network is built."""
 
-    global_scale: tuple[Part, Part] = (0.32, 1.0)
-    local_scale: tuple[Part, Part] = (0.05, 0.32)
+    global_scale: tuple[Fraction, Fraction] = (0.32, 1.0)
+    local_scale: tuple[Fraction, Fraction] = (0.05, 0.32)
     mask_spread: Spread = "even"
     temperature_warmup: float = Field(30 / 346, ge=0, le=1)
     momentum: float = Field(0.992, ge=0, le=1)

@@ -36,7 +36,7 @@ from unlabeled.pretext.common.multi_crop import (
     local_size,
     require_crops,
 )
-from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy, without_dropping
+from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy, without_dropout
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.elastic.slices import Slice
 from unlabeled.ssl.core.distributed import sum_over_ranks, world_size
@@ -115,7 +115,7 @@ class TeacherStudent(PretextTask):
         """Raises CapabilityError for a backbone that does not pool, ConfigError for crops that it cannot take."""
         super().__init__(config, backbone)
         require_crops(config, backbone)
-        self.teacher = nn.ModuleDict({"backbone": without_dropping(frozen_copy(backbone))})
+        self.teacher = nn.ModuleDict({"backbone": without_dropout(frozen_copy(backbone))})
         self.register_buffer("progress", torch.zeros(()))
 
     @classmethod
