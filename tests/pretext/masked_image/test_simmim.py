@@ -234,16 +234,16 @@ def test_compiled_and_not_are_the_same():
 
 
 @pytest.mark.parametrize(
-    ("which", "level", "size"), [(SWIN, "token", 32), (CONVNEXT, "token", 32), (RESNET, "pixel", 32)]
+    ("which", "entry", "size"), [(SWIN, "token", 32), (CONVNEXT, "token", 32), (RESNET, "pixel", 32)]
 )
-def test_which_substitution_is_used_is_said(which, level, size, caplog):
+def test_the_log_reports_how_masked_cells_enter(which, entry, size, caplog):
     with caplog.at_level(logging.INFO):
         task = tiny_task(which, size)
-    assert task.level == level
+    assert task.mask_entry == entry
     said = [record.message for record in caplog.records if record.name.endswith("simmim")]
     assert len(said) == 1
-    assert ("color in the image" if level == "pixel" else f"token after {task.stem.name}") in said[0]
-    assert task.mask_token.shape == ((1, 3, 1, 1) if level == "pixel" else (1, 1, task.stem.dim))
+    assert ("color in the image" if entry == "pixel" else f"token after {task.stem.name}") in said[0]
+    assert task.mask_token.shape == ((1, 3, 1, 1) if entry == "pixel" else (1, 1, task.stem.dim))
     assert "stem" not in dict(task.named_children())
 
 

@@ -139,7 +139,7 @@ def test_created_by_name():
 
 
 @pytest.mark.parametrize("crop", ["pad", "resized", "auto"])
-@pytest.mark.parametrize("image", [(32, 32), (40, 57), (9, 8)])
+@pytest.mark.parametrize("original", [(32, 32), (40, 57), (9, 8)])
 def test_views_give_images_of_the_backbones_size(crop, original):
     config = RotationConfig(crop=crop)
     views = pickle.loads(pickle.dumps(Rotation.views(config, create_backbone("test_resnet", size=32))))
