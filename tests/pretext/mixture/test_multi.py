@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from unlabeled.pretext import registry
 from unlabeled.pretext.common.positions import sincos_2d
 from unlabeled.pretext.common.teacher import frozen_copy
-from unlabeled.pretext.mixture.balance import Ramp, balanced, gradient_norms, split_rows, weight_at
+from unlabeled.pretext.mixture.balance import Ramp, balanced, gradient_norms, split_images, weight_at
 from unlabeled.pretext.mixture.mixture import MultiConfig
 from unlabeled.pretext.mixture.multi import Multi
 from unlabeled.pretext.registry import create_task, task_class, task_config
@@ -336,7 +336,7 @@ def test_it_is_said_once_that_each_task_has_a_forward_pass_of_its_own(caplog):
     with caplog.at_level("INFO", logger="unlabeled.pretext.mixture.multi"):
         mixture(VIT, [MAE, ROTATION])
         assert [record.getMessage() for record in caplog.records] == [
-            "multi: mae, rotation, each with views of its own and so a forward pass of its own through "
+            "multi: mae, rotation, each with its own views and so its own forward pass through "
             "vit_tiny_patch16_224, over all images"
         ]
         mixture(VIT, [{**MAE, "portion": 2}, ROTATION])
@@ -542,11 +542,11 @@ def test_half_precision_measures_about_the_same():
 @pytest.mark.parametrize("shares", [[1, 1], [1, 0.5], [3, 1, 1], [0.2, 1]])
 def test_rows_are_dealt_out_in_proportion_and_in_halves_alike(shares):
     period = {2: 6, 3: 5}[len(shares)]
-    dealt = split_rows(shares, 2 * period)
+    dealt = split_images(shares, 2 * period)
     assert sorted(row for rows in dealt for row in rows) == list(range(2 * period))
     assert all(abs(len(rows) - 2 * period * one / sum(shares)) < 1 for rows, one in zip(dealt, shares, strict=True))
     if all((period * one / sum(shares)) % 1 < 1e-9 for one in shares):
-        half = split_rows(shares, period)
+        half = split_images(shares, period)
         assert [[row % period for row in rows] for rows in dealt] == [rows + rows for rows in half]
 
 
@@ -554,7 +554,7 @@ def test_each_task_sees_its_own_part_of_a_split_batch():
     task = mixture(VIT, [{**MAE, "portion": 3}, ROTATION], batch="split").double()
     batch = batch_of(task, 8)
     draw = task.draw(batch)
-    rows = split_rows([3, 1], 8)
+    rows = split_images([3, 1], 8)
     assert [len(one) for one in rows] == [6, 2]
     output = task(batch, **draw)
     for position, label in enumerate(task.tasks):

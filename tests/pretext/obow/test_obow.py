@@ -53,7 +53,7 @@ def test_border_cells_change_neither_bag_nor_queue():
         position = torch.full((2,), corner)
         first, second = (task.assign(1, task.prepared(one), position) for one in (maps, spoiled))
         assert torch.equal(first[1], second[1])
-        assert torch.equal(first[2].rows, second[2].rows)
+        assert torch.equal(first[2].words, second[2].words)
 
 
 def test_mean_distance_moves_before_it_is_used():

@@ -211,7 +211,7 @@ class PixelPairs(PretextTask):
         return maps, self.each_view(self.teacher["projector"], maps)
 
     def positive_pairs(self, boxes: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """Boxes (B, 2, 4) → bool (B, L, L): True if a cell of the first view (rows) is near one of the second (columns).
+        """Boxes (B, 2, 4) → bool (B, L, L): True if a cell of the first view (row) is near one of the second (column).
 
         `grid` ends with (gh, gw), so the shape of a map will do.
         """

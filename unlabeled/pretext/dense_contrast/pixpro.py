@@ -109,7 +109,7 @@ class PixPro(PixelPairs):
             self.follow("instance_projector")
 
     def forward(self, batch: Batch) -> StepOutput:
-        """``views`` uint8 (B, 2, 3, h, w), ``boxes`` (B, 2, 4) → the loss of nearby cells, in [-4, 4], plus the weighted
+        """``views`` uint8 (B, 2, 3, h, w), ``boxes`` (B, 2, 4) → loss of nearby cells, in [-4, 4], plus the weighted
         loss of whole images, in the same range."""
         # student and teacher encode both views; lists have one tensor per view
         images = self.images_of(batch)  # (B, 3, h, w) each
@@ -168,7 +168,7 @@ def consistency(predictions: Tensor, keys: Tensor, positive: Tensor) -> Tensor:
 
 
 def agreement(predictions: Sequence[Tensor], keys: Sequence[Tensor]) -> Tensor:
-    """-2 times the mean cosine of each view's predictions (B, C) and the other view's keys (B, C), summed over views."""
+    """-2 times the mean cosine of each view's predictions (B, C) and the other's keys (B, C), summed over views."""
     forth, back = predictions[0] * keys[1], predictions[1] * keys[0]
     return -2 * forth.sum(1).mean() - 2 * back.sum(1).mean()
 
