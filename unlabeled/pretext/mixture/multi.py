@@ -49,7 +49,7 @@ class Multi(PretextTask):
     Submodules: `backbone` and `tasks`. Buffers: `weights` (N,) for the next step and, if balanced, `norms` (N,) and
     the number of `steps`.
 
-    A parameter of the backbone is trained if the loss of any task trains it, unless a task prescribes its value (such as
+    A parameter of the backbone is trained if the loss of any task trains it, unless a task prescribes its value (like
     MAE's fixed positions). If tasks reinitialize the backbone (MAE), the last of them has the final say. Weight decay
     and layer of the backbone's parameters are those that the first task gives them.
 

@@ -111,7 +111,7 @@ class Rotation(PretextTask):
         "epochs": 200,
     }
     """Rotation prediction (Gidaris et al., ICLR 2018, arXiv 1803.07728): the authors' CIFAR-10 recipe. Each image
-    is seen in four rotations; batch_size counts images, and the rate is not scaled by four."""
+    is seen in four rotations; batch_size counts images, and the learning rate is not scaled by four."""
     requires: ClassVar[frozenset[str]] = frozenset({"pooled"})
     config: RotationConfig
 
