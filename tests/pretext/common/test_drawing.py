@@ -1,4 +1,4 @@
-"""Tiles of `visualize`: sizes, colors and places, pixel by pixel."""
+"""Tiles of `visualize`: sizes, colors and positions, pixel by pixel."""
 
 from __future__ import annotations
 

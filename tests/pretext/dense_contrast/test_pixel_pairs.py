@@ -311,7 +311,7 @@ def test_small_views_are_not_blurred(size: int, blur: bool | str, expected: bool
     assert torch.equal(blurred(drawn, size, blur), drawn) != expected
 
 
-def test_the_blur_is_drawn_anew_each_time():
+def test_the_blur_is_drawn_again_each_time():
     torch.manual_seed(9)
     drawn = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8)
     draws = []
@@ -322,7 +322,7 @@ def test_the_blur_is_drawn_anew_each_time():
     assert not torch.equal(draws[0], draws[1])
 
 
-def test_that_there_is_no_blur_is_said(caplog: pytest.LogCaptureFixture):
+def test_the_log_reports_that_there_is_no_blur(caplog: pytest.LogCaptureFixture):
     with caplog.at_level("INFO"):
         pixpro()
     assert "task.blur: views of 32x32 pixels are not blurred; set task.blur=true" in caplog.text

@@ -48,7 +48,7 @@ def tiny_task(which: tuple[str, dict] | Backbone = VIT, size: object = 32, **set
 
 @pytest.mark.parametrize("module", SAMPLE)
 def test_networks_of_all_kinds(module):
-    """A step reaches every trainable parameter, and hidden pixels reach no feature."""
+    """A step reaches every trainable parameter, and masked pixels reach no feature."""
     made = ARCHITECTURES[module]
     backbone = create_backbone(made["name"], size=made["size"], **made.get("kwargs", {}))
     task = tiny_task(backbone, mask_unit=14 if module == "deepseek_vit" else None).train()
@@ -155,5 +155,5 @@ def test_recipes_build(recipe):
     config = compose_settings("pretrain", [f"recipe={recipe}", "data.path=cifar10"], PretrainConfig)
     task = create_task(config.task, backbone_of((config.backbone.name, config.backbone.kwargs), config.backbone.size))
     assert task.grid_of((32, 32)) == (4, 4)
-    assert task.cell == (task.stride, task.stride)  # as the paper's Swin: a cell is one place of the last map
+    assert task.cell == (task.stride, task.stride)  # as the paper's Swin: a cell is one position of the last map
     assert task.mask_entry == "token"

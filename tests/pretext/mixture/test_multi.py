@@ -139,7 +139,7 @@ def test_a_task_alone_and_in_a_mixture_sees_the_same_backbone_and_the_mixture_ha
 
 
 @pytest.mark.parametrize("tasks", [[MAE, ROTATION], [ROTATION, MAE]])
-def test_positions_that_mae_prescribes_stay_fixed_beside_a_task_that_trains_them(tasks):
+def test_positions_that_mae_prescribes_stay_fixed_next_to_a_task_that_trains_them(tasks):
     task = mixture(VIT, tasks)
     table = task.backbone.model.pos_embed
     assert torch.equal(table, sincos_2d(16, (4, 4), 1))
@@ -219,7 +219,7 @@ def _import(name: str) -> Any:
 
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
 def test_a_teacher_is_a_copy_of_the_weights_that_training_starts_from(follower, order):
-    """MAE draws the backbone anew, also after a teacher was copied from it."""
+    """MAE reinitializes the backbone, also after a teacher was copied from it."""
     task = mixture(VIT, [[follower, MAE][position] for position in order])
     teacher = task.tasks["follower"].teacher
     assert all(map(torch.equal, teacher.parameters(), task.backbone.parameters()))
@@ -332,7 +332,7 @@ def test_images_of_all_tasks_and_nothing_else_changes():
     assert all(torch.equal(value, state[name]) for name, value in task.state_dict().items())
 
 
-def test_it_is_said_once_that_each_task_has_a_forward_pass_of_its_own(caplog):
+def test_the_log_reports_once_that_each_task_has_a_forward_pass_of_its_own(caplog):
     with caplog.at_level("INFO", logger="unlabeled.pretext.mixture.multi"):
         mixture(VIT, [MAE, ROTATION])
         assert [record.getMessage() for record in caplog.records] == [
@@ -383,7 +383,7 @@ def test_a_fault_is_one_line_that_names_the_place(tasks, message):
     assert "\n" not in str(caught.value)
 
 
-def test_what_does_not_fit_the_backbone_names_the_place_too():
+def test_what_does_not_fit_the_backbone_names_the_entry_too():
     with pytest.raises(ConfigError, match=r"^task.tasks\[1\].mask_unit: 12 does not fit"):
         mixture(VIT, [ROTATION, {**SIMMIM, "mask_unit": 12}])
     with pytest.raises(ConfigError, match=r"^task.tasks\[0\].angles: 4 rotations .* set task.tasks\[0\].angles=2 or"):

@@ -195,7 +195,7 @@ def test_words_of_other_networks_come_from_the_first_batch():
 
 
 @pytest.mark.parametrize("constant", [False, True])
-def test_a_first_batch_whose_every_place_is_a_word(constant):
+def test_a_first_batch_whose_every_position_is_a_word(constant):
     backbone = create_backbone("vit_tiny_patch16_224", size=32, dynamic_img_size=True, **VIT)
     task = make(backbone, words=60, word_source="cell")
     batch = batch_of(task)

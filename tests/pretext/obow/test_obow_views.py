@@ -124,7 +124,7 @@ def test_windows_are_cut_on_a_grid_of_three_with_a_shift_each():
     assert seen == set(range(25))
 
 
-def test_kept_windows_are_drawn_anew_for_each_image():
+def test_kept_windows_are_drawn_again_for_each_image():
     views = views_of(resnet(224))
     kept = {tuple(int(one[0, 0, 0]) // 68 for one in views._cut(positions(256, 256))) for _ in range(20)}
     assert len(kept) > 10

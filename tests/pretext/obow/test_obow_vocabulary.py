@@ -168,7 +168,7 @@ def test_words_begin_cut_off_at_zero_where_maps_are_not_negative():
     assert (queue(500).words == 0).float().mean().item() == pytest.approx(0.5, abs=0.1)
 
 
-def test_seeds_take_equally_many_places_of_each_image():
+def test_seeds_take_equally_many_positions_of_each_image():
     maps = torch.arange(2 * 16.0).view(2, 1, 4, 4)
     seeds = seed_words(maps, torch.tensor([0.0, 0.5]), (1, 1), 4).flatten().tolist()
     assert seeds == [0, 4, 8, 12, 24, 28, 16, 20]

@@ -203,7 +203,7 @@ def test_masked_patches_are_those_with_the_largest_noise_crop_by_crop():
 
 
 @pytest.mark.parametrize(("make", "level", "cell"), [(vit, "token", 8), (swin, "token", 4), (convnet, "pixel", 8)])
-def test_the_student_does_not_see_hidden_pixels(make, level, cell):
+def test_the_student_does_not_see_masked_pixels(make, level, cell):
     task = tiny(make()).eval()
     assert ("pixel" if task.masker.stem is None else "token") == level
     assert task.masker.grid_of(task.backbone, (32, 32)) == (32 // cell, 32 // cell)
@@ -287,14 +287,14 @@ def test_batch_norms_of_a_head_flatten_positions():
 # --- messages and images -------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_is_said_before_training():
+def test_what_cannot_be_raises_before_training():
     with pytest.raises(CapabilityError, match=r"convnext_atto cannot do iBOT: its last map has one position for 32x32"):
         tiny(create_backbone("convnext_atto", size=32, dims=(8, 8, 8, 8), depths=(1, 1, 1, 1)), locals=0)
     with pytest.raises(ValueError, match=r"mask_ratio \[0.5, 0.1\] begins above its end"):
         tiny(mask_ratio=(0.5, 0.1))
 
 
-def test_places_need_not_divide_the_image():
+def test_patches_need_not_divide_the_image():
     task = tiny(create_backbone("resnet18", size=36, channels=(8, 8, 8, 8), output_stride=8), locals=0)
     assert task.masker.grid_of(task.backbone, (36, 36)) == (5, 5)
     output = task({"globals": torch.randint(0, 256, (2, 2, 3, 36, 36), dtype=torch.uint8)})
