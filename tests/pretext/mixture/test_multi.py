@@ -396,7 +396,7 @@ def test_what_does_not_fit_the_backbone_names_the_entry_too():
 
 def test_reference_checkpoints_and_compiling_a_measurement_are_refused():
     task = mixture(VIT, [MAE, ROTATION], balance="gradient_norm")
-    with pytest.raises(CheckpointError, match=r"reference: a mixture \(mae, rotation\) has no reference .* backbone.ch"):
+    with pytest.raises(CheckpointError, match=r"a mixture \(mae, rotation\) has no reference .* backbone.ch"):
         task.load_reference({"cls_token": torch.zeros(1)})
     with pytest.raises(ConfigError, match=r"task.balance: .* set engine.compile=false or task.balance=fixed"):
         task.compile()
