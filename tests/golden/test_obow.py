@@ -127,15 +127,15 @@ def test_teacher_targets_and_new_words(pair):
         sharpness = task.config.beta / task.vocabularies[level].moved_distance(nearest.view(1))
         codes = (-sharpness * distances).softmax(-1).transpose(1, 2)
         pair.assert_close(f"expect/codes_level{level}", codes.reshape(expected.shape), RESULT)
-        used, bags, news = task.assign(level, maps, position[:, level])
+        used, bags, update = task.assign(level, maps, position[:, level])
         assert torch.equal(used, words)
-        assert torch.allclose(news.nearest, nearest)
+        assert torch.allclose(update.nearest, nearest)
         pair.assert_close(f"expect/bow_target_level{level}", bags, RESULT)
         pair.assert_close(f"expect/perplexity_batch_level{level}", perplexity(bags.mean(0)), RESULT)
         pair.assert_close(f"expect/perplexity_image_level{level}", perplexity(bags).mean(), RESULT)
         rows = pick_words(maps, position[:, level], window_of(maps, "local"))
         pair.assert_close(f"expect/queue_rows_level{level}", rows, RESULT)
-        assert torch.equal(news.rows, rows)
+        assert torch.equal(update.words, rows)
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ def build(pair) -> SimMIM:
     backbone = Backbone(model(config), size=(config["image_size"], config["image_size"]))
     task = SimMIM(SimMIMConfig.model_validate(settings), backbone)
     assert task.load_reference(pair.group("state")) == ([], [])
-    assert task.level == "token"
+    assert task.mask_entry == "token"
     assert task.stride == config["encoder_stride"]
     return task
 

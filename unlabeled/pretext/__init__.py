@@ -1,1 +1,1 @@
-"""Pretext tasks: one file each, found through `unlabeled.pretext.registry`."""
+"""Pretext tasks, one file each; `unlabeled.pretext.registry` finds them by name."""

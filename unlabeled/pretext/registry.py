@@ -1,4 +1,4 @@
-"""Name → task class. A new task is one line here, its file, its config and its test."""
+"""The registry of tasks, from name to class. A new built-in task needs one line here, its own file, and a test."""
 
 from __future__ import annotations
 
@@ -35,37 +35,37 @@ TASKS: dict[str, str] = {
 
 
 GROUP = "unlabeled.tasks"
-"""Entry-point group in which installed packages name their tasks."""
+"""Entry-point group under which installed packages register their tasks."""
 
 REGISTRY = Registry("task", "a pretext task", group=GROUP, targets=TASKS)
 
 
 def register_task(name: str, target: str) -> None:
-    """Adds task `name` as ``"module:Class"``. Raises ConfigError when the name is taken."""
+    """Registers `target` (``"module:Class"``) as task `name`. Raises ConfigError if the name is taken."""
     REGISTRY.register(name, target)
 
 
 def task_names() -> list[str]:
-    """All task names: built in, registered, and from installed packages (entry-point group ``unlabeled.tasks``)."""
+    """All task names: built-in ones, registered ones, and those of installed packages (see `GROUP`)."""
     return sorted(REGISTRY.names())
 
 
 def task_origin(name: str) -> str:
-    """Who brings task `name`: "built in", a distribution and its version, or the module that registered it."""
+    """Where task `name` comes from: "built in", a distribution and its version, or the module that registered it."""
     return REGISTRY.origin(name)
 
 
 def task_class(name: str) -> type[PretextTask]:
-    """The class of task `name`, imported on demand.
+    """Imports and returns the class of task `name`.
 
-    Raises ConfigError naming the nearest known tasks, or saying why a plugin's task cannot be imported.
+    Raises ConfigError that lists the most similar known names, or that says why a plugin's task cannot be imported.
     """
     found: type[PretextTask] = REGISTRY.load(name)
     return found
 
 
 def task_config(settings: Mapping[str, Any]) -> TaskConfig:
-    """Validates ``{"name": ..., **fields}`` with the task's own `Config`. Raises ConfigError in one line."""
+    """Validates ``{"name": ..., **fields}`` with the task's `Config`. Raises ConfigError with a one-line message."""
     fields = {key: value for key, value in settings.items() if key != "name"}
     cls = task_class(str(settings.get("name")))
     try:
@@ -77,30 +77,32 @@ def task_config(settings: Mapping[str, Any]) -> TaskConfig:
 def create_task(settings: Mapping[str, Any], backbone: Backbone) -> PretextTask:
     """Builds the task that `settings` (``{"name": ..., **fields}``) describes around `backbone`.
 
-    Raises CapabilityError, with the tasks that the backbone can do, when it lacks something that this one needs.
+    Raises CapabilityError if the backbone is missing a capability that the task requires; the message lists the tasks
+    that do work with it.
     """
     cls, config = task_class(str(settings["name"])), task_config(settings)
     try:
         return cls(config, backbone)
     except MissingCapabilityError as error:
-        able = ", ".join(tasks_for(backbone)) or "none of the installed tasks"
-        raise CapabilityError(f"{error}; it can do: {able}") from None
+        # the list of alternatives is added here, because backbones know nothing of the registry
+        alternatives = ", ".join(tasks_for(backbone)) or "none of the installed tasks"
+        raise CapabilityError(f"{error}; it can do: {alternatives}") from None
 
 
 def tasks_for(backbone: Backbone) -> list[str]:
-    """Names of the tasks whose every requirement `backbone` meets."""
+    """Names of the tasks for which `backbone` has all required capabilities."""
 
-    def able(task: str) -> bool:
+    def supported(task: str) -> bool:
         try:
             return not any(backbone.missing_reason(capability) for capability in task_class(task).requires)
-        except ConfigError:  # a task of a plugin that cannot be imported
+        except ConfigError:  # a plugin's task that cannot be imported must not hide the others
             return False
 
-    return [task for task in task_names() if able(task)]
+    return [task for task in task_names() if supported(task)]
 
 
 class Recipes(Mapping[str, Mapping[str, Any]]):
-    """Task → the settings that ``task=NAME`` stands for; a task is imported when it is looked up."""
+    """Maps a task name to the settings that ``task=NAME`` selects. A task is imported when its name is looked up."""
 
     def __getitem__(self, name: str) -> Mapping[str, Any]:
         recipe = task_class(name).recipe

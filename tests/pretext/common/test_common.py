@@ -82,7 +82,7 @@ def decoder(**kwargs) -> TransformerDecoder:
 
 
 def reference_predictions(built: TransformerDecoder, latent, masking, grid, prefix: int):
-    """The paper's way: mask tokens in their places, positions in raster order, every block on everything."""
+    """The paper's way: mask tokens at their positions, positions in raster order, every block on everything."""
     tokens = built.embed(latent)
     raster = built.mask_token.repeat(latent.shape[0], grid[0] * grid[1], 1)
     for row in range(latent.shape[0]):

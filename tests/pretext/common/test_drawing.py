@@ -1,4 +1,4 @@
-"""Tiles of `visualize`: sizes, colors and places, pixel by pixel."""
+"""Tiles of `visualize`: sizes, colors and positions, pixel by pixel."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ def test_a_frame_lies_around_the_tile(color):
     assert torch.equal(shown[:, outside], torch.tensor(color, dtype=torch.uint8)[:, None].expand(3, 80 - 24))
 
 
-@pytest.mark.parametrize(("gap", "ground"), [(2, 255), (3, 0)])
-def test_tiles_stand_row_by_row_on_their_ground(gap, ground):
+@pytest.mark.parametrize(("gap", "background"), [(2, 255), (3, 0)])
+def test_tiles_stand_row_by_row_on_a_background(gap, background):
     tiles = torch.randint(0, 256, (6, 3, 4, 5), dtype=torch.uint8)
-    sheet = tiled(tiles, 3, gap=gap, ground=ground)
+    sheet = tiled(tiles, 3, gap=gap, background=background)
     assert sheet.shape == (3, 2 * (4 + gap) + gap, 3 * (5 + gap) + gap)
     free = torch.ones(sheet.shape[1:], dtype=torch.bool)
     for number, tile in enumerate(tiles):
         top, left = gap + number // 3 * (4 + gap), gap + number % 3 * (5 + gap)
         assert torch.equal(sheet[:, top : top + 4, left : left + 5], tile)
         free[top : top + 4, left : left + 5] = False
-    assert (sheet[:, free] == ground).all()
-    assert torch.equal(tiled(list(tiles), 3, gap=gap, ground=ground), sheet)
+    assert (sheet[:, free] == background).all()
+    assert torch.equal(tiled(list(tiles), 3, gap=gap, background=background), sheet)
 
 
 def test_displayed_is_the_inverse_of_normalize():

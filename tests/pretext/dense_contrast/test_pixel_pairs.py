@@ -233,7 +233,7 @@ def test_a_map_below_three_cells_is_refused_with_a_remedy():
 def test_a_curriculum_may_not_go_below_three_cells_either():
     task = pixpro(64)
     task.require_size((24, 24))
-    with pytest.raises(ConfigError, match=r"task.level: map -1 of resnet18 has 3x2 places for images of 24x16, at"):
+    with pytest.raises(ConfigError, match=r"task.level: map -1 of resnet18 has 3x2 positions for images of 24x16, at"):
         task.require_size((24, 16))
 
 
@@ -244,7 +244,7 @@ def test_an_earlier_level_trains_no_later_layer():
     }
     assert frozen == {"layer4"}
     images = task.images_of(batch())[0]
-    assert torch.equal(task.eval().level(task.backbone, images), task.backbone.maps(images, [-2])[0])
+    assert torch.equal(task.eval().feature_map(task.backbone, images), task.backbone.maps(images, [-2])[0])
     task(batch()).loss.backward()
     assert all((p.grad is not None) == p.requires_grad for p in task.parameters())
 
@@ -254,7 +254,7 @@ def test_transformers_give_their_last_map_after_the_final_norm():
     task = PixPro(PixProConfig(**SMALL), vit).eval()
     nn.init.constant_(vit.model.norm.bias, 2.0)
     images = task.images_of(batch())[0]
-    found = task.level(vit, images)
+    found = task.feature_map(vit, images)
     tokens = vit.model.forward_features(images)[:, vit.model.num_prefix_tokens :]
     assert torch.allclose(found.flatten(2).transpose(1, 2), tokens, atol=1e-6)
     assert vit.model.norm.weight.requires_grad
@@ -264,7 +264,7 @@ def test_images_that_are_not_square():
     task = pixpro((32, 64))
     views = PixPro.views(task.config, task.backbone)(torch.randint(0, 256, (3, 50, 40), dtype=torch.uint8))
     assert views["views"].shape == (2, 3, 32, 64)
-    assert task.level.grid == (4, 8)
+    assert task.feature_map.grid == (4, 8)
     output = task({name: torch.stack([tensor, tensor]) for name, tensor in views.items()})
     assert output.loss.isfinite()
 
@@ -313,7 +313,7 @@ def test_small_views_are_not_blurred(size: int, blur: bool | str, expected: bool
     assert torch.equal(blurred(drawn, size, blur), drawn) != expected
 
 
-def test_the_blur_is_drawn_anew_each_time():
+def test_the_blur_is_drawn_again_each_time():
     torch.manual_seed(9)
     drawn = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8)
     draws = []
@@ -324,7 +324,7 @@ def test_the_blur_is_drawn_anew_each_time():
     assert not torch.equal(draws[0], draws[1])
 
 
-def test_that_there_is_no_blur_is_said(caplog: pytest.LogCaptureFixture):
+def test_the_log_reports_that_there_is_no_blur(caplog: pytest.LogCaptureFixture):
     with caplog.at_level("INFO"):
         pixpro()
     assert "task.blur: views of 32x32 pixels are not blurred; set task.blur=true" in caplog.text

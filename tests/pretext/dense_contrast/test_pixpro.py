@@ -191,7 +191,7 @@ def test_features_are_the_pooled_projections_of_one_view(make):
     task = make().eval()
     views = batch()
     features = task(views).features
-    maps_ = task.level(task.backbone, task.images_of(views)[0])
+    maps_ = task.feature_map(task.backbone, task.images_of(views)[0])
     assert torch.allclose(features, task.projector(maps_).mean((2, 3)), atol=1e-6)
     assert features.shape == (3, 8)
     assert not features.requires_grad
@@ -250,7 +250,7 @@ def test_parameters_of_the_published_network():
     whole = sum(parameter.numel() for parameter in task.parameters())
     assert (trained / 1e6, whole / 1e6) == pytest.approx((33.02, 65.98), abs=0.005)
     assert isinstance(task.projector, PixelMLP)
-    assert task.level.grid == (7, 7)
+    assert task.feature_map.grid == (7, 7)
 
 
 def test_created_by_name():

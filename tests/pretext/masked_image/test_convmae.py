@@ -41,7 +41,7 @@ def random_images(count: int = 4, size: tuple[int, int] = (32, 32)) -> Tensor:
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
-def test_loss_is_the_mean_over_pixels_then_over_hidden_cells(norm_pix):
+def test_loss_is_the_mean_over_pixels_then_over_masked_cells(norm_pix):
     task = tiny_task(norm_pix=norm_pix)
     noise = torch.rand(4, 16)
     output = task({"image": random_images()}, noise=noise)

@@ -47,7 +47,7 @@ def random_images(count: int = 4, size: tuple[int, int] = (32, 32)) -> Tensor:
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
-def test_loss_is_the_mean_over_pixels_then_over_hidden_cells(norm_pix):
+def test_loss_is_the_mean_over_pixels_then_over_masked_cells(norm_pix):
     task = tiny_task(norm_pix=norm_pix)
     noise = torch.rand(4, 16)
     images = task.backbone.normalize(random_images())
@@ -55,12 +55,12 @@ def test_loss_is_the_mean_over_pixels_then_over_hidden_cells(norm_pix):
     predictions = task.decoder.predict_all(task.encode(images, masking), masking)
     target = patchify(images, (8, 8))
     target = normalize_patches(target) if norm_pix else target
-    hidden = (~masking.visible.flatten(1)).float()
-    assert torch.equal(hidden.sum(1), torch.full((4,), 10.0))  # 16 * 0.4 = 6.4 are kept
-    loss = ((predictions - target) ** 2).mean(-1).mul(hidden).sum() / hidden.sum()
+    masked = (~masking.visible.flatten(1)).float()
+    assert torch.equal(masked.sum(1), torch.full((4,), 10.0))  # 16 * 0.4 = 6.4 are kept
+    loss = ((predictions - target) ** 2).mean(-1).mul(masked).sum() / masked.sum()
     output = task({"image": random_images()}, noise=noise)
     torch.testing.assert_close(output.loss, loss)
-    explained = 1 - loss / ((target**2).mean(-1).mul(hidden).sum() / hidden.sum())
+    explained = 1 - loss / ((target**2).mean(-1).mul(masked).sum() / masked.sum())
     torch.testing.assert_close(output.logs["explained"], explained, atol=1e-4, rtol=1e-4)
     assert not output.logs["explained"].requires_grad
 
@@ -130,7 +130,7 @@ def test_visible_cells_come_from_the_mask_not_from_their_values():
     assert math.isfinite(task({"image": images}, visible=masking.visible).loss.item())
 
 
-def test_nothing_stands_at_hidden_places_after_the_stem():
+def test_nothing_stands_at_masked_positions_after_the_stem():
     task = tiny_task()
     nn.init.ones_(task.backbone.model.stem[1].bias)
     seen: list[MaskedMap] = []
@@ -254,7 +254,7 @@ def test_sparse_kernels_number_their_positions_with_the_row_running_fastest():
     image = torch.zeros(1, 3, 16, 16)
     image[..., 5, 9] = 1
     moved = F.conv2d(image, weight, padding=3, groups=3)
-    assert moved[..., 8, 6].all()  # the place three rows below and three columns left reads it
+    assert moved[..., 8, 6].all()  # the position three rows below and three columns left reads it
     assert moved.sum() == 3
 
     full = torch.zeros(4, 5, 2)

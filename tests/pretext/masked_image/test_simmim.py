@@ -45,19 +45,19 @@ def random_images(count: int = 4, size: tuple[int, int] = (32, 32)) -> Tensor:
     return torch.randint(0, 256, (count, 3, *size), dtype=torch.uint8, generator=generator)
 
 
-def spots(grid: tuple[int, int], *hidden: tuple[int, int]) -> Tensor:
-    """Visible map (1, gh, gw) with the cells `hidden` off."""
+def spots(grid: tuple[int, int], *masked: tuple[int, int]) -> Tensor:
+    """Visible map (1, gh, gw) with the cells `masked` off."""
     visible = torch.ones(1, *grid, dtype=torch.bool)
-    for row, column in hidden:
+    for row, column in masked:
         visible[0, row, column] = False
     return visible
 
 
-def test_an_error_of_one_at_hidden_pixels_is_a_loss_of_one():
-    images, hidden = torch.randn(2, 3, 8, 8), torch.rand(2, 1, 8, 8) < 0.4
+def test_an_error_of_one_at_masked_pixels_is_a_loss_of_one():
+    images, masked = torch.randn(2, 3, 8, 8), torch.rand(2, 1, 8, 8) < 0.4
     for error in (1.0, 3.0):  # linear in the error, and whatever stands at visible pixels does not count
-        predicted = torch.where(hidden, images - error, torch.full_like(images, 1e6))
-        assert masked_l1(predicted, images, hidden).item() == pytest.approx(error, rel=1e-5)
+        predicted = torch.where(masked, images - error, torch.full_like(images, 1e6))
+        assert masked_l1(predicted, images, masked).item() == pytest.approx(error, rel=1e-5)
     few = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
     few[..., 0, 0] = True
     exact = masked_l1(torch.zeros(1, 3, 8, 8).double(), torch.ones(1, 3, 8, 8).double(), few)
@@ -85,15 +85,15 @@ def test_loss_against_a_slow_reference():
     assert output.logs["explained"].item() == pytest.approx(1 - total / blank, abs=1e-5)
 
 
-@pytest.mark.parametrize(("size", "hidden"), [(192, (22, 36)), (224, (30, 49))])
-def test_published_masks(size, hidden):
+@pytest.mark.parametrize(("size", "masked"), [(192, (22, 36)), (224, (30, 49))])
+def test_published_masks(size, masked):
     """22 of 36 cells at 192 pixels, 30 of 49 at 224; cells of 32 pixels though the patch has 16."""
     backbone = backbone_of(VIT, size, patch_size=16)
     task = tiny_task(backbone)
     masking = task.mask(torch.zeros(2, 3, size, size))
     assert task.cell == (32, 32)
-    assert [int((~one).sum()) for one in masking.visible] == [hidden[0], hidden[0]]
-    assert masking.visible[0].numel() == hidden[1]
+    assert [int((~one).sum()) for one in masking.visible] == [masked[0], masked[0]]
+    assert masking.visible[0].numel() == masked[1]
     seen: list[Tensor] = []
     task.backbone.model.pos_drop.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     task.backbone.model.pos_embed.data.zero_()
@@ -116,9 +116,9 @@ def test_the_token_enters_after_the_norm_of_the_embedding_and_before_positions()
             task.encode(images, masking)
             tokens = net.patch_embed(images)
         patch = task.stem.patch[0]
-        hidden = ~masking.enlarged((task.cell[0] // patch, task.cell[1] // patch))
-        hidden = hidden.flatten(1)[..., None] if which is VIT else hidden[..., None]
-        expected = torch.where(hidden, task.mask_token.view(-1), tokens)
+        masked = ~masking.enlarged((task.cell[0] // patch, task.cell[1] // patch))
+        masked = masked.flatten(1)[..., None] if which is VIT else masked[..., None]
+        expected = torch.where(masked, task.mask_token.view(-1), tokens)
         if which is VIT:
             prefix = (net.cls_token + net.pos_embed[:, :1]).expand(4, -1, -1)
             expected = torch.cat([prefix, expected + net.pos_embed[:, 1:]], dim=1)
@@ -129,16 +129,16 @@ def test_the_token_enters_after_the_norm_of_the_embedding_and_before_positions()
 
 @pytest.mark.parametrize("which", ALL, ids=lambda which: which[0])
 @pytest.mark.parametrize("training", [True, False])
-def test_hidden_pixels_are_never_seen(which, training):
+def test_masked_pixels_are_never_seen(which, training):
     """Bitwise, in both modes: batch norm must not tell of them either. Visible ones are seen."""
     task = tiny_task(which).train(training)
     images, noise = task.backbone.normalize(random_images()), torch.rand(4, 16)
     masking = task.mask(images, noise)
-    hidden = task.masked_pixels(masking)
+    masked = task.masked_pixels(masking)
     with torch.no_grad():
         before = task.encode(images, masking)
-        assert torch.equal(task.encode(torch.where(hidden, 100 * torch.randn_like(images), images), masking), before)
-        assert not torch.equal(task.encode(torch.where(hidden, images, -images), masking), before)
+        assert torch.equal(task.encode(torch.where(masked, 100 * torch.randn_like(images), images), masking), before)
+        assert not torch.equal(task.encode(torch.where(masked, images, -images), masking), before)
 
 
 @pytest.mark.parametrize("which", [VIT, RESNET], ids=lambda which: which[0])
@@ -234,21 +234,21 @@ def test_compiled_and_not_are_the_same():
 
 
 @pytest.mark.parametrize(
-    ("which", "level", "size"), [(SWIN, "token", 32), (CONVNEXT, "token", 32), (RESNET, "pixel", 32)]
+    ("which", "entry", "size"), [(SWIN, "token", 32), (CONVNEXT, "token", 32), (RESNET, "pixel", 32)]
 )
-def test_which_substitution_is_used_is_said(which, level, size, caplog):
+def test_the_log_reports_how_masked_cells_enter(which, entry, size, caplog):
     with caplog.at_level(logging.INFO):
         task = tiny_task(which, size)
-    assert task.level == level
+    assert task.mask_entry == entry
     said = [record.message for record in caplog.records if record.name.endswith("simmim")]
     assert len(said) == 1
-    assert ("color in the image" if level == "pixel" else f"token after {task.stem.name}") in said[0]
-    assert task.mask_token.shape == ((1, 3, 1, 1) if level == "pixel" else (1, 1, task.stem.dim))
+    assert ("color in the image" if entry == "pixel" else f"token after {task.stem.name}") in said[0]
+    assert task.mask_token.shape == ((1, 3, 1, 1) if entry == "pixel" else (1, 1, task.stem.dim))
     assert "stem" not in dict(task.named_children())
 
 
 def test_networks_whose_maps_are_smaller_than_their_stride_says():
-    """Without padding places are missing at the edge: the map is resized, and the image cut where it is too large."""
+    """Without padding positions are missing at the border: the map is resized, the image cut if too large."""
     for which, size in ((("inception_v3", {}), (128, 96)), (("convmixer_768_32", {}), (64, 64))):
         task = tiny_task(which, size=size)
         images = torch.randn(1, 3, *size)

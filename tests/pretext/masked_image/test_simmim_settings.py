@@ -48,11 +48,11 @@ def tiny_task(which: tuple[str, dict] | Backbone = VIT, size: object = 32, **set
 
 @pytest.mark.parametrize("module", SAMPLE)
 def test_networks_of_all_kinds(module):
-    """A step reaches every trainable parameter, and hidden pixels reach no feature."""
+    """A step reaches every trainable parameter, and masked pixels reach no feature."""
     made = ARCHITECTURES[module]
     backbone = create_backbone(made["name"], size=made["size"], **made.get("kwargs", {}))
     task = tiny_task(backbone, mask_unit=14 if module == "deepseek_vit" else None).train()
-    assert task.level == SAMPLE[module]
+    assert task.mask_entry == SAMPLE[module]
     images = torch.randn(2, 3, *backbone.input_size)
     loss = task({"image": images}).loss
     loss.backward()
@@ -67,8 +67,8 @@ def test_networks_of_all_kinds(module):
 
 
 def test_hiera_has_no_norm_over_its_last_map():
-    assert not tiny_task(create_backbone("hiera_tiny_224", size=64, stages=(1, 1, 1, 1))).last.normed
-    assert tiny_task(VIT).last.normed
+    assert not tiny_task(create_backbone("hiera_tiny_224", size=64, stages=(1, 1, 1, 1))).last_map.normed
+    assert tiny_task(VIT).last_map.normed
 
 
 def test_published_recipe():
@@ -107,7 +107,7 @@ def test_mask_units(which, size, asked, unit):
             {"mask_unit": 6},
             "task.mask_unit: 6 does not fit vit_tiny_.* of 32x32 pixels and patches of 4x4; .* 4, 8, 16$",
         ),
-        ({"mask_unit": 12}, "task.mask_unit: 12 does not fit .*; choose of 4, 8, 16$"),
+        ({"mask_unit": 12}, "task.mask_unit: 12 does not fit .*; choose one of 4, 8, 16$"),
         ({"mask_unit": 32}, "task.mask_unit: 32 does not fit"),
         ({"mask_unit": 16, "mask_ratio": 0.9}, "task.mask_ratio: 0.9 leaves 0 of 2x2 cells visible"),
     ],
@@ -155,5 +155,5 @@ def test_recipes_build(recipe):
     config = compose_settings("pretrain", [f"recipe={recipe}", "data.path=cifar10"], PretrainConfig)
     task = create_task(config.task, backbone_of((config.backbone.name, config.backbone.kwargs), config.backbone.size))
     assert task.grid_of((32, 32)) == (4, 4)
-    assert task.cell == (task.stride, task.stride)  # as the paper's Swin: a cell is one place of the last map
-    assert task.level == "token"
+    assert task.cell == (task.stride, task.stride)  # as the paper's Swin: a cell is one position of the last map
+    assert task.mask_entry == "token"

@@ -49,19 +49,19 @@ def random_images(count: int = 4, size: tuple[int, int] = (32, 32)) -> Tensor:
     return torch.randint(0, 256, (count, 3, *size), dtype=torch.uint8, generator=generator)
 
 
-def test_loss_is_the_mean_over_pixels_then_over_hidden_cells():
+def test_loss_is_the_mean_over_pixels_then_over_masked_cells():
     task = tiny_task()
     noise = torch.rand(4, 16)
     images = task.backbone.normalize(random_images())
     masking = task.mask(images, noise)
     predictions = patchify(task.predict(images, masking), (8, 8))
     target = normalize_patches(patchify(images, (8, 8)))
-    hidden = (~masking.visible.flatten(1)).double()
-    assert torch.equal(hidden.sum(1), torch.full((4,), 10.0, dtype=torch.float64))  # 16 * 0.6 = 9.6
-    loss = ((predictions - target) ** 2).mean(-1).mul(hidden).sum() / (hidden.sum() + 1e-8)
+    masked = (~masking.visible.flatten(1)).double()
+    assert torch.equal(masked.sum(1), torch.full((4,), 10.0, dtype=torch.float64))  # 16 * 0.6 = 9.6
+    loss = ((predictions - target) ** 2).mean(-1).mul(masked).sum() / (masked.sum() + 1e-8)
     output = task({"image": random_images()}, noise=noise)
     torch.testing.assert_close(output.loss.double(), loss)
-    explained = 1 - loss / ((target**2).mean(-1).mul(hidden).sum() / hidden.sum())
+    explained = 1 - loss / ((target**2).mean(-1).mul(masked).sum() / masked.sum())
     torch.testing.assert_close(output.logs["explained"].double(), explained, atol=1e-4, rtol=1e-4)
     assert not output.logs["explained"].requires_grad
 
@@ -92,7 +92,7 @@ def test_a_perfect_prediction_has_no_loss_and_gives_the_image_back(monkeypatch):
     torch.testing.assert_close(task.reconstruct(images, task.mask(images)), images)
 
 
-def test_mask_embeddings_stand_at_hidden_places_only():
+def test_mask_embeddings_stand_at_masked_positions_only():
     densify = Densify([8, 4], [8, 4], "layer")
     task = tiny_task(convnext(dims=(8, 8, 4, 8)), levels=2, decoder={"width": 8})
     images = task.backbone.normalize(random_images())
@@ -206,7 +206,7 @@ def test_the_backbone_stays_the_network_that_it_was():
     assert task.backbone.model.feature_info == plain.model.feature_info
     assert list(task.backbone.state_dict()) == list(plain.state_dict())
     for name, value in plain.state_dict().items():
-        assert torch.equal(task.backbone.state_dict()[name], value), name  # no weights are drawn anew
+        assert torch.equal(task.backbone.state_dict()[name], value), name  # no weights are drawn again
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(task.encoder().eval().pooled(x), plain.pooled(x))
     fresh = timm.create_model("resnet18", num_classes=0, **RESNET)

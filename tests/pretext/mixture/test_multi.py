@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from unlabeled.pretext import registry
 from unlabeled.pretext.common.positions import sincos_2d
 from unlabeled.pretext.common.teacher import frozen_copy
-from unlabeled.pretext.mixture.balance import Ramp, balanced, gradient_norms, split_rows, weight_at
+from unlabeled.pretext.mixture.balance import Ramp, balanced, gradient_norms, split_images, weight_at
 from unlabeled.pretext.mixture.mixture import MultiConfig
 from unlabeled.pretext.mixture.multi import Multi
 from unlabeled.pretext.registry import create_task, task_class, task_config
@@ -139,7 +139,7 @@ def test_a_task_alone_and_in_a_mixture_sees_the_same_backbone_and_the_mixture_ha
 
 
 @pytest.mark.parametrize("tasks", [[MAE, ROTATION], [ROTATION, MAE]])
-def test_positions_that_mae_prescribes_stay_fixed_beside_a_task_that_trains_them(tasks):
+def test_positions_that_mae_prescribes_stay_fixed_next_to_a_task_that_trains_them(tasks):
     task = mixture(VIT, tasks)
     table = task.backbone.model.pos_embed
     assert torch.equal(table, sincos_2d(16, (4, 4), 1))
@@ -219,7 +219,7 @@ def _import(name: str) -> Any:
 
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
 def test_a_teacher_is_a_copy_of_the_weights_that_training_starts_from(follower, order):
-    """MAE draws the backbone anew, also after a teacher was copied from it."""
+    """MAE reinitializes the backbone, also after a teacher was copied from it."""
     task = mixture(VIT, [[follower, MAE][position] for position in order])
     teacher = task.tasks["follower"].teacher
     assert all(map(torch.equal, teacher.parameters(), task.backbone.parameters()))
@@ -332,11 +332,11 @@ def test_images_of_all_tasks_and_nothing_else_changes():
     assert all(torch.equal(value, state[name]) for name, value in task.state_dict().items())
 
 
-def test_it_is_said_once_that_each_task_has_a_forward_pass_of_its_own(caplog):
+def test_the_log_reports_once_that_each_task_has_a_forward_pass_of_its_own(caplog):
     with caplog.at_level("INFO", logger="unlabeled.pretext.mixture.multi"):
         mixture(VIT, [MAE, ROTATION])
         assert [record.getMessage() for record in caplog.records] == [
-            "multi: mae, rotation, each with views of its own and so a forward pass of its own through "
+            "multi: mae, rotation, each with its own views and so its own forward pass through "
             "vit_tiny_patch16_224, over all images"
         ]
         mixture(VIT, [{**MAE, "portion": 2}, ROTATION])
@@ -383,7 +383,7 @@ def test_a_fault_is_one_line_that_names_the_place(tasks, message):
     assert "\n" not in str(caught.value)
 
 
-def test_what_does_not_fit_the_backbone_names_the_place_too():
+def test_what_does_not_fit_the_backbone_names_the_entry_too():
     with pytest.raises(ConfigError, match=r"^task.tasks\[1\].mask_unit: 12 does not fit"):
         mixture(VIT, [ROTATION, {**SIMMIM, "mask_unit": 12}])
     with pytest.raises(ConfigError, match=r"^task.tasks\[0\].angles: 4 rotations .* set task.tasks\[0\].angles=2 or"):
@@ -394,9 +394,9 @@ def test_what_does_not_fit_the_backbone_names_the_place_too():
         mixture(backbone(RESNET, output_stride=32), [ROTATION, {"name": "pixpro"}])
 
 
-def test_official_files_and_compiling_a_measurement_are_refused():
+def test_reference_checkpoints_and_compiling_a_measurement_are_refused():
     task = mixture(VIT, [MAE, ROTATION], balance="gradient_norm")
-    with pytest.raises(CheckpointError, match=r"reference: a mixture \(mae, rotation\) has no official .* backbone.ch"):
+    with pytest.raises(CheckpointError, match=r"a mixture \(mae, rotation\) has no reference .* backbone.ch"):
         task.load_reference({"cls_token": torch.zeros(1)})
     with pytest.raises(ConfigError, match=r"task.balance: .* set engine.compile=false or task.balance=fixed"):
         task.compile()
@@ -542,11 +542,11 @@ def test_half_precision_measures_about_the_same():
 @pytest.mark.parametrize("shares", [[1, 1], [1, 0.5], [3, 1, 1], [0.2, 1]])
 def test_rows_are_dealt_out_in_proportion_and_in_halves_alike(shares):
     period = {2: 6, 3: 5}[len(shares)]
-    dealt = split_rows(shares, 2 * period)
+    dealt = split_images(shares, 2 * period)
     assert sorted(row for rows in dealt for row in rows) == list(range(2 * period))
     assert all(abs(len(rows) - 2 * period * one / sum(shares)) < 1 for rows, one in zip(dealt, shares, strict=True))
     if all((period * one / sum(shares)) % 1 < 1e-9 for one in shares):
-        half = split_rows(shares, period)
+        half = split_images(shares, period)
         assert [[row % period for row in rows] for rows in dealt] == [rows + rows for rows in half]
 
 
@@ -554,7 +554,7 @@ def test_each_task_sees_its_own_part_of_a_split_batch():
     task = mixture(VIT, [{**MAE, "portion": 3}, ROTATION], batch="split").double()
     batch = batch_of(task, 8)
     draw = task.draw(batch)
-    rows = split_rows([3, 1], 8)
+    rows = split_images([3, 1], 8)
     assert [len(one) for one in rows] == [6, 2]
     output = task(batch, **draw)
     for position, label in enumerate(task.tasks):

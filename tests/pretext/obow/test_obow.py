@@ -53,7 +53,7 @@ def test_border_cells_change_neither_bag_nor_queue():
         position = torch.full((2,), corner)
         first, second = (task.assign(1, task.prepared(one), position) for one in (maps, spoiled))
         assert torch.equal(first[1], second[1])
-        assert torch.equal(first[2].rows, second[2].rows)
+        assert torch.equal(first[2].words, second[2].words)
 
 
 def test_mean_distance_moves_before_it_is_used():
@@ -104,8 +104,8 @@ def test_the_loss_uses_the_words_before_the_step(monkeypatch):
     task = make()
     batch, position = batch_of(task), torch.rand(3, 2)
     expected = task(batch, position=position).loss
-    task._news.clear()
-    monkeypatch.setattr(Vocabulary, "store", lambda self, news: self.words.fill_(1e6))
+    task._updates.clear()
+    monkeypatch.setattr(Vocabulary, "store", lambda self, updates: self.words.fill_(1e6))
     assert torch.equal(step(task, batch, position), expected)
     assert not torch.isclose(task(batch, position=position).loss, expected, rtol=1e-2)
 
@@ -180,7 +180,7 @@ def test_words_of_other_networks_come_from_the_first_batch():
     before = task.vocabularies[1].words.clone()
     first = task(batch, position=position)
     assert torch.equal(task.vocabularies[1].words, before)
-    task._news.clear()
+    task._updates.clear()
     assert torch.equal(task(batch, position=position).loss, first.loss)
     nearest = Distances(maps[1].flatten(2).transpose(1, 2), expected, 1 << 20).mean_nearest()
     task.after_step(0.0)
@@ -195,7 +195,7 @@ def test_words_of_other_networks_come_from_the_first_batch():
 
 
 @pytest.mark.parametrize("constant", [False, True])
-def test_a_first_batch_whose_every_place_is_a_word(constant):
+def test_a_first_batch_whose_every_position_is_a_word(constant):
     backbone = create_backbone("vit_tiny_patch16_224", size=32, dynamic_img_size=True, **VIT)
     task = make(backbone, words=60, word_source="cell")
     batch = batch_of(task)
@@ -270,7 +270,7 @@ def test_a_network_of_another_kind_is_refused_by_the_authors_files():
         task.load_reference({"bow_predictor.scale": torch.ones(2)})
 
 
-def test_visualize_restores_modes_and_leaves_no_news():
+def test_visualize_restores_modes_and_leaves_no_updates():
     task = make()
     modes = [module.training for module in task.modules()]
     statistics = task.teacher.model.bn1.running_mean.clone()
@@ -279,4 +279,4 @@ def test_visualize_restores_modes_and_leaves_no_news():
     assert image.dtype == torch.uint8
     assert [module.training for module in task.modules()] == modes
     assert torch.equal(task.teacher.model.bn1.running_mean, statistics)
-    assert task._news == []
+    assert task._updates == []

@@ -62,7 +62,7 @@ def test_a_network_of_one_size_shows_the_student_that_size(caplog):
     backbone = create_backbone("vit_tiny_patch16_224", size=32, **VIT)
     with caplog.at_level("WARNING"):
         task = OBoW(OBoWConfig(words=4), backbone)
-    assert "takes no images but its own 32x32" in caplog.text
+    assert "takes images of 32x32 only" in caplog.text
     assert "dynamic_img_size=true may help" in caplog.text
     sizes = views_of(backbone).sizes
     assert (sizes.crops, sizes.patches) == ((32, 32), (32, 32))
@@ -81,7 +81,7 @@ def test_a_size_that_the_network_cannot_take_is_refused(field):
 
 
 def test_windows_must_fit():
-    with pytest.raises(ConfigError, match=r"task.patches.base: windows of 16x16, shifted by up to 9, do not fit"):
+    with pytest.raises(ConfigError, match=r"task.patches.base: patches of 16x16, shifted by up to 9, do not fit"):
         views_of(resnet(32, output_stride=8), patches={"base": 24, "shift": 9})
 
 
@@ -100,7 +100,7 @@ def test_teacher_sees_the_center_in_its_own_colors(height, width):
     inner.copy_(positions(*inner.shape[1:]))
     flipped = 0
     for _ in range(20):
-        seen = views._whole(image)
+        seen = views._teacher_view(image)
         upright = torch.equal(seen, inner)
         assert upright or torch.equal(seen, inner.flip(2))
         flipped += not upright
@@ -112,7 +112,7 @@ def test_windows_are_cut_on_a_grid_of_three_with_a_shift_each():
     base = positions(256, 256)
     seen = set()
     for _ in range(40):
-        windows = views._windows(base)
+        windows = views._cut(base)
         corners = sorted((int(one[0, 0, 0]), int(one[1, 0, 0])) for one in windows)
         for window in windows:
             top, left = int(window[0, 0, 0]), int(window[1, 0, 0])
@@ -124,9 +124,9 @@ def test_windows_are_cut_on_a_grid_of_three_with_a_shift_each():
     assert seen == set(range(25))
 
 
-def test_kept_windows_are_drawn_anew_for_each_image():
+def test_kept_windows_are_drawn_again_for_each_image():
     views = views_of(resnet(224))
-    kept = {tuple(int(one[0, 0, 0]) // 68 for one in views._windows(positions(256, 256))) for _ in range(20)}
+    kept = {tuple(int(one[0, 0, 0]) // 68 for one in views._cut(positions(256, 256))) for _ in range(20)}
     assert len(kept) > 10
     assert {len(one) for one in kept} == {5}
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from unlabeled.pretext.obow.task import bow_logits, bow_loss
 from unlabeled.pretext.obow.vocabulary import (
     Distances,
-    News,
+    QueueUpdate,
     Vocabulary,
     WordHead,
     information,
@@ -25,8 +25,8 @@ from unlabeled.pretext.obow.vocabulary import (
 )
 
 
-def news(rows: Tensor, nearest: float = 1.0, seeds: Tensor | None = None) -> News:
-    return News(rows, torch.tensor([nearest]), seeds)
+def update(rows: Tensor, nearest: float = 1.0, seeds: Tensor | None = None) -> QueueUpdate:
+    return QueueUpdate(rows, torch.tensor([nearest]), seeds)
 
 
 def queue(words: int, channels: int = 1, **settings) -> Vocabulary:
@@ -52,24 +52,24 @@ def naive_bags(cells: Tensor, words: Tensor, sharpness: float | None, pool: str)
 @pytest.mark.parametrize("sharpness", [0.3, 40.0, None])
 @pytest.mark.parametrize("pool", ["max", "mean"])
 @pytest.mark.parametrize("memory", [1, 1 << 30])
-def test_bags_made_in_parts_equal_the_definition(sharpness, pool, memory):
+def test_bags_made_in_chunks_equal_the_definition(sharpness, pool, memory):
     cells, words = torch.rand(5, 6, 4).double(), torch.rand(7, 4).double()
     distances = Distances(cells, words, memory)
-    assert len(distances.parts) == (5 if memory == 1 else 1)
+    assert len(distances.chunks) == (5 if memory == 1 else 1)
     bags = distances.bags(None if sharpness is None else torch.tensor([sharpness]), pool)
     assert torch.allclose(bags, naive_bags(cells, words, sharpness, pool), atol=1e-12)
     assert torch.allclose(bags.sum(1), torch.ones(5).double())
 
 
-def test_parts_hold_as_many_images_as_fit():
-    parts = Distances(torch.rand(5, 6, 4), torch.rand(7, 4), memory=2 * 6 * 7 * 4).parts
-    assert [len(part) for part in parts] == [2, 2, 1]
+def test_chunks_hold_as_many_images_as_fit():
+    chunks = Distances(torch.rand(5, 6, 4), torch.rand(7, 4), memory=2 * 6 * 7 * 4).chunks
+    assert [len(chunk) for chunk in chunks] == [2, 2, 1]
 
 
 def test_maximum_is_taken_of_codes_and_not_of_scores():
     codes = torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.1, 0.8]])
     bags = Distances(torch.zeros(1, 2, 1), torch.zeros(3, 1), 1 << 20)
-    bags._held = -codes.log()[None]  # distances that give these codes at sharpness 1
+    bags._kept = -codes.log()[None]  # distances that give these codes at sharpness 1
     found = bags.bags(torch.ones(1), "max")[0]
     assert torch.allclose(found, torch.tensor([0.6, 0.3, 0.8]) / 1.7)
     assert torch.allclose(bags.bags(torch.ones(1), "mean")[0], codes.mean(0))
@@ -139,11 +139,11 @@ def test_a_word_is_the_average_at_the_drawn_place(source):
 def test_the_queue_wraps_around():
     vocabulary = queue(5)
     vocabulary.words.zero_()
-    vocabulary.store([news(torch.tensor([[1.0], [2.0], [3.0]]))])
-    vocabulary.store([news(torch.tensor([[4.0], [5.0], [6.0]]))])
+    vocabulary.store([update(torch.tensor([[1.0], [2.0], [3.0]]))])
+    vocabulary.store([update(torch.tensor([[4.0], [5.0], [6.0]]))])
     assert vocabulary.words.flatten().tolist() == [6, 2, 3, 4, 5]
     assert vocabulary.pointer.tolist() == [1]
-    vocabulary.store([news(torch.arange(10.0, 17.0)[:, None])])  # more than there is room for: the newest stay
+    vocabulary.store([update(torch.arange(10.0, 17.0)[:, None])])  # more than there is room for: the newest stay
     assert vocabulary.words.flatten().tolist() == [14, 15, 16, 12, 13]
     assert vocabulary.pointer.tolist() == [3]
     assert vocabulary.batches.tolist() == [3]
@@ -151,7 +151,7 @@ def test_the_queue_wraps_around():
 
 def test_micro_steps_are_stored_in_their_order_as_one_batch():
     vocabulary = queue(5)
-    vocabulary.store([news(torch.tensor([[1.0]]), 2.0), news(torch.tensor([[2.0]]), 4.0)])
+    vocabulary.store([update(torch.tensor([[1.0]]), 2.0), update(torch.tensor([[2.0]]), 4.0)])
     assert vocabulary.words[:2].flatten().tolist() == [1, 2]
     assert vocabulary.distance.item() == pytest.approx(0.99 * 0.5 + 0.01 * 3)
     assert vocabulary.batches.tolist() == [1]
@@ -168,7 +168,7 @@ def test_words_begin_cut_off_at_zero_where_maps_are_not_negative():
     assert (queue(500).words == 0).float().mean().item() == pytest.approx(0.5, abs=0.1)
 
 
-def test_seeds_take_equally_many_places_of_each_image():
+def test_seeds_take_equally_many_positions_of_each_image():
     maps = torch.arange(2 * 16.0).view(2, 1, 4, 4)
     seeds = seed_words(maps, torch.tensor([0.0, 0.5]), (1, 1), 4).flatten().tolist()
     assert seeds == [0, 4, 8, 12, 24, 28, 16, 20]

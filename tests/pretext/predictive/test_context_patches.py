@@ -49,7 +49,7 @@ def test_all_neighbors_in_both_directions(grid, count):
 
 
 def test_labels_say_where_patches_lie_in_the_image():
-    """Pixels that hold their own place: the image is its coordinates."""
+    """Pixels that hold their own position: the image is its coordinates."""
     task = _task(jitter=0.2)
     down, across = torch.meshgrid(torch.arange(200), torch.arange(200), indexing="ij")
     image = torch.stack([down, across, torch.zeros_like(down)]).to(torch.uint8)
@@ -130,7 +130,7 @@ def test_patches_are_never_mirrored():
         assert (patches[:, 1, -1] > patches[:, 1, 0]).all()
 
 
-# --- what gives places away ------------------------------------------------------------------------------------------
+# ----- what gives positions away --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(96, 96), (20, 33)])

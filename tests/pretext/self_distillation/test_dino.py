@@ -135,7 +135,7 @@ def test_figures_of_the_assignments():
 
 @pytest.mark.parametrize("small", [True, False])
 def test_task_equals_lightlys_loss_over_steps_of_student_and_center(small):
-    """Three steps with lightly's DINOLoss beside ours, each with its own center."""
+    """Three steps with lightly's DINOLoss alongside ours, each with its own center."""
     task, loss_fn = tiny(teacher_temperature_start=0.07), DINOLoss(24, center_momentum=0.9)
     optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], lr=0.5)
     for step in range(3):
@@ -387,7 +387,7 @@ def test_without_small_crops_any_vit_will_do():
     assert set(task.visualize(crops)) == {"crops"}
 
 
-def test_what_cannot_be_is_said_before_training():
+def test_what_cannot_be_raises_before_training():
     said = r"of 32x32 pixels cannot take small crops of 16x16 .*; set backbone.kwargs.dynamic_img_size=true or task.loc"
     with pytest.raises(ConfigError, match=said):
         tiny(backbone=vit(dynamic_img_size=False))

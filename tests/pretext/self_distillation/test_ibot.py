@@ -1,4 +1,4 @@
-"""iBOT, trap by trap: what is hidden, who sees it, what is counted; what it shares with DINO is tested there."""
+"""iBOT, trap by trap: what is masked, who sees it, what is counted; what it shares with DINO is tested there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightly.loss import IBOTPatchLoss
 from torch.nn import functional as F
 
 from unlabeled.pretext.self_distillation.ibot import IBOT, IBOTConfig, masked_loss
-from unlabeled.pretext.self_distillation.masked_patches import MaskedPatches, PatchMaskConfig, PatchMasker, at_positions
+from unlabeled.pretext.self_distillation.masked_patches import MaskedPatches, PatchMaskConfig, PatchMasker, at_masked
 from unlabeled.pretext.self_distillation.self_distillation import directions, scores
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
@@ -49,32 +49,32 @@ def batch(images: int = 3, size: tuple[int, int] = (32, 32)) -> dict[str, torch.
 # --- loss ------------------------------------------------------------------------------------------------------------
 
 
-def test_loss_of_hidden_places_is_lightlys_and_that_of_the_formula():
+def test_loss_of_masked_patches_is_lightlys_and_that_of_the_formula():
     torch.manual_seed(0)
     teacher, student = torch.randn(4, 9, 7).double(), torch.randn(4, 9, 7).double().requires_grad_()
-    hidden = torch.rand(4, 9) < torch.tensor([0.3, 0.6, 0.0, 0.9])[:, None]
-    assert hidden[2].sum() == 0
-    weights = (hidden.double() / hidden.sum(1, keepdim=True).clamp(min=1))[hidden]
-    found = MaskedPatches(~hidden.view(4, 3, 3), hidden.flatten().nonzero().flatten(), weights)
+    masked = torch.rand(4, 9) < torch.tensor([0.3, 0.6, 0.0, 0.9])[:, None]
+    assert masked[2].sum() == 0
+    weights = (masked.double() / masked.sum(1, keepdim=True).clamp(min=1))[masked]
+    found = MaskedPatches(~masked.view(4, 3, 3), masked.flatten().nonzero().flatten(), weights)
     targets, guesses = (teacher / 0.04).softmax(-1), (student / 0.1).log_softmax(-1)
-    loss = masked_loss(at_positions(targets, found), at_positions(guesses, found), found)
+    loss = masked_loss(at_masked(targets, found), at_masked(guesses, found), found)
     total = 0.0
     for crop in range(4):
-        positions = hidden[crop].nonzero().flatten().tolist()
+        positions = masked[crop].nonzero().flatten().tolist()
         for position in positions:
             entropy = -(teacher[crop, position] / 0.04).softmax(0) @ (student[crop, position] / 0.1).log_softmax(0)
             total += entropy / len(positions) / 4
     assert torch.allclose(loss, total, rtol=1e-12)
-    theirs = IBOTPatchLoss(7).double()(teacher[hidden], student[hidden], hidden.view(4, 3, 3), teacher_temp=0.04)
+    theirs = IBOTPatchLoss(7).double()(teacher[masked], student[masked], masked.view(4, 3, 3), teacher_temp=0.04)
     assert torch.allclose(loss, theirs, rtol=1e-6)
     mine, other = (torch.autograd.grad(one, student)[0] for one in (loss, theirs))
     assert torch.allclose(mine, other, atol=1e-8)
-    assert mine[~hidden].abs().max() == 0
+    assert mine[~masked].abs().max() == 0
 
 
 @pytest.mark.parametrize("own", [True, False])
 def test_forward_equals_a_slow_reference(own):
-    """Crop by crop, place by place, through timm's own tokens."""
+    """Crop by crop, patch by patch, through timm's own tokens."""
     task = tiny(patch_head={**HEAD, "prototypes": 12} if own else None, patch_weight=0.5)
     torch.manual_seed(4)
     crops, draw = batch(), task.draw(batch())
@@ -124,7 +124,7 @@ def test_forward_equals_a_slow_reference(own):
     assert output.loss.item() == pytest.approx(crop_total.item() + 0.5 * patch_total.item(), rel=1e-4)
 
 
-def test_center_of_patches_is_their_own_and_over_all_places():
+def test_center_of_patches_is_their_own_and_over_all_patches():
     task, crops = tiny(), batch()
     images = task.backbone.normalize(crops["globals"].transpose(0, 1).flatten(0, 1))
     head = task.teacher["head"]
@@ -139,7 +139,7 @@ def test_center_of_patches_is_their_own_and_over_all_places():
     assert not torch.allclose(task.centers["head"].value, task.centers["patch_head"].value, atol=1e-4)
 
 
-def test_nothing_hidden_is_no_loss_of_patches():
+def test_nothing_masked_is_no_loss_of_patches():
     task, crops = tiny(), batch()
     draw = task.draw(crops)
     output = task(crops, noise=draw["noise"], ratio=torch.zeros(3, 2))
@@ -149,7 +149,7 @@ def test_nothing_hidden_is_no_loss_of_patches():
     assert task.mask_token.grad.abs().max() == 0
 
 
-# --- what is hidden --------------------------------------------------------------------------------------------------
+# --- what is masked --------------------------------------------------------------------------------------------------
 
 
 def test_half_of_the_crops_are_masked_by_a_tenth_to_a_half():
@@ -172,67 +172,67 @@ def test_evenly_spread_ratios_come_one_from_each_part_of_the_range():
     assert ((edges[:-1] <= ratios) & (ratios <= edges[1:])).all()
 
 
-def test_finer_places_are_parts_of_one_of_the_map():
+def test_finer_patches_are_fractions_of_one_of_the_map():
     task = tiny(swin(), fine=2).eval()
     coarse = PatchMasker(PatchMaskConfig(), task.backbone, task="iBOT")
     images = torch.randn(2, 3, 32, 32)
-    (rows, columns), (fewer, _) = (one.grid_of(task.backbone, (32, 32)) for one in (task.positions, coarse))
+    (rows, columns), (fewer, _) = (one.grid_of(task.backbone, (32, 32)) for one in (task.masker, coarse))
     assert rows == columns == 2 * fewer
-    positions = task.positions.encode(task.backbone, images)[1].view(2, rows, columns, -1)
+    positions = task.masker.encode(task.backbone, images)[1].view(2, rows, columns, -1)
     expected = coarse.encode(task.backbone, images)[1].view(2, rows // 2, columns // 2, -1)
     assert all(torch.equal(positions[:, i::2, j::2], expected) for i in range(2) for j in range(2))
-    with pytest.raises(ConfigError, match=r"task.fine: 3 gives 24x24 places, more than the 16x16 patches of swin"):
+    with pytest.raises(ConfigError, match=r"task.fine: 3 gives 24x24 positions, more than the 16x16 patches of swin"):
         tiny(swin(), fine=3)
 
 
-def test_hidden_places_are_those_with_the_largest_noise_crop_by_crop():
+def test_masked_patches_are_those_with_the_largest_noise_crop_by_crop():
     task = tiny()
     noise = torch.rand(3, 2, 16)
     ratio = torch.tensor([[0.5, 0.0], [0.25, 0.1], [0.02, 0.4]])
-    hidden = task.positions.hide(task.backbone, noise, ratio, torch.zeros(6, 3, 32, 32))
-    assert hidden.visible.shape == (6, 4, 4)
-    assert hidden.rows.shape == hidden.weights.shape == (8 + 4 + 2 + 1 + 6,)
+    masked = task.masker.mask(task.backbone, noise, ratio, torch.zeros(6, 3, 32, 32))
+    assert masked.visible.shape == (6, 4, 4)
+    assert masked.indices.shape == masked.weights.shape == (8 + 4 + 2 + 1 + 6,)
     for image in range(3):
         for view in range(2):
             row, count = view * 3 + image, [[8, 0], [4, 2], [1, 6]][image][view]
             largest = noise[image, view].argsort(descending=True)[:count]
-            assert sorted((~hidden.visible[row]).flatten().nonzero().flatten().tolist()) == sorted(largest.tolist())
-            of_crop = hidden.rows // 16 == row
-            assert (hidden.rows[of_crop] % 16).tolist() == sorted(largest.tolist())
-            assert hidden.weights[of_crop].tolist() == pytest.approx([1 / max(count, 1)] * count)
+            assert sorted((~masked.visible[row]).flatten().nonzero().flatten().tolist()) == sorted(largest.tolist())
+            of_crop = masked.indices // 16 == row
+            assert (masked.indices[of_crop] % 16).tolist() == sorted(largest.tolist())
+            assert masked.weights[of_crop].tolist() == pytest.approx([1 / max(count, 1)] * count)
 
 
 @pytest.mark.parametrize(("make", "level", "cell"), [(vit, "token", 8), (swin, "token", 4), (convnet, "pixel", 8)])
-def test_the_student_does_not_see_hidden_pixels(make, level, cell):
+def test_the_student_does_not_see_masked_pixels(make, level, cell):
     task = tiny(make()).eval()
-    assert ("pixel" if task.positions.stem is None else "token") == level
-    assert task.positions.grid_of(task.backbone, (32, 32)) == (32 // cell, 32 // cell)
+    assert ("pixel" if task.masker.stem is None else "token") == level
+    assert task.masker.grid_of(task.backbone, (32, 32)) == (32 // cell, 32 // cell)
     token = task.mask_token
     images, others = torch.randn(2, 2, 3, 32, 32)
     visible = torch.rand(2, 32 // cell, 32 // cell) < 0.6
     shown = visible.repeat_interleave(cell, 1).repeat_interleave(cell, 2)[:, None]
     changed = torch.where(shown, images, others)
     for found, same in zip(
-        task.positions.encode(task.backbone, images, visible, token),
-        task.positions.encode(task.backbone, changed, visible, token),
+        task.masker.encode(task.backbone, images, visible, token),
+        task.masker.encode(task.backbone, changed, visible, token),
         strict=True,
     ):
         assert torch.equal(found, same)
     assert not torch.allclose(
-        task.positions.encode(task.backbone, images)[0], task.positions.encode(task.backbone, changed)[0], atol=1e-4
+        task.masker.encode(task.backbone, images)[0], task.masker.encode(task.backbone, changed)[0], atol=1e-4
     )
     assert not torch.allclose(
-        task.positions.encode(task.backbone, images, visible, token)[0],
-        task.positions.encode(task.backbone, images)[0],
+        task.masker.encode(task.backbone, images, visible, token)[0],
+        task.masker.encode(task.backbone, images)[0],
         atol=1e-4,
     )
 
 
 @pytest.mark.parametrize("make", [vit, swin, convnet])
-def test_one_pass_gives_pooled_features_and_normed_places(make):
+def test_one_pass_gives_pooled_features_and_normed_patches(make):
     task = tiny(make()).eval()
     images = torch.randn(2, 3, 32, 32)
-    pooled, positions = task.positions.encode(task.backbone, images)
+    pooled, positions = task.masker.encode(task.backbone, images)
     assert torch.allclose(pooled, task.backbone.pooled(images), atol=1e-6)
     features = task.backbone.model.forward_features(images)
     expected = features[:, 1:] if make is vit else features.flatten(1, 2) if make is swin else features.flatten(2).mT
@@ -277,9 +277,9 @@ def test_the_prototypes_of_both_heads_are_frozen_and_both_teachers_follow():
     assert torch.allclose(task.teacher["patch_head"].layers[0].weight, before + 0.5, atol=1e-6)
 
 
-def test_batch_norms_of_a_head_take_places_as_rows():
+def test_batch_norms_of_a_head_flatten_positions():
     task = tiny(head={**HEAD, "batch_norm": True})
-    features = torch.randn(4, 16, 32)  # as many places as hidden channels: rows and channels could be mixed up
+    features = torch.randn(4, 16, 32)  # as many positions as hidden channels: rows and channels could be mixed up
     expected = F.normalize(task.head.layers(features.view(64, 32)), dim=1)
     assert torch.equal(directions(task.head, features).view(64, 8), expected)
 
@@ -287,22 +287,22 @@ def test_batch_norms_of_a_head_take_places_as_rows():
 # --- messages and images -------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_is_said_before_training():
-    with pytest.raises(CapabilityError, match=r"convnext_atto cannot do iBOT: its last map has one place for 32x32"):
+def test_what_cannot_be_raises_before_training():
+    with pytest.raises(CapabilityError, match=r"convnext_atto cannot do iBOT: its last map has one position for 32x32"):
         tiny(create_backbone("convnext_atto", size=32, dims=(8, 8, 8, 8), depths=(1, 1, 1, 1)), locals=0)
     with pytest.raises(ValueError, match=r"mask_ratio \[0.5, 0.1\] begins above its end"):
         tiny(mask_ratio=(0.5, 0.1))
 
 
-def test_places_need_not_divide_the_image():
+def test_patches_need_not_divide_the_image():
     task = tiny(create_backbone("resnet18", size=36, channels=(8, 8, 8, 8), output_stride=8), locals=0)
-    assert task.positions.grid_of(task.backbone, (36, 36)) == (5, 5)
+    assert task.masker.grid_of(task.backbone, (36, 36)) == (5, 5)
     output = task({"globals": torch.randint(0, 256, (2, 2, 3, 36, 36), dtype=torch.uint8)})
     output.loss.backward()
     assert task.mask_token.grad.abs().max() > 0
 
 
-def test_sheet_shows_hidden_places_in_gray():
+def test_sheet_shows_masked_patches_in_gray():
     task, crops = tiny(), batch()
     sheet = task.visualize(crops)["crops"]
     side = 32 * 3 + 2
@@ -314,7 +314,7 @@ def test_sheet_shows_hidden_places_in_gray():
         ]
         for view in range(2):
             assert torch.equal(tiles[view], crops["globals"][row, view])
-            hidden = (tiles[2 + view] != tiles[view]).any(0)
-            assert (tiles[2 + view][:, hidden] == 128).all()
-            gray += hidden.any().item()
+            masked = (tiles[2 + view] != tiles[view]).any(0)
+            assert (tiles[2 + view][:, masked] == 128).all()
+            gray += masked.any().item()
     assert gray == 3

@@ -58,14 +58,14 @@ def narrow(head: Any, width: int) -> Any:
 
 
 def reference(task: POA, crops: dict[str, torch.Tensor], draw: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Section 3.8 head by head, crop by crop and place by place, with an extracted network as elastic student."""
+    """Section 3.8 head by head, crop by crop and patch by patch, with an extracted network as elastic student."""
     large = [task.backbone.normalize(crops["globals"][:, view]) for view in range(2)]
     small = [task.backbone.normalize(crops["locals"][:, view]) for view in range(2)]
     size = task.size()
     alone = task.sizes.extract(task.backbone, size).double()
     count, positions = len(large[0]), 16
     counts = (draw["ratio"] * positions).round().long()
-    hidden = [
+    masked_at = [
         [noise.argsort(descending=True)[:count] for noise, count in zip(draw["noise"][:, v], counts[:, v], strict=True)]
         for v in range(2)
     ]
@@ -87,15 +87,15 @@ def reference(task: POA, crops: dict[str, torch.Tensor], draw: dict[str, torch.T
     targets = [tokens(teacher, images, None) for images in large]
     for head, teaching in zip(task.heads, task.teacher["heads"], strict=True):
         assigned = sinkhorn(torch.cat([teaching(found[:, 0]) for found in targets]), 0.04).chunk(2)
-        rows = [teaching(targets[v][b, 1 + hidden[v][b]]) for v in range(2) for b in range(count)]
-        assigned_places = sinkhorn(torch.cat(rows), 0.04).split([len(row) for row in rows])
+        rows = [teaching(targets[v][b, 1 + masked_at[v][b]]) for v in range(2) for b in range(count)]
+        assigned_patches = sinkhorn(torch.cat(rows), 0.04).split([len(row) for row in rows])
         predictions = {}
         for name, network, used in (("IS", task.backbone, head), ("ES", alone, narrow(head, size.width))):
-            seen = [tokens(network, large[v], hidden[v]) for v in range(2)]
+            seen = [tokens(network, large[v], masked_at[v]) for v in range(2)]
             crop = [(used(found[:, 0]) / 0.1).log_softmax(-1) for found in seen]
             crop += [(used(network.pooled(images)) / 0.1).log_softmax(-1) for images in small]
             patches = [
-                (used(seen[v][b, 1 + hidden[v][b]]) / 0.1).log_softmax(-1) for v in range(2) for b in range(count)
+                (used(seen[v][b, 1 + masked_at[v][b]]) / 0.1).log_softmax(-1) for v in range(2) for b in range(count)
             ]
             predictions[name] = crop, patches
 
@@ -107,14 +107,14 @@ def reference(task: POA, crops: dict[str, torch.Tensor], draw: dict[str, torch.T
             swapped = torch.stack([entropy(assigned[1 - v], crop[v]) for v in range(2)]).mean()
             local = sum(entropy(assigned[t], crop[v]) for t in range(2) for v in (2, 3))
             total += weight * (2 * swapped + local) / 6 / 2
-            masked = [entropy(a, p) for a, p in zip(assigned_places, patches, strict=True) if len(p)]
+            masked = [entropy(a, p) for a, p in zip(assigned_patches, patches, strict=True) if len(p)]
             total += weight * sum(masked) / (2 * count) / 2
         both = zip(predictions["IS"][0], predictions["ES"][0], strict=True)
         same = [entropy(whole.detach().exp(), part) for whole, part in both]
         total += 0.2 * ((same[0] + same[1]) / 2 + (same[2] + same[3]) / 2) / 2
     for network, weight in ((task.backbone, 0.1), (alone, 0.1)):
         for view in range(2):
-            unit = F.normalize(tokens(network, large[view], hidden[view])[:, 0], dim=1)
+            unit = F.normalize(tokens(network, large[view], masked_at[view])[:, 0], dim=1)
             distances = (unit[:, None] - unit[None]).square().sum(-1).add(4 * torch.eye(count)).sqrt()
             total += weight * -(distances.min(1).values + 1e-8).log().mean() / 2
     return total
@@ -151,17 +151,17 @@ def test_the_elastic_students_terms_reach_its_part_of_the_network_only() -> None
     assert task.mask_token.grad[..., :16].abs().max() > 0
 
 
-def test_both_students_see_the_same_hidden_places_and_the_teacher_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_students_see_the_same_masked_patches_and_the_teacher_none(monkeypatch: pytest.MonkeyPatch) -> None:
     task = tiny()
     seen: list[tuple[str, torch.Tensor | None]] = []
-    encode = task.positions.encode
+    encode = task.masker.encode
 
     def watched(network: Backbone, images: torch.Tensor, visible: Any = None, token: Any = None) -> Any:
         name = "teacher" if network is task.teacher["backbone"] else "IS" if network is task.backbone else "ES"
         seen.append((name, visible))
         return encode(network, images, visible, token)
 
-    monkeypatch.setattr(task.positions, "encode", watched)
+    monkeypatch.setattr(task.masker, "encode", watched)
     task(batch())
     masks = dict(seen)
     assert list(masks) == ["teacher", "IS", "ES"]
@@ -293,7 +293,7 @@ def test_other_families(name: str, arguments: dict[str, Any], fine: int) -> None
     output.loss.backward()
     assert output.loss.isfinite()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in task.parameters() if p.requires_grad)
-    assert task.positions.grid_of(task.backbone, (64, 64)) == tuple(
+    assert task.masker.grid_of(task.backbone, (64, 64)) == tuple(
         64 // task.backbone.stages[-1].stride * fine for _ in range(2)
     )
 

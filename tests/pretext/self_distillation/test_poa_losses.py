@@ -25,7 +25,7 @@ SHARP, SOFT = 0.04, 0.1
 WEIGHTS = TermWeights(0.7, 0.3, 0.2, 0.6, 0.5)
 LOCALS = (0, 1, 3)
 CHUNKS = (None, 1, 6, 100)
-TRAINED = ("crops.intact", "crops.elastic", "positions.intact", "positions.elastic", "prototypes")
+TRAINED = ("crops.intact", "crops.elastic", "patches.intact", "patches.elastic", "prototypes")
 
 
 class Inputs:
@@ -45,19 +45,19 @@ class Inputs:
 
         views = 2 + small
         weights = torch.rand(ROWS, generator=generator, dtype=torch.float64)
-        weights[-4:] = 0  # rows that hold no place
+        weights[-4:] = 0  # rows without a patch
         self.crops = Crops(units(2, IMAGES), [units(views, IMAGES), units(views, IMAGES)], offsets())
-        self.positions = PatchTerms(units(ROWS), [units(ROWS), units(ROWS)], weights, offsets())
+        self.patches = PatchTerms(units(ROWS), [units(ROWS), units(ROWS)], weights, offsets())
         self.teacher = TeacherHead(drawn(PROTOTYPES), SHARP)
         self.prototypes = drawn(PROTOTYPES)
-        students = (*self.crops.students, *self.positions.students)
+        students = (*self.crops.students, *self.patches.students)
         self.trained = [*students, self.prototypes]
         for tensor in self.trained:
             tensor.requires_grad_()
 
     def loss(self, **options) -> tuple[Tensor, dict[str, Tensor]]:
         options = {"weights": WEIGHTS, "temperature": SOFT, **options}
-        return head_loss(self.crops, self.positions, self.teacher, self.prototypes, **options)
+        return head_loss(self.crops, self.patches, self.teacher, self.prototypes, **options)
 
 
 def cross_entropy(target: Tensor, logits: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def cross_entropy(target: Tensor, logits: Tensor) -> Tensor:
 
 def dense(inputs: Inputs) -> dict[str, Tensor]:
     """Each term, written down crop by crop: section 3 of the paper in the weights of the released code."""
-    crops, positions, teacher = inputs.crops, inputs.positions, inputs.teacher
+    crops, patches, teacher = inputs.crops, inputs.patches, inputs.teacher
 
     def assigned(units: Tensor, offsets: Tensor) -> Tensor:
         return torch.softmax(units @ teacher.prototypes.t() / teacher.temperature - offsets, -1)
@@ -91,18 +91,18 @@ def dense(inputs: Inputs) -> dict[str, Tensor]:
         ]
         return sum(cross_entropy(target, found) for target, found in pairs)
 
-    def hidden(student: Tensor) -> Tensor:
-        target, total = assigned(positions.teacher, positions.offsets), torch.zeros(())
+    def masked(student: Tensor) -> Tensor:
+        target, total = assigned(patches.teacher, patches.offsets), torch.zeros(())
         for row in range(ROWS):
-            total = total + positions.weights[row] * cross_entropy(target[row], logits(student[row]))
+            total = total + patches.weights[row] * cross_entropy(target[row], logits(student[row]))
         return total / (2 * IMAGES)
 
     found = (
         crossed(crops.students[0]),
         crossed(crops.students[1]),
         same(),
-        hidden(positions.students[0]),
-        hidden(positions.students[1]),
+        masked(patches.students[0]),
+        masked(patches.students[1]),
     )
     return dict(zip(TermWeights._fields, found, strict=True))
 
@@ -129,15 +129,15 @@ def test_terms_and_gradients_are_those_of_the_dense_form(small, chunk):
 @pytest.mark.parametrize("chunk", [None, 7])
 def test_even_predictions_cost_the_logarithm_of_the_prototypes(small, chunk):
     """Equal prototypes make all logits of a student equal: each cross-entropy is log K, and weights add up as printed
-    in the code: X 1 each of 2 + 2 n pairs, S twice (once without small crops), M by the images that have places."""
+    in the code: X 1 each of 2 + 2 n pairs, S twice (once without small crops), M by the images that have any."""
     inputs = Inputs(small)
     inputs.prototypes = torch.ones_like(inputs.prototypes)
     total, terms = inputs.loss(chunk=chunk, weights=TermWeights())
-    most, hidden = math.log(PROTOTYPES), float(inputs.positions.weights.sum()) / (2 * IMAGES)
+    most, masked = math.log(PROTOTYPES), float(inputs.patches.weights.sum()) / (2 * IMAGES)
     same = 2 if small else 1
-    for name, factor in zip(TermWeights._fields, (1, 1, same, hidden, hidden), strict=True):
+    for name, factor in zip(TermWeights._fields, (1, 1, same, masked, masked), strict=True):
         assert terms[name].item() == pytest.approx(factor * most), name
-    assert total.item() == pytest.approx((1 + 0.2 * same + hidden) * most)
+    assert total.item() == pytest.approx((1 + 0.2 * same + masked) * most)
 
 
 def test_published_weights_follow_from_lambda():
@@ -157,10 +157,10 @@ def test_the_intact_student_learns_nothing_from_the_elastic_one(chunk):
 @pytest.mark.parametrize("chunk", [None, 6])
 def test_nothing_of_the_teacher_gets_a_gradient(chunk):
     inputs = Inputs(3)
-    for tensor in (inputs.crops.teacher, inputs.positions.teacher, inputs.teacher.prototypes):
+    for tensor in (inputs.crops.teacher, inputs.patches.teacher, inputs.teacher.prototypes):
         tensor.requires_grad_()
     inputs.loss(chunk=chunk)[0].backward()
-    for tensor in (inputs.crops.teacher, inputs.positions.teacher, inputs.teacher.prototypes):
+    for tensor in (inputs.crops.teacher, inputs.patches.teacher, inputs.teacher.prototypes):
         assert tensor.grad is None or not tensor.grad.any()
 
 

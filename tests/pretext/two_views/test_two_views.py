@@ -77,7 +77,7 @@ def test_each_view_has_its_own_colors():
         ("vicreg", (0.4, 0.4, 0.2, 0.1, 1.0, 0.0), (0.4, 0.4, 0.2, 0.1, 0.1, 0.2)),
     ],
 )
-def test_colors_are_the_papers_and_keep_their_defaults_beside_a_changed_one(name, first, second):
+def test_colors_are_the_papers_and_keep_their_defaults_next_to_a_changed_one(name, first, second):
     fields = ("brightness", "contrast", "saturation", "hue", "blur", "solarize")
     for change in ({}, {"first": {"gray": 0.0}, "second": {"gray": 0.0}}):
         config = task_config({"name": name, **change})

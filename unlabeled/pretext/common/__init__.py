@@ -1,1 +1,1 @@
-"""Pieces that several pretext tasks share: patches, masks, positions, decoders."""
+"""Code that several pretext tasks share: views, positions, teachers, checkpoints, drawing."""

@@ -1,4 +1,4 @@
-"""Images for people, as the tasks' `visualize` gives them: tiles that are enlarged, framed, and laid out in rows."""
+"""Helpers for the images that a task's `visualize` returns: enlarge tiles, frame them, lay them out in rows."""
 
 from __future__ import annotations
 
@@ -13,40 +13,41 @@ from unlabeled.ssl.backbones.backbone import Backbone
 Color = tuple[int, int, int]
 
 RIGHT: Color = (40, 170, 70)
-"""Green, for what the network predicted correctly."""
+"""Green, for correct predictions."""
 WRONG: Color = (210, 50, 50)
-"""Red, for what it did not."""
+"""Red, for wrong predictions."""
 _SHOWN_PIXELS = 96
-"""Smaller tiles are enlarged to about this size."""
+"""Tiles smaller than this are enlarged to about this size."""
 
 
 def enlargement(size: Sequence[int]) -> int:
-    """How many times larger a tile of `size` (h, w) is drawn: the shorter side then has about 96 pixels or more."""
+    """Integer factor that brings the shorter side of a tile of `size` (h, w) to about 96 pixels; at least 1."""
     return max(1, _SHOWN_PIXELS // min(size))
 
 
 def enlarged(tiles: Tensor, factor: int | None = None) -> Tensor:
-    """(..., h, w) → (..., h * factor, w * factor), each pixel a square; None: `enlargement` of the tiles' own size."""
+    """(..., h, w) → (..., h * factor, w * factor) by repeating pixels; None: the factor from `enlargement`."""
     factor = enlargement(tiles.shape[-2:]) if factor is None else factor
     return tiles.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
 
 
 def framed(tile: Tensor, width: int, color: Color) -> Tensor:
-    """uint8 (3, h, w) → uint8 (3, h + 2 * width, w + 2 * width), with a frame of that color around it."""
+    """uint8 (3, h, w) → uint8 (3, h + 2 * width, w + 2 * width), with a frame of `color` around the tile."""
     height, length = (side + 2 * width for side in tile.shape[1:])
     frame = torch.tensor(color, dtype=torch.uint8).view(3, 1, 1).repeat(1, height, length)
     frame[:, width:-width, width:-width] = tile
     return frame
 
 
-def tiled(tiles: Tensor | Sequence[Tensor], columns: int, *, gap: int = 2, ground: int = 255) -> Tensor:
-    """Tiles (N, 3, h, w), row by row → one image (3, H, W), with `gap` pixels of gray `ground` around each."""
+def tiled(tiles: Tensor | Sequence[Tensor], columns: int, *, gap: int = 2, background: int = 255) -> Tensor:
+    """Tiles (N, 3, h, w), row by row → one image (3, H, W), with `gap` pixels of the gray `background` around each."""
     stacked = tiles if isinstance(tiles, Tensor) else torch.stack(list(tiles))
-    sheet: Tensor = make_grid(stacked, nrow=columns, padding=gap, pad_value=ground)
+    # `nrow` of torchvision is the number of tiles in a row, hence of columns
+    sheet: Tensor = make_grid(stacked, nrow=columns, padding=gap, pad_value=background)
     return sheet
 
 
 def displayed(images: Tensor, backbone: Backbone) -> Tensor:
-    """Normalized (B, C, H, W) → uint8 of the same shape: the inverse of ``backbone.normalize``, clipped."""
+    """Normalized (B, C, H, W) → uint8 (B, C, H, W): the inverse of ``backbone.normalize``, clipped to 0..255."""
     mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (backbone.mean, backbone.std))
     return ((images * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)

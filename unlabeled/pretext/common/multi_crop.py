@@ -1,7 +1,7 @@
-"""Multi-crop: two large crops of an image and several small ones (SwAV, arXiv 2006.09882, section 3.4), in the sizes
-and colors of DINO (Caron et al., arXiv 2104.14294; code of the authors: github.com/facebookresearch/dino).
+"""Multi-crop views: two large crops of an image and several small ones (SwAV, arXiv 2006.09882, section 3.4).
 
-What a loader brings; batches hold crops image by image.
+Sizes and colors are those of DINO (Caron et al., arXiv 2104.14294; code of the authors:
+github.com/facebookresearch/dino). Loaders return crops image by image: (B, crops, 3, h, w).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from unlabeled.pretext.common.drawing import enlarged, tiled
-from unlabeled.pretext.common.views import ColorConfig, Colors, Part, RandomCrop
+from unlabeled.pretext.common.views import ColorConfig, Colors, Fraction, RandomCrop
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.shapes import probe_shapes
 from unlabeled.ssl.config.schema import Size
@@ -25,13 +25,13 @@ from unlabeled.ssl.core.errors import ConfigError, first_line
 from unlabeled.ssl.task import TaskConfig
 
 GLOBALS = 2
-"""Large crops of each image."""
-_LOCAL_PART = 96 / 224
-"""Side of a small crop over that of a large one, as published."""
+"""Number of large crops of each image."""
+_LOCAL_FRACTION = 96 / 224
+"""Side of a small crop relative to that of a large one, as published."""
 _SHOWN = 4
-"""Images of a sheet."""
+"""Number of images that a sheet shows."""
 _ANY_SIZE = "dynamic_img_size"
-"""Argument of timm's transformers that lets them take images of another size than their own."""
+"""Argument of timm's transformers that lets them take images of any size."""
 
 
 class MultiCropConfig(TaskConfig):
@@ -42,9 +42,9 @@ class MultiCropConfig(TaskConfig):
     local_size: Size | None = None
     """Side of the small crops, one number or [height, width]; null: 96/224 of backbone.size, rounded to the backbone's
     stride. The large crops have backbone.size. [pixels]"""
-    global_scale: tuple[Part, Part] = (0.4, 1.0)
+    global_scale: tuple[Fraction, Fraction] = (0.4, 1.0)
     """Smallest and largest fraction of the image area that a large crop covers. [fraction]"""
-    local_scale: tuple[Part, Part] = (0.05, 0.4)
+    local_scale: tuple[Fraction, Fraction] = (0.05, 0.4)
     """Smallest and largest fraction of the image area that a small crop covers. [fraction]"""
     first_colors: ColorConfig = ColorConfig(blur=1.0)
     """Color augmentation of the first large crop."""
@@ -62,7 +62,7 @@ class MultiCropConfig(TaskConfig):
 
 
 class MultiCropViews:
-    """Image, uint8 (3, H, W) of any size → ``globals`` uint8 (2, 3, h, w) and, if any, ``locals`` (n, 3, h', w')."""
+    """uint8 image (3, H, W) of any size → ``globals`` uint8 (2, 3, h, w) and, if n > 0, ``locals`` (n, 3, h', w')."""
 
     def __init__(self, config: MultiCropConfig, size: tuple[int, int], local: tuple[int, int]) -> None:
         bicubic = v2.InterpolationMode.BICUBIC
@@ -81,17 +81,18 @@ class MultiCropViews:
 
 
 def local_size(config: MultiCropConfig, backbone: Backbone) -> tuple[int, int]:
-    """Pixels (height, width) of the small crops."""
-    asked = config.local_size
-    if asked is not None:
-        return (asked, asked) if isinstance(asked, int) else asked
+    """Size (height, width) of the small crops, in pixels."""
+    requested = config.local_size
+    if requested is not None:
+        return (requested, requested) if isinstance(requested, int) else requested
+    # whole multiples of the stride, which most backbones need; backbones without feature maps report none
     step = backbone.stages[-1].stride if backbone.stages else 1
-    height, width = (max(1, round(_LOCAL_PART * pixels / step)) * step for pixels in backbone.input_size)
+    height, width = (max(1, round(_LOCAL_FRACTION * pixels / step)) * step for pixels in backbone.input_size)
     return height, width
 
 
 def require_crops(config: MultiCropConfig, backbone: Backbone) -> None:
-    """Raises ConfigError when `backbone` cannot take the small crops, or crops are too small for their blur."""
+    """Raises ConfigError if `backbone` cannot take the small crops, or if crops are too small for their blur."""
     large, small = backbone.input_size, local_size(config, backbone)
     _require_blur("backbone.size", large, [config.first_colors, config.second_colors])
     if not config.locals:
@@ -99,22 +100,25 @@ def require_crops(config: MultiCropConfig, backbone: Backbone) -> None:
     _require_blur("task.local_size", small, [config.local_colors])
     if small == large:
         return
+    # no model says which sizes it takes, so run one small crop through it
     try:
         shape = probe_shapes(backbone.model, small).pooled
-        fault = None if shape[0] == backbone.embed_dim else f"it gives {shape[0]} features and not {backbone.embed_dim}"
-    except Exception as error:  # whatever a network's forward raises for a size that it cannot take
-        fault = first_line(error)
-    if fault is not None:
+        wrong_width = f"it gives {shape[0]} features and not {backbone.embed_dim}"
+        reason = None if shape[0] == backbone.embed_dim else wrong_width
+    except Exception as error:  # a model's forward may raise anything for a size that it cannot take
+        reason = first_line(error)
+    if reason is not None:
         known = _ANY_SIZE in inspect.signature(type(backbone.model).__init__).parameters
-        ways = [f"backbone.kwargs.{_ANY_SIZE}=true"] * known + [f"task.local_size={list(large)}", "task.locals=0"]
+        remedies = [f"backbone.kwargs.{_ANY_SIZE}=true"] * known + [f"task.local_size={list(large)}", "task.locals=0"]
         raise ConfigError(
             f"task.local_size: {backbone.name} of {large[0]}x{large[1]} pixels cannot take small crops of "
-            f"{small[0]}x{small[1]} ({fault.rstrip('.')}); set {' or '.join(ways)}"
+            f"{small[0]}x{small[1]} ({reason.rstrip('.')}); set {' or '.join(remedies)}"
         )
 
 
 def _require_blur(field: str, size: tuple[int, int], colors: list[ColorConfig]) -> None:
-    """The blur's window reaches 3 deviations past a pixel, mirrored at the edges: never past the opposite one."""
+    """Raises ConfigError if crops of `size` are too small for the blur of `colors`."""
+    # the blur's kernel extends 3 standard deviations; torchvision pads by reflection, which needs more pixels than that
     reach = max((math.ceil(3 * one.sigma[1]) for one in colors if one.blur > 0), default=0)
     if min(size) <= reach:
         raise ConfigError(
@@ -124,12 +128,15 @@ def _require_blur(field: str, size: tuple[int, int], colors: list[ColorConfig]) 
 
 
 def crop_sheet(kinds: Iterable[Tensor]) -> Tensor:
-    """uint8 (B, V, 3, h, w) of several kinds → one image, uint8 (3, H, W): a row for each of the first 4, in which
-    all of its crops stand in one scale."""
+    """Several kinds of crops, uint8 (B, V, 3, h, w) each → one uint8 image (3, H, W).
+
+    Each of the first 4 images has a row with all its crops, drawn at the same scale.
+    """
     rows = list(zip(*(kind[:_SHOWN].cpu() for kind in kinds), strict=True))
     crops = [crop for row in rows for kind in row for crop in kind]
     height, width = (max(crop.shape[axis] for crop in crops) for axis in (1, 2))
 
+    # tiles of a grid have one size: pad smaller crops with white, do not enlarge them
     def centered(crop: Tensor) -> Tensor:
         above, left = (height - crop.shape[1]) // 2, (width - crop.shape[2]) // 2
         return F.pad(crop, (left, width - crop.shape[2] - left, above, height - crop.shape[1] - above), value=255)

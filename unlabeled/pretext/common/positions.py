@@ -1,4 +1,4 @@
-"""Fixed positions of patches on a grid."""
+"""Fixed position embeddings for the patches of a grid."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def sincos_2d(dim: int, grid: tuple[int, int], prefix: int = 0) -> Tensor:
-    """Sine-cosine table of a (gh, gw) grid in raster order after `prefix` rows of zeros, float32 (1, prefix + L, dim).
+    """Sine-cosine position embeddings of a (gh, gw) grid of L patches, float32 (1, prefix + L, dim).
 
-    The first half of the channels encodes the column x, the second the row y; each half is sin(x w), then cos(x w),
-    with w_k = 10000^(-k / (dim / 4)). Computed in float64. Source: MoCo v3 (arXiv 2104.02057), as used by MAE.
-
-    `dim` is a multiple of 4.
+    Patches are in raster order, after `prefix` zero vectors. The first half of the channels encodes the column x, the
+    second half the row y; each half is sin(x w), then cos(x w), with w_k = 10000^(-k / (dim / 4)). `dim` must be a
+    multiple of 4. Source: MoCo v3 (arXiv 2104.02057), as used by MAE.
     """
     assert dim % 4 == 0, f"sine-cosine positions need a multiple of 4 channels, got {dim}"
+    # float64 throughout, as in MAE's NumPy code, so that the table matches the one in its files
     frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     rows, columns = torch.meshgrid(
         torch.arange(grid[0], dtype=torch.float64), torch.arange(grid[1], dtype=torch.float64), indexing="ij"

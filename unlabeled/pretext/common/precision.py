@@ -1,4 +1,4 @@
-"""In which precision targets and losses are computed."""
+"""The precision in which targets and losses are computed."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def widened(x: Tensor) -> Tensor:
-    """`x` in float32, or float64 where it is that: what targets and losses are computed in."""
+    """`x` in at least float32: half precision becomes float32, float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

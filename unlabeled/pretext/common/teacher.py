@@ -1,4 +1,4 @@
-"""Momentum teachers: a copy of a network that follows it slowly (mean teacher, arXiv 1703.01780; MoCo; BYOL; DINO)."""
+"""Momentum teachers: a copy of the student follows it slowly (mean teacher, arXiv 1703.01780; MoCo; BYOL; DINO)."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def frozen_copy(student: ModuleT) -> ModuleT:
-    """An exact copy of `student`, buffers included, that no optimizer moves; `unlabeled.ssl.nn.ema.ema_update` does."""
+    """A copy of `student`, buffers included, without gradients; update it with `unlabeled.ssl.nn.ema.ema_update`."""
     return copy.deepcopy(student).requires_grad_(False)
 
 
-def without_dropping(network: ModuleT) -> ModuleT:
-    """Sets the rates of dropout and stochastic depth to zero, as teachers have none; in train mode, for batch norms."""
-    for module in network.modules():
+def without_dropout(teacher: ModuleT) -> ModuleT:
+    """Sets all rates of dropout and stochastic depth in `teacher` to zero, in place, and returns it."""
+    # eval mode would do too, but teachers stay in train mode: their batch norms use the statistics of the batch
+    for module in teacher.modules():
+        # the names under which timm and torch store a rate; `p` is too common a name for other modules
         names = ["drop_prob", "drop_rate", "prob"] + ["p"] * isinstance(module, _DropoutNd)
         for name in names:
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-    return network
+    return teacher
 
 
 def cosine_momentum(start: float, end: float, progress: float) -> float:
-    """Half a cosine from `start` to `end`: end - (end - start) (1 + cos(pi progress)) / 2, `progress` in [0, 1]."""
+    """Value of a half cosine from `start` to `end` at `progress` in [0, 1]."""
     return end - (end - start) * (1 + math.cos(math.pi * progress)) / 2

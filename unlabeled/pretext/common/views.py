@@ -1,7 +1,7 @@
-"""Views of one image: random crops that know where they were taken, and the colors of contrastive methods.
+"""Views of one image: random crops with their position, and the color augmentation of contrastive methods.
 
-A view's *box* is (x1, y1, x2, y2), float32: where its left, upper, right and lower edge lie in the unit square of the
-original image. A mirrored view has x1 > x2. That is the one description of geometry that all tasks share.
+The *box* of a view is (x1, y1, x2, y2), float32: the positions of its left, upper, right and lower edge in the unit
+square of the original image. A mirrored view has x1 > x2. All tasks describe the geometry of a view this way.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from torchvision.transforms.v2 import functional as F
 
 from unlabeled.ssl.task import TaskConfig
 
-Part = Annotated[float, Field(gt=0, le=1)]
-Chance = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 class View(NamedTuple):
-    """A crop, uint8 (3, h, w), and its box (4,) in the unit square of the original."""
+    """A crop, uint8 (3, h, w), and its box (4,) in the unit square of the original image."""
 
     image: Tensor
     box: Tensor
 
 
 class RandomCrop:
-    """Random part of an image, resized to a fixed size, mirrored at times.
+    """A random crop, resized to `size` and mirrored with probability `flip`.
 
-    Area U(scale), aspect log-uniform in `ratio`; after ten draws that do not fit, the largest centered crop (the rule
-    of torchvision's RandomResizedCrop).
+    The area is uniform in `scale` and the aspect ratio log-uniform in `ratio`. If ten draws do not fit into the image,
+    the largest centered crop is taken (the rule of torchvision's RandomResizedCrop).
     """
 
     def __init__(
@@ -51,26 +51,25 @@ class RandomCrop:
 
     def __call__(self, original: Tensor) -> View:
         """uint8 (3, H, W) of any size → a view of `size`."""
-        part = self._crop.make_params([original])
-        top, left, height, width = (int(part[name]) for name in ("top", "left", "height", "width"))
+        # the transform itself does not report the crop that it took: draw its parameters, then crop here
+        drawn = self._crop.make_params([original])
+        top, left, height, width = (int(drawn[name]) for name in ("top", "left", "height", "width"))
         image = F.resized_crop(original, top, left, height, width, list(self.size), self.interpolation, antialias=True)
         box = crop_box(top, left, height, width, original.shape[-2:])
         if torch.rand(()) < self.flip:
-            image, box = F.horizontal_flip(image), box[[2, 1, 0, 3]]
+            image, box = F.horizontal_flip(image), box[[2, 1, 0, 3]]  # swap x1 and x2
         return View(image, box)
 
 
 def crop_box(top: int, left: int, height: int, width: int, size: tuple[int, ...]) -> Tensor:
-    """Box (4,) of a crop in pixels of an image of `size` (H, W), each axis in units of its own extent.
-
-    Edges lie at the centers of the outermost pixels, as in PixPro's code: (left / (W - 1), ...).
-    """
+    """Box (4,) of a crop, given in pixels, of an image of `size` (H, W); each axis is scaled to [0, 1]."""
+    # edges are the centers of the outermost pixels, as in PixPro's code, hence W - 1 and H - 1
     rows, columns = (max(length - 1, 1) for length in size)
     return torch.tensor([left / columns, top / rows, (left + width - 1) / columns, (top + height - 1) / rows])
 
 
 def cell_centers(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Boxes (..., 4) → centers (..., gh * gw, 2) of the cells of a grid over each view, as (x, y), in raster order."""
+    """Boxes (..., 4) → centers (x, y) of the cells of `grid` over each view, (..., gh * gw, 2), in raster order."""
     rows, columns = grid
     x1, y1, x2, y2 = boxes.unsqueeze(-1).unbind(-2)  # (..., 1) each
     across = (torch.arange(columns, device=boxes.device, dtype=boxes.dtype) + 0.5) / columns
@@ -91,24 +90,24 @@ class ColorConfig(TaskConfig):
     """Largest relative change of saturation. [fraction]"""
     hue: float = Field(0.1, ge=0, le=0.5)
     """Largest shift of hue; 0.5 reaches the opposite color. [turns]"""
-    jitter: Chance = 0.8
+    jitter: Probability = 0.8
     """Probability that brightness, contrast, saturation and hue change."""
-    gray: Chance = 0.2
+    gray: Probability = 0.2
     """Probability that the image loses its color."""
-    blur: Chance = 0.0
+    blur: Probability = 0.0
     """Probability of a Gaussian blur."""
     sigma: tuple[float, float] = (0.1, 2.0)
     """Smallest and largest standard deviation of the blur. [pixels]"""
-    solarize: Chance = 0.0
+    solarize: Probability = 0.0
     """Probability that all values of 128 and above are inverted."""
 
 
 class Colors:
-    """Changes colors and sharpness, never places. Order: jitter, gray, blur, solarize."""
+    """Random color augmentation of one image. Order: jitter, gray, blur, solarize; positions never change."""
 
     def __init__(self, config: ColorConfig) -> None:
         jitter = v2.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue)
-        kernel = 2 * math.ceil(3 * config.sigma[1]) + 1
+        kernel = 2 * math.ceil(3 * config.sigma[1]) + 1  # odd, and 3 standard deviations to either side
         self.transform = v2.Compose(
             [
                 v2.RandomApply([jitter], config.jitter),
@@ -119,6 +118,6 @@ class Colors:
         )
 
     def __call__(self, image: Tensor) -> Tensor:
-        """uint8 (3, H, W) → the same shape and type."""
-        changed: Tensor = self.transform(image)
-        return changed
+        """uint8 (3, H, W) → uint8 (3, H, W)."""
+        augmented: Tensor = self.transform(image)
+        return augmented

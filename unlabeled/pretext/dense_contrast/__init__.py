@@ -1,1 +1,1 @@
-"""Pixels that show the same spot of an image in two views are alike."""
+"""Dense contrast: features of two views agree at positions that show the same point of the image."""

@@ -1,4 +1,4 @@
-"""Images of which cells of two views belong together."""
+"""Images that show which cells of two views form positive pairs."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from torch.nn import functional as F
 from unlabeled.pretext.common.drawing import enlarged, tiled
 
 _TINT = 0.5
-"""Part of a cell's color in the image."""
+"""Opacity of a cell's color over the image."""
 _DARK = 0.3
-"""Brightness that cells without a partner keep."""
+"""Relative brightness of cells without a partner."""
 
 
 def matched_cells(views: Tensor, distances: Tensor, grid: tuple[int, int], threshold: float) -> Tensor:
-    """uint8 views (B, 2, 3, h, w) and distances of their cells (B, L, L) → uint8 (3, H, W), one row an image.
+    """uint8 views (B, 2, 3, h, w) and distances of their cells (B, L, L) → uint8 (3, H, W), one row per image.
 
-    Cells of the first view have a color by their place: redder to the right, greener below. A cell of the second has
-    that of the nearest cell of the first below `threshold`; a cell without such a partner is darkened.
+    The color of a cell in the first view depends on its position: redder to the right, greener to the bottom. A cell of
+    the second view has the color of the nearest cell of the first, if that is closer than `threshold`. Cells without a
+    partner are darkened.
     """
     near = distances < threshold
     colors = _palette(grid, distances.device)  # (L, 3)
@@ -34,12 +35,12 @@ def matched_cells(views: Tensor, distances: Tensor, grid: tuple[int, int], thres
 
 
 def _palette(grid: tuple[int, int], device: torch.device) -> Tensor:
-    """(L, 3) colors, different for every cell of the grid."""
+    """Colors (L, 3), different for every cell of the grid."""
     down, across = (torch.linspace(0, 1, length, device=device) for length in grid)
     red, green = across.expand(grid), down.unsqueeze(1).expand(grid)
     return torch.stack([red, green, 1 - red], dim=-1).flatten(0, 1)
 
 
 def _over_pixels(values: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Values of cells (N, C, L) → the same value at every pixel of the cell, (N, C, *size)."""
+    """Values of cells (N, C, L) → (N, C, *size), constant within each cell."""
     return F.interpolate(values.reshape(*values.shape[:2], *grid), size=size, mode="nearest-exact")

@@ -1,6 +1,6 @@
-"""What PixPro and PixContrast share: two crops whose places are known, pairs of near cells, a momentum teacher.
+"""Code that PixPro and PixContrast share: crops with known positions, pairs of nearby cells, a momentum teacher.
 
-Legend: B images, two views of each, C channels, a grid (gh, gw) of L cells, in raster order.
+Shapes: B images, two views of each, C channels, a grid (gh, gw) of L cells in raster order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from unlabeled.pretext.common.precision import widened
 from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy
-from unlabeled.pretext.common.views import Chance, ColorConfig, Colors, Part, RandomCrop, cell_centers
+from unlabeled.pretext.common.views import ColorConfig, Colors, Fraction, Probability, RandomCrop, cell_centers
 from unlabeled.pretext.dense_contrast.pair_images import matched_cells
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.level_map import LevelMap
@@ -29,24 +29,24 @@ logger = logging.getLogger(__name__)
 Aspect = Annotated[float, Field(gt=0)]
 
 _SMALL = 64
-"""Pixels up to which `blur: auto` does not blur."""
-_POSITIONS = 3
-"""Cells along each side that a map must have: in a smaller one nearly all pairs are near."""
+"""Largest side of a view, in pixels, that `blur: auto` does not blur."""
+_CELLS = 3
+"""Smallest number of cells along each side of the feature map; with fewer, nearly all pairs are positive."""
 _SHOWN = 8
-"""Images that `visualize` shows."""
+"""Number of images that `visualize` shows."""
 
 
 class FirstPixelColors(ColorConfig):
     """Color augmentation of the first view."""
 
-    blur: Chance = 1.0
+    blur: Probability = 1.0
 
 
 class SecondPixelColors(ColorConfig):
     """Color augmentation of the second view."""
 
-    blur: Chance = 0.1
-    solarize: Chance = 0.2
+    blur: Probability = 0.1
+    solarize: Probability = 0.2
 
 
 class PixelPairsConfig(TaskConfig):
@@ -67,11 +67,11 @@ class PixelPairsConfig(TaskConfig):
     joint_passes: bool = False
     """Run both views through a network in one pass. This is faster, but batch norms then mix both views, unlike in the
     paper."""
-    crop_scale: tuple[Part, Part] = (0.08, 1.0)
+    crop_scale: tuple[Fraction, Fraction] = (0.08, 1.0)
     """Smallest and largest fraction of the image area that a view covers. [fraction]"""
     crop_ratio: tuple[Aspect, Aspect] = (3 / 4, 4 / 3)
     """Narrowest and widest aspect ratio (width / height) of a crop."""
-    flip: Chance = 0.5
+    flip: Probability = 0.5
     """Probability of a horizontal flip of a view."""
     first: FirstPixelColors = FirstPixelColors()
     """Color augmentation of the first view."""
@@ -82,7 +82,7 @@ class PixelPairsConfig(TaskConfig):
 
 
 class PixelPairViews:
-    """Two random crops of an image, colored each in its own way, and where they were taken."""
+    """Two random crops of an image, each with its own color augmentation, and their boxes."""
 
     def __init__(self, config: PixelPairsConfig, size: tuple[int, int]) -> None:
         self.crop = RandomCrop(size, scale=config.crop_scale, ratio=config.crop_ratio, flip=config.flip)
@@ -97,20 +97,20 @@ class PixelPairViews:
 
 
 def blurs(config: PixelPairsConfig, size: tuple[int, int]) -> bool:
-    """Whether views of `size` are blurred at all."""
+    """Whether views of `size` are blurred with the probabilities of their colors, or never."""
     return max(size) > _SMALL if config.blur == "auto" else config.blur
 
 
 def cell_diagonals(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Boxes (..., 4) → length (...) of the diagonal of one cell of `grid`; mirrored boxes have the same."""
+    """Boxes (..., 4) → length (...) of the diagonal of one cell of `grid` in the unit square of the image."""
     x1, y1, x2, y2 = boxes.unbind(-1)
     return torch.hypot((x2 - x1) / grid[1], (y2 - y1) / grid[0])
 
 
 def cell_distances(first: Tensor, second: Tensor, first_grid: tuple[int, int], second_grid: tuple[int, int]) -> Tensor:
-    """Boxes (B, 4) of two views → (B, L1, L2): how far apart the centers of their cells lie in the original image.
+    """Boxes (B, 4) of two views → distances (B, L1, L2) between the centers of their cells in the original image.
 
-    In units of the larger of the two cells' diagonals. Each axis of the image counts as 1, whatever its shape.
+    Measured in the unit square of the image, and divided by the larger of the diagonals of the two views' cells.
     """
     first, second = widened(first), widened(second)
     offsets = cell_centers(first, first_grid).unsqueeze(2) - cell_centers(second, second_grid).unsqueeze(1)
@@ -120,10 +120,11 @@ def cell_distances(first: Tensor, second: Tensor, first_grid: tuple[int, int], s
 
 
 class PixelMLP(nn.Module):
-    """The same two linear layers with a batch norm between them at every place; the authors' names for its parts."""
+    """An MLP at every position of a map: linear, batch norm, ReLU, linear."""
 
     def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
         super().__init__()
+        # named as in the authors' files; a 1x1 convolution is a linear layer at every position
         self.linear1 = nn.Conv2d(inputs, hidden, 1)
         self.bn1 = nn.BatchNorm2d(hidden)
         self.linear2 = nn.Conv2d(hidden, outputs, 1)
@@ -148,11 +149,12 @@ class PixelPairs(PretextTask):
     config: PixelPairsConfig
 
     def __init__(self, config: PixelPairsConfig, backbone: Backbone) -> None:
-        """Raises ConfigError for a level that the backbone lacks, CapabilityError for a map below 3x3 places."""
+        """Raises ConfigError for a level that the backbone does not have, and CapabilityError for a map with fewer than
+        3x3 positions."""
         super().__init__(config, backbone)
-        self.level = LevelMap(backbone, config.level, task=type(self).__name__, positions=_POSITIONS)
-        self.train_only(self.level.reached(backbone))
-        self.projector = PixelMLP(self.level.channels, config.hidden_dim, config.feature_dim)
+        self.feature_map = LevelMap(backbone, config.level, task=type(self).__name__, positions=_CELLS)
+        self.train_only(self.feature_map.reached(backbone))
+        self.projector = PixelMLP(self.feature_map.channels, config.hidden_dim, config.feature_dim)
         self.teacher = nn.ModuleDict()
         for name in ("backbone", "projector"):
             self.follow(name)
@@ -165,65 +167,66 @@ class PixelPairs(PretextTask):
         return PixelPairViews(config, backbone.input_size)
 
     def require_size(self, size: tuple[int, int]) -> None:
-        rows, columns = self.level.grid_of(self.backbone, size)
-        if min(rows, columns) < _POSITIONS:
+        rows, columns = self.feature_map.grid_of(self.backbone, size)
+        if min(rows, columns) < _CELLS:
             raise ConfigError(
-                f"task.level: map {self.config.level} of {self.backbone.name} has {rows}x{columns} places for images "
-                f"of {size[0]}x{size[1]}, at least {_POSITIONS}x{_POSITIONS} are needed; raise backbone.size"
+                f"task.level: map {self.config.level} of {self.backbone.name} has {rows}x{columns} positions for "
+                f"images of {size[0]}x{size[1]}, at least {_CELLS}x{_CELLS} are needed; raise backbone.size"
             )
 
     def follow(self, name: str) -> None:
-        """Gives the submodule `name` a copy of the same name in `teacher`, equal to it now."""
+        """Adds a copy of the submodule `name` to `teacher`, under the same name."""
         self.teacher[name] = frozen_copy(cast(nn.Module, getattr(self, name)))
 
     def update_teacher(self, momentum: float) -> None:
-        """Moves every parameter of the teacher toward the student's; its batch norms keep their own statistics."""
+        """Moves the teacher's parameters toward the student's; its batch norms keep their own running statistics."""
         for name, copy in self.teacher.items():
             ema_update(copy, getattr(self, name), momentum)
 
     def after_step(self, progress: float) -> None:
-        """The authors move the teacher in the middle of the next step, before it looks at anything: the same."""
+        """Moves the teacher toward the student."""
+        # the authors do so during the next step, but before its forward pass, which is equivalent
         self.update_teacher(cosine_momentum(self.config.momentum, 1.0, progress))
 
     def images_of(self, batch: Batch) -> list[Tensor]:
-        """``views`` (B, 2, 3, h, w) → two of (B, 3, h, w), normalized."""
+        """``views`` uint8 (B, 2, 3, h, w) → normalized images of each view, (B, 3, h, w) each."""
         return [self.backbone.normalize(images) for images in batch["views"].unbind(1)]
 
-    def each_view(self, network: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> list[Tensor]:
-        """What `network` gives for each view: pass by pass as published, or in one with `joint_passes`."""
+    def each_view(self, module: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> list[Tensor]:
+        """Applies `module` to each view: in one pass per view as published, or in a single one with `joint_passes`."""
         if self.config.joint_passes:
-            return list(network(torch.cat(list(views))).chunk(len(views)))
-        return [network(view) for view in views]
+            return list(module(torch.cat(list(views))).chunk(len(views)))
+        return [module(view) for view in views]
 
     def student_maps(self, images: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Normalized views → feature maps (B, channels, gh, gw) and projections (B, C, gh, gw), one of each a view."""
-        maps = self.each_view(lambda view: self.level(self.backbone, view), images)
+        """Normalized views → feature maps (B, channels, gh, gw) and projections (B, C, gh, gw) of each view."""
+        maps = self.each_view(lambda view: self.feature_map(self.backbone, view), images)
         return maps, self.each_view(self.projector, maps)
 
     @torch.no_grad()
     def teacher_maps(self, images: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """The same by the teacher, without gradient."""
+        """As `student_maps`, but from the teacher and without gradients."""
         backbone = cast(Backbone, self.teacher["backbone"])
-        maps = self.each_view(lambda view: self.level(backbone, view), images)
+        maps = self.each_view(lambda view: self.feature_map(backbone, view), images)
         return maps, self.each_view(self.teacher["projector"], maps)
 
     def positive_pairs(self, boxes: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """Boxes (B, 2, 4) → bool (B, L, L): cells of the first view (rows) near cells of the second (columns)."""
-        positions = (grid[-2], grid[-1])
-        return cell_distances(boxes[:, 0], boxes[:, 1], positions, positions) < self.config.threshold
+        """Boxes (B, 2, 4) → bool (B, L, L): True if a cell of the first view (row) is near one of the second (column).
+
+        `grid` ends with (gh, gw), so the shape of a map will do.
+        """
+        cells = (grid[-2], grid[-1])
+        return cell_distances(boxes[:, 0], boxes[:, 1], cells, cells) < self.config.threshold
 
     @torch.no_grad()
     def visualize(self, batch: Batch) -> dict[str, Tensor]:
-        """``pairs``: the two views of each of the first 8 images, cells of a positive pair in the same color.
-
-        A cell of the second view has the color of the nearest of its partners; cells without one are darkened.
-        """
+        """``pairs``: both views of the first 8 images, with the cells of a positive pair in the same color."""
         images, boxes = batch["views"][:_SHOWN], batch["boxes"][:_SHOWN]
-        distances = cell_distances(boxes[:, 0], boxes[:, 1], self.level.grid, self.level.grid)
-        return {"pairs": matched_cells(images, distances, self.level.grid, self.config.threshold)}
+        distances = cell_distances(boxes[:, 0], boxes[:, 1], self.feature_map.grid, self.feature_map.grid)
+        return {"pairs": matched_cells(images, distances, self.feature_map.grid, self.config.threshold)}
 
 
 def overlap_logs(positive: Tensor) -> dict[str, Tensor]:
-    """``positives``: part of all pairs of cells that are near; ``overlap``: part of images with any such pair."""
+    """``positives``: fraction of all pairs of cells that are near; ``overlap``: fraction of images with such a pair."""
     near = positive.flatten(1)
     return {"positives": near.float().mean(), "overlap": near.any(1).float().mean()}

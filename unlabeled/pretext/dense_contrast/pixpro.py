@@ -1,4 +1,4 @@
-"""PixPro: each cell of one view, smoothed over the cells like it, agrees with the near cells of another view.
+"""PixPro: each cell of one view, smoothed over similar cells, agrees with the nearby cells of the other view.
 
 Xie, Lin, Zhang, Cao, Lin, Hu, "Propagate Yourself: Exploring Pixel-Level Consistency for Unsupervised Visual
 Representation Learning", CVPR 2021, arXiv 2011.10043; code of the authors: github.com/zdaxie/PixPro.
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 _EPS = 1e-6
 """Added to the number of pairs of an image, and to similarities before a power below 1 (infinitely steep at 0)."""
 _WRAPPED = "module."
-"""Prefix of every name in the authors' files, which they saved out of DDP."""
+"""Prefix of every name in the authors' files, which were saved from DDP."""
 
 
 class PixProConfig(PixelPairsConfig):
@@ -41,7 +41,7 @@ class PixProConfig(PixelPairsConfig):
 
 
 class PixelPropagation(nn.Module):
-    """Each cell becomes the sum of all cells of its image, weighted by how similar they are (section 3.2)."""
+    """Replaces each cell by the sum of all cells of its image, weighted by similarity (section 3.2)."""
 
     def __init__(self, dim: int, layers: Literal[0, 1, 2], gamma: float) -> None:
         super().__init__()
@@ -54,14 +54,15 @@ class PixelPropagation(nn.Module):
         self.value_transform = transforms[layers]()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, gh, gw) → the same shape, at least float32. The weights of a cell do not sum to 1."""
+        """(B, C, gh, gw) → (B, C, gh, gw), in at least float32."""
         values = self.value_transform(x)
+        # the weights of a cell do not sum to 1; the loss only depends on the direction of the sum
         with torch.autocast(x.device.type, enabled=False):
             values = F.normalize(widened(values).flatten(2), dim=1)
             return torch.einsum("bij,bcj->bci", self.weights(x), values).reshape(x.shape)
 
     def weights(self, x: Tensor) -> Tensor:
-        """(B, C, gh, gw) → (B, L, L): max(cosine, 0) ** gamma of each cell and each other, itself included."""
+        """(B, C, gh, gw) → (B, L, L): max(cosine, 0) ** gamma of each pair of cells, including a cell with itself."""
         with torch.autocast(x.device.type, enabled=False):
             unit = F.normalize(widened(x).flatten(2), dim=1)
             similarity = torch.einsum("bci,bcj->bij", unit, unit).clamp(min=0)
@@ -71,8 +72,8 @@ class PixelPropagation(nn.Module):
 class PixPro(PixelPairs):
     """Makes each smoothed cell of one view agree with the nearby cells of another view.
 
-    Submodules: `backbone`, `projector`, `propagation`; with an `instance_weight` also
-    `instance_projector` and `predictor`; `teacher` holds momentum copies of the backbone and the projectors."""
+    Submodules: `backbone`, `projector`, `propagation`; with `instance_weight` also `instance_projector` and
+    `predictor`; `teacher` holds momentum copies of the backbone and the projectors."""
 
     Config: ClassVar[type[TaskConfig]] = PixProConfig
     paper = Paper(
@@ -103,22 +104,25 @@ class PixPro(PixelPairs):
         super().__init__(config, backbone)
         self.propagation = PixelPropagation(config.feature_dim, config.transform_layers, config.gamma)
         if config.instance_weight:
-            self.instance_projector = PixelMLP(self.level.channels, config.hidden_dim, config.feature_dim)
+            self.instance_projector = PixelMLP(self.feature_map.channels, config.hidden_dim, config.feature_dim)
             self.predictor = PixelMLP(config.feature_dim, config.hidden_dim, config.feature_dim)
             self.follow("instance_projector")
 
     def forward(self, batch: Batch) -> StepOutput:
-        """``views`` uint8 (B, 2, 3, h, w), ``boxes`` (B, 2, 4) → the loss of all near pairs of cells, in [-4, 4], plus
-        the weighted one of whole images, in the same range."""
-        images = self.images_of(batch)  # (B, 3, h, w) of each view, as all lists below are
-        maps, projections = self.student_maps(images)  # (B, channels, gh, gw), (B, C, gh, gw)
+        """``views`` uint8 (B, 2, 3, h, w), ``boxes`` (B, 2, 4) → loss of nearby cells, in [-4, 4], plus the weighted
+        loss of whole images, in the same range."""
+        # student and teacher encode both views; lists have one tensor per view
+        images = self.images_of(batch)  # (B, 3, h, w) each
+        maps, projections = self.student_maps(images)  # (B, channels, gh, gw) and (B, C, gh, gw) each
         key_maps, keys = self.teacher_maps(images)
+        # smooth the student's projections, then compare nearby cells
         positive = self.positive_pairs(batch["boxes"], tuple(keys[0].shape))  # bool (B, L, L)
-        predictions = self.each_view(self.propagation, projections)  # only the student's are smoothed
+        predictions = self.each_view(self.propagation, projections)
         forth = consistency(predictions[0], keys[1], positive)
         back = consistency(predictions[1], keys[0], positive.transpose(1, 2))  # rows are cells of the second view now
         loss = -2 * forth.mean() - 2 * back.mean()
         logs = {"loss_pixel": loss.detach(), **overlap_logs(positive)}
+        # optionally, compare whole images as BYOL does
         if self.config.instance_weight:
             instance = agreement(self.instance_predictions(maps), self.instance_keys(key_maps))
             logs["loss_instance"] = instance.detach()
@@ -126,19 +130,19 @@ class PixPro(PixelPairs):
         return StepOutput(loss, logs, projections[0].detach().mean((2, 3)))
 
     def instance_predictions(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """The student's maps of both views → (B, C) each, of length 1."""
+        """The student's feature maps of both views → predictions (B, C) of length 1 for each."""
         return _pooled(self.each_view(self.predictor, self.each_view(self.instance_projector, maps)))
 
     @torch.no_grad()
     def instance_keys(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """The teacher's maps of both views → (B, C) each, of length 1."""
+        """The teacher's feature maps of both views → keys (B, C) of length 1 for each."""
         return _pooled(self.each_view(self.teacher["instance_projector"], maps))
 
     def load_reference(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
         """Loads a pretraining checkpoint of the authors, ``{"model": ...}`` or its tensors.
 
-        Where it lacks the momentum networks (names with ``_k``), the teacher becomes a copy of what was loaded. Returns
-        (missing, unexpected) names of the file's layout. Raises CheckpointError when nothing or a shape does not fit.
+        If the file has no teacher (names with ``_k``), the teacher becomes a copy of the loaded student. Returns
+        (missing, unexpected) names as in the file. Raises CheckpointError if a shape differs or no tensor fits.
         """
         model = cast(Mapping[str, Tensor], state.get("model", state))
         tensors = {name.removeprefix(_WRAPPED): tensor for name, tensor in model.items()}
@@ -148,14 +152,14 @@ class PixPro(PixelPairs):
             for name, copy in self.teacher.items():
                 copy.load_state_dict(getattr(self, name).state_dict())
             missing = [name for name in missing if name not in momentum]
-            logger.info("pixpro: the file has no momentum networks; they start as copies of the others")
+            logger.info("pixpro: the file has no teacher, which starts as a copy of the student")
         return missing, unexpected
 
 
 def consistency(predictions: Tensor, keys: Tensor, positive: Tensor) -> Tensor:
-    """Maps (B, C, gh, gw) of two views and their pairs (bool, B, L1, L2) → (B,): mean cosine of the pairs.
+    """Mean cosine (B,) over the `positive` pairs (bool, B, L1, L2) of maps (B, C, gh, gw) of two views.
 
-    Zero for an image without pairs. At least float32. Source: section 3.2; the authors' code for the 1e-6.
+    0 for an image without pairs. In at least float32. Source: section 3.2, and the authors' code for the 1e-6.
     """
     with torch.autocast(predictions.device.type, enabled=False):
         first, second = (F.normalize(widened(maps).flatten(2), dim=1) for maps in (predictions, keys))
@@ -164,14 +168,14 @@ def consistency(predictions: Tensor, keys: Tensor, positive: Tensor) -> Tensor:
 
 
 def agreement(predictions: Sequence[Tensor], keys: Sequence[Tensor]) -> Tensor:
-    """Unit vectors (B, C) of two views → -2 times the mean cosine of each view's with the other's key, summed."""
+    """-2 times the mean cosine of each view's predictions (B, C) and the other's keys (B, C), summed over views."""
     forth, back = predictions[0] * keys[1], predictions[1] * keys[0]
     return -2 * forth.sum(1).mean() - 2 * back.sum(1).mean()
 
 
 def reference_names(task: PixPro) -> dict[str, str]:
-    """The authors' names (without ``module.``) → ours."""
-    positions = {
+    """The authors' name (without ``module.``) → our name."""
+    prefixes = {
         "backbone.model": "encoder",
         "projector": "projector",
         "propagation.value_transform": "value_transform",
@@ -183,11 +187,11 @@ def reference_names(task: PixPro) -> dict[str, str]:
     }
     names = {}
     for own in task.state_dict():
-        position = next(position for position in positions if own.startswith(f"{position}."))
-        names[f"{positions[position]}{own.removeprefix(position)}"] = own
+        prefix = next(prefix for prefix in prefixes if own.startswith(f"{prefix}."))
+        names[f"{prefixes[prefix]}{own.removeprefix(prefix)}"] = own
     return names
 
 
 def _pooled(maps: Sequence[Tensor]) -> list[Tensor]:
-    """(B, C, gh, gw) → (B, C) of length 1, at least float32, for each view."""
+    """For each view, (B, C, gh, gw) → mean over positions, normalized to length 1, (B, C), in at least float32."""
     return [F.normalize(widened(one).mean((2, 3)), dim=1) for one in maps]

@@ -1,1 +1,1 @@
-"""Masked image modeling: a part of the image is hidden and predicted from the rest."""
+"""Masked image modeling: part of an image is masked and predicted from the rest."""

@@ -1,4 +1,4 @@
-"""What MAE and ConvMAE share beside their steps: settings, initial weights, tables of positions, the authors' files.
+"""Code that MAE and ConvMAE share: settings, initial weights, position tables, reference checkpoints.
 
 He, Chen, Xie, Li, Dollár, Girshick, "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, arXiv 2111.06377;
 code of the authors: github.com/facebookresearch/mae. Shapes as in `unlabeled.ssl.task`.
@@ -63,23 +63,23 @@ class AutoencoderConfig(MaskedImageConfig):
 
 
 class PositionTable(NamedTuple):
-    """A backbone's table of absolute positions."""
+    """A backbone's table of absolute position embeddings."""
 
     values: nn.Parameter
-    """(1, P + L, D): P entries before those of the patches."""
+    """(1, P + L, D): P entries before those of the L patches."""
     grid: tuple[int, int]
-    """(gh, gw), L patches."""
+    """The grid (gh, gw) of the patches."""
 
 
-def reinitialized_positions(config: AutoencoderConfig, backbone: Backbone) -> bool:
-    """Whether the backbone's weights are drawn by the task."""
+def reinitializes(config: AutoencoderConfig, backbone: Backbone) -> bool:
+    """Whether the task draws the initial weights of the backbone."""
     return config.init == "mae" or (config.init == "auto" and not backbone.trained)
 
 
 def settle_positions(
     config: AutoencoderConfig, backbone: Backbone, table: PositionTable | None, *, reinitialize: bool
 ) -> None:
-    """Sets the fixed table if asked to (`reinitialize`), and trains absolute positions unless they are that table.
+    """Writes the fixed sine-cosine table into `table` if `reinitialize`, and freezes `table` if it is the fixed one.
 
     Raises ConfigError for a width that the fixed table cannot have.
     """
@@ -87,7 +87,7 @@ def settle_positions(
         return
     values, (rows, columns) = table
     dim = values.shape[-1]
-    if dim % 4 and not reinitialize:
+    if dim % 4 and not reinitialize:  # cannot be the fixed table, so it is trained
         return
     if dim % 4:
         raise ConfigError(
@@ -97,12 +97,12 @@ def settle_positions(
     fixed = sincos_2d(dim, table.grid, values.shape[1] - rows * columns).to(values)
     if reinitialize:
         values.data.copy_(fixed)
-    # a table that came with trained weights may be the fixed one too: it then goes on being fixed
+    # a table that came with trained weights may be the fixed one too, and then stays fixed
     values.requires_grad_(not (reinitialize or torch.allclose(values.detach(), fixed, atol=1e-4)))
 
 
 def names_of_fixed(backbone: Backbone, table: PositionTable | None) -> set[str]:
-    """The name of the table of positions (relative to `backbone`), where it is the fixed one."""
+    """Name of the position table, relative to `backbone`, if it is fixed; else the empty set."""
     named = backbone.named_parameters()
     return {name for name, one in named if table is not None and one is table.values and not one.requires_grad}
 
@@ -110,27 +110,26 @@ def names_of_fixed(backbone: Backbone, table: PositionTable | None) -> set[str]:
 def load_autoencoder(
     task: nn.Module, state: Mapping[str, Tensor], table: PositionTable | None, *, file_prefix: int
 ) -> tuple[list[str], list[str]]:
-    """Loads the authors' files into `task`, with or without a decoder in them.
+    """Loads a reference checkpoint into `task`, with or without a decoder in it.
 
-    Takes the dictionary of tensors or the file's ``{"model": ...}``. A table of positions of another grid becomes
-    this grid's: made anew where it is the fixed table, resampled bicubically where it is not; `file_prefix` entries
-    precede those of the patches in the file's tables. Returns (missing, unexpected) names of the file's layout;
-    without a decoder in the file its names are all missing.
+    Takes the dictionary of tensors or the file's ``{"model": ...}``. A position table of another grid is recomputed if
+    it is the fixed table, else resampled bicubically; in the file's tables, `file_prefix` entries precede those of the
+    patches. Returns (missing, unexpected) names as in the file; if it has no decoder, the decoder's names are missing.
 
-    Raises CheckpointError, before anything is changed, when a tensor has another shape or none fits.
+    Raises CheckpointError if a shape differs or no tensor fits; nothing is changed in that case.
     """
     tensors = cast(Mapping[str, Tensor], state.get("model", state))
     names = {_reference_name(name): name for name in task.state_dict()}
     changed = dict(tensors)
     if "pos_embed" in tensors and table is not None:
         changed["pos_embed"] = resampled_positions(tensors["pos_embed"], *table, file_prefix=file_prefix)
-    if "decoder_pos_embed" in tensors:
+    if "decoder_pos_embed" in tensors:  # our decoder computes its table from the grid, so there is nothing to load
         require_fixed_table("decoder_pos_embed", changed.pop("decoder_pos_embed"), file_prefix=file_prefix)
     return load_mapped(task, changed, names)
 
 
 def init_linear(module: nn.Module) -> None:
-    """Xavier-uniform matrices with biases of 0, as section A.1 of the paper says; norms stay as they were built."""
+    """Draws the weights of all linear layers Xavier-uniformly with biases of 0 (section A.1 of the paper)."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.xavier_uniform_(layer.weight)
@@ -139,12 +138,13 @@ def init_linear(module: nn.Module) -> None:
 
 
 def init_projection(convolution: nn.Conv2d) -> None:
-    """The same for a patch projection, a matrix in the shape of a convolution; its bias stays as it was built."""
+    """Draws the weight of a patch projection Xavier-uniformly; its bias keeps its initial value."""
+    # the fan-in and fan-out are those of the matrix that the convolution stands for, not of a convolution
     nn.init.xavier_uniform_(convolution.weight.data.view(convolution.out_channels, -1))
 
 
 def _reference_name(name: str) -> str:
-    """Name of one of a task's tensors in the authors' files."""
+    """Our name of a tensor → its name in the authors' files."""
     if name.startswith("decoder."):
         return "mask_token" if name == "decoder.mask_token" else "decoder_" + name.removeprefix("decoder.")
     return name.removeprefix("backbone.model.")

@@ -1,4 +1,4 @@
-"""Names of ConvNeXt's parameters in its authors' code and in timm's."""
+"""Maps the names of ConvNeXt's parameters in timm to those in the authors' code."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _RULES = [
     (re.compile(r"^head\.norm\."), "norm."),
     (re.compile(r"^head\.fc\."), "head."),
 ]
-"""Source: github.com/facebookresearch/ConvNeXt and ConvNeXt-V2; ResNets' names match none of the rules."""
+"""Source: github.com/facebookresearch/ConvNeXt and ConvNeXt-V2. The names of a ResNet match none of the rules."""
 
 
 def reference_name(name: str) -> str:
-    """The authors' name of the parameter or buffer that timm's ConvNeXt calls `name`; a ResNet's names stay.
+    """The authors' name of the parameter or buffer that timm's ConvNeXt calls `name`; names of a ResNet are unchanged.
 
-    >>> official_name("stages.2.blocks.0.mlp.fc1.weight")
+    >>> reference_name("stages.2.blocks.0.mlp.fc1.weight")
     'stages.2.0.pwconv1.weight'
     """
     for pattern, replacement in _RULES:

@@ -1,11 +1,11 @@
-"""FCMAE: a convolutional network sees 40 % of the cells, one dense block predicts the pixels of the rest.
+"""FCMAE: a convolutional network encodes 40 % of the cells, and one dense block predicts the pixels of the others.
 
 Woo, Debnath, Hu, Chen, Liu, Kweon, Xie, "ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders",
 CVPR 2023, arXiv 2301.00808; code of the authors: github.com/facebookresearch/ConvNeXt-V2.
 
-Made for ConvNeXt V2; any network that has a masked form will do. Response norms take their statistics per image, over
-visible places, as in the paper; the authors' PyTorch code takes them over all images of a process's batch.
-Shapes as in `unlabeled.ssl.task`.
+Made for ConvNeXt V2, but any backbone with a masked (sparse) form works. Global response norms compute their statistics
+per image over the visible positions, as in the paper; the authors' PyTorch code computes them over all images of a
+process. Shapes as in `unlabeled.ssl.task`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from unlabeled.ssl.backbones.masked.sparse import SparseEncoder
 from unlabeled.ssl.task import Batch, NamedParameter, Paper, Recipe, StepOutput, TaskConfig
 
 _STD = 0.02
-"""Of all initial weights of the decoder."""
+"""Standard deviation of all initial weights of the decoder."""
 
 
 class ConvDecoderConfig(TaskConfig):
@@ -62,8 +62,8 @@ class FCMAE(MaskedImageTask):
 
     Submodules: `backbone` (the encoder) and `decoder`.
 
-    A cell of the mask is one place of the encoder's last map. The backbone keeps its initial weights: timm draws those
-    of ConvNeXt with a deviation of 0.02. (The authors' PyTorch code draws some of them again with a deviation of 1.)
+    A cell of the mask is one position of the encoder's last feature map. The backbone keeps its initial weights: timm
+    draws those of ConvNeXt with a deviation of 0.02. (The authors' PyTorch code redraws some with a deviation of 1.)
     """
 
     Config: ClassVar[type[TaskConfig]] = FCMAEConfig
@@ -92,44 +92,45 @@ class FCMAE(MaskedImageTask):
     config: FCMAEConfig
 
     def __init__(self, config: FCMAEConfig, backbone: Backbone) -> None:
-        """Raises CapabilityError for a backbone without masked form, ConfigError for sizes that do not fit."""
+        """Raises CapabilityError for a backbone without a masked form, ConfigError for sizes that do not fit."""
         super().__init__(config, backbone)
         last = backbone.stages[-1]
         self.cell = (last.stride, last.stride)
-        self.keep(self.grid_of(backbone.input_size))  # refuses a ratio that hides nothing or all
+        self.keep(self.grid_of(backbone.input_size))  # raises for a ratio that masks all cells or none
         self.sparse = SparseEncoder(backbone, cell=self.cell)
         self.decoder = ConvDecoder(
             last.channels, 3 * last.stride**2, dim=config.decoder.dim, depth=config.decoder.depth
         )
-        self.train_only(backbone.reached_by_maps([-1]))
+        self.train_only(backbone.reached_by_maps([-1]))  # freezes what comes after the last map, such as the classifier
 
     def forward(self, batch: Batch, *, noise: Tensor | None = None, visible: Tensor | None = None) -> StepOutput:
-        """Mean squared error of the hidden cells of ``batch["image"]``, and the part of their variance explained.
+        """Mean squared error on the masked cells of ``batch["image"]``; logs ``explained`` (see `squared_error`).
 
-        A uint8 image (B, 3, H, W) is normalized here; a float one is taken as normalized already. `noise` (B, L) or
-        `visible` (bool, B, gh, gw) decides the masks; None: as `draw` gives it.
+        A uint8 image (B, 3, H, W) is normalized; a float image is expected to be normalized already. `noise` (B, L) or
+        `visible` (bool, B, gh, gw) determines the masks; if both are None, they are drawn.
         """
+        # choose which cells to mask
         images = self.images_of(batch)  # (B, 3, H, W)
         masking = self.mask(images, noise, visible)  # K of L cells stay visible
+        # encode the visible cells, predict the masked ones
         latent = self.encode(images, masking)  # (B, K, C)
-        predictions = self.decoder(latent, masking)  # (B, L - K, ph * pw * 3), of hidden cells alone
+        predictions = self.decoder(latent, masking)  # (B, L - K, ph * pw * 3)
+        # compare with the pixels of the masked cells
         targets = cell_targets(images, self.cell, masking.ids_masked, norm_pix=self.config.norm_pix)
         return squared_error(predictions, targets)
 
     def encode(self, images: Tensor, masking: Masking) -> Tensor:
         """Normalized (B, 3, H, W) → features of the visible cells (B, K, C), in the order of `ids_keep`."""
         (last,) = self.sparse.maps(images, masking, indices=[-1])
-        return last.tokens()  # a cell is one place of the last map
+        return last.tokens()  # one token per cell, as a cell is one position of the last map
 
     def reconstruct(self, images: Tensor, masking: Masking) -> Tensor:
         predictions = self.decoder.predict_all(self.encode(images, masking), masking)  # (B, L, ph * pw * 3)
         return cell_images(predictions, images, self.cell, masking.grid, norm_pix=self.config.norm_pix)
 
     def parameter_groups(self) -> Iterator[NamedParameter]:
-        """See the base class; gains and offsets of response norms are decayed, as published.
-
-        They have four dimensions in the authors' code, which the rule for one-dimensional tensors does not spare.
-        """
+        """See the base class; gains and offsets of response norms are decayed, as published."""
+        # in the authors' code they have four dimensions, so their exception for one-dimensional tensors misses them
         for named in super().parameter_groups():
             yield named._replace(decay=named.decay or ".grn." in named.name)
 
@@ -137,9 +138,9 @@ class FCMAE(MaskedImageTask):
         """Loads checkpoints of a pretraining run (sparse layout, with decoder) and ``convnextv2_*_fcmae.pt`` files.
 
         Takes the dictionary of tensors or the file's ``{"model": ...}``. Returns (missing, unexpected) names of the
-        dense layout; without a decoder in the file its names are all missing.
+        dense layout; if the file has no decoder, the decoder's names are missing.
 
-        Raises CheckpointError, before anything is changed, when a tensor has another shape or none fits.
+        Raises CheckpointError if a shape differs or no tensor fits; nothing is changed in that case.
         """
         tensors = dense_layout(cast(Mapping[str, Tensor], state.get("model", state)))
         shaped = {name: _flat(name, value) for name, value in tensors.items()}
@@ -147,14 +148,12 @@ class FCMAE(MaskedImageTask):
 
 
 class ConvDecoder(nn.Module):
-    """Predicts a vector for each cell from the features of the visible ones. Source: section 3 of the paper.
-
-    Each matrix here is a 1x1 convolution in the authors' code.
-    """
+    """Predicts the pixels of each cell from the features of the visible ones. Source: section 3 of the paper."""
 
     def __init__(self, in_dim: int, out_dim: int, *, dim: int = 512, depth: int = 1) -> None:
-        """`in_dim` channels of the encoder, `out_dim` numbers per cell."""
+        """`in_dim`: channels of the encoder; `out_dim`: values to predict per cell."""
         super().__init__()
+        # each linear layer is a 1x1 convolution in the authors' code
         self.proj = nn.Linear(in_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.blocks = nn.Sequential(*[ConvNeXtBlock(dim, use_grn=True, ls_init_value=None) for _ in range(depth)])
@@ -167,7 +166,7 @@ class ConvDecoder(nn.Module):
 
     def forward(self, latent: Tensor, masking: Masking) -> Tensor:
         """Features of the visible cells (B, K, in_dim) → predictions (B, L - K, out_dim) of the cells `ids_masked`."""
-        x = self.mixed(latent, masking)  # (B, L, dim): convolutions need every cell, the prediction does not
+        x = self.mixed(latent, masking)  # (B, L, dim): convolutions need all cells, the prediction only masked ones
         masked = x.gather(1, masking.ids_masked[..., None].expand(-1, -1, x.shape[-1]))  # (B, L - K, dim)
         prediction: Tensor = self.pred(masked)
         return prediction
@@ -178,22 +177,19 @@ class ConvDecoder(nn.Module):
         return prediction
 
     def mixed(self, latent: Tensor, masking: Masking) -> Tensor:
-        """Features of the visible cells (B, K, in_dim) → what the blocks make of all cells (B, L, dim), raster order.
-
-        Response norms of these blocks see the whole image.
-        """
+        """Features of the visible cells (B, K, in_dim) → the blocks' output for all cells (B, L, dim), raster order."""
         visible = self.proj(latent)  # (B, K, in_dim) -> (B, K, dim)
-        hidden = self.mask_token.to(visible.dtype).expand(visible.shape[0], masking.ids_masked.shape[1], -1)
-        x = masking.restore(torch.cat([visible, hidden], dim=1))  # (B, L, dim), raster order
+        masked = self.mask_token.to(visible.dtype).expand(visible.shape[0], masking.ids_masked.shape[1], -1)
+        x = masking.restore(torch.cat([visible, masked], dim=1))  # (B, L, dim), raster order
+        # the blocks run on a dense map: unlike in the encoder, their response norms see the whole image
         x = x.view(x.shape[0], *masking.grid, -1).permute(0, 3, 1, 2)  # (B, L, dim) -> (B, dim, gh, gw)
         return cast(Tensor, self.blocks(x)).flatten(2).transpose(1, 2)
 
 
 def dense_layout(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The authors' tensors in their layout for dense convolutions, from that or from the sparse one.
+    """Converts the authors' tensors from their sparse to their dense layout; dense ones are unchanged.
 
-    A sparse kernel (positions, C) or (positions, C_in, C_out) numbers the positions of its window with the row running
-    fastest: number x * k + y is the weight at row y, column x. The encoder's names lose their prefix.
+    The prefix ``encoder.`` of names is removed, and those that are not tensors are left out.
     """
     dense: dict[str, Tensor] = {}
     for name, value in tensors.items():
@@ -215,11 +211,12 @@ def _dense_kernel(kernel: Tensor) -> Tensor:
     if kernel.ndim == 2:
         kernel = kernel[:, None]  # one input channel for each output channel
     side = math.isqrt(kernel.shape[0])
+    # a sparse kernel is column-major: entry x * k + y is the weight at row y, column x
     return kernel.reshape(side, -1, *kernel.shape[1:]).permute(3, 2, 1, 0).contiguous()
 
 
 def reference_names(own: Iterable[str]) -> dict[str, str]:
-    """Name in the authors' dense layout → name among `own`, those of the tensors of an `FCMAE`."""
+    """Name in the authors' dense layout → our name, for the names `own` of the tensors of an `FCMAE`."""
 
     def reference(name: str) -> str:
         if name.startswith("decoder."):
@@ -230,7 +227,7 @@ def reference_names(own: Iterable[str]) -> dict[str, str]:
 
 
 def _flat(name: str, value: Tensor) -> Tensor:
-    """A tensor of the dense layout in the shape that it has here."""
+    """Reshapes a tensor of the dense layout to the shape that it has here."""
     if name.endswith((".grn.gamma", ".grn.beta")):
         return value.flatten()
     if name == "mask_token":

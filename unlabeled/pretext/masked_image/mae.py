@@ -1,4 +1,4 @@
-"""MAE: a transformer sees a quarter of the patches, a small decoder predicts the pixels of the rest.
+"""MAE: a transformer encodes a quarter of the patches, and a small decoder predicts the pixels of the others.
 
 He, Chen, Xie, Li, Dollár, Girshick, "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, arXiv 2111.06377;
 code of the authors: github.com/facebookresearch/mae. Shapes as in `unlabeled.ssl.task`; P prefix tokens.
@@ -22,7 +22,7 @@ from unlabeled.pretext.masked_image.autoencoder import (
     init_linear,
     load_autoencoder,
     names_of_fixed,
-    reinitialized_positions,
+    reinitializes,
     settle_positions,
 )
 from unlabeled.pretext.masked_image.masked_image import MaskedImageTask, cell_images, cell_targets, squared_error
@@ -41,7 +41,8 @@ class MAE(MaskedImageTask):
 
     Submodules: `backbone` (the encoder) and `decoder`.
 
-    `load_reference` takes ``mae_pretrain_vit_*`` (encoder) and ``*_full`` and ``mae_visualize_*`` files (with decoder).
+    `load_reference` takes ``mae_pretrain_vit_*`` files (encoder) and ``*_full`` and ``mae_visualize_*`` files (with
+    decoder).
     """
 
     Config: ClassVar[type[TaskConfig]] = MAEConfig
@@ -71,10 +72,10 @@ class MAE(MaskedImageTask):
         encoder = TokenEncoder(backbone)
         grid = encoder.grid(backbone.input_size)
         self.cell = encoder.patch_size
-        self.keep(grid)  # refuses a ratio that hides nothing or all
+        self.keep(grid)  # raises for a ratio that masks all patches or none
         values = self.cell[0] * self.cell[1] * encoder.channels
         self.decoder = TransformerDecoder(encoder.dim, values, grid=grid, **config.decoder.model_dump())
-        reinitialize = reinitialized_positions(config, backbone)
+        reinitialize = reinitializes(config, backbone)
         if reinitialize:
             _init_encoder(encoder)
         settle_positions(config, backbone, self.positions(), reinitialize=reinitialize)
@@ -82,21 +83,24 @@ class MAE(MaskedImageTask):
             parameter.requires_grad_(False)
 
     def forward(self, batch: Batch, *, noise: Tensor | None = None, visible: Tensor | None = None) -> StepOutput:
-        """Mean squared error of the hidden patches of ``batch["image"]``, and the part of their variance explained.
+        """Mean squared error on the masked patches of ``batch["image"]``; logs ``explained`` (see `squared_error`).
 
-        A uint8 image (B, 3, H, W) is normalized here; a float one is taken as normalized already. `noise` (B, L) or
-        `visible` (bool, B, gh, gw) decides the masks; None: as `draw` gives it.
+        A uint8 image (B, 3, H, W) is normalized; a float image is expected to be normalized already. `noise` (B, L) or
+        `visible` (bool, B, gh, gw) determines the masks; if both are None, they are drawn.
         """
+        # choose which patches to mask
         images = self.images_of(batch)  # (B, 3, H, W)
         masking = self.mask(images, noise, visible)  # K of L patches stay visible
+        # encode the visible patches, predict the masked ones
         latent = self.encode(images, masking)  # (B, P + K, D)
-        predictions = self.decoder(latent, masking)  # (B, L - K, ph * pw * 3), of hidden patches alone
+        predictions = self.decoder(latent, masking)  # (B, L - K, ph * pw * 3)
+        # compare with the pixels of the masked patches
         targets = cell_targets(images, self.cell, masking.ids_masked, norm_pix=self.config.norm_pix)
         return squared_error(predictions, targets)
 
     def encode(self, images: Tensor, masking: Masking) -> Tensor:
-        """Normalized (B, 3, H, W) → tokens of prefix and visible patches (B, P + K, D), after the last norm."""
-        # not ``backbone(images)``: hidden patches are dropped before the first block, so they cost nothing
+        """Normalized (B, 3, H, W) → tokens of the prefix and the visible patches (B, P + K, D), after the last norm."""
+        # not ``backbone(images)``: masked patches are dropped before the first block, so they cost nothing
         return TokenEncoder(self.backbone).encode(images, masking.ids_keep)[0]
 
     def reconstruct(self, images: Tensor, masking: Masking) -> Tensor:
@@ -104,31 +108,31 @@ class MAE(MaskedImageTask):
         return cell_images(predictions, images, self.cell, masking.grid, norm_pix=self.config.norm_pix)
 
     def positions(self) -> PositionTable | None:
-        """The backbone's table of absolute positions; None where it has none."""
+        """The backbone's table of absolute position embeddings; None if it has none."""
         encoder = TokenEncoder(self.backbone)
         return None if encoder.absolute is None else PositionTable(encoder.absolute, encoder.absolute_grid)
 
     def fixed(self) -> set[str]:
-        """The table of positions, where it is the fixed one."""
+        """See the base class: the position table, if it is the fixed one."""
         return names_of_fixed(self.backbone, self.positions())
 
     def require_size(self, size: tuple[int, int]) -> None:
-        TokenEncoder(self.backbone).grid(size)  # refuses sizes that the network does not take token by token
+        TokenEncoder(self.backbone).grid(size)  # raises for sizes that the backbone cannot split into patches
         super().require_size(size)
 
     def load_reference(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
         """See the class and `load_autoencoder`."""
         found = load_autoencoder(self, state, self.positions(), file_prefix=1)  # one entry for the class token
+        # the file's table may be the fixed one or a trained one: freeze or train it accordingly
         settle_positions(self.config, self.backbone, self.positions(), reinitialize=False)
         return found
 
 
 class TransformerDecoder(nn.Module):
-    """Predicts the pixels of each patch from the tokens of the visible ones.
+    """Predicts the pixels of the masked patches from the encoder's tokens of the visible ones."""
 
-    Inside, tokens stand in the order prefix, visible, masked: attention does not mind, and the last block and the
-    prediction then run on the masked ones alone, which gives the same numbers as running them on all.
-    """
+    # tokens are in the order prefix, visible, masked: attention does not depend on it, and the last block and the
+    # prediction can then run on the masked tokens alone, with the same results
 
     def __init__(
         self,
@@ -142,7 +146,7 @@ class TransformerDecoder(nn.Module):
         norm_eps: float = 1e-6,
         grid: tuple[int, int],
     ) -> None:
-        """`in_dim` channels of the encoder, `out_dim` numbers per patch, `grid` (gh, gw) that is usual."""
+        """`in_dim`: channels of the encoder; `out_dim`: values to predict per patch; `grid`: the usual (gh, gw)."""
         super().__init__()
         norm = partial(nn.LayerNorm, eps=norm_eps)
         self.dim = dim
@@ -154,7 +158,7 @@ class TransformerDecoder(nn.Module):
         )
         self.norm = norm(dim)
         self.pred = nn.Linear(dim, out_dim)
-        # Fixed and made again from the grid: not part of checkpoints.
+        # not in checkpoints, because it is computed from the grid
         self.register_buffer("positions", sincos_2d(dim, grid)[0], persistent=False)
         init_linear(self)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -165,12 +169,13 @@ class TransformerDecoder(nn.Module):
         *blocks, last = self.blocks
         for block in blocks:
             x = block(x)
-        # nothing is asked of visible patches, so for the last block they are keys and values only
+        # visible patches are not predicted, so the last block needs them as keys and values only
         x = last(x, first=latent.shape[1])  # (B, L - K, dim)
         return self.pred(self.norm(x))  # type: ignore[no-any-return]
 
     def predict_all(self, latent: Tensor, masking: Masking) -> Tensor:
         """Encoder tokens (B, P + K, in_dim) → predictions of all patches in raster order (B, L, out_dim)."""
+        # for `visualize`; training predicts the masked patches only
         x = self._filled(latent, masking)
         for block in self.blocks:
             x = block(x)
@@ -178,44 +183,45 @@ class TransformerDecoder(nn.Module):
         return masking.restore(x[:, latent.shape[1] - masking.ids_keep.shape[1] :])
 
     def _filled(self, latent: Tensor, masking: Masking) -> Tensor:
-        """(B, P + K, in_dim) → (B, P + L, dim): prefix without positions, visible and masked tokens with theirs."""
+        """(B, P + K, in_dim) → (B, P + L, dim): prefix, visible and masked tokens; all but prefix with positions."""
         prefix = latent.shape[1] - masking.ids_keep.shape[1]
         positions = cast(Tensor, self.positions)  # (L, dim)
-        if masking.grid != self.grid:  # images of another size, as a curriculum gives them
+        if masking.grid != self.grid:  # images of another size, from a curriculum
             positions = sincos_2d(self.dim, masking.grid)[0].to(positions)
-        visible = self.embed(latent).to(positions.dtype)  # autocast gives it in half precision, positions are not
+        visible = self.embed(latent).to(positions.dtype)  # autocast returns half precision, positions are float32
         kept = visible[:, prefix:] + F.embedding(masking.ids_keep, positions)  # (B, K, dim)
-        masked = self.mask_token + F.embedding(masking.ids_masked, positions)  # (B, L - K, dim), one token everywhere
+        masked = self.mask_token + F.embedding(masking.ids_masked, positions)  # (B, L - K, dim)
         return torch.cat([visible[:, :prefix], kept, masked], dim=1)
 
 
 class DecoderBlock(Block):  # type: ignore[misc]
-    """timm's pre-norm block, which can leave out the results of leading tokens that nobody reads."""
+    """timm's pre-norm block, with the option to compute no output for leading tokens."""
 
     def forward(self, x: Tensor, first: int = 0) -> Tensor:
-        """(B, N, D) → (B, N - first, D). The `first` leading tokens are keys and values only."""
+        """(B, N, D) → (B, N - first, D). The `first` leading tokens serve as keys and values only."""
         if first == 0:
             return super().forward(x)  # type: ignore[no-any-return]
         attention, dim = self.attn, x.shape[-1]
         y = self.norm1(x)
+        # split the joint projection: queries of the last tokens, keys and values of all
         weight, bias = attention.qkv.weight, attention.qkv.bias
         q = F.linear(y[:, first:], weight[:dim], bias[:dim])  # (B, N - first, D)
         k, v = F.linear(y, weight[dim:], bias[dim:]).chunk(2, dim=-1)  # (B, N, D) each
-        q, k, v = (part.view(*part.shape[:2], attention.num_heads, -1).transpose(1, 2) for part in (q, k, v))
+        q, k, v = (one.view(*one.shape[:2], attention.num_heads, -1).transpose(1, 2) for one in (q, k, v))
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x[:, first:] + attention.proj(mixed)
         return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
 
 
 def _init_encoder(encoder: TokenEncoder) -> None:
-    """Matrices as in the decoder, tokens from a normal distribution of 0.02."""
+    """Draws matrices as in the decoder, and class and register tokens from a normal distribution of deviation 0.02."""
     model = encoder.backbone.model
     init_linear(model)
-    # the patch projection is a convolution, but is drawn as the matrix that it is
+    # the patch projection is stored as a convolution but initialized as a matrix
     nn.init.xavier_uniform_(encoder.projection.data.view(encoder.projection.shape[0], -1))
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[2] in {"cls_token", "reg_token", "dist_token"}:
             nn.init.normal_(parameter, std=0.02)
     for layer in model.modules():
-        if hasattr(layer, "local_init"):  # ConViT: heads that begin as convolutions, by design and not by chance
+        if hasattr(layer, "local_init"):  # ConViT's heads start as convolutions by design: restore that
             cast(Any, layer).local_init()

@@ -1,4 +1,4 @@
-"""SimMIM: hidden cells become a learned token, the whole network runs, one layer predicts the raw pixels.
+"""SimMIM: masked cells become a learned token, the whole backbone runs, and one layer predicts the raw pixels.
 
 Xie, Zhang, Cao, Lin, Bao, Yao, Dai, Hu, "SimMIM: A Simple Framework for Masked Image Modeling", CVPR 2022, arXiv
 2111.09886; code of the authors: github.com/microsoft/SimMIM. Shapes as in `unlabeled.ssl.task`.
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from unlabeled.pretext.common.checkpoint import load_mapped
-from unlabeled.pretext.masked_image.masked_image import MaskedImageConfig, MaskedImageTask, Part
+from unlabeled.pretext.common.views import Fraction
+from unlabeled.pretext.masked_image.masked_image import MaskedImageConfig, MaskedImageTask
 from unlabeled.pretext.masked_image.simmim_names import reference_names, to_own_layout
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.level_map import LevelMap
@@ -30,13 +31,13 @@ from unlabeled.ssl.task import Batch, NamedParameter, Paper, Recipe, StepOutput,
 logger = logging.getLogger(__name__)
 
 _UNIT = 32
-"""Pixels of a cell of the mask in the paper (section 4.1.1)."""
+"""Side of a cell of the mask in the paper, in pixels (section 4.1.1)."""
 _SMALLEST = 4
-"""Pixels of the smallest cell that is chosen here."""
+"""Side of the smallest cell that is chosen automatically, in pixels."""
 _CELLS = 4
-"""Cells along a side that a mask unit chosen here leaves at least."""
+"""Smallest number of cells along each side of the image for an automatically chosen cell."""
 _EPS = 1e-5
-"""Added to the number of hidden pixels in the loss."""
+"""Added to the number of masked pixels in the loss."""
 _NOT_DECAYED = frozenset({"mask_token", "cls_token", "pos_embed", "absolute_pos_embed"})
 
 
@@ -48,7 +49,7 @@ class SimMIMConfig(MaskedImageConfig):
     mask_unit: int | None = Field(None, ge=1)
     """Side of one cell of the mask, a multiple of the network's patch size; null: 32 if that leaves 4 cells along each
     side, else the largest size that does, down to 4. [pixels]"""
-    crop_scale: tuple[Part, Part] = (0.67, 1.0)
+    crop_scale: tuple[Fraction, Fraction] = (0.67, 1.0)
     """Smallest and largest fraction of the image area that a crop covers. [fraction]"""
 
 
@@ -57,14 +58,13 @@ class SimMIM(MaskedImageTask):
 
     Submodules: `backbone` and `decoder` (one 1x1 convolution).
 
-    Where the backbone turns each patch into a token of its own (see `unlabeled.ssl.backbones.stem`), `mask_token` (1,
-    1, D) takes the place of the tokens of hidden cells, after the patch embedding and its norm and before positions and
-    class token. Any other backbone gets images whose hidden cells are filled with one learned color, `mask_token`
-    (1, 3, 1, 1). `level` says which, and the log does once.
+    If the backbone turns each patch into one token (see `unlabeled.ssl.backbones.stem`), `mask_token` (1, 1, D)
+    replaces the tokens of masked cells, after the patch embedding and its norm and before positions and class token.
+    For any other backbone, masked cells of the image are filled with one learned color, `mask_token` (1, 3, 1, 1).
+    `mask_entry` says which ("token" or "pixel"), and the log reports it once.
 
-    Initial values: the backbone keeps its own, as timm draws them (the authors' differ a little: normal matrices of
-    deviation 0.02, the deeper blocks of the ViT scaled down); `mask_token` is normal with deviation 0.02; `decoder` is
-    PyTorch's default.
+    The backbone keeps timm's initial values, which differ slightly from the authors' (normal matrices with deviation
+    0.02, deeper blocks of the ViT scaled down).
     """
 
     Config: ClassVar[type[TaskConfig]] = SimMIMConfig
@@ -101,112 +101,115 @@ class SimMIM(MaskedImageTask):
         """Raises CapabilityError for a backbone without feature maps, ConfigError for sizes that do not fit."""
         super().__init__(config, backbone)
         self.stem = find_stem(backbone.model, backbone.input_size)
-        self.level: Literal["token", "pixel"] = "pixel" if self.stem is None else "token"
+        self.mask_entry: Literal["token", "pixel"] = "pixel" if self.stem is None else "token"
         patch = (1, 1) if self.stem is None else self.stem.patch
         unit = _mask_unit(config.mask_unit, backbone, patch)
         self.cell = (unit, unit)
-        self.keep(self.grid_of(backbone.input_size))  # refuses a ratio that hides nothing or all
+        self.keep(self.grid_of(backbone.input_size))  # raises for a ratio that masks all cells or none
         channels, self.stride = backbone.stages[-1]
-        self.last = LevelMap(backbone, -1, task="SimMIM")
+        self.last_map = LevelMap(backbone, -1, task="SimMIM")
         shape = (1, 3, 1, 1) if self.stem is None else (1, 1, self.stem.dim)
         self.mask_token = nn.Parameter(torch.empty(shape))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.decoder = nn.Conv2d(channels, 3 * self.stride**2, kernel_size=1)
-        self.train_only(self.last.reached(backbone))  # not a head, nor what comes after the last map
-        position = "as one color in the image" if self.stem is None else f"as one token after {self.stem.name}"
-        logger.info("simmim: hidden cells of %d pixels enter %s %s", unit, backbone.name, position)
+        self.train_only(self.last_map.reached(backbone))  # freezes the head and everything else after the last map
+        entry = "as one color in the image" if self.stem is None else f"as one token after {self.stem.name}"
+        logger.info("simmim: masked cells of %d pixels enter %s %s", unit, backbone.name, entry)
 
     def forward(self, batch: Batch, *, noise: Tensor | None = None, visible: Tensor | None = None) -> StepOutput:
-        """Mean absolute error over hidden pixels of ``batch["image"]``, and the part of their magnitude explained.
+        """Mean absolute error on the masked pixels of ``batch["image"]``.
 
-        A uint8 image (B, 3, H, W) is normalized here; a float one is taken as normalized already. `noise` (B, L) or
-        `visible` (bool, B, gh, gw, on the cells of the mask) decides the masks; None: as `draw` gives it.
+        Logs ``explained``: 1 minus the error relative to that of predicting the mean color. A uint8 image (B, 3, H, W)
+        is normalized; a float image is expected to be normalized already. `noise` (B, L) or `visible` (bool, B, gh, gw,
+        for the cells of the mask) determines the masks; if both are None, they are drawn.
         """
+        # choose which cells to mask
         images = self.images_of(batch)  # (B, 3, H, W)
-        masking = self.mask(images, noise, visible)  # of cells of `mask_unit` pixels, a patch or more
+        masking = self.mask(images, noise, visible)  # a cell is one patch or several
+        # run the whole backbone, then predict all pixels
         features = self.encode(images, masking)  # (B, C, H', W')
         predicted = self.decode(features, (images.shape[-2], images.shape[-1]))  # (B, 3, H, W)
-        hidden = self.masked_pixels(masking)  # bool (B, 1, H, W)
-        loss = masked_l1(predicted, images, hidden)
-        # what a prediction of zeros, the mean color, would get: the share of it that is gone is explained
-        blank = masked_l1(torch.zeros_like(predicted), images, hidden).detach()
+        # compare on the masked pixels
+        masked = self.masked_pixels(masking)  # bool (B, 1, H, W)
+        loss = masked_l1(predicted, images, masked)
+        blank = masked_l1(torch.zeros_like(predicted), images, masked).detach()  # 0 is the mean color
         return StepOutput(loss, {"explained": 1 - loss.detach() / (blank + 1e-6)})
 
     def encode(self, images: Tensor, masking: Masking) -> Tensor:
-        """Normalized (B, 3, H, W) and its mask → the last map (B, C, H', W'), after the network's final norm."""
+        """Normalized (B, 3, H, W) and its mask → last feature map (B, C, H', W'), after the backbone's final norm."""
         if self.stem is None:
             images = torch.where(self.masked_pixels(masking), self.mask_token.to(images.dtype), images)
-            return self.last(self.backbone, images)
+            return self.last_map(self.backbone, images)
         # a cell of the mask covers several patches: (B, gh, gw) cells -> patches of the stem
         patches = (self.cell[0] // self.stem.patch[0], self.cell[1] // self.stem.patch[1])
         with substituted(self.backbone.model, self.stem, masking.enlarged(patches), self.mask_token):
-            return self.last(self.backbone, images)
+            return self.last_map(self.backbone, images)
 
     def decode(self, features: Tensor, size: tuple[int, int]) -> Tensor:
-        """The last map (B, C, H', W') → predicted images (B, 3, H, W) of `size` (H, W), normalized.
-
-        Each place of the last map gives the ``stride`` x ``stride`` pixels under it, channel by channel and each
-        channel row by row (the order of a pixel shuffle).
-        """
+        """Last feature map (B, C, H', W') → predicted images (B, 3, H, W) of `size` (H, W), normalized."""
         height, width = size
         grid = (math.ceil(height / self.stride), math.ceil(width / self.stride))
-        if features.shape[-2:] != grid:  # networks without padding lose places at the edge
+        if features.shape[-2:] != grid:  # backbones without padding lose positions at the border
             features = F.interpolate(features, size=grid, mode="bilinear", align_corners=False)
+        # each position predicts the stride x stride pixels under it
         images = F.pixel_shuffle(self.decoder(features), self.stride)
-        return images[..., :height, :width]  # the last places stand over where the stride does not divide the size
+        return images[..., :height, :width]  # crop what extends past the image if the stride does not divide its size
 
     def masked_pixels(self, masking: Masking) -> Tensor:
-        """Bool (B, 1, H, W), True where a pixel is hidden."""
+        """Bool (B, 1, H, W), True at masked pixels."""
         return ~masking.enlarged(self.cell)[:, None]
 
     def reconstruct(self, images: Tensor, masking: Masking) -> Tensor:
-        """See the base class. A prediction stands at every pixel, those of visible cells are not trained."""
+        """See the base class. Predictions of visible cells are returned too, although they are not trained."""
         predicted = self.decode(self.encode(images, masking), (images.shape[-2], images.shape[-1]))
         return predicted.to(torch.promote_types(predicted.dtype, images.dtype))
 
     def parameter_groups(self) -> Iterator[NamedParameter]:
-        """As the base class says, and no decay for class and mask tokens and absolute positions.
-
-        That is what the authors' Swin trains with: their tables of relative positions are meant to be spared too but
-        are decayed. (Their ViT's mask token is decayed by the same slip.)
-        """
+        """As in the base class, but without weight decay for class and mask tokens and absolute positions."""
+        # as the authors' Swin is trained in effect: they also exclude tables of relative positions, but a slip in their
+        # code decays these (and the mask token of their ViT)
         for named in super().parameter_groups():
-            spared = named.name.rpartition(".")[2] in _NOT_DECAYED
-            yield named._replace(decay=False) if spared else named
+            undecayed = named.name.rpartition(".")[2] in _NOT_DECAYED
+            yield named._replace(decay=False) if undecayed else named
 
     def load_reference(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
         """Loads ``simmim_pretrain__*`` files of the authors' Swin or ViT: encoder, mask token and prediction layer.
 
-        Takes the dictionary of tensors or the file's ``{"model": ...}``. Swin goes into timm's SwinTransformer; the ViT
-        into timm's Beit, or a plain VisionTransformer where the file has absolute positions. Tables of relative
-        positions of another window are resampled, a shared one is copied into each block that has its own, and absolute
-        positions of another grid are resampled. Returns (missing, unexpected) names of the file's layout.
+        Takes the dictionary of tensors or the file's ``{"model": ...}``. Swin needs timm's SwinTransformer; the ViT
+        needs timm's Beit, or a plain VisionTransformer if the file has absolute positions. Position tables of another
+        window or grid are resampled, and a shared table is copied into each block that has its own. Returns
+        (missing, unexpected) names as in the file.
 
-        Raises CheckpointError, before anything is changed, when a tensor has another shape or none fits.
+        Raises CheckpointError if a shape differs or no tensor fits; nothing is changed in that case.
         """
         tensors = cast(Mapping[str, Tensor], state.get("model", state))
         return load_mapped(self, to_own_layout(tensors, self.backbone.model), reference_names(self))
 
 
-def masked_l1(predicted: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
-    """Mean of |images - predicted| (B, C, H, W) over the pixels that are `hidden` (bool, B, 1, H, W) and channels.
+def masked_l1(predicted: Tensor, images: Tensor, masked: Tensor) -> Tensor:
+    """Mean of |images - predicted| (B, C, H, W) over channels and the pixels where `masked` (bool, B, 1, H, W) is True.
 
-    The count of pixels has 1e-5 added. At least float32. Source: section 3.4 of the paper; microsoft/SimMIM.
+    Computed in at least float32. Source: section 3.4 of the paper and microsoft/SimMIM, which adds 1e-5 to the count of
+    pixels.
     """
     dtype = torch.promote_types(torch.result_type(images, predicted), torch.float32)  # also under autocast
     error = (images.to(dtype) - predicted.to(dtype)).abs()  # (B, C, H, W)
-    return (error * hidden).sum() / (hidden.sum(dtype=error.dtype) + _EPS) / images.shape[1]
+    return (error * masked).sum() / (masked.sum(dtype=error.dtype) + _EPS) / images.shape[1]
 
 
-def _mask_unit(asked: int | None, backbone: Backbone, patch: tuple[int, int]) -> int:
-    """Pixels of a cell: `asked`, or the one that `SimMIMConfig.mask_unit` describes. Raises ConfigError."""
+def _mask_unit(requested: int | None, backbone: Backbone, patch: tuple[int, int]) -> int:
+    """Side of a cell in pixels: `requested`, or chosen as `SimMIMConfig.mask_unit` describes.
+
+    Raises ConfigError if no cell fits, or the requested one does not.
+    """
+    # a cell is a whole number of patches, and the image a whole number of cells
     size, step = backbone.input_size, math.lcm(*patch)
     fitting = [unit for unit in range(step, min(size) + 1, step) if not size[0] % unit and not size[1] % unit]
     fitting = [unit for unit in fitting if size != (unit, unit)]  # a single cell cannot be masked
     known = f"{backbone.name} of {size[0]}x{size[1]} pixels and patches of {patch[0]}x{patch[1]}"
     if not fitting:
         raise ConfigError(f"backbone.size: no cells of a mask fit {known}; give a larger multiple of {step}")
-    if asked is None:
+    if requested is None:
         good = [unit for unit in fitting if _SMALLEST <= unit <= min(_UNIT, min(size) // _CELLS)]
         if not good:
             near = min(fitting, key=lambda unit: abs(unit - min(size) / _CELLS))
@@ -215,7 +218,7 @@ def _mask_unit(asked: int | None, backbone: Backbone, patch: tuple[int, int]) ->
                 f"{known}; set task.mask_unit={near} to do without, or change backbone.size"
             )
         return good[-1]
-    if asked not in fitting:
+    if requested not in fitting:
         choices = ", ".join(str(unit) for unit in fitting)
-        raise ConfigError(f"task.mask_unit: {asked} does not fit {known}; choose of {choices}")
-    return asked
+        raise ConfigError(f"task.mask_unit: {requested} does not fit {known}; choose one of {choices}")
+    return requested

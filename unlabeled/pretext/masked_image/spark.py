@@ -1,10 +1,10 @@
-"""SparK: a convolutional network sees 40 % of the cells, a hierarchical decoder predicts the pixels of the rest.
+"""SparK: a convolutional network encodes 40 % of the cells, and a hierarchical decoder predicts the others' pixels.
 
 Tian, Jiang, Diao, Lin, Wang, Yuan, "Designing BERT for Convolutional Networks: Sparse and Hierarchical Masked
 Modeling", ICLR 2023, arXiv 2301.03580; code of the authors: github.com/keyu-tian/SparK.
 
-Shapes as in `unlabeled.ssl.task`. Levels count from the coarsest feature map (0) to finer ones, as the decoder
-meets them; each is twice as large as the one before.
+Shapes as in `unlabeled.ssl.task`. Levels count from the coarsest feature map (0) to finer ones, in the order in which
+the decoder takes them; each is twice as large as the one before.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from unlabeled.pretext.common.checkpoint import load_mapped
+from unlabeled.pretext.common.views import Fraction
 from unlabeled.pretext.masked_image.convnext_names import reference_name
 from unlabeled.pretext.masked_image.masked_image import (
     MaskedImageConfig,
     MaskedImageTask,
-    Part,
     cell_images,
     cell_targets,
     patchify,
@@ -38,9 +38,9 @@ from unlabeled.ssl.nn.batch_norm import SyncedBatchNorm2d
 from unlabeled.ssl.task import Batch, NamedParameter, Paper, Recipe, StepOutput, TaskConfig
 
 _UNDECAYED = re.compile(r"cls_token|pos_embed|mask_token|gamma")
-"""Parameters that the authors do not decay, besides one-dimensional ones and biases."""
+"""Parameters that the authors do not decay, in addition to one-dimensional ones and biases."""
 _ENCODER = "sparse_encoder.sp_cnn."
-"""What precedes the names of the encoder's tensors in the authors' files."""
+"""Prefix of the encoder's tensors in the authors' files."""
 _DECODER_NAMES = {
     "decoder.blocks.": "dense_decoder.dec.",
     "decoder.proj.": "dense_decoder.proj.",
@@ -49,9 +49,9 @@ _DECODER_NAMES = {
     "densify.mask_tokens.": "mask_tokens.",
     "densify.": "densify_",
 }
-"""Parts of our names → of theirs, replaced in this order."""
+"""Substrings of our names → of theirs, replaced in this order."""
 _UNUSED = frozenset({"imn_m", "imn_s", "norm_black"})
-"""Constants in the authors' files that only their images need."""
+"""Constants in the authors' files that are only used for their visualizations."""
 
 
 class LightDecoderConfig(TaskConfig):
@@ -66,7 +66,7 @@ class SparKConfig(MaskedImageConfig):
     """Settings of SparK; the defaults are the paper's."""
 
     mask_ratio: float = Field(0.6, gt=0, lt=1)
-    crop_scale: tuple[Part, Part] = (0.67, 1.0)
+    crop_scale: tuple[Fraction, Fraction] = (0.67, 1.0)
     mask_unit: int | None = Field(None, ge=1)
     """Side of one cell of the mask, a multiple of the network's total stride; null: that stride, as published.
     [pixels]"""
@@ -109,52 +109,56 @@ class SparK(MaskedImageTask):
         "engine": {"clip": 5.0, "channels_last": True},
     }
     """SparK (Tian et al., ICLR 2023, arXiv 2301.03580): the published recipe for ResNets. For ConvNeXt betas are
-    [0.9, 0.999]. LAMB adapts the rate of decayed tensors only; the clipping inside it is done by the engine."""
+    [0.9, 0.999]. LAMB adapts the learning rate of decayed tensors only; its gradient clipping is done by the engine."""
     requires: ClassVar[frozenset[str]] = frozenset({"sparse_convs"})
     method: ClassVar[Method] = "spark"
     masked_statistics: ClassVar[bool] = True
     config: SparKConfig
 
     def __init__(self, config: SparKConfig, backbone: Backbone) -> None:
-        """Raises CapabilityError for a backbone without masked form or whose stride is no power of two, and
-        ConfigError for cells, sizes and widths that do not fit it."""
+        """Raises CapabilityError for a backbone without a masked form or with a stride that is no power of two, and
+        ConfigError for cells, sizes and widths that do not fit."""
         super().__init__(config, backbone)
         stride = _total_stride(backbone)
         self.cell = _cell(config.mask_unit, stride, backbone.name)
-        self.keep(self.grid_of(backbone.input_size))  # refuses a ratio that hides nothing or all
+        self.keep(self.grid_of(backbone.input_size))  # raises for a ratio that masks all cells or none
         self.sparse = SparseEncoder(backbone, cell=self.cell)
         self.levels = _levels(backbone, stride, config.levels)
-        widths = _widths(config.decoder.width, blocks=stride.bit_length() - 1)  # each doubles: log2 of the stride
+        # each block doubles the resolution, so it takes log2(stride) of them
+        widths = _widths(config.decoder.width, blocks=stride.bit_length() - 1)
         channels = [backbone.stages[index].channels for index in self.levels]
         self.densify = Densify(channels, widths, "batch" if _has_batch_norm(backbone) else "layer")
         self.decoder = LightDecoder(widths)
         self.train_only(backbone.reached_by_maps(self.levels))
 
     def forward(self, batch: Batch, *, noise: Tensor | None = None, visible: Tensor | None = None) -> StepOutput:
-        """Mean squared error of the hidden cells of ``batch["image"]``, and the part of their variance explained.
+        """Mean squared error on the masked cells of ``batch["image"]``; logs ``explained`` (see `squared_error`).
 
-        A uint8 image (B, 3, H, W) is normalized here; a float one is taken as normalized already. `noise` (B, L) or
-        `visible` (bool, B, gh, gw) decides the masks; None: as `draw` gives it.
+        A uint8 image (B, 3, H, W) is normalized; a float image is expected to be normalized already. `noise` (B, L) or
+        `visible` (bool, B, gh, gw) determines the masks; if both are None, they are drawn.
         """
+        # choose which cells to mask
         images = self.images_of(batch)  # (B, 3, H, W)
         masking = self.mask(images, noise, visible)  # K of L cells stay visible
-        maps = self.encode(images, masking)  # a map of visible places a level, (B, C_i, h_i, w_i)
+        # encode the visible cells at several scales, decode to a full image
+        maps = self.encode(images, masking)  # one sparse map per level, (B, C_i, h_i, w_i)
         predicted = self.decode(maps)  # (B, 3, H, W)
+        # compare with the pixels of the masked cells
         predictions = patchify(predicted, self.cell, masking.ids_masked)  # (B, L - K, ph * pw * 3)
         targets = cell_targets(images, self.cell, masking.ids_masked)
         return squared_error(predictions, targets)
 
     def encode(self, images: Tensor, masking: Masking) -> list[MaskedMap]:
-        """Normalized (B, 3, H, W) → maps of visible places (B, C_i, h_i, w_i), coarsest first."""
+        """Normalized (B, 3, H, W) → feature maps of the visible positions (B, C_i, h_i, w_i), coarsest first."""
         return self.sparse.maps(images, masking, indices=self.levels)
 
     def decode(self, maps: Sequence[MaskedMap]) -> Tensor:
-        """Maps of visible places → predictions (B, 3, H, W) in units of each cell's own mean and deviation."""
+        """Maps of visible positions → predictions (B, 3, H, W), each cell normalized by its own mean and deviation."""
         prediction: Tensor = self.decoder(self.densify(maps))
         return prediction
 
     def predict(self, images: Tensor, masking: Masking) -> Tensor:
-        """Normalized (B, 3, H, W) → predictions (B, 3, H, W) in units of each cell's own mean and deviation."""
+        """Normalized (B, 3, H, W) → predictions (B, 3, H, W), each cell normalized by its own mean and deviation."""
         return self.decode(self.encode(images, masking))
 
     def reconstruct(self, images: Tensor, masking: Masking) -> Tensor:
@@ -162,38 +166,40 @@ class SparK(MaskedImageTask):
         return cell_images(predictions, images, self.cell, masking.grid)
 
     def parameter_groups(self) -> Iterator[NamedParameter]:
-        """See the base class; mask embeddings and layer scales are not decayed either, as published."""
+        """As in the base class, but also without weight decay for mask embeddings and layer scales, as published."""
         for named in super().parameter_groups():
             yield named._replace(decay=named.decay and not _UNDECAYED.search(named.name))
 
     def load_reference(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
         """Loads ``*_spark_style.pth`` (everything) and ``*_timm_style.pth`` (encoder only) files.
 
-        Takes the dictionary of tensors or the file's ``{"module": ...}``. Returns (missing, unexpected) names of the
-        file's layout; without a decoder in the file its names are all missing.
+        Takes the dictionary of tensors or the file's ``{"module": ...}``. Returns (missing, unexpected) names as in the
+        file; if it has no decoder, the decoder's names are missing.
 
-        Raises CheckpointError, before anything is changed, when a tensor has another shape or none fits.
+        Raises CheckpointError if a shape differs or no tensor fits; nothing is changed in that case.
         """
         tensors = {name: value for name, value in _inner(state).items() if isinstance(value, Tensor)}
         for name in _UNUSED & tensors.keys():
             del tensors[name]
-        whole = any(name.startswith(_ENCODER) for name in tensors)
+        with_decoder = any(name.startswith(_ENCODER) for name in tensors)
+        # a ConvNeXt may have timm's names or its authors': take the layout that more tensors belong to
         layouts = [
-            reference_names(self.state_dict(), encoder=_ENCODER if whole else "", timm_names=timm_names)
+            reference_names(self.state_dict(), encoder=_ENCODER if with_decoder else "", timm_names=timm_names)
             for timm_names in (False, True)
         ]
         return load_mapped(self, tensors, max(layouts, key=lambda names: len(names.keys() & tensors.keys())))
 
 
 class Densify(nn.Module):
-    """Whole maps from visible places: a norm over these, a learned embedding at masked ones, and a projection.
+    """Turns sparse maps into dense ones: a norm, a learned embedding at masked positions, and a projection.
 
-    Source: section 3 of the paper. `channels` of the encoder's maps and `widths` of the decoder, coarsest first.
+    `channels` of the encoder's maps and `widths` of the decoder, coarsest first. Source: section 3 of the paper.
     """
 
     def __init__(self, channels: Sequence[int], widths: Sequence[int], norm: Literal["batch", "layer"]) -> None:
         super().__init__()
         make = nn.BatchNorm2d if norm == "batch" else LayerNorm2d  # LayerNorm2d: eps 1e-6
+        # `convert`: norms that compute their statistics over visible positions only
         self.norms = nn.ModuleList(convert(make(count)) for count in channels)
         self.mask_tokens = nn.ParameterList(nn.Parameter(torch.zeros(1, count, 1, 1)) for count in channels)
         self.projs = nn.ModuleList(
@@ -203,23 +209,23 @@ class Densify(nn.Module):
             nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
 
     def forward(self, maps: Sequence[MaskedMap]) -> list[Tensor]:
-        """Maps of visible places (B, C_i, h_i, w_i) → whole maps (B, W / 2^i, h_i, w_i)."""
+        """Maps of visible positions (B, C_i, h_i, w_i) → dense maps (B, W / 2^i, h_i, w_i)."""
         levels = zip(maps, self.norms, self.mask_tokens, self.projs, strict=True)
-        # the norm comes before the tokens, so that its statistics are those of visible places
+        # the norm comes before the embeddings, which must not enter its statistics
         return [project(fill(norm(one), token)) for one, norm, token, project in levels]
 
 
 def fill(masked: MaskedMap, token: Tensor) -> Tensor:
-    """A map of visible places (B, C, h, w) with `token` (1, C, 1, 1) at all others."""
+    """Fills the masked positions of a map (B, C, h, w) with `token` (1, C, 1, 1)."""
     dense = masked.dense()
     return torch.where(masked.cells.active(masked.factor), dense, token.to(dense.dtype))
 
 
 class LightDecoder(nn.Module):
-    """Doubles the coarsest map until it has the size of the image, adding the finer maps on the way.
+    """Upsamples the coarsest map to the size of the image, adding the finer maps on the way.
 
-    Source: section 3 of the paper; sizes and initial weights are those of the authors' code. `widths` (one more than
-    there are blocks) are the channels before the first, between all, and after the last block.
+    `widths` are the channels before the first block, between blocks, and after the last block. Source: section 3 of the
+    paper; sizes and initial weights as in the authors' code.
     """
 
     def __init__(self, widths: Sequence[int]) -> None:
@@ -235,16 +241,16 @@ class LightDecoder(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Whole maps (B, W / 2^i, h_i, w_i), coarsest first, at most one a block → (B, 3, H, W)."""
+        """Dense maps (B, W / 2^i, h_i, w_i), coarsest first, at most one per block → (B, 3, H, W)."""
         x, *skips = maps
-        for position, block in enumerate(self.blocks):  # (B, W / 2^i, h_i, w_i) -> (B, W / 2^(i + 1), 2 h_i, 2 w_i)
-            x = block(x + skips[position - 1] if 0 < position <= len(skips) else x)
+        for index, block in enumerate(self.blocks):  # (B, W / 2^i, h_i, w_i) -> (B, W / 2^(i + 1), 2 h_i, 2 w_i)
+            x = block(x + skips[index - 1] if 0 < index <= len(skips) else x)  # the last blocks may have no map
         prediction: Tensor = self.proj(x)  # (B, 3, H, W)
         return prediction
 
 
 class UpsamplingBlock(nn.Module):
-    """Doubles the resolution, (B, before, h, w) → (B, after, 2 h, 2 w)."""
+    """Doubles the resolution: (B, before, h, w) → (B, after, 2 h, 2 w)."""
 
     def __init__(self, before: int, after: int) -> None:
         super().__init__()
@@ -263,14 +269,14 @@ class UpsamplingBlock(nn.Module):
 
 
 def _projection(channels: int, width: int, level: int) -> nn.Module:
-    """From the encoder's channels to the decoder's: nothing to do where they are equal at the coarsest level."""
+    """A layer from the encoder's channels to the decoder's width; the identity if they match at the coarsest level."""
     if level == 0:
         return nn.Identity() if channels == width else nn.Conv2d(channels, width, 1)
     return nn.Conv2d(channels, width, 3, padding=1)
 
 
 def _total_stride(backbone: Backbone) -> int:
-    """Pixels per place of the coarsest map. Raises CapabilityError unless it is a power of two above one."""
+    """Stride of the coarsest map, in pixels. Raises CapabilityError unless it is a power of two above 1."""
     stride = backbone.stages[-1].stride
     if stride < 2 or stride & (stride - 1):
         raise CapabilityError(
@@ -281,6 +287,7 @@ def _total_stride(backbone: Backbone) -> int:
 
 
 def _cell(unit: int | None, stride: int, name: str) -> tuple[int, int]:
+    """Size of a cell in pixels: `unit`, or else `stride`. Raises ConfigError unless it is a multiple of `stride`."""
     unit = stride if unit is None else unit
     if unit % stride:
         near = max(1, round(unit / stride)) * stride
@@ -289,12 +296,10 @@ def _cell(unit: int | None, stride: int, name: str) -> tuple[int, int]:
 
 
 def _levels(backbone: Backbone, stride: int, count: int) -> list[int]:
-    """Indices of the maps that the decoder receives, coarsest first: the deepest of each stride, by halves down to 2.
-
-    A finer map would have no block that takes it: the decoder's last block gives the image's own size.
-    """
-    deepest = {stage.stride: index for index, stage in enumerate(backbone.stages)}
+    """Indices of the feature maps that the decoder receives, coarsest first: the deepest map of each stride."""
+    deepest = {stage.stride: index for index, stage in enumerate(backbone.stages)}  # later maps replace earlier ones
     levels: list[int] = []
+    # down to stride 2: no block takes a finer map, since the last one outputs the image's own size
     while stride > 1 and stride in deepest and len(levels) < count:
         levels.append(deepest[stride])
         stride //= 2
@@ -302,12 +307,12 @@ def _levels(backbone: Backbone, stride: int, count: int) -> list[int]:
 
 
 def _widths(width: int, blocks: int) -> list[int]:
-    """Channels before, between and after the decoder's blocks. Raises ConfigError when none would be left."""
+    """Channels before, between and after the decoder's blocks. Raises ConfigError if none would be left."""
     if width >> blocks == 0:
         raise ConfigError(
             f"task.decoder.width: {width} cannot be halved by {blocks} blocks; set it to {1 << blocks} or more"
         )
-    return [width >> position for position in range(blocks + 1)]
+    return [width >> index for index in range(blocks + 1)]
 
 
 def _has_batch_norm(backbone: Backbone) -> bool:
@@ -315,9 +320,9 @@ def _has_batch_norm(backbone: Backbone) -> bool:
 
 
 def reference_names(own: Iterable[str], *, encoder: str = _ENCODER, timm_names: bool = False) -> dict[str, str]:
-    """Name in the authors' files → name among `own`, those of the tensors of a `SparK`.
+    """Name in the authors' files → our name, for the names `own` of the tensors of a `SparK`.
 
-    `encoder` precedes the names of the encoder's tensors; with `timm_names` these are timm's own, also of a ConvNeXt.
+    `encoder` is the prefix of the encoder's names; with `timm_names`, a ConvNeXt has timm's names and not its authors'.
     """
 
     def reference(name: str) -> str:

@@ -1,1 +1,1 @@
-"""Several tasks on one backbone."""
+"""Mixtures: several pretext tasks that train one backbone."""

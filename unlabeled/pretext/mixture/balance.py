@@ -1,9 +1,8 @@
-"""How much each of several losses counts: fixed weights, weights that move over the run, and weights that make their
-gradients equally strong at what they share.
+"""Weights of several losses: fixed, changing over the run, or balanced by the norms of their gradients.
 
 Balancing by gradient norms: Chen, Badrinarayanan, Lee, Rabinovich, "GradNorm: Gradient Normalization for Adaptive Loss
 Balancing in Deep Multitask Networks", ICML 2018, arXiv 1711.02257; here in closed form and without its term for the
-speed of training (alpha = 0). N losses throughout.
+speed of training (alpha = 0). Shapes: N losses.
 """
 
 from __future__ import annotations
@@ -20,9 +19,10 @@ from unlabeled.ssl.core.distributed import sum_over_ranks, world_size
 from unlabeled.ssl.task import TaskConfig
 
 _WEAKEST = 1e-4
-"""Smallest gradient norm, as a part of the largest, that is made up for: a loss that has gone flat stays flat."""
+"""Smallest gradient norm to compensate for, as a fraction of the largest: a loss with no gradient is not blown up."""
 _LIFT = 2.0**12
-"""Losses are multiplied by this while norms are measured, lest gradients of half precision vanish; exact otherwise."""
+"""Factor for losses while norms are measured, so that gradients in half precision do not underflow. As a power of two,
+it changes nothing else."""
 
 
 class Ramp(TaskConfig):
@@ -54,34 +54,36 @@ Weight = Annotated[
 
 
 def weight_at(weight: float | Ramp, progress: float) -> float:
-    """The weight when `progress` (in [0, 1]) of the run is done."""
+    """The weight at `progress` in [0, 1] of the run."""
     if not isinstance(weight, Ramp):
         return weight
     begin, end = weight.over
-    passed = min(max((progress - begin) / (end - begin), 0.0), 1.0)
+    done = min(max((progress - begin) / (end - begin), 0.0), 1.0)  # fraction of the interval
     if weight.schedule == "cosine":
-        return cosine_momentum(weight.start, weight.end, passed)
-    return weight.start + (weight.end - weight.start) * passed
+        return cosine_momentum(weight.start, weight.end, done)
+    return weight.start + (weight.end - weight.start) * done
 
 
 def balanced(weights: Tensor, norms: Tensor) -> Tensor:
-    """Weights (N,) whose products with the gradients' `norms` (N,) stand in the proportion of `weights` (N,).
+    """Rescales `weights` (N,) so that weight times gradient norm (`norms`, (N,)) is proportional to `weights`.
 
-    Their sum is that of `weights`. A norm below 1e-4 of the largest counts as that.
+    The sum of the weights stays the same. A norm below 1e-4 of the largest counts as 1e-4 of it.
     """
-    seen = norms.clamp(min=float(torch.finfo(norms.dtype).tiny)).clamp(min=_WEAKEST * norms.max())
-    scaled = weights / seen
+    # the clamps to the smallest normal number only matter if all norms are 0
+    bounded = norms.clamp(min=float(torch.finfo(norms.dtype).tiny)).clamp(min=_WEAKEST * norms.max())
+    scaled = weights / bounded
     return scaled * (weights.sum() / scaled.sum().clamp(min=float(torch.finfo(norms.dtype).tiny)))
 
 
 def gradient_norms(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
-    """(N,): L2 norm of the gradient of each loss with respect to `parameters` together, of the mean over all ranks.
+    """L2 norm of the gradient of each loss with respect to all `parameters` together, (N,), in at least float32.
 
-    The graph stays, no ``.grad`` is touched, and hooks of DDP do not fire. All ranks must call it. At least float32.
+    Gradients are averaged over ranks first, so all ranks must call this.
     """
     norms = []
     with torch.autocast(losses[0].device.type, enabled=False):
         for loss in losses:
+            # not `backward`: it would write ``.grad`` and fire DDP's hooks; the graph is kept for the training step
             gradients = torch.autograd.grad(loss * _LIFT, parameters, retain_graph=True, materialize_grads=True)
             flat = torch.cat([gradient.flatten() for gradient in gradients])
             flat = flat.to(torch.promote_types(flat.dtype, torch.float32)) / (_LIFT * world_size())
@@ -89,15 +91,17 @@ def gradient_norms(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> Te
     return torch.stack(norms)
 
 
-def split_rows(shares: Sequence[float], rows: int) -> list[list[int]]:
-    """Numbers 0 .. rows - 1 dealt out in the proportion of `shares`, evenly along the way: no row twice, none left out.
+def split_images(portions: Sequence[float], images: int) -> list[list[int]]:
+    """Distributes the indices 0 .. images - 1 in proportion to `portions`; each index goes to exactly one list.
 
-    Each row goes to the one that lacks most of its share so far, so that halves of a batch are dealt out alike.
+    Indices are spread evenly, so that both halves of a batch are distributed alike.
     """
-    total = sum(shares)
-    dealt: list[list[int]] = [[] for _ in shares]
-    for row in range(rows):
-        lacking = [share / total * (row + 1) - len(given) for share, given in zip(shares, dealt, strict=True)]
-        largest = max(lacking)
-        dealt[next(position for position, lack in enumerate(lacking) if lack >= largest - 1e-9)].append(row)
-    return dealt
+    total = sum(portions)
+    split: list[list[int]] = [[] for _ in portions]
+    for index in range(images):
+        # the next image goes to the task that is furthest behind its portion
+        deficits = [portion / total * (index + 1) - len(own) for portion, own in zip(portions, split, strict=True)]
+        largest = max(deficits)
+        # with a tolerance, as rounding must not decide between tasks that are equally far behind
+        split[next(task for task, deficit in enumerate(deficits) if deficit >= largest - 1e-9)].append(index)
+    return split

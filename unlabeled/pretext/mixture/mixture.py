@@ -1,4 +1,4 @@
-"""The settings of a mixture of tasks: which ones, how much each counts, and who sees which images."""
+"""Settings of a mixture: its tasks, the weights of their losses, and which images each task receives."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from unlabeled.ssl.config.messages import explain
 from unlabeled.ssl.core.errors import CapabilityError, ConfigError
 from unlabeled.ssl.task import TaskConfig
 
-_ALIKE = ({"name": "rotation"}, {"name": "simmim"})
-"""The default mixture: two tasks that nearly every network can do."""
+_DEFAULT = ({"name": "rotation"}, {"name": "simmim"})
+"""The default mixture: two tasks that work with nearly every backbone."""
 _EXAMPLE = "[{name: mae, weight: 1}, {name: rotation, weight: 0.2}]"
 _OWN = re.compile(r"^task(?=:)|\btask(?=\.[a-z])|(?<=setting in )task(?=;)")
-"""Where the messages of a task that stands alone name its settings."""
+"""Where error messages of a task name its settings, as if it were the only one."""
 
 
-class Part(TaskConfig):
+class TaskEntry(TaskConfig):
     """One task of a mixture; in a configuration, the task's own settings are written next to these."""
 
     name: str
@@ -39,7 +39,7 @@ class Part(TaskConfig):
 class MultiConfig(TaskConfig):
     """Settings of a mixture of tasks."""
 
-    tasks: tuple[Part, ...] = Field(default_factory=lambda: _parts(_ALIKE))
+    tasks: tuple[TaskEntry, ...] = Field(default_factory=lambda: _entries(_DEFAULT))
     """Two or more tasks: names, or mappings such as {name: mae, weight: 1, mask_ratio: 0.6}. A bare name has weight
     1."""
     batch: Literal["shared", "split"] = "shared"
@@ -56,48 +56,49 @@ class MultiConfig(TaskConfig):
 
     @field_validator("tasks", mode="before")
     @classmethod
-    def _read(cls, given: Any) -> tuple[Part, ...]:
+    def _read(cls, given: Any) -> tuple[TaskEntry, ...]:
         if not isinstance(given, (list, tuple)):
             raise ValueError(f"{given!r} is no list; write task.tasks={_EXAMPLE}")
         if len(given) < 2:
             raise ValueError(f"{len(given)} of them make no mixture; give at least two, such as {_EXAMPLE}")
-        return _parts(given)
+        return _entries(given)
 
     def labels(self) -> list[str]:
-        """The name of each task in this mixture: its own, with ``_2``, ``_3`` from the second of that name on."""
+        """The label of each task in this mixture: its name, with ``_2``, ``_3``, ... for repeated names."""
         labels: list[str] = []
-        for part in self.tasks:
-            again = sum(part.name == other.name for other in self.tasks[: len(labels)])
-            labels.append(f"{part.name}_{again + 1}" if again else part.name)
+        for entry in self.tasks:
+            earlier = sum(entry.name == other.name for other in self.tasks[: len(labels)])
+            labels.append(f"{entry.name}_{earlier + 1}" if earlier else entry.name)
         return labels
 
 
-def _parts(given: Any) -> tuple[Part, ...]:
-    return tuple(_part(position, one) for position, one in enumerate(given))
+def _entries(given: Any) -> tuple[TaskEntry, ...]:
+    return tuple(_entry(position, one) for position, one in enumerate(given))
 
 
-def _part(position: int, given: Any) -> Part:
-    """One entry of `MultiConfig.tasks`. Raises ConfigError, in one line that names ``task.tasks[position]``."""
+def _entry(position: int, given: Any) -> TaskEntry:
+    """Reads one entry of `MultiConfig.tasks`. Raises ConfigError that names ``task.tasks[position]``."""
     where = f"task.tasks[{position}]"
-    if isinstance(given, Part):
+    if isinstance(given, TaskEntry):
         return given
     fields = {"name": given} if isinstance(given, str) else given
     if not isinstance(fields, Mapping) or not isinstance(fields.get("name"), str):
         raise ConfigError(f"{where}: {given!r} does not name a task; write {{name: rotation, weight: 1}}")
     if fields["name"] == "multi":
         raise ConfigError(f"{where}.name: a mixture cannot hold a mixture; list the inner one's tasks")
+    # `weight` and `portion` belong to the mixture; all other settings go to the task's own `Config`
     own = {key: value for key, value in fields.items() if key in ("weight", "portion")}
     with named_in_errors(where):
         settings = task_config({key: value for key, value in fields.items() if key not in own})
     try:
-        return Part.model_validate({"name": fields["name"], "settings": settings, **own})
+        return TaskEntry.model_validate({"name": fields["name"], "settings": settings, **own})
     except ValidationError as error:
-        raise ConfigError(explain(error, Part, prefix=where)) from None
+        raise ConfigError(explain(error, TaskEntry, prefix=where)) from None
 
 
 @contextmanager
 def named_in_errors(where: str) -> Iterator[None]:
-    """Names the settings of one task by where they stand, in the errors that it raises."""
+    """Within this context, errors of a task name its settings by their position in the mixture, `where`."""
     try:
         yield
     except (ConfigError, CapabilityError) as error:

@@ -1,11 +1,11 @@
-"""Several tasks at once: one backbone, one loss that is the weighted sum of theirs.
+"""Several tasks at once: one backbone, and a loss that is the weighted sum of theirs.
 
     unlabeled pretrain task=multi 'task.tasks=[{name: mae, weight: 1}, {name: rotation, weight: 0.2}]' ...
 
-Each task is the one that stands alone under its name, around the same `Backbone` object: with its own views of the
-same image, its own forward pass, head and state. Mixtures of pretext tasks: Doersch, Zisserman, "Multi-task
-Self-Supervised Visual Learning", ICCV 2017, arXiv 1708.07860 (which also gives each task its own batches). What belongs
-to a task has its label and a slash before it: batches hold ``mae/image``, logs ``mae/loss``.
+Each task is the same as when it runs alone, but all share one `Backbone` object. Each has its own views of an image,
+its own forward pass, heads and state. Mixtures of pretext tasks: Doersch, Zisserman, "Multi-task Self-Supervised Visual
+Learning", ICCV 2017, arXiv 1708.07860 (where each task also has its own batches). Keys start with the label of the task
+that they belong to: batches hold ``mae/image``, logs ``mae/loss``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from unlabeled.pretext.common.precision import widened
-from unlabeled.pretext.mixture.balance import Ramp, balanced, gradient_norms, split_rows, weight_at
+from unlabeled.pretext.mixture.balance import Ramp, balanced, gradient_norms, split_images, weight_at
 from unlabeled.pretext.mixture.mixture import MultiConfig, named_in_errors
 from unlabeled.pretext.registry import task_class
 from unlabeled.ssl.backbones.backbone import Backbone
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class MultiViews:
-    """The views of every task, of the same image: ``{label}/{key}``."""
+    """The views of every task, from the same image, under ``{label}/{key}``."""
 
     def __init__(self, views: dict[str, Views]) -> None:
         self.views = views
@@ -46,15 +46,15 @@ class MultiViews:
 class Multi(PretextTask):
     """Trains one backbone on several tasks at once, with a weighted sum of their losses.
 
-    Submodules: `backbone` and `tasks`; buffers: the `weights` (N,) of the step to
-    come and, where these are balanced, `norms` (N,) and the number of `steps`.
+    Submodules: `backbone` and `tasks`. Buffers: `weights` (N,) for the next step and, if balanced, `norms` (N,) and
+    the number of `steps`.
 
-    A parameter of the backbone is trained when the loss of any task trains it, unless a task prescribes its value (the
-    fixed positions of MAE). Tasks that draw the backbone's weights anew (MAE) do so for all, the last of them for good.
-    Decay and layer of the backbone's parameters are those that the first task gives them.
+    A parameter of the backbone is trained if the loss of any task trains it, unless a task prescribes its value (like
+    MAE's fixed positions). If tasks reinitialize the backbone (MAE), the last of them has the final say. Weight decay
+    and layer of the backbone's parameters are those that the first task gives them.
 
-    The running statistics of batch norms are those of all tasks' images together. Of tasks that could collapse, the
-    first one's features are watched.
+    Batch norms collect running statistics over the images of all tasks. The collapse alarm watches the features of the
+    first task that could collapse.
     """
 
     Config: ClassVar[type[TaskConfig]] = MultiConfig
@@ -72,66 +72,71 @@ class Multi(PretextTask):
         },
         "schedule": {"name": "cosine", "warmup_epochs": 40},
     }
-    """Several tasks on one backbone; no paper's recipe, but one that suits most of them. Other tasks, with their
+    """Several tasks on one backbone: not a paper's recipe, but one that suits most tasks. Other tasks, with their
     weights: task=multi 'task.tasks=[{name: mae, weight: 1}, {name: rotation, weight: 0.2}]' A weight can be {start:
     0, end: 1, schedule: cosine, over: [0, 0.5]}; see unlabeled/pretext/mixture/mixture.py."""
     requires: ClassVar[frozenset[str]] = frozenset({"pooled", "dense_map"})
-    """Of the default tasks; that of an instance is what its own tasks need."""
+    """Of the default tasks; an instance requires what its own tasks require."""
     config: MultiConfig
     weights: Tensor
     norms: Tensor
     steps: Tensor
 
     def __init__(self, config: MultiConfig, backbone: Backbone) -> None:
-        """Raises CapabilityError for a backbone that one of the tasks cannot use and ConfigError, naming the place in
-        ``task.tasks``, for settings that do not fit it."""
-        self.__dict__["requires"] = frozenset[str]()  # each task asks for its own, by its own name
+        """Raises CapabilityError for a backbone that one of the tasks cannot use, and ConfigError for settings that do
+        not fit it; both name the entry of ``task.tasks``."""
+        # each task checks its own requirements; via `__dict__`, as these are class variables for type checkers
+        self.__dict__["requires"] = frozenset[str]()
         super().__init__(config, backbone)
         built, self._shared = _build_all(config, backbone)
         self.tasks = nn.ModuleDict(built)
+        # the backbone is a submodule of the mixture only, so that checkpoints hold it once
         for task in built.values():
             _lend(task, backbone)
         self.__dict__.update(_combined(list(built.values())))
-        self.register_buffer("weights", self._given(0.0))
+        self.register_buffer("weights", self._weights_at(0.0))
         if config.balance == "gradient_norm":
             self.register_buffer("norms", torch.zeros(len(built)))
             self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
             cast(Any, self).register_load_state_dict_post_hook(_recall_steps)
-        self._steps = 0  # `steps`, where reading it does not wait for the device
+        self._steps = 0  # a copy of `steps`, since reading a buffer would wait for the device
         self._measured: Tensor | None = None
-        self._rows: dict[tuple[int, torch.device], list[Tensor]] = {}
-        if config.batch == "shared" and any(part.portion != 1 for part in config.tasks):
+        self._splits: dict[tuple[int, torch.device], list[Tensor]] = {}
+        if config.batch == "shared" and any(entry.portion != 1 for entry in config.tasks):
             logger.warning("task.tasks: portion has no effect while each task sees all images; set task.batch=split")
-        seen = "all images" if config.batch == "shared" else "its own part of the images"
+        images = "all images" if config.batch == "shared" else "its own share of the images"
         logger.info(
-            "multi: %s, each with views of its own and so a forward pass of its own through %s, over %s",
-            ", ".join(built), backbone.name, seen,
+            "multi: %s, each with its own views and so its own forward pass through %s, over %s",
+            ", ".join(built), backbone.name, images,
         )  # fmt: skip
 
     @classmethod
     def views(cls, config: MultiConfig, backbone: Backbone) -> Views:
-        parts = zip(config.labels(), config.tasks, strict=True)
-        return MultiViews({label: task_class(part.name).views(part.settings, backbone) for label, part in parts})
+        entries = zip(config.labels(), config.tasks, strict=True)
+        return MultiViews({label: task_class(entry.name).views(entry.settings, backbone) for label, entry in entries})
 
     @classmethod
     def masks_statistics(cls, config: MultiConfig) -> bool:
-        return any(task_class(part.name).masks_statistics(part.settings) for part in config.tasks)
+        return any(task_class(entry.name).masks_statistics(entry.settings) for entry in config.tasks)
 
     def draw(self, batch: Batch) -> dict[str, Tensor]:
-        """``{label}/{key}`` for what each task draws, for all images also where these are split."""
-        drawn = {label: task.draw(self._seen(label, batch)) for label, task in self._each()}
+        """What each task draws, under ``{label}/{key}``; always for all images, even if they are split."""
+        drawn = {label: task.draw(self._batch_of(label, batch)) for label, task in self._each()}
         return {f"{label}/{key}": value for label, values in drawn.items() for key, value in values.items()}
 
     def forward(self, batch: Batch, *args: Any, **draw: Any) -> StepOutput:
-        """The weighted sum of the tasks' losses; each one's loss and logs as ``{label}/{key}``."""
-        rows, draw = self._rows_of(batch), draw or self.draw(batch)
+        """The weighted sum of the tasks' losses; logs each task's loss and logs under ``{label}/{key}``."""
+        split, draw = self._split(batch), draw or self.draw(batch)
+        # run each task on its own views, of all images or of its share
         outputs: dict[str, StepOutput] = {}
         for position, (label, task) in enumerate(self._each()):
-            own = None if rows is None else rows[position]
-            outputs[label] = task(self._seen(label, batch, own), **_of(label, draw, own))
+            images = None if split is None else split[position]
+            outputs[label] = task(self._batch_of(label, batch, images), **_of_task(label, draw, images))
+        # from time to time, measure how strong the losses' gradients are; `after_step` uses the result
         losses = [widened(output.loss) for output in outputs.values()]
         if self._measures():
             self._measured = gradient_norms(losses, self._shared_parameters())
+        # sum the losses with the weights of this step
         loss = (self.weights * torch.stack(losses)).sum()
         features = next((output.features for output in outputs.values() if output.features is not None), None)
         return StepOutput(loss, self._logs(outputs), features)
@@ -143,18 +148,20 @@ class Multi(PretextTask):
     def after_step(self, progress: float) -> None:
         for _, task in self._each():
             task.after_step(progress)
-        weights = self._given(progress).to(self.weights)
+        # the weights of the next step
+        weights = self._weights_at(progress).to(self.weights)
         if self.config.balance == "gradient_norm":
             self._steps += 1
             self.steps.fill_(self._steps)
             if self._measured is not None:
-                self._follow(self._measured.to(self.norms))
+                self._update_norms(self._measured.to(self.norms))
                 self._measured = None
+            # not balanced before the first measurement; `where` rather than `if`, which would wait for the device
             weights = torch.where((self.norms > 0).all(), balanced(weights, self.norms), weights)
         self.weights.copy_(weights)
 
     def size_step(self) -> tuple[int, int] | None:
-        """The least that suits all tasks; None where one of them needs the full size."""
+        """The least common multiple of the tasks' steps; None if one of the tasks needs the full size."""
         steps = [task.size_step() for _, task in self._each()]
         found = [step for step in steps if step is not None]
         if len(found) < len(steps):
@@ -167,10 +174,11 @@ class Multi(PretextTask):
                 task.require_size(size)
 
     def parameter_groups(self) -> Iterator[NamedParameter]:
-        """Every trainable parameter under the rule of its task; the backbone's under that of the first one."""
+        """Every trainable parameter with the labels from its task; for the backbone, from the first task."""
         rules: dict[int, NamedParameter] = {}
+        # in reverse, so that the first task has the last word
         for _, task in reversed(list(self._each())):
-            with self._whole(task):
+            with self._with_backbone(task):
                 rules |= {id(named.parameter): named for named in task.parameter_groups()}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
@@ -181,23 +189,23 @@ class Multi(PretextTask):
         """The images of each task, ``{label}/{name}``."""
         found: dict[str, Tensor] = {}
         for label, task in self._each():
-            with self._whole(task):
-                shown = task.visualize(self._seen(label, batch))
+            with self._with_backbone(task):
+                shown = task.visualize(self._batch_of(label, batch))
             found |= {f"{label}/{name}": image for name, image in shown.items()}
         return found
 
     def load_reference(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
-        """Raises CheckpointError: a mixture has no official files."""
+        """Raises CheckpointError, as a mixture has no reference checkpoints."""
         raise CheckpointError(
             f"reference: a mixture ({', '.join(self.tasks)}) has no reference checkpoints; start from the weights of a "
-            "network with backbone.checkpoint=FILE"
+            "backbone with backbone.checkpoint=FILE"
         )
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Raises ConfigError with balanced weights, whose measurement needs the graph twice."""
-        if self.config.balance != "fixed":
+        """Compiles the task. Raises ConfigError with ``balance: gradient_norm``."""
+        if self.config.balance != "fixed":  # measuring gradients needs the graph twice
             raise ConfigError(
-                "task.balance: gradient_norm cannot measure inside a compiled network; "
+                "task.balance: gradient_norm cannot measure inside a compiled model; "
                 "set engine.compile=false or task.balance=fixed"
             )
         super().compile(*args, **kwargs)
@@ -205,42 +213,43 @@ class Multi(PretextTask):
     def _each(self) -> Iterator[tuple[str, PretextTask]]:
         return cast(Iterator[tuple[str, PretextTask]], iter(self.tasks.items()))
 
-    def _seen(self, label: str, batch: Batch, rows: Tensor | None = None) -> dict[str, Tensor]:
-        """The batch as one task knows it: its own views, and what belongs to none (``index``)."""
+    def _batch_of(self, label: str, batch: Batch, images: Tensor | None = None) -> dict[str, Tensor]:
+        """The batch of one task: its own views, and entries of no task (``index``); of some `images`, or of all."""
         common = {key: value for key, value in batch.items() if "/" not in key}
-        seen = {**common, **_of(label, batch)}
+        own = {**common, **_of_task(label, batch)}
+        # a curriculum gives images as 0..1 to a mixture; convert them for tasks that expect them normalized
         if cast(PretextTask, self.tasks[label]).float_images == "normalized":
-            seen = {key: self.backbone.normalize(one) if _unit(one) else one for key, one in seen.items()}
-        return seen if rows is None else {key: value.index_select(0, rows) for key, value in seen.items()}
+            own = {key: self.backbone.normalize(one) if _unit(one) else one for key, one in own.items()}
+        return own if images is None else {key: value.index_select(0, images) for key, value in own.items()}
 
     @contextmanager
-    def _whole(self, task: PretextTask) -> Iterator[None]:
-        """`task` as it stands alone, with the backbone among its modules."""
+    def _with_backbone(self, task: PretextTask) -> Iterator[None]:
+        """Within this context, `task` has the backbone as a submodule, as if it were the only task."""
         task.backbone = self.backbone
         try:
             yield
         finally:
             _lend(task, self.backbone)
 
-    def _rows_of(self, batch: Batch) -> list[Tensor] | None:
-        """Which images of the batch each task sees; None: all. Raises ConfigError when there are too few."""
+    def _split(self, batch: Batch) -> list[Tensor] | None:
+        """Indices of the images that each task receives; None: all. Raises ConfigError if there are too few images."""
         if self.config.batch == "shared":
             return None
         first = next(iter(batch.values()))
         key = (len(first), first.device)
-        if key not in self._rows:
-            dealt = split_rows([part.portion for part in self.config.tasks], len(first))
-            if not all(dealt):
+        if key not in self._splits:  # kept on the device, to copy indices there only once
+            split = split_images([entry.portion for entry in self.config.tasks], len(first))
+            if not all(split):
                 raise ConfigError(
-                    f"task.batch: {len(first)} images of a process cannot be split over {len(dealt)} tasks in these "
+                    f"task.batch: {len(first)} images of a process cannot be split over {len(split)} tasks in these "
                     "portions; raise batch_size or set task.batch=shared"
                 )
-            self._rows[key] = [torch.tensor(rows, device=first.device) for rows in dealt]
-        return self._rows[key]
+            self._splits[key] = [torch.tensor(images, device=first.device) for images in split]
+        return self._splits[key]
 
-    def _given(self, progress: float) -> Tensor:
-        """Weights (N,) as they are asked for when `progress` of the run is done."""
-        return torch.tensor([weight_at(part.weight, progress) for part in self.config.tasks])
+    def _weights_at(self, progress: float) -> Tensor:
+        """The configured weights (N,) at `progress` of the run, before balancing."""
+        return torch.tensor([weight_at(entry.weight, progress) for entry in self.config.tasks])
 
     def _measures(self) -> bool:
         """Whether this forward pass measures gradients: the first micro-step of every `balance_every`-th step."""
@@ -248,16 +257,18 @@ class Multi(PretextTask):
         return wanted and self._measured is None and self.training and torch.is_grad_enabled()
 
     def _shared_parameters(self) -> list[Tensor]:
+        """The backbone's parameters that all tasks train. Raises ConfigError under FSDP."""
         own = dict(self.backbone.named_parameters())
         parameters: list[Tensor] = [own[name] for name in self._shared]
         if any(isinstance(parameter, DTensor) for parameter in parameters):
             raise ConfigError(
-                "task.balance: gradient_norm needs whole parameters, which FSDP does not keep; set task.balance=fixed"
+                "task.balance: gradient_norm needs unsharded parameters, but FSDP shards them; set task.balance=fixed"
             )
         return parameters
 
-    def _follow(self, measured: Tensor) -> None:
-        """Moves the running `norms`; the first measurement is taken as it is, one that is not finite is left out."""
+    def _update_norms(self, measured: Tensor) -> None:
+        """Updates the running mean `norms`; measurements that are not finite are ignored."""
+        # norms start at 0, so the first measurement replaces them
         moved = torch.where(self.norms > 0, measured.lerp(self.norms, self.config.balance_momentum), measured)
         self.norms.copy_(torch.where(measured.isfinite().all(), moved, self.norms))
 
@@ -271,57 +282,58 @@ class Multi(PretextTask):
                 logs[f"{label}/weight"] = self.weights[position].clone()
             if balancing:
                 logs[f"{label}/grad_norm"] = self.norms[position].clone()
-        for figure in (INFORMATION, DEVIATION):  # the lowest one under its plain name, for the alarm
-            found = [output.logs[figure] for output in outputs.values() if figure in output.logs]
-            logs |= {figure: torch.stack(found).min()} if found else {}
+        for metric in (INFORMATION, DEVIATION):  # the lowest value without a label, for the collapse alarm
+            found = [output.logs[metric] for output in outputs.values() if metric in output.logs]
+            logs |= {metric: torch.stack(found).min()} if found else {}
         return logs
 
 
-def _of(label: str, given: Mapping[str, Tensor], rows: Tensor | None = None) -> dict[str, Tensor]:
-    """What belongs to one task, under the keys that it knows; of `rows` only."""
-    own = {key.removeprefix(f"{label}/"): value for key, value in given.items() if key.startswith(f"{label}/")}
-    return own if rows is None else {key: value.index_select(0, rows) for key, value in own.items()}
+def _of_task(label: str, tensors: Mapping[str, Tensor], images: Tensor | None = None) -> dict[str, Tensor]:
+    """The tensors of one task, without its label in their keys; of some `images`, or of all."""
+    own = {key.removeprefix(f"{label}/"): value for key, value in tensors.items() if key.startswith(f"{label}/")}
+    return own if images is None else {key: value.index_select(0, images) for key, value in own.items()}
 
 
 def _unit(tensor: Tensor) -> bool:
-    """Whether it holds images of 0..1 values, as a curriculum makes them."""
+    """Whether `tensor` holds images with values 0..1, which come from a curriculum."""
     return tensor.is_floating_point() and tensor.ndim > 3 and tensor.shape[-3] == 3
 
 
 def _lend(task: PretextTask, backbone: Backbone) -> None:
-    """`task.backbone` stays what it is, but no longer as a module of the task: the mixture has it once."""
+    """Makes `backbone` a plain attribute of `task`, no longer a submodule."""
     del task._modules["backbone"]
     task.__dict__["backbone"] = backbone
 
 
 def _build_all(config: MultiConfig, backbone: Backbone) -> tuple[dict[str, PretextTask], list[str]]:
-    """The tasks by label, and the names of the backbone's parameters that all of them train.
-
-    A task that was built before another one drew the backbone's weights anew is built again, since it may hold a copy
-    (a momentum teacher).
-    """
+    """The tasks by label, and the names of the backbone's parameters that all of them train."""
     free = {name: parameter.requires_grad for name, parameter in backbone.named_parameters()}
     trained: dict[str, set[str]] = {}
     fixed: set[str] = set()
 
     def build(position: int) -> tuple[PretextTask, bool]:
-        part = config.tasks[position]
+        """The task, and whether it reinitialized the backbone."""
+        entry = config.tasks[position]
         before = [parameter.detach().clone() for parameter in backbone.parameters()]
+        # undo what an earlier task froze, to see what this one trains
         for name, parameter in backbone.named_parameters():
             parameter.requires_grad_(free[name])
         with named_in_errors(f"task.tasks[{position}]"):
-            task = task_class(part.name)(part.settings, backbone)
+            task = task_class(entry.name)(entry.settings, backbone)
         trained[labels[position]] = {name for name, one in backbone.named_parameters() if one.requires_grad}
         fixed.update(task.fixed())
         return task, not all(map(torch.equal, before, backbone.parameters()))
 
     labels = config.labels()
     found = [build(position) for position in range(len(labels))]
+    # a task may hold a copy of the backbone (a momentum teacher): build those again that came before the last task that
+    # reinitialized it
     last = max((position for position, (_, redrew) in enumerate(found) if redrew), default=0)
     built = {
         label: build(position)[0] if position < last and not found[position][1] else found[position][0]
         for position, label in enumerate(labels)
     }
+    # train what any task trains
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(name not in fixed and any(name in names for names in trained.values()))
     shared = [name for name in free if all(name in names for names in trained.values())]
@@ -329,9 +341,9 @@ def _build_all(config: MultiConfig, backbone: Backbone) -> tuple[dict[str, Prete
 
 
 def _combined(tasks: list[PretextTask]) -> dict[str, Any]:
-    """What a task says of itself in class attributes, of several together."""
+    """Class attributes of a task, combined over several tasks."""
     remedies = dict.fromkeys(task.collapse_remedy for task in tasks)
-    usual = PretextTask.collapse_remedy
+    usual = PretextTask.collapse_remedy  # too general to list next to the specific ones
     return {
         "requires": frozenset[str]().union(*(task.requires for task in tasks)),
         "masked_statistics": any(task.masked_statistics for task in tasks),
@@ -342,6 +354,6 @@ def _combined(tasks: list[PretextTask]) -> dict[str, Any]:
 
 
 def _recall_steps(task: nn.Module, _: Any) -> None:
-    """After a state dict was loaded."""
+    """Hook after loading a state dict: copies the buffer `steps` to `_steps`."""
     multi = cast(Multi, task)
     multi._steps = int(multi.steps)

@@ -1,4 +1,4 @@
-"""The method in one page; see `unlabeled.pretext.obow`."""
+"""The task OBoW: settings, steps of the method, logs. See `unlabeled.pretext.obow` for the paper and shapes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from unlabeled.pretext.common.checkpoint import load_mapped
 from unlabeled.pretext.common.precision import widened
 from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy
-from unlabeled.pretext.common.views import Part
+from unlabeled.pretext.common.views import Fraction
 from unlabeled.pretext.obow.drawing import nearest_words, painted, side_by_side, word_colors
 from unlabeled.pretext.obow.reference import reference_names
 from unlabeled.pretext.obow.views import ImageCropsConfig, OBoWViews, PatchesConfig, sizes_of
 from unlabeled.pretext.obow.vocabulary import (
     Distances,
-    News,
     Pool,
+    QueueUpdate,
     Source,
     Vocabulary,
     WordHead,
@@ -43,15 +43,15 @@ from unlabeled.ssl.task import Batch, NamedParameter, Paper, PretextTask, Recipe
 logger = logging.getLogger(__name__)
 
 _VIEWS = ("crops", "patches")
-"""Kinds of student views, by their key in a batch; each has a loss of equal weight, however many views it has."""
+"""Kinds of student views, by their key in a batch. The loss of each kind has the same weight, whatever its views."""
 _MB = 2**20
 _LEAST = 1e-3
-"""Part of the mean squared feature that the mean distance of a first batch is at least: on small maps each place may
-be a word itself."""
+"""Lower bound of the first batch's mean distance, as a fraction of the mean squared feature: on small maps each
+position may itself be a word, at distance 0."""
 _TINY = 1e-12
-"""Smallest mean distance that is divided by; constant images have none."""
+"""Smallest mean distance to divide by; for constant images it is 0."""
 _SHOWN = 8
-"""Images that `visualize` shows."""
+"""Number of images that `visualize` shows."""
 
 
 class OBoWConfig(TaskConfig):
@@ -84,7 +84,7 @@ class OBoWConfig(TaskConfig):
     """Decay rate of the teacher's weights at the start of the run; it rises to 1 along a half cosine."""
     distance_decay: float = Field(0.99, ge=0, lt=1)
     """Decay rate of the running mean distance to the nearest word."""
-    center: Part = 0.875
+    center: Fraction = 0.875
     """Fraction of each side of the image that the teacher sees (224 of 256 pixels). [fraction]"""
     image_crops: ImageCropsConfig = ImageCropsConfig()
     """Crops of the image for the student."""
@@ -107,13 +107,12 @@ class OBoW(PretextTask):
 
     Submodules: `backbone` (the student), `teacher`, `vocabularies`, `heads`.
 
-    Order of a step: codes, bags and predictions all use the words as they were before it; the teacher's momentum, new
-    words and the running mean distance follow in `after_step` (the authors move the teacher within the next step, by
-    the same amount). Their monitor, a linear classifier that needs labels and does not touch the features, is left out:
-    online kNN does its work.
+    All computations of a step use the words as they were before it. `after_step` updates the teacher, the words and the
+    running mean distance. The authors' monitor, a linear classifier that needs labels and does not affect the features,
+    is left out; online kNN serves the same purpose.
 
-    Logs: a loss per kind of view; per level ``perplexity_*`` (words in use in the batch), ``perplexity_image_*`` and
-    ``distance_*``; ``teacher_information``.
+    Logs: a loss per kind of view; per level ``perplexity_*`` (number of words in use in the batch),
+    ``perplexity_image_*`` (the same per image) and ``distance_*``; ``teacher_information``.
     """
 
     Config: ClassVar[type[TaskConfig]] = OBoWConfig
@@ -129,8 +128,8 @@ class OBoW(PretextTask):
         "batch_size": 256,
         "epochs": 200,
     }
-    """OBoW (Gidaris et al., CVPR 2021, arXiv 2012.11552): the full form on a ResNet-50 for ImageNet. The rate is
-    not scaled. A ResNet-18 on a fifth of ImageNet: kappa 5, beta 10, lr 0.05, weight decay 5e-4, batch 128, 80
+    """OBoW (Gidaris et al., CVPR 2021, arXiv 2012.11552): the full form on a ResNet-50 for ImageNet. The learning rate
+    is not scaled. A ResNet-18 on a fifth of ImageNet: kappa 5, beta 10, lr 0.05, weight decay 5e-4, batch 128, 80
     epochs, no warm-up. The vanilla form: task.levels=[-1] task.image_crops.number=1 task.patches.number=0"""
     requires: ClassVar[frozenset[str]] = frozenset({"dense_map", "pooled"})
     small_settings: ClassVar[dict[str, Any]] = {"words": 64}
@@ -148,11 +147,12 @@ class OBoW(PretextTask):
         sizes = sizes_of(config.image_crops, config.patches, backbone)
         if sizes.refused is not None:
             logger.warning(
-                "obow: %s takes no images but its own %dx%d (%s), so the student's are as large; "
+                "obow: %s takes images of %dx%d only (%s), so the student's views have that size too; "
                 "backbone.kwargs.dynamic_img_size=true may help",
                 backbone.name, *sizes.teacher, sizes.refused,
             )  # fmt: skip
         self.train_only(backbone.reached_by_pooled())
+        # the published initial words are non-negative, like a ResNet's features after their ReLU; others need `fill`
         signed = _has_negative_values(backbone, self.levels)
         fill = signed if config.fill == "auto" else config.fill
         self.map_norm = signed if config.map_norm == "auto" else config.map_norm
@@ -163,7 +163,7 @@ class OBoW(PretextTask):
         )
         self.heads = nn.ModuleList(WordHead(width, backbone.embed_dim) for width in channels)
         self.register_buffer("scale", torch.full((len(channels),), config.kappa))
-        self._news: list[list[News]] = []
+        self._updates: list[list[QueueUpdate]] = []
 
     @classmethod
     def views(cls, config: OBoWConfig, backbone: Backbone) -> Views:
@@ -171,29 +171,32 @@ class OBoW(PretextTask):
         return OBoWViews(config.image_crops, config.patches, sizes, config.center)
 
     def draw(self, batch: Batch) -> dict[str, Tensor]:
-        """``position`` (B, levels) in [0, 1): from where each image's new words are taken."""
+        """``position`` (B, levels) in [0, 1): the position in the feature map that becomes each image's new word."""
         image = batch["image"]
         return {"position": torch.rand(len(image), len(self.levels), device=image.device)}
 
     def forward(self, batch: Batch, *, position: Tensor | None = None) -> StepOutput:
-        """``image`` (B, 3, H, W), ``crops`` (B, n, 3, h, w) and ``patches`` (B, m, 3, h', w') → sum over kinds of views
-        of KL(bag || prediction), in mean over levels, images and views."""
+        """``image`` (B, 3, H, W), ``crops`` (B, n, 3, h, w) and ``patches`` (B, m, 3, h', w') → KL(bag || prediction),
+        summed over kinds of views and averaged over levels, images and views."""
         position = self.draw(batch)["position"] if position is None else position
+        # the student encodes small views
         features = {kind: self.student(batch[kind]) for kind in _VIEWS if kind in batch}  # (B, n, D) each
         losses = {kind: self.scale.new_zeros(()) for kind in features}
         logs: dict[str, Tensor] = {}
-        news, informed = [], []
+        updates, informed = [], []
         for level, maps in enumerate(self.teacher_maps(batch["image"])):
-            words, bags, found = self.assign(level, maps, position[:, level])  # (K, C), (B, K)
-            weights = self.heads[level](words)  # (K, D): a classifier made anew, as the words change in every step
+            # the teacher assigns the image's positions to words: a bag of words per image
+            words, bags, update = self.assign(level, maps, position[:, level])  # (K, C), (B, K)
+            # the student predicts the bag, with a classifier generated from the words, as these change in every step
+            weights = self.heads[level](words)  # (K, D)
             for kind, pooled in features.items():
                 logits = bow_logits(pooled, weights, self.scale[level])  # (B, n, K)
                 losses[kind] = losses[kind] + bow_loss(logits, bags) / len(self.levels)
-            news.append(found)
+            updates.append(update)
             informed.append(information(bags))
             logs |= self._level_logs(level, bags)
         if self.training:
-            self._news.append(news)  # stored in `after_step`, so that all micro-steps use the same words
+            self._updates.append(updates)  # stored in `after_step`, so that all micro-steps use the same words
         logs |= {f"loss_{kind}": loss.detach() for kind, loss in losses.items()}
         logs["teacher_information"] = torch.stack(informed).mean()
         first = next(iter(features.values()))[:, 0].detach()
@@ -206,37 +209,39 @@ class OBoW(PretextTask):
 
     @torch.no_grad()
     def teacher_maps(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) → maps (B, C, h, w) of the levels without their border, of the teacher with statistics of its
-        own (in train mode those of the batch)."""
+        """uint8 (B, 3, H, W) → the teacher's feature maps (B, C, h, w) of all levels, prepared for assignment."""
+        # in train mode, the teacher's batch norms use the statistics of the batch
         return [self.prepared(one) for one in self.teacher.maps(self.backbone.normalize(images), self.levels)]
 
     def prepared(self, maps: Tensor) -> Tensor:
-        """(B, C, H, W) as the network gives it → without its border, and normalized where `map_norm` says so."""
+        """Feature map (B, C, H, W) → the same without its border, and normalized at each position if `map_norm`."""
         inner = inner_map(maps)
         if not self.map_norm:
             return inner
         return F.layer_norm(widened(inner.movedim(1, -1)), inner.shape[1:2]).movedim(-1, 1)
 
     @torch.no_grad()
-    def assign(self, level: int, maps: Tensor, position: Tensor) -> tuple[Tensor, Tensor, News]:
-        """Maps (B, C, h, w) of one level → its words (K, C), bags (B, K), and what is to be stored."""
+    def assign(self, level: int, maps: Tensor, position: Tensor) -> tuple[Tensor, Tensor, QueueUpdate]:
+        """Maps (B, C, h, w) of one level → its words (K, C), bags (B, K), and the update to store after the step."""
         vocabulary = cast(Vocabulary, self.vocabularies[level])
         window = window_of(maps, self.config.word_source)
         words, seeds = vocabulary.read(maps, position, window)
-        cells = maps.flatten(2).transpose(1, 2)
-        distances = Distances(cells, words, self.config.memory * _MB)
+        # squared distances of all positions to all words
+        features = maps.flatten(2).transpose(1, 2)  # (B, P, C)
+        distances = Distances(features, words, self.config.memory * _MB)
+        # the mean distance to the nearest word sets the sharpness of the assignment
         nearest, distance = vocabulary.distance, vocabulary.distance
         if self.training or seeds is not None:
             nearest = distances.mean_nearest().view(1)
             nearest = mean_over_ranks(nearest) if self.training else nearest
-            if seeds is not None:
-                size = widened(cells).square().sum(-1).mean().view(1)
-                size = mean_over_ranks(size) if self.training else size
-                nearest = torch.maximum(nearest, _LEAST * size)
+            if seeds is not None:  # words come from these very maps, so the nearest may be at distance 0
+                magnitude = widened(features).square().sum(-1).mean().view(1)
+                magnitude = mean_over_ranks(magnitude) if self.training else magnitude
+                nearest = torch.maximum(nearest, _LEAST * magnitude)
             distance = vocabulary.moved_distance(nearest)
         sharpness = None if self.config.beta is None else self.config.beta / distance.clamp(min=_TINY)
         bags = distances.bags(sharpness, self.config.pool)
-        return words, bags, News(pick_words(maps, position, window), nearest, seeds)
+        return words, bags, QueueUpdate(pick_words(maps, position, window), nearest, seeds)
 
     def _level_logs(self, level: int, bags: Tensor) -> dict[str, Tensor]:
         return {
@@ -247,21 +252,23 @@ class OBoW(PretextTask):
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """Teacher momentum 1 - (1 - m) (1 + cos(pi progress)) / 2, then the words and distances of the step."""
+        """Moves the teacher toward the student, then stores new words and the mean distance."""
+        # the authors move the teacher within the next step, by the same amount
         ema_update(self.teacher, self.backbone, cosine_momentum(self.config.momentum, 1.0, progress))
-        steps, self._news = self._news, []
-        for vocabulary, news in zip(self.vocabularies, zip(*steps, strict=True), strict=False):
-            cast(Vocabulary, vocabulary).store(news)
+        steps, self._updates = self._updates, []
+        # from micro-steps of levels to levels of micro-steps
+        for vocabulary, updates in zip(self.vocabularies, zip(*steps, strict=True), strict=False):
+            cast(Vocabulary, vocabulary).store(updates)
 
     def parameter_groups(self) -> Iterator[NamedParameter]:
-        """As in the base class, with weight decay on everything when `decay_all` is set."""
+        """As in the base class, but with weight decay on all parameters if `decay_all` is set."""
         for group in super().parameter_groups():
             yield group._replace(decay=group.decay or self.config.decay_all)
 
     @torch.no_grad()
     def visualize(self, batch: Batch) -> dict[str, Tensor]:
-        """``words``: a row an image (the first 8): what the teacher sees, the same with its places in the colors of
-        their nearest words (one column a level), and the student's views. The networks run in eval mode."""
+        """``words``: one row per image (the first 8): the teacher's view, the same with each position in the color of
+        its nearest word (one column per level), and the student's views. The task runs in eval mode."""
         images = batch["image"][:_SHOWN].cpu()
         columns = [images[:, None]]
         with modes_kept(self):
@@ -276,11 +283,11 @@ class OBoW(PretextTask):
         return {"words": side_by_side(columns)}
 
     def load_reference(self, state: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-        """Loads a checkpoint of the authors' repository (``tools``' per-epoch files): student, teacher, heads, queues.
+        """Loads a per-epoch checkpoint of the authors' code: student, teacher, heads and queues.
 
         Takes the file's ``{"network": ...}`` or its tensors, with or without the prefix of data parallelism. Returns
-        (missing, unexpected) names of the file's layout. Raises CheckpointError when the backbone is no ResNet of timm
-        or tensors do not fit.
+        (missing, unexpected) names as in the file. Raises CheckpointError if the backbone is no ResNet of timm, or if
+        tensors do not fit.
         """
         tensors: Mapping[str, Tensor] = state.get("network", state)
         names = reference_names(self.state_dict())
@@ -293,38 +300,38 @@ class OBoW(PretextTask):
 
 
 def bow_logits(features: Tensor, weights: Tensor, scale: Tensor) -> Tensor:
-    """Student features (..., D), as they are, and weights (K, D) → scale * f . w, (..., K), at least float32.
-
-    Outside autocast: bfloat16 would round the larger logits to whole numbers.
-    """
+    """Student features (..., D), not normalized, and weights (K, D) → scale * f . w, (..., K), in at least float32."""
+    # no autocast: bfloat16 would round large logits to whole numbers
     with torch.autocast(features.device.type, enabled=False):
         return scale * F.linear(widened(features), weights)
 
 
 def bow_loss(logits: Tensor, bags: Tensor) -> Tensor:
-    """KL(bag || softmax(logits)), in mean over views (B, n, K) of images with bags (B, K). At least float32."""
+    """Mean KL(bag || softmax(logits)) over views (B, n, K) of images with bags (B, K), in at least float32."""
     with torch.autocast(logits.device.type, enabled=False):
-        crossed = (bags[:, None] * widened(logits).log_softmax(-1)).sum(-1)
-    return torch.xlogy(bags, bags).sum(-1).mean() - crossed.mean()
+        negative_cross_entropy = (bags[:, None] * widened(logits).log_softmax(-1)).sum(-1)
+    # xlogy: 0 log 0 is 0
+    return torch.xlogy(bags, bags).sum(-1).mean() - negative_cross_entropy.mean()
 
 
-def _levels(asked: tuple[int, ...] | None, backbone: Backbone) -> list[int]:
-    """Indices of the maps, from 0. Raises ConfigError for one that the backbone does not have, or has twice."""
+def _levels(requested: tuple[int, ...] | None, backbone: Backbone) -> list[int]:
+    """Non-negative indices of the feature maps. Raises ConfigError for unknown indices and duplicates."""
     count = len(backbone.stages)
-    if asked is None:
+    if requested is None:  # the map at three quarters of the depth, and the last one
         return sorted({max(min(math.ceil(3 * count / 4), count - 1) - 1, 0), count - 1})
-    levels = [level % count for level in asked if -count <= level < count]
-    if len(set(levels)) < len(asked):
+    levels = [level % count for level in requested if -count <= level < count]
+    if len(set(levels)) < len(requested):
         raise ConfigError(
-            f"task.levels: {list(asked)} are not different maps of {backbone.name}, which has {count}; "
+            f"task.levels: {list(requested)} are not different maps of {backbone.name}, which has {count}; "
             f"give numbers from {-count} to -1"
         )
     return levels
 
 
 def _has_negative_values(backbone: Backbone, levels: list[int]) -> bool:
-    """Whether feature maps take negative values (a ResNet's, after their ReLU, do not)."""
+    """Whether feature maps have negative values (a ResNet's, after their ReLU, do not)."""
     weight = next(backbone.parameters())
+    # probe with noise from a separate generator: the global one must not advance
     x = torch.randn(1, 3, *backbone.input_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), modes_kept(backbone.model):
         backbone.model.eval()

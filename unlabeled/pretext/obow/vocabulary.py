@@ -1,7 +1,7 @@
-"""Visual words: a queue of teacher features, what an image says in them, and the classifier made of them.
+"""Visual words: a queue of teacher features, bags of words of images, and the classifier generated from words.
 
-Source: sections 3.1 and 3.2 of the paper and valeoai/obow. The codes of P places over K words would be the largest
-tensor of a step, so they are made for a few images at a time, and never leave log space before they are pooled.
+Source: sections 3.1 and 3.2 of the paper and valeoai/obow. The codes of P positions over K words would be the largest
+tensor of a step, so they are computed for a few images at a time, and in log space until they are pooled.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from unlabeled.ssl.nn.batch_norm import SyncedBatchNorm1d
 Pool = Literal["max", "mean"]
 Source = Literal["local", "cell", "map"]
 
-_STRIPPED = 5
-"""Places along the shorter side from which on a map loses its border, where padding shows."""
+_CROPPED = 5
+"""Smallest shorter side of a map, in positions, whose border is removed; there, padding affects the features."""
 _WINDOW = 3
-"""Places along each side of the average that becomes a word."""
+"""Side of the window that is averaged into a word, in positions."""
 
 
 def inner_map(maps: Tensor) -> Tensor:
-    """(B, C, H, W) → without one place on each side; as it is where fewer than 5 would be cut down."""
-    return maps[:, :, 1:-1, 1:-1] if min(maps.shape[-2:]) >= _STRIPPED else maps
+    """Removes one position on each side of maps (B, C, H, W), unless they have fewer than 5 on the shorter side."""
+    return maps[:, :, 1:-1, 1:-1] if min(maps.shape[-2:]) >= _CROPPED else maps
 
 
 def window_of(maps: Tensor, source: Source) -> tuple[int, int]:
-    """Places (rows, columns) of `maps` (B, C, H, W) that are averaged into a word."""
+    """Window (rows, columns) of `maps` (B, C, H, W) that is averaged into a word."""
     height, width = maps.shape[-2:]
     if source == "map":
         return height, width
@@ -42,69 +42,71 @@ def window_of(maps: Tensor, source: Source) -> tuple[int, int]:
 
 
 def pick_words(maps: Tensor, where: Tensor, window: tuple[int, int]) -> Tensor:
-    """One local average of each map (B, C, H, W) → (B, C), at least float32.
+    """One local average of each map (B, C, H, W) → (B, C), in at least float32.
 
-    `where` (B,) in [0, 1) runs over all positions of the window in raster order. Only that window is averaged.
+    `where` (B,) in [0, 1) selects the position of the window, in raster order.
     """
+    # gathers the window and averages only that, rather than pooling the whole map
     (height, width), device = maps.shape[-2:], maps.device
     rows, columns = height - window[0] + 1, width - window[1] + 1
     position = _positions(where, rows * columns)
     corner = position // columns * width + position % columns
     inside = torch.arange(window[0], device=device)[:, None] * width + torch.arange(window[1], device=device)
     index = corner[:, None] + inside.flatten()  # (B, window)
-    taken = maps.flatten(2).gather(2, index[:, None].expand(-1, maps.shape[1], -1))
-    return widened(taken).mean(-1)
+    window_features = maps.flatten(2).gather(2, index[:, None].expand(-1, maps.shape[1], -1))  # (B, C, window)
+    return widened(window_features).mean(-1)
 
 
 def seed_words(maps: Tensor, where: Tensor, window: tuple[int, int], each: int) -> Tensor:
-    """Many words out of the maps (B, C, H, W) of one batch: `each` local averages of every image (B * each, C),
-    image by image, evenly spaced from `where` (B,) on; they repeat where a map has too few."""
+    """Many words from the maps (B, C, H, W) of one batch: `each` local averages of every image, (B * each, C).
+
+    Image by image, evenly spaced and starting at `where` (B,); they repeat if a map has fewer positions than `each`.
+    """
     pooled = F.avg_pool2d(widened(maps), window, stride=1).flatten(2)  # (B, C, positions)
     steps = torch.arange(each, device=maps.device, dtype=where.dtype) / each
     position = _positions((where[:, None] + steps) % 1, pooled.shape[-1])  # (B, each)
-    rows = pooled.gather(2, position[:, None].expand(-1, pooled.shape[1], -1)).transpose(1, 2)
-    return rows.flatten(0, 1)
+    seeds = pooled.gather(2, position[:, None].expand(-1, pooled.shape[1], -1)).transpose(1, 2)  # (B, each, C)
+    return seeds.flatten(0, 1)
 
 
 def _positions(where: Tensor, count: int) -> Tensor:
     """[0, 1) → integers in [0, count)."""
-    return (where * count).long().clamp(max=count - 1)
+    return (where * count).long().clamp(max=count - 1)  # rounding could give `count` itself
 
 
-def squared_distances(cells: Tensor, words: Tensor) -> Tensor:
-    """Places (B, P, C) and words (K, C) → ||c - v||^2, (B, P, K), in the type of the words, outside autocast."""
-    flat = cells.to(words.dtype).flatten(0, 1)
+def squared_distances(features: Tensor, words: Tensor) -> Tensor:
+    """Features (B, P, C) and words (K, C) → squared distances (B, P, K), in the type of the words."""
+    flat = features.to(words.dtype).flatten(0, 1)
+    # |f - w|^2 = |w|^2 - 2 f.w + |f|^2, in place: this is the largest tensor of a step
     with torch.autocast(words.device.type, enabled=False):
-        crossed = torch.addmm(words.square().sum(1), flat, words.t(), alpha=-2)
-    return crossed.add_(flat.square().sum(1, keepdim=True)).view(*cells.shape[:2], -1)
+        distances = torch.addmm(words.square().sum(1), flat, words.t(), alpha=-2)
+    return distances.add_(flat.square().sum(1, keepdim=True)).view(*features.shape[:2], -1)
 
 
 class Distances:
-    """Squared distances of all places to all words, a few images at a time.
+    """Squared distances of features at all positions to all words, computed for a few images at a time."""
 
-    Held when they fit into `memory` bytes at once, else computed anew in each of the two passes that need them.
-    """
-
-    def __init__(self, cells: Tensor, words: Tensor, memory: int) -> None:
-        """Places (B, P, C) and words (K, C)."""
-        per_image = cells.shape[1] * words.shape[0] * words.element_size()
+    def __init__(self, features: Tensor, words: Tensor, memory: int) -> None:
+        """Features (B, P, C), words (K, C), and the largest size of a table of distances in bytes."""
+        per_image = features.shape[1] * words.shape[0] * words.element_size()
         self.words = words
-        self.parts = torch.split(cells, max(memory // per_image, 1))
-        self._held = squared_distances(cells, words) if len(self.parts) == 1 else None
+        self.chunks = torch.split(features, max(memory // per_image, 1))
+        # `mean_nearest` and `bags` both need the distances: keep them if they fit, else compute them twice
+        self._kept = squared_distances(features, words) if len(self.chunks) == 1 else None
 
     def __iter__(self) -> Iterator[Tensor]:
-        """(b, P, K) each."""
-        for part in self.parts:
-            yield squared_distances(part, self.words) if self._held is None else self._held
+        """Yields (b, P, K) for each chunk of b images."""
+        for chunk in self.chunks:
+            yield squared_distances(chunk, self.words) if self._kept is None else self._kept
 
     def mean_nearest(self) -> Tensor:
-        """Scalar: the mean over places and images of the distance to the nearest word, of this rank."""
+        """Mean distance to the nearest word over positions and images of this rank, a scalar."""
         return torch.cat([one.amin(-1) for one in self]).mean()
 
     def bags(self, sharpness: Tensor | None, pool: Pool) -> Tensor:
-        """(B, K), rows sum to 1: codes, softmax over words of -sharpness * distance, pooled over places.
+        """Bags of words (B, K) that sum to 1: softmax over words of -sharpness * distance, pooled over positions.
 
-        `sharpness` None: each place has its nearest word only.
+        `sharpness` None: each position is assigned to its nearest word only.
         """
         pooled = [_hard_bags(one, pool) if sharpness is None else _log_bags(one, sharpness, pool) for one in self]
         return torch.cat(pooled).softmax(-1)
@@ -113,34 +115,35 @@ class Distances:
 def _log_bags(distances: Tensor, sharpness: Tensor, pool: Pool) -> Tensor:
     """Distances (b, P, K) → log of the pooled codes (b, K)."""
     scores = distances * -sharpness
+    # log-softmax in place, as the table is large
     scores -= scores.logsumexp(-1, keepdim=True)
     return scores.amax(1) if pool == "max" else scores.logsumexp(1)
 
 
 def _hard_bags(distances: Tensor, pool: Pool) -> Tensor:
-    """As `_log_bags`, up to a constant, for codes of one word."""
+    """As `_log_bags`, up to a constant, if each position is assigned to its nearest word only."""
     nearest = distances.argmin(-1)
     counts = distances.new_zeros(len(distances), distances.shape[-1])
     counts.scatter_add_(1, nearest, torch.ones_like(nearest, dtype=counts.dtype))
     return (counts.clamp(max=1) if pool == "max" else counts).log()
 
 
-class News(NamedTuple):
-    """What one forward pass found out, to be stored after the optimizer step."""
+class QueueUpdate(NamedTuple):
+    """Results of one forward pass that are stored after the optimizer step."""
 
-    rows: Tensor
+    words: Tensor
     """New words (B, C) of this rank's images."""
     nearest: Tensor
-    """Mean squared distance to the nearest word, over all ranks (1,)."""
+    """Mean squared distance to the nearest word over all ranks, (1,)."""
     seeds: Tensor | None
-    """The vocabulary that was used (K, C) where there was none yet."""
+    """The initial words (K, C), if they were made from this batch."""
 
 
 class Vocabulary(nn.Module):
-    """Queue of K words of C channels, the oldest replaced first, and the running mean distance to the nearest.
+    """Queue of K words of C channels, the oldest replaced first, and the running mean distance to the nearest word.
 
-    Words begin as N(0, 1), cut off at zero unless `signed`, and the mean distance at 0.5, as published. With `fill`
-    (our addition) all words come out of the first batch instead, and the mean distance begins at its own.
+    Words are drawn from N(0, 1), clipped at zero unless `signed`, and the mean distance starts at 0.5, as published.
+    With `fill` (not in the paper), all words come from the first batch, and the mean distance starts at its value.
     """
 
     words: Tensor
@@ -161,48 +164,49 @@ class Vocabulary(nn.Module):
 
     @property
     def ready(self) -> bool:
-        """Whether there are words. Reads a buffer, and so waits for the device, only until there are."""
+        """Whether the words are set; with `fill`, they are not before the first batch."""
+        # reading a buffer waits for the device, so do it only until the words are set
         self._ready = self._ready or bool(self.batches > 0)
         return self._ready
 
     def read(self, maps: Tensor, where: Tensor, window: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-        """The words (K, C) to be used with `maps` (B, C, H, W), and again as seeds where they were made of these."""
+        """The words (K, C) to use with `maps` (B, C, H, W), and the same as seeds if they were made from `maps`."""
         if self.ready:
             return self.words, None
-        images = len(maps) * (world_size() if self.training else 1)
+        images = len(maps) * (world_size() if self.training else 1)  # in eval mode, ranks do not communicate
         seeds = seed_words(maps, where, window, -(-len(self.words) // images))
         seeds = (gather_across_ranks(seeds) if self.training else seeds)[: len(self.words)].to(self.words.dtype)
         return seeds, seeds
 
     def moved_distance(self, nearest: Tensor) -> Tensor:
-        """The running mean distance (1,) after a batch whose own is `nearest`."""
+        """The running mean distance (1,) after a batch with mean distance `nearest`."""
         return self.distance.lerp(nearest, 1 - self.decay) if self.ready else nearest
 
     @torch.no_grad()
-    def store(self, news: Sequence[News]) -> None:
-        """Takes in what the micro-steps of one optimizer step brought, on all ranks, in the order of the images."""
-        self.distance.copy_(self.moved_distance(torch.stack([one.nearest for one in news]).mean(0)))
-        if news[0].seeds is not None:
-            self.words.copy_(news[0].seeds)
-        for one in news:
-            self._write(gather_across_ranks(one.rows))
+    def store(self, updates: Sequence[QueueUpdate]) -> None:
+        """Stores the updates of all micro-steps of one optimizer step, from all ranks, in the order of the images."""
+        # the distance first: `moved_distance` must still see whether the words were set
+        self.distance.copy_(self.moved_distance(torch.stack([one.nearest for one in updates]).mean(0)))
+        if updates[0].seeds is not None:
+            self.words.copy_(updates[0].seeds)
+        for one in updates:
+            self._write(gather_across_ranks(one.words))
         self.batches += 1
 
-    def _write(self, rows: Tensor) -> None:
-        """(n, C) at the pointer, around the end of the queue; of more than K rows the last K stay."""
+    def _write(self, new: Tensor) -> None:
+        """Writes `new` words (n, C) at the pointer, wrapping around; of more than K words, the last K are kept."""
         count = len(self.words)
-        begin = self.pointer + max(len(rows) - count, 0)
-        kept = rows[-count:].to(self.words.dtype)
-        self.words.index_copy_(0, (begin + torch.arange(len(kept), device=rows.device)) % count, kept)
-        self.pointer.copy_((self.pointer + len(rows)) % count)
+        begin = self.pointer + max(len(new) - count, 0)
+        kept = new[-count:].to(self.words.dtype)
+        self.words.index_copy_(0, (begin + torch.arange(len(kept), device=new.device)) % count, kept)
+        self.pointer.copy_((self.pointer + len(new)) % count)
 
 
 class WordHead(nn.Module):
-    """Words (K, C) → one unit vector (K, D) each: norm, linear, batch norm over the words, ReLU, linear, norm.
+    """Generates one classifier weight (a unit vector of D channels) for each word.
 
-    Source: section 3.3 of the paper; hidden width 2 D. In training each rank generates its share of the words where
-    their number divides; statistics and gradients are those of all of them, and an average of gradients over ranks (as
-    DDP takes it) is the gradient of one process that generates all.
+    Normalization, linear, batch norm over the words, ReLU, linear, normalization; the hidden width is 2 D. Source:
+    section 3.3 of the paper.
     """
 
     def __init__(self, channels: int, dim: int) -> None:
@@ -212,7 +216,9 @@ class WordHead(nn.Module):
         self.last_layer = nn.Linear(2 * dim, dim)
 
     def forward(self, words: Tensor) -> Tensor:
-        """(K, C) → (K, D), at least float32; with a gradient to the head's parameters only."""
+        """Words (K, C) → weights (K, D), in at least float32; gradients reach the head's parameters only."""
+        # in training, each rank generates a share of the weights, if K is divisible by the number of ranks; the batch
+        # norm is synchronized, and DDP's average of gradients equals the gradient of one process that generates all
         ranks = world_size() if self.training else 1
         shared = ranks > 1 and words.shape[0] % ranks == 0
         own = words.chunk(ranks)[rank()] if shared else words
@@ -222,17 +228,18 @@ class WordHead(nn.Module):
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
-    """Mean of a scalar over ranks that have equally many images, (1,)."""
+    """Mean of a scalar over ranks, (1,); all ranks have equally many images."""
     return sum_over_ranks(value.detach().clone().view(1)) / world_size()
 
 
 def perplexity(bag: Tensor) -> Tensor:
-    """(..., K) → exp of the entropy, with 1e-5 inside the logarithm as published: how many words are in use."""
+    """Bags (..., K) → exp of their entropy (...): the number of words in use."""
+    # 1e-5 as published
     return torch.exp(-(bag * (bag + 1e-5).log()).sum(-1))
 
 
 def information(bags: Tensor) -> Tensor:
-    """Bags (B, K) → (H(mean bag) - mean H(bag)) / log K: what a bag says about its image, 0 when all are alike."""
+    """Bags (B, K) → (H(mean bag) - mean H(bag)) / log K: how much bags differ between images, 0 if they are equal."""
 
     def entropy(bag: Tensor) -> Tensor:
         return -torch.xlogy(bag, bag).sum(-1)

@@ -1,1 +1,1 @@
-"""Labels from the image itself: which way it was turned, where a patch belongs."""
+"""Tasks that predict labels made from the image itself: its rotation, or the position of a patch."""

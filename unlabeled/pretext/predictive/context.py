@@ -1,20 +1,21 @@
-"""Context prediction: where does one patch of an image lie, as seen from another, of eight places around it?
+"""Context prediction: at which of eight positions around one patch of an image does another patch lie?
 
 Doersch, Gupta, Efros: Unsupervised Visual Representation Learning by Context Prediction, ICCV 2015, arXiv 1505.05192;
-repository github.com/cdoersch/deepcontext. B images, P patches of a grid, Q ordered pairs of neighbors.
+code of the authors: github.com/cdoersch/deepcontext. Shapes: B images, P patches of a grid, Q ordered pairs of
+neighbors.
 
-- **Patches and images.** The backbone's input size is the patch: 96 pixels in the paper (``backbone=contextnet``, or
-  any other with ``backbone.size=96``). Images are resized to 150,000 .. 450,000 pixels for patches of 96 and in
-  proportion for others, enlarged where the grid would not fit. So small images work: of one of 32 x 32, a grid of
-  3 x 3 takes patches of at most 8 of its own pixels a side, enlarged to the patch; one of 2 x 2 takes up to 12.
-- **One grid an image**, of fixed shape: 9 patches and their 40 pairs. The authors draw four grids of whatever fits;
-  their batch of about 506 patches and 2309 pairs is one of 56 images here.
-- **Loss**: the mean over pairs. The authors' is the sum: their rate of 1e-5 is 0.023 for the mean over 2309 pairs.
-- **Statistics** of batch norms are those of all ranks, as the authors' one process has the whole batch.
-- Images are never mirrored: left and right would change places.
+- **Patches and images.** The backbone's input size is the size of a patch: 96 pixels in the paper
+  (``backbone=contextnet``, or any other with ``backbone.size=96``). Images are resized to 150,000 .. 450,000 pixels for
+  patches of 96, in proportion for others, and further enlarged if the grid does not fit. So small images work: in an
+  image of 32 x 32, a patch of a 3 x 3 grid covers at most 8 original pixels a side, and up to 12 in a 2 x 2 grid.
+- **One grid per image**, of fixed shape: 9 patches and their 40 pairs. The authors draw four grids per image, as large
+  as they fit; their batch of about 506 patches and 2309 pairs corresponds to 56 images here.
+- **Loss**: the mean over pairs. The authors sum: their learning rate of 1e-5 is 0.023 for the mean over 2309 pairs.
+- **Batch norm statistics** are computed over all ranks, since the authors' single process has the whole batch.
+- Images are never mirrored, because that would swap left and right.
 
-Another recipe is OpenMMLab's (mmselfsup, ResNet-50): random crops of 64 in 3 x 3 cells of 85 pixels, random grayscale,
-only the 8 pairs with the center, labeled the other way round (the neighbor first), every patch embedded once a pair.
+OpenMMLab's recipe differs (mmselfsup, ResNet-50): random crops of 64 in 3 x 3 cells of 85 pixels, random grayscale,
+only the 8 pairs with the center, labeled in the other direction (neighbor first), and each patch embedded per pair.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch.nn import functional as F
 from unlabeled.pretext.common.checkpoint import load_mapped
 from unlabeled.pretext.common.drawing import RIGHT, WRONG, tiled
 from unlabeled.pretext.common.precision import widened
+from unlabeled.pretext.common.views import Fraction
 from unlabeled.pretext.predictive import patch_cues
 from unlabeled.pretext.predictive.patch_grid import OFFSETS, GridLayout, GridViews, Mark, draw_grid, neighbor_pairs
 from unlabeled.ssl.backbones.backbone import Backbone
@@ -39,15 +41,14 @@ from unlabeled.ssl.data.views import Views
 from unlabeled.ssl.task import Batch, FloatImages, Paper, PretextTask, Recipe, StepOutput, TaskConfig
 
 Count = Annotated[int, Field(ge=1)]
-Part = Annotated[float, Field(gt=0, le=1)]
 Pixels = Annotated[float, Field(gt=0)]
 
 _PAPER = 96
-"""Side of the paper's patches, in pixels: what `pixels` is for."""
+"""Side of the paper's patches, in pixels; the setting `pixels` refers to it."""
 _SHOWN = 4
-"""Images that `visualize` shows."""
+"""Number of images that `visualize` shows."""
 _MARGIN = 8
-"""Pixels around each drawn grid."""
+"""Pixels of margin around each drawn grid."""
 
 
 class ContextConfig(TaskConfig):
@@ -67,7 +68,7 @@ class ContextConfig(TaskConfig):
     and replace the others by noise. projection: remove the axis from green to magenta. none: keep all colors."""
     pixelate: float = Field(0.33, ge=0, le=1)
     """Probability that a patch is downsampled and upsampled again."""
-    smallest: Part = 10 / 96
+    smallest: Fraction = 10 / 96
     """Smallest side of a downsampled patch. [fraction of the patch]"""
     widths: tuple[Count, Count] = (4096, 4096)
     """Widths of the two hidden layers of the head (fc7, fc8). [channels]"""
@@ -87,16 +88,16 @@ class ContextConfig(TaskConfig):
         return pixels
 
     def layout(self, patch: tuple[int, int]) -> GridLayout:
-        """The grid in pixels, for patches of `patch` (height, width)."""
-        gap, jitter = ((round(part * patch[0]), round(part * patch[1])) for part in (self.gap, self.jitter))
+        """The grid in pixels, for patches of size `patch` (height, width)."""
+        gap, jitter = ((round(sides * patch[0]), round(sides * patch[1])) for sides in (self.gap, self.jitter))
         return GridLayout(self.grid, patch, gap, jitter)
 
 
 class PairHead(nn.Module):
-    """Judges ordered pairs of embeddings: fc7, a batch norm without scale and shift, fc8, fc9.
+    """Classifies ordered pairs of embeddings: fc7, a batch norm without scale and shift, fc8, fc9.
 
-    fc7 of two embeddings one after the other is the sum of two layers of one each, which run once a patch, not once a
-    pair: the same numbers for a quarter of the work on a grid of 3 x 3.
+    fc7 applied to two concatenated embeddings equals the sum of two layers with one embedding each. These run once per
+    patch, not once per pair: the same result for a quarter of the work on a 3 x 3 grid.
     """
 
     def __init__(self, dim: int, widths: tuple[int, int], classes: int = len(OFFSETS)) -> None:
@@ -109,13 +110,13 @@ class PairHead(nn.Module):
         caffe_xavier_(self)
         with torch.no_grad():
             for half in (self.fc7_first, self.fc7_second):
-                half.weight.mul_(0.5**0.5)  # one layer of 2 * dim inputs
+                half.weight.mul_(0.5**0.5)  # initialize as the single layer of 2 * dim inputs would be
 
     def forward(self, embeddings: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """(B, P, D), places (Q,) and (Q,) → (B, Q, classes)."""
+        """Embeddings (B, P, D) and the patches `first` and `second` (Q,) of each pair → scores (B, Q, classes)."""
         as_first, as_second = self.fc7_first(embeddings), self.fc7_second(embeddings)  # (B, P, W)
         hidden = as_first.index_select(1, first) + as_second.index_select(1, second)  # (B, Q, W)
-        hidden = F.relu(self.bn7(hidden.flatten(0, 1)))
+        hidden = F.relu(self.bn7(hidden.flatten(0, 1)))  # (B * Q, W): statistics over all pairs
         scores: Tensor = self.fc9(F.relu(self.fc8(hidden)))
         return scores.view(len(embeddings), len(first), -1)
 
@@ -139,10 +140,10 @@ class Context(PretextTask):
         "epochs": 75,
     }
     """Context prediction (Doersch et al., ICCV 2015, arXiv 1505.05192): the authors' released recipe for
-    contextnet. 56 images give 504 patches and 2240 pairs, as many as the authors' batches have. Their rate of
-    1e-5 is for the sum over pairs: 0.023 for the mean. Plain SGD (timm's `momentum`, since its `sgd` is Nesterov's)
-    at a constant rate and without momentum, where the paper speaks of 0.999. 75 epochs of ImageNet are their 1.7
-    million steps."""
+    contextnet. 56 images give 504 patches and 2240 pairs, about as many as in the authors' batches. Their learning
+    rate of 1e-5 is for the sum over pairs, which is 0.023 for the mean. Plain SGD (timm's `momentum`, since its `sgd`
+    is Nesterov's) at a constant rate and without momentum; the paper mentions 0.999. 75 epochs of ImageNet are their
+    1.7 million steps."""
     requires: ClassVar[frozenset[str]] = frozenset({"pooled"})
     synced_statistics: ClassVar[bool] = True
     float_images: ClassVar[FloatImages] = "bytes"
@@ -155,6 +156,7 @@ class Context(PretextTask):
         super().__init__(config, backbone)
         self.train_only(backbone.reached_by_pooled())
         self.layout = config.layout(backbone.input_size)
+        # `_first`, `_second` and `_label` (Q,): buffers, to be on the task's device, but not in checkpoints
         for name, values in neighbor_pairs(*config.grid)._asdict().items():
             self.register_buffer(f"_{name}", values, persistent=False)
         self.head = PairHead(backbone.embed_dim, config.widths)
@@ -166,12 +168,12 @@ class Context(PretextTask):
         return GridViews(config.layout((height, width)), (config.pixels[0] * scale, config.pixels[1] * scale))
 
     def draw(self, batch: Batch) -> dict[str, Tensor]:
-        """For each patch: ``shrink`` (B, P), to which part of its side it is reduced (1: not at all), and with
-        ``color: drop`` the channel ``kept`` (B, P) and the ``noise`` (B, P, 3, h, w) for the others."""
+        """For each patch: ``shrink`` (B, P), the fraction of its side that it is reduced to (1: not reduced), and with
+        ``color: drop`` the channel ``kept`` (B, P) and the ``noise`` (B, P, 3, h, w) that replaces the others."""
         patches = batch["patches"]
         chosen, area = torch.rand(2, *patches.shape[:2], device=patches.device).unbind()
         smallest, largest = self.config.smallest**2, (1 - 1 / max(patches.shape[-2:])) ** 2
-        shrink = (smallest + area * max(largest - smallest, 0.0)).sqrt()  # area is uniform
+        shrink = (smallest + area * max(largest - smallest, 0.0)).sqrt()  # uniform in area, as published
         drawn = {"shrink": torch.where(chosen < self.config.pixelate, shrink, 1.0)}
         if self.config.color == "drop":
             drawn["kept"] = torch.randint(3, patches.shape[:2], device=patches.device)
@@ -181,7 +183,10 @@ class Context(PretextTask):
     def disguise(
         self, patches: Tensor, shrink: Tensor, kept: Tensor | None = None, noise: Tensor | None = None
     ) -> Tensor:
-        """uint8 (N, 3, h, w) → float32, without what gives the place away, of RMS 50 each; (N, ...) as from `draw`."""
+        """uint8 patches (N, 3, h, w) → float32 (N, 3, h, w) of RMS 50, without cues that give the position away.
+
+        `shrink`, `kept` and `noise` are those of `draw`, with (B, P) flattened to (N,).
+        """
         pixels = patch_cues.pixelate(patches.float(), shrink)
         if self.config.color == "drop":
             pixels = patch_cues.keep_one_channel(pixels, cast(Tensor, kept), cast(Tensor, noise))
@@ -192,25 +197,26 @@ class Context(PretextTask):
         return patch_cues.to_rms(pixels)
 
     def inputs(self, disguised: Tensor) -> Tensor:
-        """Disguised patches on the scale of the backbone's own images: divided by its mean deviation in 0..255.
-
-        That is RMS 50 for `contextnet`, as published, and 0.87 for networks with ImageNet's statistics. So what is
-        pretrained on has the contrast of the images that the backbone sees later, through `Backbone.normalize`.
-        """
+        """Disguised patches (N, 3, h, w) → the backbone's input: divided by its mean standard deviation in 0..255."""
+        # so that pretraining and later use, through `Backbone.normalize`, have the same contrast: RMS 50 for
+        # `contextnet`, as published, and 0.87 with ImageNet's statistics
         deviation = 255 * sum(self.backbone.std) / len(self.backbone.std)
         return disguised.to(self.head.fc9.weight.dtype) / deviation
 
     def classify(self, disguised: Tensor, images: int) -> tuple[Tensor, Tensor]:
-        """Disguised (B * P, 3, h, w) → scores (B, Q, 8) and embeddings (B * P, D); every patch is embedded once."""
+        """Disguised patches (B * P, 3, h, w) of B `images` → scores (B, Q, 8) and embeddings (B * P, D)."""
+        # every patch is embedded once, not once per pair
         embeddings = self.backbone.pooled(self.inputs(disguised))
         scores = self.head(embeddings.reshape(images, -1, self.backbone.embed_dim), self._first, self._second)
         return widened(scores), embeddings
 
     def forward(self, batch: Batch, **draw: Tensor) -> StepOutput:
-        """``patches`` uint8 (B, P, 3, h, w) → mean cross-entropy over all B * Q pairs; a guess has ln 8 = 2.079."""
+        """``patches`` uint8 (B, P, 3, h, w) → mean cross-entropy over all B * Q pairs; chance level is ln 8 = 2.079."""
         patches = batch["patches"]
+        # remove cues such as color fringes, then embed each patch and classify all pairs
         drawn = {name: values.flatten(0, 1) for name, values in (draw or self.draw(batch)).items()}
         scores, embeddings = self.classify(self.disguise(patches.flatten(0, 1), **drawn), len(patches))
+        # compare with the true relative positions, which are the same for every image
         labels = cast(Tensor, self._label).expand(len(patches), -1)
         accuracy = (scores.detach().argmax(-1) == labels).float().mean()
         loss = F.cross_entropy(scores.flatten(0, 1), labels.flatten())
@@ -218,11 +224,11 @@ class Context(PretextTask):
 
     @torch.no_grad()
     def visualize(self, batch: Batch) -> dict[str, Tensor]:
-        """``positions``: one row an image, its grid as it was cut (left) and as the network sees it (right).
+        """``positions``: one row per image (the first 4), its grid as cropped and as the backbone sees it.
 
-        The middle patch, in gray, is asked about its neighbors. A neighbor's frame is green where its place was told
-        rightly and red where not; the white dot is on the side or corner where the network takes it to lie: outwards
-        everywhere is all right.
+        Shows the predictions for the middle patch (gray frame) and each neighbor. A neighbor's frame is green if its
+        position was predicted correctly, else red. The white dot marks the predicted position; if all are correct,
+        every dot lies on the outside of the grid.
         """
         patches, corners = batch["patches"][:_SHOWN], batch["corners"][:_SHOWN].cpu()
         drawn = {name: values.flatten(0, 1) for name, values in self.draw({"patches": patches}).items()}
@@ -230,35 +236,36 @@ class Context(PretextTask):
         with modes_kept(self):
             self.eval()
             predicted = self.classify(disguised, len(patches))[0].argmax(-1).cpu()
-        seen = (disguised + 127.5).clamp(0, 255).to(torch.uint8).reshape(patches.shape)
+        inputs = (disguised + 127.5).clamp(0, 255).to(torch.uint8).reshape(patches.shape)  # zero mean becomes gray
         tiles = [
-            draw_grid(self.layout, shown[position].cpu(), corners[position], self._marks(guesses))
-            for position, guesses in enumerate(predicted.tolist())
-            for shown in (patches, seen)
+            draw_grid(self.layout, shown[image].cpu(), corners[image], self._marks(labels))
+            for image, labels in enumerate(predicted.tolist())
+            for shown in (patches, inputs)
         ]
         return {"positions": tiled(tiles, 2, gap=_MARGIN)}
 
-    def _marks(self, guesses: list[int]) -> Iterator[Mark]:
-        """Frames of the middle patch and its neighbors, from the predicted labels of all pairs (Q,) of one image."""
+    def _marks(self, predicted: list[int]) -> Iterator[Mark]:
+        """Frames of the middle patch and its neighbors, from the predicted labels of all Q pairs of one image."""
         rows, columns = self.config.grid
         middle = rows // 2 * columns + columns // 2
         yield Mark(middle, (150, 150, 150))
         pairs = zip(*(values.tolist() for values in neighbor_pairs(rows, columns)), strict=True)
-        for guess, (first, second, label) in zip(guesses, pairs, strict=True):
+        for prediction, (first, second, label) in zip(predicted, pairs, strict=True):
             if first == middle:
-                yield Mark(second, RIGHT if guess == label else WRONG, guess)
+                yield Mark(second, RIGHT if prediction == label else WRONG, prediction)
 
     def load_reference(self, state: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-        """Loads the released Caffe model for `contextnet`, its blobs by name.
+        """Loads the blobs of the released Caffe model, by name, for `contextnet`.
 
-        ``conv1`` ... ``conv5`` and ``fc6`` ... ``fc9`` have ``.weight`` and ``.bias``, ``bn3`` ... ``bn7`` have ``.0``,
-        ``.1``, ``.2`` (mean times s, variance times s, s) or are folded into their layers and absent. Returns our
-        names of what is missing, and theirs of what is unexpected.
+        ``conv1`` ... ``conv5`` and ``fc6`` ... ``fc9`` have ``.weight`` and ``.bias``. ``bn3`` ... ``bn7`` have ``.0``,
+        ``.1``, ``.2`` (mean times s, variance times s, s), or are absent if folded into their layers. Returns
+        (missing, unexpected): missing tensors by our names, unexpected ones by those of the file.
         """
         rest = dict(state)
         converted: dict[str, Tensor] = {}
         for layer, (ours, norm) in _REFERENCE.items():
             converted |= _from_caffe(rest, layer, ours, norm)
+        # their fc7 takes two concatenated embeddings, ours is one layer for each
         if (joined := converted.pop("head.fc7.weight", None)) is not None:
             first, second = joined.tensor_split(2, dim=-1)
             converted |= {"head.fc7_first.weight": first, "head.fc7_second.weight": second}
@@ -280,29 +287,28 @@ _REFERENCE: dict[str, tuple[str, str | None]] = {
     "fc8": ("head.fc8", None),
     "fc9": ("head.fc9", None),
 }
-"""Layer of the released model → ours, and the batch norm after it."""
+"""Layer of the released model → our layer, and the batch norm after it (None: no batch norm)."""
 _EPS = 1e-5
-"""Of all batch norms, theirs and ours."""
+"""Epsilon of all batch norms, theirs and ours."""
 
 
 def _from_caffe(state: dict[str, Tensor], layer: str, ours: str, norm: str | None) -> dict[str, Tensor]:
-    """Takes a layer and its norm out of `state`; returns them under our names.
-
-    A bias before a norm without shift moves that norm's mean; a norm that was folded away becomes one that only adds.
-    """
+    """Removes a layer and its norm from `state` and returns them under our names."""
     found: dict[str, Tensor] = {}
     if (weight := state.pop(f"{layer}.weight", None)) is not None:
+        # fc6 is a matrix over a flattened 3 x 3 map in Caffe, and a 3 x 3 convolution here
         as_map = layer == "fc6" and weight.ndim == 2 and weight.shape[1] % 9 == 0
         found[f"{ours}.weight"] = weight.reshape(len(weight), -1, 3, 3) if as_map else weight
     bias = state.pop(f"{layer}.bias", None)
     if norm is None:
         return found if bias is None else {**found, f"{ours}.bias": bias}
     blobs = [state.pop(name, None) for name in (f"bn{layer[-1]}.{number}" for number in range(3))]
+    # our layers have no bias before a norm, so the norm's running mean takes it
     match blobs:
         case [Tensor() as mean, Tensor() as variance, Tensor() as scale]:
             found[f"{norm}.running_mean"] = mean / scale - (0.0 if bias is None else bias)
             found[f"{norm}.running_var"] = variance / scale
-        case _ if bias is not None:
+        case _ if bias is not None:  # a norm folded into its layer: ours must then only add the bias
             found[f"{norm}.running_mean"] = -bias
             found[f"{norm}.running_var"] = torch.full_like(bias, 1 - _EPS)
     return found

@@ -1,8 +1,9 @@
-"""Removes from patches what would give their place away without anything being recognized: color fringes, contrast.
+"""Removes cues that give the position of a patch away without recognizing anything: color fringes and contrast.
 
-Doersch, Gupta, Efros, ICCV 2015, arXiv 1505.05192, section 3.1; numbers of github.com/cdoersch/deepcontext. Lenses
-bend colors apart the more the further out they are, so that the fringes of an edge tell where in the image it was.
-All functions take N patches (N, 3, h, w) of values 0..255, float32 or wider, and treat each one by itself.
+Lenses separate colors more the farther from the center, so the color fringes of an edge reveal its position in the
+image (chromatic aberration). Doersch, Gupta, Efros, ICCV 2015, arXiv 1505.05192, section 3.1; constants from
+github.com/cdoersch/deepcontext. All functions take N patches (N, 3, h, w) with values 0..255, in at least float32, and
+treat each patch independently.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ _GREEN_MAGENTA = (-1.0, 2.0, -1.0)
 
 
 def pixelate(patches: Tensor, shrink: Tensor) -> Tensor:
-    """Each patch reduced to trunc(side * shrink) pixels a side (at least 2) and enlarged again, both bilinearly.
+    """Reduces each patch to trunc(side * shrink) pixels a side (at least 2) and enlarges it again, both bilinearly.
 
-    `shrink` (N,) in (0, 1]; 1 leaves a patch as it is. Each axis is one matrix per patch, so that patches of all
-    degrees go in one batch.
+    `shrink` (N,) is in (0, 1]; 1 leaves a patch unchanged.
     """
+    # one matrix per patch and axis, so that patches with different factors are processed in one batch
     height, width = patches.shape[-2:]
     with torch.autocast(patches.device.type, enabled=False):
         down = _reduce_and_enlarge(shrink, height).to(patches.dtype).unsqueeze(1)  # (N, 1, h, h)
@@ -31,27 +32,28 @@ def pixelate(patches: Tensor, shrink: Tensor) -> Tensor:
 
 
 def _reduce_and_enlarge(shrink: Tensor, length: int) -> Tensor:
-    """(N,) → (N, length, length): the matrix that takes a line of pixels to `length * shrink` of them and back."""
+    """(N,) → (N, length, length): matrices that resize a line of `length` pixels to `length * shrink` and back."""
     side = (length * shrink).trunc().clamp(min=2)[:, None]  # (N, 1)
     position = torch.arange(length, device=shrink.device, dtype=shrink.dtype)
+    # + 0.5 and - 0.5: pixels are sampled at their centers (align_corners=False)
     reduced = ((position + 0.5) * (length / side) - 0.5).clamp(0, length - 1)  # rows past `side` are never read
     enlarged = ((position + 0.5) * (side / length) - 0.5).clamp(min=0).minimum(side - 1)
     return _tent(enlarged, position) @ _tent(reduced, position)
 
 
 def _tent(positions: Tensor, position: Tensor) -> Tensor:
-    """Weights of bilinear interpolation at `positions` (N, M) among pixels at `position` (L,) → (N, M, L)."""
+    """Weights of linear interpolation at `positions` (N, M) between pixels at `position` (L,) → (N, M, L)."""
     return (1 - (positions.unsqueeze(-1) - position).abs()).clamp(min=0)
 
 
 def keep_one_channel(patches: Tensor, kept: Tensor, noise: Tensor) -> Tensor:
-    """Channel `kept` (N,) without its own mean over the patch; `noise` (N, 3, h, w) in place of the two others."""
+    """Keeps channel `kept` (N,), minus its mean over the patch; `noise` (N, 3, h, w) replaces the other two."""
     channel = torch.arange(3, device=patches.device)
     return torch.where((channel == kept[:, None])[..., None, None], without_mean(patches), noise)
 
 
 def drop_green_magenta(patches: Tensor) -> Tensor:
-    """Every pixel projected along the axis from green to magenta, a = (-1, 2, -1): x - a (a.x) / (a.a); no mean."""
+    """Subtracts the mean and each pixel's component along the green-magenta axis a: x - a (a.x) / (a.a)."""
     axis = patches.new_tensor(_GREEN_MAGENTA).view(1, 3, 1, 1)
     centered = without_mean(patches)
     return centered - axis * (centered * axis).sum(1, keepdim=True) / axis.square().sum()
@@ -63,6 +65,6 @@ def without_mean(patches: Tensor) -> Tensor:
 
 
 def to_rms(patches: Tensor) -> Tensor:
-    """Each patch scaled to a root mean square of `RMS` over channels and pixels; a constant one stays finite."""
-    size = patches.square().mean((1, 2, 3), keepdim=True).sqrt()
-    return patches * (RMS / size.clamp(min=_FAINT))
+    """Scales each patch to a root mean square of `RMS` over channels and pixels."""
+    rms = patches.square().mean((1, 2, 3), keepdim=True).sqrt()
+    return patches * (RMS / rms.clamp(min=_FAINT))  # a constant patch has an RMS of 0 and must stay finite

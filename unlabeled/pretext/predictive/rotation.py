@@ -1,10 +1,10 @@
 """Rotation prediction (RotNet): which of four rotations was applied to the image?
 
 Gidaris, Singh, Komodakis: Unsupervised Representation Learning by Predicting Image Rotations, ICLR 2018,
-arXiv 1803.07728; repository github.com/gidariss/FeatureLearningRotNet.
+arXiv 1803.07728; code of the authors: github.com/gidariss/FeatureLearningRotNet.
 
-Every image enters the batch in all its rotations. They are made on the device, from one image that the loader
-brings, after crop and flip; a rotation by a right angle only permutes pixels, so nothing is interpolated.
+Every image is in the batch in all its rotations. They are made on the device, after crop and flip, from one image per
+loader sample; a rotation by a right angle only permutes pixels, so nothing is interpolated.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from unlabeled.pretext.common.drawing import RIGHT, WRONG, enlarged, framed, tiled
+from unlabeled.pretext.common.views import Fraction
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 from unlabeled.ssl.data.views import Views
 from unlabeled.ssl.task import Batch, NamedParameter, Paper, PretextTask, Recipe, StepOutput, TaskConfig
 
-Fraction = Annotated[float, Field(gt=0, le=1)]
 Ratio = Annotated[float, Field(gt=0)]
 
 _SMALL = 64
-"""Pixels up to which `crop: auto` follows the CIFAR recipe."""
+"""Largest image side, in pixels, for which `crop: auto` follows the CIFAR recipe."""
 _SHOWN = 8
-"""Images that `visualize` shows."""
+"""Number of images that `visualize` shows."""
 _FRAME = 8
-"""Pixels of the frame around each of them."""
+"""Width of the frame around each of them, in pixels."""
 _COUNTER = "num_batches_tracked"
-"""Batch norm's counter, which did not exist when the authors' files were written."""
+"""Batch norm's counter, which did not exist yet when the authors' files were written."""
 
 
 class RotationConfig(TaskConfig):
@@ -61,7 +61,7 @@ class RotationConfig(TaskConfig):
 
 
 class RotationViews:
-    """Crop and flip of one image; rotations are made later, on the device."""
+    """Random crop and flip of one image; `Rotation.forward` rotates it later, on the device."""
 
     def __init__(self, config: RotationConfig, size: tuple[int, int]) -> None:
         crop: list[v2.Transform]
@@ -77,9 +77,9 @@ class RotationViews:
 
 
 def rotations(images: Tensor, angles: int) -> Tensor:
-    """(B, C, H, W) → (B * angles, C, H, W), image by image: x0 by 0, x0 by 90 degrees counter-clockwise, ...
+    """(B, C, H, W) → (B * angles, C, H, W), image by image, counterclockwise: 0, 90, 180, 270, or 0 and 180 degrees.
 
-    With two angles the second is 180 degrees. Raises ConfigError for four angles of images that are not square.
+    Raises ConfigError for four angles if images are not square.
     """
     _check_square(images.shape[-2], images.shape[-1], angles)
     quarters = range(0, 4, 4 // angles)
@@ -111,7 +111,7 @@ class Rotation(PretextTask):
         "epochs": 200,
     }
     """Rotation prediction (Gidaris et al., ICLR 2018, arXiv 1803.07728): the authors' CIFAR-10 recipe. Each image
-    is seen in four rotations; batch_size counts images, and the rate is not scaled by four."""
+    is seen in four rotations; batch_size counts images, and the learning rate is not scaled by four."""
     requires: ClassVar[frozenset[str]] = frozenset({"pooled"})
     config: RotationConfig
 
@@ -126,20 +126,22 @@ class Rotation(PretextTask):
         return RotationViews(config, backbone.input_size)
 
     def size_step(self) -> tuple[int, int]:
-        """See the base class; square images stay square under four angles."""
+        """See the base class. With four angles, both sides have the same step, so that images stay square."""
         height, width = self.backbone.size_step()
         both = math.lcm(height, width)
         return (both, both) if self.config.angles == 4 else (height, width)
 
     def logits(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) → (B * angles, angles), in the order of `rotations`."""
+        """uint8 (B, 3, H, W) → scores of each rotated image (B * angles, angles), in the order of `rotations`."""
         rotated = rotations(self.backbone.normalize(images), self.config.angles)
         scores: Tensor = self.head(self.backbone.pooled(rotated))
         return scores
 
     def forward(self, batch: Batch) -> StepOutput:
         """``image`` uint8 (B, 3, H, W) → mean cross-entropy over all B * angles rotated images."""
-        logits = self.logits(batch["image"]).float()
+        # rotate each image by all angles, then classify
+        logits = self.logits(batch["image"]).float()  # (B * angles, angles); the loss is computed in float32
+        # the labels follow from the order of `rotations`
         labels = self._labels(len(batch["image"]), logits.device)
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
         return StepOutput(F.cross_entropy(logits, labels), {"accuracy": accuracy})
@@ -148,16 +150,16 @@ class Rotation(PretextTask):
         return torch.arange(self.config.angles, device=device).repeat(images)
 
     def parameter_groups(self) -> Iterator[NamedParameter]:
-        """As in the base class, with weight decay on everything when `decay_all` is set."""
+        """As in the base class, but with weight decay on all parameters if `decay_all` is set."""
         for group in super().parameter_groups():
             yield group._replace(decay=group.decay or self.config.decay_all)
 
     @torch.no_grad()
     def visualize(self, batch: Batch) -> dict[str, Tensor]:
-        """``rotations``: one row an image, in all its rotations.
+        """``rotations``: one row per image (the first 8) with all its rotations.
 
-        A frame is green where the prediction is right and red where it is wrong; the white bar is on the side that
-        the network takes for the top of the unrotated image.
+        A frame is green if the prediction is correct, else red. The white bar is on the side that was predicted to be
+        the top of the upright image.
         """
         images = batch["image"][:_SHOWN]
         with modes_kept(self):
@@ -166,14 +168,14 @@ class Rotation(PretextTask):
         turned = enlarged(rotations(images, self.config.angles).cpu())
         quarters = (predicted * (4 // self.config.angles)).tolist()
         tiles = [_marked(*one) for one in zip(turned, quarters, right.tolist(), strict=True)]
-        return {"rotations": tiled(tiles, self.config.angles, ground=0)}
+        return {"rotations": tiled(tiles, self.config.angles, background=0)}
 
     def load_reference(self, state: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-        """Loads a network-in-network checkpoint of the authors' repository, ``{epoch, network}`` or its `network`."""
-        network: Mapping[str, Tensor] = state.get("network", state)
+        """Loads a network-in-network checkpoint of the authors: ``{epoch, network}``, or its ``network`` alone."""
+        tensors: Mapping[str, Tensor] = state.get("network", state)
         names = _reference_names(self)
         ours = self.state_dict()
-        renamed = {name: network[reference] for name, reference in names.items() if reference in network}
+        renamed = {name: tensors[reference] for name, reference in names.items() if reference in tensors}
         if not renamed:
             raise CheckpointError(
                 "rotation: the checkpoint has no tensor of RotNet's network-in-network that belongs to "
@@ -188,27 +190,26 @@ class Rotation(PretextTask):
         self.load_state_dict(renamed, strict=False)
         missing = [name for name in ours if name not in renamed and not name.endswith(_COUNTER)]
         used = set(names.values())
-        return missing, [name for name in network if name not in used]
+        return missing, [name for name in tensors if name not in used]
 
 
 def _reference_names(task: Rotation) -> dict[str, str]:
-    """Our name → the authors' (their NetworkInNetwork's `_feature_blocks`); empty for other backbones."""
-    parts = {"conv": "Conv", "bn": "BatchNorm"}
+    """Our name → the authors' name (in their NetworkInNetwork's `_feature_blocks`); empty for other backbones."""
+    layers = {"conv": "Conv", "bn": "BatchNorm"}
     names = {}
     for name in task.state_dict():
         match name.split("."):
-            case ["backbone", "model", "blocks", block, unit, part, kind] if part in parts and kind != _COUNTER:
+            case ["backbone", "model", "blocks", block, unit, layer, kind] if layer in layers and kind != _COUNTER:
                 reference = f"Block{int(block) + 1}_ConvB{unit.removeprefix('conv')}"
-                names[name] = f"_feature_blocks.{block}.{reference}.layers.{parts[part]}.{kind}"
-    for kind in ("weight", "bias") if names else ():
+                names[name] = f"_feature_blocks.{block}.{reference}.layers.{layers[layer]}.{kind}"
+    for kind in ("weight", "bias") if names else ():  # the classifier is the block after the last one
         names[f"head.{kind}"] = f"_feature_blocks.{task.backbone.depth}.Classifier.{kind}"
     return names
 
 
 def _marked(image: Tensor, quarter: int, right: bool) -> Tensor:
-    """uint8 (3, H, W) with a frame in the color of the verdict, and in it a bar on the side of the predicted top."""
-    # an image turned counter-clockwise by 0, 90, 180, 270 degrees has its top above, left, below, right: the frame is
-    # turned with it, so that the bar only ever has to be drawn above
+    """Adds a frame, green if `right` else red, with a bar on the side of the predicted top; uint8 (3, H, W)."""
+    # undo the predicted rotation, draw the bar at the top, rotate back
     upright = framed(torch.rot90(image, -quarter, (1, 2)), _FRAME, RIGHT if right else WRONG)
     side = upright.shape[2] // 4
     upright[:, _FRAME // 4 : 3 * _FRAME // 4, side:-side] = 255

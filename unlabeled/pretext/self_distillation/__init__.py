@@ -1,1 +1,1 @@
-"""A student learns the assignments of a teacher that is its own moving average."""
+"""Self-distillation: a student learns to predict the prototype assignments of its own moving average, the teacher."""

@@ -1,4 +1,4 @@
-"""DINO: the student's assignment of any crop of an image follows the teacher's of its other large crops.
+"""DINO: from any crop of an image, the student predicts the teacher's assignment of the other large crops.
 
 Caron, Touvron, Misra, Jegou, Mairal, Bojanowski, Joulin, "Emerging Properties in Self-Supervised Vision Transformers",
 ICCV 2021, arXiv 2104.14294; code of the authors: github.com/facebookresearch/dino.
@@ -36,7 +36,7 @@ class DINOConfig(SelfDistillationConfig):
 class DINO(TeacherStudent):
     """Matches the teacher's prototype assignments across large and small crops of an image.
 
-    Submodules on top of those of `TeacherStudent`: `centers` and `head`.
+    Submodules in addition to those of `TeacherStudent`: `centers` and `head`.
 
     Shapes: B images, V = 2 + n crops of each, D features, C channels of a direction, K prototypes.
     """
@@ -76,17 +76,20 @@ class DINO(TeacherStudent):
     config: DINOConfig
 
     def __init__(self, config: DINOConfig, backbone: Backbone) -> None:
-        """Raises CapabilityError for a backbone that does not pool, ConfigError for crops that it cannot take."""
+        """Raises CapabilityError for a backbone without pooled features, ConfigError for crops that it cannot take."""
         super().__init__(config, backbone)
-        self.train_only(backbone.reached_by_pooled())
+        self.train_only(backbone.reached_by_pooled())  # freezes a classifier that the pooled features do not need
         self.centers = nn.ModuleDict({"head": TeacherCenter(config.head.prototypes, config.center_momentum)})
         self.follow("head", create_head(backbone.embed_dim, config.head))
 
     def forward(self, batch: Batch) -> StepOutput:
         """``globals`` (B, 2, 3, h, w) and ``locals`` (B, n, 3, h', w'), uint8 → `cross_view_loss`."""
         crops = crops_by_size(self.backbone, batch)  # [(2 B, 3, h, w), (n B, 3, h', w') if any]
-        assigned = self.assign(crops[0])  # (2, B, K): the teacher sees the large crops only
-        units, predicted = self.predict(crops)  # (V, B, C), (V, B, K): the student sees all
+        # the teacher sees the large crops only
+        assigned = self.assign(crops[0])  # (2, B, K)
+        # the student sees all crops
+        units, predicted = self.predict(crops)  # (V, B, C), (V, B, K)
+        # compare each crop of the student with the other large crops of the teacher
         loss = cross_view_loss(assigned, predicted)
         return StepOutput(loss, assignment_metrics(assigned), units[0].detach())
 
@@ -98,14 +101,14 @@ class DINO(TeacherStudent):
         return assigned_crops(teacher["head"], center, teacher["backbone"].pooled(large), self.temperature())
 
     def predict(self, crops: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The student's directions (V, B, C) of all crops and their log-probabilities (V, B, K)."""
+        """The student's directions (V, B, C) for all crops, and its log-probabilities (V, B, K)."""
         images = len(crops[0]) // GLOBALS
-        pooled = torch.cat([self.backbone.pooled(of_size) for of_size in crops])  # (V B, D), a pass for each size
-        units = directions(self.head, pooled)  # (V B, C), in one pass: its batch norms see all crops together
+        pooled = torch.cat([self.backbone.pooled(of_size) for of_size in crops])  # (V B, D), one pass per size
+        units = directions(self.head, pooled)  # (V B, C), one pass: the head's batch norms see all crops together
         predicted = log_probabilities(self.head, units, self.config.student_temperature)  # (V B, K)
         return by_crop(units, images), by_crop(predicted, images)
 
     def after_step(self, progress: float) -> None:
-        """The center follows the teacher's logits, the teacher follows the student."""
+        """Moves the center toward the teacher's logits, and the teacher toward the student."""
         cast(TeacherCenter, self.centers["head"]).move()
         super().after_step(progress)

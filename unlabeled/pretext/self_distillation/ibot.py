@@ -1,9 +1,9 @@
-"""iBOT: DINO on images of which a part is hidden, and the same distillation for each hidden patch.
+"""iBOT: DINO on partly masked crops, plus the same distillation for each masked patch.
 
 Zhou, Wei, Wang, Shen, Xie, Yuille, Kong, "iBOT: Image BERT Pre-Training with Online Tokenizer", ICLR 2022, arXiv
 2111.07832; code of the authors: github.com/bytedance/ibot.
 
-Shapes: B images, V = 2 + n crops of each, L = gh * gw places of the last feature map, M of them hidden over all
+Shapes: B images, V = 2 + n crops of each, L = gh * gw positions of the last feature map, M masked positions over all
 crops, D features of a crop, C channels of a direction, K prototypes.
 """
 
@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unlabeled.pretext.common.multi_crop import GLOBALS
-from unlabeled.pretext.self_distillation.masked_patches import MaskedPatches, PatchMaskConfig, PatchMasker, at_positions
+from unlabeled.pretext.self_distillation.masked_patches import MaskedPatches, PatchMaskConfig, PatchMasker, at_masked
 from unlabeled.pretext.self_distillation.self_distillation import (
     HeadConfig,
     SelfDistillationConfig,
@@ -53,8 +53,8 @@ class IBOTConfig(PatchMaskConfig, SelfDistillationConfig):
 class IBOT(TeacherStudent):
     """Combines DINO's loss on whole crops with the same distillation for each masked patch.
 
-    Submodules on top of those of `TeacherStudent`: `centers`, `head`, `mask_token` (see
-    `unlabeled.pretext.self_distillation.masked_patches`), and `patch_head` where it is not shared.
+    Submodules in addition to those of `TeacherStudent`: `centers`, `head`, `mask_token` (see
+    `unlabeled.pretext.self_distillation.masked_patches`), and `patch_head` if it is not shared.
     """
 
     Config: ClassVar[type[TaskConfig]] = IBOTConfig
@@ -97,81 +97,86 @@ class IBOT(TeacherStudent):
         self.centers = nn.ModuleDict({"head": TeacherCenter(config.head.prototypes, config.center_momentum)})
         self.follow("head", create_head(backbone.embed_dim, config.head))
         channels = backbone.stages[-1].channels
-        self.positions = PatchMasker(config, backbone, task="iBOT")
-        self.mask_token = self.positions.new_token()
+        self.masker = PatchMasker(config, backbone, task="iBOT")
+        self.mask_token = self.masker.new_token()
         self.shared = config.patch_head is None and channels == backbone.embed_dim
         patch_head = config.patch_head or config.head
         if not self.shared:
             self.follow("patch_head", create_head(channels, patch_head))
-        # patches have a center of their own under a shared head too: they are not distributed as whole crops are
+        # patches have their own center even if the head is shared, because their logits have another mean
         self.centers["patch_head"] = TeacherCenter(patch_head.prototypes, config.center_momentum)
-        heads = "share a head" if self.shared else "have heads of their own"
-        logger.info("ibot: hidden places enter %s %s; crops and patches %s", backbone.name, self.positions.entry, heads)
+        heads = "share a head" if self.shared else "have separate heads"
+        logger.info("ibot: masked patches enter %s %s; crops and patches %s", backbone.name, self.masker.entry, heads)
 
     def draw(self, batch: Batch) -> dict[str, Tensor]:
-        """``noise`` (B, 2, L): the places with the largest are hidden. ``ratio`` (B, 2): how many, 0 for none."""
-        noise, ratio = self.positions.draw(self.backbone, batch["globals"])
+        """``noise`` (B, 2, L): the largest values are masked. ``ratio`` (B, 2): fraction of masked patches."""
+        noise, ratio = self.masker.draw(self.backbone, batch["globals"])
         return {"noise": noise, "ratio": ratio}
 
     def forward(self, batch: Batch, *, noise: Tensor | None = None, ratio: Tensor | None = None) -> StepOutput:
-        """``globals`` (B, 2, 3, h, w) and ``locals`` (B, n, 3, h', w'), uint8 → DINO's loss, of a student that sees
-        the large crops with hidden places, and the cross-entropy of these places.
+        """``globals`` (B, 2, 3, h, w) and ``locals`` (B, n, 3, h', w'), uint8 → loss of crops plus loss of patches.
 
-        `noise` and `ratio` decide what is hidden; None: as `draw` gives them.
+        The student sees masked large crops, the teacher unmasked ones. `noise` and `ratio` determine the masks; if
+        either is None, they are drawn.
         """
         if noise is None or ratio is None:
             noise, ratio = self.draw(batch).values()
+        # choose which patches of the large crops to mask
         crops = crops_by_size(self.backbone, batch)  # [(2 B, 3, h, w), (n B, 3, h', w') if any]
-        hidden = self.positions.hide(self.backbone, noise, ratio, crops[0])  # M places of all large crops
-        assigned, assigned_patches = self.assign(crops[0], hidden)  # (2, B, K), (M, K): the teacher sees whole crops
-        units, predicted, predicted_patches = self.predict(crops, hidden)  # (V, B, C), (V, B, K), (M, K)
+        masked = self.masker.mask(self.backbone, noise, ratio, crops[0])  # M patches over all large crops
+        # the teacher sees unmasked large crops, the student masked ones and the small crops
+        assigned, assigned_patches = self.assign(crops[0], masked)  # (2, B, K), (M, K)
+        units, predicted, predicted_patches = self.predict(crops, masked)  # (V, B, C), (V, B, K), (M, K)
+        # compare crops with other crops, and each masked patch with the same patch
         crop_loss = cross_view_loss(assigned, predicted)
-        patch_loss = masked_loss(assigned_patches, predicted_patches, hidden)
+        patch_loss = masked_loss(assigned_patches, predicted_patches, masked)
         loss = crop_loss + self.config.patch_weight * patch_loss
         logs = {"crop_loss": crop_loss.detach(), "patch_loss": patch_loss.detach(), **assignment_metrics(assigned)}
         return StepOutput(loss, logs, units[0].detach())
 
     @torch.no_grad()
-    def assign(self, large: Tensor, hidden: MaskedPatches) -> tuple[Tensor, Tensor]:
-        """The teacher's assignments of whole large crops (2, B, K), and of the places that are hidden (M, K)."""
+    def assign(self, large: Tensor, masked: MaskedPatches) -> tuple[Tensor, Tensor]:
+        """The teacher's assignments of the large crops (2, B, K) and of the `masked` patches (M, K)."""
         teacher: Any = self.teacher
         crop_center, patch_center = (cast(TeacherCenter, self.centers[name]) for name in ("head", "patch_head"))
-        pooled, patches = self.positions.encode(teacher["backbone"], large)  # (2 B, D), (2 B, L, channels)
+        pooled, patches = self.masker.encode(teacher["backbone"], large)  # (2 B, D), (2 B, L, channels)
         head = teacher["head" if self.shared else "patch_head"]
         units = directions(head, patches)  # (2 B, L, C)
-        patch_center.observe(scores(head, units.mean((0, 1))[None]))  # of all places: logits are linear in directions
+        # the mean over all patches, not only masked ones; logits are linear in directions, so average those
+        patch_center.observe(scores(head, units.mean((0, 1))[None]))
         assigned = assigned_crops(teacher["head"], crop_center, pooled, self.temperature())
-        return assigned, patch_center.assign(scores(head, at_positions(units, hidden)), self.temperature())
+        return assigned, patch_center.assign(scores(head, at_masked(units, masked)), self.temperature())
 
-    def predict(self, crops: list[Tensor], hidden: MaskedPatches) -> tuple[Tensor, Tensor, Tensor]:
-        """The student's directions (V, B, C) of all crops, their log-probabilities (V, B, K), and those of the hidden
-        places (M, K)."""
+    def predict(self, crops: list[Tensor], masked: MaskedPatches) -> tuple[Tensor, Tensor, Tensor]:
+        """The student's directions (V, B, C) for all crops, its log-probabilities (V, B, K), and those of the masked
+        patches (M, K)."""
         (large, *small), temperature = crops, self.config.student_temperature
-        pooled, patches = self.positions.encode(self.backbone, large, hidden.visible, self.mask_token)
-        pooled = torch.cat([pooled, *(self.backbone.pooled(of_size) for of_size in small)])  # small crops stay whole
+        pooled, patches = self.masker.encode(self.backbone, large, masked.visible, self.mask_token)
+        pooled = torch.cat([pooled, *(self.backbone.pooled(of_size) for of_size in small)])  # small: never masked
         units = directions(self.head, pooled)  # (V B, C)
         predicted = log_probabilities(self.head, units, temperature)  # (V B, K)
         head = self.head if self.shared else self.patch_head
-        patch_units = directions(head, at_positions(patches, hidden))  # (M, C)
+        patch_units = directions(head, at_masked(patches, masked))  # (M, C)
         images = len(large) // GLOBALS
         return by_crop(units, images), by_crop(predicted, images), log_probabilities(head, patch_units, temperature)
 
     def after_step(self, progress: float) -> None:
-        """The centers follow the teacher's logits, the teacher follows the student."""
+        """Moves the centers toward the teacher's logits, and the teacher toward the student."""
         for center in self.centers.values():
             cast(TeacherCenter, center).move()
         super().after_step(progress)
 
     @torch.no_grad()
     def visualize(self, batch: Batch) -> dict[str, Tensor]:
-        """``crops``: a row an image (the first 4): large crops, the same with hidden places in gray, small crops."""
-        return {"crops": self.positions.sheet(self.backbone, batch, **self.draw(batch))}
+        """``crops``: one row per image (the first 4): large crops, masked large crops, and small crops."""
+        return {"crops": self.masker.sheet(self.backbone, batch, **self.draw(batch))}
 
 
-def masked_loss(assigned: Tensor, log_predicted: Tensor, hidden: MaskedPatches) -> Tensor:
-    """Cross-entropy of hidden places: mean over those of a crop, then over all N crops, also those without.
+def masked_loss(assigned: Tensor, log_predicted: Tensor, masked: MaskedPatches) -> Tensor:
+    """Mean cross-entropy between `assigned` and `log_predicted` (M, K) of the masked patches.
 
-    `assigned` and `log_predicted` (M, K). Source: equation 2 of iBOT.
+    First the mean over the masked patches of a crop, then over all N crops, including those without masked patches.
+    Source: equation 2 of iBOT.
     """
     entropies = -(assigned * log_predicted).sum(-1)  # (M,)
-    return (entropies * hidden.weights).sum() / len(hidden.visible)
+    return (entropies * masked.weights).sum() / len(masked.visible)

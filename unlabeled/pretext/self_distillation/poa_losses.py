@@ -1,16 +1,16 @@
-"""What POA's heads learn from: a teacher and two students, intact and elastic, before one set of prototypes.
+"""The loss of POA's heads: a teacher and two students, intact and elastic, compared over one set of prototypes.
 
 Zhang, Guo, Lao, Yu, Ru, Wang, Ye, He, Chen, Yang, "POA: Pre-training Once for Models of All Sizes", ECCV 2024, arXiv
-2408.01031; code of the authors: github.com/alipay/POA. Where paper and code weigh terms differently, this is the code.
+2408.01031; code of the authors: github.com/alipay/POA. Where paper and code weight terms differently, this follows the
+code.
 
-Shapes: B images, V = 2 + n crops of each, the large ones first, R hidden places of large crops, C channels of a
-direction, K prototypes. Crops are crop by crop. Directions and prototypes are at least float32, directions of length
-one.
+Shapes: B images, V = 2 + n crops of each, the large ones first, R masked patches of large crops, C channels of a
+direction, K prototypes. Tensors are in at least float32, and directions have length 1.
 
-`head_loss` sums its terms in the memory of a few rows. Where each row meets a large shared tensor, as directions meet
-tens of thousands of prototypes, what it leaves behind for its gradient is far larger than row and gradient. So
-gradients are computed together with the loss, chunk by chunk, and kept for the backward pass, which multiplies them by
-the gradient of the loss (`summed_in_chunks`).
+`head_loss` can compute its terms chunk by chunk to save memory. The logits of all crops and patches over tens of
+thousands of prototypes, which autograd would store for the backward pass, are far larger than the directions and their
+gradients. So `summed_in_chunks` computes gradients together with the loss and keeps only them; the backward pass
+multiplies them by the gradient of the loss.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from unlabeled.pretext.self_distillation.self_distillation import assignments, c
 
 Terms = Callable[..., Tensor]
 _SETTINGS = 5
-"""Inputs of `_Summed` that come before its tensors."""
+"""Number of inputs of `_Summed` before its tensors; their gradients are None."""
 
 
 class TermWeights(NamedTuple):
     """Weights of the terms of a head's loss. Defaults: lambda = 0.8, as published."""
 
     cross_intact: float = 0.8
-    """Of the intact student's predictions of the teacher's assignments of other crops."""
+    """Intact student: predicts the teacher's assignments of other crops."""
     cross_elastic: float = 0.2
-    """The same of the elastic student."""
+    """Elastic student: the same."""
     same_elastic: float = 0.2
-    """Of the elastic student's predictions of what the intact one predicts for the same crop."""
+    """Elastic student: predicts the intact student's prediction for the same crop."""
     patch_intact: float = 0.8
-    """Of the intact student's predictions of the teacher's assignments of hidden places."""
+    """Intact student: predicts the teacher's assignments of masked patches."""
     patch_elastic: float = 0.2
-    """The same of the elastic student."""
+    """Elastic student: the same."""
 
     @classmethod
     def balanced(cls, intact: float) -> TermWeights:
-        """`intact` (lambda) for the intact student's terms, what it lacks of one for the elastic student's."""
+        """Weight `intact` (lambda) for the intact student's terms, and 1 minus that for the elastic student's."""
         return cls(intact, 1 - intact, 1 - intact, intact, 1 - intact)
 
 
@@ -55,9 +55,9 @@ class TeacherHead(NamedTuple):
     """The last layer of the teacher's head."""
 
     prototypes: Tensor
-    """(K, C), in their lengths, as `prototypes_of` gives them."""
+    """(K, C), not normalized, from `prototypes_of`."""
     temperature: Tensor | float
-    """What logits are divided by."""
+    """Divisor of the logits."""
 
 
 class Crops(NamedTuple):
@@ -72,21 +72,21 @@ class Crops(NamedTuple):
 
 
 class PatchTerms(NamedTuple):
-    """Directions of hidden places in one head, in any order."""
+    """Directions of masked patches in one head, in any order."""
 
     teacher: Tensor
     """(R, C)."""
     students: Sequence[Tensor]
     """(R, C) of the intact student, and of the elastic one if there is one."""
     weights: Tensor
-    """(R,): one over the number of hidden places of the crop; 0 for rows that hold no place."""
+    """(R,): 1 / number of masked patches in the crop; 0 for padding."""
     offsets: Tensor
     """(K,): of the teacher's assignments."""
 
 
 def head_loss(
     crops: Crops,
-    positions: PatchTerms | None,
+    patches: PatchTerms | None,
     teacher: TeacherHead,
     prototypes: Tensor,
     *,
@@ -94,12 +94,12 @@ def head_loss(
     temperature: float = 0.1,
     chunk: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum of a head's terms, and each term as it is, detached, by the names of `TermWeights`.
+    """The weighted sum of a head's terms, and each term without its weight, detached, by the names of `TermWeights`.
 
-    `prototypes` (K, C): the students', as `prototypes_of` gives them; `temperature`: what their logits are divided by;
-    `chunk`: rows of logits that each network has at a time, None: all. Gradients reach `prototypes` and the students'
-    directions; those of the intact student get none from being the elastic student's target. `positions` None: without
-    hidden places.
+    `patches`: None if nothing is masked. `prototypes` (K, C): those of the students, from `prototypes_of`.
+    `temperature`: divisor of the students' logits. `chunk`: rows of logits per student at a time; None: all at once.
+    Gradients reach `prototypes` and the students' directions, but no gradient reaches the intact student through its
+    role as the elastic student's target.
     """
     crops_in_all, count = crops.teacher.shape[:2].numel(), crops.teacher.shape[1]
 
@@ -110,7 +110,8 @@ def head_loss(
         terms = [cross_view_loss(assigned, student) for student in predicted]
         if len(students) > 1:
             terms.append(same_view_loss(*predicted))
-        return torch.stack(terms) * (units.shape[1] / count)  # means over the chunk's images, to be added up
+        # `terms` are means over the chunk's images: scale them so that their sum over chunks is the mean over all
+        return torch.stack(terms) * (units.shape[1] / count)
 
     def patch_terms(units: Tensor, counted: Tensor, *others: Tensor) -> Tensor:
         *students, shared, offsets = others
@@ -120,32 +121,35 @@ def head_loss(
 
     elastic = len(crops.students) > 1
     names = ["cross_intact", *["cross_elastic", "same_elastic"] * elastic]
-    # a chunk of crops is one of images, with all crops of each: its terms compare them
+    # a chunk of crops consists of images with all their crops, because the terms compare these
     at_once = None if chunk is None else max(1, chunk // len(crops.students[0]))
     total, found = summed_in_chunks(
         crop_terms, [crops.teacher, *crops.students], [prototypes, crops.offsets], at_once, _of(weights, names), dim=1
     )
-    if positions is not None:
+    if patches is not None:
         more = ["patch_intact", *["patch_elastic"] * elastic]
-        rows = [positions.teacher, positions.weights, *positions.students]
-        added, terms = summed_in_chunks(patch_terms, rows, [prototypes, positions.offsets], chunk, _of(weights, more))
+        rows = [patches.teacher, patches.weights, *patches.students]
+        added, terms = summed_in_chunks(patch_terms, rows, [prototypes, patches.offsets], chunk, _of(weights, more))
         total, found, names = total + added, torch.cat([found, terms]), names + more
     return total, dict(zip(names, found.unbind(), strict=True))
 
 
 def same_view_loss(intact: Tensor, elastic: Tensor) -> Tensor:
-    """Log-probabilities (V, B, K) of both students → cross-entropy of the elastic one's with the intact one's, which
-    get no gradient: the mean over large crops and the mean over small ones, added up."""
+    """Cross-entropy of the elastic student's log-probabilities (V, B, K) with the intact student's (V, B, K).
+
+    The mean over large crops plus the mean over small crops. The intact student gets no gradient.
+    """
     entropies = -(intact.detach().exp() * elastic).sum(-1)  # (V, B)
-    large, small = entropies[:GLOBALS], entropies[GLOBALS:]  # all small ones weigh as much as the large ones
+    large, small = entropies[:GLOBALS], entropies[GLOBALS:]
     return large.mean() + small.mean() if len(small) else large.mean()
 
 
 def koleo(features: Tensor) -> Tensor:
-    """(V, B, D) → how near the images of a crop lie: minus the mean logarithm of the distance of the nearest other.
+    """KoLeo regularizer of features (V, B, D): minus the mean log distance to the nearest other image.
 
-    Directions of the features, in at least float32; mean over images and crops, those of this rank. An image twice
-    in a batch gives a large gradient, but a finite one. Source: Sablayrolles et al., ICLR 2019, arXiv 1806.03198.
+    Features are normalized; distances are between the same crop (index in V) of different images of this rank. Computed
+    in at least float32. If an image is in the batch twice, its gradient is large but finite. Source: Sablayrolles et
+    al., ICLR 2019, arXiv 1806.03198.
     """
     loss = KoLeoLoss()
     with torch.autocast(features.device.type, enabled=False):
@@ -154,11 +158,8 @@ def koleo(features: Tensor) -> Tensor:
 
 
 def prototypes_of(head: Any) -> Tensor:
-    """(K, C): the weight of the last layer of a head made by `create_head`, in the graph of its direction and length,
-    at least float32.
-
-    Needed where logits are not made by the layer itself, which derives its weight when called.
-    """
+    """Prototypes (K, C) of a head from `create_head`, in at least float32, with gradients to the layer's parameters."""
+    # weight norm: the layer computes its weight from direction and length when called, so do the same here
     layer = head.last_layer
     with torch.autocast(layer.weight_v.device.type, enabled=False):
         weight: Tensor = torch._weight_norm(layer.weight_v, layer.weight_g, 0)
@@ -167,7 +168,7 @@ def prototypes_of(head: Any) -> Tensor:
 
 @torch.no_grad()
 def _assigned(units: Tensor, teacher: TeacherHead, offsets: Tensor) -> Tensor:
-    """The teacher's directions (..., C) → assignments (..., K)."""
+    """The teacher's directions (..., C) → its assignments (..., K)."""
     return assignments(units @ teacher.prototypes.t(), teacher.temperature, offsets)
 
 
@@ -189,23 +190,27 @@ def summed_in_chunks(
     *,
     dim: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The sum over chunks of `terms(*rows of a chunk, *shared)`, P numbers → its product with as many `weights`, a
-    scalar with a gradient for rows and shared tensors, and the sum itself (P,), without one.
+    """Sums `terms(*chunk of rows, *shared)`, a vector (P,), over chunks.
 
-    `rows` are equally long along `dim`, a chunk is `chunk` of that; None: one call and ordinary autograd. `terms` must
-    be a sum over rows, and get all that needs a gradient as arguments. It runs without autocast, in which gradients
-    computed inside of a forward pass lose precision. There are no second derivatives.
+    Returns the product of the sum with `weights` (P,), a scalar with gradients to `rows` and `shared`, and the sum
+    itself (P,), detached.
+
+    `rows` have the same length along `dim` and are cut into chunks of `chunk` along it; None: one call with ordinary
+    autograd. `terms` must be a sum over rows and must get everything that needs a gradient as an argument. There are no
+    second derivatives.
     """
+    # no autocast: gradients that are computed inside of a forward pass would lose precision
     with torch.autocast(rows[0].device.type, enabled=False):
         if chunk is None:
-            found = terms(*rows, *shared)  # (P,)
-            return _weighted(found, weights), found.detach()
+            sums = terms(*rows, *shared)  # (P,)
+            return _weighted(sums, weights), sums.detach()
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*rows, *shared)):
-            total, found = _Summed.apply(terms, len(rows), chunk, weights, dim, *rows, *shared)
-            return total, found
+            total, sums = _Summed.apply(terms, len(rows), chunk, weights, dim, *rows, *shared)
+            return total, sums
+        # nobody needs gradients
         starts = _starts(rows[0], chunk, dim)
-        found = torch.stack([terms(*_parts(rows, start, chunk, dim), *shared) for start in starts]).sum(0)
-        return _weighted(found, weights), found.detach()
+        sums = torch.stack([terms(*_chunk(rows, start, chunk, dim), *shared) for start in starts]).sum(0)
+        return _weighted(sums, weights), sums.detach()
 
 
 def _weighted(values: Tensor, weights: Sequence[float]) -> Tensor:
@@ -216,38 +221,41 @@ def _weighted(values: Tensor, weights: Sequence[float]) -> Tensor:
 
 
 def _starts(rows: Tensor, chunk: int, dim: int) -> range:
-    """One chunk also where there are no rows, as the sum over none has a shape."""
+    """Where the chunks start. Without rows there is one empty chunk, so that the sum has a shape."""
     return range(0, max(rows.shape[dim], 1), chunk)
 
 
-def _parts(rows: Sequence[Tensor], start: int, chunk: int, dim: int) -> list[Tensor]:
+def _chunk(rows: Sequence[Tensor], start: int, chunk: int, dim: int) -> list[Tensor]:
+    """The chunk of each tensor that begins at `start`, as views."""
     return [tensor.narrow(dim, start, min(chunk, tensor.shape[dim] - start)) for tensor in rows]
 
 
 class _Summed(torch.autograd.Function):
-    """Inputs are rows and then shared tensors; outputs as those of `summed_in_chunks`."""
+    """`summed_in_chunks` with gradients: its tensors are `count` rows and then the shared ones."""
 
     @staticmethod
     def forward(
         ctx: Any, terms: Terms, count: int, chunk: int, weights: Sequence[float], dim: int, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
         needed: tuple[bool, ...] = ctx.needs_input_grad[-len(tensors) :]
-        gradients = {position: torch.zeros_like(tensors[position]) for position, need in enumerate(needed) if need}
+        gradients = {index: torch.zeros_like(tensors[index]) for index, need in enumerate(needed) if need}
         found = []
         for start in _starts(tensors[0], chunk, dim):
-            values = [*_parts(tensors[:count], start, chunk, dim), *tensors[count:]]
+            # a graph of its own for each chunk, freed before the next one
+            values = [*_chunk(tensors[:count], start, chunk, dim), *tensors[count:]]
             leaves = [value.detach().requires_grad_(need) for value, need in zip(values, needed, strict=True)]
             with torch.enable_grad():
                 sums = terms(*leaves)
-                parts = torch.autograd.grad(
-                    _weighted(sums, weights), [leaves[position] for position in gradients], allow_unused=True
+                of_chunk = torch.autograd.grad(
+                    _weighted(sums, weights), [leaves[index] for index in gradients], allow_unused=True
                 )
-            for (position, gradient), part in zip(gradients.items(), parts, strict=True):
-                if part is not None:
-                    into = _parts([gradient], start, chunk, dim)[0] if position < count else gradient
-                    into += part
+            # gradients of rows go to their chunk, those of shared tensors are added up
+            for (index, total), gradient in zip(gradients.items(), of_chunk, strict=True):
+                if gradient is not None:
+                    into = _chunk([total], start, chunk, dim)[0] if index < count else total
+                    into += gradient
             found.append(sums.detach())
-        ctx.positions = tuple(gradients)
+        ctx.indices = tuple(gradients)
         ctx.save_for_backward(*gradients.values())
         summed = torch.stack(found).sum(0)
         ctx.mark_non_differentiable(summed)
@@ -256,6 +264,7 @@ class _Summed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = dict(zip(ctx.positions, ctx.saved_tensors, strict=True))
+        # the loss is linear in `of_total`, so the gradients of the forward pass only have to be scaled
+        gradients = dict(zip(ctx.indices, ctx.saved_tensors, strict=True))
         inputs = range(len(ctx.needs_input_grad) - _SETTINGS)
         return (None,) * _SETTINGS + tuple(gradients[i] * of_total if i in gradients else None for i in inputs)

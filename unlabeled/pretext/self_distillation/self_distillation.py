@@ -1,17 +1,17 @@
 """Self-distillation with prototypes: a student learns the assignments of a teacher that is its own moving average.
 
 Caron, Touvron, Misra, Jegou, Mairal, Bojanowski, Joulin, "Emerging Properties in Self-Supervised Vision Transformers"
-(DINO), ICCV 2021, arXiv 2104.14294; code of the authors: github.com/facebookresearch/dino. Assignments in which all
-prototypes are used alike: Cuturi, "Sinkhorn Distances", NeurIPS 2013, arXiv 1306.0895; as a target: Caron et al.
-(SwAV), arXiv 2006.09882, and Oquab et al. (DINOv2), arXiv 2304.07193.
+(DINO), ICCV 2021, arXiv 2104.14294; code of the authors: github.com/facebookresearch/dino. Assignments that use all
+prototypes equally: Cuturi, "Sinkhorn Distances", NeurIPS 2013, arXiv 1306.0895; as a target: Caron et al. (SwAV),
+arXiv 2006.09882, and Oquab et al. (DINOv2), arXiv 2304.07193.
 
 In this order: settings, the momentum teacher, crops, heads, the teacher's assignments (`TeacherCenter`, or
-Sinkhorn-Knopp), the loss. A task's `forward` calls what it needs of them.
+Sinkhorn-Knopp), the loss. A task's `forward` calls those that it needs.
 
-Shapes: B images, V crops of each, D features, C channels of a direction, K prototypes, n rows of any kind. Batches
-hold crops image by image; networks get them crop by crop: the first crop of each image, the second ... Head and
-center are lightly's. Its DINOLoss is not used, as it moves its center inside of each forward pass, in evaluation too;
-`cross_view_loss` gives the same numbers.
+Shapes: B images, V crops of each, D features, C channels of a direction, K prototypes, n vectors of any kind. Batches
+hold crops image by image; backbones get them crop by crop: the first crop of each image, then the second of each, ...
+Head and center are lightly's. Its DINOLoss is not used, because it moves its center in each forward pass, even in
+evaluation; `cross_view_loss` computes the same values.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from unlabeled.pretext.common.multi_crop import (
     local_size,
     require_crops,
 )
-from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy, without_dropping
+from unlabeled.pretext.common.teacher import cosine_momentum, frozen_copy, without_dropout
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.elastic.slices import Slice
 from unlabeled.ssl.core.distributed import sum_over_ranks, world_size
@@ -93,12 +93,11 @@ class SelfDistillationConfig(TeacherStudentConfig):
 
 
 class TeacherStudent(PretextTask):
-    """Base of tasks whose teacher is the moving average of the student. Submodules: `backbone` and `teacher`.
+    """Base of tasks in which the teacher is a moving average of the student. Submodules: `backbone` and `teacher`.
 
-    `teacher` holds the average of each submodule of the student under the same name; `follow` adds further ones.
-    Everything that depends on the run's course follows from the progress that the engine hands over, kept in the buffer
-    `progress` for `temperature`. A task freezes what its loss does not reach (`train_only`), adds its heads, and has
-    the whole method in its own `forward`.
+    `teacher` holds the average of each submodule of the student under the same name; `follow` adds more of them.
+    Schedules depend on the progress of the run, which is stored in the buffer `progress`. A subclass freezes parameters
+    that its loss does not reach (`train_only`), adds its heads, and implements the method in its `forward`.
     """
 
     Config: ClassVar[type[TaskConfig]] = TeacherStudentConfig
@@ -112,10 +111,10 @@ class TeacherStudent(PretextTask):
     progress: Tensor
 
     def __init__(self, config: TeacherStudentConfig, backbone: Backbone) -> None:
-        """Raises CapabilityError for a backbone that does not pool, ConfigError for crops that it cannot take."""
+        """Raises CapabilityError for a backbone without pooled features, ConfigError for crops that it cannot take."""
         super().__init__(config, backbone)
         require_crops(config, backbone)
-        self.teacher = nn.ModuleDict({"backbone": without_dropping(frozen_copy(backbone))})
+        self.teacher = nn.ModuleDict({"backbone": without_dropout(frozen_copy(backbone))})
         self.register_buffer("progress", torch.zeros(()))
 
     @classmethod
@@ -126,13 +125,14 @@ class TeacherStudent(PretextTask):
         """The teacher's backbone, or the student's under ``export: student``."""
         return cast(Backbone, self.teacher["backbone"]) if self.config.export == "teacher" else self.backbone
 
-    def follow(self, name: str, part: nn.Module) -> None:
-        """`part` of the student as submodule `name`, and its copy in `teacher`."""
-        self.add_module(name, part)
-        self.teacher[name] = frozen_copy(part)
+    def follow(self, name: str, module: nn.Module) -> None:
+        """Adds `module` to the student as submodule `name`, and a copy of it to `teacher`."""
+        self.add_module(name, module)
+        self.teacher[name] = frozen_copy(module)
 
     def temperature(self) -> Tensor:
-        """The teacher's temperature at `progress`, a scalar on its device."""
+        """The teacher's temperature at `progress`, a scalar tensor on the device of the task."""
+        # computed from a buffer: reading it as a number would wait for the device
         config = self.config
         start, end = config.teacher_temperature_start, config.teacher_temperature
         if not config.temperature_warmup:
@@ -140,39 +140,41 @@ class TeacherStudent(PretextTask):
         return start + (end - start) * (self.progress / config.temperature_warmup).clamp(max=1)
 
     def before_step(self, progress: float) -> None:
-        """The prototypes stay at the start of a run."""
+        """Freezes the prototypes at the start of a run."""
         if progress < self.config.freeze_prototypes:
             for head in self._heads():
                 for parameter in head.last_layer.parameters():
-                    parameter.grad = None  # not zero: an optimizer would still apply decay and momentum, and count
+                    parameter.grad = None  # not zero: an optimizer would still apply weight decay and momentum
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """The teacher follows the student, time goes on."""
+        """Moves the teacher toward the student and records the progress."""
         config = self.config
         momentum = cosine_momentum(config.momentum, config.momentum_end, progress * config.momentum_stretch)
-        for name, part in self.teacher.items():
-            ema_update(part, self.get_submodule(name), momentum)  # batch norms keep their own statistics
+        for name, module in self.teacher.items():
+            ema_update(module, self.get_submodule(name), momentum)  # batch norms keep their own running statistics
         self.progress.fill_(progress)
 
     def parameter_groups(self) -> Iterator[NamedParameter]:
-        """As in the base class, and no decay of the prototypes' lengths."""
+        """As in the base class, but without weight decay for the lengths of prototypes (``weight_g``)."""
         for named in super().parameter_groups():
             yield named._replace(decay=False) if named.name.endswith("weight_g") else named
 
     def _heads(self) -> Iterator[Any]:
+        """The student's projection heads."""
         for name in self.teacher:
-            yield from (part for part in self.get_submodule(name).modules() if isinstance(part, DINOProjectionHead))
+            modules = self.get_submodule(name).modules()
+            yield from (module for module in modules if isinstance(module, DINOProjectionHead))
 
     @torch.no_grad()
     def visualize(self, batch: Batch) -> dict[str, Tensor]:
-        """``crops``: a row an image (the first 4), large crops and then small ones in the same scale."""
+        """``crops``: one row per image (the first 4), large crops and then small ones at the same scale."""
         return {"crops": crop_sheet(batch[name] for name in ("globals", "locals") if name in batch)}
 
 
 def crops_by_size(backbone: Backbone, batch: Batch) -> list[Tensor]:
     """``globals`` (B, 2, 3, h, w) and ``locals`` (B, n, 3, h', w'), uint8 → normalized, crop by crop: (2 B, 3, h, w)
-    and, if there are small ones, (n B, 3, h', w'). Networks take the sizes apart."""
+    and, if there are small crops, (n B, 3, h', w'). A backbone needs one pass per size."""
     return [backbone.normalize(crop_major(batch[name])) for name in ("globals", "locals") if name in batch]
 
 
@@ -181,15 +183,15 @@ def crop_major(crops: Tensor) -> Tensor:
     return crops.transpose(0, 1).flatten(0, 1)
 
 
-def by_crop(rows: Tensor, images: int) -> Tensor:
-    """(V * B, ...), crop by crop → (V, B, ...)."""
-    return rows.view(-1, images, *rows.shape[1:])
+def by_crop(features: Tensor, images: int) -> Tensor:
+    """(V * B, ...), crop by crop → (V, B, ...) for B `images`."""
+    return features.view(-1, images, *features.shape[1:])
 
 
 def create_head(dim: int, config: HeadConfig) -> DINOProjectionHead:
-    """lightly's head: (N, `dim`) → (N, K)."""
-    with warnings.catch_warnings(), torch.no_grad():  # no graph in its derived weight, so that it can be copied
-        warnings.simplefilter("ignore", FutureWarning)  # it uses torch's older weight norm, whose names are DINO's
+    """lightly's projection head, (N, `dim`) → (N, K)."""
+    with warnings.catch_warnings(), torch.no_grad():  # no_grad: a weight with a graph could not be deep-copied
+        warnings.simplefilter("ignore", FutureWarning)  # lightly uses torch's old weight norm, with DINO's names
         return DINOProjectionHead(
             dim,
             config.hidden,
@@ -201,27 +203,23 @@ def create_head(dim: int, config: HeadConfig) -> DINOProjectionHead:
 
 
 def directions(head: Any, features: Tensor) -> Tensor:
-    """Features (..., D) → their directions (..., C) in the head's bottleneck, of length one, at least float32.
-
-    Features of a sub-network (see `unlabeled.ssl.backbones.elastic`) are narrower than the head's first layer, which is
-    sliced.
-    """
-    rows, (first, *others) = features.flatten(0, -2), head.layers  # (n, D), as its batch norms need
-    weight, width = first.weight, rows.shape[1]
-    if width < first.in_features:  # scaled up, as a sum over fewer inputs is smaller
+    """Features (..., D) → their directions (..., C) in the head's bottleneck: vectors of length 1, at least float32."""
+    flat, (first, *others) = features.flatten(0, -2), head.layers  # (n, D): batch norms take two dimensions
+    weight, width = first.weight, flat.shape[1]
+    # a sub-network (see `unlabeled.ssl.backbones.elastic`) has fewer features: slice the first layer, and scale it up
+    # because a sum over fewer inputs is smaller
+    if width < first.in_features:
         weight = Slice((first.out_features, width), (1, 1), first.in_features / width).of(weight)
-    projected: Tensor = F.linear(rows, weight, first.bias)
+    projected: Tensor = F.linear(flat, weight, first.bias)
     for layer in others:
         projected = layer(projected)
-    wide = projected.to(torch.promote_types(projected.dtype, torch.float32))  # (n, C), left by autocast in bfloat16
+    wide = projected.to(torch.promote_types(projected.dtype, torch.float32))  # (n, C); autocast returns bfloat16
     return F.normalize(wide, dim=1).view(*features.shape[:-1], wide.shape[-1])
 
 
 def scores(head: Any, units: Tensor) -> Tensor:
-    """Directions (..., C) → logits (..., K), at least float32 also under autocast.
-
-    Divided by a temperature of 0.04, what bfloat16 rounds off of a cosine would change assignments by a tenth.
-    """
+    """Directions (..., C) → logits (..., K), in at least float32."""
+    # no autocast: divided by a temperature of 0.04, bfloat16's rounding of a cosine changes assignments by a tenth
     with torch.autocast(units.device.type, enabled=False):
         logits: Tensor = head.last_layer(units)
     return logits
@@ -233,30 +231,30 @@ def log_probabilities(head: Any, units: Tensor, temperature: float) -> Tensor:
 
 
 class TeacherCenter(Center):  # type: ignore[misc]
-    """The moving average of the teacher's logits, (1, K), without which its assignments are taken.
+    """The moving average of the teacher's logits, (1, K), which is subtracted before its assignments are computed.
 
-    lightly's, moved once an optimizer step: all micro-steps of one use the same center and count in the next.
+    Unlike lightly's, it moves once per optimizer step, so that all micro-steps of a step use the same center.
     """
 
     def __init__(self, prototypes: int, momentum: float) -> None:
         super().__init__((1, prototypes), momentum=momentum)
         self.observed: list[Tensor] = []
-        """Means (1, K) of the micro-steps since the last move."""
+        """Mean logits (1, K) of each micro-step since the last move."""
 
     def assign(self, logits: Tensor, temperature: Tensor) -> Tensor:
-        """The teacher's logits (..., K) → its assignments (..., K), under the center as it was after the last step."""
+        """The teacher's logits (..., K) → its assignments (..., K), with the center after the last step."""
         assigned: Tensor = ((logits - self.value) / temperature).softmax(-1)
         return assigned
 
     def observe(self, mean: Tensor) -> None:
-        """Takes the mean (1, K) of the teacher's logits of a micro-step in training."""
+        """Records the mean (1, K) of the teacher's logits in a micro-step; ignored in eval mode."""
         if self.training:
             self.observed.append(mean)
 
     def move(self) -> None:
-        """Follows what was observed, on all ranks and in all micro-steps."""
+        """Moves the center toward the mean of what was observed in all micro-steps, on all ranks."""
         if self.observed:
-            self.update(torch.cat(self.observed))  # averages over rows and ranks
+            self.update(torch.cat(self.observed))  # lightly averages over micro-steps and ranks
             self.observed.clear()
 
 
@@ -278,46 +276,45 @@ def sinkhorn_offsets(
     chunk: int | None = None,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Directions `units` (n, C) and `prototypes` (K, C) in their lengths → offsets (K,), the same on every rank.
+    """Sinkhorn-Knopp: directions `units` (n, C) and `prototypes` (K, C), not normalized → offsets (K,).
 
-    The published iteration takes exp(logits / temperature) and divides in turns by the sums over rows and over
-    prototypes. Sums over prototypes come last, so a row's result is a softmax of its logits less one offset per
-    prototype: these K numbers are all that has to be kept. In logarithms nothing overflows; constants that all
-    prototypes share, like the numbers of rows and of prototypes, cancel.
-
-    Logits are made anew in each iteration for `chunk` rows at a time; None: once for all. Rows whose `weights` (n,) are
-    0 take no part; ranks may bring different numbers of rows, and none. Without a row on any rank offsets are 0.
-    At least float32, also under autocast.
+    `assignments` computes the assignments from these offsets, which are the same on every rank. Logits are recomputed
+    in each iteration for `chunk` rows at a time; None: computed once. Rows with `weights` (n,) of 0 are ignored. Ranks
+    may have different numbers of rows, including none; without any row, offsets are 0. Computed in at least float32.
     """
+    # The published iteration divides exp(logits / temperature) in turns by its sums over rows and over prototypes. The
+    # sum over prototypes comes last, so the result is a softmax over logits minus one offset per prototype, and only
+    # these K values have to be kept. Logarithms prevent overflow; constants such as n and K cancel in the softmax.
     with torch.autocast(units.device.type, enabled=False):
         dtype = torch.promote_types(units.dtype, torch.float32)
         rows, columns = units.to(dtype) / temperature, prototypes.to(dtype).t()  # (n, C), (C, K)
         offsets = columns.new_zeros(columns.shape[1])
-        chunks = _Logits(rows, columns, len(rows) if chunk is None else chunk, weights)
+        chunks = _LogitChunks(rows, columns, len(rows) if chunk is None else chunk, weights)
         for iteration in range(iterations):
             total = torch.full_like(offsets, -torch.inf)
             for logits, valid in chunks:
                 values = logits - offsets  # (rows of the chunk, K)
-                if iteration:  # the first turn has nothing to divide by yet
+                if iteration:  # the iteration begins with the sums over rows, not over prototypes
                     values -= values.logsumexp(1, keepdim=True)
                 if valid is not None:
-                    values.masked_fill_(~valid, -torch.inf)
+                    values.masked_fill_(~valid, -torch.inf)  # log 0: ignored by the sum
                 total = torch.logaddexp(total, values.logsumexp(0))
             offsets = offsets + _logsumexp_over_ranks(total)
     return offsets
 
 
 def assignments(logits: Tensor, temperature: Tensor | float, offsets: Tensor) -> Tensor:
-    """Logits (..., K) → their assignments (..., K) under `offsets` (K,), which sum to one."""
+    """Logits (..., K) → assignments (..., K), which sum to 1, given the `offsets` (K,) of `sinkhorn_offsets`."""
     return (logits / temperature - offsets).softmax(-1)
 
 
-class _Logits:
-    """Logits of a chunk of rows, and which of them count (bool, (rows, 1)); kept where there is one chunk only."""
+class _LogitChunks:
+    """Iterates over logits in chunks of rows, with a mask (rows, 1) of the rows that count (None: all)."""
 
     def __init__(self, rows: Tensor, columns: Tensor, chunk: int, weights: Tensor | None) -> None:
         self.rows, self.columns, self.chunk = rows, columns, max(chunk, 1)
         self.valid = None if weights is None else weights[:, None] > 0
+        # a single chunk is computed once; several would not fit into memory together
         self.kept = rows @ columns if len(rows) <= self.chunk else None
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -325,38 +322,41 @@ class _Logits:
             yield self.kept, self.valid
             return
         for start in range(0, len(self.rows), self.chunk):
-            part = slice(start, start + self.chunk)
-            yield self.rows[part] @ self.columns, None if self.valid is None else self.valid[part]
+            of_chunk = slice(start, start + self.chunk)
+            yield self.rows[of_chunk] @ self.columns, None if self.valid is None else self.valid[of_chunk]
 
 
 def _logsumexp_over_ranks(values: Tensor) -> Tensor:
     """Logarithm of the sum of exp(values) over ranks; 0 where that sum is 0."""
     if world_size() > 1:
+        # subtract the largest value over ranks first, so that exp does not overflow
         largest = values.clone()
         dist.all_reduce(largest, dist.ReduceOp.MAX)
-        largest.masked_fill_(largest == -torch.inf, 0)  # would give the difference of two infinities
+        largest.masked_fill_(largest == -torch.inf, 0)  # -inf minus -inf would be NaN
         values = largest + sum_over_ranks((values - largest).exp()).log()
     return values.masked_fill(values == -torch.inf, 0)
 
 
 def cross_view_loss(assigned: Tensor, log_predicted: Tensor) -> Tensor:
-    """Mean cross-entropy over images and over pairs of a teacher's crop and another crop of the student.
+    """Mean cross-entropy over images and over all pairs of a crop of the teacher and a different crop of the student.
 
-    `assigned` (T, B, K): the teacher's; `log_predicted` (V, B, K): log-probabilities of the student's V >= T crops, of
-    which the first T are the teacher's. T V - T pairs: 18 for 2 large and 8 small crops. Source: equation 3 of DINO.
+    `assigned` (T, B, K): the teacher's assignments. `log_predicted` (V, B, K): the student's log-probabilities for
+    V >= T crops, the first T being those of the teacher. There are T V - T pairs: 18 for 2 large and 8 small crops.
+    Source: equation 3 of DINO.
     """
     teachers, images = assigned.shape[:2]
-    every = (assigned.sum(0) * log_predicted).sum()  # all pairs at once: the sum over T comes first
-    same = (assigned * log_predicted[:teachers]).sum()  # a crop does not teach itself
+    # sum over all pairs, minus pairs of a crop with itself; summing over T first needs no tensor of pairs
+    every = (assigned.sum(0) * log_predicted).sum()
+    same = (assigned * log_predicted[:teachers]).sum()
     return (same - every) / (teachers * (len(log_predicted) - 1) * images)
 
 
 @torch.no_grad()
 def assignment_metrics(assigned: Tensor) -> dict[str, Tensor]:
-    """Assignments (..., K) → ``teacher_entropy``, 0 sharp to 1 even, and ``teacher_information`` (see
-    `unlabeled.ssl.train.collapse`), both over log K."""
-    rows = assigned.flatten(0, -2)
-    most = torch.log(torch.tensor(float(rows.shape[1]), dtype=rows.dtype, device=rows.device))
-    entropy = torch.special.entr(rows).sum(1).mean() / most
-    marginal = torch.special.entr(rows.mean(0)).sum() / most
+    """Assignments (..., K) → ``teacher_entropy``, from 0 (one-hot) to 1 (uniform), and ``teacher_information`` (see
+    `unlabeled.ssl.train.collapse`), both divided by log K."""
+    flat = assigned.flatten(0, -2)  # (n, K)
+    most = torch.log(torch.tensor(float(flat.shape[1]), dtype=flat.dtype, device=flat.device))
+    entropy = torch.special.entr(flat).sum(1).mean() / most
+    marginal = torch.special.entr(flat.mean(0)).sum() / most
     return {"teacher_entropy": entropy, "teacher_information": marginal - entropy}

@@ -1,1 +1,1 @@
-"""Two views of an image are alike, views of others are not, or features stay spread out."""
+"""Tasks that compare the features of two views of an image (joint embedding): SimCLR, BYOL, VICReg."""

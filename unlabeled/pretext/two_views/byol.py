@@ -1,8 +1,7 @@
-"""BYOL: predict what a slowly following teacher says of the other view. No negatives.
+"""BYOL: predict the teacher's features of the other view, where the teacher slowly follows the student. No negatives.
 
-Grill, Strub, Altché et al.: Bootstrap your own latent, NeurIPS 2020, arXiv 2006.07733; repository
-github.com/google-deepmind/deepmind-research (byol). Loss and heads are lightly's. Each view passes through the networks
-by itself, as published, so that batch norm never mixes the two.
+Grill, Strub, Altché et al.: Bootstrap your own latent, NeurIPS 2020, arXiv 2006.07733; code of the authors:
+github.com/google-deepmind/deepmind-research (byol). The loss and the heads are lightly's.
 """
 
 from __future__ import annotations
@@ -40,10 +39,10 @@ class BYOLConfig(TwoViewsConfig):
 class BYOL(TwoViewTask):
     """Predicts the features that a slowly updated copy of the network, the teacher, computes from another view.
 
-    The student is `backbone`, `projector` and `predictor`; `teacher` is a copy of the first two.
+    Submodules: `backbone`, `projector` and `predictor` (the student); `teacher` is a copy of the first two.
 
-    The teacher starts as an exact copy, projector included; its batch norms see the statistics of each batch and keep
-    running ones of their own. It follows after the optimizer step, with the momentum of the step to come.
+    The teacher starts as an exact copy. Its batch norms normalize with the statistics of each batch and keep their own
+    running statistics. It moves after the optimizer step.
     """
 
     Config: ClassVar[type[TaskConfig]] = BYOLConfig
@@ -74,23 +73,26 @@ class BYOL(TwoViewTask):
         super().__init__(config, backbone)
         self.projector = BYOLProjectionHead(backbone.embed_dim, config.hidden, config.dim)
         self.predictor = BYOLPredictionHead(config.dim, config.hidden, config.dim)
-        self.teacher = frozen_copy(self.followed())
+        self.teacher = frozen_copy(self.followed())  # without `predictor`: only the student predicts
         self.negative_cosine = NegativeCosineSimilarity()
 
     def followed(self) -> nn.Sequential:
-        """What the teacher follows: backbone and projector of the student."""
+        """The student's backbone and projector, which the teacher follows."""
         return nn.Sequential(OrderedDict(backbone=self.backbone, projector=self.projector))
 
     def forward(self, batch: Batch, *args: Any, **draw: Any) -> StepOutput:
         """``views`` uint8 (B, 2, 3, h, w) → mean of 2 - 2 cos(prediction, target), summed over both directions."""
         views = self.pair(batch)  # (B, 3, h, w) each
+        # one pass per view, as published: batch norm never mixes the two
         predictions = [self.predictor(self.embed(view)) for view in views]  # (B, D) each
         with torch.no_grad():
-            targets = [self.teacher(view) for view in views]
-        pairs = zip(predictions, reversed(targets), strict=True)  # each view predicts the teacher's of the other one
+            targets = [self.teacher(view) for view in views]  # (B, D) each
+        # each view predicts the teacher's features of the other view
+        pairs = zip(predictions, reversed(targets), strict=True)
+        # lightly's loss is -cos, so this is 2 - 2 cos
         loss = torch.stack([2 + 2 * exactly(self.negative_cosine, *pair) for pair in pairs]).sum()
         return self.output(loss, predictions[0], targets[1])
 
     def after_step(self, progress: float) -> None:
-        """Moves the teacher; parameters only."""
+        """Moves the teacher's parameters toward the student's; its batch norms keep their own running statistics."""
         ema_update(self.teacher, self.followed(), cosine_momentum(self.config.momentum, 1.0, progress))

@@ -1,8 +1,7 @@
-"""SimCLR: find an image's other view among all other views of the batch.
+"""SimCLR: find the other view of an image among all other views in the batch.
 
 Chen, Kornblith, Norouzi, Hinton: A Simple Framework for Contrastive Learning of Visual Representations, ICML 2020,
-arXiv 2002.05709; repository github.com/google-research/simclr. Loss and head are lightly's. All 2 B views pass through
-the network together, as published, so that batch norm sees both.
+arXiv 2002.05709; code of the authors: github.com/google-research/simclr. The loss and the head are lightly's.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from lightly.loss import NTXentLoss
 from lightly.models.modules.heads import SimCLRProjectionHead
 from pydantic import Field
 
-from unlabeled.pretext.common.views import Chance, ColorConfig
+from unlabeled.pretext.common.views import ColorConfig, Probability
 from unlabeled.pretext.two_views.two_views import TwoViewsConfig, TwoViewTask, exactly
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.task import Batch, Paper, Recipe, StepOutput, TaskConfig
@@ -27,7 +26,7 @@ class SimCLRColors(ColorConfig):
     contrast: float = Field(0.8, ge=0)
     saturation: float = Field(0.8, ge=0)
     hue: float = Field(0.2, ge=0, le=0.5)
-    blur: Chance = 0.5
+    blur: Probability = 0.5
 
 
 class SimCLRConfig(TwoViewsConfig):
@@ -47,10 +46,7 @@ class SimCLRConfig(TwoViewsConfig):
 class SimCLR(TwoViewTask):
     """Finds the other view of an image among all views in the batch.
 
-    The loss is NT-Xent over the views of all ranks.
-
-    lightly's gather passes on the gradients of all ranks' losses, and DDP takes the mean over ranks: together the exact
-    gradient of one process with the whole batch.
+    The loss is NT-Xent over the views of all ranks. Submodules: `backbone` and `projector`.
     """
 
     Config: ClassVar[type[TaskConfig]] = SimCLRConfig
@@ -80,10 +76,13 @@ class SimCLR(TwoViewTask):
     def __init__(self, config: SimCLRConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
         self.projector = SimCLRProjectionHead(backbone.embed_dim, config.hidden, config.dim)
+        # lightly's gather returns the gradients of all ranks' losses and DDP averages over ranks: together the exact
+        # gradient of one process with the whole batch
         self.loss = NTXentLoss(config.temperature, gather_distributed=torch.distributed.is_available())
 
     def forward(self, batch: Batch, *args: Any, **draw: Any) -> StepOutput:
         """``views`` uint8 (B, 2, 3, h, w) → mean over 2 B views of the cross-entropy of equation 1."""
-        # one pass over 2 B views, as published: batch norm sees both views together
+        # one pass over 2 B views, as published: batch norm computes its statistics over both views
         first, second = self.embed(torch.cat(self.pair(batch))).chunk(2)  # (B, D) each
+        # compare each view with all others, of all ranks
         return self.output(exactly(self.loss, first, second), first, second)

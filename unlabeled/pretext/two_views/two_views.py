@@ -1,6 +1,6 @@
-"""What SimCLR, BYOL and VICReg share: two augmented crops of each image, and how their features are shown.
+"""Code that SimCLR, BYOL and VICReg share: two augmented crops of each image, their embedding, and `visualize`.
 
-Legend: B images, D channels of the projection. A batch holds ``views``, uint8 (B, 2, 3, h, w).
+Shapes: B images, D channels of the projection. A batch holds ``views``, uint8 (B, 2, 3, h, w).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 from unlabeled.pretext.common.drawing import RIGHT, WRONG, enlarged, framed, tiled
 from unlabeled.pretext.common.precision import widened
-from unlabeled.pretext.common.views import Chance, ColorConfig, Colors, Part, RandomCrop
+from unlabeled.pretext.common.views import ColorConfig, Colors, Fraction, Probability, RandomCrop
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled.ssl.core.errors import ConfigError
@@ -24,35 +24,35 @@ from unlabeled.ssl.data.views import Views
 from unlabeled.ssl.task import Batch, PretextTask, StepOutput, TaskConfig
 
 _SMALL = 64
-"""Pixels up to which `blur: auto` leaves views sharp."""
+"""Largest side of a view, in pixels, that `blur: auto` does not blur."""
 _SHOWN = 8
-"""Images that `visualize` shows."""
+"""Number of images that `visualize` shows."""
 _FRAME = 6
-"""Pixels of the frame around the partner that was found."""
+"""Width of the frame around the view that was found, in pixels."""
 
 
 class FirstColors(ColorConfig):
     """Color augmentation of BYOL's first view (arXiv 2006.07733, table 6): always blurred."""
 
-    blur: Chance = 1.0
+    blur: Probability = 1.0
 
 
 class SecondColors(ColorConfig):
     """Color augmentation of BYOL's second view (arXiv 2006.07733, table 6): rarely blurred, sometimes solarized."""
 
-    blur: Chance = 0.1
-    solarize: Chance = 0.2
+    blur: Probability = 0.1
+    solarize: Probability = 0.2
 
 
 class TwoViewsConfig(TaskConfig):
     """Settings of the two views.
 
-    A task declares `first` and `second` as types of its own, so that what a user leaves out keeps that task's default.
+    Each task declares `first` and `second` with its own types, so that settings that you leave out keep its defaults.
     """
 
-    crop_scale: tuple[Part, Part] = (0.08, 1.0)
+    crop_scale: tuple[Fraction, Fraction] = (0.08, 1.0)
     """Smallest and largest fraction of the image area that a view covers. [fraction]"""
-    flip: Chance = 0.5
+    flip: Probability = 0.5
     """Probability of a horizontal flip."""
     blur: Literal["auto"] | bool = "auto"
     """Whether views are blurred, as often as `first` and `second` say. auto: only views of more than 64 pixels (SimCLR,
@@ -70,7 +70,7 @@ class TwoViewsConfig(TaskConfig):
 
 
 class TwoViews:
-    """Two crops of one image, drawn apart, each with colors of its own."""
+    """Two independent random crops of one image, each with its own color augmentation."""
 
     def __init__(self, config: TwoViewsConfig, size: tuple[int, int]) -> None:
         self.crop = RandomCrop(
@@ -105,7 +105,7 @@ class TwoViewTask(PretextTask):
     def pair(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """``views`` uint8 (B, 2, 3, h, w) → the first and the second views, normalized (B, 3, h, w) each.
 
-        Raises ConfigError for a single image: batch norm and the losses need others beside it.
+        Raises ConfigError for a single image, since batch norm and the losses compare images.
         """
         first, second = batch["views"].unbind(1)
         if len(first) < 2:
@@ -119,15 +119,15 @@ class TwoViewTask(PretextTask):
         return projections
 
     def output(self, loss: Tensor, first: Tensor, second: Tensor) -> StepOutput:
-        """A step's result; `first` and `second` (B, D) are what the loss compared. Logs their mean cosine."""
+        """The step's output. `first` and `second` (B, D) are what the loss compared; logs their mean cosine."""
         first, second = widened(first.detach()), widened(second.detach())
         return StepOutput(loss, {"similarity": F.cosine_similarity(first, second).mean()}, features=first)
 
     @torch.no_grad()
     def visualize(self, batch: Batch) -> dict[str, Tensor]:
-        """``views``: a row per image (the first 8): both views, and the second view that lies nearest to the first.
+        """``views``: one row per image (the first 8): both views, and the second view that is nearest to the first.
 
-        The frame of the last one is green where that is the image's own, red where it is another's.
+        Its frame is green if it belongs to the same image, else red.
         """
         views = batch["views"][:_SHOWN]
         with modes_kept(self):
@@ -135,16 +135,17 @@ class TwoViewTask(PretextTask):
             first, second = (
                 F.normalize(widened(self.embed(self.backbone.normalize(view))), dim=1) for view in views.unbind(1)
             )
-        found = (first @ second.T).argmax(1)
-        right = found == torch.arange(len(views), device=found.device)
-        tiles = enlarged(torch.stack([views[:, 0], views[:, 1], views[found, 1]], 1).cpu())  # (B, 3 columns, 3, h, w)
-        for row, summary in zip(tiles, right.tolist(), strict=True):
-            inner = row[2, :, _FRAME:-_FRAME, _FRAME:-_FRAME]  # the frame covers the edge: all tiles have one size
-            row[2] = framed(inner, _FRAME, RIGHT if summary else WRONG)
+        nearest = (first @ second.T).argmax(1)
+        correct = nearest == torch.arange(len(views), device=nearest.device)
+        tiles = enlarged(torch.stack([views[:, 0], views[:, 1], views[nearest, 1]], 1).cpu())  # (B, 3 columns, 3, h, w)
+        for row, is_own in zip(tiles, correct.tolist(), strict=True):
+            inner = row[2, :, _FRAME:-_FRAME, _FRAME:-_FRAME]  # the frame covers the edge, so all tiles have one size
+            row[2] = framed(inner, _FRAME, RIGHT if is_own else WRONG)
         return {"views": tiled(tiles.flatten(0, 1), 3)}
 
 
 def exactly(loss: Callable[..., Tensor], *features: Tensor) -> Tensor:
-    """`loss` of `features` in at least float32, outside of autocast."""
+    """`loss(*features)`, computed in at least float32."""
+    # autocast would compute similarities in half precision, whatever the type of the features
     with torch.autocast(features[0].device.type, enabled=False):
         return loss(*(widened(one) for one in features))

@@ -1,8 +1,7 @@
-"""VICReg: the two views agree, each channel varies over images, and no two channels say the same.
+"""VICReg: two views agree, each feature varies across images, and features are uncorrelated.
 
 Bardes, Ponce, LeCun: VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning, ICLR 2022,
-arXiv 2105.04906; repository github.com/facebookresearch/vicreg. The loss is lightly's. Each view passes through the
-network by itself, as published.
+arXiv 2105.04906; code of the authors: github.com/facebookresearch/vicreg. The loss is lightly's.
 """
 
 from __future__ import annotations
@@ -43,10 +42,7 @@ class VICRegConfig(TwoViewsConfig):
 class VICReg(TwoViewTask):
     """Makes two views agree, while each feature varies over images and features stay uncorrelated.
 
-    Variance and covariance are those of all ranks' images.
-
-    lightly's gather passes on the gradients of all ranks' losses, and DDP takes the mean over ranks: together the exact
-    gradient of one process with the whole batch.
+    Variance and covariance are computed over the images of all ranks. Submodules: `backbone` and `projector`.
     """
 
     Config: ClassVar[type[TaskConfig]] = VICRegConfig
@@ -77,7 +73,7 @@ class VICReg(TwoViewTask):
     def __init__(self, config: VICRegConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
         width, hidden, dim = backbone.embed_dim, config.hidden, config.dim
-        # lightly's VICRegProjectionHead ends with a bias, which the loss does not see and the authors' has not
+        # not lightly's VICRegProjectionHead: its last layer has a bias, which the authors do not have
         self.projector = ProjectionHead(
             [
                 (width, hidden, nn.BatchNorm1d(hidden), nn.ReLU()),
@@ -85,6 +81,8 @@ class VICReg(TwoViewTask):
                 (hidden, dim, None, None, False),
             ]
         )
+        # lightly's gather returns the gradients of all ranks' losses and DDP averages over ranks: together the exact
+        # gradient of one process with the whole batch
         self.loss = VICRegLoss(
             config.invariance_weight,
             config.variance_weight,
@@ -93,10 +91,13 @@ class VICReg(TwoViewTask):
         )
 
     def forward(self, batch: Batch, *args: Any, **draw: Any) -> StepOutput:
-        """``views`` uint8 (B, 2, 3, h, w) → the weighted sum of equation 6, with a mean of squares over channels too,
-        as in the authors' code."""
-        # a pass for each view, as published: batch norm never mixes the two
+        """``views`` uint8 (B, 2, 3, h, w) → the weighted sum of equation 6.
+
+        The invariance term is the mean over images and channels, as in the authors' code.
+        """
+        # one pass per view, as published: batch norm never mixes the two
         first, second = (self.embed(view) for view in self.pair(batch))  # (B, D) each
         output = self.output(exactly(self.loss, first, second), first, second)
+        # the standard deviation that the variance term keeps up; the collapse alarm watches it
         output.logs[DEVIATION] = widened(first.detach()).std(0).mean()
         return output
