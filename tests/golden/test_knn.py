@@ -1,4 +1,4 @@
-"""Weighted nearest neighbours: every number of the published implementation (facebookresearch/dinov2)."""
+"""Weighted nearest neighbors: every number of the published implementation (facebookresearch/dinov2)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from eval_helpers import plain_values
 
 from unlabeled.eval.base import FeatureSet, FeatureSplit
 from unlabeled.eval.encoded_dataset import EncodedDataset
-from unlabeled.eval.evaluators.knn import KnnConfig, KnnEvaluator, class_scores, nearest_neighbours
+from unlabeled.eval.evaluators.knn import KnnConfig, KnnEvaluator, class_scores, nearest_neighbors
 from unlabeled.eval.neighbors.search import normalized
 
 
-def test_neighbours_scores_predictions_and_accuracies(golden) -> None:
+def test_neighbors_scores_predictions_and_accuracies(golden) -> None:
     pair = golden("knn")
     config = pair.config
     tensors = {name: tensor.numpy() for name, tensor in pair.tensors.items()}
@@ -21,9 +21,9 @@ def test_neighbours_scores_predictions_and_accuracies(golden) -> None:
     classes, ks = config["classes"], sorted(config["k"])
 
     np.testing.assert_allclose(normalized(test.features), tensors["expect/test_features_normalised"], atol=1e-6)
-    indices, similarities = nearest_neighbours(train.features, test.features, max(ks))
+    indices, similarities = nearest_neighbors(train.features, test.features, max(ks))
     np.testing.assert_allclose(similarities, tensors["expect/neighbour_similarity"], atol=1e-6)
-    apart = np.diff(similarities, axis=1) < -2e-6  # neighbours as near as rounding may change places
+    apart = np.diff(similarities, axis=1) < -2e-6  # rounding may swap neighbors this close
     clear = np.pad(apart, ((0, 0), (1, 0)), constant_values=True) & np.pad(apart, ((0, 0), (0, 1)))
     assert clear.mean() > 0.9
     np.testing.assert_array_equal(indices[clear], tensors["expect/neighbour_index"][clear])
@@ -37,7 +37,7 @@ def test_neighbours_scores_predictions_and_accuracies(golden) -> None:
     )
     headline = evaluator.headline_k(len(train))
     np.testing.assert_array_equal(found["predictions"], tensors[f"expect/prediction_k{headline}"])
-    np.testing.assert_array_equal(found["neighbours"], indices[:, :headline])
+    np.testing.assert_array_equal(found["neighbors"], indices[:, :headline])
     for k in ks:
         assert found[f"k{k}"] == pytest.approx(float(tensors[f"expect/top1_k{k}"]), abs=1e-6)
         if classes > 5:

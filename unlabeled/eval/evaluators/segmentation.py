@@ -146,7 +146,8 @@ class SegmentationEvaluator(Evaluator):
     def _bank(self, dense: DenseFeatures, train: ImageSource, dataset: EncodedDataset, classes: int) -> LabeledFeatures:
         """At most ``bank`` labeled training positions, drawn with the seed and spread evenly over the images."""
         seed = dataset.seed
-        images = sample_indices(len(train), self.config.bank, derive("segmentation images", seed))
+        # "pictures" and "places" below are part of the seeds: other words would draw other positions
+        images = sample_indices(len(train), self.config.bank, derive("segmentation pictures", seed))
         each = -(-self.config.bank // len(images))  # rounded up: the surplus is dropped at the end
         found: list[LabeledFeatures] = []
         for batch in masked_batches(train, dense.size, images, dataset):
