@@ -247,7 +247,7 @@ def test_native_images_are_padded_and_boxes_cut_to_them():
     assert found["corloc"].value == 1
     assert found["iou"].value > 0.9
     keys = run(dataset(source, source, backbone), native=True)
-    assert ("note", "features are keys of the last attention block") in keys
+    assert ("note", "features are the keys of the last attention block") in keys
     fixed = small_vit((32, 48))
     with pytest.raises(ConfigError, match=r"evaluate\.objects\.native: .* cannot take 64x88"):
         run(dataset(source, source, fixed), native=True)
@@ -262,7 +262,7 @@ def test_maps_of_networks_without_keys_are_centered():
     values = dict(found)
     assert values["whole"] < 1
     assert values["iou"].value > 0.3
-    assert any("features are a feature map; dense features are map" in value for key, value in found if key == "note")
+    assert any("features are those of map" in value for key, value in found if key == "note")
     assert {key: value for key, value in run(dataset(source, source, backbone)) if key == "corloc"} == {
         "corloc": values["corloc"]
     }

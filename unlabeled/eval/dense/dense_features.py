@@ -120,7 +120,9 @@ class DenseFeatures:
         count, index, (rows, columns) = len(self.backbone.stages), self.level.index, self.level.grid
         if index == count - 1:
             return None
-        return f"dense features are map {index + 1} of {count}, {rows} x {columns}; deeper maps are coarser"
+        return (
+            f"features are those of map {index + 1} of {count} ({rows} x {columns} positions); deeper maps are coarser"
+        )
 
     def _features(self, images: Tensor) -> Tensor:
         if not self.keys:

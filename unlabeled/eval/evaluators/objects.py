@@ -113,8 +113,8 @@ class ObjectsEvaluator(Evaluator):
             missing = len(indices) - len(overlaps)
             yield "note", f"{missing} of {len(indices)} test images have no true box or cannot be decoded"
         if dataset.backbone is not None:
-            source = "keys of the last attention block" if dense.keys else "a feature map"
-            yield "note", f"features are {source}" + (f"; {dense.note}" if dense.note and not dense.keys else "")
+            keys = "features are the keys of the last attention block"
+            yield "note", keys if dense.keys else dense.note or "features are those of the last feature map"
 
     def _found(self, dense: DenseFeatures, scenes: Sequence[Scene]) -> Iterator[Boxes]:
         """The predicted box of each of `scenes`, in pixels of the original image."""
