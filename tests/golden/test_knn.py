@@ -23,7 +23,7 @@ def test_neighbors_scores_predictions_and_accuracies(golden) -> None:
     np.testing.assert_allclose(normalized(test.features), tensors["expect/test_features_normalised"], atol=1e-6)
     indices, similarities = nearest_neighbors(train.features, test.features, max(ks))
     np.testing.assert_allclose(similarities, tensors["expect/neighbour_similarity"], atol=1e-6)
-    apart = np.diff(similarities, axis=1) < -2e-6  # rounding may swap neighbors this close
+    apart = np.diff(similarities, axis=1) < -2e-6  # neighbors closer than rounding may swap
     clear = np.pad(apart, ((0, 0), (1, 0)), constant_values=True) & np.pad(apart, ((0, 0), (0, 1)))
     assert clear.mean() > 0.9
     np.testing.assert_array_equal(indices[clear], tensors["expect/neighbour_index"][clear])
