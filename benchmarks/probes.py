@@ -89,7 +89,7 @@ class Grid:
     def step_together(self, number: int) -> None:
         features, labels = self.batches[number % len(self.batches)]
         for group, of_input in zip(self.ours, self.inputs(features), strict=True):
-            group.step(of_input, labels, rate=1.0)
+            group.step(of_input, labels, lr_factor=1.0)
 
     def step_apart(self, number: int) -> None:
         features, labels = self.batches[number % len(self.batches)]

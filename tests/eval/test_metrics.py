@@ -49,8 +49,8 @@ def test_more_images_than_fit_into_a_block_give_the_same_values() -> None:
 def test_rankme_is_the_papers_formula_on_uncentered_singular_values() -> None:
     features = normal(200, 12) * np.linspace(1, 5, 12) + 0.5
     values = np.linalg.svd(features, compute_uv=False)
-    shares = values / values.sum() + 1e-7
-    assert rankme(Spectrum.of(features)) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-9)
+    fractions = values / values.sum() + 1e-7
+    assert rankme(Spectrum.of(features)) == pytest.approx(np.exp(-(fractions * np.log(fractions)).sum()), rel=1e-9)
 
 
 def test_ranks_of_an_isotropic_cloud_and_of_one_far_from_the_origin() -> None:
@@ -127,10 +127,10 @@ def test_two_nn_survives_duplicates_offsets_and_scales() -> None:
     assert 0 < two_nn(near) < np.inf
 
 
-def test_two_nn_says_what_it_cannot_measure() -> None:
+def test_two_nn_refuses_what_it_cannot_measure() -> None:
     with pytest.raises(DataError, match="three distinct feature vectors, and there are 2"):
         two_nn(np.array([[0.0], [-0.0], [1.0]]))
-    with pytest.raises(DataError, match="as far from two neighbors as from one"):
+    with pytest.raises(DataError, match="every point is equally far from its two neighbors"):
         two_nn(np.eye(12))
 
 
@@ -184,8 +184,8 @@ def test_lidar_is_the_entropy_of_the_generalized_eigenvalues() -> None:
     between = np.cov(means.T, bias=True)
     rest = (views - means[:, None]).reshape(-1, 7)
     values = linalg.eigh(between, rest.T @ rest / len(rest) + 1e-4 * np.eye(7), eigvals_only=True)
-    shares = values / values.sum() + 1e-8
-    assert lidar(views) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-6)
+    fractions = values / values.sum() + 1e-8
+    assert lidar(views) == pytest.approx(np.exp(-(fractions * np.log(fractions)).sum()), rel=1e-6)
 
 
 def test_lidar_counts_what_tells_images_apart_and_rankme_what_varies() -> None:

@@ -1,4 +1,4 @@
-"""The whole evaluation on images whose classes are colors."""
+"""A complete evaluation on images whose classes are colors."""
 
 from __future__ import annotations
 
@@ -78,13 +78,13 @@ def test_the_same_seed_gives_the_same_evidence_and_another_another_twin() -> Non
         name: encoder.metrics for name, encoder in two.encoders.items()
     }
     state = torch.get_rng_state()
-    network = create_backbone("resnet10t", size=(32, 64))
+    backbone = create_backbone("resnet10t", size=(32, 64))
     torch.set_rng_state(state)
-    twins = [random_twin(network, seed).model.state_dict()["conv1.0.weight"] for seed in (3, 3, 4)]
+    twins = [random_twin(backbone, seed).model.state_dict()["conv1.0.weight"] for seed in (3, 3, 4)]
     assert torch.equal(twins[0], twins[1])
     assert not torch.equal(twins[0], twins[2])
     assert torch.equal(torch.get_rng_state(), state)
-    assert random_twin(network, 0).input_size == (32, 64)
+    assert random_twin(backbone, 0).input_size == (32, 64)
 
 
 def test_a_module_without_a_timm_name_is_measured_without_a_random_twin() -> None:

@@ -1,4 +1,4 @@
-"""Sources with masks and boxes that are known exactly, and small networks with maps."""
+"""Sources with exactly known masks and boxes, and small backbones with feature maps."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from unlabeled.eval.encoded_dataset import EncodedDataset, Loading
 from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.data.source import DecodeError
 
-COLOURS = torch.tensor([[20, 120, 20], [250, 20, 20], [20, 20, 250]], dtype=torch.uint8)
-"""Of the background and of two classes."""
+COLORS = torch.tensor([[20, 120, 20], [250, 20, 20], [20, 20, 250]], dtype=torch.uint8)
+"""Colors of the background and of two classes."""
 
 
 class BlockSource:
-    """Images in which each place of a grid has the plain color of what it shows, with a mask of the same blocks."""
+    """Images made of blocks, each in the color of its class, with masks of the same blocks."""
 
     classes = ("red", "blue")
 
     def __init__(self, blocks: Tensor, side: int = 8, *, corrupt: int = -1, boxes: list[Tensor] | None = None) -> None:
         """`blocks`: (N, rows, columns) of 0, 1, 2 or 255 (unknown, drawn as background)."""
         self.masks = blocks.to(torch.uint8).repeat_interleave(side, 1).repeat_interleave(side, 2)
-        self.images = COLOURS[torch.where(self.masks == 255, 0, self.masks.long())].permute(0, 3, 1, 2).contiguous()
+        self.images = COLORS[torch.where(self.masks == 255, 0, self.masks.long())].permute(0, 3, 1, 2).contiguous()
         self.corrupt = corrupt
         if boxes is not None:
             self.boxes = lambda index: boxes[index]
@@ -51,14 +51,14 @@ def blocks(count: int, grid: tuple[int, int], seed: int = 0) -> Tensor:
 
 
 def dataset(
-    train: object, test: object, network: Backbone, *, pixels: bool = False, seed: int = 0, batch_size: int = 4
+    train: object, test: object, backbone: Backbone, *, pixels: bool = False, seed: int = 0, batch_size: int = 4
 ) -> EncodedDataset:
-    """Of two sources; pooled features, which dense evaluators do not look at, are zeros."""
+    """An encoded dataset of two sources; pooled features, which dense evaluators do not use, are zeros."""
     splits = [FeatureSplit(np.zeros((2, 3), np.float32), np.arange(2)) for _ in range(2)]
     features = FeatureSet(*splits, tuple(train.classes))  # type: ignore[attr-defined]
     return EncodedDataset(
-        features, None if pixels else network, (train, test), Loading(batch_size=batch_size), seed,  # type: ignore[arg-type]
-        network if pixels else None,
+        features, None if pixels else backbone, (train, test), Loading(batch_size=batch_size), seed,  # type: ignore[arg-type]
+        backbone if pixels else None,
     )  # fmt: skip
 
 

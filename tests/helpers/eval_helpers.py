@@ -1,4 +1,4 @@
-"""A source and a network small enough for tests that run in milliseconds."""
+"""A source and a backbone small enough for tests that run in milliseconds."""
 
 from __future__ import annotations
 
@@ -56,18 +56,18 @@ class MemorySource:
 
 
 def tiny_vit(seed: int = 0) -> Backbone:
-    """A transformer of 32 x 32 images with 32 features."""
+    """A transformer for 32 x 32 images with 32 features."""
     torch.manual_seed(seed)
     return create_backbone("vit_tiny_patch16_224", size=32, embed_dim=32, depth=1, num_heads=2, patch_size=8)
 
 
 def plain_pairs(found: Iterable[tuple[str, Value]]) -> list[tuple[str, Any]]:
-    """What an evaluator yields without what it says of it: a number, or an `Estimate` where it brings an interval."""
+    """The pairs an evaluator yields, without descriptions: a number, or an `Estimate` if there is an interval."""
     return [(key, _plain(value) if isinstance(value, Measured) else value) for key, value in found]
 
 
 def plain_values(found: Iterable[tuple[str, Value]]) -> dict[str, Any]:
-    """As `plain_pairs`, by key; of several notes the last."""
+    """Like `plain_pairs`, as a dict; of several notes, only the last."""
     return dict(plain_pairs(found))
 
 

@@ -1,4 +1,4 @@
-"""Networks of a user's own: timm's surface, and no name that timm knows."""
+"""Custom models with timm's methods, but without a name that timm knows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class TinyConv(nn.Module):
-    """Two convolutions with a batch norm; gives maps. ``wide`` changes its shapes."""
+    """Two convolutions with a batch norm and feature maps; ``wide`` sets the number of channels."""
 
     def __init__(self, wide: int = 8) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class TinyConv(nn.Module):
 
 
 class Scaled(TinyConv):
-    """With a parameter that no layer draws: there is no random twin of it."""
+    """A model with a parameter that no layer initializes, so it has no random twin."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Scaled(TinyConv):
 
 
 class Uncopyable(TinyConv):
-    """With something that Python cannot copy."""
+    """A model with an attribute that Python cannot copy."""
 
     def __init__(self) -> None:
         super().__init__()

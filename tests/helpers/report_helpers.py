@@ -1,4 +1,4 @@
-"""A run and its evidence, made up, for tests of the report."""
+"""A made-up run and its results, for tests of the report."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def results(
 
 
 TITLE = "</h2><script>title()</script>"
-"""Of an evaluator that tries to leave the page."""
+"""Title of an evaluator that tries to inject HTML."""
 MEASURES = {
     **{
         f"{kind}_{severity}": Measure(f"{kind}, severity {severity}", point=Point(kind, "severity", severity))
@@ -67,21 +67,21 @@ MEASURES = {
     "slope": Measure("slope", "number", None),
     "shots5": Measure("5-way 5-shot", "percent"),
 }
-"""Of every kind."""
+"""Measures of every kind."""
 
 
 def measured(encoder: EncoderResults, evaluator: str, values: Mapping[str, float], cut: Cut | None = None) -> None:
-    """Puts values of `evaluator` into `encoder`: with what they are where that is known."""
-    known = {**MEASURES, **KNOWN}
+    """Adds values of `evaluator` to `encoder`, with descriptions where there are any."""
+    described = {**MEASURES, **KNOWN}
     for key, value in values.items():
         metric = f"{evaluator}/{key}" + (f"@{cut}" if cut else "")
         encoder.metrics[metric] = value
-        if key in known:
-            encoder.measures[metric] = Metric(evaluator, key, replace(known[key], cut=cut))
+        if key in described:
+            encoder.measures[metric] = Metric(evaluator, key, replace(described[key], cut=cut))
 
 
 def with_made_up(found: Results, encoders: tuple[str, ...] = ("backbone", "pixels", "random")) -> Results:
-    """`found` with values of one more evaluator, notes, arrays, images, maps and points for the plane."""
+    """`found` with the values of another evaluator, notes, arrays, images, maps and an embedding."""
     values = {"backbone": 0.9, "pixels": 0.5, "random": 0.4}
     for name in encoders:
         encoder, value = found.encoders[name], values[name]
@@ -99,8 +99,8 @@ def with_made_up(found: Results, encoders: tuple[str, ...] = ("backbone", "pixel
             }
         )
         encoder.images["made_up/pairs"] = torch.zeros(3, 8, 16, dtype=torch.uint8)
-        said = ("made_up: said of all <script>note()</script>", *(["made_up: of one"] if name == "pixels" else []))
-        found.encoders[name] = replace(encoder, notes=said)
+        notes = ("made_up: said of all <script>note()</script>", *(["made_up: of one"] if name == "pixels" else []))
+        found.encoders[name] = replace(encoder, notes=notes)
     points = Embedding(np.arange(8, dtype=np.float32).reshape(4, 2), np.array([0, 1, 1, 2]), "PCA of 4", "Mind.")
     evaluators = {**found.evaluators, "made_up": EvaluatorInfo(TITLE)}
     return replace(

@@ -146,7 +146,7 @@ def test_curves_are_told_apart_by_what_they_share_and_by_their_unit() -> None:
         ({"knn/k10": 10, "knn/k20": 20}, "kNN", "k"),
         ({"knn/k10_top5": 10, "knn/k20_top5": 20}, "kNN, top 5", "k"),
         ({"knn/k10_t0.1": 10, "knn/k20_t0.1": 20}, "kNN, T = 0.1", "k"),
-        ({"knn/shot1": 1, "knn/shot5": 5}, "kNN", "images a class"),
+        ({"knn/shot1": 1, "knn/shot5": 5}, "kNN", "images per class"),
         ({"few_shot/5way_1shot": 1, "few_shot/5way_5shot": 5}, "5-way", "shot"),
         ({"low_label/0.5pct": 0.5, "low_label/10pct": 10}, "% of labels", "% of labels"),
         ({"retrieval/recall1": 1, "retrieval/recall10": 10}, "recall", "k"),

@@ -89,13 +89,13 @@ def files_of(folder: Path) -> dict[Path, bytes]:
          "evaluate.data: the data has no masks; give data=voc or data=shapes"),
         (["evaluate.evaluators=[knn,liner]"], "evaluate.evaluators: 'liner' is not an evaluator; did you mean 'linear"),
         (["evaluate.knn.kk=3"], "evaluate.knn.kk: there is no such setting in evaluate.knn; did you mean 'k'?"),
-        (["evaluate.knn.k=[0]"], "evaluate.knn.k: [0] is not possible; give whole numbers from 1"),
+        (["evaluate.knn.k=[0]"], "evaluate.knn.k: [0] is not possible; give integers of at least 1"),
         (["evaluate.evry=3"], "evaluate.evry: there is no such setting in evaluate; did you mean 'every'?"),
         (["evaluate.lineer.epochs=3"], "evaluate.lineer: there is no such setting in evaluate; did you mean 'linear'"),
         (["evaluate.few_shot.ways=3"], "evaluate.few_shot: ways=3 has no effect, few_shot is not among the evaluators; "
          "add it to evaluate.evaluators, or remove evaluate.few_shot"),
         (["evaluate={cluster:{restarts:3}}"], "evaluate.cluster: restarts=3 has no effect, cluster is not among"),
-        (["evaluate.embedding=tnse"], "evaluate.embedding: 'tnse' is not a map of the features; did you mean 'tsne'?"),
+        (["evaluate.embedding=tnse"], "evaluate.embedding: 'tnse' is not an embedding method; did you mean 'tsne'?"),
         (["evaluate.data=foldr", "evaluate.final=true"], "data: 'foldr' is not a data source; did you mean 'folder'?"),
         (["evaluate.data={name:folder,path:nowhere}", "evaluate.final=true"], "nowhere"),
         (["reference=nowhere.pth"], "nowhere.pth: there is no such file"),
@@ -252,7 +252,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
         (["gone.safetensors"], "'gone.safetensors' does not exist"),
         (["gone", "evaluate.evaluators=[liner]"], "'liner' is not an evaluator; did you mean 'linear'?"),
         (["gone", "evaluate.few_shot.ways=3"], "evaluate.few_shot: ways=3 has no effect"),
-        (["gone", "evaluate.embedding=tnse"], "'tnse' is not a map of the features; did you mean 'tsne'?"),
+        (["gone", "evaluate.embedding=tnse"], "'tnse' is not an embedding method; did you mean 'tsne'?"),
     ],
 )
 def test_evaluate(capsys: pytest.CaptureFixture[str], overrides: list[str], message: str) -> None:

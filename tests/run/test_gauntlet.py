@@ -181,7 +181,7 @@ def test_raw_pixels_that_an_evaluator_cannot_judge_are_no_failure(
 
     def of_networks(dataset: Any, evaluator: Any, prefixes: Sequence[int]) -> Any:
         if dataset.backbone is None:
-            raise DataError("evaluate: knn looks at places")
+            raise DataError("evaluate: knn needs dense features")
         return evaluate_features(dataset, evaluator, prefixes)
 
     monkeypatch.setattr(job, "judged", of_networks)
@@ -189,7 +189,7 @@ def test_raw_pixels_that_an_evaluator_cannot_judge_are_no_failure(
     document = table(tmp_path / "g")
     assert document["cells"] == {"total": 3, "done": 3, "failed": 0}
     assert document["failures"] == []
-    assert {"note": "evaluate: knn looks at places", "where": ["raw pixels on digits"]} in document["notes"]
+    assert {"note": "evaluate: knn needs dense features", "where": ["raw pixels on digits"]} in document["notes"]
 
 
 def test_diverged_weights_fail_in_one_line(tmp_path: Path) -> None:

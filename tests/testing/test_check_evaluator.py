@@ -202,7 +202,7 @@ class Picky(Sound):
         (SameLabel, r"height and width are both 'mean width'"),
         (Drawn, r"'the same seed gives the same values': .* different chance; draw from your own generator"),
         (InPlace, r"'what was encoded stays as it was': features or labels were changed in place"),
-        (Images, r"'needs are true': features alone: evaluate: this evaluator looks at images"),
+        (Images, r"'needs are true': features alone: evaluate: this evaluator needs images"),
         (Careless, r"'what cannot be judged is said': no labels ends in ValueError: .* raise DataError in one line"),
         (Nan, r"'what cannot be judged is said': NaN among the features makes mean nan; raise DataError"),
         (Lucky, r"'other weights are measured too': random weights give no luck"),

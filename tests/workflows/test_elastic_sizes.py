@@ -121,7 +121,7 @@ def test_other_settings_and_other_weights_are_not_mixed(run: Path, caplog: pytes
     evaluate(run)
     assert read_report(run / "report" / "report.json")["sizes"] is None
     (run / "sizes.json").write_text("{}")
-    with pytest.raises(DataError, match=r"sizes.json: cannot be read \(.*\); remove it to measure anew"):
+    with pytest.raises(DataError, match=r"sizes.json: cannot be read \(.*\); remove it to measure again"):
         evaluate(run)
 
 

@@ -1,1 +1,1 @@
-"""Evidence out: features, evaluators, baselines, the report."""
+"""Evaluation of an encoder on labeled data: features, evaluators, baselines, and the results for the report."""

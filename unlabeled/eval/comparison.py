@@ -1,4 +1,4 @@
-"""What the numbers say in plain words, and no more than they say."""
+"""Compares a backbone with its baselines, and states in plain words what the differences show."""
 
 from __future__ import annotations
 
@@ -19,70 +19,75 @@ TITLES = {"backbone": "this backbone", "pixels": "raw pixels", "random": "random
 
 @dataclass(frozen=True)
 class Comparison:
-    """One measure, of each encoder. Limits are NaN where there is no interval."""
+    """One metric of every encoder. Limits are NaN where there is no interval."""
 
     metric: str
-    """Such as ``knn/k20``; of the first 64 features ``knn/k20@64``, of as many principal components ``@pca64``."""
+    """Such as ``knn/k20``; ``knn/k20@64`` on the first 64 features, ``@pca64`` on 64 principal components."""
     label: str
     """Such as ``kNN, k = 20``."""
     headline: bool
+    """Whether it is one of the metrics to quote."""
     values: dict[str, Estimate]
     """Encoder → value."""
     differences: dict[str, Estimate]
-    """Baseline → this backbone less that baseline; none for plain numbers."""
+    """Baseline → value of the backbone minus value of that baseline; empty for plain numbers."""
     unit: Unit = "accuracy"
     better: Direction | None = "higher"
     evaluator: str = ""
     whole: str = ""
-    """The label without the part of the features, which measures on several parts share."""
+    """The label without the subset of the features: equal for all subsets that were evaluated."""
     cut: Cut | None = None
-    """The part of the features that was measured; None: all of them."""
+    """The subset of the features that was evaluated; None: all of them."""
     point: Point | None = None
     guesses: int = 1
 
     def stronger(self) -> str | None:
-        """The baseline with the higher accuracy; None without baselines."""
+        """The baseline with the higher value; None without baselines."""
         return max(self.differences, key=lambda name: self.values[name].value, default=None)
 
 
 @dataclass(frozen=True)
 class Summary(OldNames, summary="text"):
-    """The one sentence to remember, and the sentences that carry it."""
+    """The result of an evaluation in one sentence, with a sentence of details for each headline metric."""
 
     level: Level
+    """better, even or worse than the stronger baseline; mixed: the headline metrics differ; alone: there are no
+    baselines; none: nothing was evaluated."""
     text: str
     details: tuple[str, ...] = ()
 
 
 def compare(results: Results) -> list[Comparison]:
-    """Every accuracy of the backbone beside the baselines', those to quote first; of all features only."""
-    found = [one for one in measures(results) if one.unit == "accuracy" and one.cut is None]
+    """Accuracies of the backbone versus its baselines, on all features, with the headline metrics first."""
+    accuracies = [row for row in measures(results) if row.unit == "accuracy" and row.cut is None]
     order = {metric: position for position, metric in enumerate(results.headline)}
-    return sorted(found, key=lambda one: (order.get(one.metric, len(order)), one.guesses > 1))
+    # the sort is stable, so that other metrics stay in the order of the evaluators
+    return sorted(accuracies, key=lambda row: (order.get(row.metric, len(order)), row.guesses > 1))
 
 
 def measures(results: Results) -> list[Comparison]:
-    """Everything that a table shows of the backbone beside the baselines, in the order it was measured in."""
-    return [_comparison(results, metric, one) for metric, one in results.encoders["backbone"].measures.items()]
+    """Every metric that tables show, for the backbone and its baselines, in the order of evaluation."""
+    return [_comparison(results, name, metric) for name, metric in results.encoders["backbone"].measures.items()]
 
 
-def _comparison(results: Results, metric: str, one: Metric) -> Comparison:
-    measure = one.measure
+def _comparison(results: Results, name: str, metric: Metric) -> Comparison:
+    measure = metric.measure
     values = {
-        name: _estimate(results, name, metric, measure)
-        for name, encoder in results.encoders.items()
-        if metric in encoder.metrics
+        encoder: _estimate(results, encoder, name, measure)
+        for encoder, found in results.encoders.items()
+        if name in found.metrics
     }
-    baselines = [name for name in values if name != "backbone" and measure.unit != "number"]
+    # a difference of plain numbers, such as ranks, has no scale that a reader could judge
+    baselines = [encoder for encoder in values if encoder != "backbone" and measure.unit != "number"]
     return Comparison(
-        metric=metric,
+        metric=name,
         label=measure.text,
-        headline=metric in results.headline,
+        headline=name in results.headline,
         values=values,
-        differences={name: less(values["backbone"], values[name]) for name in baselines},
+        differences={encoder: less(values["backbone"], values[encoder]) for encoder in baselines},
         unit=measure.unit,
         better=measure.better,
-        evaluator=one.evaluator,
+        evaluator=metric.evaluator,
         whole=measure.label,
         cut=measure.cut,
         point=measure.point,
@@ -91,31 +96,31 @@ def _comparison(results: Results, metric: str, one: Metric) -> Comparison:
 
 
 def _estimate(results: Results, encoder: str, metric: str, measure: Measure) -> Estimate:
-    """With the interval that the evaluator gave; an accuracy that has none gets Wilson's."""
+    """The value with the evaluator's own interval, or with Wilson's for an accuracy without one."""
     found = results.encoders[encoder]
     value = found.metrics[metric]
     if metric in found.intervals:
         return Estimate(value, *found.intervals[metric])
-    wilsons = measure.unit == "accuracy" and 0 <= value <= 1
-    return Estimate(value, *(wilson(value, results.test_images) if wilsons else (math.nan, math.nan)))
+    has_wilson = measure.unit == "accuracy" and 0 <= value <= 1  # a plugin may yield anything
+    return Estimate(value, *(wilson(value, results.test_images) if has_wilson else (math.nan, math.nan)))
 
 
 def summarize(results: Results | None) -> Summary:
-    """The verdict on the headline metrics, each against the stronger of its baselines.
+    """Compares each headline metric with the stronger of its baselines; None gives the summary "not evaluated".
 
-    A difference counts as one when its 95 % interval does not hold zero.
+    A difference counts only if its 95 % interval excludes zero.
     """
     if results is None:
-        return Summary("none", "No evidence: the representation was not measured on labeled data.")
+        return Summary("none", "No results: the representation was not evaluated on labeled data.")
     quoted = [comparison for comparison in compare(results) if comparison.headline]
     details = [_detail(comparison, results.test_images) for comparison in quoted]
     low = [c.label for c in quoted if c.values["backbone"].low <= results.majority]
     if low:
-        guess = f"always guessing the commonest class ({percent(results.majority)} %)"
+        guess = f"always guessing the most common class ({percent(results.majority)} %)"
         details.append(f"Not clearly above {guess}: {' and '.join(map(_inside, low))}.")
     outcomes = {_outcome(comparison) for comparison in quoted}
     if None in outcomes or not quoted:
-        return Summary("alone", "Measured without baselines, so nothing to be better than.", tuple(details))
+        return Summary("alone", "Evaluated without baselines, so there is nothing to compare with.", tuple(details))
     baselines = list(dict.fromkeys(name for comparison in quoted for name in comparison.differences))
     other = "both baselines" if len(baselines) > 1 else TITLES[baselines[0]]
     gaps = " and ".join(_gap(comparison) for comparison in quoted)
@@ -147,7 +152,7 @@ def _gap(comparison: Comparison) -> str:
 
 def _against(gap: float, baseline: str) -> str:
     """0.123 → ``12.3 points above raw pixels``."""
-    if percent(abs(gap)) == "0.0":
+    if percent(abs(gap)) == "0.0":  # "0.0 points above" would read like a difference
         return f"level with {TITLES[baseline]}"
     return f"{percent(abs(gap))} points {'above' if gap >= 0 else 'below'} {TITLES[baseline]}"
 
@@ -172,7 +177,7 @@ def percent(fraction: float) -> str:
 
 
 def shown(value: float | None, unit: str) -> str:
-    """A value for a table: ``71.2 %`` of fractions, three or more digits of a number, – where there is none."""
+    """A value as a table shows it: ``71.2 %`` for fractions, at least three digits for numbers, – for None and NaN."""
     if value is None or not math.isfinite(value):
         return "–"
     if unit != "number":
@@ -182,7 +187,7 @@ def shown(value: float | None, unit: str) -> str:
 
 
 def limits(cell: Mapping[str, Any], unit: str) -> str:
-    """The interval of a value: ``69.0 to 73.1``."""
+    """The interval of a value as a table shows it: ``69.0 to 73.1``."""
     return " to ".join(shown(cell[limit], unit).removesuffix(" %") for limit in ("low", "high"))
 
 
@@ -192,7 +197,7 @@ def signed(fraction: float) -> str:
 
 
 def as_row(comparison: Comparison) -> dict[str, Any]:
-    """What report.json holds of a comparison: that which a table shows."""
-    fields = ("metric", "label", "headline", "values", "differences", "unit", "better")
+    """The comparison as a row of report.json."""
+    fields = ("metric", "label", "headline", "values", "differences", "unit", "better")  # part of its schema
     everything = asdict(comparison)
     return {name: everything[name] for name in fields}

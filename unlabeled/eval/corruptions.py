@@ -1,9 +1,9 @@
-"""Common corruptions of images in five severities, after ImageNet-C (Hendrycks & Dietterich 2019, 1903.12261).
+"""Common image corruptions in five severities, after ImageNet-C (Hendrycks & Dietterich 2019, 1903.12261).
 
-Strengths are the authors' own for images of 224 pixels (ImageNet-C) and of 32 (CIFAR-10-C; hendrycks/robustness), and
-between the two in proportion to a power of the smaller side. Outside 32..224 those of the nearer end hold, but blur
-grows with larger images. Departures: no second JPEG compression of what comes out, values are rounded
-and not cut, blur reflects at the border.
+Strengths are the authors' own for images of 224 pixels (ImageNet-C) and of 32 pixels (CIFAR-10-C; repository
+hendrycks/robustness). For sizes in between they are interpolated on a log scale of the smaller side; smaller and larger
+images use those of the nearer end, except that blur grows with larger images. Departures: the result is not compressed
+with JPEG a second time, values are rounded instead of truncated, and blur reflects at the border.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SMALL, _LARGE = 32, 224
 
 class _Kind(NamedTuple):
     apply: Callable[[Tensor, float, torch.Generator], Tensor]
-    """Image (3, H, W) of 0..1, strength → image."""
+    """(image (3, H, W) in 0..1, strength, generator) → image; values outside 0..1 are clamped later."""
     small: tuple[float, ...]
     """Strength of severities 1 to 5 for images of 32 pixels."""
     large: tuple[float, ...]
@@ -38,30 +38,31 @@ class _Kind(NamedTuple):
 
 
 def corrupt(image: Tensor, name: CorruptionName, severity: int, seed: int) -> Tensor:
-    """uint8 (3, H, W) → uint8 (3, H, W) under corruption `name` of `severity` 1 to 5; `seed` fixes what is drawn."""
+    """Applies corruption `name` at `severity` 1 to 5 to an image uint8 (3, H, W); `seed` fixes the noise."""
     generator = torch.Generator().manual_seed(seed)
     changed = _KINDS[name].apply(image.float() / 255, strength(name, severity, min(image.shape[-2:])), generator)
     return (changed.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def strength(name: CorruptionName, severity: int, side: int) -> float:
-    """What `severity` means for an image whose smaller side has `side` pixels.
+    """Parameter of the corruption for `severity` and an image with a smaller side of `side` pixels.
 
-    gaussian_noise: deviation of values 0..1 · gaussian_blur: deviation in pixels · jpeg: quality · brightness: added to
-    the value of HSV · contrast: factor of the distance from the mean · pixelate: factor of the number of pixels a side.
+    gaussian_noise: standard deviation, for values in 0..1 · gaussian_blur: standard deviation in pixels · jpeg: quality
+    · brightness: added to V of HSV · contrast: factor of the distance from the mean · pixelate: factor of each side.
     """
     kind = _KINDS[name]
     within = min(max(side, _SMALL), _LARGE)
-    share = math.log(within / _SMALL) / math.log(_LARGE / _SMALL)
-    found: float = kind.small[severity - 1] ** (1 - share) * kind.large[severity - 1] ** share
+    weight = math.log(within / _SMALL) / math.log(_LARGE / _SMALL)  # 0 at 32 pixels, 1 at 224
+    found: float = kind.small[severity - 1] ** (1 - weight) * kind.large[severity - 1] ** weight
+    # blur is measured in pixels: it must grow with the image, or a large one would stay sharp
     return found * max(1.0, side / _LARGE) if name == "gaussian_blur" else found
 
 
 @dataclass
 class CorruptedSource:
-    """The images `indices` of another source, prepared (resized) and then corrupted; without labels.
+    """A source with the images `indices` of another source, resized by `prepare` and then corrupted; without labels.
 
-    An image is the same whenever it is read: what is drawn follows from `seed`, the corruption and its index.
+    Reading an image twice gives the same result: the noise depends on `seed`, the corruption and the image's index.
     """
 
     source: ImageSource
@@ -77,13 +78,15 @@ class CorruptedSource:
 
     def read(self, index: int) -> Tensor:
         position = int(self.indices[index])
-        drawn = derive("corruption", self.seed, self.name, position)  # the same noise, only stronger, in each severity
-        return corrupt(self.prepare(self.source.read(position)), self.name, self.severity, drawn)
+        # the severity does not enter the seed: all severities of an image have the same noise, only stronger
+        seed = derive("corruption", self.seed, self.name, position)
+        return corrupt(self.prepare(self.source.read(position)), self.name, self.severity, seed)
 
     def labels(self) -> Tensor | None:
         return None
 
     def describe(self, index: int) -> str:
+        # the feature cache identifies images by this text, so it names all that shapes the pixels
         position = int(self.indices[index])
         return f"{self.source.describe(position)}, {self.name} {self.severity}, {self.prepare!r}, seed {self.seed}"
 
@@ -93,7 +96,8 @@ def _gaussian_noise(image: Tensor, deviation: float, generator: torch.Generator)
 
 
 def _gaussian_blur(image: Tensor, deviation: float, generator: torch.Generator) -> Tensor:
-    radius = min(math.ceil(4 * deviation), min(image.shape[-2:]) - 1)  # reflection needs an image larger than that
+    # 4 deviations, as scipy's filter; reflection at the border needs an image larger than the radius
+    radius = min(math.ceil(4 * deviation), min(image.shape[-2:]) - 1)
     blurred: Tensor = tv.gaussian_blur(image, kernel_size=[2 * radius + 1] * 2, sigma=[deviation] * 2)
     return blurred
 
@@ -105,8 +109,9 @@ def _jpeg(image: Tensor, quality: float, generator: torch.Generator) -> Tensor:
 
 
 def _brightness(image: Tensor, added: float, generator: torch.Generator) -> Tensor:
-    value = image.amax(dim=0, keepdim=True)  # of HSV; hue and saturation stay when all channels are scaled alike
+    value = image.amax(dim=0, keepdim=True)  # V of HSV; equal scaling of all channels keeps hue and saturation
     brighter = (value + added).clamp(max=1)
+    # a black pixel has no hue to keep and becomes gray
     return torch.where(value > 0, image / value.clamp(min=1e-6) * brighter, brighter)
 
 

@@ -1,4 +1,4 @@
-"""Features of test images as points of a plane: an image of their neighborhoods, not a measurement."""
+"""Features of test images as points in a plane: a view of their neighborhoods, not a measurement."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ from unlabeled.ssl.core.seeds import derive
 METHODS = ("tsne", "umap", "pca")
 
 _FEWEST = 50
-"""Images below which neighborhoods are too few for t-SNE and UMAP."""
+"""With fewer images, t-SNE and UMAP have too few neighborhoods to work with."""
 _COMPONENTS = 50
-"""Principal components that t-SNE and UMAP receive, as is usual."""
+"""Principal components passed to t-SNE and UMAP, as is common practice."""
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """Points of some test images."""
+    """Two-dimensional points of a sample of test images, and how to read them."""
 
     points: FloatArray
     """float32 (n, 2)."""
     labels: IntArray
     """int64 (n,)."""
     method: str
-    """What made the points, in words, with its settings."""
+    """The method and its settings, as a sentence."""
     caution: str
-    """How to read them, one sentence."""
+    """One sentence on how to read the points."""
 
 
 def check_method(method: str | None) -> None:
-    """Raises ConfigError for an unknown method, and for one whose library is missing."""
+    """Raises ConfigError for an unknown method, and for umap if umap-learn is not installed."""
     if method is not None and method not in METHODS:
-        raise ConfigError(f"evaluate.embedding: {method!r} is not a map of the features; {nearest(method, METHODS)}")
+        raise ConfigError(f"evaluate.embedding: {method!r} is not an embedding method; {nearest(method, METHODS)}")
     if method == "umap" and importlib.util.find_spec("umap") is None:
-        raise ConfigError("evaluate.embedding: umap needs umap-learn; pip install 'unlabeled[umap]', or take tsne")
+        raise ConfigError("evaluate.embedding: umap needs umap-learn; pip install 'unlabeled[umap]', or use tsne")
 
 
 def embed(split: FeatureSplit, method: str, *, images: int = 1000, seed: int = 0) -> Embedding:
-    """At most `images` of `split`, drawn by `seed`, in two dimensions.
+    """Projects a random sample of at most `images` of `split` into two dimensions; `seed` fixes the result.
 
-    Features are L2-normalized, as kNN compares them, and cut to 50 principal components. t-SNE (van der Maaten and
-    Hinton 2008; scikit-learn) starts from the first two of them; UMAP (McInnes et al. 2018, 1802.03426; umap-learn).
-    Fewer than 50 images, and images that all have the same features, give the first two components. Raises
-    DataError for features that are not finite.
+    Features are L2-normalized, as for kNN, and reduced to 50 principal components. `method` is ``tsne`` (van der Maaten
+    and Hinton 2008; scikit-learn, initialized with the first two components), ``umap`` (McInnes et al. 2018,
+    1802.03426; umap-learn) or ``pca``. With fewer than 50 images, or equal features for all images, it is always the
+    first two components. Raises DataError for features that are not finite.
     """
     if not np.isfinite(split.features).all():
         raise DataError("evaluate.embedding: features are NaN or infinite; the backbone's weights have diverged")
@@ -58,28 +58,29 @@ def embed(split: FeatureSplit, method: str, *, images: int = 1000, seed: int = 0
     spread = float(np.ptp(components, axis=0).max(initial=0))
     if len(rows) < _FEWEST or spread == 0:
         method = "pca"
-    state = derive("embedding", seed) % 2**32
-    words = f"of {len(rows):,} test images drawn at random, on L2-normalized features, seed {seed}"
+    state = derive("embedding", seed) % 2**32  # scikit-learn and umap-learn accept 32 bits
+    sample = f"of {len(rows):,} test images drawn at random, on L2-normalized features, seed {seed}"
     if method == "tsne":
-        perplexity = min(30, (len(rows) - 1) // 3)
-        points, words = _tsne(components, perplexity, state), f"t-SNE (perplexity {perplexity}) {words}"
+        perplexity = min(30, (len(rows) - 1) // 3)  # scikit-learn requires fewer than the images
+        points, text = _tsne(components, perplexity, state), f"t-SNE (perplexity {perplexity}) {sample}"
     elif method == "umap":
-        points, words = _umap(components, state), f"UMAP (15 neighbors, smallest distance 0.1) {words}"
+        points, text = _umap(components, state), f"UMAP (15 neighbors, minimum distance 0.1) {sample}"
     else:
-        points, words = components[:, :2], f"The first two principal components {words}"
+        points, text = components[:, :2], f"The first two principal components {sample}"
     caution = (
-        "Two directions of many: images apart here are apart, those that lie on each other need not be alike."
+        "Only two of many directions: images far apart here differ, but images that overlap need not be similar."
         if method == "pca"
-        else "Only who is near whom is meant: distances between groups, their sizes and their density say little, and "
-        "another seed draws another map."
+        else "Only neighborhoods are meaningful: distances between groups, their sizes and their density mean little, "
+        "and another seed gives another layout."
     )
-    return Embedding(np.ascontiguousarray(points, np.float32), split.labels[rows], words, caution)
+    return Embedding(np.ascontiguousarray(points, np.float32), split.labels[rows], text, caution)
 
 
 def _principal(features: FloatArray, count: int) -> FloatArray:
-    """Scores of the first `count` components, at least two columns; the largest entry of a direction is positive."""
+    """Scores (N, at least 2) of the first `count` principal components, padded with zeros if there are fewer."""
     centered = features.astype(np.float64) - features.mean(axis=0, dtype=np.float64)
     left, values, right = np.linalg.svd(centered, full_matrices=False)
+    # the sign of a component is arbitrary: make the largest loading positive, so that every machine draws the same
     signs = np.sign(right[np.arange(len(right)), np.abs(right).argmax(axis=1)])
     scores = np.zeros((len(features), max(2, min(count, len(values)))), np.float32)
     scores[:, : len(values)] = (left * values * signs)[:, : scores.shape[1]]
@@ -87,17 +88,18 @@ def _principal(features: FloatArray, count: int) -> FloatArray:
 
 
 def _tsne(components: FloatArray, perplexity: int, state: int) -> FloatArray:
-    from sklearn.manifold import TSNE  # takes a second to import, which a run without a map is spared
+    from sklearn.manifold import TSNE  # slow to import, and most runs do not need it
 
+    # one thread: the order of sums, and so the layout, would depend on the number of cores
     found: FloatArray = TSNE(perplexity=perplexity, init="pca", random_state=state, n_jobs=1).fit_transform(components)
     return found
 
 
 def _umap(components: FloatArray, state: int) -> FloatArray:
-    import umap  # an extra
+    import umap  # optional dependency
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a seed means one thread
+        warnings.simplefilter("ignore")  # umap warns that a fixed seed disables its threads
         found: FloatArray = umap.UMAP(n_neighbors=15, min_dist=0.1, random_state=state, n_jobs=1).fit_transform(
             components
         )

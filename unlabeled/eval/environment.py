@@ -1,4 +1,4 @@
-"""What a number was measured with: the machine and the versions of the libraries that shape it."""
+"""The machine and the library versions that an evaluation ran with, for the report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LIBRARIES = ("torch", "torchvision", "timm", "lightly", "faiss-cpu", "numpy")
 
 
 def hardware(device: torch.device | str) -> dict[str, str]:
-    """What `device` is, in words, with the machine around it."""
+    """Describes `device` and its machine: system, processor, cores, threads, and the accelerator if there is one."""
     device = torch.device(device)
     facts = {"device": device.type, "system": f"{platform.system()} {platform.machine()}"}
     if device.type == "cuda":
@@ -27,7 +27,7 @@ def hardware(device: torch.device | str) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package, of Python and of the libraries under it."""
+    """Versions of this package, of Python, and of the libraries that influence results."""
     found = {"unlabeled": __version__, "python": platform.python_version()}
     found.update({library: _version(library) for library in _LIBRARIES})
     return found
@@ -41,9 +41,9 @@ def _version(library: str) -> str:
 
 
 def _processor() -> str:
-    listing = Path("/proc/cpuinfo")
-    if listing.is_file():
-        for line in listing.read_text(errors="replace").splitlines():
+    cpuinfo = Path("/proc/cpuinfo")  # on Linux, platform.processor() is empty or only the architecture
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

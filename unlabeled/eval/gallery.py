@@ -1,4 +1,4 @@
-"""Test images beside their nearest training images: what the features take to be alike."""
+"""Test images next to their nearest training images, which shows what the features consider similar."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _PIXELS = 112
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """One small image and what is known of it."""
+    """A small image with its label and name."""
 
     image: Tensor
     """uint8 (3, h, w)."""
     label: int
     name: str
-    """What its source calls it."""
+    """Its description in the source, such as a file name."""
     similarity: float | None = None
-    """Cosine to the query; None for the query itself."""
+    """Cosine similarity to the query; None for the query itself."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,13 @@ def nearest_gallery(
     columns: int = 5,
     seed: int = 0,
 ) -> tuple[GalleryRow, ...]:
-    """`rows` test images, drawn by `seed` and not picked for looks, with their `columns` nearest neighbors.
+    """`rows` test images, each with its `columns` nearest training images.
 
-    `neighbors` int64 (N, k) are rows of the training split, `similarities` float32 (N, k); `sources` is (train, test).
+    `neighbors` int64 (N, k) are rows of the training split, `similarities` float32 (N, k) their cosines; `sources` is
+    (train, test).
     """
     train, test = sources
+    # drawn at random, so that nobody can choose flattering examples
     drawn = np.sort(np.random.default_rng(seed).permutation(len(data.test))[:rows])
     return tuple(
         GalleryRow(
@@ -72,7 +74,7 @@ def _thumbnail(source: ImageSource, split: FeatureSplit, row: int, similarity: f
 
 
 def shrunk(image: Tensor, longest: int) -> Tensor:
-    """uint8 (3, H, W) with its longer side cut to `longest` pixels; smaller images stay as they are."""
+    """Shrinks an image uint8 (3, H, W) to a longer side of `longest` pixels; smaller images are returned unchanged."""
     height, width = image.shape[-2:]
     if max(height, width) <= longest:
         return image

@@ -1,7 +1,7 @@
-"""How far an accuracy measured on n images, or a mean over a few draws, can be trusted.
+"""95 % intervals of accuracies measured on n images, of their differences, and of means over a few draws.
 
-Wilson 1927 for one proportion; for a difference Newcombe 1998 (method 10), which combines two of these as if measured
-on separate images: on the same images that is a little too wide. Student 1908 for a mean over draws.
+Wilson 1927 for one proportion; Newcombe 1998 (method 10) for a difference, which combines two Wilson intervals as if
+they were measured on separate images, so it is slightly too wide for the same images; Student 1908 for a mean.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _Z95 = 1.959963984540054
 
 
 def wilson(accuracy: float, count: int) -> tuple[float, float]:
-    """95 % interval of a fraction `accuracy` measured on `count` images.
+    """95 % interval (low, high) of a fraction `accuracy` measured on `count` images.
 
     >>> [round(limit, 4) for limit in wilson(0.9, 100)]
     [0.8256, 0.9448]
@@ -33,15 +33,16 @@ def wilson(accuracy: float, count: int) -> tuple[float, float]:
 
 
 def difference(first: float, second: float, count: int) -> tuple[float, float]:
-    """95 % interval of ``first - second``, two fractions measured on `count` images each."""
+    """95 % interval (low, high) of ``first - second``, two fractions measured on `count` images each."""
     gap = less(Estimate(first, *wilson(first, count)), Estimate(second, *wilson(second, count)))
     return gap.low, gap.high
 
 
 def less(first: Estimate, second: Estimate) -> Estimate:
-    """``first - second`` with its interval from theirs, whatever these come from, as if the two were independent.
+    """``first - second``, with an interval computed from the intervals of both, as if they were independent.
 
-    Newcombe's method 10 with any intervals (MOVER: Zou and Donner 2008). Without an interval (NaN) there is none.
+    Newcombe's method 10 generalized to any intervals (MOVER: Zou and Donner 2008). If either interval is NaN, so is
+    the result's.
     """
     gap = first.value - second.value
     down = math.hypot(first.value - first.low, second.high - second.value)
@@ -50,7 +51,7 @@ def less(first: Estimate, second: Estimate) -> Estimate:
 
 
 def of_mean(values: Sequence[float]) -> Estimate:
-    """Mean with Student's 95 % interval; of a single value there is no interval (NaN).
+    """Mean of `values` with Student's 95 % interval; a single value has no interval (NaN).
 
     >>> found = of_mean([0.1, 0.2, 0.3])
     >>> [round(limit, 3) for limit in (found.low, found.high)]
@@ -58,7 +59,7 @@ def of_mean(values: Sequence[float]) -> Estimate:
     """
     if len(values) < 2:
         return Estimate(values[0], math.nan, math.nan)
-    if min(values) == max(values):  # where a sum would round
+    if min(values) == max(values):  # the sum would round, and the mean could differ from the values
         return Estimate(values[0], values[0], values[0])
     mean = float(np.mean(values))
     half = float(student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
@@ -66,7 +67,7 @@ def of_mean(values: Sequence[float]) -> Estimate:
 
 
 def over_draws(values: Sequence[float]) -> Estimate:
-    """As `of_mean`, of fractions: the interval is cut to 0..1."""
+    """Like `of_mean`, for fractions: the interval is clipped to 0..1."""
     found = of_mean(values)
     if math.isnan(found.low):
         return found

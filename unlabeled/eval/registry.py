@@ -1,4 +1,7 @@
-"""Name → evaluator class, and its settings in ``evaluate``. A new evaluator is one line here, its file and its test."""
+"""Evaluators by name, and their settings in ``evaluate``.
+
+To add a built-in evaluator, write its file and its test, and add a line to `EVALUATORS`.
+"""
 
 from __future__ import annotations
 
@@ -31,40 +34,43 @@ EVALUATORS: dict[str, str] = {
     "layers": "unlabeled.eval.evaluators.layers:LayersEvaluator",
     "corruption": "unlabeled.eval.evaluators.corruption:CorruptionEvaluator",
 }
-"""In the order of the report; those of other packages follow."""
+"""Name → ``module:Class``, in the order of the report; evaluators of other packages follow."""
 
 GROUP = "unlabeled.evaluators"
-"""Entry-point group in which installed packages name their evaluators."""
+"""Entry-point group through which installed packages add evaluators."""
 
 REGISTRY = Registry("evaluate.evaluators", "an evaluator", group=GROUP, targets=EVALUATORS)
 
 
 def register_evaluator(name: str, target: str) -> None:
-    """Adds evaluator `name` as ``"module:Class"``. Raises ConfigError when the name is taken, by a setting too."""
+    """Registers evaluator `name` as ``"module:Class"``.
+
+    Raises ConfigError if another evaluator or a setting of ``evaluate`` has this name.
+    """
     if name in EvaluateConfig.model_fields:
         raise ConfigError(f"evaluate.evaluators: {name!r} is a setting of evaluate; give {target} another name")
     REGISTRY.register(name, target)
 
 
 def evaluator_names() -> list[str]:
-    """All evaluators in the order of the report: built in, registered, and from installed packages."""
+    """Names of all evaluators in the order of the report: built-in ones, registered ones, those of other packages."""
     return REGISTRY.names()
 
 
 def evaluator_origin(name: str) -> str:
-    """Who brings evaluator `name`: "built in", a distribution and its version, or the module that registered it."""
+    """Where evaluator `name` comes from: "built in", a distribution and its version, or the registering module."""
     return REGISTRY.origin(name)
 
 
 def evaluator_class(name: str) -> type[Evaluator]:
     """The class of evaluator `name`, imported on demand.
 
-    Raises ConfigError naming the nearest known ones, or saying why a plugin's evaluator cannot be imported; and for a
-    class that calls itself something else, since what it yields would stand under that.
+    Raises ConfigError for an unknown name (suggesting known ones), for a plugin that cannot be imported, and for a
+    class with a different `name`.
     """
     found: type[Evaluator] = REGISTRY.load(name)
     own = getattr(found, "name", None)
-    if own != name:
+    if own != name:  # its metrics and settings would be filed under the other name
         raise ConfigError(
             f"evaluate.evaluators: {name!r} is the class {found.__name__}, whose name is {own!r}; give both one name"
         )
@@ -72,7 +78,7 @@ def evaluator_class(name: str) -> type[Evaluator]:
 
 
 def evaluator_config(evaluate: EvaluateConfig, name: str) -> EvaluatorConfig:
-    """The settings of evaluator `name` in `evaluate`, or its defaults. Raises ConfigError in one line."""
+    """The settings of evaluator `name` in `evaluate`, or its defaults. Raises ConfigError for invalid ones."""
     model = evaluator_class(name).Config
     try:
         return model.model_validate((evaluate.model_extra or {}).get(name, {}))
@@ -81,21 +87,21 @@ def evaluator_config(evaluate: EvaluateConfig, name: str) -> EvaluatorConfig:
 
 
 def build_evaluator(evaluate: EvaluateConfig, name: str) -> Evaluator:
-    """Evaluator `name` with its settings in `evaluate`."""
+    """Creates evaluator `name` with its settings from `evaluate`."""
     return evaluator_class(name)(evaluator_config(evaluate, name))
 
 
 def chosen_evaluators(evaluate: EvaluateConfig) -> list[str]:
-    """Those that `evaluate` asks for, in the order of the report. Raises ConfigError for an unknown one."""
+    """Names of the selected evaluators, in the order of the report. Raises ConfigError for unknown ones."""
     if evaluate.evaluators == "all":
         return evaluator_names()
     for name in evaluate.evaluators:
-        evaluator_class(name)
+        evaluator_class(name)  # raises ConfigError
     return [name for name in evaluator_names() if name in evaluate.evaluators]
 
 
 def build_evaluators(evaluate: EvaluateConfig) -> list[Evaluator]:
-    """Those that `evaluate` asks for, with their settings, in the order of the report."""
+    """Creates the evaluators that `evaluate` selects, with their settings, in the order of the report."""
     return [build_evaluator(evaluate, name) for name in chosen_evaluators(evaluate)]
 
 
@@ -106,18 +112,21 @@ def settle(
     also: Collection[str] = (),
     field: str = "evaluate.evaluators",
 ) -> EvaluateConfig:
-    """`evaluate` with the whole settings of every evaluator that will run, checked before anything is computed.
+    """Fills in and checks the settings of every evaluator that will run, before anything is computed.
 
-    `given`: what the user set in it, of which everything must have an effect, unlike a recipe's; None: all there is.
-    `also`: evaluators that run whether they are chosen or not. `field`: the setting that chooses. Raises ConfigError,
-    in one line, for unknown evaluators and settings, impossible values, and settings of evaluators that do not run.
+    `given`: names of the sections that the user set; None: all sections. A section that the user set must have an
+    effect; one from a recipe need not. `also`: evaluators that run even if they are not selected. `field`: the setting
+    that selects evaluators, for messages. Raises ConfigError, in one line, for unknown evaluators and settings, invalid
+    values, and settings of evaluators that do not run.
     """
+    # each evaluator's section is an extra field: the schema does not know the evaluators of plugins
     sections, names = evaluate.model_extra or {}, evaluator_names()
     for name in sections:
         if name not in names:
             near = nearest(name, [*type(evaluate).model_fields, *names])
             raise ConfigError(f"evaluate.{name}: there is no such setting in evaluate; {near}")
-    runs = {*chosen_evaluators(evaluate), *also, *(["knn"] if evaluate.every > 0 else [])}  # knn: during the run
+    # with evaluate.every, kNN also runs during training
+    runs = {*chosen_evaluators(evaluate), *also, *(["knn"] if evaluate.every > 0 else [])}
     for name in sections if given is None else [name for name in sections if name in given]:
         if name not in runs:
             raise ConfigError(
@@ -125,27 +134,26 @@ def settle(
                 f"to {field}, or remove evaluate.{name}"
             )
     check_method(evaluate.embedding)
-    whole = {name: evaluator_config(evaluate, name) for name in names if name in runs or name in sections}
-    for name, config in whole.items():
-        evaluator_class(name)(config)  # which refuses what types cannot exclude
-    return evaluate.model_copy(update=whole)
+    configs = {name: evaluator_config(evaluate, name) for name in names if name in runs or name in sections}
+    for name, config in configs.items():
+        evaluator_class(name)(config)  # the constructor refuses values that types cannot exclude
+    return evaluate.model_copy(update=configs)
 
 
 def check_sources(evaluate: EvaluateConfig, train: ImageSource, test: ImageSource) -> None:
-    """Raises DataError for data that an evaluator which was chosen by name cannot judge, before anything is
-    computed."""
-    if evaluate.evaluators != "all":  # of all of them those that cannot judge the data are passed over, with a note
+    """Raises DataError if an evaluator that was selected by name cannot use the data, before anything is computed."""
+    if evaluate.evaluators != "all":  # with "all", evaluators that cannot use the data are skipped with a note
         for evaluator in build_evaluators(evaluate):
             evaluator.check_sources(train, test)
 
 
 def looks_at_sources(evaluate: EvaluateConfig) -> bool:
-    """Whether an evaluator that was chosen asks something of the data beside labels."""
+    """Whether a selected evaluator requires more of the data than labels, such as masks."""
     return any(type(one).check_sources is not Evaluator.check_sources for one in build_evaluators(evaluate))
 
 
 def _first(section: object) -> str:
-    """The first setting of a section as it is written: ``ways=3``."""
+    """The first setting of a section as a user writes it: ``ways=3``."""
     pairs = section.model_dump(exclude_unset=True) if isinstance(section, EvaluatorConfig) else section
     if isinstance(pairs, dict) and pairs:
         key, value = next(iter(pairs.items()))
@@ -154,14 +162,14 @@ def _first(section: object) -> str:
 
 
 def measure_of(metric: str) -> Measure | None:
-    """What ``evaluator/key`` or ``evaluator/key@64`` in a user's words, or in a file from before values said so, is.
+    """Describes ``evaluator/key`` or ``evaluator/key@64``, from a user's settings or from an old report.
 
-    None for values that no table shows and for unknown evaluators. Everywhere else a value has its `Measure` with it.
+    None for values that no table shows and for unknown evaluators. New results store the `Measure` of each value.
     """
     name, _, key = metric.partition("/")
-    key, _, part = key.partition("@")
-    length = part.removeprefix("pca")
-    if name not in evaluator_names() or (part and not length.isdigit()):
+    key, _, suffix = key.partition("@")
+    length = suffix.removeprefix("pca")
+    if name not in evaluator_names() or (suffix and not length.isdigit()):
         return None
     found = evaluator_class(name).measure(key)
-    return found if found is None or not part else replace(found, cut=Cut(int(length), part.startswith("pca")))
+    return found if found is None or not suffix else replace(found, cut=Cut(int(length), suffix.startswith("pca")))

@@ -1,4 +1,7 @@
-"""The evidence for one encoder: kNN and linear probe, beside raw pixels and the same network with random weights."""
+"""The evaluation runner: encodes the data with a backbone and its baselines, and runs the evaluators on each.
+
+The baselines are raw pixels and the same architecture with random weights.
+"""
 
 from __future__ import annotations
 
@@ -48,14 +51,17 @@ def evaluate_backbone(
     precision: Precision = "fp32",
     masked_statistics: bool = False,
 ) -> Results | None:
-    """Measures `backbone` (trained here or anywhere) on labeled data; features are cached in ``work/features``.
+    """Evaluates `backbone`, from any source, and its baselines on labeled data.
 
-    `masked_statistics` says that its batch norms saw masked images only, which ``config.recalibrate`` may answer.
-    Under torch.distributed every process must call it and takes part in computing features; all but the first receive
-    None. Raises DataError for data without labels or with test classes unknown to the training split.
+    `work`: folder whose ``features`` subfolder caches features; None: no cache. `masked_statistics`: whether the batch
+    norms of `backbone` were trained on masked images, in which case ``config.recalibrate: auto`` re-estimates them.
+
+    Under torch.distributed, every process must call this function and shares in encoding; only the first receives the
+    results, the others None. Raises DataError for data without labels or with test classes that are missing from the
+    training split, and for data that an evaluator selected by name cannot use.
     """
     began = time.perf_counter()
-    config = settle(config, given=())
+    config = settle(config, given=())  # given=(): settings of evaluators that do not run are allowed here
     evaluators = build_evaluators(config)
     train, test = sources = limited(train, config.limit), limited(test, config.limit)
     cache = work / "features" if work is not None else None
@@ -69,6 +75,7 @@ def evaluate_backbone(
         with _timed(seconds, name):
             datasets[name] = replace(encode_dataset(encoder, sources, load, recalibrate=recalibrated), seed=seed)
 
+    # encode the data, on all processes
     encode("backbone", backbone)
     wanted = ("pixels", "random") if config.baselines is True else config.baselines or ()
     if "pixels" in wanted:
@@ -78,14 +85,16 @@ def evaluate_backbone(
         try:
             encode("random", random_twin(backbone, seed))
             if backbone.custom:
-                notes["random"] = "drawn by the layers' own reset_parameters; buffers are those of the given network"
+                notes["random"] = "drawn by the layers' own reset_parameters; buffers are those of the given backbone"
         except ConfigError as error:
             notes["backbone"] = f"no baseline with random weights: {error}"
     if not is_main_process():
         return None
+    # run the evaluators, on the main process only
     check_features(datasets["backbone"].features)
     encoders: dict[str, EncoderResults] = {}
     for name, dataset in datasets.items():
+        # a baseline that cannot be evaluated, such as one with constant features, must not lose the backbone's results
         strict = name == "backbone" and config.evaluators != "all"
         found = _run_evaluators(dataset, evaluators, config.prefixes, strict=strict, called=name, note=notes.get(name))
         encoders[name] = replace(found, seconds={"features": seconds[name], **found.seconds})
@@ -105,7 +114,10 @@ def online_knn(
     precision: Precision = "fp32",
     masked_statistics: bool = False,
 ) -> dict[str, float]:
-    """kNN accuracies (``knn/k20`` → fraction) of a network in training, which is left as it was; {} off rank 0."""
+    """kNN accuracies (``knn/k20`` → fraction) of a backbone during its training, which is not disturbed.
+
+    Every process must call it; all but the first receive {}. Features are not cached, since the weights change.
+    """
     evaluator = _knn(config)
     sources = limited(train, config.limit), limited(test, config.limit)
     load = Loading(config.batch_size, workers, torch.device(device), precision)
@@ -114,30 +126,31 @@ def online_knn(
     if not is_main_process():
         return {}
     found = ((key, value) for key, value in evaluator.run(dataset) if isinstance(value, Measured))
-    return {f"knn/{key}": value.value for key, value in found if math.isnan(value.low)}  # no means over draws
+    # values with an interval of their own are means over draws (evaluate.knn.shots), which curves do not show
+    return {f"knn/{key}": value.value for key, value in found if math.isnan(value.low)}
 
 
 def _knn(config: EvaluateConfig) -> KnnEvaluator:
-    """The evaluator that runs during training, and whose k is the one to quote."""
+    """The kNN evaluator, which runs during training and determines the k of the headline."""
     evaluator = build_evaluator(config, "knn")
-    assert isinstance(evaluator, KnnEvaluator), "its name is taken"
+    assert isinstance(evaluator, KnnEvaluator), "another evaluator is registered as knn"
     return evaluator
 
 
 def encode_dataset(
     encoder: Backbone | None, sources: tuple[ImageSource, ImageSource], load: Loading, *, recalibrate: int = 0
 ) -> EncodedDataset:
-    """One encoder (None: raw pixels) on the (training, test) images of `sources`.
+    """Encodes the (training, test) images of `sources` with `encoder` (None: raw pixels).
 
-    `recalibrate`: training images on which its batch-norm statistics are estimated anew; 0: they stay. Raises
-    DataError for data without labels or with test classes unknown to the training split.
+    `recalibrate`: number of training images on which to re-estimate batch-norm statistics; 0: keep them. Raises
+    DataError for data without labels or with test classes that are missing from the training split.
     """
     train, test = sources
     classes = _classes(train)
     loading: dict[str, Any] = {"batch_size": load.batch_size, "workers": load.workers}
     if encoder is None:
-        parts = [raw_pixels(source, **loading, cache=load.cache) for source in sources]
-        return EncodedDataset(_joined(parts[0], parts[1], train, test, classes), None, sources, load)
+        pixels = [raw_pixels(source, **loading, cache=load.cache) for source in sources]
+        return EncodedDataset(_joined(pixels[0], pixels[1], train, test, classes), None, sources, load)
     loading["device"] = load.device
     if recalibrate:
         encoder = recalibrated(encoder, train, count=min(recalibrate, len(train)), **loading)
@@ -146,14 +159,14 @@ def encode_dataset(
 
 
 def evaluate_features(dataset: EncodedDataset, evaluator: Evaluator, prefixes: Sequence[int] = ()) -> EncoderResults:
-    """What one evaluator says of `dataset`. Raises what the evaluator raises."""
+    """Results of one evaluator on `dataset`, also on prefixes of the features. Raises what the evaluator raises."""
     return _run_evaluators(dataset, [evaluator], prefixes, strict=True)
 
 
 def _classes(train: ImageSource) -> tuple[str, ...]:
     if train.classes is None or train.labels() is None:
         raise DataError(
-            "evaluate.data: the data has no labels, and evidence needs them; set data.labels=true (folders named after "
+            "evaluate.data: the data has no labels, which evaluation needs; set data.labels=true (folders named after "
             "classes), data.label_column, or evaluate.data=..."
         )
     return tuple(train.classes)
@@ -162,20 +175,21 @@ def _classes(train: ImageSource) -> tuple[str, ...]:
 def _feature_set(
     train: ImageSource, test: ImageSource, classes: tuple[str, ...], backbone: Backbone, **options: Any
 ) -> FeatureSet:
-    parts = [extract_features(backbone, source, **options) for source in (train, test)]
-    return _joined(parts[0], parts[1], train, test, classes)
+    splits = [extract_features(backbone, source, **options) for source in (train, test)]
+    return _joined(splits[0], splits[1], train, test, classes)
 
 
 def _joined(
     train: FeatureSplit, test: FeatureSplit, train_source: ImageSource, source: ImageSource, classes: tuple[str, ...]
 ) -> FeatureSet:
-    """Both splits with the training split's numbering of the classes."""
+    """Joins both splits; test labels are renumbered to the classes of the training split."""
     names = _classes(source)
     if names == classes:
         return FeatureSet(train, test, classes)
     unknown = sorted(set(names) - set(classes))
     if unknown:
         raise DataError(f"evaluate.data: test class {unknown[0]!r} is not among the {len(classes)} training classes")
+    # a folder without images of some class numbers the others differently, so names decide
     mapping = np.array([classes.index(name) for name in names], dtype=np.int64)
     labels = np.where(test.labels < 0, -1, mapping[test.labels])
     return FeatureSet(train, replace(test, labels=labels), classes)
@@ -190,15 +204,16 @@ def _run_evaluators(
     called: str | None = None,
     note: str | None = None,
 ) -> EncoderResults:
-    """Runs the evaluators. What `dataset` cannot be judged by is raised when `strict`, and else becomes a note.
+    """Runs the evaluators. An evaluator that cannot use `dataset` raises if `strict`, else it leaves a note.
 
-    `called`: what the log calls the encoder, to tell of each evaluator that is done.
+    `called`: name of the encoder in the log, which reports each finished evaluator; None: no log. `note`: a note to
+    add to the results.
     """
     found = EncoderResults({}, dimension=dataset.features.train.features.shape[1])
     notes = [note] if note else []
-    components = functools.cache(functools.partial(principal, dataset))  # once, whoever judges them
+    components = functools.cache(functools.partial(principal, dataset))  # one decomposition for all evaluators
     for evaluator in evaluators:
-        if dataset.backbone is None and evaluator.needs == "backbone":
+        if dataset.backbone is None and evaluator.needs == "backbone":  # raw pixels
             continue
         with _timed(found.seconds, evaluator.name):
             try:
@@ -216,7 +231,7 @@ def _run_evaluators(
 
 
 def _take(found: EncoderResults, notes: list[str], evaluator: Evaluator, key: str, value: Value) -> None:
-    """Puts one value of an evaluator where its type belongs."""
+    """Stores one value of an evaluator, by its type."""
     metric = f"{evaluator.name}/{key}"
     if isinstance(value, str):
         notes.append(f"{evaluator.name}: {value}")
@@ -241,13 +256,14 @@ def _evaluate_prefixes(
     prefixes: Sequence[int],
 ) -> None:
     """``knn/k20@64`` for the first 64 features, ``knn/k20@pca64`` for as many principal components."""
-    whole = {one.key for one in found.measures.values() if one.evaluator == evaluator.name and one.measure.cut is None}
+    metrics = [metric for metric in found.measures.values() if metric.evaluator == evaluator.name]
+    keys = {metric.key for metric in metrics if metric.measure.cut is None}
     lengths = sorted({length for length in prefixes if length < found.dimension})
     for length in lengths:
-        principal_part = components(lengths[-1]).first(length)
-        for cut, part in ((Cut(length), dataset.first(length)), (Cut(length, principal=True), principal_part)):
-            for key, value in evaluator.run(part):
-                if key in whole and isinstance(value, Measured):
+        projected = components(lengths[-1]).first(length)
+        for cut, subset in ((Cut(length), dataset.first(length)), (Cut(length, principal=True), projected)):
+            for key, value in evaluator.run(subset):
+                if key in keys and isinstance(value, Measured):  # a subset may yield other keys, such as a smaller k
                     metric = f"{evaluator.name}/{key}@{cut}"
                     found.metrics[metric] = value.value
                     found.measures[metric] = Metric(evaluator.name, key, replace(value.measure, cut=cut))
@@ -255,7 +271,7 @@ def _evaluate_prefixes(
 
 def _results_of(encoders: dict[str, EncoderResults], dataset: EncodedDataset, config: EvaluateConfig) -> Results:
     data, sources, arrays = dataset.features, dataset.require_sources(), encoders["backbone"].arrays
-    commonest = np.bincount(data.train.labels, minlength=len(data.classes)).argmax()
+    most_common = np.bincount(data.train.labels, minlength=len(data.classes)).argmax()
     gallery: tuple[GalleryRow, ...] = ()
     if "knn/neighbors" in arrays:
         gallery = nearest_gallery(data, arrays["knn/neighbors"], arrays["knn/similarities"], sources, seed=dataset.seed)
@@ -266,7 +282,7 @@ def _results_of(encoders: dict[str, EncoderResults], dataset: EncodedDataset, co
         test_labels=data.test.labels,
         train_images=len(data.train),
         test_images=len(data.test),
-        majority=float((data.test.labels == commonest).mean()),
+        majority=float((data.test.labels == most_common).mean()),
         skipped={"train": data.train.skipped, "test": data.test.skipped},
         seeds={"random weights": dataset.seed, "linear probe": dataset.seed},
         hardware=hardware(dataset.device),
@@ -277,14 +293,16 @@ def _results_of(encoders: dict[str, EncoderResults], dataset: EncodedDataset, co
 
 
 def _headline(measures: Mapping[str, Metric], k: int) -> tuple[str, ...]:
-    """kNN and linear probe, as fixed beforehand; without them the first accuracy that was measured."""
-    fixed = tuple(metric for metric in (f"knn/k{k}", "linear/top1") if metric in measures)
-    whole = {metric: one.measure for metric, one in measures.items() if one.measure.cut is None}
-    return fixed or tuple(metric for metric, measure in whole.items() if measure.unit == "accuracy")[:1]
+    """The metrics to quote: kNN and linear probe, or without both the first accuracy that was measured."""
+    # fixed in advance: choosing the best metric afterwards would flatter the backbone
+    fixed = tuple(name for name in (f"knn/k{k}", "linear/top1") if name in measures)
+    on_all_features = {name: metric.measure for name, metric in measures.items() if metric.measure.cut is None}
+    return fixed or tuple(name for name, measure in on_all_features.items() if measure.unit == "accuracy")[:1]
 
 
 @contextmanager
 def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Adds the wall-clock time of the block to ``seconds[name]``."""
     began = time.perf_counter()
     yield
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began

@@ -1,4 +1,4 @@
-"""What was measured of an elastic run's sizes, as ``RUN/sizes.json`` holds it."""
+"""Accuracies of the sizes of an elastic run, as stored in ``RUN/sizes.json``."""
 
 from __future__ import annotations
 
@@ -24,68 +24,72 @@ class _Record(BaseModel):
 
 
 class SizeResult(_Record):
-    """One network and its accuracies."""
+    """One backbone and its accuracies."""
 
     kind: Literal["extracted", "alone"]
-    """extracted: a sub-network of the run. alone: another run, of a network of this size."""
+    """extracted: a subnetwork of the run. alone: another run with a backbone of this size."""
     title: str
-    """Such as ``384x12``; of another run its name."""
+    """Such as ``384x12``; for another run, its name."""
     width: int
     depths: tuple[int, ...]
-    """Blocks of each stage."""
+    """Number of blocks in each stage."""
     parameters: int
     macs: int
     """Multiply-adds for one image."""
     metrics: dict[str, float]
-    """``evaluator/name`` → accuracy on the test split, a fraction."""
+    """``evaluator/key`` → accuracy on the test split, as a fraction."""
     random: dict[str, float] = {}
-    """The same of the same network with random weights; empty: not measured."""
+    """Accuracies of the same architecture with random weights; empty: not measured."""
     recalibrated: int = 0
-    """Training images on which the statistics of its batch norms were estimated; 0: they were not."""
+    """Training images on which the batch-norm statistics were re-estimated; 0: they were not."""
     seconds: float = 0.0
+    """Wall-clock time of the evaluation. [seconds]"""
     weights: str
-    """SHA-256 of the file that the weights come from."""
+    """SHA-256 of the file with the weights."""
 
 
 class SizeCurve(_Record):
-    """All sizes that were measured under one protocol."""
+    """All sizes that were measured with the same protocol."""
 
     model_config = ConfigDict(populate_by_name=True)
 
     settings: dict[str, Any]
-    """What the numbers depend on; ``weights`` is the SHA-256 of the run's weights."""
+    """The settings that the accuracies depend on; ``weights`` is the SHA-256 of the run's weights."""
     headline: tuple[str, ...]
     """Metrics to quote, such as ``knn/k20``."""
     labels: dict[str, str] = {}
-    """What tables call them."""
+    """Their names in tables."""
+    # the aliases read files written before these fields were renamed
     train_images: int = Field(validation_alias=AliasChoices("train_images", "train_pictures"))
     test_images: int = Field(validation_alias=AliasChoices("test_images", "test_pictures"))
     sizes: int
-    """How many the run holds, measured or not."""
+    """Number of sizes in the run, measured or not."""
     pixels: dict[str, float] = {}
     """Accuracies of raw pixels; empty: not measured."""
     results: tuple[SizeResult, ...] = ()
 
     def label(self, metric: str) -> str:
-        """What tables call a metric to quote."""
+        """Name of a headline metric in tables."""
         if metric in self.labels:
             return self.labels[metric]
-        measure = measure_of(metric)  # of a file from before it held labels
+        measure = measure_of(metric)  # older files have no labels
         return measure.text if measure is not None else metric
 
     def find(self, kind: str, title: str) -> SizeResult | None:
+        """The result of this kind and title, or None."""
         return next((result for result in self.results if (result.kind, result.title) == (kind, title)), None)
 
     def adding(self, result: SizeResult) -> SizeCurve:
-        """With `result`, in place of an earlier one of the same network; smallest network first."""
+        """A copy with `result` added, in place of an earlier one for the same size; sorted by parameters."""
         others = [one for one in self.results if (one.kind, one.title) != (result.kind, result.title)]
         ordered = sorted([*others, result], key=lambda one: (one.parameters, one.kind == "alone", one.title))
         return self.model_copy(update={"results": tuple(ordered)})
 
     def front(self, metric: str) -> list[SizeResult]:
-        """The extracted sizes that are better than every smaller one (the Pareto front), smallest first."""
+        """The Pareto front: extracted sizes that are better than every smaller one, smallest first."""
         found: list[SizeResult] = []
         extracted = [result for result in self.results if result.kind == "extracted" and metric in result.metrics]
+        # of several results with equal parameters, the best comes first and excludes the others
         for result in sorted(extracted, key=lambda one: (one.parameters, -one.metrics[metric])):
             if not found or result.metrics[metric] > found[-1].metrics[metric]:
                 found.append(result)
@@ -93,36 +97,36 @@ class SizeCurve(_Record):
 
 
 def read_curve(folder: Path) -> SizeCurve | None:
-    """What was measured of the run in `folder`; None when nothing was, or of other weights than it holds now.
+    """The sizes measured for the run in `folder`; None if there are none, or if its weights have changed since.
 
-    Raises DataError when the file is damaged.
+    Raises DataError if the file is damaged.
     """
     curve = load_curve(folder)
     if curve is None or curve.settings.get("weights") == file_digest(folder / WEIGHTS):
         return curve
-    log.warning("%s was measured with other weights than the run has now, and is left out", folder / FILE)
+    log.warning("%s is ignored: it was measured with other weights than the run has now", folder / FILE)
     return None
 
 
 def load_curve(folder: Path) -> SizeCurve | None:
-    """As `read_curve`, whatever the weights."""
+    """Like `read_curve`, but without a check of the weights."""
     file = folder / FILE
     if not file.is_file():
         return None
     try:
         return SizeCurve.model_validate_json(file.read_bytes())
     except (OSError, ValidationError) as error:
-        raise DataError(f"{file}: cannot be read ({first_line(error)}); remove it to measure anew") from None
+        raise DataError(f"{file}: cannot be read ({first_line(error)}); remove it to measure again") from None
 
 
 def write_curve(folder: Path, curve: SizeCurve) -> None:
-    """Replaces ``folder/sizes.json`` in one move."""
+    """Replaces ``folder/sizes.json`` atomically."""
     with writing(str(folder / FILE)):
         write_atomically(folder / FILE, curve.model_dump_json(indent=1) + "\n")
 
 
 def file_digest(file: Path) -> str:
-    """SHA-256 of a file. Raises CheckpointError when it cannot be read."""
+    """SHA-256 of a file, hexadecimal. Raises CheckpointError if it cannot be read."""
     digest = hashlib.sha256()
     try:
         with file.open("rb") as opened:

@@ -1,4 +1,4 @@
-"""The evidence as a Markdown table, for notebooks and terminals."""
+"""Results as a Markdown table, for notebooks and terminals."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from unlabeled.eval.results import Results
 
 
 def results_table(results: Results) -> str:
-    """The verdict and a row for each measure on all features, those to quote in bold; intervals are 95 %."""
+    """The summary and a table of all metrics on all features, the headline metrics first and in bold.
+
+    Values in parentheses are 95 % intervals.
+    """
     names = list(results.encoders)
     rows = sorted((row for row in measures(results) if row.cut is None), key=lambda row: not row.headline)
     lines = [
@@ -27,7 +30,7 @@ def results_table(results: Results) -> str:
 
 
 def _cell(row: Comparison, found: Estimate | None) -> str:
-    if found is None:
+    if found is None:  # this encoder has no such metric
         return "–"
     shown = f"{found.value:.4g}" if row.unit == "number" else f"{percent(found.value)} %"
     if math.isnan(found.low):

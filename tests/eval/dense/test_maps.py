@@ -1,4 +1,4 @@
-"""Images of maps: components against SVD, and every kind of network."""
+"""Images of maps: components against SVD, and every kind of backbone."""
 
 from __future__ import annotations
 
@@ -67,24 +67,24 @@ def test_similarity_is_the_cosine_to_the_place():
 )
 def test_every_kind_of_network_without_a_trace(name, settings, key):
     torch.manual_seed(0)
-    network = create_backbone(name, **settings).train()
+    backbone = create_backbone(name, **settings).train()
     images = torch.randint(0, 256, (3, 3, 40, 40), dtype=torch.uint8)
     state = torch.get_rng_state()
-    found = map_images(network, images, foreground=0.4)
+    found = map_images(backbone, images, foreground=0.4)
     assert set(found) == {"pca", key, "similarity"}
     assert set(found) <= set(CAPTIONS)
     assert len({image.shape for image in found.values()}) == 1
     assert all(image.dtype == torch.uint8 and image.ndim == 3 for image in found.values())
-    assert network.training
+    assert backbone.training
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(image, map_images(network, images, foreground=0.4)[name]) for name, image in found.items())
+    assert all(torch.equal(image, map_images(backbone, images, foreground=0.4)[name]) for name, image in found.items())
 
 
 def test_a_network_without_maps_is_refused():
-    network = small_vit()
-    network.stages = []
+    backbone = small_vit()
+    backbone.stages = []
     with pytest.raises(CapabilityError, match="cannot do images of its feature map"):
-        map_images(network, torch.zeros(1, 3, 32, 48, dtype=torch.uint8))
+        map_images(backbone, torch.zeros(1, 3, 32, 48, dtype=torch.uint8))
 
 
 def test_places_lie_where_they_are_in_the_image():

@@ -70,11 +70,11 @@ def test_spherical_clusters_know_no_lengths_and_euclidean_ones_do() -> None:
 
 def test_features_without_variance_are_one_cluster() -> None:
     found = run(labeled(same(clouds(40, 4)), 0, 0, 1, 2))
-    assert found["note"] == "the test features are only 1 distinct vectors, fewer than the 3 classes"
+    assert found["note"] == "there are only 1 distinct test features, fewer than the 3 classes"
     assert (found["accuracy"], found["ari"]) == (0.5, 0)
     assert found["nmi"] == pytest.approx(0, abs=1e-9)
     twice = replace(clouds(40, 4), features=np.repeat(clouds(40, 4).features[:2], 20, axis=0))
-    assert run(twice)["note"].startswith("the test features are only 2 distinct vectors")
+    assert run(twice)["note"].startswith("there are only 2 distinct test features")
     assert len(np.unique(run(twice)["clusters"])) == 2
 
 

@@ -73,9 +73,7 @@ def test_clean_accuracy_is_that_of_the_usual_evaluation_and_values_repeat() -> N
 
 def test_raw_pixels_meet_the_linear_probe_fitted_to_clean_ones() -> None:
     evaluated = dataset(None, shape=(40, 36))
-    evaluated.features.train.labels[:] = (
-        np.arange(60) // 3 % 3
-    )  # not to be told from the colors: accuracies near chance
+    evaluated.features.train.labels[:] = np.arange(60) // 3 % 3  # colors do not reveal them: accuracies near chance
     found = plain_values(CorruptionEvaluator(CONFIG.model_copy(update={"classifier": "linear"})).run(evaluated))
     assert found["examples"].dtype == torch.uint8
     assert found["examples"].shape == (3, 3 * 64, 3 * 96)
@@ -98,7 +96,7 @@ def test_a_classifier_that_is_always_wrong_keeps_nothing() -> None:
     found = plain_values(CorruptionEvaluator(CONFIG).run(evaluated))
     assert found["clean"].value == 0
     assert "kept" not in found
-    assert found["note"].startswith("no clean image is told rightly")
+    assert found["note"].startswith("no clean image is predicted correctly")
 
 
 def test_broken_features_and_a_single_class_are_refused() -> None:

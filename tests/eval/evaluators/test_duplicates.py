@@ -88,7 +88,7 @@ def test_planted_copies_are_found_and_neighbors_are_not(offset: float) -> None:
     assert (found["train_pairs"], found["train_exact"]) == (2, 1)
     assert found["train_share"] == pytest.approx(4 / 302)
     assert found["note"] == (
-        "11 test images have a near duplicate in training; the closest are test-60.png and train-20.png"
+        "11 test images have a near duplicate in training; the closest pair is test-60.png and train-20.png"
     )
     clean = evaluate_features(Images(images, "train"), Images(smooth(50, seed=2), "test"), offset)
     assert [clean[key] for key in ("share", "pairs", "exact", "train_share", "train_pairs", "train_exact")] == [0] * 6
@@ -164,11 +164,11 @@ def test_features_alone_few_images_and_features_without_variance() -> None:
     assert set(values) == {"share", "pairs", "ratio", "train_share", "train_pairs"}
     few = clouds(6, 3)
     values = plain_values(DuplicatesEvaluator(CAREFUL).run(dataset(few, few)))
-    assert values["note"] == "6 training images are too few to judge nearness; only equal features count"
+    assert values["note"] == "6 training images are too few to compare distances; only equal features count"
     assert (values["share"], values["pairs"], values["train_pairs"]) == (1, 6, 0)
     for value in (0.0, 1e6):
         nothing = plain_values(DuplicatesEvaluator(CAREFUL).run(dataset(same(clouds(40, 3), value), clouds(9, 3))))
-        assert nothing == {"note": "the features of nearly all images are the same, so duplicates cannot be told"}
+        assert nothing == {"note": "nearly all images have the same features, so duplicates cannot be detected"}
     with pytest.raises(DataError, match="1 of 9 test features are NaN"):
         plain_values(DuplicatesEvaluator(CAREFUL).run(dataset(clouds(40, 3), broken(clouds(9, 3)))))
 

@@ -72,13 +72,13 @@ def test_queries_then_ways_are_cut_and_said() -> None:
     notes, values = run(FewShotConfig(ways=3, episodes=5, shots=(1, 5)), clouds(20, 4), clouds(24, 4, seed=1))
     assert list(values) == ["3way_1shot", "3way_5shot"]
     assert notes == [
-        "1-shot: the test split allows 3 ways and 5 queries a class, not 3 and 15",
-        "5-shot: the test split allows 3 ways and 1 queries a class, not 3 and 15",
+        "1-shot: the test split allows only 3 ways and 5 queries per class instead of 3 and 15",
+        "5-shot: the test split allows only 3 ways and 1 queries per class instead of 3 and 15",
     ]
     uneven = labeled(clouds(24, 4, seed=1), *[0] * 11, *[1] * 11, 2, 3)
     notes, values = run(FewShotConfig(episodes=5, shots=(1, 5, 50)), clouds(20, 4), uneven)
     assert list(values) == ["2way_1shot", "2way_5shot"]
-    assert notes[-1] == "no two test classes have images enough for 50 shots"
+    assert notes[-1] == "no two test classes have enough images for 50 shots"
 
 
 def test_ways_and_queries_that_are_possible() -> None:

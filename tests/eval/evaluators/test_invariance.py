@@ -60,7 +60,7 @@ def test_a_view_is_a_function_of_seed_image_and_number() -> None:
 
 
 def test_features_of_views_come_image_after_image() -> None:
-    """A network that reads the mean color: the views of an image are near each other, the classes far apart."""
+    """Features are the mean color: the views of an image are near each other, the classes far apart."""
     found = dataset(tiny_vit())
     source = ViewSource(found.require_sources()[0], [1, 2, 3], 4, augmentation((32, 32), 0.2), 0)
     colors = found.encode(source, lambda _, images: images.mean(dim=(2, 3)), named="colors")

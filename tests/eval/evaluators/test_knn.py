@@ -167,7 +167,7 @@ def test_labels_of_what_is_yielded() -> None:
     )}  # fmt: skip
     assert list(labels.values()) == [
         "kNN, k = 20", "kNN, k = 20, top 5", "kNN, k = 20, T = 0.1", "kNN, k = 200, T = 1e-05, top 5",
-        "kNN, 5 images a class", "kNN, recall of the approximate search", None, None, None, None,
+        "kNN, 5 images per class", "kNN, recall of the approximate search", None, None, None, None,
     ]  # fmt: skip
 
 
@@ -192,7 +192,7 @@ def test_a_class_with_too_few_images_is_taken_whole_and_said() -> None:
     found = plain_values(
         KnnEvaluator(KnnConfig(k=(5,), shots=(4,))).run(EncodedDataset(FeatureSet(rare, clusters(9, 3), names(3))))
     )
-    assert found["note"] == "a class has 2 training images, fewer than 4: all that it has were taken"
+    assert found["note"] == "a class has only 2 training images, fewer than 4: all of them were used"
     assert 0 <= found["shot4"].low <= found["shot4"].high <= 1
 
 

@@ -1,4 +1,4 @@
-"""Similarity of layers, within a network and between networks."""
+"""Similarity of layers, within a backbone and between backbones."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_network_without_maps_says_so() -> None:
     backbone.stages = []
     found = plain_values(LayersEvaluator(CONFIG).run(dataset(backbone)))
     assert list(found) == ["note"]
-    with pytest.raises(DataError, match="gives no feature maps"):
+    with pytest.raises(DataError, match="has no feature maps"):
         cka_between(backbone, tiny_vit(), MemorySource(9))
 
 

@@ -103,8 +103,8 @@ def test_the_edge_of_the_grid_is_said() -> None:
 
 def test_features_without_variance_are_harmless() -> None:
     data = dataset(0.3)
-    for part in (data.train, data.test):
-        part.features[:, 4] = 1e4 + 1 / 3
+    for split in (data.train, data.test):
+        split.features[:, 4] = 1e4 + 1 / 3
     mean, deviation = statistics(data.train.features)
     assert deviation[4] == 1
     np.testing.assert_allclose(mean, data.train.features.mean(0), rtol=1e-4)
@@ -128,7 +128,7 @@ def test_degenerate_inputs_are_refused() -> None:
     with pytest.raises(DataError, match="1 of 400 training features are NaN or infinite"):
         plain_values(LinearEvaluator(FAST).run(EncodedDataset(data)))
     lone = FeatureSplit(np.eye(4, 20, dtype=np.float32), np.arange(4))
-    with pytest.raises(DataError, match="4 training images, one a class, are too few"):
+    with pytest.raises(DataError, match="4 training images, one per class, are too few"):
         plain_values(LinearEvaluator(FAST).run(EncodedDataset(FeatureSet(lone, data.test, data.classes))))
 
 
@@ -142,11 +142,11 @@ def test_impossible_grids_are_refused(field: str, value: tuple[float, ...]) -> N
 
 def test_the_hold_out_is_stratified_and_disjoint() -> None:
     labels = np.array([0] * 50 + [1] * 10 + [2] * 2 + [3])
-    kept, held = stratified_split(labels, 0.1, seed=0)
-    assert np.bincount(labels[held], minlength=4).tolist() == [5, 1, 1, 0]
-    np.testing.assert_array_equal(np.sort(np.concatenate([kept, held])), np.arange(len(labels)))
+    kept, held_out = stratified_split(labels, 0.1, seed=0)
+    assert np.bincount(labels[held_out], minlength=4).tolist() == [5, 1, 1, 0]
+    np.testing.assert_array_equal(np.sort(np.concatenate([kept, held_out])), np.arange(len(labels)))
     assert np.bincount(labels[stratified_split(labels, 0.99, seed=0)[0]]).tolist() == [1, 1, 1, 1]
-    assert not np.array_equal(held, stratified_split(labels, 0.1, seed=1)[1])
+    assert not np.array_equal(held_out, stratified_split(labels, 0.1, seed=1)[1])
 
 
 def test_confusion_rows_are_the_truth() -> None:

@@ -69,7 +69,7 @@ def test_a_grid_over_inputs_finds_the_best_of_probing_each_alone(dataset: Encode
 def test_one_block_of_a_class_token_is_the_pooled_features(dataset: EncodedDataset) -> None:
     pooled, block = run(dataset), run(dataset, blocks=(1,))
     np.testing.assert_array_equal(pooled["predictions"], block["predictions"])
-    assert block["note"] == "the chosen head reads the class token of the last block (1 inputs were tried)"
+    assert block["note"] == "the selected head reads the class token of the last block (1 inputs were tried)"
     assert "blocks" not in pooled
 
 
@@ -116,17 +116,17 @@ def test_raw_pixels_are_probed_as_they_are(dataset: EncodedDataset) -> None:
     bare = replace(dataset, backbone=None)
     found, plain = run(bare, blocks=(1, 4), augment=True), run(bare)
     np.testing.assert_array_equal(found["predictions"], plain["predictions"])
-    assert found["note"].startswith("trained on cached features, since there is no network")
+    assert found["note"].startswith("trained on cached features, since there is no backbone")
 
 
 def test_rows_are_those_of_the_images_that_were_read() -> None:
-    """An image that cannot be decoded, and a subject that keeps a part of the images in another order."""
-    whole = encode_dataset(vit(), corrupt=(0, 7))
-    split = whole.features.train
+    """An image that cannot be decoded, and a dataset with a subset of the images in another order."""
+    full = encode_dataset(vit(), corrupt=(0, 7))
+    split = full.features.train
     assert split.indices is not None
     order = np.random.default_rng(0).permutation(len(split))[:40]
-    part = FeatureSplit(split.features[order], split.labels[order], split.indices[order])
-    dataset = replace(whole, features=replace(whole.features, train=part))
+    subset = FeatureSplit(split.features[order], split.labels[order], split.indices[order])
+    dataset = replace(full, features=replace(full.features, train=subset))
     pooled, block = run(dataset), run(dataset, blocks=(1,))
     np.testing.assert_array_equal(pooled["predictions"], block["predictions"])
 
@@ -199,11 +199,11 @@ def test_broken_intermediate_features_are_refused(dataset: EncodedDataset) -> No
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"pooling": ("avg",)}, "pooling: says what is read of blocks; give evaluate.linear.blocks too"),
-        ({"blocks": (1,), "prefixes": (4,)}, "prefixes: are those of the pooled features; leave blocks and grid away"),
-        ({"grid": "dinov2", "prefixes": (4,)}, "prefixes: are those of the pooled features"),
-        ({"grid": "dinov2", "lr": (0.1,)}, "lr: grid=dinov2 has its own; leave one of both away"),
-        ({"grid": "dinov2", "blocks": (2,)}, "blocks: grid=dinov2 has its own"),
+        ({"pooling": ("avg",)}, "pooling: has no effect without blocks; give evaluate.linear.blocks too"),
+        ({"blocks": (1,), "prefixes": (4,)}, "prefixes: apply to the pooled features; remove blocks and grid"),
+        ({"grid": "dinov2", "prefixes": (4,)}, "prefixes: apply to the pooled features"),
+        ({"grid": "dinov2", "lr": (0.1,)}, "lr: grid=dinov2 sets its own; remove one of the two"),
+        ({"grid": "dinov2", "blocks": (2,)}, "blocks: grid=dinov2 sets its own"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -22,13 +22,13 @@ def test_predictions_are_those_of_scikit_learn_with_the_best_c_on_the_holdout() 
     config = LogisticConfig(C=(1e-4, 0.03, 100.0), holdout=0.25)
     found = plain_values(LogisticEvaluator(config).run(dataset(train, test, seed=5)))
     kept = stratified(train.labels, 0.75, derive(5, "logistic holdout"), spare=1)
-    held = np.setdiff1d(np.arange(160), kept)
+    held_out = np.setdiff1d(np.arange(160), kept)
     scores = {}
     for inverse in config.C:
         model = make_pipeline(StandardScaler(), LogisticRegression(C=inverse, max_iter=1000))
         model.fit(train.features[kept].astype(np.float64), train.labels[kept])
-        guess = model.predict_proba(train.features[held].astype(np.float64))
-        scores[inverse] = (guess.argmax(1) == train.labels[held]).mean(), -log_loss(train.labels[held], guess)
+        guess = model.predict_proba(train.features[held_out].astype(np.float64))
+        scores[inverse] = (guess.argmax(1) == train.labels[held_out]).mean(), -log_loss(train.labels[held_out], guess)
     assert len(set(scores.values())) == 3
     assert found["C"] == max(scores, key=lambda inverse: scores[inverse])
     model = make_pipeline(StandardScaler(), LogisticRegression(C=found["C"], max_iter=1000))
@@ -68,14 +68,14 @@ def notes_and_values(config: LogisticConfig, train: FeatureSplit, test: FeatureS
     return [value for key, value in pairs if key == "note"], dict(pairs)
 
 
-def test_one_image_a_class_a_narrow_list_and_an_early_stop_are_said() -> None:
+def test_one_image_per_class_a_narrow_list_and_an_early_stop_are_noted() -> None:
     notes, values = notes_and_values(LogisticConfig(C=(1.0, 0.01, 0.1)), clouds(4, 4), clouds(12, 4, seed=3))
     assert values["C"] == 0.1
-    assert notes == ["one training image a class leaves none to choose C on; it is the middle one, 0.1"]
+    assert notes == ["with one training image per class, C cannot be selected; the middle value, 0.1, was used"]
     config = LogisticConfig(C=(1e-7, 1e-6, 1e-5), iterations=1)
     notes, _ = notes_and_values(config, clouds(60, 3, spread=2), clouds(12, 3, seed=3))
     assert notes == [
-        "the chosen C 1e-05 is at the edge of the list; evaluate.logistic.C may be too narrow",
+        "the selected C 1e-05 is at the edge of the list; evaluate.logistic.C may be too narrow",
         "L-BFGS stopped after 1 iterations; raise evaluate.logistic.iterations",
     ]
 
@@ -90,7 +90,7 @@ def test_a_class_without_training_images_is_never_guessed() -> None:
     assert values["top1"] == 0
 
 
-def test_features_that_say_nothing_give_the_commonest_class() -> None:
+def test_uninformative_features_give_the_most_common_class() -> None:
     train = labeled(same(clouds(40, 2)), 0, 1, 1, 1)
     _, values = notes_and_values(LogisticConfig(), train, labeled(same(clouds(10, 2)), 0, 1))
     assert (values["predictions"] == 1).all()

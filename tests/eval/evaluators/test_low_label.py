@@ -45,13 +45,13 @@ def test_below_five_images_a_class_it_is_logistic_regression_with_the_given_c() 
     model = LogisticRegression(C=0.5, max_iter=1000).fit(scaler.transform(TRAIN.features[rows]), TRAIN.labels[rows])
     assert values["4pct"] == pytest.approx(model.score(scaler.transform(TEST.features), TEST.labels), abs=0.01)
     assert notes == [
-        "4 %: 2.0 images a class are too few to choose settings on, so this is logistic regression with C = 0.5"
+        "4 %: 2.0 images per class are too few to select settings, so logistic regression with C = 0.5 was used"
     ]
 
 
-def test_less_than_one_image_a_class_takes_one_and_says_so() -> None:
+def test_less_than_one_image_per_class_takes_one_and_reports_it() -> None:
     notes, values = run(LowLabelConfig(fractions=(0.01,), draws=2))
-    assert notes[0] == "1 % is less than one image a class; 4 of 200 images were used"
+    assert notes[0] == "1 % is less than one image per class; 4 of 200 images were used"
     assert isinstance(values["1pct"], Estimate)
 
 

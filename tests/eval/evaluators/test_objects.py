@@ -115,15 +115,15 @@ def test_boxes_of_masks_are_around_the_components_of_each_class():
     assert component_boxes(np.zeros((4, 4), np.uint8)).shape == (0, 4)
 
 
-def hooked_keys(network, images):
+def hooked_keys(backbone, images):
     """What the projection of the last block gives, by a hook on itself."""
     seen = []
-    attention = network.model.blocks[-1].attn
+    attention = backbone.model.blocks[-1].attn
     joint = getattr(attention, "qkv", None)
     handle = (joint if joint is not None else attention.k_proj).register_forward_hook(
         lambda *args: seen.append(args[2])
     )
-    network.map(images)
+    backbone.map(images)
     handle.remove()
     return seen[0].chunk(3, dim=2)[1] if joint is not None else seen[0]
 
@@ -139,31 +139,31 @@ def hooked_keys(network, images):
 )
 @torch.no_grad()
 def test_keys_are_those_of_the_last_block_without_class_token_and_registers(name, settings, prefix):
-    network = small_vit((32, 48), name, **settings).eval()
+    backbone = small_vit((32, 48), name, **settings).eval()
     images = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
-    found = key_map(network, lambda: network.map(images))
-    expected = hooked_keys(network, images)
+    found = key_map(backbone, lambda: backbone.map(images))
+    expected = hooked_keys(backbone, images)
     assert expected.shape[1] == prefix + 24
     torch.testing.assert_close(found.flatten(2).transpose(1, 2), expected[:, prefix:])
     assert found.shape == (2, 32, 4, 6)
-    assert not network.model.blocks[-1].attn._forward_pre_hooks
+    assert not backbone.model.blocks[-1].attn._forward_pre_hooks
 
 
 @torch.no_grad()
 def test_attention_of_the_class_token_is_the_softmax_of_its_query():
-    network = small_vit((32, 48), reg_tokens=2).eval()
+    backbone = small_vit((32, 48), reg_tokens=2).eval()
     images = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
-    attention = network.model.blocks[-1].attn
+    attention = backbone.model.blocks[-1].attn
     seen = []
     handle = attention.qkv.register_forward_hook(lambda *args: seen.append(args[2]))
-    before = network.map(images)
+    before = backbone.map(images)
     handle.remove()
     query, key, _ = seen[0].view(2, 27, 3, 2, 16).permute(2, 0, 3, 1, 4)
     expected = (query[:, :, :1] @ key.transpose(2, 3) / 4).softmax(-1)[:, :, 0, 3:].mean(1).view(2, 4, 6)
     fused = attention.fused_attn
-    torch.testing.assert_close(class_attention(network, lambda: network.map(images)), expected)
+    torch.testing.assert_close(class_attention(backbone, lambda: backbone.map(images)), expected)
     assert attention.fused_attn == fused
-    torch.testing.assert_close(network.map(images), before)
+    torch.testing.assert_close(backbone.map(images), before)
 
 
 @pytest.mark.parametrize(
@@ -175,10 +175,10 @@ def test_attention_of_the_class_token_is_the_softmax_of_its_query():
 )
 @torch.no_grad()
 def test_networks_without_such_a_block_have_neither(name, settings):
-    network = create_backbone(name, **settings).eval()
-    images = torch.zeros(1, 3, *network.input_size)
-    assert key_map(network, lambda: network.map(images)) is None
-    assert class_attention(network, lambda: network.map(images)) is None
+    backbone = create_backbone(name, **settings).eval()
+    images = torch.zeros(1, 3, *backbone.input_size)
+    assert key_map(backbone, lambda: backbone.map(images)) is None
+    assert class_attention(backbone, lambda: backbone.map(images)) is None
 
 
 @torch.no_grad()
@@ -204,11 +204,11 @@ def run(evaluated, **settings):
 
 
 def test_plain_blocks_are_found_in_pixels_of_the_image():
-    """Images of 96 x 144 pixels are seen at 32 x 48, and boxes are those of the image."""
-    network = small_vit((32, 48))
+    """Images of 96 x 144 pixels are encoded at 32 x 48, and boxes are in pixels of the image."""
+    backbone = small_vit((32, 48))
     source, boxes = scenes(12, (4, 6), side=24)
     np.testing.assert_array_equal(np.concatenate([true_boxes(source, index) for index in range(12)]), boxes)
-    found = dict(run(dataset(source, source, network, pixels=True)))
+    found = dict(run(dataset(source, source, backbone, pixels=True)))
     assert found["corloc"].value == 1
     assert found["iou"].value > 0.95
     assert found["images"] == 12
@@ -217,52 +217,52 @@ def test_plain_blocks_are_found_in_pixels_of_the_image():
 
 
 def test_annotated_boxes_come_first_also_in_a_part_of_the_data():
-    network = small_vit((32, 48))
+    backbone = small_vit((32, 48))
     far = [torch.tensor([[0.0, 0.0, 2.0, 2.0]]) for _ in range(8)]
     source, _ = scenes(8, (4, 6), boxes=far)
-    assert dict(run(dataset(source, limited(source, 6), network, pixels=True)))["corloc"].value == 0
-    found = dict(run(dataset(source, source, network, pixels=True), images=5))
+    assert dict(run(dataset(source, limited(source, 6), backbone, pixels=True)))["corloc"].value == 0
+    found = dict(run(dataset(source, source, backbone, pixels=True), images=5))
     assert found["images"] == 5
 
 
 def test_images_without_objects_are_left_out_and_said():
-    network = small_vit((32, 48))
+    backbone = small_vit((32, 48))
     source, _ = scenes(6, (4, 6), corrupt=2)
     source.masks[4] = 0
-    found = run(dataset(source, source, network, pixels=True))
+    found = run(dataset(source, source, backbone, pixels=True))
     assert dict(found)["images"] == 4
-    assert ("note", "2 of 6 test images have no true box, or cannot be decoded") in found
+    assert ("note", "2 of 6 test images have no true box or cannot be decoded") in found
     source.masks[:] = 0
     with pytest.raises(DataError, match="no test image has a box or a mask with an object"):
-        run(dataset(source, source, network, pixels=True))
+        run(dataset(source, source, backbone, pixels=True))
 
 
 def test_native_images_are_padded_and_boxes_cut_to_them():
-    """60 x 84 pixels become 64 x 88; without padding the places would lie elsewhere."""
-    network = small_vit((32, 48), dynamic_img_size=True)
+    """60 x 84 pixels become 64 x 88; without padding the positions would be shifted."""
+    backbone = small_vit((32, 48), dynamic_img_size=True)
     source, boxes = scenes(6, (8, 11))
     source.images, source.masks = source.images[:, :, :60, :84].contiguous(), source.masks[:, :60, :84]
     boxes = np.minimum(boxes, [84, 60, 84, 60])
-    found = dict(run(dataset(source, source, network, pixels=True), native=True))
+    found = dict(run(dataset(source, source, backbone, pixels=True), native=True))
     assert found["corloc"].value == 1
     assert found["iou"].value > 0.9
-    keys = run(dataset(source, source, network), native=True)
-    assert ("note", "features are keys of the last attention block") in keys
+    keys = run(dataset(source, source, backbone), native=True)
+    assert ("note", "features are the keys of the last attention block") in keys
     fixed = small_vit((32, 48))
     with pytest.raises(ConfigError, match=r"evaluate\.objects\.native: .* cannot take 64x88"):
         run(dataset(source, source, fixed), native=True)
 
 
 def test_maps_of_networks_without_keys_are_centered():
-    """After a rectifier all places are alike by the threshold; the box would always be the whole image."""
+    """After a ReLU, all positions are alike by the threshold; the box would always be the entire image."""
     torch.manual_seed(0)
-    network = create_backbone("resnet10t", size=64)
+    backbone = create_backbone("resnet10t", size=64)
     source, _ = scenes(6, (8, 8))
-    found = run(dataset(source, source, network))
+    found = run(dataset(source, source, backbone))
     values = dict(found)
     assert values["whole"] < 1
     assert values["iou"].value > 0.3
-    assert any("features are a feature map; places are those of map" in value for key, value in found if key == "note")
-    assert {key: value for key, value in run(dataset(source, source, network)) if key == "corloc"} == {
+    assert any("features are those of map" in value for key, value in found if key == "note")
+    assert {key: value for key, value in run(dataset(source, source, backbone)) if key == "corloc"} == {
         "corloc": values["corloc"]
     }

@@ -8,7 +8,7 @@ from eval_helpers import plain_pairs, plain_values
 
 from unlabeled.eval.base import FeatureSet, FeatureSplit
 from unlabeled.eval.encoded_dataset import EncodedDataset
-from unlabeled.eval.evaluators.spectrum import SpectrumConfig, SpectrumEvaluator, chosen, dead_features
+from unlabeled.eval.evaluators.spectrum import SpectrumConfig, SpectrumEvaluator, dead_features, sample_rows
 from unlabeled.eval.metrics import Spectrum, rankme, two_nn, uniformity
 from unlabeled.ssl.core.errors import DataError
 
@@ -53,10 +53,10 @@ def test_images_are_limited_by_the_seed_alone() -> None:
     assert (one["images"], one["pairwise"]) == (100, 40)
     assert all(one[key] == again[key] for key in VALUES)
     assert one["rankme"] != other["rankme"]
-    rows = chosen(300, 100, "spectrum", 0)
+    rows = sample_rows(300, 100, "spectrum", 0)
     assert len(set(rows.tolist())) == 100
     assert (np.diff(rows) > 0).all()
-    np.testing.assert_array_equal(chosen(3, 10, "spectrum"), [0, 1, 2])
+    np.testing.assert_array_equal(sample_rows(3, 10, "spectrum"), [0, 1, 2])
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1])
@@ -81,7 +81,7 @@ def test_duplicates_and_few_images() -> None:
     doubled = plain_values(SpectrumEvaluator(SpectrumConfig()).run(dataset(np.concatenate([features, features]))))
     assert doubled["dimension"] == pytest.approx(two_nn(features), rel=1e-3)
     few = plain_values(SpectrumEvaluator(SpectrumConfig()).run(dataset(cloud(12))))
-    assert few["note"] == "12 images of 20 features: ranks cannot be more than the images"
+    assert few["note"] == "ranks are limited by the number of images: 12 images with 20 features"
     assert few["rankme"] <= 12.001
 
 

@@ -19,7 +19,7 @@ def test_a_second_call_does_not_touch_the_network(tmp_path: Path, monkeypatch: p
     first = extract_features(tiny_vit(), MemorySource(5, corrupt=(2,)), cache=tmp_path)
 
     def touched(self: Backbone, x: torch.Tensor) -> torch.Tensor:
-        raise AssertionError("the network was run")
+        raise AssertionError("the backbone was used")
 
     monkeypatch.setattr(Backbone, "pooled", touched)
     second = extract_features(tiny_vit(), MemorySource(5, corrupt=(2,)), cache=tmp_path)
@@ -31,12 +31,12 @@ def test_a_second_call_does_not_touch_the_network(tmp_path: Path, monkeypatch: p
 
 
 def test_weights_size_precision_and_data_each_make_a_file_of_their_own(tmp_path: Path) -> None:
-    network = create_backbone("resnet10t", size=32)
+    backbone = create_backbone("resnet10t", size=32)
     other = create_backbone("resnet10t", size=32)
-    extract_features(network, MemorySource(3), cache=tmp_path)
-    extract_features(network, MemorySource(3), cache=tmp_path, size=64)
-    extract_features(network, MemorySource(3), cache=tmp_path, precision="bf16")
-    extract_features(network, MemorySource(4), cache=tmp_path)
+    extract_features(backbone, MemorySource(3), cache=tmp_path)
+    extract_features(backbone, MemorySource(3), cache=tmp_path, size=64)
+    extract_features(backbone, MemorySource(3), cache=tmp_path, precision="bf16")
+    extract_features(backbone, MemorySource(4), cache=tmp_path)
     extract_features(other, MemorySource(3), cache=tmp_path)
     raw_pixels(MemorySource(3), cache=tmp_path)
     assert len(list(tmp_path.iterdir())) == 6
@@ -67,8 +67,8 @@ def test_identity_of_data_sees_split_names_labels_and_pixels() -> None:
 
 
 def test_identity_of_weights_sees_one_changed_value_and_the_pooling() -> None:
-    network = tiny_vit()
-    base = weights_identity(network)
+    backbone = tiny_vit()
+    base = weights_identity(backbone)
     assert base == weights_identity(tiny_vit())
     torch.manual_seed(0)
     averaged = create_backbone(
@@ -81,17 +81,17 @@ def test_identity_of_weights_sees_one_changed_value_and_the_pooling() -> None:
         global_pool="avg",
         fc_norm=False,
     )
-    averaged.load_state_dict(network.state_dict())
+    averaged.load_state_dict(backbone.state_dict())
     assert weights_identity(averaged) != base
     with torch.no_grad():
-        next(network.parameters()).view(-1)[0] += 1e-6
-    assert weights_identity(network) != base
+        next(backbone.parameters()).view(-1)[0] += 1e-6
+    assert weights_identity(backbone) != base
 
 
 def test_identity_of_weights_is_that_of_the_exported_backbone(tmp_path: Path) -> None:
     """A run's settings have a list where what is read back from its export has a tuple."""
-    network = create_backbone("resnet10t", size=32, channels=[16, 16, 32, 32])
-    export_backbone(network, tmp_path)
+    backbone = create_backbone("resnet10t", size=32, channels=[16, 16, 32, 32])
+    export_backbone(backbone, tmp_path)
     loaded = load_backbone(tmp_path)
     assert loaded.kwargs["channels"] == (16, 16, 32, 32)
-    assert weights_identity(loaded) == weights_identity(network)
+    assert weights_identity(loaded) == weights_identity(backbone)

@@ -1,4 +1,4 @@
-"""Batch-norm statistics estimated anew: the numbers, what is left alone, and when it is done."""
+"""Re-estimated batch-norm statistics: their values, what does not change, and when it is done."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def resnet(seed: int = 0) -> Backbone:
     return create_backbone("resnet10t", size=(32, 32), drop_path_rate=0.5)
 
 
-def evidence_of(backbone: Backbone, config: EvaluateConfig, **options) -> Results:
+def results_of(backbone: Backbone, config: EvaluateConfig, **options) -> Results:
     train, test = MemorySource(40), MemorySource(12, seed=1, split="test")
     found = evaluate_backbone(backbone, train, test, config, **options)
     assert found is not None
@@ -141,7 +141,9 @@ def test_undecodable_images_are_left_out_and_a_lone_one_in_its_batch_too() -> No
     with torch.no_grad():
         values = whole.model.conv(whole.normalize(images))
     torch.testing.assert_close(whole.model.norm.running_mean, values.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
-    recalibrated(resnet(), MemorySource(5), count=5, batch_size=1)  # maps of one place: batches of two, one is left
+    recalibrated(
+        resnet(), MemorySource(5), count=5, batch_size=1
+    )  # maps of one position: batches of two, one image is left over
     with pytest.raises(DataError, match=r"recalibrate: fewer than two of 3 training images can be decoded"):
         recalibrated(resnet(), MemorySource(3, corrupt=(0, 1)), count=3)
 
@@ -160,7 +162,7 @@ def test_when_it_is_done(setting: bool | str, masked: bool, images: int, caplog:
 
 def test_a_network_without_batch_norms_is_measured_as_it_is(tmp_path: Path) -> None:
     plain = CONFIG.model_copy(update={"recalibrate": False})
-    on, off = (evidence_of(tiny_vit(seed=1), config, work=tmp_path) for config in (CONFIG, plain))
+    on, off = (results_of(tiny_vit(seed=1), config, work=tmp_path) for config in (CONFIG, plain))
     assert on.recalibrated == off.recalibrated == 0
     assert len(list((tmp_path / "features").iterdir())) == 6, "the cached features of one are those of the other"
 
@@ -171,14 +173,14 @@ def test_backbone_and_random_weights_are_treated_alike_and_cached_apart(tmp_path
         for norm in batch_norms(shifted):
             norm.running_var.fill_(100.0)
     before = weights_identity(shifted)
-    off = evidence_of(shifted, CONFIG.model_copy(update={"recalibrate": "auto"}), work=tmp_path)
-    on = evidence_of(shifted, CONFIG.model_copy(update={"recalibrate": "auto"}), work=tmp_path, masked_statistics=True)
+    off = results_of(shifted, CONFIG.model_copy(update={"recalibrate": "auto"}), work=tmp_path)
+    on = results_of(shifted, CONFIG.model_copy(update={"recalibrate": "auto"}), work=tmp_path, masked_statistics=True)
     assert (off.recalibrated, on.recalibrated) == (0, 40)
     assert weights_identity(shifted) == before, "the backbone itself keeps its statistics"
     twin = recalibrated(shifted, MemorySource(40), count=40)
     assert weights_identity(twin) != before
     assert len(list((tmp_path / "features").iterdir())) == 2 * 2 + 2 + 2 * 2, "pixels are shared, networks are not"
-    again = evidence_of(twin, CONFIG.model_copy(update={"recalibrate": False, "baselines": False}))
+    again = results_of(twin, CONFIG.model_copy(update={"recalibrate": False, "baselines": False}))
     assert on.encoders["backbone"].metrics == again.encoders["backbone"].metrics
 
 
@@ -187,14 +189,14 @@ def test_knn_during_the_run_is_that_of_the_end() -> None:
     train, test = MemorySource(40), MemorySource(12, seed=1, split="test")
     config = CONFIG.model_copy(update={"recalibrate": "auto", "baselines": False})
     found = online_knn(backbone, train, test, config, "cpu", masked_statistics=True)
-    results = evidence_of(backbone, config, masked_statistics=True)
+    results = results_of(backbone, config, masked_statistics=True)
     assert found == {key: value for key, value in results.encoders["backbone"].metrics.items() if key[:3] == "knn"}
     assert backbone.training
 
 
 def test_the_report_says_so(tmp_path: Path) -> None:
     summary = RunSummary("title", "resnet10t", "shapes", 1, "cpu", 0)
-    for results, said in ((evidence_of(resnet(), CONFIG), True), (evidence_of(tiny_vit(), CONFIG), False)):
+    for results, said in ((results_of(resnet(), CONFIG), True), (results_of(tiny_vit(), CONFIG), False)):
         write_report(tmp_path, summary, results, None, None)
         document = json.loads((tmp_path / "report" / "report.json").read_text())
         assert document["results"]["recalibrated"] == (40 if said else 0)

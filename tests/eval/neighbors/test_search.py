@@ -27,7 +27,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def features(count: int, *, seed: int, width: int = 24, groups: int = 12) -> np.ndarray:
-    """Clouds that share a mean, as the features of a network do."""
+    """Clouds that share a mean, as the features of a backbone do."""
     centers = np.random.default_rng(5).normal(size=(groups, width)) + 2
     generator = np.random.default_rng(seed)
     rows = centers[generator.integers(groups, size=count)] + 0.7 * generator.normal(size=(count, width))
@@ -144,7 +144,7 @@ def test_memory_does_not_grow_with_the_rows_on_disk(tmp_path: Path) -> None:
 
 def test_a_file_without_such_a_matrix_is_refused(tmp_path: Path) -> None:
     save_file({"features": np.zeros((3, 2), np.float16)}, tmp_path / "half.safetensors")
-    with pytest.raises(DataError, match="no float32 matrix called 'features'"):
+    with pytest.raises(DataError, match="contains no float32 matrix called 'features'"):
         mapped_features(tmp_path / "half.safetensors")
 
 

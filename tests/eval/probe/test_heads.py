@@ -44,16 +44,16 @@ def separately(
     return layer.weight.detach().float(), layer.bias.detach().float()
 
 
-@pytest.mark.parametrize("held", [1, 2**20])
-def test_each_head_is_a_linear_layer_with_its_own_optimizer(monkeypatch: pytest.MonkeyPatch, held: int) -> None:
+@pytest.mark.parametrize("cache", [1, 2**20])
+def test_each_head_is_a_linear_layer_with_its_own_optimizer(monkeypatch: pytest.MonkeyPatch, cache: int) -> None:
     """Also where the weights are more than the caches hold (here: one head at a time)."""
-    monkeypatch.setattr(heads, "_CACHE", held)
+    monkeypatch.setattr(heads, "_CACHE", cache)
     features, labels = batch(40, 6, 5)
     start = torch.randn(5, 6, generator=torch.Generator().manual_seed(1)) * 0.1
     grouped = GroupedSgd(6, 5, GRID, device=CPU, lr_scale=0.5, start=start)
-    assert len(grouped._parts) == (3 if held == 1 else 1)
+    assert len(grouped._chunks) == (3 if cache == 1 else 1)
     for step in range(12):
-        grouped.step(features[step : step + 16], labels[step : step + 16], rate=1 - step / 12)
+        grouped.step(features[step : step + 16], labels[step : step + 16], lr_factor=1 - step / 12)
     for weight, bias, setting in zip(*grouped.heads(), GRID, strict=True):
         expected = separately(features, labels, 5, setting, start)
         torch.testing.assert_close(weight, expected[0], atol=2e-6, rtol=1e-5)
@@ -65,8 +65,8 @@ def test_columns_of_a_wider_matrix_are_read_like_a_matrix_of_their_own() -> None
     features, labels = batch(16, 10, 3)
     sliced, own = (GroupedSgd(4, 3, GRID, device=CPU) for _ in range(2))
     for _ in range(3):
-        sliced.step(features[:, 3:7], labels, rate=1.0)
-        own.step(features[:, 3:7].clone(), labels, rate=1.0)
+        sliced.step(features[:, 3:7], labels, lr_factor=1.0)
+        own.step(features[:, 3:7].clone(), labels, lr_factor=1.0)
     assert torch.equal(sliced.heads()[0], own.heads()[0])
     assert torch.equal(sliced.scores(features[:, 3:7]), own.scores(features[:, 3:7].clone()))
 
@@ -75,12 +75,12 @@ def test_a_diverging_head_leaves_the_others_bit_equal() -> None:
     features, labels = batch(32, 6, 3)
     calm, wild = Setting(0.1, 0.01), Setting(1e38, 0.01)
     alone = GroupedSgd(6, 3, [calm, calm], device=CPU)
-    size_like = GroupedSgd(6, 3, [wild, calm], device=CPU)
+    mixed = GroupedSgd(6, 3, [wild, calm], device=CPU)
     for _ in range(8):
-        alone.step(features, labels, rate=1.0)
-        size_like.step(features, labels, rate=1.0)
-    assert size_like.finite().tolist() == [False, True]
-    for found, expected in zip(size_like.heads(), alone.heads(), strict=True):
+        alone.step(features, labels, lr_factor=1.0)
+        mixed.step(features, labels, lr_factor=1.0)
+    assert mixed.finite().tolist() == [False, True]
+    for found, expected in zip(mixed.heads(), alone.heads(), strict=True):
         assert torch.equal(found[1], expected[1])
 
 
@@ -88,7 +88,7 @@ def test_scores_and_the_hold_out_are_those_of_the_heads(monkeypatch: pytest.Monk
     features, labels = batch(50, 6, 4)
     group = GroupedSgd(6, 4, GRID, device=CPU)
     for _ in range(5):
-        group.step(features, labels, rate=1.0)
+        group.step(features, labels, lr_factor=1.0)
     monkeypatch.setattr(heads, "_LOGITS", 3 * 4 * 7)  # seven rows at a time
     accuracy, loss = hold_out(group, features, labels)
     for head, (weight, bias) in enumerate(zip(*group.heads(), strict=True)):

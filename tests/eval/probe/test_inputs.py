@@ -1,4 +1,4 @@
-"""What linear heads read of a network, against timm's own intermediate layers."""
+"""Inputs of linear heads, against timm's own intermediate layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unlabeled.ssl.core.errors import ConfigError
 VIT = {"embed_dim": 24, "depth": 5, "num_heads": 2, "patch_size": 8, "size": 32}
 
 
-def network(name: str, **options: Any) -> Backbone:
+def seeded_backbone(name: str, **options: Any) -> Backbone:
     """In evaluation mode, its final norm far from one that does nothing."""
     torch.manual_seed(0)
     backbone = create_backbone(name, **options).eval()
@@ -42,7 +42,7 @@ def read(backbone: Backbone, images: Tensor, **settings: Any) -> dict[str, Tenso
 @pytest.mark.parametrize("registers", [0, 4])
 @torch.no_grad()
 def test_tokens_are_those_of_timm_normed_and_without_registers(images: Tensor, registers: int) -> None:
-    backbone = network("vit_tiny_patch16_224", reg_tokens=registers, **VIT)
+    backbone = seeded_backbone("vit_tiny_patch16_224", reg_tokens=registers, **VIT)
     found = read(backbone, images, blocks=(1, 4), pooling=("cls", "avg", "cls+avg"))
     layers = backbone.model.get_intermediate_layers(images, n=4, return_prefix_tokens=True, norm=True)  # type: ignore
     assert layers[0][0].shape == (3, 16, 24)
@@ -67,7 +67,7 @@ def test_tokens_are_those_of_timm_normed_and_without_registers(images: Tensor, r
 def test_a_norm_behind_the_average_is_applied_to_every_block(images: Tensor) -> None:
     """timm's transformers that pool by the average have their final norm there."""
     for options in ({}, {"class_token": False}):
-        backbone = network("vit_tiny_patch16_224", global_pool="avg", **options, **VIT)
+        backbone = seeded_backbone("vit_tiny_patch16_224", global_pool="avg", **options, **VIT)
         assert has_class_token(backbone) == (not options)
         found = list(read(backbone, images, blocks=(1, 3), pooling=("avg",)).values())
         model: Any = backbone.model
@@ -91,7 +91,7 @@ def test_a_norm_behind_the_average_is_applied_to_every_block(images: Tensor) -> 
 def test_maps_are_averaged_and_the_last_is_the_pooled_features(
     images: Tensor, name: str, options: dict[str, Any]
 ) -> None:
-    backbone = network(name, **options)
+    backbone = seeded_backbone(name, **options)
     pooled, three = read(backbone, images, blocks=(1, 3)).values()
     maps = [one.mean((2, 3)) for one in backbone.maps(images, [-2, -3])]
     torch.testing.assert_close(pooled, backbone(images))
@@ -100,19 +100,19 @@ def test_maps_are_averaged_and_the_last_is_the_pooled_features(
 
 def test_the_grid_of_dinov2_has_four_inputs_with_a_class_token_and_two_without() -> None:
     grid: dict[str, Any] = {"blocks": (1, 4), "pooling": ("cls", "cls+avg"), "fall_back": True}
-    reading, inputs = block_inputs(network("vit_tiny_patch16_224", **VIT), **grid)
+    reading, inputs = block_inputs(seeded_backbone("vit_tiny_patch16_224", **VIT), **grid)
     assert reading == BlockFeatures(classes=4, averages=1)
     assert [(one.start, one.stop) for one in inputs] == [(72, 96), (0, 96), (72, 120), (0, 120)]
-    reading, inputs = block_inputs(network("resnet10t", size=32), **grid)
+    reading, inputs = block_inputs(seeded_backbone("resnet10t", size=32), **grid)
     assert reading == BlockFeatures(classes=0, averages=4)
     assert [(one.start, one.stop, one.blocks) for one in inputs] == [(0, 512, 1), (0, 960, 4)]
 
 
 def test_what_a_network_lacks_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"evaluate\.linear\.pooling: resnet10t has no class token for 'cls'"):
-        block_inputs(network("resnet10t", size=32), (1,), ("cls",))
+        block_inputs(seeded_backbone("resnet10t", size=32), (1,), ("cls",))
     with pytest.raises(ConfigError, match=r"evaluate\.linear\.blocks: 6 is not possible, .* has 5 feature maps; give"):
-        block_inputs(network("vit_tiny_patch16_224", **VIT), (1, 6))
+        block_inputs(seeded_backbone("vit_tiny_patch16_224", **VIT), (1, 6))
 
 
 def test_prefixes_are_those_shorter_than_the_whole() -> None:

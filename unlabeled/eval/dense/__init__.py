@@ -1,1 +1,1 @@
-"""What a network sees in single places of an image: maps, attention, segmentation, objects."""
+"""Dense features, one vector for each position of an image: maps, attention, segmentation, object discovery."""

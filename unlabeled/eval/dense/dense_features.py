@@ -1,9 +1,9 @@
-"""Images to features of places, and masks to labels of the same places.
+"""Dense features of images, and labels for the same positions from masks.
 
-The whole image is resized to the network's size, bicubic, whatever its aspect, and its mask with it by the nearest
-pixel. So nothing is cut off, and places of image and mask are the same.
+Images are resized to the backbone's input size (bicubic, without keeping the aspect ratio), and masks likewise (nearest
+pixel). So nothing is cropped, and the positions of image and mask match.
 
-Shapes: B images of (h, w) pixels, (gh, gw) places, C channels, K classes with the background.
+Shapes: B images of (h, w) pixels, (gh, gw) positions, C channels, K classes including the background.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from unlabeled.ssl.core.errors import CapabilityError, ConfigError, DataError, U
 from unlabeled.ssl.data.source import DecodeError, ImageSource, MaskSource
 
 IGNORE = 255
-"""Value of a mask's pixels that no measure counts."""
+"""Mask value of pixels that are not evaluated."""
 _CELLS = 14
-"""Places along the shorter side that a map should have, for images of usual size (224)."""
+"""Positions along the shorter side that a map should have, for images of the usual size (224)."""
 _CELLS_SMALL = 8
 """The same for small images."""
 _STRIDE = 16
-"""Pixels per place that are fine enough in any case."""
+"""A stride that is always fine enough. [pixels]"""
 _PIXELS = 16
-"""Longest side of a place in the baseline of raw pixels; larger places are shrunk to it."""
+"""Largest side of a patch in the raw-pixels baseline; larger patches are shrunk to it."""
 
 
 def fine_level(backbone: Backbone) -> int:
-    """The deepest map with enough places along the shorter side, or the deepest of the finest maps if none has.
+    """Index of the deepest map that is fine enough, or of the deepest among the finest maps if none is.
 
-    Enough is 14; for smaller images what a stride of 16 leaves of them, and at least 8.
+    Fine enough means 14 positions along the shorter side; for smaller images a stride of 16, but at least 8 positions.
     """
     side = min(backbone.input_size)
     positions = [side / stage.stride for stage in backbone.stages]
@@ -52,47 +52,49 @@ def fine_level(backbone: Backbone) -> int:
 
 
 class DenseFeatures:
-    """uint8 images (B, 3, h, w) → one vector per place, float32 (B, C, gh, gw) on the subject's device.
+    """Computes dense features: uint8 images (B, 3, h, w) → float32 (B, C, gh, gw), on the dataset's device.
 
-    For a network, its map `level` (None: `fine_level`), the last one after the final norm; with `keys` and no `level`
-    the keys of its last attention block, where it has one. For raw pixels, the normalized pixels of each place of the
-    judged network's map.
+    For a backbone these are its map `level` (None: `fine_level`), with the final norm if it is the last one. With
+    `keys` and no `level`, they are the keys of the last attention block, if there is one and no finer map is needed.
+    For raw pixels, they are the normalized pixels of each patch, on the grid of the backbone under evaluation.
 
-    Raises CapabilityError for a network without maps, ConfigError for a level that it does not have.
+    Raises CapabilityError for a backbone without maps, ConfigError for a level that it does not have, and DataError if
+    only features are available.
     """
 
     def __init__(
         self, dataset: EncodedDataset, evaluator: str, level: int | None = None, *, keys: bool = False
     ) -> None:
-        network = dataset.backbone or dataset.size_like
-        if network is None:
-            raise DataError(f"evaluate: {evaluator} looks at places, and there are features alone; give a network")
-        if (reason := network.missing_reason("dense_map")) is not None:
+        backbone = dataset.backbone or dataset.size_like
+        if backbone is None:
+            raise DataError(f"evaluate: {evaluator} needs dense features, but only pooled ones are available")
+        if (reason := backbone.missing_reason("dense_map")) is not None:
             raise CapabilityError(
-                f"backbone: {network.name} has no feature maps ({reason}); leave {evaluator} out of evaluate.evaluators"
+                f"backbone: {backbone.name} has no feature maps ({reason}); remove {evaluator} from evaluate.evaluators"
             )
-        count = len(network.stages)
+        count = len(backbone.stages)
         if level is not None and not -count <= level < count:
             raise ConfigError(
-                f"evaluate.{evaluator}.level: {network.name} has no map {level}; give {-count} to {count - 1} or null"
+                f"evaluate.{evaluator}.level: {backbone.name} has no map {level}; give {-count} to {count - 1} or null"
             )
-        self.network, self.pixels = network, dataset.backbone is None
+        self.backbone, self.pixels = backbone, dataset.backbone is None
         self.device, self.precision = dataset.device, dataset.loading.precision
-        self.level = LevelMap(network, fine_level(network) if level is None else level, task=evaluator)
+        self.level = LevelMap(backbone, fine_level(backbone) if level is None else level, task=evaluator)
+        # keys lie on the grid of the last map, which must be the one that is fine enough
         self.keys = keys and level is None and not self.pixels and self.level.index == count - 1
-        self.size = network.input_size
+        self.size = backbone.input_size
         self._grids = {self.size: self.level.grid}
 
     @torch.no_grad()
     def __call__(self, images: Tensor, pad: tuple[int, int] = (0, 0)) -> Tensor:
-        """`pad`: rows and columns of zeros (the mean color) that are added below and on the right."""
-        self.network.to(self.device)
+        """`pad`: rows and columns to add at the bottom and on the right, filled with the mean color."""
+        self.backbone.to(self.device)
         with (
-            evaluating(self.network),
+            evaluating(self.backbone),
             torch.autocast(self.device.type, AUTOCAST[self.precision], enabled=self.precision != "fp32"),
         ):
-            normal = self.network.normalize(images.to(self.device, non_blocking=True))
-            normal = F.pad(normal, (0, pad[1], 0, pad[0]))
+            normal = self.backbone.normalize(images.to(self.device, non_blocking=True))
+            normal = F.pad(normal, (0, pad[1], 0, pad[0]))  # after normalization, 0 is the mean color
             found = (self._patches(normal) if self.pixels else self._features(normal)).float()
         if not bool(found.isfinite().all()):
             raise DataError(
@@ -102,45 +104,48 @@ class DenseFeatures:
         return found
 
     def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Places (gh, gw) for images of `size` (h, w)."""
+        """Grid (gh, gw) of positions for images of `size` (h, w)."""
         if size not in self._grids:
-            self._grids[size] = self.level.grid_of(self.network, size)
+            self._grids[size] = self.level.grid_of(self.backbone, size)
         return self._grids[size]
 
     @property
     def maps(self) -> bool:
-        """Whether the features are those of a map: neither keys (known after the first images) nor pixels."""
+        """Whether the features are a feature map, and neither keys (known after the first batch) nor pixels."""
         return not self.keys and not self.pixels
 
     @property
     def note(self) -> str | None:
-        """Says which map was taken, where that was a choice."""
-        count, index, (rows, columns) = len(self.network.stages), self.level.index, self.level.grid
+        """Which map was used, as a note for the report; None if it is the last one."""
+        count, index, (rows, columns) = len(self.backbone.stages), self.level.index, self.level.grid
         if index == count - 1:
             return None
-        return f"places are those of map {index + 1} of {count}, {rows} x {columns}; deeper maps are coarser"
+        return (
+            f"features are those of map {index + 1} of {count} ({rows} x {columns} positions); deeper maps are coarser"
+        )
 
     def _features(self, images: Tensor) -> Tensor:
         if not self.keys:
-            return self.level(self.network, images)
-        found = key_map(self.network, lambda: self.level(self.network, images))
-        self.keys = found is not None  # a network keeps them or does not, whatever the images
+            return self.level(self.backbone, images)
+        found = key_map(self.backbone, lambda: self.level(self.backbone, images))
+        self.keys = found is not None  # depends on the backbone, not on the images: later batches need not try again
         return self._features(images) if found is None else found
 
     def _patches(self, images: Tensor) -> Tensor:
-        """(B, 3, h, w) → (B, 3 p q, gh, gw): each place's own pixels, averaged to at most 16 x 16."""
+        """(B, 3, h, w) → (B, 3 p q, gh, gw): the pixels of each patch, averaged to at most 16 x 16."""
         size = cast("tuple[int, int]", tuple(images.shape[-2:]))
         grid = self.grid_of(size)
+        # patches of p x q pixels: the image is first resized so that they fill it exactly
         p, q = (min(max(1, round(side / count)), _PIXELS) for side, count in zip(size, grid, strict=True))
         even = F.interpolate(images, (grid[0] * p, grid[1] * q), mode="area")
         return F.unfold(even, (p, q), stride=(p, q)).view(len(images), -1, *grid)
 
 
 class MaskedBatch(NamedTuple):
-    """Images with their masks, at the network's size."""
+    """A batch of images with their masks, at the backbone's input size."""
 
     indices: list[int]
-    """Index of each in the source."""
+    """Index of each image in the source."""
     images: Tensor
     """uint8 (B, 3, h, w)."""
     masks: Tensor
@@ -150,15 +155,16 @@ class MaskedBatch(NamedTuple):
 def masked_batches(
     source: ImageSource, size: tuple[int, int], indices: Sequence[int], dataset: EncodedDataset
 ) -> Iterator[MaskedBatch]:
-    """The images `indices` of `source` with masks, resized whole to `size`, but for those that cannot be decoded.
+    """Batches of the images `indices` of `source` with masks, resized to `size`; undecodable images are left out.
 
-    Masks have the classes of ``dataset.features``. Raises DataError for a source without masks, for a mask of another
-    size than its image, and for values that are no class.
+    Mask values are renumbered to the classes of ``dataset.features``. Raises DataError for a source without masks, for
+    a mask with another size than its image, and for values that are not a class.
     """
     masked = _Masked(with_masks(source), size, indices, mask_values(source, dataset.features.classes))
     load = dataset.loading
     options = {"batch_size": load.batch_size, "num_workers": load.workers, "generator": torch.Generator()}
     for items in DataLoader(masked, collate_fn=list, **options):  # type: ignore[arg-type]
+        # raised here: an exception in a worker would lose its type and its one line
         if error := next((item for item in items if isinstance(item, UnlabeledError)), None):
             raise error
         if good := [item for item in items if item is not None]:
@@ -167,17 +173,20 @@ def masked_batches(
 
 
 def with_masks(source: ImageSource) -> MaskSource:
-    """`source` as one with masks. Raises DataError when it has none."""
+    """`source`, typed as a source with masks. Raises DataError if it has none."""
     if not isinstance(source, MaskSource):
         raise DataError(
-            "evaluate.data: the data has no masks; give data=voc or data=shapes, or leave out the evaluators "
-            "that look at them"
+            "evaluate.data: the data has no masks; give data=voc or data=shapes, or remove the evaluators that need "
+            "masks"
         )
     return source
 
 
 def mask_values(source: ImageSource, classes: Sequence[str]) -> Tensor:
-    """int64 (256,): value in a mask of `source` → 0 for background, c + 1 for class c of `classes`, 255; else -1."""
+    """Table int64 (256,) that maps mask values of `source` to the numbering of `classes`.
+
+    0 is background, c + 1 is class c of `classes`, 255 is ignored, and -1 marks values that are not a class.
+    """
     table = torch.full((256,), -1)
     table[0], table[IGNORE] = 0, IGNORE
     for value, name in enumerate((source.classes or ())[: IGNORE - 1], start=1):
@@ -186,13 +195,13 @@ def mask_values(source: ImageSource, classes: Sequence[str]) -> Tensor:
 
 
 def resized_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 (H, W) → (h, w): at each pixel the value of the nearest one."""
+    """Resizes a mask uint8 (H, W) to `size` (h, w), with the value of the nearest pixel."""
     found: Tensor = tv.resize(mask[None], list(size), interpolation=InterpolationMode.NEAREST_EXACT)
     return found[0]
 
 
 class _Masked(Dataset["tuple[int, Tensor, Tensor] | UnlabeledError | None"]):
-    """Images and masks; None stands for what cannot be decoded, an error for the main process to raise."""
+    """Images with masks; an item is None if it cannot be decoded, or an error for the main process to raise."""
 
     def __init__(self, source: MaskSource, size: tuple[int, int], indices: Sequence[int], values: Tensor) -> None:
         self.source, self.size, self.indices, self.values = source, size, indices, values
@@ -213,37 +222,39 @@ class _Masked(Dataset["tuple[int, Tensor, Tensor] | UnlabeledError | None"]):
     def _mask(self, index: int, mask: Tensor, size: tuple[int, ...]) -> Tensor:
         name = self.source.describe(index)
         if tuple(mask.shape) != size:
-            shown = " and ".join(f"{h}x{w}" for h, w in (size, mask.shape))
-            raise DataError(f"evaluate.data: image and mask of {name} are {shown} pixels; they must be of one size")
-        known = self.values[mask.long()]
-        if bool((known < 0).any()):
-            value = int(mask[known < 0][0])
-            raise DataError(f"evaluate.data: the mask of {name} has value {value}, which is none of the classes")
-        return resized_mask(known.to(torch.uint8), self.size)
+            sizes = " and ".join(f"{h}x{w}" for h, w in (size, mask.shape))
+            raise DataError(f"evaluate.data: image and mask of {name} are {sizes} pixels; they must have the same size")
+        labels = self.values[mask.long()]
+        if bool((labels < 0).any()):
+            value = int(mask[labels < 0][0])
+            raise DataError(f"evaluate.data: the mask of {name} has value {value}, which is not one of the classes")
+        return resized_mask(labels.to(torch.uint8), self.size)
 
 
 def position_labels(masks: Tensor, grid: tuple[int, int], classes: int) -> tuple[Tensor, Tensor]:
-    """What each place shows: (shares of the classes, float32 (B, gh, gw, K); known part of it, float32 (B, gh, gw)).
+    """Soft labels of each position, from masks uint8 (B, h, w).
 
-    Of masks uint8 (B, h, w). Shares are those among the known pixels and sum to 1, or to 0 where none is known. A pixel
-    belongs to the place in which its center lies.
+    Returns the fraction of each class among the labeled pixels, float32 (B, gh, gw, K), which sums to 1, or to 0 if no
+    pixel is labeled; and the fraction of labeled pixels, float32 (B, gh, gw). A pixel belongs to the position that
+    contains its center.
     """
     batch, height, width = masks.shape
     rows, columns = (
         ((torch.arange(side) + 0.5) * count / side).long()
         for side, count in zip((height, width), grid, strict=True)
     )  # fmt: skip
+    # one histogram over (image, position, class), where class K counts the ignored pixels
     position = (rows[:, None] * grid[1] + columns) + torch.arange(batch)[:, None, None] * (grid[0] * grid[1])
     value = torch.where(masks == IGNORE, classes, masks.long())
     cells = batch * grid[0] * grid[1]
     counts = torch.bincount((position * (classes + 1) + value).flatten(), minlength=cells * (classes + 1))
     counts = counts.view(batch, *grid, classes + 1).float()
-    known = counts[..., :classes].sum(dim=3)
-    shares = counts[..., :classes] / known.clamp(min=1)[..., None]
-    return shares, known / counts.sum(dim=3).clamp(min=1)
+    labeled = counts[..., :classes].sum(dim=3)
+    fractions = counts[..., :classes] / labeled.clamp(min=1)[..., None]
+    return fractions, labeled / counts.sum(dim=3).clamp(min=1)
 
 
-def drawn(count: int, wanted: int, seed: int) -> list[int]:
-    """Ascending numbers of `wanted` of `count` things, or of all."""
-    chosen = np.random.default_rng(seed).permutation(count)[:wanted]
+def sample_indices(count: int, size: int, seed: int) -> list[int]:
+    """A random sample of `size` indices below `count`, ascending; all of them if there are no more."""
+    chosen = np.random.default_rng(seed).permutation(count)[:size]
     return [int(number) for number in np.sort(chosen)]

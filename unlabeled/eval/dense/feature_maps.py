@@ -1,4 +1,4 @@
-"""What the backbone looks at, in a few test images."""
+"""Images of the backbone's dense features and attention for a few test images, for the report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from unlabeled.ssl.core.seeds import derive
 
 
 def backbone_maps(dataset: EncodedDataset, count: int) -> dict[str, Tensor]:
-    """Caption → uint8 (3, H, W) of `count` readable test images, drawn by seed; {} for a network without a map."""
+    """Caption → uint8 (3, H, W) for `count` random test images; {} for a backbone without feature maps."""
     if count == 0:
         return {}
     backbone, (_, source), test = dataset.require_backbone(), dataset.require_sources(), dataset.features.test

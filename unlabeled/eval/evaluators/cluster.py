@@ -1,7 +1,7 @@
-"""Clusters without labels: k-means on the test features, compared with the classes.
+"""Clustering: k-means on the test features, compared with the classes.
 
-The protocol of deep clustering (Xie et al. 2016, 1511.06335, for the Hungarian accuracy; Hubert and Arabie 1985 for the
-adjusted Rand index): as many clusters as classes, scored by how well they match. Labels are used for the score alone.
+This is the protocol of deep clustering (Xie et al. 2016, 1511.06335, for the Hungarian accuracy; Hubert and Arabie 1985
+for the adjusted Rand index): as many clusters as classes. Labels are used only to score the clusters.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class ClusterConfig(EvaluatorConfig):
 
 
 class ClusterEvaluator(Evaluator):
-    """Agreement of k-means clusters of the test images with their classes, k being the number of these classes.
+    """Agreement between k-means clusters of the test images and their classes, with as many clusters as classes.
 
-    Yields ``accuracy`` (each cluster stands for one class, matched for the best total), ``nmi`` (mutual information
-    over the mean of both entropies, 0..1), ``ari`` (adjusted Rand index, 0 by chance, 1 at best), and ``clusters``
-    int64 (N,), numbered by the class that they are matched to. Where fewer distinct features than classes exist, k is
-    cut, which a ``note`` says. Raises DataError when all test images are of one class.
+    Yields ``accuracy`` (each cluster predicts one class, by the one-to-one matching that is best in total), ``nmi``
+    (mutual information divided by the mean of both entropies, 0..1), ``ari`` (adjusted Rand index: 0 by chance, 1 at
+    best), and ``clusters`` int64 (N,), the class matched to each image's cluster. With fewer distinct features than
+    classes, k is cut, and a ``note`` reports it. Raises DataError if all test images are of one class.
     """
 
     name: ClassVar = "cluster"
@@ -70,7 +70,7 @@ class ClusterEvaluator(Evaluator):
         if len(classes) < 2:
             raise DataError(
                 f"evaluate.cluster: all test images are of class {data.classes[int(classes[0])]!r}, so clusters "
-                "cannot be compared with classes; give test data of at least two"
+                "cannot be compared with classes; give test data with at least two classes"
             )
         rows = normalized(data.test.features) if self.config.spherical else np.ascontiguousarray(data.test.features)
         distinct = len({row.tobytes() for row in rows})
@@ -78,7 +78,7 @@ class ClusterEvaluator(Evaluator):
         if k < len(classes):
             yield (
                 "note",
-                f"the test features are only {distinct} distinct vectors, fewer than the {len(classes)} classes",
+                f"there are only {distinct} distinct test features, fewer than the {len(classes)} classes",
             )
         found = kmeans(
             rows,
@@ -88,22 +88,23 @@ class ClusterEvaluator(Evaluator):
             spherical=self.config.spherical,
             seed=derive(dataset.seed, "cluster"),
         )
-        counts = contingency_matrix(truth, found)  # (classes, clusters that hold an image)
-        matched, columns = linear_sum_assignment(counts, maximize=True)
+        counts = contingency_matrix(truth, found)  # (classes, clusters with at least one image)
+        matched, columns = linear_sum_assignment(counts, maximize=True)  # the Hungarian method
         yield "accuracy", _MEASURES["accuracy"].of(float(counts[matched, columns].sum() / len(truth)))
         yield "nmi", _MEASURES["nmi"].of(float(normalized_mutual_info_score(truth, found)))
         yield "ari", _MEASURES["ari"].of(float(adjusted_rand_score(truth, found)))
-        numbers = np.zeros(k, dtype=np.int64)
-        numbers[np.unique(found)[columns]] = classes[matched]
-        yield "clusters", numbers[found]
+        # the columns are the occupied clusters only: k-means may leave some empty
+        class_of = np.zeros(k, dtype=np.int64)
+        class_of[np.unique(found)[columns]] = classes[matched]
+        yield "clusters", class_of[found]
 
 
 def kmeans(rows: FloatArray, k: int, *, restarts: int, iterations: int, spherical: bool, seed: int) -> IntArray:
-    """Cluster of each row, int64 (N,), of the best of `restarts` runs of k-means on float32 (N, D), N >= k.
+    """k-means on `rows` float32 (N, D), N >= k: the cluster of each row, int64 (N,), from the best of `restarts` runs.
 
-    `spherical`: centroids are scaled to unit length and compared by cosine; `rows` have unit length then.
+    `spherical`: scale centroids to unit length and compare by cosine; `rows` must then have unit length.
     """
-    import faiss  # loads its own OpenMP runtime
+    import faiss  # here, since it loads an OpenMP runtime of its own that most runs do not need
 
     search = faiss.Kmeans(
         rows.shape[1],
@@ -111,9 +112,9 @@ def kmeans(rows: FloatArray, k: int, *, restarts: int, iterations: int, spherica
         niter=iterations,
         nredo=restarts,
         spherical=spherical,
-        seed=seed % 2**31,
-        min_points_per_centroid=1,  # faiss writes a warning to the terminal below 39
-        max_points_per_centroid=len(rows),  # and trains on a sample above 256
+        seed=seed % 2**31,  # a C int
+        min_points_per_centroid=1,  # below 39, the default, faiss prints a warning
+        max_points_per_centroid=len(rows),  # above 256, the default, faiss trains on a sample
     )
     with faiss_threads():
         search.train(rows)

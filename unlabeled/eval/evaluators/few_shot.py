@@ -1,8 +1,9 @@
 """Few-shot classification: episodes of a few classes with a few labeled images each.
 
-The CL2N protocol of SimpleShot (Wang et al. 2019, 1911.04623): features less the training split's mean, scaled to unit
-length; a query belongs to the nearest class mean of its episode. The classes are those of the test split. Their labels
-in the training split are not used, but unlike the field's benchmarks the network may have seen images of them.
+This is the CL2N protocol of SimpleShot (Wang et al. 2019, 1911.04623): features minus the mean of the training split,
+scaled to unit length; a query gets the class of the nearest class mean in its episode. Episodes use the classes of the
+test split. Training labels are not used, but unlike in few-shot benchmarks, the backbone may have been trained on
+images of these classes.
 """
 
 from __future__ import annotations
@@ -47,12 +48,12 @@ class FewShotConfig(EvaluatorConfig):
 
 
 class FewShotEvaluator(Evaluator):
-    """Mean accuracy of n-way k-shot episodes, for each k of the settings.
+    """Mean accuracy of n-way k-shot episodes, for each number of shots.
 
-    Yields ``5way_1shot`` and so on as `Estimate`: mean over the episodes +- 1.96 deviations / sqrt(episodes), as the
-    field does. The interval is about the draw of episodes from these test images, not about other test images
-    (Lafargue et al. 2024, 2409.02850). Where images or classes are too few, queries and then ways are cut, which a
-    ``note`` says; DataError when no two classes can be told apart.
+    Yields ``5way_1shot`` and so on: the mean over the episodes, with the usual interval of 1.96 standard deviations /
+    sqrt(episodes). The interval covers the draw of episodes from these test images, not the choice of test images
+    (Lafargue et al. 2024, 2409.02850). With too few images or classes, first queries and then ways are cut, and a
+    ``note`` reports it. Raises DataError if no two classes have enough images.
     """
 
     name: ClassVar = "few_shot"
@@ -63,7 +64,8 @@ class FewShotEvaluator(Evaluator):
     def __init__(self, config: FewShotConfig) -> None:
         if not config.shots or min(config.shots) < 1:
             raise ConfigError(
-                f"evaluate.few_shot.shots: {list(config.shots)} is not possible; give whole numbers from 1, as [1, 5]"
+                f"evaluate.few_shot.shots: {list(config.shots)} is not possible; give integers of at least 1, such as "
+                "[1, 5]"
             )
         self.config = config
 
@@ -75,20 +77,20 @@ class FewShotEvaluator(Evaluator):
     def run(self, dataset: EncodedDataset) -> Iterator[tuple[str, Value]]:
         data, config = dataset.features, self.config
         check_features(data)
-        center = data.train.features.mean(axis=0, dtype=np.float64)
+        center = data.train.features.mean(axis=0, dtype=np.float64)  # of the training split, so episodes share it
         features = normalized((data.test.features - center).astype(np.float32))
         members = [np.flatnonzero(data.test.labels == label) for label in np.unique(data.test.labels)]
-        refused = []
+        skipped = []
         for shots in dict.fromkeys(config.shots):
             ways, queries = possible(members, config.ways, shots, config.queries)
             if ways < 2:
-                refused.append(shots)
+                skipped.append(shots)
                 continue
             if (ways, queries) != (config.ways, config.queries):
                 yield (
                     "note",
-                    f"{shots}-shot: the test split allows {ways} ways and {queries} queries a class, "
-                    f"not {config.ways} and {config.queries}",
+                    f"{shots}-shot: the test split allows only {ways} ways and {queries} queries per class instead of "
+                    f"{config.ways} and {config.queries}",
                 )
             seed = derive(dataset.seed, "few_shot", shots)
             found = episodes(features, members, ways, shots, queries, config.episodes, seed)
@@ -96,13 +98,13 @@ class FewShotEvaluator(Evaluator):
             mean = float(found.mean())
             estimate = Estimate(mean, max(0.0, mean - half), min(1.0, mean + half))
             yield f"{ways}way_{shots}shot", _episodes(ways, shots).of(estimate)
-        if len(refused) == len(set(config.shots)):
+        if len(skipped) == len(set(config.shots)):
             raise DataError(
-                f"evaluate.few_shot: no two test classes have {min(refused) + 1} images, one more than the shots; "
+                f"evaluate.few_shot: no two test classes have {min(skipped) + 1} images, one more than the shots; "
                 "give more labeled test images"
             )
-        if refused:
-            yield "note", f"no two test classes have images enough for {', '.join(map(str, refused))} shots"
+        if skipped:
+            yield "note", f"no two test classes have enough images for {', '.join(map(str, skipped))} shots"
 
 
 def _episodes(ways: int, shots: int) -> Measure:
@@ -110,7 +112,10 @@ def _episodes(ways: int, shots: int) -> Measure:
 
 
 def possible(members: list[IntArray], ways: int, shots: int, queries: int) -> tuple[int, int]:
-    """(ways, queries) that classes of these images allow: the wish, else fewer queries, else fewer ways (0: none)."""
+    """The (ways, queries) that are possible, at most those given.
+
+    `members`: the images of each class. Queries are cut before ways; 0 or 1 ways mean that no episode is possible.
+    """
     spare = sorted((len(rows) - shots for rows in members if len(rows) > shots), reverse=True)[:ways]
     return len(spare), min([queries, *spare])
 
@@ -118,9 +123,9 @@ def possible(members: list[IntArray], ways: int, shots: int, queries: int) -> tu
 def episodes(
     features: FloatArray, members: list[IntArray], ways: int, shots: int, queries: int, count: int, seed: int
 ) -> npt.NDArray[np.float64]:
-    """Accuracy of each of `count` episodes, float64 (count,).
+    """Accuracy of each of `count` random episodes, float64 (count,).
 
-    `members` are the rows of each class in `features` (N, D); classes and images are drawn without replacement.
+    `members`: the rows of `features` (N, D) of each class. Classes and images are drawn without replacement.
     """
     eligible = [rows for rows in members if len(rows) >= shots + queries]
     generator = np.random.default_rng(seed)
@@ -133,6 +138,7 @@ def episodes(
         ]
         images = features[np.stack(drawn)].astype(np.float64)  # (ways, shots + queries, D)
         means = images[:, :shots].mean(axis=1)
-        distances = (means**2).sum(axis=1) - 2 * images[:, shots:] @ means.T  # less |query|^2; (ways, queries, ways)
+        # squared distances without |query|^2, which is the same for all classes: (ways, queries, ways)
+        distances = (means**2).sum(axis=1) - 2 * images[:, shots:] @ means.T
         accuracy[episode] = (distances.argmin(axis=2) == truth).mean()
     return accuracy

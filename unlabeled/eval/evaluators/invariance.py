@@ -1,4 +1,4 @@
-"""What a network keeps of an image under augmentation: LiDAR and alignment of several views."""
+"""Invariance of features to augmentation: LiDAR and alignment over several views of each image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 from unlabeled.eval.base import Estimate, Evaluator, EvaluatorConfig, Measure, Value
 from unlabeled.eval.encoded_dataset import EncodedDataset
-from unlabeled.eval.evaluators.spectrum import chosen
+from unlabeled.eval.evaluators.spectrum import sample_rows
 from unlabeled.eval.metrics import lidar, pair_distances
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.core.seeds import derive
@@ -24,7 +24,7 @@ _Z95 = 1.96
 
 _MEASURES = {
     "lidar": Measure("LiDAR", "number"),
-    "alignment": Measure("alignment of two views (0: equal)", "number", "lower"),
+    "alignment": Measure("alignment of two views (0: identical)", "number", "lower"),
 }
 
 
@@ -40,16 +40,17 @@ class InvarianceConfig(EvaluatorConfig):
 
 
 class InvarianceEvaluator(Evaluator):
-    """LiDAR and alignment over crops, flips and color jitter, the views that most joint-embedding tasks train on.
+    """LiDAR and alignment over random crops, flips and color jitter, the views of most joint-embedding methods.
 
-    For a task with other views (patches, rotations) they are a common yardstick and not its own LiDAR.
+    The views are the same for all encoders. For a task with other views (patches, rotations), this is not the LiDAR of
+    its own objective, but values remain comparable.
 
-    Yields ``lidar`` (at most ``images`` - 1) and ``alignment`` with the 95 % interval of its mean over images;
-    ``images`` and ``views``, the numbers used; ``distances`` float64 (N,), alignment of each image.
+    Yields ``lidar`` (at most ``images`` - 1) and ``alignment``, with a 95 % interval of the mean over images; the
+    numbers of ``images`` and ``views`` used; and ``distances`` float64 (N,), the alignment of each image.
     """
 
     name: ClassVar = "invariance"
-    title: ClassVar = "Views of the same image"
+    title: ClassVar = "Invariance to augmentation"
     needs: ClassVar = "backbone"
     Config: ClassVar = InvarianceConfig
 
@@ -63,12 +64,12 @@ class InvarianceEvaluator(Evaluator):
     def run(self, dataset: EncodedDataset) -> Iterator[tuple[str, Value]]:
         train, views = dataset.features.train, self.config.views
         readable = np.arange(len(train)) if train.indices is None else train.indices
-        picked = readable[chosen(len(readable), self.config.images, "invariance", dataset.seed)]
+        picked = readable[sample_rows(len(readable), self.config.images, "invariance", dataset.seed)]
         if len(picked) < 2:
             raise DataError(f"evaluate.invariance: {len(picked)} images are too few; give at least two")
         augment = augmentation(dataset.require_backbone().input_size, self.config.scale)
         source = ViewSource(dataset.require_sources()[0], picked.tolist(), views, augment, dataset.seed)
-        features = dataset.encode(source).features.reshape(len(picked), views, -1)
+        features = dataset.encode(source).features.reshape(len(picked), views, -1)  # (N, Q, D)
         distances = pair_distances(features)
         mean, half = float(distances.mean()), _Z95 * float(distances.std(ddof=1)) / len(picked) ** 0.5
         yield "lidar", _MEASURES["lidar"].of(lidar(features))
@@ -79,9 +80,9 @@ class InvarianceEvaluator(Evaluator):
 
 
 class ViewSource:
-    """`views` augmented versions of each of the images `indices` of another source, all of an image in a row.
+    """A source with `views` augmented versions of each of the images `indices` of another source, image by image.
 
-    What is drawn for a version follows from the seed, the image's index and the version's number.
+    The augmentation of a view depends on the seed, the image's index and the view's number only.
     """
 
     classes: Sequence[str] | None = None
@@ -104,14 +105,16 @@ class ViewSource:
         return None
 
     def describe(self, index: int) -> str:
+        # the feature cache identifies images by this text, so it names all that shapes the pixels
         position, view = divmod(index, self.views)
         return f"{self.source.describe(self.indices[position])}, view {view} of seed {self.seed}, {self.augment!r}"
 
 
 def augmentation(size: tuple[int, int], scale: float) -> Callable[[Tensor], Tensor]:
-    """uint8 (3, H, W) → uint8 (3, h, w) of `size`: crops of `scale` to 1 of the area, flips, color jitter (p = 0.8).
+    """A random augmentation, uint8 (3, H, W) → uint8 (3, h, w) of `size`: crops, flips, and color jitter (p = 0.8).
 
-    The jitter is that of SimCLR (Chen et al. 2020, 2002.05709) at half strength, as for CIFAR-10 there.
+    Crops cover a fraction `scale` to 1 of the area. The jitter is SimCLR's (Chen et al. 2020, 2002.05709) at half
+    strength, as that paper uses for CIFAR-10.
     """
     jitter = v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
     steps: list[Any] = [v2.RandomResizedCrop(list(size), scale=(scale, 1.0), antialias=True)]

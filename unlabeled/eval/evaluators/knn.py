@@ -1,9 +1,9 @@
 """Weighted nearest-neighbor classification on frozen features.
 
-The protocol of DINO and DINOv2 (Caron et al. 2021, 2104.14294; Oquab et al. 2023, 2304.07193; facebookresearch/dinov2):
-cosine similarity, one list of the largest k neighbors for each test image, each voting for its class with weight
-softmax(similarity / temperature) over that list; a smaller k uses the first k votes. One departure: a class that no
-neighbor votes for never counts as one of the five guesses of a top-5 accuracy.
+This is the protocol of DINO and DINOv2 (Caron et al. 2021, 2104.14294; Oquab et al. 2023, 2304.07193; repository
+facebookresearch/dinov2). The nearest training images by cosine similarity, as many as the largest k, vote for their
+class with weight softmax(similarity / temperature) over all of them; a smaller k uses the first k votes. One departure:
+a class without any vote never counts among the five guesses of a top-5 accuracy.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from unlabeled.ssl.core.errors import ConfigError
 
 _HEADLINE_K = 20
 _HEADLINE_TEMPERATURE = 0.07
-"""Both fixed beforehand: choosing them by test accuracy would flatter the result."""
+"""Both are fixed in advance, since choosing them by test accuracy would inflate the result."""
 _QUERIES = 2048
-"""Test images that vote at a time; bounds the memory of the (queries, classes) scores."""
+"""Test images classified at a time; bounds the memory of the (queries, classes) scores."""
 
 
 def _listed(value: Any) -> Any:
-    """One number as a list of one."""
+    """A single number as a list of one."""
     return (value,) if isinstance(value, (int, float)) else value
 
 
@@ -69,18 +69,18 @@ class KnnConfig(EvaluatorConfig):
 
 
 class KnnEvaluator(Evaluator):
-    """kNN accuracy for each k and temperature of the settings.
+    """Accuracy of weighted k-nearest-neighbor classification, for each k and temperature in the settings.
 
-    Yields, for each k (cut to the number of training images, which a ``note`` then says), ``k20`` and with more than
-    five classes ``k20_top5`` as fractions; ``k20_t0.1`` and ``k20_t0.1_top5`` for temperatures beside that of the
-    headline; then for k and temperature of the headline ``predictions`` int64 (N,), ``neighbors`` int64 (N, k), rows
-    of the training split, most similar first, and ``similarities`` float32 (N, k). An approximate search adds
-    ``recall``, measured against the exact one, and a ``note``.
+    Yields, for each k, ``k20`` and, with more than five classes, ``k20_top5``, as fractions; ``k20_t0.1`` and
+    ``k20_t0.1_top5`` for temperatures other than that of the headline. If k exceeds the number of training images, it
+    is cut, and a ``note`` reports it. For the headline's k and temperature, also ``predictions`` int64 (N,),
+    ``neighbors`` int64 (N, k), which are rows of the training split, most similar first, and ``similarities`` float32
+    (N, k). An approximate search adds its ``recall`` and a ``note``.
 
-    ``shot5`` is the mean accuracy with five training images of each class drawn at random, with the 95 % interval of
-    Student's t over the draws: it says what the choice of the images does, not what the number of test images does.
+    ``shot5`` is the mean accuracy with five training images per class drawn at random, with Student's 95 % interval
+    over the draws. The interval covers the choice of training images, not that of test images.
 
-    A test image that is also a training image finds itself: nothing is left out, keep the splits apart.
+    Training and test split must not overlap: a test image that is also a training image is its own neighbor.
     """
 
     name: ClassVar = "knn"
@@ -91,7 +91,7 @@ class KnnEvaluator(Evaluator):
     def __init__(self, config: KnnConfig) -> None:
         if not config.k or min(config.k) < 1:
             raise ConfigError(
-                f"evaluate.knn.k: {list(config.k)} is not possible; give whole numbers from 1, such as [20]"
+                f"evaluate.knn.k: {list(config.k)} is not possible; give integers of at least 1, such as [20]"
             )
         if not config.temperature:
             raise ConfigError("evaluate.knn.temperature: [] is not possible; give positive numbers, such as [0.07]")
@@ -105,8 +105,8 @@ class KnnEvaluator(Evaluator):
             return _RECALL
         if key.startswith("shot") and key[4:].isdigit():
             return _shots(int(key[4:]))
-        parts = re.fullmatch(r"k(\d+)(?:_t([\d.e+-]+))?(_top5)?", key)
-        return _votes(int(parts[1]), parts[2], 5 if parts[3] else 1) if parts is not None else None
+        match = re.fullmatch(r"k(\d+)(?:_t([\d.e+-]+))?(_top5)?", key)
+        return _votes(int(match[1]), match[2], 5 if match[3] else 1) if match is not None else None
 
     def run(self, dataset: EncodedDataset) -> Iterator[tuple[str, Value]]:
         data = dataset.features
@@ -116,19 +116,22 @@ class KnnEvaluator(Evaluator):
         headline = self.headline_k(count)
         if max(self.config.k) > count:
             yield "note", f"k was cut to {count}, the number of training images"
+        # one search for all k
         neighbors, similarities = nearest_neighbors(
             data.train.features, data.test.features, max(wanted), self.config, seed=dataset.seed
         )
+        # the headline's temperature first
         for temperature in sorted(set(self.config.temperature), key=lambda one: (one != self.temperature, one)):
             guesses = _guesses(data, neighbors, similarities, sorted(set(wanted)), temperature)
             other = None if temperature == self.temperature else f"{temperature:g}"
-            named = "" if other is None else f"_t{other}"
+            suffix = "" if other is None else f"_t{other}"
+            # a single k gives no curve over k, so its values form one over the temperatures
             curve = {"along": temperature} if len(set(wanted)) == 1 else {}
             for k in dict.fromkeys(wanted):
                 hits = guesses[k] == data.test.labels[:, None]
-                yield f"k{k}{named}", _votes(k, other, **curve).of(float(hits[:, 0].mean()))
+                yield f"k{k}{suffix}", _votes(k, other, **curve).of(float(hits[:, 0].mean()))
                 if len(data.classes) > 5:
-                    yield f"k{k}{named}_top5", _votes(k, other, 5, **curve).of(float(hits.any(axis=1).mean()))
+                    yield f"k{k}{suffix}_top5", _votes(k, other, 5, **curve).of(float(hits.any(axis=1).mean()))
             if other is None:
                 yield "predictions", guesses[headline][:, 0]
         yield "neighbors", neighbors[:, :headline]
@@ -139,24 +142,27 @@ class KnnEvaluator(Evaluator):
             yield from self._few(data, shots, dataset.seed)
 
     def headline_k(self, count: int) -> int:
-        """The k to quote with `count` training images: 20 when the settings have it, else the first."""
+        """The k of the headline with `count` training images: 20 if it is in the settings, else the first one."""
         return min(_HEADLINE_K if _HEADLINE_K in self.config.k else self.config.k[0], count)
 
     def _approximation(self, data: FeatureSet, neighbors: IntArray, seed: int) -> Iterator[tuple[str, Value]]:
         found = recall(data.train.features, data.test.features, neighbors, search_settings(self.config), seed=seed)
         yield "recall", _RECALL.of(found)
-        yield "note", f"{self.config.search} is approximate: it found {found:.1%} of the {neighbors.shape[1]} nearest"
+        yield (
+            "note",
+            f"{self.config.search} is approximate: it found {found:.1%} of the {neighbors.shape[1]} nearest neighbors",
+        )
 
     def _few(self, data: FeatureSet, shots: int, seed: int) -> Iterator[tuple[str, Value]]:
         least = int(np.bincount(data.train.labels, minlength=len(data.classes)).min())
         if least < shots:
-            yield "note", f"a class has {least} training images, fewer than {shots}: all that it has were taken"
+            yield "note", f"a class has only {least} training images, fewer than {shots}: all of them were used"
         accuracies = []
         for draw in range(self.config.shot_draws):
             rows = _drawn(data.train.labels, shots, np.random.default_rng([seed, shots, draw]))
             few = replace(data, train=FeatureSplit(data.train.features[rows], data.train.labels[rows]))
             k = self.headline_k(len(rows))
-            exact = replace(search_settings(self.config), kind="exact")
+            exact = replace(search_settings(self.config), kind="exact")  # so few images need no index
             found = search(few.train.features, data.test.features, k, exact)
             guesses = _guesses(few, *found, [k], self.temperature)[k]
             accuracies.append(float((guesses[:, 0] == data.test.labels).mean()))
@@ -167,36 +173,36 @@ _RECALL = Measure("kNN, recall of the approximate search", "percent")
 
 
 def _votes(k: int, temperature: str | None = None, guesses: int = 1, *, along: float | None = None) -> Measure:
-    """What the accuracy of `k` neighbors is; `temperature` None: that of the headline.
+    """Describes the accuracy with `k` neighbors; `temperature` is None for that of the headline.
 
-    It is a point over k, or, where there is one k alone, over the temperature `along`.
+    The value is a point on a curve over k, or, with `along`, on a curve over temperatures at temperature `along`.
     """
-    top, warm = f", top {guesses}" if guesses > 1 else "", f", T = {temperature}" if temperature else ""
-    point = Point(f"kNN{warm}{top}", "k", k) if along is None else Point(f"kNN, k = {k}{top}", "T", along)
-    return Measure(f"kNN, k = {k}{warm}{top}", point=point, guesses=guesses)
+    top, scaled = f", top {guesses}" if guesses > 1 else "", f", T = {temperature}" if temperature else ""
+    point = Point(f"kNN{scaled}{top}", "k", k) if along is None else Point(f"kNN, k = {k}{top}", "T", along)
+    return Measure(f"kNN, k = {k}{scaled}{top}", point=point, guesses=guesses)
 
 
 def _shots(shots: int) -> Measure:
-    return Measure(f"kNN, {shots} images a class", "percent", point=Point("kNN", "images a class", shots))
+    return Measure(f"kNN, {shots} images per class", "percent", point=Point("kNN", "images per class", shots))
 
 
 def search_settings(config: KnnConfig) -> SearchSettings:
-    """The part of the settings that says how neighbors are found."""
+    """The settings of the neighbor search."""
     return SearchSettings(config.search, config.effort, config.memory_gb)
 
 
 def nearest_neighbors(
     train: FloatArray, test: FloatArray, k: int, settings: KnnConfig | None = None, *, seed: int = 0
 ) -> tuple[IntArray, FloatArray]:
-    """The `k` rows of `train` most similar to each row of `test`: indices int64 and cosines float32 (Q, k).
+    """The `k` rows of `train` most similar to each row of `test`: indices int64 and cosines float32, (Q, k) each.
 
-    As `unlabeled.eval.neighbors.search.search`, which says more; exact unless `settings` say otherwise.
+    See `unlabeled.eval.neighbors.search.search` for details. Without `settings`, the search is exact.
     """
     return search(train, test, k, search_settings(settings) if settings is not None else None, seed=seed)
 
 
 def _drawn(labels: IntArray, shots: int, generator: np.random.Generator) -> IntArray:
-    """Ascending rows: `shots` of each class, or all that it has."""
+    """Ascending rows: `shots` random ones of each class, or all of a smaller class."""
     rows = [generator.permutation(np.flatnonzero(labels == label))[:shots] for label in np.unique(labels)]
     return np.sort(np.concatenate(rows))
 
@@ -204,31 +210,32 @@ def _drawn(labels: IntArray, shots: int, generator: np.random.Generator) -> IntA
 def _guesses(
     data: FeatureSet, neighbors: IntArray, similarities: FloatArray, ks: list[int], temperature: float
 ) -> dict[int, IntArray]:
-    """k → the (up to) five best classes of each test image, best first, int64 (N, 5)."""
+    """k → the five best classes of each test image, best first, int64 (N, 5); -1 for missing ones."""
     found: dict[int, list[IntArray]] = {k: [] for k in ks}
     for start in range(0, len(neighbors), _QUERIES):
-        part = slice(start, start + _QUERIES)
-        votes = data.train.labels[neighbors[part]]
-        for k, scores in class_scores(votes, similarities[part], ks, temperature, len(data.classes)):
+        chunk = slice(start, start + _QUERIES)
+        votes = data.train.labels[neighbors[chunk]]
+        for k, scores in class_scores(votes, similarities[chunk], ks, temperature, len(data.classes)):
             found[k].append(best_classes(scores, 5))
-    return {k: np.concatenate(parts) for k, parts in found.items()}
+    return {k: np.concatenate(chunks) for k, chunks in found.items()}
 
 
 def class_scores(
     votes: IntArray, similarities: FloatArray, ks: list[int], temperature: float, classes: int
 ) -> Iterator[tuple[int, npt.NDArray[np.float64]]]:
-    """For each k of ascending `ks`: the summed weights of the first k votes for each class, float64 (N, classes).
+    """Yields (k, scores) for each k of ascending `ks`: summed weights of the first k votes, float64 (N, classes).
 
     `votes` int64 (N, K) are the neighbors' labels, most similar first. The weights are a softmax over all K, so the
-    scores of a smaller k add up to less than 1.
+    scores of a smaller k sum to less than 1.
     """
     logits = similarities.astype(np.float64) / temperature
-    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))  # the maximum cancels, but exp cannot overflow
     weights /= weights.sum(axis=1, keepdims=True)
-    cells = np.arange(len(votes))[:, None] * classes + votes
+    cells = np.arange(len(votes))[:, None] * classes + votes  # index of (image, class) in the flat scores
     scores = np.zeros(len(votes) * classes)
     done = 0
     for k in ks:
+        # only the votes that a larger k adds
         scores = scores + np.bincount(
             cells[:, done:k].ravel(), weights=weights[:, done:k].ravel(), minlength=len(scores)
         )
@@ -237,9 +244,9 @@ def class_scores(
 
 
 def best_classes(scores: npt.NDArray[np.floating[Any]], count: int) -> IntArray:
-    """The `count` classes of highest score, best first, int64 (N, min(count, C)); ties go to the lower class.
+    """The `count` classes with the highest scores, best first, int64 (N, min(count, C)); ties go to the lower class.
 
-    -1 stands where fewer classes have a positive score.
+    Classes without a positive score are replaced by -1.
     """
     order = np.argsort(-scores, axis=1, kind="stable")[:, :count]
     return np.where(np.take_along_axis(scores, order, axis=1) > 0, order, -1).astype(np.int64)

@@ -1,4 +1,4 @@
-"""How alike the layers of networks are: linear CKA between them, and with random weights (Kornblith et al. 2019)."""
+"""Similarity of a backbone's layers, by linear CKA (Kornblith et al. 2019): to each other and to random weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unlabeled.eval.base import Evaluator, EvaluatorConfig, FloatArray, IntArray, Measure, Value
 from unlabeled.eval.encoded_dataset import EncodedDataset, Loading, random_twin
-from unlabeled.eval.evaluators.spectrum import chosen
+from unlabeled.eval.evaluators.spectrum import sample_rows
 from unlabeled.eval.features.extract import extract_features
 from unlabeled.eval.metrics import Array, cka_map
 from unlabeled.ssl.backbones.backbone import Backbone
@@ -24,37 +24,39 @@ from unlabeled.ssl.data.source import ImageSource, Subset
 
 @dataclass(frozen=True)
 class LayerSimilarity:
-    """Linear CKA of each layer of one network with each of another."""
+    """Linear CKA of each layer of one backbone with each layer of another."""
 
     values: Array
     """float64 (L1, L2)."""
     first: tuple[str, ...]
-    """Names of the L1 layers."""
+    """Names of the L1 layers of the first backbone."""
     second: tuple[str, ...]
+    """Names of the L2 layers of the second backbone."""
 
 
-_RANDOM = Measure("CKA of the features with those of random weights", "number", None)
+_RANDOM = Measure("CKA between the features and those of random weights", "number", None)
 
 
 class LayersConfig(EvaluatorConfig):
-    """Similarity (debiased linear CKA) between the layers of the network, and to those of random weights."""
+    """Similarity (debiased linear CKA) between the layers of the backbone, and to those of random weights."""
 
     images: int = Field(1024, ge=4)
     """Training images to use, drawn with the seed. [images]"""
 
 
 class LayersEvaluator(Evaluator):
-    """Debiased linear CKA between the feature maps of all stages or blocks, mean over places, and the pooled features.
+    """Similarity of the backbone's layers to each other and to those of random weights (debiased linear CKA).
 
-    The network with random weights is drawn anew (not the baseline's), so that for the baseline the second map says
-    how alike two random networks are. Its batch norms keep their initial statistics.
+    Layers are the feature maps of all stages or blocks, averaged over positions, and the pooled features. The random
+    weights are drawn separately from those of the baseline, so for the baseline the second map shows the similarity of
+    two random models. Their batch norms keep the initial statistics.
 
-    Yields ``cka`` float64 (L, L), ``cka_random`` float64 (L, L), rows the network and columns random weights,
-    ``names`` str (L,), and ``random``, the CKA of the pooled features with those of random weights.
+    Yields ``cka`` float64 (L, L); ``cka_random`` float64 (L, L), with the backbone in rows and random weights in
+    columns; ``names`` str (L,); and ``random``, the CKA between the pooled features and those of random weights.
     """
 
     name: ClassVar = "layers"
-    title: ClassVar = "Layers"
+    title: ClassVar = "Layer similarity"
     needs: ClassVar = "backbone"
     Config: ClassVar = LayersConfig
 
@@ -68,23 +70,23 @@ class LayersEvaluator(Evaluator):
     def run(self, dataset: EncodedDataset) -> Iterator[tuple[str, Value]]:
         backbone, train = dataset.require_backbone(), dataset.features.train
         if not backbone.stages:
-            yield "note", f"{backbone.name} gives no feature maps, so its layers cannot be compared"
+            yield "note", f"{backbone.name} has no feature maps, so its layers cannot be compared"
             return
         readable = np.arange(len(train)) if train.indices is None else train.indices
-        rows = readable[chosen(len(readable), self.config.images, "layers", dataset.seed)]
+        rows = readable[sample_rows(len(readable), self.config.images, "layers", dataset.seed)]
         source, loading = dataset.require_sources()[0], dataset.loading
-        here = layer_features(backbone, source, rows, loading)
-        yield "cka", cka_map(list(here.values()), list(here.values()))
-        yield "names", np.array(list(here))
+        layers = layer_features(backbone, source, rows, loading)
+        yield "cka", cka_map(list(layers.values()), list(layers.values()))
+        yield "names", np.array(list(layers))
         try:
             twin = random_twin(backbone, derive("layers", dataset.seed))
         except ConfigError as error:
             yield "note", f"not compared with random weights: {error}"
             return
-        there = layer_features(twin, source, rows, loading)
-        values = cka_map(list(here.values()), list(there.values()))
+        random = layer_features(twin, source, rows, loading)
+        values = cka_map(list(layers.values()), list(random.values()))
         yield "cka_random", values
-        yield "random", _RANDOM.of(float(values[-1, -1]))
+        yield "random", _RANDOM.of(float(values[-1, -1]))  # the pooled features are the last layer
 
 
 def cka_between(
@@ -96,39 +98,41 @@ def cka_between(
     seed: int = 0,
     loading: Loading | None = None,
 ) -> LayerSimilarity:
-    """Debiased linear CKA of all layers of two networks (of any two architectures or runs) on the same images.
+    """Debiased linear CKA between all layers of two backbones, of any architectures or runs, on the same images.
 
-    Each network sees the images at its own size. `images` of `source` are drawn by `seed`. Raises DataError when a
-    network gives no feature maps or fewer than four images can be decoded.
+    `images` of `source` are drawn with `seed`; each backbone receives them at its own input size. Raises DataError if a
+    backbone has no feature maps, or if fewer than four images can be decoded.
     """
-    rows = chosen(len(source), images, "layers", seed)
+    rows = sample_rows(len(source), images, "layers", seed)
     loading = loading or Loading()
     found = [layer_features(backbone, source, rows, loading) for backbone in (first, second)]
     return LayerSimilarity(cka_map(*(list(one.values()) for one in found)), tuple(found[0]), tuple(found[1]))
 
 
 def layer_features(backbone: Backbone, source: ImageSource, rows: IntArray, loading: Loading) -> dict[str, FloatArray]:
-    """Layer → features float32 (N, C): each map of the images `rows` of `source`, mean over places, then ``pooled``.
+    """Features of every layer for the images `rows` of `source`: layer name → float32 (N, C).
 
-    Raises DataError when the network gives no feature maps.
+    These are the feature maps, averaged over positions, and last the ``pooled`` features. Raises DataError if the
+    backbone has no feature maps.
     """
     if not backbone.stages:
-        raise DataError(f"evaluate: {backbone.name} gives no feature maps, so its layers cannot be compared")
+        raise DataError(f"evaluate: {backbone.name} has no feature maps, so its layers cannot be compared")
     subset = Subset(source, torch.from_numpy(rows))
     found = extract_features(
         backbone, subset, outputs=_all_layers, named="layers", batch_size=loading.batch_size, workers=loading.workers,
         device=loading.device, precision=loading.precision, cache=loading.cache, together=False,
     )  # fmt: skip
+    # one pass gives all layers as columns of one matrix, which the cache holds as one file
     edges = np.cumsum([stage.channels for stage in backbone.stages])
     return dict(zip(layer_names(backbone), np.split(found.features, edges, axis=1), strict=True))
 
 
 def layer_names(backbone: Backbone) -> tuple[str, ...]:
-    """Names of the feature maps, as timm has them (``layer1``, ``blocks.0``), and ``pooled``."""
+    """timm's names of the feature maps (``layer1``, ``blocks.0``), followed by ``pooled``."""
     info = getattr(backbone.model, "feature_info", [])
     listed = cast(list[dict[str, Any]], info if isinstance(info, list) else info.info)
     names = [str(one.get("module") or "") for one in listed]
-    if len(set(names)) != len(backbone.stages) or not all(names):
+    if len(set(names)) != len(backbone.stages) or not all(names):  # a custom model may leave names out
         names = [f"map {number}" for number in range(1, len(backbone.stages) + 1)]
     return (*names, "pooled")
 

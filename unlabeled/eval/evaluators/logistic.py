@@ -1,8 +1,8 @@
-"""Logistic regression: the linear probe's convex counterpart, solved to the end by L-BFGS (scikit-learn).
+"""Logistic regression: the convex counterpart of the linear probe, solved to convergence by L-BFGS (scikit-learn).
 
-The protocol of CLIP's linear evaluation (Radford et al. 2021, 2103.00020): one L2 penalty, chosen on held-out training
-images, then fitted anew on all of them. It has no learning rate and no schedule, so it says what the probe should
-reach.
+This is the protocol of CLIP's linear evaluation (Radford et al. 2021, 2103.00020): an L2 penalty is selected on
+held-out training images, and the classifier is fitted again on all of them. Without a learning rate or a schedule, it
+shows what a well-tuned linear probe can reach.
 
 Shapes: N images, D features, C classes.
 """
@@ -33,7 +33,7 @@ _MEASURES = {"top1": Measure("logistic regression"), "top5": Measure("logistic r
 
 
 class LogisticConfig(EvaluatorConfig):
-    """Logistic regression on standardized features, solved by L-BFGS: what a linear probe should reach."""
+    """Logistic regression on standardized features, solved by L-BFGS: what a well-tuned linear probe can reach."""
 
     C: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0, 10.0)
     """Inverse strengths of the L2 penalty to try, in scikit-learn's convention."""
@@ -48,12 +48,12 @@ class LogisticConfig(EvaluatorConfig):
 class LogisticEvaluator(Evaluator):
     """Accuracy of L2-regularized logistic regression on standardized features.
 
-    Every C (inverse strength of the penalty) is fitted on a stratified part of the training split; the rest chooses one
-    (ties: lower log loss, then smaller C), with which the whole training split is fitted. At most `limit` training
-    images take part, drawn class by class, which a ``note`` then says.
+    A classifier is fitted for every C (inverse strength of the penalty) on the training split minus a stratified
+    hold-out. The hold-out selects C (ties: lower log loss, then smaller C), and the classifier is fitted again on the
+    entire training split. At most `limit` training images are used, drawn class by class; a ``note`` reports it.
 
-    Yields ``top1``, ``top5`` (more than five classes) as fractions, ``C``, ``predictions`` int64 (N,), and a ``note``
-    when C lies at the edge of the list or L-BFGS stopped short.
+    Yields ``top1`` and, with more than five classes, ``top5`` as fractions; ``C``; ``predictions`` int64 (N,); and a
+    ``note`` if C is at the edge of the list or L-BFGS did not converge.
     """
 
     name: ClassVar = "logistic"
@@ -82,7 +82,10 @@ class LogisticEvaluator(Evaluator):
         chosen = wanted[0] if len(wanted) == 1 else self._choose(features, labels, wanted, dataset.seed)
         if chosen is None:
             chosen = wanted[len(wanted) // 2]
-            yield "note", f"one training image a class leaves none to choose C on; it is the middle one, {chosen:g}"
+            yield (
+                "note",
+                f"with one training image per class, C cannot be selected; the middle value, {chosen:g}, was used",
+            )
         fit = fit_logistic(features, labels, [chosen], config.iterations)
         guesses = best_classes(fit.probabilities(data.test.features, classes), 5)
         hits = guesses == data.test.labels[:, None]
@@ -92,38 +95,43 @@ class LogisticEvaluator(Evaluator):
         yield "C", chosen
         yield "predictions", guesses[:, 0]
         if len(wanted) > 2 and chosen in (wanted[0], wanted[-1]):
-            yield "note", f"the chosen C {chosen:g} is at the edge of the list; evaluate.logistic.C may be too narrow"
+            yield "note", f"the selected C {chosen:g} is at the edge of the list; evaluate.logistic.C may be too narrow"
         if not fit.converged:
             yield "note", f"L-BFGS stopped after {config.iterations} iterations; raise evaluate.logistic.iterations"
 
     def _choose(self, features: FloatArray, labels: IntArray, wanted: list[float], seed: int) -> float | None:
-        """The C that is best on images held out; None when every class has one image alone."""
+        """The best C on held-out images; None if every class has only one image."""
         kept = stratified(labels, 1 - self.config.holdout, derive(seed, "logistic holdout"), spare=1)
-        held = np.setdiff1d(np.arange(len(labels)), kept)
-        if len(held) == 0:
+        held_out = np.setdiff1d(np.arange(len(labels)), kept)
+        if len(held_out) == 0:
             return None
-        classes, truth = int(labels.max()) + 1, labels[held]
+        classes, truth = int(labels.max()) + 1, labels[held_out]
         fit = fit_logistic(features[kept], labels[kept], wanted, self.config.iterations)
         scores = {}
         for inverse in wanted:
-            found = fit.probabilities(features[held], classes, inverse)
-            loss = -np.log(np.maximum(found[np.arange(len(held)), truth], np.finfo(np.float64).tiny)).mean()
+            found = fit.probabilities(features[held_out], classes, inverse)
+            # a probability may underflow to 0, and log(0) would decide every tie
+            loss = -np.log(np.maximum(found[np.arange(len(held_out)), truth], np.finfo(np.float64).tiny)).mean()
             scores[inverse] = (float((found.argmax(axis=1) == truth).mean()), -float(loss), -inverse)
         return max(wanted, key=scores.__getitem__)
 
 
 @dataclass(frozen=True)
 class LogisticFit:
-    """Classifiers of one training set, one for each C."""
+    """Classifiers fitted to one training set, one for each C."""
 
     scaler: Any
+    """scikit-learn's StandardScaler, fitted to the training features."""
     models: dict[float, Any]
     """C → fitted classifier."""
     converged: bool
     """Whether L-BFGS reached its tolerance for every C."""
 
     def probabilities(self, features: FloatArray, classes: int, inverse: float | None = None) -> DoubleArray:
-        """Features (N, D) → float64 (N, `classes`) for C = `inverse` (None: the only one); 0 for untrained classes."""
+        """Class probabilities float64 (N, `classes`) of features (N, D), with C = `inverse` (None: the only one).
+
+        Classes without a training image get probability 0.
+        """
         model = next(iter(self.models.values())) if inverse is None else self.models[inverse]
         found = np.zeros((len(features), classes))
         found[:, model.classes_] = model.predict_proba(self.scaler.transform(features.astype(np.float64)))
@@ -131,20 +139,23 @@ class LogisticFit:
 
 
 def fit_logistic(features: FloatArray, labels: IntArray, inverses: Sequence[float], iterations: int) -> LogisticFit:
-    """Standardizes features (N, D) and fits a multinomial classifier for each C of `inverses`; at least two classes."""
+    """Standardizes features (N, D) and fits a multinomial classifier for each C of `inverses`.
+
+    `labels` (N,) must contain at least two classes.
+    """
     wide = features.astype(np.float64)
     scaler = StandardScaler().fit(wide)
     rows = scaler.transform(wide)
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught:  # the only sign of a fit that did not converge
         warnings.simplefilter("always", ConvergenceWarning)
         models = {value: LogisticRegression(C=value, max_iter=iterations).fit(rows, labels) for value in inverses}
     return LogisticFit(scaler, models, not any(issubclass(w.category, ConvergenceWarning) for w in caught))
 
 
 def stratified(labels: IntArray, fraction: float, seed: int, *, spare: int = 0) -> IntArray:
-    """Ascending rows of about `fraction` of each class, and of at least one image of each.
+    """A random subset with about `fraction` of each class, and at least one image of each: ascending rows.
 
-    `spare` images of each class are left out wherever there is still one to take.
+    At least `spare` images of each class are left out, as far as one remains.
     """
     generator = np.random.default_rng(seed)
     drawn: list[IntArray] = []

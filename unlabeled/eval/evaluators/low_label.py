@@ -1,8 +1,8 @@
-"""Few labels: the linear probe on a small part of the labeled training images.
+"""Few labels: the linear probe with a small fraction of the training labels.
 
-The 1 % and 10 % of labels at which self-supervised methods are compared (Chen et al. 2020, 2002.05709), on frozen
-features. With less than a handful of images a class nothing can be held out to choose settings on; there it is
-logistic regression with a fixed penalty, as DINO-like methods are judged with so few labels (Assran et al. 2022,
+Self-supervised methods are often compared with 1 % and 10 % of the labels (Chen et al. 2020, 2002.05709); here on
+frozen features. With fewer than five images per class, nothing can be held out to select settings, so logistic
+regression with a fixed penalty replaces the probe, as in evaluations with so few labels (Assran et al. 2022,
 2204.07141).
 """
 
@@ -35,7 +35,7 @@ from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.core.seeds import derive
 
 _FEWEST = 5
-"""Images a class, on average, from which the linear probe can choose its settings."""
+"""Images per class, on average, that the linear probe needs to select its settings."""
 _ITERATIONS = 1000
 
 
@@ -55,12 +55,12 @@ class LowLabelConfig(EvaluatorConfig):
 
 
 class LowLabelEvaluator(Evaluator):
-    """Test accuracy with each fraction of the training labels, over several draws of them.
+    """Test accuracy of a linear probe with a fraction of the training labels, averaged over several draws.
 
-    The labeled images are drawn class by class, at least one of each. Yields ``1pct`` and so on: `Estimate` of the
-    mean with Student's 95 % interval over the draws (which does not cover the choice of test images; none of a
-    single draw); and a ``note`` where a fraction is less than one image a class, or is too small for a
-    hold-out. Raises DataError where the linear probe does.
+    The labeled images are drawn class by class, at least one of each. Yields ``1pct`` and so on: the mean with
+    Student's 95 % interval over the draws, which covers the choice of training images, not that of test images (a
+    single draw has no interval); and a ``note`` if a fraction is less than one image per class or too small for a
+    hold-out. Raises DataError for the same data as the linear probe.
     """
 
     name: ClassVar = "low_label"
@@ -72,9 +72,9 @@ class LowLabelEvaluator(Evaluator):
         if not config.fractions or not all(0 < fraction <= 1 for fraction in config.fractions):
             raise ConfigError(
                 f"evaluate.low_label.fractions: {list(config.fractions)} is not possible; give numbers above 0 and up "
-                "to 1, as [0.01, 0.1]"
+                "to 1, such as [0.01, 0.1]"
             )
-        try:  # impossible settings are refused before anything is measured
+        try:  # refuses invalid settings of the probe before anything is computed
             LinearEvaluator(config.probe)
         except ConfigError as error:
             raise ConfigError(str(error).replace("evaluate.linear", "evaluate.low_label.probe")) from None
@@ -85,7 +85,7 @@ class LowLabelEvaluator(Evaluator):
         number = key.removesuffix("pct")
         if number == key or not number.replace(".", "", 1).isdigit():
             return None
-        return _part(number)
+        return _with_labels(number)
 
     def run(self, dataset: EncodedDataset) -> Iterator[tuple[str, Value]]:
         labels = dataset.features.train.labels
@@ -98,34 +98,37 @@ class LowLabelEvaluator(Evaluator):
             ]
             count, classes = len(draws[0]), len(np.unique(labels))
             if fraction * len(labels) < classes:
-                yield "note", f"{key} % is less than one image a class; {count} of {len(labels):,} images were used"
+                yield "note", f"{key} % is less than one image per class; {count} of {len(labels):,} images were used"
             if count < _FEWEST * classes:
                 yield (
                     "note",
-                    f"{key} %: {count / classes:.1f} images a class are too few to choose settings on, so this is "
-                    f"logistic regression with C = {self.config.C:g}",
+                    f"{key} %: {count / classes:.1f} images per class are too few to select settings, so logistic "
+                    f"regression with C = {self.config.C:g} was used",
                 )
-            yield f"{key}pct", _part(key).of(over_draws([self._accuracy(dataset, rows, classes) for rows in draws]))
+            accuracies = [self._accuracy(dataset, rows, classes) for rows in draws]
+            yield f"{key}pct", _with_labels(key).of(over_draws(accuracies))
 
     def _accuracy(self, dataset: EncodedDataset, rows: IntArray, classes: int) -> float:
-        """Test accuracy with the labels of the training images `rows`."""
-        part = replace(dataset.features, train=_rows(dataset.features.train, rows))
+        """Test accuracy with the labels of the training images `rows` only."""
+        subset = replace(dataset.features, train=_rows(dataset.features.train, rows))
         if len(rows) < _FEWEST * classes:
-            fit = fit_logistic(part.train.features, part.train.labels, [self.config.C], _ITERATIONS)
-            found = fit.probabilities(part.test.features, len(part.classes)).argmax(axis=1)
-            return float((found == part.test.labels).mean())
+            fit = fit_logistic(subset.train.features, subset.train.labels, [self.config.C], _ITERATIONS)
+            found = fit.probabilities(subset.test.features, len(subset.classes)).argmax(axis=1)
+            return float((found == subset.test.labels).mean())
         probe = self.config.probe
+        # few images make short epochs: more of them give the probe enough steps
         per_epoch = max(1, len(rows) // probe.batch_size)
         epochs = max(probe.epochs, math.ceil(self.config.steps / per_epoch))
-        values = LinearEvaluator(probe.model_copy(update={"epochs": epochs})).run(replace(dataset, features=part))
+        values = LinearEvaluator(probe.model_copy(update={"epochs": epochs})).run(replace(dataset, features=subset))
         return next(value.value for key, value in values if key == "top1" and isinstance(value, Measured))
 
 
-def _part(percent: str) -> Measure:
-    """What the accuracy with that part of the labels is, such as ``0.5`` percent."""
+def _with_labels(percent: str) -> Measure:
+    """Describes the accuracy with `percent` % of the labels, such as ``0.5``."""
     return Measure(f"{percent} % of labels", point=Point("% of labels", "% of labels", float(percent)))
 
 
 def _rows(split: FeatureSplit, rows: IntArray) -> FeatureSplit:
+    """The images `rows` of `split`."""
     indices = rows if split.indices is None else split.indices[rows]
     return replace(split, features=split.features[rows], labels=split.labels[rows], indices=indices)

@@ -1,4 +1,4 @@
-"""Object discovery: whether features alone, without any training, show where an object is."""
+"""Object discovery: whether features locate an object without any training (TokenCut)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import draw_bounding_boxes
 
 from unlabeled.eval.base import Estimate, Evaluator, EvaluatorConfig, Measure, Value
-from unlabeled.eval.dense.dense_features import DenseFeatures, drawn
+from unlabeled.eval.dense.dense_features import DenseFeatures, sample_indices
 from unlabeled.eval.dense.tiles import tiled
 from unlabeled.eval.dense.tokencut import component_boxes, cut, intersection_over_union
 from unlabeled.eval.encoded_dataset import EncodedDataset
@@ -26,16 +26,16 @@ from unlabeled.ssl.data.source import DecodeError, ImageSource, MaskSource, anno
 
 Boxes = npt.NDArray[np.float32]
 _HIT = 0.5
-"""IoU from which a box counts as found."""
+"""Smallest IoU at which a box counts as found."""
 _TILE = 224
-"""Pixels a side of the images that are shown."""
+"""Side of the images in the report. [pixels]"""
 _TRUE, _FOUND = (255, 255, 255), (255, 140, 0)
 
 
 _MEASURES = {
     "corloc": Measure("CorLoc, TokenCut", "percent"),
     "iou": Measure("best IoU, TokenCut", "percent"),
-    "whole": Measure("CorLoc of the whole image", "percent"),
+    "whole": Measure("CorLoc of a box around the entire image", "percent"),
 }
 
 
@@ -50,31 +50,30 @@ class ObjectsConfig(EvaluatorConfig):
     tau: float = Field(0.2, ge=-1, lt=1)
     """Cosine similarity above which two patches are connected."""
     native: bool = False
-    """Use images at their own size, padded to whole patches, as published. The network must accept any size (for vision
-    transformers: backbone.kwargs={dynamic_img_size: true})."""
+    """Use images at their own size, padded to whole patches, as published. The backbone must accept any size (for
+    vision transformers: backbone.kwargs={dynamic_img_size: true})."""
     examples: int = Field(12, ge=1)
     """Test images to show in the report. [images]"""
 
 
 class ObjectsEvaluator(Evaluator):
-    """CorLoc of TokenCut: part of the test images whose one predicted box meets a true one at IoU 0.5 or more.
+    """Fraction of test images in which TokenCut finds an object: its box and a true one have an IoU of at least 0.5.
 
-    Features are the keys of the last attention block, which the paper found best, or, in a network without one, the
-    deepest map that is fine enough. Such a map loses the image's mean first: what a rectifier made is alike
-    everywhere by the threshold of TokenCut. Images are resized whole to the network's size, so that every network and
-    the baseline of raw pixels see the same; with ``native`` they keep theirs, padded with zeros to whole places, as
-    published. True boxes are the annotated ones, or around the connected components of masks; images with neither
-    are left out.
+    This fraction is called CorLoc. Features are the keys of the last attention block, which worked best in the paper,
+    or, for other backbones, the deepest feature map that is fine enough, minus its mean over the image. Images are
+    resized to the backbone's input size, so that all encoders receive the same; with ``native`` they keep their size
+    and are padded to whole patches, as published. True boxes are the annotated ones, or else surround the connected
+    components of masks; images with neither are left out.
 
-    Yields ``corloc`` and ``iou`` (mean over images of the best IoU with a true box) with intervals, ``whole``
-    (CorLoc of a box around the whole image), ``images`` (how many were judged), an image ``examples`` (true boxes
-    thin and white, the predicted one thick and orange), and ``note``.
+    Yields ``corloc`` and ``iou`` (mean over images of the best IoU with a true box) with intervals; ``whole``, the
+    CorLoc of a box around the entire image; ``images``, the number of evaluated images; an image ``examples``; and
+    notes. Raises DataError if no image has a true box.
     """
 
     name: ClassVar = "objects"
     title: ClassVar = "Object discovery"
     needs: ClassVar = "images"
-    captions: ClassVar = {"examples": "true boxes thin and white, the found one thick and orange"}
+    captions: ClassVar = {"examples": "true boxes: thin, white; predicted box: thick, orange"}
     Config: ClassVar = ObjectsConfig
 
     def __init__(self, config: ObjectsConfig) -> None:
@@ -86,61 +85,60 @@ class ObjectsEvaluator(Evaluator):
 
     def run(self, dataset: EncodedDataset) -> Iterator[tuple[str, Value]]:
         test = dataset.require_sources()[1]
-        positions = DenseFeatures(dataset, self.name, self.config.level, keys=True)
-        indices = drawn(len(test), self.config.images, derive("objects", dataset.seed))
+        dense = DenseFeatures(dataset, self.name, self.config.level, keys=True)
+        indices = sample_indices(len(test), self.config.images, derive("objects", dataset.seed))
         overlaps: list[float] = []
-        whole: list[bool] = []
+        frame_hits: list[bool] = []
         examples: list[Tensor] = []
-        for scenes in _scenes(test, indices, None if self.config.native else positions.size, dataset):
+        for scenes in _scenes(test, indices, None if self.config.native else dense.size, dataset):
             evaluated = [scene for scene in scenes if len(scene.boxes)]
-            for scene, box in zip(evaluated, self._found(positions, evaluated), strict=True):
+            for scene, box in zip(evaluated, self._found(dense, evaluated), strict=True):
                 overlaps.append(float(intersection_over_union(box, scene.boxes).max()))
                 height, width = scene.size
                 frame = np.array([0, 0, width, height], dtype=np.float32)
-                whole.append(bool(intersection_over_union(frame, scene.boxes).max() >= _HIT))
+                frame_hits.append(bool(intersection_over_union(frame, scene.boxes).max() >= _HIT))
                 if len(examples) < self.config.examples:
                     examples.append(drawn_boxes(scene.image, scene.size, scene.boxes, box))
         if not overlaps:
-            raise DataError("evaluate.data: no test image has a box or a mask with an object; give data with either")
+            raise DataError(
+                "evaluate.data: no test image has a box or a mask with an object; give data with boxes or masks"
+            )
         hits = float(np.mean([overlap >= _HIT for overlap in overlaps]))
         yield "corloc", _MEASURES["corloc"].of(Estimate(hits, *wilson(hits, len(overlaps))))
         yield "iou", _MEASURES["iou"].of(_mean(overlaps))
-        yield "whole", _MEASURES["whole"].of(float(np.mean(whole)))
+        yield "whole", _MEASURES["whole"].of(float(np.mean(frame_hits)))
         yield "images", len(overlaps)
         yield "examples", tiled([examples[start : start + 4] for start in range(0, len(examples), 4)])
         if len(overlaps) < len(indices):
-            left = len(indices) - len(overlaps)
-            yield "note", f"{left} of {len(indices)} test images have no true box, or cannot be decoded"
+            missing = len(indices) - len(overlaps)
+            yield "note", f"{missing} of {len(indices)} test images have no true box or cannot be decoded"
         if dataset.backbone is not None:
-            taken = "keys of the last attention block" if positions.keys else "a feature map"
-            yield (
-                "note",
-                f"features are {taken}" + (f"; {positions.note}" if positions.note and not positions.keys else ""),
-            )
+            keys = "features are the keys of the last attention block"
+            yield "note", keys if dense.keys else dense.note or "features are those of the last feature map"
 
-    def _found(self, positions: DenseFeatures, scenes: Sequence[Scene]) -> Iterator[Boxes]:
-        """The predicted box of each of `scenes`, in pixels of the image."""
+    def _found(self, dense: DenseFeatures, scenes: Sequence[Scene]) -> Iterator[Boxes]:
+        """The predicted box of each of `scenes`, in pixels of the original image."""
         if not scenes:
             return
         if not self.config.native:
-            for scene, features in zip(scenes, positions(torch.stack([one.image for one in scenes])), strict=True):
-                yield self._box(features, scene.size, scene, center=positions.maps)
+            for scene, features in zip(scenes, dense(torch.stack([one.image for one in scenes])), strict=True):
+                yield self._box(features, scene.size, scene, center=dense.maps)
             return
-        step = positions.network.size_step()
+        # one by one: images of different sizes make no batch
+        step = dense.backbone.size_step()
         for scene in scenes:
             pad = (-scene.size[0] % step[0], -scene.size[1] % step[1])
             padded = (scene.size[0] + pad[0], scene.size[1] + pad[1])
-            if padded != positions.size and (reason := positions.network.refuses(padded)) is not None:
+            if padded != dense.size and (reason := dense.backbone.refuses(padded)) is not None:
                 raise ConfigError(
-                    f"evaluate.objects.native: {positions.network.name} cannot take {padded[0]}x{padded[1]} "
-                    f"({reason}); "
-                    "set false, or backbone.kwargs={dynamic_img_size: true} if it has that"
+                    f"evaluate.objects.native: {dense.backbone.name} cannot take {padded[0]}x{padded[1]} ({reason}); "
+                    "set false, or backbone.kwargs={dynamic_img_size: true} if the model supports it"
                 )
-            yield self._box(positions(scene.image[None], pad)[0], padded, scene, center=positions.maps)
+            yield self._box(dense(scene.image[None], pad)[0], padded, scene, center=dense.maps)
 
     def _box(self, features: Tensor, covered: tuple[int, int], scene: Scene, center: bool) -> Boxes:
-        """The predicted box of places (C, gh, gw) that cover (h, w) pixels of the image, cut to it."""
-        if center:
+        """The predicted box from features (C, gh, gw) that cover (h, w) pixels, clipped to the image."""
+        if center:  # values after a ReLU are all positive, so uncentered cosines would all exceed tau
             features = features - features.mean(dim=(1, 2), keepdim=True)
         (rows, columns), (height, width) = features.shape[1:], scene.size
         box = np.array(cut(features.cpu().numpy(), self.config.tau).box, dtype=np.float32)
@@ -149,20 +147,20 @@ class ObjectsEvaluator(Evaluator):
 
 
 class Scene(NamedTuple):
-    """A test image and where its objects are."""
+    """A test image with the boxes of its objects."""
 
     image: Tensor
-    """uint8 (3, h, w), as the network sees it."""
+    """uint8 (3, h, w), as the backbone receives it."""
     size: tuple[int, int]
-    """(H, W) of the image itself, in whose pixels boxes are."""
+    """(H, W) of the original image; boxes are in its pixels."""
     boxes: Boxes
-    """(N, 4)."""
+    """(N, 4), true boxes."""
 
 
 def _scenes(
     source: ImageSource, indices: Sequence[int], size: tuple[int, int] | None, dataset: EncodedDataset
 ) -> Iterator[list[Scene]]:
-    """The images `indices`, resized to `size` or (None) as they are; those that cannot be decoded are left out."""
+    """Batches of the images `indices`, resized to `size` (None: at their own size); undecodable images are left out."""
     load = dataset.loading
     loader: DataLoader[Scene | UnlabeledError | None] = DataLoader(
         _Scenes(source, indices, Resize(size) if size is not None else None),
@@ -172,13 +170,14 @@ def _scenes(
         generator=torch.Generator(),
     )
     for items in loader:
+        # raised here: an exception in a worker would lose its type and its one line
         if error := next((item for item in items if isinstance(item, UnlabeledError)), None):
             raise error
         yield [item for item in items if item is not None]
 
 
 class _Scenes(Dataset["Scene | UnlabeledError | None"]):
-    """None stands for what cannot be decoded, an error for the main process to raise."""
+    """Scenes; an item is None if it cannot be decoded, or an error for the main process to raise."""
 
     def __init__(
         self, source: ImageSource, indices: Sequence[int], transform: Callable[[Tensor], Tensor] | None
@@ -202,7 +201,7 @@ class _Scenes(Dataset["Scene | UnlabeledError | None"]):
 
 
 def true_boxes(source: ImageSource, index: int) -> Boxes:
-    """Annotated boxes of image `index`, else those around the components of its mask; (0, 4) with neither."""
+    """Annotated boxes of image `index`, or else boxes around the components of its mask; (0, 4) if it has neither."""
     boxes = annotated_boxes(source, index)
     if boxes is not None:
         return boxes.numpy().astype(np.float32)
@@ -212,7 +211,7 @@ def true_boxes(source: ImageSource, index: int) -> Boxes:
 
 
 def drawn_boxes(image: Tensor, size: tuple[int, int], true: Boxes, found: Boxes) -> Tensor:
-    """The image as a square uint8 (3, 224, 224) with the true boxes thin and white, the found one thick and orange.
+    """The image as a square uint8 (3, 224, 224), with true boxes thin and white and the predicted one thick and orange.
 
     Boxes are in pixels of an image of `size` (H, W).
     """
@@ -224,7 +223,7 @@ def drawn_boxes(image: Tensor, size: tuple[int, int], true: Boxes, found: Boxes)
 
 
 def _mean(values: Sequence[float]) -> Estimate:
-    """Mean with its normal 95 % interval, within 0..1."""
+    """Mean with a normal 95 % interval, clipped to 0..1."""
     mean = float(np.mean(values))
     half = 1.96 * float(np.std(values)) / len(values) ** 0.5
     return Estimate(mean, max(0.0, mean - half), min(1.0, mean + half))

@@ -1,4 +1,4 @@
-"""Semantic segmentation from single places of the frozen feature map: what dense tasks can read off it directly."""
+"""Semantic segmentation from frozen dense features, one position at a time, without a decoder."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from unlabeled.eval.dense.dense_features import (
     IGNORE,
     DenseFeatures,
     MaskedBatch,
-    drawn,
     masked_batches,
     position_labels,
+    sample_indices,
     with_masks,
 )
 from unlabeled.eval.dense.miou import Overlap, class_iou, estimates, joined, overlap
@@ -30,14 +30,14 @@ from unlabeled.ssl.core.seeds import derive
 from unlabeled.ssl.data.source import ImageSource
 
 _FLOATS = 2**26
-"""Scores at full size that are held at a time."""
+"""Scores at full size that are computed at a time; bounds memory."""
 
 
 _MEASURES = {
-    "probe_miou": Measure("mIoU, linear probe of places", "percent"),
-    "knn_miou": Measure("mIoU, nearest places", "percent"),
-    "probe_accuracy": Measure("pixel accuracy, linear probe of places", "percent"),
-    "knn_accuracy": Measure("pixel accuracy, nearest places", "percent"),
+    "probe_miou": Measure("mIoU, linear probe", "percent"),
+    "knn_miou": Measure("mIoU, nearest neighbors", "percent"),
+    "probe_accuracy": Measure("pixel accuracy, linear probe", "percent"),
+    "knn_accuracy": Measure("pixel accuracy, nearest neighbors", "percent"),
 }
 
 
@@ -68,21 +68,23 @@ class SegmentationConfig(EvaluatorConfig):
 
 
 class SegmentationEvaluator(Evaluator):
-    """Mean IoU over the background and all classes, of a linear probe and of nearest places.
+    """Mean IoU of semantic segmentation from dense features, by a linear probe and by nearest neighbors.
 
-    Images are resized whole to the network's size and their masks with them; scores of places are enlarged to that
-    size (bilinear) and the best class of each pixel counts. Pixels of value 255 count nowhere, a class that neither
-    truth nor prediction has is left out of the mean. Intervals are of the choice of test images (bootstrap).
+    Images and masks are resized to the backbone's input size. Each position is classified by itself, its scores are
+    upsampled to that size (bilinear), and each pixel gets its best class. The mean is over the background and all
+    classes that occur in truth or prediction; pixels with mask value 255 are ignored. Intervals are over the choice of
+    test images (bootstrap).
 
-    Yields ``probe_miou``, ``knn_miou``, ``probe_accuracy``, ``knn_accuracy`` (of pixels) as fractions, ``probe_iou``
-    and ``knn_iou`` float64 (K,) with NaN for absent classes, ``lr``, ``holdout_miou``, ``diverged``, ``positions`` (how
-    many were trained on), an image ``examples`` (image, truth, probe, kNN in a row), and ``note``.
+    Yields ``probe_miou``, ``knn_miou``, ``probe_accuracy`` and ``knn_accuracy`` (of pixels) as fractions;
+    ``probe_iou`` and ``knn_iou`` float64 (K,), with NaN for absent classes; ``lr`` and ``holdout_miou`` of the selected
+    probe; ``diverged``, the number of learning rates that diverged; ``positions``, the number of training positions; an
+    image ``examples``; and notes.
     """
 
     name: ClassVar = "segmentation"
     title: ClassVar = "Segmentation"
     needs: ClassVar = "images"
-    captions: ClassVar = {"examples": "image, mask, linear probe, nearest places"}
+    captions: ClassVar = {"examples": "from left to right: image, mask, linear probe, nearest neighbors"}
     Config: ClassVar = SegmentationConfig
 
     def __init__(self, config: SegmentationConfig) -> None:
@@ -98,100 +100,100 @@ class SegmentationEvaluator(Evaluator):
 
     def run(self, dataset: EncodedDataset) -> Iterator[tuple[str, Value]]:
         train, test = (with_masks(source) for source in dataset.require_sources())
-        positions = DenseFeatures(dataset, self.name, self.config.level)
-        classes = len(dataset.features.classes) + 1
-        bank = self._bank(positions, train, dataset, classes)
+        dense = DenseFeatures(dataset, self.name, self.config.level)
+        classes = len(dataset.features.classes) + 1  # and the background
+        # train on a bank of labeled positions
+        bank = self._bank(dense, train, dataset, classes)
         probe = LinearSegmenter(bank, self.config, dataset.seed)
         nearest = NearestSegmenter(bank, self.config.k, self.config.temperature)
-        evaluators: dict[str, LinearSegmenter | NearestSegmenter] = {"probe": probe, "knn": nearest}
-        shown = set(drawn(len(test), self.config.examples, derive("segmentation examples", dataset.seed)))
-        counts: dict[str, list[Overlap]] = {classifier: [] for classifier in evaluators}
+        # segment the test images
+        segmenters: dict[str, LinearSegmenter | NearestSegmenter] = {"probe": probe, "knn": nearest}
+        shown = set(sample_indices(len(test), self.config.examples, derive("segmentation examples", dataset.seed)))
+        counts: dict[str, list[Overlap]] = {name: [] for name in segmenters}
         examples: list[list[Tensor]] = []
-        for batch in masked_batches(test, positions.size, range(len(test)), dataset):
-            maps = positions(batch.images)
+        for batch in masked_batches(test, dense.size, range(len(test)), dataset):
+            maps = dense(batch.images)
             guesses = {
-                classifier: best_classes(model.scores(rows_of(maps)), maps, positions.size)
-                for classifier, model in evaluators.items()
+                name: best_classes(segmenter.scores(per_position(maps)), maps, dense.size)
+                for name, segmenter in segmenters.items()
             }
-            for classifier, guess in guesses.items():
-                counts[classifier].append(overlap(batch.masks, guess, classes, IGNORE))
+            for name, guess in guesses.items():
+                counts[name].append(overlap(batch.masks, guess, classes, IGNORE))
             examples.extend(_examples(batch, list(guesses.values()), shown))
-        if not sum(int(part.truth.sum()) for part in counts["probe"]):
-            raise DataError("evaluate.data: no test image has a mask that says anything; give data with masks")
-        for classifier, parts in counts.items():
-            whole = joined(parts)
-            miou, accuracy = estimates(whole, derive("bootstrap", dataset.seed))
-            yield f"{classifier}_miou", _MEASURES[f"{classifier}_miou"].of(miou)
-            yield f"{classifier}_accuracy", _MEASURES[f"{classifier}_accuracy"].of(accuracy)
-            yield f"{classifier}_iou", class_iou(Overlap(*(one.sum(axis=0) for one in whole)))
+        if not sum(int(batch_counts.truth.sum()) for batch_counts in counts["probe"]):
+            raise DataError("evaluate.data: no test image has a labeled pixel; give data with masks")
+        for name, batches in counts.items():
+            by_image = joined(batches)
+            miou, accuracy = estimates(by_image, derive("bootstrap", dataset.seed))
+            yield f"{name}_miou", _MEASURES[f"{name}_miou"].of(miou)
+            yield f"{name}_accuracy", _MEASURES[f"{name}_accuracy"].of(accuracy)
+            yield f"{name}_iou", class_iou(Overlap(*(one.sum(axis=0) for one in by_image)))
         yield "lr", probe.lr
         yield "holdout_miou", probe.holdout_miou
         yield "diverged", probe.diverged
-        yield "positions", len(bank.shares)
+        yield "positions", len(bank.fractions)
         yield "examples", tiled(examples)
         if nearest.k < self.config.k:
-            yield "note", f"k was cut to {nearest.k}, the number of training places"
+            yield "note", f"k was cut to {nearest.k}, the number of training positions"
         if len(set(self.config.lr)) > 2 and probe.lr in (min(self.config.lr), max(self.config.lr)):
             yield (
                 "note",
-                f"the chosen lr {probe.lr:g} is at the edge of the grid; evaluate.segmentation.lr may be too narrow",
+                f"the selected lr {probe.lr:g} is at the edge of the grid; evaluate.segmentation.lr may be too narrow",
             )
-        if positions.note is not None:
-            yield "note", positions.note
+        if dense.note is not None:
+            yield "note", dense.note
 
-    def _bank(
-        self, positions: DenseFeatures, train: ImageSource, dataset: EncodedDataset, classes: int
-    ) -> LabeledFeatures:
-        """At most ``bank`` labeled places, as many of each image, drawn by the seed."""
+    def _bank(self, dense: DenseFeatures, train: ImageSource, dataset: EncodedDataset, classes: int) -> LabeledFeatures:
+        """At most ``bank`` labeled training positions, drawn with the seed and spread evenly over the images."""
         seed = dataset.seed
-        # "pictures" is part of the seed: renaming it would draw other images than before
-        images = drawn(len(train), self.config.bank, derive("segmentation pictures", seed))
-        each = -(-self.config.bank // len(images))
+        # "pictures" and "places" below are part of the seeds: other words would draw other positions
+        images = sample_indices(len(train), self.config.bank, derive("segmentation pictures", seed))
+        each = -(-self.config.bank // len(images))  # rounded up: the surplus is dropped at the end
         found: list[LabeledFeatures] = []
-        for batch in masked_batches(train, positions.size, images, dataset):
-            maps = positions(batch.images)
-            shares, known = position_labels(batch.masks, (maps.shape[2], maps.shape[3]), classes)
+        for batch in masked_batches(train, dense.size, images, dataset):
+            maps = dense(batch.images)
+            fractions, labeled = position_labels(batch.masks, (maps.shape[2], maps.shape[3]), classes)
             for number, index in enumerate(batch.indices):
-                labeled = known[number].flatten().nonzero()[:, 0].numpy()
+                candidates = labeled[number].flatten().nonzero()[:, 0].numpy()
                 random = np.random.default_rng(derive("segmentation places", seed, index))
-                rows = torch.from_numpy(np.sort(random.permutation(labeled)[:each]))
+                rows = torch.from_numpy(np.sort(random.permutation(candidates)[:each]))
                 found.append(
                     LabeledFeatures(
-                        rows_of(maps[number : number + 1])[rows.to(maps.device)],
-                        shares[number].flatten(0, 1)[rows].to(maps.device),
-                        known[number].flatten()[rows].to(maps.device),
+                        per_position(maps[number : number + 1])[rows.to(maps.device)],
+                        fractions[number].flatten(0, 1)[rows].to(maps.device),
+                        labeled[number].flatten()[rows].to(maps.device),
                         torch.full((len(rows),), index, device=maps.device),
                     )
                 )
-        fields = ("features", "shares", "known", "images")
+        fields = ("features", "fractions", "labeled", "images")
         bank = LabeledFeatures(*(torch.cat([getattr(one, name) for one in found]) for name in fields))
-        if int((bank.shares.sum(dim=0) > 0).sum()) < 2:
+        if int((bank.fractions.sum(dim=0) > 0).sum()) < 2:
             raise DataError(
                 "evaluate.data: the training masks show a single class; give masks with two, or background and one"
             )
-        kept = drawn(len(bank.shares), self.config.bank, derive("segmentation bank", seed))
-        return bank.part(torch.tensor(kept, device=bank.shares.device))
+        kept = sample_indices(len(bank.fractions), self.config.bank, derive("segmentation bank", seed))
+        return bank.select(torch.tensor(kept, device=bank.fractions.device))
 
 
-def rows_of(maps: Tensor) -> Tensor:
-    """Maps (B, C, gh, gw) → one row for each place, (B gh gw, C)."""
+def per_position(maps: Tensor) -> Tensor:
+    """Maps (B, C, gh, gw) → one feature vector per position, (B gh gw, C)."""
     return maps.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def best_classes(scores: Tensor, maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """The best class of each pixel, int64 (B, h, w) on the host, from scores (B gh gw, K) of the places of `maps`."""
+    """The best class of each pixel, int64 (B, h, w) on the CPU, from scores (B gh gw, K) of the positions of `maps`."""
     batch, _, rows, columns = maps.shape
     planes = scores.view(batch, rows, columns, -1).permute(0, 3, 1, 2)
     at_once = max(1, _FLOATS // (planes.shape[1] * size[0] * size[1]))
-    parts = [
-        F.interpolate(part, size, mode="bilinear", align_corners=False).argmax(dim=1).cpu()
-        for part in torch.split(planes, at_once)
+    chunks = [
+        F.interpolate(chunk, size, mode="bilinear", align_corners=False).argmax(dim=1).cpu()
+        for chunk in torch.split(planes, at_once)
     ]
-    return torch.cat(parts)
+    return torch.cat(chunks)
 
 
 def _examples(batch: MaskedBatch, guesses: list[Tensor], shown: set[int]) -> list[list[Tensor]]:
-    """For each image of the batch that is shown: itself, the truth and the guesses, as uint8 (3, h, w)."""
+    """Rows of the example image, for the images `shown`: image, truth and guesses, each uint8 (3, h, w)."""
     return [
         [batch.images[number], *(class_colors(one[number], batch.images[number]) for one in (batch.masks, *guesses))]
         for number, index in enumerate(batch.indices)

@@ -1,4 +1,4 @@
-"""Measures of the training features that need no labels: ranks, power law, intrinsic dimension, uniformity."""
+"""Label-free measures of the training features: ranks, power law, intrinsic dimension, uniformity."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.core.seeds import derive
 
 _DEAD = 1e-6
-"""A feature that varies by less than this part of the largest value of any feature is dead."""
+"""A feature is dead if it varies by less than this fraction of the largest absolute value of all features."""
 _MEASURES = {
     "rankme": Measure("RankMe", "number"),
     "effective_rank": Measure("effective rank of the centered features", "number"),
     "alpha": Measure("α-ReQ (best near 1)", "number", None),
     "dimension": Measure("intrinsic dimension (TwoNN)", "number", None),
-    "learnability": Measure("cluster learnability (of CLID)", "percent", None),
-    "uniformity": Measure("uniformity (-4 at best)", "number", "lower"),
+    "learnability": Measure("cluster learnability (part of CLID)", "percent", None),
+    "uniformity": Measure("uniformity (best near -4)", "number", "lower"),
     "dead": Measure("dead features", "percent", "lower"),
 }
 
@@ -46,16 +46,16 @@ class SpectrumConfig(EvaluatorConfig):
 
 
 class SpectrumEvaluator(Evaluator):
-    """Label-free measures of the training features: ranks, dimension, learnability, uniformity.
+    """Ranks, power law, intrinsic dimension, cluster learnability and uniformity of the training features.
 
-    Ranks and α are those of at most ``images`` images, the rest of at most ``pairwise`` of them, both drawn by the
-    seed: most of these values grow with the number of images, so compare those of equal numbers. Dimension and
-    learnability are the two parts of CLID, which has a value only among several encoders (`metrics.clid`).
+    Ranks and α are computed on at most ``images`` images, the other values on at most ``pairwise`` of these, both drawn
+    with the seed. Most values grow with the number of images, so compare only values for equal numbers. Dimension and
+    learnability are the two terms of CLID, which is defined only for several encoders (`metrics.clid`).
 
-    Yields ``rankme``, ``effective_rank``, ``alpha``, ``dimension``, ``learnability``, ``uniformity`` and ``dead`` (part
-    of the features that do not vary); ``images`` and ``pairwise``, the numbers used; ``singular_values`` float64
-    (min(N, D),) of the centered features over √N, deviations along the principal directions, largest first; and a
-    ``note`` for each value that degenerate features do not have.
+    Yields ``rankme``, ``effective_rank``, ``alpha``, ``dimension``, ``learnability``, ``uniformity`` and ``dead``, the
+    fraction of features that do not vary; the numbers of ``images`` and ``pairwise`` images used; ``singular_values``
+    float64 (min(N, D),) of the centered features divided by √N, which are the standard deviations along the principal
+    directions, largest first; and a ``note`` for each value that is undefined for degenerate features.
     """
 
     name: ClassVar = "spectrum"
@@ -71,10 +71,10 @@ class SpectrumEvaluator(Evaluator):
         return _MEASURES.get(key)
 
     def run(self, dataset: EncodedDataset) -> Iterator[tuple[str, Value]]:
-        every, seed = dataset.features.train.features, dataset.seed
-        features = every[chosen(len(every), self.config.images, "spectrum", seed)]
+        train, seed = dataset.features.train.features, dataset.seed
+        features = train[sample_rows(len(train), self.config.images, "spectrum", seed)]
         spectrum = Spectrum.of(features)
-        few = features[chosen(len(features), self.config.pairwise, "pairs", seed)]
+        few = features[sample_rows(len(features), self.config.pairwise, "pairs", seed)]
         yield "rankme", _MEASURES["rankme"].of(rankme(spectrum))
         yield "effective_rank", _MEASURES["effective_rank"].of(effective_rank(spectrum))
         yield from _if_possible("alpha", lambda: alpha_req(spectrum))
@@ -88,18 +88,18 @@ class SpectrumEvaluator(Evaluator):
         if len(features) <= features.shape[1]:
             yield (
                 "note",
-                f"{len(features)} images of {features.shape[1]} features: ranks cannot be more than the images",
+                f"ranks are limited by the number of images: {len(features)} images with {features.shape[1]} features",
             )
 
 
 def dead_features(features: FloatArray) -> float:
-    """Part of the features (N, D) that are the same for every image, but for rounding."""
+    """Fraction of the D features (N, D) that are the same for all images, up to rounding."""
     spread = features.max(axis=0) - features.min(axis=0)
     return float((spread <= _DEAD * np.abs(features).max()).mean())
 
 
-def chosen(count: int, limit: int, *purpose: int | str) -> IntArray:
-    """At most `limit` of `count` rows, ascending, int64; which ones follows from `purpose` alone."""
+def sample_rows(count: int, limit: int, *purpose: int | str) -> IntArray:
+    """A random sample of at most `limit` of `count` rows, ascending, int64 (n,); `purpose` is the seed."""
     if limit >= count:
         return np.arange(count)
     drawn = np.random.default_rng(derive(*purpose)).choice(count, size=limit, replace=False)
@@ -107,6 +107,7 @@ def chosen(count: int, limit: int, *purpose: int | str) -> IntArray:
 
 
 def _if_possible(key: str, value: Callable[[], float]) -> Iterator[tuple[str, Value]]:
+    """Yields the value, or a note if it is undefined for these features."""
     try:
         yield key, _MEASURES[key].of(value())
     except DataError as error:

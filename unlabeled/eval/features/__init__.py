@@ -1,1 +1,1 @@
-"""From images to features: extraction, the cache of what was extracted, and batch-norm statistics estimated anew."""
+"""Feature extraction, the feature cache, and the re-estimation of batch-norm statistics."""

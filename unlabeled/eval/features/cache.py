@@ -1,4 +1,4 @@
-"""Features on disk: what they depend on, hashed into a file name, and the file itself."""
+"""The feature cache on disk: files named by a hash of everything that the features depend on."""
 
 from __future__ import annotations
 
@@ -21,26 +21,27 @@ from unlabeled.ssl.backbones.shapes import modes_kept
 from unlabeled.ssl.data.source import DecodeError, ImageSource
 
 _SAMPLED = 16
-"""Images whose pixels enter the identity of a source."""
+"""Number of images whose pixels enter the identity of a source; reading all of them would take too long."""
 
 log = logging.getLogger(__name__)
 
 
-def cache_key(**parts: Any) -> str:
-    """Hexadecimal name for what the keyword arguments (JSON-like values) say."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()[:32]
+def cache_key(**values: Any) -> str:
+    """Hash of the keyword arguments (JSON-like values), as a hexadecimal file name."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=repr).encode()).hexdigest()[:32]
 
 
 def weights_identity(backbone: Backbone) -> str:
-    """Hash of every tensor of the network and of how it was built, for instance its pooling."""
+    """Hash of every tensor of the backbone and of its construction, such as its pooling."""
     digest = hashlib.sha256()
-    # settings read from YAML have lists where those of an exported backbone have tuples
+    # YAML gives lists where an exported backbone has tuples
     kwargs = sorted((key, tuple(value) if isinstance(value, list) else value) for key, value in backbone.kwargs.items())
     built = (backbone.name, kwargs, backbone.mean, backbone.std)
     digest.update(repr((*built, type(backbone.model).__qualname__)).encode())
-    if backbone.custom:  # nothing names its code: what it computes of some noise does
-        digest.update(repr((backbone.origin, backbone.model)).encode() + _answer(backbone))
+    if backbone.custom:  # its code has no name or version, so its output for a fixed input identifies it
+        digest.update(repr((backbone.origin, backbone.model)).encode() + _features_of_noise(backbone))
     for name, value in backbone.state_dict().items():
+        # as bytes, since numpy has no bfloat16
         array = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(array.numpy().data)
@@ -48,8 +49,8 @@ def weights_identity(backbone: Backbone) -> str:
 
 
 @torch.no_grad()
-def _answer(backbone: Backbone) -> bytes:
-    """The features of one image of noise."""
+def _features_of_noise(backbone: Backbone) -> bytes:
+    """The pooled features of a fixed noise image."""
     device = next((tensor.device for tensor in backbone.buffers()), torch.device("cpu"))
     noise = torch.randn(1, 3, *backbone.input_size, generator=torch.Generator().manual_seed(0)).to(device)
     with modes_kept(backbone.model):
@@ -57,7 +58,7 @@ def _answer(backbone: Backbone) -> bytes:
 
 
 def data_identity(source: ImageSource) -> str:
-    """Hash of what a source holds: its settings, split, names and labels, and the pixels of a few of its images."""
+    """Hash of a source: its settings, split, image names and labels, and the pixels of a few of its images."""
     digest = hashlib.sha256(type(source).__qualname__.encode())
     digest.update(repr((getattr(source, "config", None), getattr(source, "split", None), source.classes)).encode())
     for index in range(len(source)):
@@ -79,7 +80,7 @@ def _pixels(source: ImageSource, index: int) -> bytes:
 
 
 def load_split(file: Path) -> FeatureSplit | None:
-    """The cached features in `file`; None when there is none or it is damaged."""
+    """The cached features in `file`; None if it does not exist or is damaged."""
     if not file.is_file():
         return None
     try:
@@ -87,13 +88,13 @@ def load_split(file: Path) -> FeatureSplit | None:
             tensors = {name: opened.get_tensor(name) for name in ("features", "labels", "indices")}
             skipped = json.loads((opened.metadata() or {})["skipped"])
     except (SafetensorError, KeyError, ValueError, OSError) as error:
-        log.warning("cached features in %s are damaged (%s) and are computed again", file, error)
+        log.warning("cached features in %s are damaged (%s) and will be recomputed", file, error)
         return None
     return FeatureSplit(tensors["features"], tensors["labels"], tensors["indices"], tuple(skipped))
 
 
 def save_split(file: Path, split: FeatureSplit) -> None:
-    """Writes `split` to `file`, whole or not at all."""
+    """Writes `split` to `file` atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     indices = np.arange(len(split)) if split.indices is None else split.indices
     tensors: Mapping[str, Any] = {
@@ -101,6 +102,7 @@ def save_split(file: Path, split: FeatureSplit) -> None:
         "labels": np.ascontiguousarray(split.labels),
         "indices": np.ascontiguousarray(indices),
     }
+    # a process that is killed, or another one that reads, must not meet a partial file
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     save_file(dict(tensors), str(partial), metadata={"skipped": json.dumps(split.skipped)})
     os.replace(partial, file)

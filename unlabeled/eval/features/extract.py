@@ -1,6 +1,6 @@
-"""Images to features: one deterministic pass over a source, shared by processes and cached on disk.
+"""Feature extraction: one deterministic pass over a source, divided among processes and cached on disk.
 
-Shapes: B images of a batch, N images of a source, D features.
+Shapes: B images of a batch, N images of a source, F features.
 """
 
 from __future__ import annotations
@@ -31,21 +31,23 @@ Encode = Callable[[Tensor], Tensor]
 Outputs = Callable[[Backbone, Tensor], Tensor]
 """(backbone, normalized images (B, 3, h, w)) → (B, F)."""
 ImageTransform = Callable[[Tensor], Tensor]
-"""uint8 (3, H, W) → uint8 (3, h, w), the same for the same image; its `repr` tells it apart."""
+"""uint8 (3, H, W) → uint8 (3, h, w), deterministic; its `repr` identifies it in the cache."""
 ImageBatch = tuple[Tensor, "Tensor | None", list[int]]
-"""Indices (B,), images uint8 (B, 3, h, w) or None where none can be decoded, and the indices of those that cannot."""
+"""Indices (B,), images uint8 (B, 3, h, w) or None if none can be decoded, and the indices of undecodable images."""
 
 _MARGIN = 256 / 224
+"""Size to which images are resized before the center crop, relative to the crop; the usual ratio for ImageNet."""
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Precision → what autocast computes in."""
+"""Precision → dtype of autocast."""
 
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """uint8 (3, H, W) of any size → uint8 (3, h, w), always the same for the same image.
+    """The evaluation transform: uint8 (3, H, W) of any size → uint8 (3, h, w), deterministic.
 
-    The usual protocol: bicubic resize to 256/224 of `size`, then the center. An image that is no larger than that on
-    either side is resized to `size` as a whole, so that small images lose nothing: 32 x 32 into 32 stays as it is.
+    The usual protocol: bicubic resize to 256/224 of `size`, then a center crop. Images that are no larger than that on
+    both sides are resized to `size` without a crop, so that small images lose nothing; a 32 x 32 image stays unchanged
+    at size 32.
     """
 
     size: tuple[int, int]
@@ -63,7 +65,7 @@ class EvalTransform:
 
 @dataclass(frozen=True)
 class Resize:
-    """uint8 (3, H, W) → uint8 (3, h, w), bicubic, the whole image."""
+    """Bicubic resize without a crop: uint8 (3, H, W) → uint8 (3, h, w); the aspect ratio may change."""
 
     size: tuple[int, int]
 
@@ -93,14 +95,15 @@ def extract_features(
     precision: Precision = "fp32",
     together: bool = True,
 ) -> FeatureSplit:
-    """Features of every readable image, float32 (N, F), in the order of `source`; pooled ones without `outputs`.
+    """Features of every readable image, float32 (N, F), in the order of `source`.
 
-    Under torch.distributed each process encodes a part and all receive the whole, unless `together` is off. With a
-    `cache` folder the result is kept there and read back for the same weights, transform (None: `EvalTransform` of
-    `size`), outputs (`named` says what they are), data and precision. Images that cannot be decoded are left out and
-    named in `FeatureSplit.skipped`. The modes of all modules and the random state are left as they were.
+    `size`: input size in pixels; None: that of the backbone. `transform`: replaces `EvalTransform` of `size`.
+    `outputs`: computes other features than the pooled ones; `named` then identifies them in the cache. `cache`: folder
+    in which features are stored, by weights, transform, outputs, data and precision. `together`: under
+    torch.distributed, each process encodes a slice of the images and all receive all features; every process must call.
 
-    Raises DataError when not a single image can be decoded.
+    Undecodable images are left out and named in `FeatureSplit.skipped`. Module modes and the global random state do not
+    change. Raises DataError if no image can be decoded.
     """
     pixels = (size, size) if isinstance(size, int) else size or backbone.input_size
     device, transform = torch.device(device), transform or EvalTransform(pixels)
@@ -121,6 +124,7 @@ def extract_features(
         transform=repr(transform),
         data=data_identity(source),
         precision=precision,
+        # only if given, so that files from before this argument existed are still found
         **({} if outputs is None else {"outputs": named}),
     )
     return _cached(cache / f"{key}.safetensors", compute, ranks)
@@ -129,7 +133,7 @@ def extract_features(
 def encode_batch(
     backbone: Backbone, images: Tensor, outputs: Outputs | None, device: torch.device, precision: Precision
 ) -> Tensor:
-    """uint8 (B, 3, h, w) → float32 (B, F) on `device`; pooled features without `outputs`."""
+    """Encodes images uint8 (B, 3, h, w) to float32 (B, F) on `device`: pooled features, or `outputs`."""
     images = images.to(device, non_blocking=True)
     with torch.autocast(device.type, AUTOCAST[precision], enabled=precision != "fp32"):
         images = backbone.normalize(images)
@@ -139,9 +143,9 @@ def encode_batch(
 def raw_pixels(
     source: ImageSource, *, size: int = 32, batch_size: int = 256, workers: int = 0, cache: Path | None = None
 ) -> FeatureSplit:
-    """The baseline without a network: images of at most `size` x `size` pixels, flattened, 0..1, float32 (N, 3hw).
+    """The raw-pixels baseline: images of at most `size` x `size` pixels in 0..1, flattened to float32 (N, 3hw).
 
-    All images get the size of the first readable one, cut down to `size` on each side.
+    All images get the size of the first readable one, limited to `size` on each side.
     """
     transform = Resize(pixel_size(source, size))
 
@@ -161,14 +165,15 @@ def _flat(images: Tensor) -> Tensor:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the time of the block; afterwards each submodule has the mode that it had."""
-    modes = [(part, part.training) for part in module.modules()]
+    """Puts `module` into evaluation mode for the block; afterwards each submodule has its previous mode."""
+    # not train(): frozen submodules of a model in training are in evaluation mode
+    modes = [(submodule, submodule.training) for submodule in module.modules()]
     module.eval()
     try:
         yield
     finally:
-        for part, training in modes:
-            part.training = training
+        for submodule, training in modes:
+            submodule.training = training
 
 
 def is_main_process() -> bool:
@@ -177,7 +182,7 @@ def is_main_process() -> bool:
 
 
 class _Images(Dataset[tuple[int, Tensor | None]]):
-    """Part of a source, transformed; None stands for an image that cannot be decoded."""
+    """The images `indices` of a source, transformed; None for an image that cannot be decoded."""
 
     def __init__(self, source: ImageSource, transform: Callable[[Tensor], Tensor], indices: Sequence[int]) -> None:
         self.source, self.transform, self.indices = source, transform, indices
@@ -201,14 +206,14 @@ def load_images(
     batch_size: int,
     workers: int,
 ) -> Iterable[ImageBatch]:
-    """The images `indices` of `source`, transformed to one size, in that order."""
+    """A loader of the images `indices` of `source`, in this order, transformed to one size."""
     return DataLoader(
         _Images(source, transform, indices),
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # a loader without its own draws from the global one and disturbs the training
+        generator=torch.Generator(),  # without it, a loader draws from the global generator, which disturbs training
     )
 
 
@@ -227,56 +232,61 @@ def _encode_all(
     workers: int,
     ranks: tuple[int, int],
 ) -> FeatureSplit:
+    """Encodes this process's slice of the source, and joins the slices of all processes."""
     own, world = ranks
     share = range(len(source) * own // world, len(source) * (own + 1) // world)
     loader = load_images(source, transform, share, batch_size=batch_size, workers=workers)
     features: list[Tensor] = []
     indices: list[Tensor] = []
-    unreadable: list[int] = []
-    for batch_indices, images, bad in loader:
-        unreadable.extend(bad)
+    undecodable: list[int] = []
+    for batch_indices, images, failed in loader:
+        undecodable.extend(failed)
         if images is not None:
             features.append(encode(images).cpu())
             indices.append(batch_indices)
+    # a process without a readable image still takes part in gathering, with zero rows
     rows = torch.cat(features) if features else torch.zeros(0, 0)
-    numbers = torch.cat(indices) if indices else torch.zeros(0, dtype=torch.int64)
+    row_indices = torch.cat(indices) if indices else torch.zeros(0, dtype=torch.int64)
     if world > 1:
-        rows, numbers, unreadable = _gather(rows, numbers, unreadable)
-    return _split(source, rows, numbers.numpy(), unreadable)
+        rows, row_indices, undecodable = _gather(rows, row_indices, undecodable)
+    return _split(source, rows, row_indices.numpy(), undecodable)
 
 
-def _split(source: ImageSource, rows: Tensor, indices: IntArray, unreadable: list[int]) -> FeatureSplit:
+def _split(source: ImageSource, rows: Tensor, indices: IntArray, undecodable: list[int]) -> FeatureSplit:
+    """Adds labels and the names of undecodable images to the features `rows` (N, F)."""
     if len(rows) == 0:
         raise DataError(f"evaluate.data: none of the {len(source)} images can be decoded; run `unlabeled doctor`")
     labels = source.labels()
-    known = np.full(len(source), -1) if labels is None else labels.cpu().numpy()
-    skipped = tuple(source.describe(index) for index in unreadable)
-    return FeatureSplit(rows.numpy(), known[indices].astype(np.int64), indices, skipped)
+    all_labels = np.full(len(source), -1) if labels is None else labels.cpu().numpy()
+    skipped = tuple(source.describe(index) for index in undecodable)
+    return FeatureSplit(rows.numpy(), all_labels[indices].astype(np.int64), indices, skipped)
 
 
-def _gather(rows: Tensor, indices: Tensor, unreadable: list[int]) -> tuple[Tensor, Tensor, list[int]]:
-    """Joins the parts of all processes, which are consecutive, on every process."""
-    parts: list[tuple[int, int, list[int]]] = [(0, 0, [])] * world_size()
-    dist.all_gather_object(parts, (len(rows), rows.shape[1], unreadable))
-    counts, width = [count for count, _, _ in parts], max(width for _, width, _ in parts)
+def _gather(rows: Tensor, indices: Tensor, undecodable: list[int]) -> tuple[Tensor, Tensor, list[int]]:
+    """Joins the consecutive slices of all processes, on every process."""
+    slices: list[tuple[int, int, list[int]]] = [(0, 0, [])] * world_size()
+    dist.all_gather_object(slices, (len(rows), rows.shape[1], undecodable))
+    # a process without a readable image has width 0 and takes that of the others
+    counts, width = [count for count, _, _ in slices], max(width for _, width, _ in slices)
     joined = _gather_tensor(rows.reshape(len(rows), width), counts)
-    return joined, _gather_tensor(indices, counts), [index for _, _, part in parts for index in part]
+    return joined, _gather_tensor(indices, counts), [index for _, _, own in slices for index in own]
 
 
-def _gather_tensor(part: Tensor, counts: list[int]) -> Tensor:
-    """Concatenates `part` (counts[rank], ...) over the processes; the parts are padded to equal length on the way."""
+def _gather_tensor(own: Tensor, counts: list[int]) -> Tensor:
+    """Concatenates the tensors `own` (counts[rank], ...) of all processes."""
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    padded = torch.zeros(max(counts), *part.shape[1:], dtype=part.dtype, device=device)
-    padded[: len(part)] = part.to(device)
+    padded = torch.zeros(max(counts), *own.shape[1:], dtype=own.dtype, device=device)  # all_gather needs equal shapes
+    padded[: len(own)] = own.to(device)
     received = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(received, padded)
     return torch.cat([tensor[:count].cpu() for tensor, count in zip(received, counts, strict=True)])
 
 
 def _cached(file: Path, compute: Callable[[], FeatureSplit], ranks: tuple[int, int]) -> FeatureSplit:
+    """The features in `file`, or else those of `compute`, which are written to it."""
     found = load_split(file)
     own, world = ranks
-    if world > 1:  # all or none: a process that computes alone would wait for the others for ever
+    if world > 1:  # all or none: a process that computed alone would wait for the others forever
         hits: list[bool] = [False] * world
         dist.all_gather_object(hits, found is not None)
         found = found if all(hits) else None
@@ -291,7 +301,7 @@ def _cached(file: Path, compute: Callable[[], FeatureSplit], ranks: tuple[int, i
 
 
 def pixel_size(source: ImageSource, largest: int = 32) -> tuple[int, int]:
-    """(h, w) of the raw pixels of `source`: of its first readable image, cut down to `largest` on each side."""
+    """(h, w) of the raw-pixels baseline: the size of the first readable image, limited to `largest` on each side."""
     for index in range(len(source)):
         try:
             height, width = source.read(index).shape[-2:]

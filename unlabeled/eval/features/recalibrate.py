@@ -1,9 +1,8 @@
-"""Batch-norm statistics of dense images, for networks that trained on masked ones.
+"""Re-estimates batch-norm statistics on unmasked images, for backbones that were trained on masked ones.
 
-The running statistics of a network that saw only the visible part of its images are those of visible positions; under
-them the features of whole images are shifted. They are therefore estimated anew before a frozen evaluation (SparK,
-arXiv 2301.03580, trains such networks; "precise batch norm" of arXiv 2105.07576, section 3, is the estimate). Weights
-stay as they are.
+The running statistics of a backbone trained on masked images describe visible positions only, which shifts the features
+of unmasked images. So the statistics are re-estimated before an evaluation with frozen weights. SparK (arXiv
+2301.03580) trains such backbones; the estimate is "precise batch norm" (arXiv 2105.07576, section 3).
 """
 
 from __future__ import annotations
@@ -30,21 +29,21 @@ log = logging.getLogger(__name__)
 
 
 def recalibration_images(config: EvaluateConfig, backbone: Backbone, masked_statistics: bool) -> int:
-    """How many images the statistics of `backbone` are to be estimated on; 0: they stay as they are.
+    """Number of images on which to re-estimate the statistics of `backbone`; 0: keep them.
 
-    `masked_statistics`: whether its running statistics were collected on masked images (see `PretextTask`).
+    `masked_statistics`: whether the running statistics were collected on masked images (see `PretextTask`).
     """
     wanted = masked_statistics if config.recalibrate == "auto" else config.recalibrate
     if wanted and not batch_norms(backbone):
         if config.recalibrate is True:
-            log.warning("evaluate.recalibrate: true has no effect, %s has no batch norms", backbone.name)
+            log.warning("evaluate.recalibrate: true has no effect because %s has no batch norms", backbone.name)
         return 0
     return config.recalibrate_images if wanted else 0
 
 
 def batch_norms(module: nn.Module) -> list[_BatchNorm]:
-    """The batch norms inside `module` that keep running statistics."""
-    norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+    """The batch norms in `module` that have running statistics."""
+    norms = [submodule for submodule in module.modules() if isinstance(submodule, _BatchNorm)]
     return [norm for norm in norms if norm.running_mean is not None and norm.running_var is not None]
 
 
@@ -57,23 +56,24 @@ def recalibrated(
     workers: int = 0,
     device: torch.device | str = "cpu",
 ) -> Backbone:
-    """A copy of `backbone` whose batch norms have the statistics of up to `count` whole images of `source`.
+    """A copy of `backbone` with batch-norm statistics re-estimated on up to `count` images of `source`.
 
-    Running mean and variance (unbiased) are those of all positions of all these images together, while every batch
-    norm normalizes with the statistics of its batch; all else runs in evaluation mode. The images come in a fixed
-    shuffle, since the order of a folder would make batches of one class. Every process of torch.distributed does the
-    same work and ends with the first one's numbers. Random state and `backbone` are left as they were.
+    Running mean and variance (unbiased) become those over all positions of all these images. During the estimate, batch
+    norms normalize with the statistics of their batch, and everything else runs in evaluation mode. Under
+    torch.distributed, every process does the same work and receives the statistics of the first one. `backbone` and the
+    global random state do not change.
 
-    Raises DataError when fewer than two of the images can be decoded.
+    Raises DataError if fewer than two of the images can be decoded.
     """
     device = torch.device(device)
-    with modes_kept(backbone):  # which also drops tensors kept from earlier passes that cannot be copied
+    with modes_kept(backbone):  # also drops tensors kept from earlier passes, which deepcopy cannot copy
         twin = copy.deepcopy(backbone).to(device).eval()
+    # shuffled, since a folder's order would give batches of a single class; always in the same way
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:count].tolist()
     batches = load_images(source, EvalTransform(twin.input_size), order, batch_size=max(2, batch_size), workers=workers)
     with _collecting(twin) as collected, torch.no_grad():
         for _, images, _ in batches:
-            if images is not None and len(images) > 1:  # of a single value there is no variance
+            if images is not None and len(images) > 1:  # a norm after pooling has no variance over one image
                 twin.pooled(twin.normalize(images.to(device, non_blocking=True)))
     if not any(statistics.count for statistics in collected.values()):
         raise DataError(
@@ -86,24 +86,24 @@ def recalibrated(
 
 
 class _Statistics:
-    """Mean and summed squared deviations of each channel over all values seen so far (Chan et al., 1983)."""
+    """Running mean and sum of squared deviations of each channel (parallel algorithm of Chan et al., 1983)."""
 
     def __init__(self) -> None:
         self.count = 0
         self.mean = self.squares = torch.zeros(())
 
     def add(self, x: Tensor) -> None:
-        """Takes in (B, C, ...)."""
+        """Adds the values of a batch (B, C, ...)."""
         axes = [axis for axis in range(x.dim()) if axis != 1]
         variance, mean = torch.var_mean(x.float(), dim=axes, correction=0)
-        variance, mean = variance.double(), mean.double()
+        variance, mean = variance.double(), mean.double()  # sums over many batches lose digits in float32
         count, total = x.numel() // x.shape[1], self.count + x.numel() // x.shape[1]
         shift = mean - self.mean.to(mean)
         self.squares = self.squares.to(mean) + variance * count + shift.square() * (self.count * count / total)
         self.mean, self.count = self.mean.to(mean) + shift * (count / total), total
 
     def store(self, norm: _BatchNorm) -> None:
-        """Writes them into the running statistics of `norm`, unless it was never reached."""
+        """Writes mean and unbiased variance into the running statistics of `norm`; nothing if it was never used."""
         if self.count < 2 or norm.running_mean is None or norm.running_var is None:
             return
         norm.running_mean.copy_(self.mean)
@@ -115,8 +115,9 @@ class _Statistics:
 
 @contextmanager
 def _collecting(module: nn.Module) -> Iterator[dict[_BatchNorm, _Statistics]]:
-    """Batch norms of `module` run on batch statistics, and what enters them is collected."""
+    """Within the block, batch norms of `module` use batch statistics, and statistics of their inputs are collected."""
     collected = {norm: _Statistics() for norm in batch_norms(module)}
+    # passes in training mode also count batches and update the running statistics, which `store` overwrites
     updates = {
         norm: None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone() for norm in collected
     }
@@ -127,7 +128,7 @@ def _collecting(module: nn.Module) -> Iterator[dict[_BatchNorm, _Statistics]]:
 
     handles = [norm.register_forward_pre_hook(collect) for norm in collected]
     for norm in collected:
-        norm.training = True  # not train(): an activation or a dropout inside keeps its mode
+        norm.training = True  # not train(), which would also change an activation or a dropout inside
     try:
         yield collected
     finally:

@@ -1,1 +1,1 @@
-"""The most similar rows among many: exact, proven from 8-bit products, or by an index."""
+"""Nearest-neighbor search by cosine: exact, exact by way of 8-bit products, or with an approximate index."""

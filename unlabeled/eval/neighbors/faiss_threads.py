@@ -1,4 +1,4 @@
-"""faiss, loaded when it is needed and as parallel as torch."""
+"""faiss, imported on demand and with as many threads as torch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch
 
 @contextmanager
 def faiss_threads() -> Iterator[Any]:
-    """The module, with as many threads as torch; one on macOS, where a second OpenMP runtime with several crashes."""
-    import faiss  # loads that runtime, which a run without it does not need
+    """Yields the faiss module, which uses as many threads as torch within the block."""
+    import faiss  # here, since it loads an OpenMP runtime of its own that most runs do not need
 
     before = faiss.omp_get_max_threads()
+    # on macOS, the OpenMP runtimes of torch and faiss crash if both use several threads
     faiss.omp_set_num_threads(1 if sys.platform == "darwin" else torch.get_num_threads())
     try:
         yield faiss

@@ -1,11 +1,11 @@
-"""The most similar rows among many, by cosine: all of them looked at, or an index of faiss asked.
+"""Nearest-neighbor search by cosine similarity, over all rows or with a faiss index.
 
-- ``exact``: float32 products of blocks; what is kept of a block is found by comparison with the k-th best so far.
-- ``reduced``: 8-bit products first. Their error has a bound for each pair (module `reduced`), so that a row
-  left out is proven to be none of the nearest; what remains is computed in float32. Where too much remains, as exact.
-- ``ivf``, ``hnsw``: approximate; `recall` measures how good.
+- ``exact``: float32 products of blocks; only scores above the k-th best so far are kept.
+- ``reduced``: 8-bit products first. Their error is bounded for each pair (module `reduced`), which proves that most
+  rows are not among the nearest; the others are computed in float32. If too many remain, the search is ``exact``.
+- ``ivf``, ``hnsw``: approximate; `recall` measures their quality.
 
-Training features may lie on disk (`mapped_features`): both of the first take a part of them into memory at a time.
+Training features may be on disk (`mapped_features`): ``exact`` and ``reduced`` load a chunk of them at a time.
 """
 
 from __future__ import annotations
@@ -30,34 +30,35 @@ from unlabeled.ssl.core.errors import ConfigError, DataError
 
 APPROXIMATE = ("ivf", "hnsw")
 _ROWS = 4096
-"""Rows normalized at a time."""
+"""Rows normalized at a time; bounds the memory of float64 copies."""
 _SAMPLE = 1000
 """Queries on which an approximate search is compared with the exact one."""
 _ROUNDING = 1e-5
-"""Far more than two ways to sum a cosine differ by."""
+"""Far more than the difference between two orders of summation of a cosine."""
 _LINKS = 32
-"""Neighbors of a node of the HNSW graph; the lowest layer has twice as many."""
+"""Links per node of the HNSW graph; the lowest layer has twice as many."""
 
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """How the neighbors are found."""
+    """Settings of the neighbor search; see `KnnConfig`."""
 
     kind: Literal["exact", "reduced", "ivf", "hnsw"] = "exact"
     effort: int = 64
-    """Of an approximate search: lists that ivf visits, breadth of the search through hnsw (at least k)."""
+    """Approximate search only: lists to visit (ivf), or breadth of the graph search, at least k (hnsw)."""
     memory_gb: float = 2.0
-    """Of training features made ready in memory at a time, in 1e9 bytes; an approximate search needs them all."""
+    """Memory for training features, in 1e9 bytes; an approximate search needs all of them at once."""
 
 
 def search(
     train: FloatArray, test: FloatArray, k: int, settings: SearchSettings | None = None, *, seed: int = 0
 ) -> tuple[IntArray, FloatArray]:
-    """The `k` rows of `train` (N, D) most similar to each of `test` (Q, D): indices int64 and cosines float32 (Q, k).
+    """The `k` rows of `train` (N, D) most similar to each row of `test` (Q, D), by cosine.
 
-    The most similar first; of equal ones the lower index. At most N of them, and zero vectors have similarity 0 to
-    everything. Features must be finite. `train` may be a memory map; ``settings.memory_gb`` bounds what is taken of it.
-    Raises DataError for features of two widths and ConfigError for an index that memory cannot hold.
+    Returns indices int64 and cosines float32, (Q, min(k, N)) each, most similar first; ties go to the lower index. Zero
+    vectors have similarity 0 to everything. Features must be finite. `train` may be a memory map, of which at most
+    ``settings.memory_gb`` is loaded at a time. Raises DataError for features of different widths, and ConfigError if an
+    index would exceed ``settings.memory_gb``.
     """
     settings, k = settings or SearchSettings(), min(k, len(train))
     if train.shape[1] != test.shape[1]:
@@ -66,24 +67,25 @@ def search(
     if settings.kind in APPROXIMATE:
         return _indexed(train, queries, k, settings, seed)
     keys = empty_keys(len(queries), k)
-    rows_at_a_time = _part(train.shape[1], settings)
-    for start in range(0, len(train), rows_at_a_time):
-        _search_part(keys, queries, normalized(train[start : start + rows_at_a_time]), start, settings)
-    return decoded(keys[:, ::-1])
+    chunk = _chunk_rows(train.shape[1], settings)
+    for start in range(0, len(train), chunk):
+        _search_chunk(keys, queries, normalized(train[start : start + chunk]), start, settings)
+    return decoded(keys[:, ::-1])  # keys are ascending
 
 
-def _search_part(keys: IntArray, queries: FloatArray, rows: FloatArray, offset: int, settings: SearchSettings) -> None:
+def _search_chunk(keys: IntArray, queries: FloatArray, rows: FloatArray, offset: int, settings: SearchSettings) -> None:
+    """Merges the rows of a chunk into `keys`."""
     if settings.kind == "exact" or not integers_are_fast():
         exact_search(keys, queries, rows, offset)
         return
-    left = reduced_search(keys, queries, rows, offset)
-    found = keys[left]
-    exact_search(found, queries[left], rows, offset)
-    keys[left] = found
+    unproven = reduced_search(keys, queries, rows, offset)
+    found = keys[unproven]  # a copy: indexing with an array gives no view
+    exact_search(found, queries[unproven], rows, offset)
+    keys[unproven] = found
 
 
 def recall(train: FloatArray, test: FloatArray, found: IntArray, settings: SearchSettings, *, seed: int = 0) -> float:
-    """Part of the true k nearest that `found` (Q, k) names, on a sample of at most 1000 queries drawn by `seed`."""
+    """Fraction of the true k nearest rows that `found` (Q, k) contains, on at most 1000 queries drawn with `seed`."""
     chosen = np.sort(np.random.default_rng(seed).permutation(len(test))[:_SAMPLE])
     true, _ = search(train, test[chosen], found.shape[1], replace(settings, kind="exact"))
     both = sum(len(np.intersect1d(*pair)) for pair in zip(true, found[chosen], strict=True))
@@ -91,17 +93,20 @@ def recall(train: FloatArray, test: FloatArray, found: IntArray, settings: Searc
 
 
 def exact_search(keys: IntArray, queries: FloatArray, rows: FloatArray, offset: int) -> None:
-    """Puts into `keys` (Q, k) of module `topk` the cosines of unit `queries` and `rows`, row 0 being `offset`.
+    """Merges the cosines of unit `queries` (Q, D) and `rows` (N, D) into `keys` (Q, k) of module `topk`.
 
-    Matrix products choose a few rows more than k, whose cosines are then computed pair by pair.
+    Row 0 gets the index `offset`.
     """
+    # matrix products propose a few more rows than k; their cosines are then computed pair by pair, since results of a
+    # matrix product depend on its size
     left, right = torch.from_numpy(queries), torch.from_numpy(rows)
     k = keys.shape[1]
     candidates = empty_keys(len(queries), min(k + max(8, k // 8), len(rows)))
 
-    def scores(some: slice, part: slice) -> Tensor:
-        block = right[part]
-        missing = COLUMNS - len(block) if part.start else 0  # equal rows have equal scores in products of one size
+    def scores(some: slice, columns: slice) -> Tensor:
+        block = right[columns]
+        # padded to the size of the other blocks, so that equal rows have equal scores
+        missing = COLUMNS - len(block) if columns.start else 0
         products = F.linear(left[some], F.pad(block, (0, 0, 0, missing)) if missing else block)
         return products[:, : len(block)].contiguous()
 
@@ -114,46 +119,49 @@ def exact_search(keys: IntArray, queries: FloatArray, rows: FloatArray, offset: 
 
 
 def integers_are_fast() -> bool:
-    """Whether this processor multiplies 8-bit numbers faster than float32 (VNNI). Elsewhere `reduced` is `exact`."""
+    """Whether this processor multiplies 8-bit integers faster than float32 (VNNI); if not, `reduced` is `exact`."""
+    # private functions, of which torch versions have one or the other
     known = [getattr(torch.cpu, name, None) for name in ("_is_vnni_supported", "_is_avx512_vnni_supported")]
     return any(function is not None and function() for function in known)
 
 
 def normalized(features: FloatArray) -> FloatArray:
-    """Rows of unit L2 norm, float32 (N, D); zero rows stay zero."""
+    """Rows scaled to unit L2 norm, float32 (N, D); zero rows stay zero."""
     found = np.empty(features.shape, dtype=np.float32)
     for start in range(0, len(features), _ROWS):
-        part = slice(start, start + _ROWS)
-        wide = features[part].astype(np.float64)  # squares of large float32 values overflow
+        rows = slice(start, start + _ROWS)
+        wide = features[rows].astype(np.float64)  # squares of large values overflow in float32
         lengths = np.linalg.norm(wide, axis=1, keepdims=True)
-        np.divide(wide, np.where(lengths > 0, lengths, 1), out=found[part], casting="same_kind")
+        np.divide(wide, np.where(lengths > 0, lengths, 1), out=found[rows], casting="same_kind")
     return found
 
 
 def mapped_features(file: Path, name: str = "features") -> FloatArray:
-    """A float32 matrix of a safetensors file as a read-only memory map, of any size (an array for ``np.save``: its
-    ``np.load(..., mmap_mode="r")`` does the same).
+    """A float32 matrix in a safetensors file as a read-only memory map, which may be larger than memory.
 
-    Raises DataError when the file has no such matrix.
+    For .npy files, use ``np.load(..., mmap_mode="r")``. Raises DataError if the file has no such matrix.
     """
+    # the format: header length in 8 bytes, JSON header, data
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         entry: dict[str, Any] | None = json.loads(stream.read(length)).get(name)
     if entry is None or entry["dtype"] != "F32" or len(entry["shape"]) != 2:
-        raise DataError(f"{file}: there is no float32 matrix called {name!r} in it")
+        raise DataError(f"{file}: contains no float32 matrix called {name!r}")
     begin = 8 + length + entry["data_offsets"][0]
     return np.memmap(file, dtype="<f4", mode="r", offset=begin, shape=tuple(entry["shape"]))
 
 
-def _part(width: int, settings: SearchSettings) -> int:
-    """Training rows in memory at a time, a multiple of a block's columns: 4 bytes a feature, 1 for its 8-bit copy."""
+def _chunk_rows(width: int, settings: SearchSettings) -> int:
+    """Training rows to load at a time, a multiple of the columns of a block."""
+    # 4 bytes for a feature and 1 for its 8-bit copy
     return max(1, int(settings.memory_gb * 1e9 / (5 * width * COLUMNS))) * COLUMNS
 
 
 def _indexed(
     train: FloatArray, queries: FloatArray, k: int, settings: SearchSettings, seed: int
 ) -> tuple[IntArray, FloatArray]:
-    need = len(train) * (4 * train.shape[1] * 2 + 8 * _LINKS) / 1e9  # features twice, links
+    """`search` with a faiss index."""
+    need = len(train) * (4 * train.shape[1] * 2 + 8 * _LINKS) / 1e9  # features, their copy in the index, and links
     if need > settings.memory_gb:
         raise ConfigError(
             f"evaluate.knn.search: {settings.kind} needs about {need:.1f} GB of memory for {len(train)} images, "
@@ -163,7 +171,7 @@ def _indexed(
     with faiss_threads() as faiss:
         index = faiss.index_factory(rows.shape[1], _described(len(rows), settings), faiss.METRIC_INNER_PRODUCT)
         if settings.kind == "ivf":
-            index.cp.seed, index.nprobe = seed + 1, settings.effort
+            index.cp.seed, index.nprobe = seed + 1, settings.effort  # cp: parameters of the k-means of the lists
         else:
             index.hnsw.efSearch = max(settings.effort, k)
         index.train(rows)
@@ -173,18 +181,18 @@ def _indexed(
 
 
 def _described(count: int, settings: SearchSettings) -> str:
-    """The index in faiss's words."""
+    """The faiss description of the index for `count` rows."""
     if settings.kind == "hnsw":
         return f"HNSW{_LINKS},Flat"
-    return f"IVF{max(1, min(int(4 * count**0.5), count // 39))},Flat"  # k-means wants 39 rows a center
+    return f"IVF{max(1, min(int(4 * count**0.5), count // 39))},Flat"  # faiss warns below 39 rows per list
 
 
 def _completed(
     rows: FloatArray, queries: FloatArray, indices: IntArray, cosines: npt.NDArray[np.float32]
 ) -> tuple[IntArray, FloatArray]:
-    """Queries for which an index found fewer than k are searched exactly; ties in order of the index."""
-    short = np.flatnonzero((indices < 0).any(axis=1))
-    if len(short):
-        indices[short], cosines[short] = search(rows, queries[short], indices.shape[1])
+    """Completes the results of an index: queries with fewer than k results are searched exactly, and ties sorted."""
+    incomplete = np.flatnonzero((indices < 0).any(axis=1))  # faiss fills up with -1
+    if len(incomplete):
+        indices[incomplete], cosines[incomplete] = search(rows, queries[incomplete], indices.shape[1])
     order = np.lexsort((indices, -cosines), axis=1)
     return np.take_along_axis(indices, order, axis=1), np.take_along_axis(cosines, order, axis=1)

@@ -1,1 +1,1 @@
-"""Linear classifiers on frozen features: what they read, and how many are trained at once."""
+"""Linear classifiers on frozen features: their inputs, their batches, and the training of many at once."""

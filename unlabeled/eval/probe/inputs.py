@@ -1,9 +1,9 @@
-"""What linear heads read of a network: the pooled features, their beginnings, or tokens and maps of its last blocks.
+"""Inputs of linear heads: pooled features, prefixes of them, or tokens and maps of the last blocks of a backbone.
 
-Where a network hands out its class token, the tokens of the last n blocks are read as DINOv2 does (Oquab et al. 2023,
-2304.07193): the final norm is applied to every block, registers belong neither to the class token nor to the patches,
-and the average beside class tokens is that of the last block. Any other network is read by its maps: the last of them
-is the pooled features as the network gives them, those before are averaged over their places.
+If a backbone returns its class token, the tokens of the last n blocks are read as in DINOv2 (Oquab et al. 2023,
+2304.07193): the final norm is applied to every block, register tokens are ignored, and the average that joins the class
+tokens is that of the last block. Other backbones are read by their feature maps: the last one as the backbone's own
+pooled features, earlier ones averaged over positions.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ Pooling = Literal["cls", "avg", "cls+avg"]
 
 @dataclass(frozen=True)
 class Input:
-    """Which columns of the features heads read."""
+    """The columns of the features that a head reads."""
 
     title: str
     """Such as ``class tokens of the last 4 blocks``."""
     start: int
     stop: int
     blocks: int = 0
-    """How many last blocks are read; 0: the pooled features."""
+    """Number of last blocks that are read; 0: the pooled features."""
     prefix: bool = False
-    """Whether it is the beginning of another input, and is judged apart."""
+    """Whether it is a prefix of the pooled features, which is evaluated separately."""
 
     def of(self, features: Tensor) -> Tensor:
-        """(B, F) → (B, D)."""
+        """Selects the columns: (B, F) → (B, D)."""
         return features[:, self.start : self.stop]
 
 
@@ -44,12 +44,14 @@ class Input:
 class BlockFeatures:
     """(backbone, normalized images (B, 3, h, w)) → (B, F): class tokens of the last blocks, then averages.
 
-    The class tokens are those of the last `classes` blocks, the last block's last; the averages those of the last
-    `averages`, the last block's first. So each input is a range of columns.
+    Class tokens are in the order of the blocks, averages in reverse. So those of the last block are adjacent, and each
+    input is a contiguous range of columns.
     """
 
     classes: int
+    """Number of last blocks whose class tokens are returned."""
     averages: int
+    """Number of last blocks whose averages are returned."""
 
     def __call__(self, backbone: Backbone, images: Tensor) -> Tensor:
         if has_class_token(backbone):
@@ -65,40 +67,41 @@ class BlockFeatures:
         norm = _norm_after_pooling(model)
         tokens = [prefix[:, 0] for _, prefix in found[len(found) - self.classes :]]
         averages = [patches.mean(dim=1) for patches, _ in reversed(found[len(found) - self.averages :])]
-        return torch.cat([norm(part) for part in tokens + averages], dim=1)
+        return torch.cat([norm(pooled) for pooled in tokens + averages], dim=1)
 
     def _maps(self, backbone: Backbone, images: Tensor) -> Tensor:
         model = cast(Any, backbone.model)
         if self.averages == 1:
             return backbone.pooled(images)
-        alike = len({stage.channels for stage in backbone.stages}) == 1  # else the final norm fits the last map alone
-        options = {"norm": True} if alike and "norm" in _parameters(model) else {}
+        # with different widths, the final norm fits the last map only
+        same_width = len({stage.channels for stage in backbone.stages}) == 1
+        options = {"norm": True} if same_width and "norm" in _parameters(model) else {}
         final, found = model.forward_intermediates(images, indices=self.averages, output_fmt="NCHW", **options)
-        norm = _norm_after_pooling(model) if alike else nn.Identity()
+        norm = _norm_after_pooling(model) if same_width else nn.Identity()
         averages = [norm(one.mean(dim=(2, 3))) for one in reversed(found[:-1])]
         return torch.cat([model.forward_head(final, pre_logits=True).flatten(1), *averages], dim=1)
 
 
 def has_class_token(backbone: Backbone) -> bool:
-    """Whether the network has a class token and hands it out with its feature maps."""
+    """Whether the backbone has a class token and returns it with its feature maps."""
     model = backbone.model
     return "return_prefix_tokens" in _parameters(model) and getattr(model, "cls_token", None) is not None
 
 
 def _parameters(model: Any) -> tuple[str, ...]:
-    """Of ``forward_intermediates``; () without it."""
+    """Names of the parameters of ``forward_intermediates``; () if the model has no such method."""
     forward = getattr(model, "forward_intermediates", None)
     return () if forward is None else tuple(inspect.signature(forward).parameters)
 
 
 def _norm_after_pooling(model: Any) -> nn.Module:
-    """timm moves the final norm behind the average of transformers that pool so."""
+    """The norm to apply after pooling: timm moves a transformer's final norm there if it pools by average."""
     norm = getattr(model, "fc_norm", None)
     return norm if norm is not None and isinstance(getattr(model, "norm", None), nn.Identity) else nn.Identity()
 
 
 def pooled_inputs(width: int, prefixes: tuple[int, ...]) -> list[Input]:
-    """All `width` features, and those of their beginnings that are shorter."""
+    """The input of all `width` features, and one for each shorter prefix of them."""
     shorter = sorted({length for length in prefixes if length < width})
     return [Input("pooled features", 0, width)] + [
         Input(f"the first {length} features", 0, length, prefix=True) for length in shorter
@@ -108,10 +111,11 @@ def pooled_inputs(width: int, prefixes: tuple[int, ...]) -> list[Input]:
 def block_inputs(
     backbone: Backbone, blocks: Sequence[int], pooling: Sequence[Pooling] = (), *, fall_back: bool = False
 ) -> tuple[BlockFeatures, list[Input]]:
-    """What to compute for `blocks` x `pooling` (empty: cls where there is a class token), and the columns of each.
+    """The features to compute for all combinations of `blocks` and `pooling`, and the inputs as columns of these.
 
-    `fall_back`: a network without a class token is read by averages, whatever `pooling` says. Raises ConfigError for
-    more blocks than the network has and for a class token that it lacks.
+    An empty `pooling` means cls if there is a class token, else avg. `fall_back`: use averages for a backbone without a
+    class token, whatever `pooling` says. Raises ConfigError for more blocks than the backbone has, and for class tokens
+    if it has none.
     """
     token = has_class_token(backbone)
     pooling = pooling or ("cls" if token else "avg",)
@@ -136,16 +140,17 @@ def block_inputs(
 
 
 def _widths(backbone: Backbone, reading: BlockFeatures, token: bool) -> list[int]:
-    """Width of each part of the features, in their order."""
+    """Widths of the class tokens and averages, in the order of the columns."""
     channels = [stage.channels for stage in reversed(backbone.stages)]
     averages = channels[: reading.averages]
     if not token:
-        averages[0] = backbone.embed_dim
+        averages[0] = backbone.embed_dim  # the pooled features, which may be wider than the last map
     return channels[: reading.classes][::-1] + averages
 
 
 def _input(blocks: int, pooling: Pooling, widths: list[int], classes: int, token: bool) -> Input:
-    """The columns of one input among parts of `widths`, of which the first `classes` are class tokens."""
+    """The columns of one input, given the `widths` of all tokens and averages; the first `classes` are class tokens."""
+    # the titles below are also part of the seed of initial weights: changing them changes results
     first = classes if pooling == "avg" else classes - blocks
     last = {"cls": classes, "avg": classes + blocks, "cls+avg": classes + 1}[pooling]
     name = "blocks" if token else "maps"
