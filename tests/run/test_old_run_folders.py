@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from unlabeled.cli import main
+from unlabeled.report.document import read_report
 
 FOLDERS = Path(__file__).parents[1] / "fixtures" / "run_folders"
 COMMON = [
@@ -81,7 +82,7 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def metrics(report: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(report.read_text())["results"]["encoders"]["backbone"]["metrics"]
+    found: dict[str, Any] = read_report(report)["results"]["encoders"]["backbone"]["metrics"]  # whatever its schema
     return found
 
 

@@ -11,7 +11,7 @@ import yaml
 
 import unlabeled
 from unlabeled import ConfigError
-from unlabeled.testing import EncodedDataset, check_task
+from unlabeled.testing import TaskCase, check_task
 from unlabeled_jigsaw.orders import distant_orders, shuffled
 from unlabeled_jigsaw.task import Jigsaw, JigsawConfig, JigsawViews
 
@@ -76,17 +76,17 @@ def test_tiles_may_be_wider_than_high() -> None:
 
 
 def test_loss_is_the_logarithm_of_the_orders_when_nothing_is_known() -> None:
-    dataset = EncodedDataset.of(Jigsaw, settings=SMALL)
-    task = dataset.task()
+    case = TaskCase.of(Jigsaw, settings=SMALL)
+    task = case.task()
     torch.nn.init.zeros_(task.get_parameter("head.2.weight"))
     torch.nn.init.zeros_(task.get_parameter("head.2.bias"))
-    assert task(dataset.batch(task)).loss.item() == pytest.approx(math.log(24))
+    assert task(case.batch(task)).loss.item() == pytest.approx(math.log(24))
 
 
 def test_brightness_and_contrast_of_a_tile_do_not_matter() -> None:
-    dataset = EncodedDataset.of(Jigsaw, settings=SMALL)
-    task = dataset.task()
-    tiles = dataset.batch(task)["tiles"].clamp(0, 100)
+    case = TaskCase.of(Jigsaw, settings=SMALL)
+    task = case.task()
+    tiles = case.batch(task)["tiles"].clamp(0, 100)
     brighter = tiles.clone()
     brighter[:, 1] = 2 * tiles[:, 1] + 55
     assert torch.allclose(task.scores(tiles), task.scores(brighter), atol=1e-3)
