@@ -154,7 +154,7 @@ def test_batch_norms_are_estimated_for_each_size(tmp_path: Path) -> None:
     assert [result.random for result in curve.results] == [{}, {}]
     assert curve.pixels == {}
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "estimated anew for each on 20 training images without labels, 51 % more images" in text
+    assert "recomputed for each size on 20 unlabeled training images, which adds 51 %" in text
 
 
 def test_only_an_elastic_run_has_sizes(tmp_path: Path) -> None:
@@ -216,9 +216,9 @@ def test_the_report_of_an_elastic_run_has_its_sizes(run: Path) -> None:
     value = document["rows"][0]["values"]["knn/k5"]
     assert value["low"] < value["value"] <= value["high"]
     html = (run / "report" / "report.html").read_text()
-    assert "2 of the 6 sizes that this one network holds" in html
+    assert "2 of the 6 sizes of this elastic model" in html
     assert html.count("of each size against its number of parameters") == 2
-    assert "All 2 measured networks" not in html
+    assert "All 2 measured models" not in html
     text = (run / "report" / "report.md").read_text()
     assert "| 16x2 |" in text
     assert json.loads((run / "sizes.json").read_text())["headline"] == ["knn/k5", "linear/top1"]
@@ -232,6 +232,6 @@ def test_a_page_of_many_sizes_shows_the_best_first(tmp_path: Path) -> None:
     many = curve_of(*(result(f"8x{n}", 10 * n, 0.3 + 0.01 * (n // 2)) for n in range(1, 40)))
     render_report(tmp_path, RUN, results(), [], None, sizes=many)
     html = (tmp_path / "report.html").read_text()
-    shown, folded = html[html.index("Every size") :].split("All 39 measured networks")
+    shown, folded = html[html.index("Every size") :].split("All 39 measured models")
     assert shown.count('<th scope="row">8x') == 20
     assert folded.count('<th scope="row">8x') == 39
