@@ -1,9 +1,10 @@
-"""Self-supervised vision pretraining: any backbone, any pretext task, and evidence that it worked.
+"""Self-supervised vision pretraining: any backbone, any pretext task, and results that show whether it worked.
 
 >>> import unlabeled
 >>> result = unlabeled.pretrain(task="mae", backbone="vit_small_patch16_224", data="path/to/images", out="runs/x")
 
-Everything that a user needs is here; modules inside may move. A name is imported when it is first used.
+The public API is what this module exports; submodules may move. Names are imported on first use, so that
+``import unlabeled`` stays fast.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from unlabeled._version import __version__
 _moved.install()
 
 _PUBLIC = {
-    # What a user calls; each is the twin of a command.
+    # Functions; each has a command of the same name, except `load_backbone`.
     "evaluate": "unlabeled.api",
     "export": "unlabeled.api",
     "finetune": "unlabeled.api",
     "load_backbone": "unlabeled.api",
     "pretrain": "unlabeled.api",
-    # What they give back.
+    # What these functions return.
     "EncoderResults": "unlabeled.eval.results",
     "Results": "unlabeled.eval.results",
     "Exported": "unlabeled.workflows.export",
@@ -51,7 +52,7 @@ _PUBLIC = {
     "OptimConfig": "unlabeled.ssl.config.schema",
     "PretrainConfig": "unlabeled.ssl.config.schema",
     "ScheduleConfig": "unlabeled.ssl.config.schema",
-    # Images, and a source of one's own.
+    # Images, and your own data sources.
     "DecodeError": "unlabeled.ssl.data.source",
     "ImageSource": "unlabeled.ssl.data.source",
     "MaskSource": "unlabeled.ssl.data.source",
@@ -64,7 +65,7 @@ _PUBLIC = {
     "open_source": "unlabeled.ssl.data.registry",
     "register_source": "unlabeled.ssl.data.registry",
     "source_names": "unlabeled.ssl.data.registry",
-    # A pretext task of one's own.
+    # Your own pretext tasks.
     "Batch": "unlabeled.ssl.task",
     "ContractError": "unlabeled.testing",
     "NamedParameter": "unlabeled.ssl.task",
@@ -82,7 +83,7 @@ _PUBLIC = {
     "gather_across_ranks": "unlabeled.ssl.core.distributed",
     "register_task": "unlabeled.pretext.registry",
     "task_names": "unlabeled.pretext.registry",
-    # An evaluator of one's own.
+    # Your own evaluators.
     "Estimate": "unlabeled.eval.base",
     "Evaluator": "unlabeled.eval.base",
     "EvaluatorConfig": "unlabeled.eval.base",
@@ -98,7 +99,7 @@ _PUBLIC = {
     "check_features": "unlabeled.eval.base",
     "evaluator_names": "unlabeled.eval.registry",
     "register_evaluator": "unlabeled.eval.registry",
-    # Reading what runs and evaluations left.
+    # Reading the output of runs and evaluations.
     "CAPTIONS": "unlabeled.eval.dense.maps",
     "Comparison": "unlabeled.eval.comparison",
     "EvalTransform": "unlabeled.eval.features.extract",
@@ -113,7 +114,7 @@ _PUBLIC = {
     "random_twin": "unlabeled.eval.encoded_dataset",
     "read_metrics": "unlabeled.ssl.train.monitor",
     "read_report": "unlabeled.report.document",
-    # Faults of the input, each told in one line.
+    # Errors; each has a one-line message that names the setting, its value and the remedy.
     "CapabilityError": "unlabeled.ssl.core.errors",
     "CheckpointError": "unlabeled.ssl.core.errors",
     "ConfigError": "unlabeled.ssl.core.errors",
@@ -121,7 +122,7 @@ _PUBLIC = {
     "DivergedError": "unlabeled.ssl.core.errors",
     "UnlabeledError": "unlabeled.ssl.core.errors",
 }
-"""Name → the module that has it. Sorted within its group; the imports for type checkers below say the same."""
+"""Name → the module that defines it, sorted within each group. Keep the imports for type checkers below in sync."""
 
 __all__ = ["__version__", *_PUBLIC]
 
@@ -224,6 +225,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
+    # names of version 0.1.0 keep working, with a warning
     if name in _moved.RENAMED and (current := _moved.RENAMED[name]) in _PUBLIC:
         warnings.warn(f"unlabeled.{name} is now unlabeled.{current}", DeprecationWarning, stacklevel=2)
         return __getattr__(current)

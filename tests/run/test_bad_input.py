@@ -58,7 +58,7 @@ def files_of(folder: Path) -> dict[Path, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("overrides", "message"),
     [
         (["task=mea"], "task: 'mea' is not a pretext task; did you mean 'mae'?"),
         (["task.mask_ration=0.5"], "task.mask_ration: there is no such setting in task; did you mean 'mask_ratio'"),
@@ -244,9 +244,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("overrides", "message"),
     [
-        (["no_such_run"], "'no_such_run' is no run folder, file of weights or timm model"),
+        (["no_such_run"], "'no_such_run' is not a run folder, weights file or timm model"),
         (["resnet18", "pretrained=false"], "data: not given"),
         (["resnet18", "pretrained=false", "data=shapes", "dat.count=8"], "dat: there is no such setting"),
         (["gone.safetensors"], "'gone.safetensors' does not exist"),

@@ -254,12 +254,12 @@ def test_a_cell_from_before_values_said_what_they_are_is_read(folder: Path, tmp_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("backbones=[resnet81]", "target: 'resnet81' is no run folder"),
-        ("backbones=[{target: EXPORTED, size: 64}]", "brings its own network; remove name, size and kwargs"),
-        ("backbones=[EXPORTED,EXPORTED]", "'exported' stands for 2 entries; give each a label"),
+        ("backbones=[resnet81]", "target: 'resnet81' is not a run folder"),
+        ("backbones=[{target: EXPORTED, size: 64}]", "is a run with its own backbone; remove name, size and kwargs"),
+        ("backbones=[EXPORTED,EXPORTED]", "2 entries have the label 'exported'; give each its own"),
         ("backbones=[{targte: x, target: x}]", r"backbones.0.targte: there is no such setting in backbones.0; did you"),
-        ("data.limit=3", "data.limit=3: data is a list; write it inside of one of its mappings"),
-        ("data=[digits,digits]", "data: 'digits' stands for 2 entries"),
+        ("data.limit=3", "data.limit=3: data is a list; set this inside one of its mappings"),
+        ("data=[digits,digits]", "data: 2 entries have the label 'digits'"),
         ("data=[digist]", "'digist' is not a data source; did you mean 'digits'"),
         ("data=[{name: digits, limits: 3}]", "limits: there is no such setting"),
         ("evaluators=[knn,liner]", "evaluate.evaluators: 'liner' is not an evaluator; did you mean 'linear'"),
@@ -273,9 +273,9 @@ def test_a_cell_from_before_values_said_what_they_are_is_read(folder: Path, tmp_
             r"evaluate\.lineer: there is no such setting in evaluate; did you mean 'linear'\?",
         ),
         ("evaluate.limit=3", "evaluate.limit has no effect in a gauntlet; set limit=... instead"),
-        ("measures=[knn/k20,linear/lr]", "measures: 'linear/lr' is not measured"),
-        ("measures=[few_shot/5way_1shot]", "measures: 'few_shot/5way_1shot' is not measured; give measures of knn/..."),
-        ("seeds=[1,1]", r"seeds: \[1, 1\] names one twice"),
+        ("measures=[knn/k20,linear/lr]", "measures: 'linear/lr' is not a metric of"),
+        ("measures=[few_shot/5way_1shot]", "measures: 'few_shot/5way_1shot' is not a metric of knn/..."),
+        ("seeds=[1,1]", r"seeds: \[1, 1\] has duplicates"),
         ("seeds=[]", "seeds: "),
     ],
 )
@@ -295,7 +295,7 @@ def test_data_without_labels_and_folders_of_other_things_are_refused(folder: Pat
         (tmp_path / "flat" / split).mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").touch()
-    with pytest.raises(CheckpointError, match="is not empty and holds no gauntlet"):
+    with pytest.raises(CheckpointError, match="is not empty and contains no gauntlet"):
         run_gauntlet(gauntlet_config(overrides(folder, tmp_path / "other")))
     with pytest.raises(DataError, match="flat"):
         run_gauntlet(

@@ -107,13 +107,11 @@ def test_what_was_measured_is_kept_and_the_rest_added(
 def test_other_settings_and_other_weights_are_not_mixed(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     evaluate(run, sizes=[[16, 2]])
     before = (run / "sizes.json").read_bytes()
-    with pytest.raises(
-        ConfigError, match=r"evaluate.limit: .*sizes.json holds 1 sizes measured with None, here it is 9"
-    ):
+    with pytest.raises(ConfigError, match=r"evaluate.limit: .*sizes.json has 1 sizes measured with None, here it is 9"):
         evaluate(run, sizes=[[16, 3]], evaluate={"limit": 9})
     assert read_curve(run) is not None
     export_backbone(create_backbone("vit_tiny_patch16_224", size=32, **VIT), run, elastic=CONFIG)
-    with pytest.raises(ConfigError, match=r"^weights: .* with other weights; give the same, or move that file away"):
+    with pytest.raises(ConfigError, match=r"^weights: .* with other weights; use the same value, or move that file"):
         evaluate(run, sizes=[[16, 3]])
     assert (run / "sizes.json").read_bytes() == before
     assert read_curve(run) is None
@@ -125,7 +123,7 @@ def test_other_settings_and_other_weights_are_not_mixed(run: Path, caplog: pytes
         evaluate(run)
 
 
-def test_runs_that_were_trained_alone_stand_beside(run: Path, tmp_path: Path) -> None:
+def test_runs_that_were_trained_alone_are_listed_too(run: Path, tmp_path: Path) -> None:
     small = VIT | {"embed_dim": 16, "depth": 2}
     export_backbone(create_backbone("vit_tiny_patch16_224", size=32, **small), tmp_path / "alone")
     curve = evaluate(run, sizes=[[16, 2]], versus=[str(tmp_path / "alone")])
@@ -137,11 +135,11 @@ def test_runs_that_were_trained_alone_stand_beside(run: Path, tmp_path: Path) ->
     assert (alone.parameters, alone.macs) == (extracted.parameters, extracted.macs)
     assert curve.front("knn/k5") == [extracted]
     export_backbone(create_backbone("nin_cifar", num_blocks=3), tmp_path / "nin")
-    with pytest.raises(ConfigError, match=r"versus: nin is of the family \w+, the sizes of VisionTransformer"):
+    with pytest.raises(ConfigError, match=r"versus: nin is of the family \w+, the sizes are of VisionTransformer"):
         evaluate(run, sizes=[[16, 2]], versus=[str(tmp_path / "nin")])
-    with pytest.raises(ConfigError, match=r"versus: .*nowhere is no folder"):
+    with pytest.raises(ConfigError, match=r"versus: .*nowhere is not a folder"):
         evaluate(run, sizes=[[16, 2]], versus=[str(tmp_path / "nowhere")])
-    with pytest.raises(ConfigError, match="versus: has a place beside sizes only"):
+    with pytest.raises(ConfigError, match="versus: has no effect without sizes"):
         evaluate(run, versus=[str(tmp_path / "alone")])
 
 
@@ -159,9 +157,9 @@ def test_batch_norms_are_estimated_for_each_size(tmp_path: Path) -> None:
 
 def test_only_an_elastic_run_has_sizes(tmp_path: Path) -> None:
     export_backbone(create_backbone("vit_tiny_patch16_224", size=32, **VIT), tmp_path)
-    with pytest.raises(ConfigError, match="the run is not elastic and holds one size"):
+    with pytest.raises(ConfigError, match="the run is not elastic and has a single size"):
         evaluate(tmp_path, sizes="all")
-    with pytest.raises(ConfigError, match=r"sizes: vit_tiny_patch16_224 is no run folder"):
+    with pytest.raises(ConfigError, match=r"sizes: vit_tiny_patch16_224 is not a run folder"):
         evaluate(Path("vit_tiny_patch16_224"), sizes="all", pretrained=False)
 
 
