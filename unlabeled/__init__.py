@@ -19,13 +19,13 @@ from unlabeled._version import __version__
 _moved.install()
 
 _PUBLIC = {
-    # Functions; each has a command of the same name, except `load_backbone`.
+    # Functions, one for each command.
     "evaluate": "unlabeled.api",
     "export": "unlabeled.api",
     "finetune": "unlabeled.api",
     "load_backbone": "unlabeled.api",
     "pretrain": "unlabeled.api",
-    # What these functions return.
+    # What the functions return.
     "EncoderResults": "unlabeled.eval.results",
     "Results": "unlabeled.eval.results",
     "Exported": "unlabeled.workflows.export",
@@ -52,7 +52,7 @@ _PUBLIC = {
     "OptimConfig": "unlabeled.ssl.config.schema",
     "PretrainConfig": "unlabeled.ssl.config.schema",
     "ScheduleConfig": "unlabeled.ssl.config.schema",
-    # Images, and your own data sources.
+    # Images and data sources.
     "DecodeError": "unlabeled.ssl.data.source",
     "ImageSource": "unlabeled.ssl.data.source",
     "MaskSource": "unlabeled.ssl.data.source",
@@ -65,7 +65,7 @@ _PUBLIC = {
     "open_source": "unlabeled.ssl.data.registry",
     "register_source": "unlabeled.ssl.data.registry",
     "source_names": "unlabeled.ssl.data.registry",
-    # Your own pretext tasks.
+    # Pretext tasks.
     "Batch": "unlabeled.ssl.task",
     "ContractError": "unlabeled.testing",
     "NamedParameter": "unlabeled.ssl.task",
@@ -83,7 +83,7 @@ _PUBLIC = {
     "gather_across_ranks": "unlabeled.ssl.core.distributed",
     "register_task": "unlabeled.pretext.registry",
     "task_names": "unlabeled.pretext.registry",
-    # Your own evaluators.
+    # Evaluators.
     "Estimate": "unlabeled.eval.base",
     "Evaluator": "unlabeled.eval.base",
     "EvaluatorConfig": "unlabeled.eval.base",
@@ -99,7 +99,7 @@ _PUBLIC = {
     "check_features": "unlabeled.eval.base",
     "evaluator_names": "unlabeled.eval.registry",
     "register_evaluator": "unlabeled.eval.registry",
-    # Reading the output of runs and evaluations.
+    # Reading runs and evaluations.
     "CAPTIONS": "unlabeled.eval.dense.maps",
     "Comparison": "unlabeled.eval.comparison",
     "EvalTransform": "unlabeled.eval.features.extract",
@@ -114,7 +114,7 @@ _PUBLIC = {
     "random_twin": "unlabeled.eval.encoded_dataset",
     "read_metrics": "unlabeled.ssl.train.monitor",
     "read_report": "unlabeled.report.document",
-    # Errors; each has a one-line message that names the setting, its value and the remedy.
+    # Errors.
     "CapabilityError": "unlabeled.ssl.core.errors",
     "CheckpointError": "unlabeled.ssl.core.errors",
     "ConfigError": "unlabeled.ssl.core.errors",

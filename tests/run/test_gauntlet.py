@@ -70,7 +70,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         names.append(evaluator.name)
         return evaluate_features(dataset, evaluator, prefixes)
 
-    monkeypatch.setattr(job, "judged", noted)
+    monkeypatch.setattr(job, "evaluate_features", noted)
     return names
 
 
@@ -151,7 +151,7 @@ def test_what_cannot_be_measured_is_noted_and_the_job_goes_on(
             raise DataError("evaluate.data: no <b>masks</b>")
         return evaluate_features(dataset, evaluator, prefixes)
 
-    monkeypatch.setattr(job, "judged", failing)
+    monkeypatch.setattr(job, "evaluate_features", failing)
     given = overrides(folder, tmp_path / "g", "seeds=0", "data=digits")
     assert main(["gauntlet", *given]) == 0
     document = table(tmp_path / "g")
@@ -184,7 +184,7 @@ def test_raw_pixels_that_an_evaluator_cannot_judge_are_no_failure(
             raise DataError("evaluate: knn looks at places")
         return evaluate_features(dataset, evaluator, prefixes)
 
-    monkeypatch.setattr(job, "judged", of_networks)
+    monkeypatch.setattr(job, "evaluate_features", of_networks)
     main(["gauntlet", *overrides(folder, tmp_path / "g", "seeds=0", "data=digits", knn_alone=True)])
     document = table(tmp_path / "g")
     assert document["cells"] == {"total": 3, "done": 3, "failed": 0}
