@@ -234,6 +234,11 @@ def _notes(run: RunSummary, results: Results | None) -> list[str]:
             "The linear probe selected its learning rate and weight decay on a hold-out of the training split. It was "
             "then retrained on the full training split and evaluated once on the test split."
         )
+    if "linear/lr" in probe:
+        notes.append(
+            f"For this backbone, the linear probe selected learning rate {probe['linear/lr']:g} and weight decay "
+            f"{probe['linear/weight_decay']:g}."
+        )
     notes += [
         "Baselines go through the same evaluators with the same hyperparameter search: raw pixels (at most 32 x 32), "
         f"and the same architecture with random weights (seed {results.seeds.get('random weights', 0)}).",
@@ -245,11 +250,6 @@ def _notes(run: RunSummary, results: Results | None) -> list[str]:
         notes.append(
             f"Running statistics of batch norms were recomputed on {results.recalibrated:,} unmasked training images, "
             "without labels, for the backbone and for random weights alike."
-        )
-    if "linear/lr" in probe:
-        notes.append(
-            f"The linear probe selected learning rate {probe['linear/lr']:g} and weight decay "
-            f"{probe['linear/weight_decay']:g} for this backbone."
         )
     for split, names in results.skipped.items():
         if names:
