@@ -89,6 +89,7 @@ def export(run: str | Path, out: str | Path, backbone: nn.Module | None = None, 
     loads it.
     """
     folder = run_folder(run)
+    # `alongside`: a bare module gets the input size and statistics that the run recorded
     own = given_backbone(backbone, settings, alongside=folder)
     return export_run(export_config(folder, values={"out": out, **settings}), own)
 

@@ -25,7 +25,7 @@ from unlabeled.report.figures.style import (
 )
 
 _LABEL = 28
-"""Letters of a run's label that fit beside the plot."""
+"""Letters of a run's label that fit next to the plot."""
 _LINES = ("-", "--", ":", "-.")
 
 

@@ -139,6 +139,7 @@ def _second_schema(document: dict[str, Any]) -> dict[str, Any]:
 
 def _third_schema(document: dict[str, Any]) -> dict[str, Any]:
     """Converts schema 2, which used other names for some keys."""
+    # the order matters: the sentence inside `verdict` was called `summary`, which is now the name of the section
     names = {"verdict": "summary", "evidence": "results", "pictures": "images"}
     new: dict[str, Any] = with_new_names(document, names) | {"schema": SCHEMA}
     new["summary"] = with_new_names(new["summary"], {"summary": "text"})
@@ -218,7 +219,7 @@ def _notes(run: RunSummary, results: Results | None) -> list[str]:
     notes = ["Weights are from the last step; no epoch was selected by its accuracy."] if run.epochs else []
     if results is None:
         return notes
-    probe = results.encoders["backbone"].metrics
+    probe = results.encoders["backbone"].metrics  # the settings that the linear probe selected are among them
     notes.append(
         "The backbone is frozen. Unless a note says otherwise, features are its pooled output, and images are not "
         "augmented."
@@ -255,7 +256,7 @@ def _notes(run: RunSummary, results: Results | None) -> list[str]:
         if names:
             shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
             notes.append(f"{len(names)} {split} images could not be decoded and were skipped: {shown}")
-    return [*notes, *general_notes(results)]
+    return [*notes, *general_notes(results)]  # notes of an evaluator are in its own section
 
 
 def _plain(value: Any) -> Any:

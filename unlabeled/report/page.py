@@ -89,7 +89,7 @@ def environment(*, html: bool) -> Environment:
 def _markdown(text: Any) -> str:
     """`text` on one line with Markdown's special characters escaped, so that it is safe inside a table."""
     line = " ".join(str(text).split())
-    for mark in "\\`*_|[]<>":
+    for mark in "\\`*_|[]<>":  # the backslash first, or it would escape the other escapes
         line = line.replace(mark, "\\" + mark)
     return line
 
@@ -189,6 +189,6 @@ def duration(seconds: float | None) -> str | None:
         return None
     if seconds < 60:
         return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, rest = divmod(round(seconds), 60)  # rounded first: never "1 min 60 s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -32,6 +32,7 @@ def section_of(results: Results, name: str, rows: Sequence[Comparison]) -> dict[
     arrays: dict[str, dict[str, Any]] = {}
     for encoder, found in results.encoders.items():
         for key, array in of_evaluator(name, found.arrays).items():
+            # larger arrays would make the page slow, and their figures unreadable
             if drawn(key) and array.size <= _ELEMENTS:
                 arrays.setdefault(key, {})[encoder] = array
     own = [row for row in rows if row.evaluator == name]

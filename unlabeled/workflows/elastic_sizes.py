@@ -100,6 +100,7 @@ def measure_sizes(
     `results` are those of the full-size model. Raises ConfigError if ``sizes.json`` was measured with other settings.
     """
     curve = _begun(plan, run, sources, results)
+    # baselines: true, false or a list of names
     baseline = run.evaluate.baselines is True or "random" in (run.evaluate.baselines or ())
     entries = list(_entries(plan, curve.settings["weights"]))
     for number, entry in enumerate(entries, start=1):
@@ -136,6 +137,7 @@ def _measure(
     backbone = entry.build()  # one at a time: memory for a single size is enough
     cost = cost_of(backbone)
     config = run.evaluate.model_copy(
+        # pixels do not depend on the size; maps and embeddings are for the report of the full size
         update={"baselines": ("random",) if wants_random else False, "evaluators": ("knn", "linear"), "prefixes": ()}
         | {"embedding": None, "maps": 0}
     )

@@ -213,6 +213,7 @@ def _class_warnings(classes: dict[str, int]) -> Iterator[str]:
     empty = [name for name, count in classes.items() if not count]
     if empty:
         yield f"{len(empty)} of {len(classes)} classes have no images: {', '.join(empty[:5])}"
+    # the ratio is taken over classes that have images; empty ones are reported separately
     filled = {name: count for name, count in classes.items() if count}
     most, least = max(filled, key=filled.__getitem__), min(filled, key=filled.__getitem__)
     if filled[most] > IMBALANCE * filled[least]:

@@ -32,6 +32,7 @@ def compose_settings(
     ConfigError for an override that cannot be parsed, an unknown setting or an invalid value.
     """
     choices = {"task": Recipes(), "data": Sources()}
+    # sources are plugins with their own settings, which the composed model does not know
     return with_sources(compose_config(command, overrides, model, values=values, choices=choices))
 
 
@@ -153,6 +154,7 @@ def read_request(target: object, data: object, settings: Mapping[str, Any]) -> R
         if own is not None:
             del values["backbone"]
         return Request(target, own, values)
+    # from here on, the target itself is the model
     if not isinstance(target, nn.Module):
         wanted = "a run folder, a timm name, a weights file, an nn.Module or an unlabeled.Backbone"
         raise ConfigError(f"target: {in_short(target)} is not possible; {_instead(target, wanted)}")

@@ -88,7 +88,7 @@ def _arrays(title: str, found: Arrays, classes: Sequence[str]) -> Iterator[Figur
                 yield caption, figure
         elif key.startswith("cka") and own is not None and own.ndim == 2:
             names = [str(one) for one in found.get("names", {}).get("backbone", ())]
-            # numbers in place of names where another network has another number of layers
+            # numbers instead of names if the other backbone has another number of layers
             rows, columns = (names if len(names) == n else [str(i + 1) for i in range(n)] for n in own.shape)
             caption = _LAYERS.get(key, key)
             yield caption, heat_figure(own, rows, columns, ("layer", "layer"), caption)

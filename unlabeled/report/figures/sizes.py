@@ -27,7 +27,7 @@ def size_figure(curve: SizeCurve, metric: str) -> Markup:
     front = curve.front(metric)
     measured = [result for result in curve.results if metric in result.metrics]
     extracted = [result for result in measured if result.kind == "extracted"]
-    few = len(extracted) <= _BARRED
+    few = len(extracted) <= _BARRED  # intervals of many sizes would hide the points
     # the same sizes with random weights
     twins = [result for result in (extracted if few else front) if metric in result.random]
     with mpl.rc_context(STYLE):

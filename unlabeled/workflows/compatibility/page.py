@@ -34,6 +34,7 @@ _NEVER = MatrixEntry("cannot", "not tried")
 def render_page(matrix: Matrix) -> str:
     """Renders the page as Markdown."""
     reasons = _numbered(matrix)
+    # a task that was added after the last full run
     absent = sorted(set(task_names()) - set(matrix.tasks))
     sections = [
         _HEAD.format(timm=matrix.timm) + (f"\nNot tried yet: {', '.join(absent)}.\n" if absent else ""),
@@ -68,7 +69,8 @@ def render_terminal(matrix: Matrix) -> RenderableType:
 
 def _general(reason: str) -> str:
     """Removes from `reason` what is specific to one model, such as names of layers and sizes, to group reasons."""
-    reason = re.sub(r"^[\w.]+ \((\w+)\): ", r"\1: ", re.sub(r"^(the network|[\w.]+): ", "", reason))
+    # "stages.0.conv (Conv2d): ..." → "Conv2d: ..."
+    reason = re.sub(r"^[\w.]+ \((\w+)\): ", r"\1: ", re.sub(r"^(the (?:network|model|backbone)|[\w.]+): ", "", reason))
     if reason.endswith(" attends to all positions"):
         return "attention between all positions needs the whole grid"
     return re.sub(r"\d+x\d+", "NxN", re.sub(r"^(\w+): \1 ", r"\1 ", reason))
@@ -77,7 +79,7 @@ def _general(reason: str) -> str:
 def _numbered(matrix: Matrix) -> dict[str, int]:
     """Reason → its number, the most frequent first; faults come last."""
     found = Counter(_general(reason) for _, _, reason in matrix.having("cannot"))
-    ordered = sorted(found, key=lambda reason: (-found[reason], reason))
+    ordered = sorted(found, key=lambda reason: (-found[reason], reason))  # ties by text, for a stable page
     faults = sorted({f"**fault**: {reason}" for _, _, reason in matrix.having("fault")})
     return {reason: number for number, reason in enumerate([*ordered, *faults], start=1)}
 

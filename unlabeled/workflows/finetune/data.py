@@ -47,7 +47,7 @@ def open_labeled(config: FinetuneConfig) -> tuple[LabeledImages, LabeledImages]:
     fraction that leaves a class without images.
     """
     train, test = (open_source(config.data, split) for split in ("train", "test"))
-    classes = _classes(train, "training")
+    classes = _classes(train, "training")  # the numbering of both splits
     images = _labeled(train, classes, "training")
     if len(present := torch.bincount(images.labels).nonzero()) < 2:
         raise DataError(

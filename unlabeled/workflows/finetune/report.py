@@ -62,7 +62,7 @@ def write_report(
     folder = config.out / "report"
     folder.mkdir(parents=True, exist_ok=True)
     rows = {"": read_metrics(config.out / "metrics.jsonl")}
-    if alongside is not None:
+    if alongside is not None:  # its curves get a prefix in their titles
         rows[f"{_title(_baseline(config))}: "] = read_metrics(config.out / "scratch" / "metrics.jsonl")
     comparisons = compare(config, own, alongside)
     document = finetune_document(config, facts, own, comparisons) | {"training": training_summary(rows[""])}
@@ -121,6 +121,7 @@ def finetune_document(
         "summary": _summary(config, facts, comparisons),
         "comparison": [asdict(comparison) for comparison in comparisons],
         "classes": [clean(name) for name in facts.test.classes],
+        # the class is chosen on the training split, as a classifier without features would do
         "majority": float((labels == most_common).float().mean()),
         "confusion": headline.confusion.tolist() if len(facts.test.classes) <= _LARGEST_CONFUSION else None,
         "notes": _notes(config, headline, alongside=len(comparisons[0].values) > 1),
@@ -140,6 +141,7 @@ def compare(
                 # the same kind of weights: averaged with averaged, last step with last step
                 other = alongside[weights].values[metric]
                 values[baseline] = other
+                # Newcombe's interval for equal numbers of images: both models are tested on the same ones
                 gap = difference(value.value, other.value, accuracy.images)
                 gaps[baseline] = Estimate(value.value - other.value, *gap)
             label = f"top-{metric.removeprefix('top')}" + (f", {weights}" if len(own) > 1 else "")

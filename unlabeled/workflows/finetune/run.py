@@ -177,7 +177,7 @@ def _can_be_random(backbone: Backbone) -> bool:
 
 
 def _train(config: FinetuneConfig, backbone: Backbone | None) -> _Trained:
-    with report_errors_once():
+    with report_errors_once():  # the same input error occurs on every rank
         wanted = EvaluateRun(
             target=config.target, backbone=config.backbone, pretrained=config.pretrained, seed=config.engine.seed
         )

@@ -39,6 +39,7 @@ class CellResult(BaseModel):
     intervals: dict[str, tuple[float, float]] = {}
     """95 % intervals of the metrics for which the evaluator provides one."""
     notes: tuple[str, ...] = ()
+    # the alias reads files of version 0.1.0
     test_images: int = Field(0, validation_alias=AliasChoices("test_images", "test_pictures"))
     """Test images that were evaluated, without unreadable ones."""
     seconds: dict[str, float] = {}

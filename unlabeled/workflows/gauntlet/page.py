@@ -27,7 +27,7 @@ def write_pages(document: Mapping[str, Any], folder: Path) -> Path:
 
     Raises CheckpointError if the files cannot be written.
     """
-    document = _cleaned(document)
+    document = _cleaned(document)  # labels come from file names and settings
     tables = _tables(document)
     context = {
         **document,
@@ -142,6 +142,7 @@ def _few(names: Sequence[str]) -> str:
 def _cells(
     rows: Sequence[Mapping[str, Any]], columns: Sequence[Mapping[str, Any]], failed: set[tuple[str, str]]
 ) -> list[dict[str, Any]]:
+    # a column has no entry for rows that failed or were skipped
     by_row = [{value["row"]: value for value in column["values"]} for column in columns]
     return [
         {

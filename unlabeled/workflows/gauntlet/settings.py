@@ -110,6 +110,7 @@ def gauntlet_config(overrides: Sequence[str]) -> GauntletRun:
     data = [override for override in overrides if override.startswith("data=")]
     listed = _list_in(data[-1]) if data else None
     others = [one for one in overrides if one not in data or (listed is None and _list_in(one) is None)]
+    # `composed`, not `compose_settings`: data has to be inserted between composition and validation
     composition = composed("gauntlet", others, choices={"data": Sources()})
     if listed is not None:
         if inside := next((override for override in others if override.startswith("data.")), None):

@@ -77,6 +77,7 @@ def gauntlet_document(run: GauntletRun, plan: GauntletPlan, results: Results) ->
         column["ranked"] = column["shown"] and column["better"] is not None and column["unit"] != "number"
     known = [result for cell in _unique(plan.cells()) if (result := results.get(cell.key)) is not None]
     failures = _failures(plan, results)
+    # by key: two rows with the same weights share a failed cell, which counts once
     failed = {failure.pop("key") for failure in failures}
     return {
         "schema": SCHEMA,
@@ -113,6 +114,7 @@ def ranked(values: Sequence[Value], better: str | None) -> list[Value]:
     if better is None or not values:
         return list(values)
     sign = -1.0 if better == "higher" else 1.0
+    # scipy ranks ascending and gives ties their mean
     ranks = rankdata([sign * one.value for one in values])
     ordered = sorted(zip(ranks.tolist(), values, strict=True), key=lambda pair: pair[0])
     first = ordered[0][1]
@@ -162,7 +164,7 @@ def _column(labeled: LabeledData, column: Column, results: Results) -> dict[str,
     metric, measure = column.metric, column.measure
     rows: dict[str, list[CellResult]] = {}
     for cell in column.cells:
-        if results[cell.key].metrics[metric] is not None:
+        if results[cell.key].metrics[metric] is not None:  # None: NaN or infinite, which has no rank
             rows.setdefault(cell.entrant, []).append(results[cell.key])
     values = [_value(row, metric, measure, found) for row, found in rows.items()]
     return {
@@ -243,6 +245,7 @@ def _rows(plan: GauntletPlan, columns: Sequence[Mapping[str, Any]]) -> list[dict
         for entrant in plan.entrants
         for found in [ranks[entrant.label]]
     ]
+    # rows without a mean rank come last, in the order of the settings (the sort is stable)
     return sorted(rows, key=lambda row: math.inf if row["mean_rank"] is None else row["mean_rank"])
 
 
