@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -166,7 +165,7 @@ def test_the_summary_without_baselines_and_without_results() -> None:
 
 def test_an_accuracy_near_the_most_common_class_is_called_out() -> None:
     details = summarize(results((0.35, 0.3, 0.2))).details
-    assert re.fullmatch(r"Not clearly above always guessing the .* class \(34.0 %\): kNN, k = 20\.", details[-1])
+    assert details[-1] == "Not clearly above always guessing the most common class (34.0 %): kNN, k = 20."
     assert len(summarize(results()).details) == 2
 
 
@@ -210,7 +209,7 @@ def test_hostile_names_do_not_leave_the_text(tmp_path: Path) -> None:
 def test_a_report_without_results_metrics_or_images_is_still_one(tmp_path: Path) -> None:
     file = write_report(tmp_path, replace(RUN, epochs=None), None, None, None)
     text = " ".join(Page(file.read_text(encoding="utf-8")).words)
-    assert summarize(None).text in text
+    assert "No results" in text
     assert "Nearest training images" not in text
     assert read_report(file.with_name("report.json"))["results"] is None
 

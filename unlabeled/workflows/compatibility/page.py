@@ -69,8 +69,7 @@ def render_terminal(matrix: Matrix) -> RenderableType:
 
 def _general(reason: str) -> str:
     """Removes from `reason` what is specific to one model, such as names of layers and sizes, to group reasons."""
-    # "stages.0.conv (Conv2d): ..." → "Conv2d: ..."
-    reason = re.sub(r"^[\w.]+ \((\w+)\): ", r"\1: ", re.sub(r"^(the (?:network|model|backbone)|[\w.]+): ", "", reason))
+    reason = re.sub(r"^[\w.]+ \((\w+)\): ", r"\1: ", re.sub(r"^(the network|[\w.]+): ", "", reason))
     if reason.endswith(" attends to all positions"):
         return "attention between all positions needs the whole grid"
     return re.sub(r"\d+x\d+", "NxN", re.sub(r"^(\w+): \1 ", r"\1 ", reason))
