@@ -1,4 +1,7 @@
-"""``accelerate launch finetune.py TARGET data=folder data.path=... out=runs/x``: `unlabeled finetune` by a file."""
+"""`unlabeled finetune` as a script, for launchers that need a file.
+
+``accelerate launch finetune.py TARGET data=folder data.path=... out=runs/x``
+"""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""``accelerate launch pretrain.py task=mae data=folder data.path=... out=runs/x``: `unlabeled pretrain` by a file."""
+"""`unlabeled pretrain` as a script, for launchers that need a file.
+
+``accelerate launch pretrain.py task=mae data=folder data.path=... out=runs/x``
+"""
 
 import sys
 

@@ -122,7 +122,7 @@ def tasks(_: str, page: Path) -> Iterator[str]:
     rows = []
     for name in built_in(task_names(), task_origin):
         task = task_class(name)
-        cells = [row[name] for row in matrix.cells.values() if name in row]
+        cells = [row[name] for row in matrix.entries.values() if name in row]
         able = f"{sum(cell.status == 'runs' for cell in cells)} of {len(cells)}"
         paper = f"[{task.paper.year}]({task.paper.url})" if task.paper else "–"
         link = f"[`{name}`]({_relative(DOCS / f'methods/{name}.md', page)})"

@@ -1,9 +1,10 @@
-"""Self-supervised vision pretraining: any backbone, any pretext task, and evidence that it worked.
+"""Self-supervised vision pretraining: any backbone, any pretext task, and results that show whether it worked.
 
 >>> import unlabeled
 >>> result = unlabeled.pretrain(task="mae", backbone="vit_small_patch16_224", data="path/to/images", out="runs/x")
 
-Everything that a user needs is here; modules inside may move. A name is imported when it is first used.
+The public API is what this module exports; submodules may move. Names are imported on first use, so that
+``import unlabeled`` stays fast.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ _PUBLIC = {
     "DivergedError": "unlabeled.ssl.core.errors",
     "UnlabeledError": "unlabeled.ssl.core.errors",
 }
-"""Name → the module that has it. Sorted within its group; the imports for type checkers below say the same."""
+"""Name → the module that defines it, sorted within each group. Keep the imports for type checkers below in sync."""
 
 __all__ = ["__version__", *_PUBLIC]
 
@@ -224,6 +225,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
+    # names of version 0.1.0 keep working, with a warning
     if name in _moved.RENAMED and (current := _moved.RENAMED[name]) in _PUBLIC:
         warnings.warn(f"unlabeled.{name} is now unlabeled.{current}", DeprecationWarning, stacklevel=2)
         return __getattr__(current)

@@ -1,8 +1,8 @@
-"""The Python functions: `unlabeled.pretrain`, `evaluate`, `finetune` and `export`, each the twin of a command.
+"""The Python functions: `unlabeled.pretrain`, `evaluate`, `finetune` and `export`. Each corresponds to a command.
 
-Settings are the command's, as keywords: ``out="runs/x"``, ``epochs=100``, ``optim={"lr": 1e-3}`` or
-``optim__lr=1e-3``. Values are taken as they are, whatever their text looks like. All raise a subclass of
-`unlabeled.UnlabeledError`, in one line, for anything in the input that cannot work.
+Pass the command's settings as keyword arguments: ``out="runs/x"``, ``epochs=100``, ``optim={"lr": 1e-3}`` or
+``optim__lr=1e-3``. Values are not parsed: a string stays a string. For any input that cannot work, the functions raise
+a subclass of `unlabeled.UnlabeledError` with a one-line message.
 """
 
 from __future__ import annotations
@@ -31,15 +31,19 @@ def pretrain(
     data: str | Path | Mapping[str, Any] | DataConfig,
     **settings: Any,
 ) -> PretrainResult:
-    """Pretrains `backbone` on `data` with `task`; the settings are those of ``unlabeled pretrain``.
+    """Pretrains `backbone` on `data` with the pretext task `task`, evaluates it and writes a report.
+
+    `settings` are those of ``unlabeled pretrain``, such as ``out="runs/x"`` and ``epochs=100``. If the run folder
+    ``out`` contains an unfinished run with the same settings, the call resumes it.
 
     `data` is a folder of images, the name of a source, or a mapping such as ``{"name": "parquet", "path": ...}``.
 
-    `backbone` is a timm name, a mapping such as ``{"name": "resnet18", "size": 64}``, or a network itself: an
-    ``nn.Module`` with timm's surface, or an `unlabeled.Backbone`, which also says its size, mean and deviation. A
-    network is taken as it is, frozen parameters and weights included: training begins from them, in a copy. The run's
-    folder says how to load what comes out, and the same call with such a network goes on with the run.
+    `backbone` is a timm name, a mapping such as ``{"name": "resnet18", "size": 64}``, or a model: an ``nn.Module`` with
+    timm's interface, or an `unlabeled.Backbone`, which also specifies the input size, mean and standard deviation. A
+    model is copied with its weights and frozen parameters, and training starts from that copy. Pass an identical model
+    to resume such a run; the run folder explains how to load the result.
     """
+    # a model cannot be stored among the settings, so it takes a separate path
     own = given_backbone(backbone, settings)
     named = {"backbone": backbone} if own is None else {}
     config = pretrain_config(values={"task": task, "data": data_values(data), **named, **settings}, backbone=own)
@@ -51,11 +55,11 @@ def evaluate(
     data: str | Path | Mapping[str, Any] | DataConfig | None = None,
     **settings: Any,
 ) -> Results:
-    """The evaluators and the report of ``unlabeled evaluate``.
+    """Evaluates `target` on labeled data, writes the report and returns the results, like ``unlabeled evaluate``.
 
-    `target` is a run folder, a timm model, a weights file or a network itself, as in `pretrain`; a run of a network
-    that has no timm name needs it again: ``evaluate("runs/x", backbone=module)`` loads the run's weights into a copy.
-    `data` as in `pretrain`; None: that of the run.
+    `target` is a run folder, the name of a timm model, a weights file, or a model as in `pretrain`. If the run's
+    backbone has no timm name, pass it again: ``evaluate("runs/x", backbone=module)`` loads the run's weights into a
+    copy of ``module``. `data` is as in `pretrain`; None means the data of the run.
     """
     request = read_request(target, data, settings)
     config = evaluate_config(request.target, values=request.values, backbone=request.backbone)
@@ -67,11 +71,11 @@ def finetune(
     data: str | Path | Mapping[str, Any] | DataConfig | None = None,
     **settings: Any,
 ) -> FinetuneResult:
-    """Trains a run, a timm model, a weights file or a network into a classifier: ``unlabeled finetune``.
+    """Fine-tunes `target` as an image classifier, like ``unlabeled finetune``.
 
-    `target` and `data` as in `evaluate`. All that the classes depend on is trained, also what was frozen before;
-    ``frozen=True`` trains the classifier alone. `unlabeled.create_classifier` builds the classifier of a network
-    without a timm name again.
+    `target` and `data` are as in `evaluate`. All parameters that the class scores depend on are trained, including
+    frozen ones; ``frozen=True`` trains only the classification head. If the backbone has no timm name, use
+    `unlabeled.create_classifier` to rebuild the classifier and load its weights.
     """
     request = read_request(target, data, settings)
     config = finetune_config(request.target, values=request.values, backbone=request.backbone)
@@ -79,19 +83,20 @@ def finetune(
 
 
 def export(run: str | Path, out: str | Path, backbone: nn.Module | None = None, **settings: Any) -> list[Exported]:
-    """Writes a run's network, or sizes of an elastic one, as files that timm loads: ``unlabeled export``.
+    """Writes the backbone of a run, or sizes of an elastic run, as files that timm loads, like ``unlabeled export``.
 
-    A run of a network that has no timm name needs it again, as `backbone`. Returns each file with Python that loads it.
+    If the run's backbone has no timm name, pass it again as `backbone`. Returns each file with a line of Python that
+    loads it.
     """
     folder = run_folder(run)
+    # `alongside`: a bare module gets the input size and statistics that the run recorded
     own = given_backbone(backbone, settings, alongside=folder)
     return export_run(export_config(folder, values={"out": out, **settings}), own)
 
 
 def load_backbone(path: str | Path, module: nn.Module | None = None) -> Backbone:
-    """The backbone at `path`: a run's folder, or what `unlabeled.export` wrote.
+    """Loads the backbone at `path`: a run folder, or a file written by `unlabeled.export`.
 
-    A network that has no timm name is built by the caller, as it was, and given as `module`; the weights are loaded
-    into a copy of it.
+    For a backbone without a timm name, pass an identically built `module`; the weights are loaded into a copy of it.
     """
     return weights.load_backbone(path) if module is None else load_into(module, path)

@@ -1,4 +1,4 @@
-"""The committed matrix: complete, true where it is tried again, and the page that belongs to its cells."""
+"""The committed matrix: it is complete, its entries hold when tried again, and its page matches them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ MATRIX = Matrix.loads(PAGE.with_suffix(".json").read_text(encoding="utf-8"))
 RUNS, REFUSALS = 12, 6
 LARGE = {"byoanet"}
 """Modules whose network takes images of 256 pixels, and a step of it seconds."""
-same_timm = pytest.mark.skipif(timm.__version__ != MATRIX.timm, reason=f"the matrix is of timm {MATRIX.timm}")
+same_timm = pytest.mark.skipif(timm.__version__ != MATRIX.timm, reason=f"the matrix is for timm {MATRIX.timm}")
 
 
 def sample(status: str, count: int) -> list[tuple[str, str]]:
-    """(module, task) of `count` cells of `status`, the same ones each time, from all tasks in turn."""
+    """(module, task) of `count` entries of `status`, the same ones each time, from all tasks in turn."""
     drawn: dict[str, list[tuple[str, str]]] = {}
     for module, task, _ in MATRIX.having(status):
         if module in LARGE and status == "runs":
@@ -37,8 +37,8 @@ def sample(status: str, count: int) -> list[tuple[str, str]]:
 
 @same_timm
 def test_every_module_and_every_task_has_a_cell() -> None:
-    assert sorted(MATRIX.cells) == sorted(timm.list_modules())
-    for module, row in MATRIX.cells.items():
+    assert sorted(MATRIX.entries) == sorted(timm.list_modules())
+    for module, row in MATRIX.entries.items():
         assert sorted(row) == task_names(), f"{module}: run `make matrix`"
 
 
@@ -66,8 +66,8 @@ def test_what_runs_runs(module: str, task: str) -> None:
 def test_what_cannot_says_why(module: str, task: str) -> None:
     network = architecture(module)
     backbone = create_backbone(network["name"], size=network["size"], **network.get("kwargs", {}))
-    cell = MATRIX.cells[module][task]
-    assert try_task(task, backbone) == cell
+    entry = MATRIX.entries[module][task]
+    assert try_task(task, backbone) == entry
     with pytest.raises(CapabilityError) as caught:
         create_task({"name": task, **task_class(task).small_settings}, backbone)
-    assert cell.reason in str(caught.value)
+    assert entry.reason in str(caught.value)

@@ -44,7 +44,7 @@ def oklab(rgb: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("theme", [0, 1])
 @pytest.mark.parametrize("eyes", SEEN_AS)
-def test_colors_of_classes_can_be_told_apart_on_light_and_dark(theme: int, eyes: str) -> None:
+def test_colors_of_classes_are_distinguishable_in_light_and_dark(theme: int, eyes: str) -> None:
     palette = [re.findall(rf"--kind{number}: (#[0-9a-f]{{6}});", CSS)[theme] for number in range(10)]
     card = re.findall(r"--card: (#[0-9a-f]{6});", CSS)[theme]
     seen = [oklab(np.array(SEEN_AS[eyes]) @ linear(color)) for color in (*palette, card)]
@@ -57,7 +57,7 @@ def points(labels: list[int]) -> Embedding:
     return Embedding(values, np.array(labels), "PCA", "Mind.")
 
 
-def test_the_commonest_ten_classes_have_colors_and_the_rest_is_gray() -> None:
+def test_the_ten_most_common_classes_have_colors_and_the_rest_is_gray() -> None:
     labels = [label for label in range(12) for _ in range(12 - label)]
     svg = embedding_figure(points(labels), [f"class {label}" for label in range(12)])
     for number in range(10):

@@ -1,4 +1,4 @@
-"""Images in the page and beside the run."""
+"""Images in the page and in the run folder."""
 
 from __future__ import annotations
 

@@ -182,7 +182,7 @@ def test_the_page_stands_alone_and_shows_every_part(tmp_path: Path) -> None:
     text = " ".join(" ".join(page.words).split())
     for part in ("Better than both baselines", "Nearest training images", "reconstructions", "Loss", "Learning rate",
                  "kNN accuracy during the run", "masked", "1 h 2 min", "51,200", "abc1234", "name: mae", "bad.png",
-                 "hold-out of the training split", "of the last step", "1.23 million"):  # fmt: skip
+                 "hold-out of the training split", "from the last step", "1.23 million"):  # fmt: skip
         assert part in text, part
     assert "prefers-color-scheme: dark" in html
     assert 'content="width=device-width' in html
@@ -206,7 +206,7 @@ def test_hostile_names_do_not_leave_the_text(tmp_path: Path) -> None:
     assert read_report(tmp_path / "report" / "report.json")["results"]["classes"][4] == "a\ufffdb\ufffd\ufffd"
 
 
-def test_a_report_without_evidence_metrics_or_images_is_still_one(tmp_path: Path) -> None:
+def test_a_report_without_results_metrics_or_images_is_still_one(tmp_path: Path) -> None:
     file = write_report(tmp_path, replace(RUN, epochs=None), None, None, None)
     text = " ".join(Page(file.read_text(encoding="utf-8")).words)
     assert "No results" in text
@@ -225,7 +225,7 @@ def test_hostile_evaluators_do_not_leave_the_text(tmp_path: Path) -> None:
         assert part in text, part
     markdown = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     assert "\\<script\\>note()" in markdown
-    header, *_, leak = [line for line in markdown.splitlines() if line.startswith(("| Measure", "| \\<i"))]
+    header, *_, leak = [line for line in markdown.splitlines() if line.startswith(("| Metric", "| \\<i"))]
     assert leak.replace("\\|", "").count("|") == header.count("|")
 
 
@@ -247,16 +247,16 @@ def test_a_report_without_the_usual_evaluators(tmp_path: Path, evaluators: tuple
             del encoder.metrics[metric]
     found = replace(found, headline=tuple(one for one in found.headline if one.startswith(evaluators)), gallery=())
     text = write_report(tmp_path, RUN, found, None, None).read_text(encoding="utf-8")
-    assert "was fixed beforehand" not in text
-    assert ("met the test split once" in text) == bool(evaluators)
+    assert "was fixed in advance" not in text
+    assert ("evaluated once on the test split" in text) == bool(evaluators)
     assert ("Against the baselines" in text) == bool(evaluators)
 
 
 def test_markdown_has_the_table(tmp_path: Path) -> None:
     write_report(tmp_path, RUN, results(), None, None)
     lines = (tmp_path / "report" / "report.md").read_text().splitlines()
-    header = next(row for row in lines if row.startswith("| Measure"))
-    assert header == "| Measure | this backbone | raw pixels | random weights | vs raw pixels | vs random weights |"
+    header = next(row for row in lines if row.startswith("| Metric"))
+    assert header == "| Metric | this backbone | raw pixels | random weights | vs raw pixels | vs random weights |"
     quoted = next(row for row in lines if row.startswith("| kNN, k = 20"))
     assert quoted.split(" | ")[1] == "80.0 (77.4 to 82.4)"
     assert quoted.count("|") == header.count("|")

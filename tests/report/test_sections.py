@@ -88,7 +88,7 @@ def test_large_arrays_stay_out_of_the_data(found: Results) -> None:
     assert set(section["arrays"]["cka"]) == {"pixels", "random"}
 
 
-def test_better_and_worse_are_told_from_the_direction(found: Results, tmp_path: Path) -> None:
+def test_better_and_worse_depend_on_the_direction(found: Results, tmp_path: Path) -> None:
     for encoder, value in (("backbone", 0.01), ("pixels", 0.2), ("random", 0.001)):
         found.encoders[encoder].metrics["made_up/leak"] = value
         found.encoders[encoder].intervals["made_up/leak"] = (value * 0.9, value * 1.1)
@@ -103,8 +103,8 @@ def test_better_and_worse_are_told_from_the_direction(found: Results, tmp_path: 
 def test_a_long_table_is_folded_and_a_short_one_is_not(found: Results, tmp_path: Path) -> None:
     html = write_report(tmp_path, RUN, found, None, None).read_text()
     assert html.count("<summary>All ") == 1
-    assert "<summary>All 10 measures</summary>" in html
-    assert html.count("images of random weights</summary>") == 1
+    assert "<summary>All 10 metrics</summary>" in html
+    assert html.count("images for random weights</summary>") == 1
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_lone_point_and_parts_of_the_features_make_none() -> None:
     assert find_series([row("k20", "kNN, k = 20", point=point), cut]) == []
 
 
-def test_curves_are_told_apart_by_what_they_share_and_by_their_unit() -> None:
+def test_curves_are_distinguished_by_what_they_share_and_by_their_unit() -> None:
     rows = [
         row(f"{w}way_{s}shot", f"{w}-way {s}-shot", point=Point(f"{w}-way", "shot", s)) for w in (5, 20) for s in (1, 5)
     ]

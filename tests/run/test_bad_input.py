@@ -246,7 +246,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["no_such_run"], "'no_such_run' is no run folder, file of weights or timm model"),
+        (["no_such_run"], "'no_such_run' is not a run folder, weights file or timm model"),
         (["resnet18", "pretrained=false"], "data: not given"),
         (["resnet18", "pretrained=false", "data=shapes", "dat.count=8"], "dat: there is no such setting"),
         (["gone.safetensors"], "'gone.safetensors' does not exist"),

@@ -156,17 +156,17 @@ def test_any_run_is_exported_whole(vit: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("overrides", "message"),
     [
         (["width=48", "depth=6"], "width: 48 is not among the sizes; choose from 32, 64, 96"),
         (["width=64", "depth=9"], "depth: 9 is not among the sizes of width 64; choose from 6, 7, 8"),
-        (["width=64"], "depth: not given beside width; `unlabeled sizes"),
-        (["width=64", "depth=6", "sizes=all"], "sizes: width says another size; give width and depth, or"),
-        (["like=resnet18"], "like: resnet18 cannot be built as the run's network was"),
+        (["width=64"], "depth: not given, but needed with width; `unlabeled sizes"),
+        (["width=64", "depth=6", "sizes=all"], "sizes: conflicts with width; give width and depth, or"),
+        (["like=resnet18"], "like: resnet18 cannot be built with the arguments of the run's backbone"),
         (["like=test_vit9"], "like: 'test_vit9' is not a timm model; did you mean 'test_vit"),
-        (["like=vit_tiny_patch16_224"], "like: vit_tiny_patch16_224 is 192x12, which the run does not hold (width"),
-        (["like=test_vit2"], "like: test_vit2 needs reg_token [1, 1, 64], the run has it not at all; give the size by"),
-        (["sizes=[[32,6]]"], "is one file, sizes are several; give a folder"),
+        (["like=vit_tiny_patch16_224"], "like: vit_tiny_patch16_224 is 192x12, which the run does not have (width"),
+        (["like=test_vit2"], "like: reg_token has shape [1, 1, 64] in test_vit2 and none in the run; give the size by"),
+        (["sizes=[[32,6]]"], "is a single file, but sizes are several files; give a folder"),
         (["wdth=64"], "wdth: there is no such setting; did you mean 'width'"),
         (["sizes=5"], "sizes: 5 is not possible; give all, or a list of [width, depth] such as [["),
         (["sizes=some"], "sizes: some is not possible; give all, or a list of [width, depth] such as [["),
@@ -185,7 +185,7 @@ def test_places_that_are_taken_and_forms_that_are_not_written(
 ) -> None:
     before = (vit / "backbone.safetensors").read_bytes()
     assert main(["export", str(vit), "width=64", "depth=6", f"out={vit}"]) == 2
-    assert "holds the network of a run; choose another place" in said(capsys)
+    assert "would overwrite the backbone of a run; choose another" in said(capsys)
     assert (vit / "backbone.safetensors").read_bytes() == before
     assert main(["export", str(vit), f"out={tmp_path / 'x.pth'}"]) == 2
     assert "give a name that ends in .safetensors, or a folder" in said(capsys)
@@ -197,7 +197,7 @@ def test_a_run_of_one_size_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixt
     export_backbone(create_backbone("nin_cifar", num_blocks=3), tmp_path / "plain")
     for command in (["export", "width=64", "depth=6", f"out={tmp_path / 'x'}"], ["sizes"]):
         assert main([command[0], str(tmp_path / "plain"), *command[1:]]) == 2
-        assert "the run is not elastic and holds one size" in said(capsys)
+        assert "the run is not elastic and has a single size" in said(capsys)
     assert main(["sizes", str(tmp_path / "nowhere")]) == 2
     assert "there is no backbone.json; give a run folder" in said(capsys)
 
@@ -207,7 +207,7 @@ def test_like_of_the_same_shapes_that_computes_something_else(
 ) -> None:
     monkeypatch.setattr(subnetworks, "create_backbone", partial(create_backbone, act_layer="relu"))
     assert main(["export", str(vit), "like=test_vit", f"out={tmp_path / 'x'}"]) == 2
-    assert "like: test_vit has tensors of the same shapes but computes something else" in said(capsys)
+    assert "like: test_vit has tensors of the same shapes but computes different features" in said(capsys)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -229,14 +229,14 @@ def test_batch_norms_get_statistics_of_their_own_size(
     export_backbone(whole("resnet50", arguments), tmp_path / "run", elastic=config)
     overrides = ["export", str(tmp_path / "run"), "width=16", "depth=8", "device=cpu", "workers=0"]
     assert main([*overrides, f"out={tmp_path / 'a'}"]) == 2
-    assert "data: not given; resnet50 has batch norms, whose statistics belong to one size" in said(capsys)
+    assert "data: not given; resnet50 has batch norms with statistics that depend on the size" in said(capsys)
     assert main([*overrides, f"out={tmp_path / 'a'}", "data=shapes", "data.count=64", "recalibrate_images=16"]) == 0
     assert main([*overrides, f"out={tmp_path / 'b'}", "recalibrate=false"]) == 0
     with_own, without = (load_file(tmp_path / name / "backbone.safetensors") for name in ("a", "b"))
     assert torch.equal(without["layer1.0.bn2.running_var"], torch.ones(16))
     assert not torch.equal(with_own["layer1.0.bn2.running_var"], torch.ones(16))
     assert torch.equal(with_own["layer1.0.conv2.weight"], without["layer1.0.conv2.weight"])
-    assert "leaves batch norms without the statistics of this size" in caplog.text
+    assert "keeps batch-norm statistics that are not valid for this size" in caplog.text
 
 
 def test_the_sizes_of_a_run_are_listed_with_their_cost(vit: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,9 +88,9 @@ def test_the_report_quotes_the_averaged_weights_against_the_baseline(result: Fin
     assert gap["low"] <= gap["value"] <= gap["high"]
     assert document["summary"]["level"] == ("better" if gap["low"] > 0 else "worse" if gap["high"] < 0 else "even")
     page = result.report.read_text()
-    assert document["summary"]["summary"] in page
+    assert document["summary"]["text"] in page
     assert 'src="http' not in page
-    assert document["summary"]["summary"].split(":")[0] in result.report.with_suffix(".md").read_text()
+    assert document["summary"]["text"].split(":")[0] in result.report.with_suffix(".md").read_text()
 
 
 def test_plain_timm_loads_the_classifier_and_gives_its_logits(result: FinetuneResult) -> None:
@@ -234,16 +234,19 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("overrides", "message"),
     [
-        ([], "data: not given; a target that is no run folder needs labeled data"),
+        ([], "data: not given; a target other than a run folder needs labeled data"),
         (["data=digits", "label_fraction=0.001"], "label_fraction: 0.001 leaves none of the"),
         (["data=digits", "label_fraction=2"], "label_fraction: 2 is not possible; give less than or equal to 1"),
-        (["data=digits", "batch_size=63"], "batch_size: mixup pairs images, and 63 a micro-step is odd"),
+        (
+            ["data=digits", "batch_size=63"],
+            "batch_size: mixup needs an even number of images per process and micro-step, not 63",
+        ),
         (["data=digits", "batch_size=2000"], "batch_size: 2000 is larger than the data (1346 images)"),
-        (["data=digits", "augment.auto=rnd-m9"], "augment.auto: 'rnd-m9' is no policy of timm"),
-        (["data=digits", "augment.crop=[1.0,0.5]"], "augment: crop [1.0, 0.5] is not possible; give the smaller part"),
-        (["data=digits", "augment.jitter=0.4"], "jitter has no effect beside auto"),
+        (["data=digits", "augment.auto=rnd-m9"], "augment.auto: 'rnd-m9' is not a policy of timm"),
+        (["data=digits", "augment.crop=[1.0,0.5]"], "augment: crop [1.0, 0.5] is not possible; give the smaller frac"),
+        (["data=digits", "augment.jitter=0.4"], "jitter has no effect with auto"),
         (
             ["data=digits", "augment.mixpu=1"],
             "augment.mixpu: there is no such setting in augment; did you mean 'mixup'",
@@ -265,8 +268,8 @@ def test_bad_words(
 
 def test_bad_targets_and_folders(result: FinetuneResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for given, message in (
-        ("no_such_run", "'no_such_run' is no run folder, file of weights or timm model"),
-        (str(result.out), "holds a classifier; give"),
+        ("no_such_run", "'no_such_run' is not a run folder, weights file or timm model"),
+        (str(result.out), "is a fine-tuning run; give"),
     ):
         assert main(["finetune", given, "data=digits", f"out={tmp_path / 'x'}"]) == 2
         assert message in said(capsys)
@@ -281,8 +284,8 @@ def test_bad_labels(target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     write_classes(tmp_path / "more" / "test", "cat", "fox")
     write_classes(tmp_path / "flat", ".")
     for name, message in (
-        ("one", "all training images are of class 'cat'; give data with two classes or more"),
-        ("more", "not among the training classes"),
+        ("one", "all training images are of class 'cat'; give data with at least two classes"),
+        ("more", "is not among the training classes"),
         ("flat", "label"),
     ):
         overrides = ["data=folder", f"data.path={tmp_path / name}", f"out={tmp_path / 'run'}"]

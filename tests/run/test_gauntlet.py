@@ -70,7 +70,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         names.append(evaluator.name)
         return evaluate_features(dataset, evaluator, prefixes)
 
-    monkeypatch.setattr(job, "judged", noted)
+    monkeypatch.setattr(job, "evaluate_features", noted)
     return names
 
 
@@ -151,7 +151,7 @@ def test_what_cannot_be_measured_is_noted_and_the_job_goes_on(
             raise DataError("evaluate.data: no <b>masks</b>")
         return evaluate_features(dataset, evaluator, prefixes)
 
-    monkeypatch.setattr(job, "judged", failing)
+    monkeypatch.setattr(job, "evaluate_features", failing)
     given = overrides(folder, tmp_path / "g", "seeds=0", "data=digits")
     assert main(["gauntlet", *given]) == 0
     document = table(tmp_path / "g")
@@ -184,7 +184,7 @@ def test_raw_pixels_that_an_evaluator_cannot_judge_are_no_failure(
             raise DataError("evaluate: knn needs dense features")
         return evaluate_features(dataset, evaluator, prefixes)
 
-    monkeypatch.setattr(job, "judged", of_networks)
+    monkeypatch.setattr(job, "evaluate_features", of_networks)
     main(["gauntlet", *overrides(folder, tmp_path / "g", "seeds=0", "data=digits", knn_alone=True)])
     document = table(tmp_path / "g")
     assert document["cells"] == {"total": 3, "done": 3, "failed": 0}
@@ -254,12 +254,12 @@ def test_a_cell_from_before_values_said_what_they_are_is_read(folder: Path, tmp_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("backbones=[resnet81]", "target: 'resnet81' is no run folder"),
-        ("backbones=[{target: EXPORTED, size: 64}]", "brings its own network; remove name, size and kwargs"),
-        ("backbones=[EXPORTED,EXPORTED]", "'exported' stands for 2 entries; give each a label"),
+        ("backbones=[resnet81]", "target: 'resnet81' is not a run folder"),
+        ("backbones=[{target: EXPORTED, size: 64}]", "is a run with its own backbone; remove name, size and kwargs"),
+        ("backbones=[EXPORTED,EXPORTED]", "2 entries have the label 'exported'; give each its own"),
         ("backbones=[{targte: x, target: x}]", r"backbones.0.targte: there is no such setting in backbones.0; did you"),
-        ("data.limit=3", "data.limit=3: data is a list; write it inside of one of its mappings"),
-        ("data=[digits,digits]", "data: 'digits' stands for 2 entries"),
+        ("data.limit=3", "data.limit=3: data is a list; set this inside one of its mappings"),
+        ("data=[digits,digits]", "data: 2 entries have the label 'digits'"),
         ("data=[digist]", "'digist' is not a data source; did you mean 'digits'"),
         ("data=[{name: digits, limits: 3}]", "limits: there is no such setting"),
         ("evaluators=[knn,liner]", "evaluate.evaluators: 'liner' is not an evaluator; did you mean 'linear'"),
@@ -273,9 +273,9 @@ def test_a_cell_from_before_values_said_what_they_are_is_read(folder: Path, tmp_
             r"evaluate\.lineer: there is no such setting in evaluate; did you mean 'linear'\?",
         ),
         ("evaluate.limit=3", "evaluate.limit has no effect in a gauntlet; set limit=... instead"),
-        ("measures=[knn/k20,linear/lr]", "measures: 'linear/lr' is not measured"),
-        ("measures=[few_shot/5way_1shot]", "measures: 'few_shot/5way_1shot' is not measured; give measures of knn/..."),
-        ("seeds=[1,1]", r"seeds: \[1, 1\] names one twice"),
+        ("measures=[knn/k20,linear/lr]", "measures: 'linear/lr' is not a metric of"),
+        ("measures=[few_shot/5way_1shot]", "measures: 'few_shot/5way_1shot' is not a metric of knn/..."),
+        ("seeds=[1,1]", r"seeds: \[1, 1\] has duplicates"),
         ("seeds=[]", "seeds: "),
     ],
 )
@@ -295,7 +295,7 @@ def test_data_without_labels_and_folders_of_other_things_are_refused(folder: Pat
         (tmp_path / "flat" / split).mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").touch()
-    with pytest.raises(CheckpointError, match="is not empty and holds no gauntlet"):
+    with pytest.raises(CheckpointError, match="is not empty and contains no gauntlet"):
         run_gauntlet(gauntlet_config(overrides(folder, tmp_path / "other")))
     with pytest.raises(DataError, match="flat"):
         run_gauntlet(

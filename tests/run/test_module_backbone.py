@@ -229,11 +229,11 @@ def test_what_is_no_backbone_is_one_line(backbone: Any, error: type[Exception], 
 def test_settings_beside_a_module_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"backbone.size: has no effect on a module; give unlabeled.Backbone\(module"):
         unlabeled.pretrain(backbone=network(), backbone__size=16, out=tmp_path / "run", **PRETRAIN)
-    with pytest.raises(ConfigError, match="backbone: has no effect beside a target that is a network itself"):
+    with pytest.raises(ConfigError, match="backbone: has no effect if the target is itself a model"):
         unlabeled.evaluate(network(), "digits", backbone=network())
     with pytest.raises(ConfigError, match=r"target: 5 is not possible; give a run folder, a timm name"):
         unlabeled.evaluate(5, "digits")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"data: 5 is not possible; give a path"):
         unlabeled.evaluate(network(), 5)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"is no run folder, file of weights or timm model"):
+    with pytest.raises(ConfigError, match=r"is not a run folder, weights file or timm model"):
         unlabeled.evaluate("x" * 5000, "digits")

@@ -61,7 +61,7 @@ def assert_same_bits(a: Any, b: Any, where: str = "") -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("words", "processes", "kills"),
+    ("overrides", "processes", "kills"),
     [
         pytest.param([*MAE, "engine.workers=2", "engine.accumulation=2"], 1, 3, id="mae-2-workers-accumulation"),
         pytest.param([*RESNET, "engine.workers=1"], 2, 1, id="rotation-2-processes"),

@@ -89,10 +89,10 @@ def test_an_earlier_run_differs_in_no_setting_that_its_source_did_not_read(three
     ("other", "line"),
     [
         (results(count=500), "test images: 1,000 (a); 500 (d)"),
-        (results(classes=("cat", "dog", "elk")), "classes: equally many, and not the same"),
+        (results(classes=("cat", "dog", "elk")), "classes: same number, but not the same ones"),
     ],
 )
-def test_runs_judged_on_other_data_are_told_and_not_compared(
+def test_runs_evaluated_on_different_data_are_reported_and_not_compared(
     three: list[str], tmp_path: Path, other: Results, line: str
 ) -> None:
     document = compared([three[0], run_folder(tmp_path / "d", other)], tmp_path / "out")
@@ -104,7 +104,7 @@ def test_runs_judged_on_other_data_are_told_and_not_compared(
     assert f"<li>{line}</li>" in (tmp_path / "out" / "compare.html").read_text()
 
 
-def test_other_data_for_evaluation_are_told_from_the_settings(three: list[str], tmp_path: Path) -> None:
+def test_different_evaluation_data_is_found_in_the_settings(three: list[str], tmp_path: Path) -> None:
     file = Path(three[1]) / "report" / "report.json"
     document = json.loads(file.read_text())
     document["run"]["config"] = document["run"]["config"].replace("data: null", "data:\n    name: shapes")
@@ -143,20 +143,20 @@ def test_intervals_of_evaluators_are_taken_from_their_sections(three: list[str],
     [
         ([], "report: no run is given"),
         (["out=x"], "report: no run is given"),
-        (["NOWHERE"], r"NOWHERE holds no report\.json; write it with `unlabeled evaluate"),
+        (["NOWHERE"], r"NOWHERE contains no report\.json; write it with `unlabeled evaluate"),
         (["A", "BROKEN"], r"report\.json cannot be read"),
         (["A", "SCHEMA"], r"report\.json has schema 99"),
-        (["A", "EMPTY"], r"report\.json is no report of a run"),
+        (["A", "EMPTY"], r"report\.json is not the report of a run"),
         (["A", "ODD"], r"a report\.json is damaged"),
     ],
 )
 def test_bad_input_is_one_line(three: list[str], tmp_path: Path, overrides: list[str], message: str) -> None:
-    whole = json.loads((Path(three[0]) / "report" / "report.json").read_text())
-    odd = {**whole, "comparison": [{"metric": "knn/k20", "values": {"backbone": {"value": 0.5}}}]}
+    valid = json.loads((Path(three[0]) / "report" / "report.json").read_text())
+    odd = {**valid, "comparison": [{"metric": "knn/k20", "values": {"backbone": {"value": 0.5}}}]}
     texts = {
         "BROKEN": "{",
         "SCHEMA": '{"schema": 99}',
-        "EMPTY": json.dumps({"schema": whole["schema"], "results": None, "comparison": []}),
+        "EMPTY": json.dumps({"schema": valid["schema"], "results": None, "comparison": []}),
         "ODD": json.dumps(odd),
     }
     for name, text in texts.items():
@@ -172,13 +172,13 @@ def test_the_command_exits_with_two_and_says_where_the_page_is(
     three: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["report", str(tmp_path / "nowhere")]) == 2
-    assert re.search(r"^unlabeled: report: \S+ holds no report\.json", capsys.readouterr().err)
+    assert re.search(r"^unlabeled: report: \S+ contains no report\.json", capsys.readouterr().err)
     monkeypatch.chdir(tmp_path)
     assert main(["report", *three]) == 0
     assert (tmp_path / "reports" / "a_b_c" / "compare.html").is_file()
 
 
-def test_folders_of_one_name_and_names_with_equal_signs_are_told_apart(tmp_path: Path) -> None:
+def test_folders_of_one_name_and_names_with_equal_signs_are_distinguished(tmp_path: Path) -> None:
     first = run_folder(tmp_path / "lr=1" / "run", results())
     second = run_folder(tmp_path / "lr=2" / "run", results())
     document = compared([first, str(Path(second) / "report" / "report.json")], tmp_path / "out")

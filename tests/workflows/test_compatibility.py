@@ -1,4 +1,4 @@
-"""``unlabeled matrix``: its cells tell what happened, its words are checked, its page and its file keep together."""
+"""``unlabeled matrix``: its entries, its overrides, and that its page and its JSON file stay in sync."""
 
 from __future__ import annotations
 
@@ -85,20 +85,20 @@ def tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("tasks")
 @pytest.mark.parametrize(
-    ("task", "cell"),
+    ("task", "entry"),
     [
         ("plain", MatrixEntry("runs")),
         ("idle", MatrixEntry("fault", "unused gets no gradient")),
-        ("infinite", MatrixEntry("fault", "its loss is inf")),
+        ("infinite", MatrixEntry("fault", "the loss is inf")),
         ("broken", MatrixEntry("fault", "IndexError: there is no")),
         ("choosy", MatrixEntry("cannot", "it is too small; take another")),
         ("mae", MatrixEntry("cannot", "convolutions need the whole grid")),
     ],
 )
-def test_a_cell_tells_what_happened(task: str, cell: MatrixEntry) -> None:
+def test_an_entry_has_the_result(task: str, entry: MatrixEntry) -> None:
     backbone = create_backbone("test_resnet", size=32)
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    assert try_task(task, backbone) == cell
+    assert try_task(task, backbone) == entry
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in backbone.parameters())
 
@@ -119,7 +119,7 @@ def test_words() -> None:
         ("beit", "'beit' is not a setting; write key=value"),
         (
             "out=docs/reference/matrix.json",
-            "^out: docs/reference/matrix.json is no Markdown file; give a name such as docs/reference/matrix.md",
+            "^out: docs/reference/matrix.json is not a Markdown file; give a name such as docs/reference/matrix.md",
         ),
     ],
 )
@@ -133,7 +133,7 @@ def test_a_row_is_measured_and_the_rest_of_the_page_stays(tmp_path: Path, capsys
     assert main(["matrix", "task=mae,rotation", "module=sknet", f"out={page}"]) == 0
     assert main(["matrix", "task=mae", "module=vision_transformer", f"out={page}"]) == 0
     found = Matrix.loads(page.with_suffix(".json").read_text())
-    assert found.cells == {
+    assert found.entries == {
         "sknet": {"mae": MatrixEntry("cannot", "convolutions need the whole grid"), "rotation": MatrixEntry("runs")},
         "vision_transformer": {"mae": MatrixEntry("runs")},
     }
@@ -151,24 +151,24 @@ def test_a_page_that_cannot_be_added_to(tmp_path: Path) -> None:
     page = tmp_path / "matrix.md"
     part = MatrixRun(task=("rotation",), module=("sknet",), out=page)
     write_page(Matrix("0.0.1", {"beit": "b"}, {"beit": {"mae": MatrixEntry("runs")}}), page)
-    with pytest.raises(ConfigError, match=r"out: .*matrix.json is of timm 0.0.1, this is .*; run all cells again"):
+    with pytest.raises(ConfigError, match=r"out: .*matrix.json is for timm 0.0.1, installed is .*; measure all"):
         measure(part)
     page.with_suffix(".json").write_text("[]")
-    with pytest.raises(ConfigError, match=r"out: .*matrix.json does not hold the cells of a matrix .*; run all cells"):
+    with pytest.raises(ConfigError, match=r"out: .*matrix.json is not a stored matrix .*; measure all entries"):
         measure(part)
 
 
 def test_a_whole_run_forgets_what_is_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     page = tmp_path / "matrix.md"
-    write_page(Matrix(networks={"gone": "g"}, cells={"gone": {"jigsaw": MatrixEntry("runs")}}), page)
+    write_page(Matrix(networks={"gone": "g"}, entries={"gone": {"jigsaw": MatrixEntry("runs")}}), page)
     monkeypatch.setattr(timm, "list_modules", lambda: ["sknet"])
     monkeypatch.setattr(matrix_module, "task_names", lambda: ["rotation"])
-    assert measure(MatrixRun(out=page)).cells == {"sknet": {"rotation": MatrixEntry("runs")}}
+    assert measure(MatrixRun(out=page)).entries == {"sknet": {"rotation": MatrixEntry("runs")}}
 
 
 def test_faults_are_shown() -> None:
     cells = {"beit": {"mae": MatrixEntry("fault", "IndexError: oh")}, "cait": {"mae": MatrixEntry("cannot", "no")}}
-    matrix = Matrix(networks={"beit": "b", "cait": "c"}, cells=cells)
+    matrix = Matrix(networks={"beit": "b", "cait": "c"}, entries=cells)
     page = render_page(matrix)
     assert "| beit | **✗** <sub>2</sub> |" in page
     assert "2. **fault**: IndexError: oh" in page
@@ -181,7 +181,7 @@ def test_faults_are_shown() -> None:
 def test_the_page_groups_reasons_that_differ_in_the_place_only() -> None:
     reasons = ["stem.0: Flat has no masked form", "the network: Flat has no masked form", "its map of 7x7 is odd"]
     cells = {f"m{position}": {"spark": MatrixEntry("cannot", reason)} for position, reason in enumerate(reasons)}
-    page = render_page(Matrix(networks=dict.fromkeys(cells, "n"), cells=cells))
+    page = render_page(Matrix(networks=dict.fromkeys(cells, "n"), entries=cells))
     assert "1. Flat has no masked form\n2. its map of NxN is odd\n" in page
     assert "| m1 | <sub>1</sub> |\n| m2 | <sub>2</sub> |" in page
 
@@ -191,6 +191,6 @@ def test_a_module_that_the_table_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path
     (tmp_path / "none.json").write_text("{}")
     assert architecture("sknet") == {"name": "skresnet18", "size": 64}
     assert architecture("crossvit") == {"name": "crossvit_tiny_240", "size": (240, 240)}
-    assert measure(MatrixRun(task=("rotation",), module=("sknet",))).cells == {
+    assert measure(MatrixRun(task=("rotation",), module=("sknet",))).entries == {
         "sknet": {"rotation": MatrixEntry("runs")}
     }

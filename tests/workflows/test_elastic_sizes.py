@@ -107,13 +107,11 @@ def test_what_was_measured_is_kept_and_the_rest_added(
 def test_other_settings_and_other_weights_are_not_mixed(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     evaluate(run, sizes=[[16, 2]])
     before = (run / "sizes.json").read_bytes()
-    with pytest.raises(
-        ConfigError, match=r"evaluate.limit: .*sizes.json holds 1 sizes measured with None, here it is 9"
-    ):
+    with pytest.raises(ConfigError, match=r"evaluate.limit: .*sizes.json has 1 sizes measured with None, here it is 9"):
         evaluate(run, sizes=[[16, 3]], evaluate={"limit": 9})
     assert read_curve(run) is not None
     export_backbone(create_backbone("vit_tiny_patch16_224", size=32, **VIT), run, elastic=CONFIG)
-    with pytest.raises(ConfigError, match=r"^weights: .* with other weights; give the same, or move that file away"):
+    with pytest.raises(ConfigError, match=r"^weights: .* with other weights; use the same value, or move that file"):
         evaluate(run, sizes=[[16, 3]])
     assert (run / "sizes.json").read_bytes() == before
     assert read_curve(run) is None
@@ -125,7 +123,7 @@ def test_other_settings_and_other_weights_are_not_mixed(run: Path, caplog: pytes
         evaluate(run)
 
 
-def test_runs_that_were_trained_alone_stand_beside(run: Path, tmp_path: Path) -> None:
+def test_runs_that_were_trained_alone_are_listed_too(run: Path, tmp_path: Path) -> None:
     small = VIT | {"embed_dim": 16, "depth": 2}
     export_backbone(create_backbone("vit_tiny_patch16_224", size=32, **small), tmp_path / "alone")
     curve = evaluate(run, sizes=[[16, 2]], versus=[str(tmp_path / "alone")])
@@ -137,11 +135,11 @@ def test_runs_that_were_trained_alone_stand_beside(run: Path, tmp_path: Path) ->
     assert (alone.parameters, alone.macs) == (extracted.parameters, extracted.macs)
     assert curve.front("knn/k5") == [extracted]
     export_backbone(create_backbone("nin_cifar", num_blocks=3), tmp_path / "nin")
-    with pytest.raises(ConfigError, match=r"versus: nin is of the family \w+, the sizes of VisionTransformer"):
+    with pytest.raises(ConfigError, match=r"versus: nin is of the family \w+, the sizes are of VisionTransformer"):
         evaluate(run, sizes=[[16, 2]], versus=[str(tmp_path / "nin")])
-    with pytest.raises(ConfigError, match=r"versus: .*nowhere is no folder"):
+    with pytest.raises(ConfigError, match=r"versus: .*nowhere is not a folder"):
         evaluate(run, sizes=[[16, 2]], versus=[str(tmp_path / "nowhere")])
-    with pytest.raises(ConfigError, match="versus: has a place beside sizes only"):
+    with pytest.raises(ConfigError, match="versus: has no effect without sizes"):
         evaluate(run, versus=[str(tmp_path / "alone")])
 
 
@@ -154,14 +152,14 @@ def test_batch_norms_are_estimated_for_each_size(tmp_path: Path) -> None:
     assert [result.random for result in curve.results] == [{}, {}]
     assert curve.pixels == {}
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "estimated anew for each on 20 training images without labels, 51 % more images" in text
+    assert "recomputed for each size on 20 unlabeled training images, which adds 51 %" in text
 
 
 def test_only_an_elastic_run_has_sizes(tmp_path: Path) -> None:
     export_backbone(create_backbone("vit_tiny_patch16_224", size=32, **VIT), tmp_path)
-    with pytest.raises(ConfigError, match="the run is not elastic and holds one size"):
+    with pytest.raises(ConfigError, match="the run is not elastic and has a single size"):
         evaluate(tmp_path, sizes="all")
-    with pytest.raises(ConfigError, match=r"sizes: vit_tiny_patch16_224 is no run folder"):
+    with pytest.raises(ConfigError, match=r"sizes: vit_tiny_patch16_224 is not a run folder"):
         evaluate(Path("vit_tiny_patch16_224"), sizes="all", pretrained=False)
 
 
@@ -216,9 +214,9 @@ def test_the_report_of_an_elastic_run_has_its_sizes(run: Path) -> None:
     value = document["rows"][0]["values"]["knn/k5"]
     assert value["low"] < value["value"] <= value["high"]
     html = (run / "report" / "report.html").read_text()
-    assert "2 of the 6 sizes that this one network holds" in html
+    assert "2 of the 6 sizes of this elastic model" in html
     assert html.count("of each size against its number of parameters") == 2
-    assert "All 2 measured networks" not in html
+    assert "All 2 measured models" not in html
     text = (run / "report" / "report.md").read_text()
     assert "| 16x2 |" in text
     assert json.loads((run / "sizes.json").read_text())["headline"] == ["knn/k5", "linear/top1"]
@@ -232,6 +230,6 @@ def test_a_page_of_many_sizes_shows_the_best_first(tmp_path: Path) -> None:
     many = curve_of(*(result(f"8x{n}", 10 * n, 0.3 + 0.01 * (n // 2)) for n in range(1, 40)))
     render_report(tmp_path, RUN, results(), [], None, sizes=many)
     html = (tmp_path / "report.html").read_text()
-    shown, folded = html[html.index("Every size") :].split("All 39 measured networks")
+    shown, folded = html[html.index("Every size") :].split("All 39 measured models")
     assert shown.count('<th scope="row">8x') == 20
     assert folded.count('<th scope="row">8x') == 39

@@ -110,7 +110,7 @@ def test_the_data_named_for_evaluation_comes_before_the_runs_own(tmp_path: Path,
     assert [config.name for config in opened] == ["shapes", "shapes", "digits", "digits"]
 
 
-def test_a_timm_name_without_weights_reports_where_it_was_told(tmp_path: Path, opened: list[DataConfig]) -> None:
+def test_a_timm_name_without_weights_reports_into_the_given_folder(tmp_path: Path, opened: list[DataConfig]) -> None:
     settings = {"pretrained": False, "data": {"name": "digits"}, "backbone": TINY, "out": str(tmp_path / "here")}
     first = evaluate_target(request("vit_tiny_patch16_224", **settings))
     second = evaluate_target(request("vit_tiny_patch16_224", **settings))
@@ -135,7 +135,7 @@ def test_a_file_of_weights_fills_the_named_backbone(tmp_path: Path, weights: dic
     assert target.backbone.embed_dim == 32
     assert target.backbone.input_size == (32, 32)
     weights["names"] = ["blocks.0.attn.qkv.weight", "norm.weight"]
-    with pytest.raises(CheckpointError, match=r"lacks 2 tensors of vit_tiny.*such as blocks\.0\.attn\.qkv\.weight"):
+    with pytest.raises(CheckpointError, match=r"missing 2 tensors of vit_tiny.*such as blocks\.0\.attn\.qkv\.weight"):
         resolve_target(request(file, backbone=TINY))
     with pytest.raises(ConfigError, match=r"backbone\.name: not given; weights such as weights\.safetensors"):
         resolve_target(request(file))
@@ -144,7 +144,7 @@ def test_a_file_of_weights_fills_the_named_backbone(tmp_path: Path, weights: dic
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("resnet81", "'resnet81' is no run folder, file of weights or timm model; did you mean 'resnet"),
+        ("resnet81", "'resnet81' is not a run folder, weights file or timm model; did you mean 'resnet"),
         ("runs/nowhere", "'runs/nowhere' does not exist; give a run folder"),
         ("resnet18.pth", r"'resnet18\.pth' does not exist"),
     ],
@@ -156,7 +156,7 @@ def test_unknown_targets_are_refused(target: str, message: str) -> None:
 
 @pytest.mark.usefixtures("weights")
 def test_folders_that_are_no_run_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"holds no backbone\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"contains no backbone\.safetensors"):
         resolve_target(request(tmp_path))
     folder = run_folder(tmp_path / "run")
     (folder / "config.yaml").write_text("task: {name: mae}\nepoch: 3\n")
@@ -188,7 +188,7 @@ def test_impossible_arguments_of_the_backbone_are_one_line() -> None:
 
 
 def test_missing_data_and_missing_labels_are_said(opened: list[DataConfig]) -> None:
-    with pytest.raises(ConfigError, match=r"^data: not given; a target that is no run folder needs labeled data"):
+    with pytest.raises(ConfigError, match=r"^data: not given; a target other than a run folder needs labeled data"):
         evaluate_target(request("vit_tiny_patch16_224", pretrained=False, backbone=TINY))
     with pytest.raises(DataError, match="the data has no labels"):
         evaluate_target(

@@ -65,7 +65,7 @@ def test_a_mixed_folder(mixed_folder: Path, workers: int) -> None:
         "images that cannot be decoded: 2 of 31",
         "images with a side under 32 pixels: 1",
         "images with one side over 4 times the other: 1",
-        "images that repeat the bytes of another image: 1",
+        "exact duplicates of another image: 1",
     ]
     assert "a run stops above data.max_bad_fraction=0.05" in report.warnings[0]
 
@@ -94,7 +94,7 @@ def test_generated_images() -> None:
     assert report.classes is not None
     assert set(report.classes.values()) == {2}
     assert report.warnings == []
-    assert "nothing to worry about" in shown(report)
+    assert "no problems found" in shown(report)
 
 
 def test_a_single_class_and_all_broken(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_single_class_and_all_broken(tmp_path: Path) -> None:
     report = examine(DoctorRun(data=DataConfig(name="folder", path=tmp_path, labels=True), workers=0))
     assert len(report.bad) == report.count == 4
     assert report.heights is None
-    assert "there is a single class, only; evaluation needs two" in report.warnings
+    assert "there is only one class, only; evaluation needs at least two" in report.warnings
     assert "cannot be decoded" in shown(report)
 
 

@@ -60,7 +60,7 @@ def test_a_task_brings_its_published_recipe_and_words_override_it() -> None:
     assert compose("task=mae").optim.betas == (0.9, 0.95)
 
 
-def test_fields_of_a_section_can_be_set_beside_its_short_form() -> None:
+def test_fields_of_a_section_can_be_set_along_with_its_short_form() -> None:
     config = compose("backbone=resnet18", "backbone.size=[64,96]", "backbone.kwargs.stem_width=32")
     assert config.backbone.name == "resnet18"
     assert config.backbone.size == (64, 96)
@@ -240,9 +240,7 @@ def test_data_is_a_path_a_name_or_settings() -> None:
 def test_what_is_no_network_no_run_and_no_data_is_one_line() -> None:
     with pytest.raises(ConfigError, match=r"^target: Linear is not possible; build it: Linear\(\.\.\.\)$"):
         unlabeled.evaluate(nn.Linear)  # type: ignore[arg-type]
-    with pytest.raises(
-        ConfigError, match=r"^run: Linear\(.*\) is not possible; give a run's folder, and its network as"
-    ):
+    with pytest.raises(ConfigError, match=r"^run: Linear\(.*\) is not possible; give a run folder, and its model as"):
         unlabeled.export(nn.Linear(2, 2), "x.safetensors")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"^backbone: \[\] is not an nn.Module; build it, and give that$"):
         unlabeled.load_weights([], "x.safetensors")  # type: ignore[arg-type]

@@ -1,1 +1,1 @@
-"""From evidence to pages: report.html for people, report.md for terminals and reviews, report.json for programs."""
+"""Reports: report.html to read, report.md for terminals and reviews, report.json for programs."""

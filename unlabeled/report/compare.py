@@ -1,4 +1,4 @@
-"""Runs side by side, from their report.json alone: ``unlabeled report A B C``."""
+"""Compares runs side by side, from their report.json alone: ``unlabeled report A B C``."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ SCHEMA = 2
 _WHERE = ("report/report.json", "report.json")
 _BASELINES = ("pixels", "random")
 _SAME = {"train_images": "training images", "test_images": "test images", "classes": "classes"}
-"""What of the evidence must be equal for a fair table."""
+"""Keys of ``results`` that must be equal for a fair comparison → their names in messages."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One report."""
+    """The report of one run."""
 
     label: str
+    """Name of the run in tables, unique in a comparison."""
     document: Mapping[str, Any]
 
     @property
@@ -44,29 +45,32 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Dotted name → value, of the resolved settings; without the folder of the run."""
+        """Dotted name → value of the resolved settings, except the folders of the run."""
         try:
             values = yaml.safe_load(self.document["run"].get("config") or "") or {}
         except yaml.YAMLError:
             values = {}
+        # `current` maps settings of older versions to today's names, so that only real differences are listed
         flat = _flat(current(values)) if isinstance(values, Mapping) else {}
         return {name: value for name, value in flat.items() if name not in ("out", "target")}
 
     def metrics(self, encoder: str = "backbone") -> Mapping[str, float | None]:
+        """Metric → value of one encoder; empty without results."""
         found: Mapping[str, float | None] = self.results.get("encoders", {}).get(encoder, {}).get("metrics", {})
         return found
 
     @property
     def rows(self) -> list[Mapping[str, Any]]:
-        """Of all its tables."""
+        """The rows of all tables of the report."""
         return [*self.document["comparison"], *_section_rows(self.document)]
 
     def estimate(self, metric: str, measure: Measure, encoder: str = "backbone") -> Estimate | None:
-        """The value with its interval as the report has it (NaN: none); None where it was not measured."""
+        """The value and its interval as reported (NaN: no interval); None if it was not measured."""
         for row in self.rows:
             if row["metric"] == metric and encoder in row["values"]:
                 found = row["values"][encoder]
                 return None if found["value"] is None else Estimate(*(_number(found[end]) for end in _ENDS))
+        # not in any table of the report: compute Wilson's interval, as the report would
         value = self.metrics(encoder).get(metric)
         if value is None:
             return None
@@ -75,53 +79,63 @@ class Run:
 
 
 _ENDS = ("value", "low", "high")
+"""Keys of an estimate in report.json, in the order of `Estimate`'s fields."""
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """The reports in run folders, report folders or report.json files, each under a label of its own."""
+    """Reads the reports in run folders, report folders or report.json files, and gives each a unique label.
+
+    Raises DataError for a path without a readable report.
+    """
     found = []
     for path in paths:
         file = next((path / name for name in _WHERE if (path / name).is_file()), path)
         if not file.is_file():
-            raise DataError(f"report: {path} holds no report.json; write it with `unlabeled evaluate {path}`")
+            raise DataError(f"report: {path} contains no report.json; write it with `unlabeled evaluate {path}`")
         found.append((_folder_of(file).name or "run", read_report(file), file))
     counts = Counter(label for label, _, _ in found)
     runs = []
     for position, (label, document, file) in enumerate(found, start=1):
         _check(document, file)
+        # folders of the same name are numbered in the order given
         runs.append(Run(clean(label if counts[label] == 1 else f"{position}: {label}"), document))
     return runs
 
 
 def _folder_of(file: Path) -> Path:
-    """The run that a report.json belongs to."""
+    """The run folder that a report.json belongs to."""
     folder = file.resolve().parent
     return folder.parent if folder.name == "report" else folder
 
 
 def _check(document: Mapping[str, Any], file: Path) -> None:
+    """Raises DataError for JSON that has the schema number of a report but not its structure."""
     results = document.get("results")
-    parts = [document.get("run"), {} if results is None else results]
-    if all(isinstance(part, dict) for part in parts) and isinstance(document.get("comparison"), list):
+    sections = [document.get("run"), {} if results is None else results]
+    if all(isinstance(section, dict) for section in sections) and isinstance(document.get("comparison"), list):
         encoders = {"backbone": {"metrics": {}}} if results is None else results.get("encoders")
         if isinstance(encoders, dict) and isinstance(encoders.get("backbone", {}).get("metrics"), dict):
             return
-    raise DataError(f"report: {file} is no report of a run; write it again with `unlabeled evaluate`")
+    raise DataError(f"report: {file} is not the report of a run; write it again with `unlabeled evaluate`")
 
 
 def compare_runs(runs: Sequence[Run]) -> dict[str, Any]:
-    """What ``compare.json`` holds; fractions are 0..1, times in seconds, differences are to the first run.
+    """Returns the contents of ``compare.json``.
 
-    ``schema``    1; grows when a key changes its meaning or goes.
-    ``runs``      ``label``, and of the report ``task``, ``backbone``, ``data``, ``parameters``, ``epochs``, ``images``,
-                  ``seconds``, ``evaluation_seconds``, ``train_images``, ``test_images``, ``summary`` (verdict).
-    ``fair``      whether all were judged on the same data; only then are there differences and best ones.
-    ``differs``   in words, where the data differ.
-    ``measures``  one for each, those to quote first: ``metric``, ``label``, ``unit``, ``better``, ``headline`` and, of
-                  each run in their order, ``values``, ``pixels``, ``random``, ``differences`` (``value``, ``low``,
-                  ``high``, or null; of plain numbers there are none) and ``best`` (its interval meets no other's).
-    ``settings``  ``name`` and ``values`` of those that are not the same everywhere.
-    ``online``    of each run [epoch, kNN accuracy] while it went on.
+    Fractions are 0..1, times in seconds; differences are relative to the first run.
+
+    ``schema``    2; increases when a key changes its meaning or is removed.
+    ``runs``      ``label`` and, from the report, ``task``, ``backbone``, ``data``, ``parameters``, ``epochs``,
+                  ``images``, ``seconds``, ``evaluation_seconds``, ``train_images``, ``test_images``, ``summary`` (its
+                  first sentence).
+    ``fair``      whether all runs were evaluated on the same data; otherwise there are no differences and no best run.
+    ``differs``   one sentence for each way in which the data differ.
+    ``measures``  one entry per metric, the headline metrics first: ``metric``, ``label``, ``unit``, ``better``,
+                  ``headline`` and, for each run in order, ``values``, ``pixels``, ``random``, ``differences``
+                  (``value``, ``low``, ``high``, or null; null for plain numbers) and ``best`` (its interval overlaps
+                  no other run's).
+    ``settings``  ``name`` and ``values`` of the settings that differ between runs.
+    ``online``    for each run, [epoch, kNN accuracy] during training.
     """
     differs = _differs(runs)
     return {
@@ -137,14 +151,16 @@ def compare_runs(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def write_comparison(runs: Sequence[Run], folder: Path) -> Path:
-    """Writes ``compare.{json,md,html}`` into `folder`; returns the path of the HTML.
+    """Writes ``compare.{json,md,html}`` into `folder` and returns the path of the HTML file.
 
-    Raises DataError for reports whose numbers cannot be read and CheckpointError when the disk refuses.
+    Raises DataError for damaged reports, CheckpointError when the files cannot be written.
     """
     try:
         document = compare_runs(runs)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"report: a report.json is damaged ({error!r}); write it with `unlabeled evaluate`") from None
+        raise DataError(
+            f"report: a report.json is damaged ({error!r}); write it again with `unlabeled evaluate`"
+        ) from None
     context = {**document, "facts": _fact_rows(document), "figures": _figures(document)}
     texts = {
         "json": json.dumps(document, indent=1) + "\n",
@@ -159,12 +175,12 @@ def write_comparison(runs: Sequence[Run], folder: Path) -> Path:
 
 
 def _section_rows(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Rows of the evaluators' own sections, where a report has them."""
+    """Rows of the evaluators' sections; none in a report of schema 1 without evaluators."""
     return [row for section in document.get("evaluators") or [] for row in section.get("rows", [])]
 
 
 def _measures(runs: Sequence[Run]) -> list[tuple[str, Measure]]:
-    """Everything of the backbones that their tables show, those to quote first."""
+    """(metric, its `Measure`) of everything in the runs' tables, the headline metrics first."""
     found: dict[str, Measure] = {}
     for run in runs:
         rows = {row["metric"]: row for row in run.rows}
@@ -178,6 +194,7 @@ def _measures(runs: Sequence[Run]) -> list[tuple[str, Measure]]:
 def _measured(runs: Sequence[Run], metric: str, measure: Measure, fair: bool) -> dict[str, Any]:
     values = [run.estimate(metric, measure) for run in runs]
     baselines = {name: [_plain(run.estimate(metric, measure, name)) for run in runs] for name in _BASELINES}
+    # plain numbers such as an effective rank have no scale on which a difference means something
     first = values[0] if fair and measure.unit != "number" else None
     return {
         "metric": metric,
@@ -188,7 +205,7 @@ def _measured(runs: Sequence[Run], metric: str, measure: Measure, fair: bool) ->
         "values": [_plain(value) for value in values],
         **baselines,
         "differences": [
-            _plain(less(value, first)) if position and value is not None and first is not None else None
+            _plain(less(value, first)) if position > 0 and value is not None and first is not None else None
             for position, value in enumerate(values)
         ],
         "best": _clear_best(values, measure.better) if fair else [False] * len(values),
@@ -196,10 +213,11 @@ def _measured(runs: Sequence[Run], metric: str, measure: Measure, fair: bool) ->
 
 
 def _clear_best(values: Sequence[Estimate | None], better: str | None) -> list[bool]:
-    """True for the one whose interval lies beyond all others'; of a single run, or without intervals, none."""
+    """True for the run with an interval entirely on the better side of all others; for none without intervals."""
     known = [value for value in values if value is not None]
     if better is None or len(known) < 2 or any(math.isnan(value.low) for value in known):
         return [False] * len(values)
+    # flip the axis where lower is better, so that the best always has the highest interval
     sign = 1 if better == "higher" else -1
     ends = [sorted((sign * value.low, sign * value.high)) for value in known]
     top = max(range(len(ends)), key=lambda position: ends[position][0])
@@ -208,35 +226,36 @@ def _clear_best(values: Sequence[Estimate | None], better: str | None) -> list[b
 
 
 def _differs(runs: Sequence[Run]) -> list[str]:
-    """Where the data of the evaluations differ, one line each."""
+    """One line for each way in which the evaluation data differ."""
     lines = []
-    for key, words in _SAME.items():
+    for key, name in _SAME.items():
         values = [run.results.get(key) for run in runs]
         if any(value != values[0] for value in values[1:]):
             shown = [len(value) if isinstance(value, list) else value for value in values]
-            lines.append(_line(words, [f"{one:,}" if one is not None else "none" for one in shown], runs))
+            lines.append(_line(name, [f"{one:,}" if one is not None else "none" for one in shown], runs))
     data = [_evaluated_on(run) for run in runs]
-    if len({name for name in data if name is not None}) > 1:
-        lines.append(_line("evaluation data", [name or "not known" for name in data], runs))
+    if len({name for name in data if name is not None}) > 1:  # reports without settings do not count as different
+        lines.append(_line("evaluation data", [name or "unknown" for name in data], runs))
     return lines
 
 
-def _line(what: str, values: Sequence[str], runs: Sequence[Run]) -> str:
-    kinds = dict.fromkeys(values)
-    if len(kinds) == 1:
-        return f"{what}: equally many, and not the same"
-    return f"{what}: " + "; ".join(
-        f"{kind} ({', '.join(run.label for run, value in zip(runs, values, strict=True) if value == kind)})"
-        for kind in kinds
+def _line(name: str, values: Sequence[str], runs: Sequence[Run]) -> str:
+    """``test images: 1,000 (a, b); 500 (c)``."""
+    distinct = dict.fromkeys(values)
+    if len(distinct) == 1:  # lists of the same length
+        return f"{name}: same number, but not the same ones"
+    return f"{name}: " + "; ".join(
+        f"{one} ({', '.join(run.label for run, value in zip(runs, values, strict=True) if value == one)})"
+        for one in distinct
     )
 
 
 def _evaluated_on(run: Run) -> str | None:
-    """The data named for evaluation, else the run's own; None where the settings do not say."""
+    """The data set set for evaluation, else the run's own; None if the settings do not name it."""
     settings = run.settings
     section = "evaluate.data" if "evaluate.data.name" in settings else "data"
-    parts = [settings.get(f"{section}.{name}") for name in ("name", "dataset", "path", "test_path", "limit")]
-    return " ".join(str(part) for part in parts if part is not None) or None
+    values = [settings.get(f"{section}.{name}") for name in ("name", "dataset", "path", "test_path", "limit")]
+    return " ".join(str(value) for value in values if value is not None) or None
 
 
 def _facts(run: Run) -> dict[str, Any]:
@@ -255,8 +274,9 @@ def _facts(run: Run) -> dict[str, Any]:
 
 
 def _settings(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Those that are not the same in all runs; of one run there are none."""
+    """The settings that differ between runs; none for a single run."""
     found = [run.settings for run in runs]
+    # keep the order of the first run, but group names of one section that only later runs have
     every = list(dict.fromkeys(name for settings in found for name in settings))
     sections = [name.partition(".")[0] for name in every]
     names = sorted(every, key=lambda name: sections.index(name.partition(".")[0]))
@@ -265,28 +285,30 @@ def _settings(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted names; an empty mapping stays a value."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         inner = _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {}
+        # through JSON, so that YAML's dates and tuples compare equal and can be written to compare.json
         flat |= inner or {f"{prefix}{name}": json.loads(json.dumps(value, default=str))}
     return flat
 
 
 def _fact_rows(document: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    """What the page says of each run; lines that are empty everywhere are left out."""
+    """(title, one value per run) for the table of runs; rows without any value are left out."""
 
     def million(value: Any) -> str:
         return f"{value / 1e6:.2f} million"
 
-    shapes: dict[str, tuple[str, Any]] = {
+    formats: dict[str, tuple[str, Any]] = {
         "Task": ("task", str), "Backbone": ("backbone", str), "Parameters": ("parameters", million),
         "Data": ("data", str), "Epochs": ("epochs", "{:g}".format), "Images seen": ("images", "{:,}".format),
-        "Pretraining took": ("seconds", duration), "Evaluation took": ("evaluation_seconds", duration),
+        "Pretraining time": ("seconds", duration), "Evaluation time": ("evaluation_seconds", duration),
         "Training images": ("train_images", "{:,}".format), "Test images": ("test_images", "{:,}".format),
     }  # fmt: skip
     rows = [
-        (title, ["–" if run[name] is None else shape(run[name]) for run in document["runs"]])
-        for title, (name, shape) in shapes.items()
+        (title, ["–" if run[name] is None else formatted(run[name]) for run in document["runs"]])
+        for title, (name, formatted) in formats.items()
     ]
     return [(title, values) for title, values in rows if set(values) != {"–"}]
 
@@ -303,6 +325,7 @@ def _figures(document: Mapping[str, Any]) -> dict[str, Markup]:
 
 
 def _plain(value: Estimate | None) -> dict[str, float | None] | None:
+    """An estimate as JSON; NaN limits become null."""
     if value is None:
         return None
     ends = {"value": value.value, "low": value.low, "high": value.high}

@@ -1,4 +1,4 @@
-"""The report as data: what report.json holds, and what report.md and report.html show apart from images."""
+"""The report as data: the contents of report.json, and of report.md and report.html apart from images."""
 
 from __future__ import annotations
 
@@ -37,34 +37,34 @@ def report_document(
     images: Sequence[str] = (),
     sizes: SizeCurve | None = None,
 ) -> dict[str, Any]:
-    """The report as JSON-like values; fractions are 0..1, times in seconds, non-finite numbers null.
+    """Returns the report as JSON values. Fractions are 0..1, times in seconds, non-finite numbers null.
 
-    ``schema``      3; grows when a key changes its meaning or goes.
+    ``schema``      3; increases when a key changes its meaning or is removed.
     ``run``         the fields of `RunSummary`.
     ``summary``     ``level`` (better, even, worse, mixed, alone: no baselines, none: no results), ``text``,
                     ``details``.
-    ``comparison``  one entry for each accuracy, those to quote (``headline``) first: ``metric``, ``label``, ``values``
+    ``comparison``  one entry per accuracy, the headline metrics (``headline``) first: ``metric``, ``label``, ``values``
                     (encoder → ``value``, ``low``, ``high``: 95 % interval, the evaluator's own or Wilson's) and
-                    ``differences`` (baseline → this backbone less the baseline, the same three, Newcombe's interval).
-    ``evaluators``  one entry for each evaluator: ``name``, ``title``, ``rows`` (as in ``comparison``, with ``unit``:
-                    accuracy, percent, number, ``better``: higher, lower, null, and ``cut``: null or 64 of the first 64
-                    features, pca64 of as many components; limits are null where there is no interval, ``differences``
-                    empty for numbers), ``notes``, ``arrays`` (those that figures show: key → encoder → nested lists, up
+                    ``differences`` (baseline → this backbone minus the baseline, same keys, Newcombe's interval).
+    ``evaluators``  one entry per evaluator: ``name``, ``title``, ``rows`` (as in ``comparison``, with ``unit``:
+                    accuracy, percent, number, ``better``: higher, lower, null, and ``cut``: null, 64 for the first 64
+                    features, pca64 for as many components; limits are null without an interval, ``differences`` is
+                    empty for plain numbers), ``notes``, ``arrays`` (the plotted ones: key → encoder → nested lists, up
                     to 2,500 numbers), ``images`` (encoder → keys).
-    ``results``    null or ``encoders`` (name → ``title``, ``metrics``, ``notes``, ``seconds``, ``dimension``),
+    ``results``     null, or ``encoders`` (name → ``title``, ``metrics``, ``notes``, ``seconds``, ``dimension``),
                     ``headline``, ``classes``, ``train_images``, ``test_images``, ``majority``, ``skipped``,
                     ``seeds``, ``hardware``, ``seconds``, ``recalibrated`` (training images on which batch-norm
-                    statistics were estimated anew; 0: none).
-    ``embedding``   null or ``points`` (n, 2) of test images in a plane, their ``labels``, ``method``, ``caution``.
-    ``maps``        names of the images of what the backbone looks at.
-    ``training``    null or ``rows``, ``first`` and ``last`` (rows of metrics.jsonl) and ``online`` ([epoch or step,
+                    statistics were recomputed; 0: none).
+    ``embedding``   null, or ``points`` (n, 2) of test images in a plane, their ``labels``, ``method``, ``caution``.
+    ``maps``        names of the images of the backbone's feature maps.
+    ``training``    null, or ``rows``, ``first`` and ``last`` (rows of metrics.jsonl) and ``online`` ([epoch or step,
                     kNN accuracy] during the run).
-    ``sizes``       null or what was measured of an elastic run's sizes: ``rows``, smallest first (``kind``: extracted
-                    or trained alone, ``title``, ``width``, ``depths``, ``parameters``, ``macs``, ``recalibrated``,
-                    ``seconds``, ``values`` and ``random`` as in ``comparison``, ``front``: metrics in which no smaller
-                    size is as good), ``headline``, ``pixels``, ``stored`` (sizes in the run), ``measured``.
-    ``images``    names of the task's images.
-    ``notes``       how the numbers came about.
+    ``sizes``       null, or the measured sizes of an elastic run: ``rows``, smallest first (``kind``: extracted or
+                    alone, ``title``, ``width``, ``depths``, ``parameters``, ``macs``, ``recalibrated``, ``seconds``,
+                    ``values`` and ``random`` as in ``comparison``, ``front``: metrics in which this size is better
+                    than every smaller one), ``headline``, ``pixels``, ``stored`` (sizes in the run), ``measured``.
+    ``images``      names of the task's images.
+    ``notes``       how the numbers were obtained.
     """
     document: dict[str, Any] = _plain(
         {
@@ -87,37 +87,47 @@ def report_document(
 
 
 def write_json(document: Mapping[str, Any], file: Path) -> None:
-    """Writes a document of `report_document`."""
+    """Writes what `report_document` returned as strict JSON."""
     file.write_text(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_report(file: Path) -> dict[str, Any]:
-    """The document in a report.json, of an older schema in the form of this one. Raises DataError for other files."""
+    """Reads a report.json of any schema and returns it in the form of the current one.
+
+    Raises DataError when the file cannot be read or is not a report.
+    """
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"report: {file} cannot be read ({error}); write it again with `unlabeled evaluate`") from None
     found = document.get("schema") if isinstance(document, dict) else None
     if found not in (1, 2, SCHEMA):
-        raise DataError(f"report: {file} has schema {found}, this version reads 1 to {SCHEMA}; write it again")
+        raise DataError(
+            f"report: {file} has schema {found}, this version reads 1 to {SCHEMA}; write it again with "
+            "`unlabeled evaluate`"
+        )
     try:
         if found == 1:
             document = _second_schema(document)
         return _third_schema(document) if found < SCHEMA else dict(document)
     except (KeyError, TypeError, AttributeError):
-        raise DataError(f"report: {file} is not a report of schema {found}; write it again") from None
+        raise DataError(
+            f"report: {file} is not a report of schema {found}; write it again with `unlabeled evaluate`"
+        ) from None
 
 
 def _second_schema(document: dict[str, Any]) -> dict[str, Any]:
-    """A document of schema 1, which had accuracies only and kept the linear probe's confusion in ``evidence``.
+    """Converts schema 1, which had accuracies only and kept the linear probe's confusion in ``evidence``.
 
-    Its intervals and sentences stay as they were written.
+    Intervals and sentences stay as they were written.
     """
     confusion = document["evidence"].pop("confusion") if document["evidence"] else None
     sections: dict[str, dict[str, Any]] = {}
     for row in document["comparison"]:
         name, row = row["metric"].partition("/")[0], {**row, "unit": "accuracy", "better": "higher"}
-        title = evaluator_class(name).title if name in evaluator_names() else name  # which its files do not hold
+        # schema 1 did not store titles, and the evaluator's plugin may no longer be installed
+        title = evaluator_class(name).title if name in evaluator_names() else name
+        # `pictures` is the key of schema 2; `_third_schema` renames it next
         empty = {"name": name, "title": title, "rows": [], "notes": [], "arrays": {}, "pictures": {}}
         sections.setdefault(name, empty)["rows"].append({**row, "cut": None})
     if confusion is not None and "linear" in sections:
@@ -128,7 +138,8 @@ def _second_schema(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _third_schema(document: dict[str, Any]) -> dict[str, Any]:
-    """A document of schema 2, whose keys had other names."""
+    """Converts schema 2, which used other names for some keys."""
+    # the order matters: the sentence inside `verdict` was called `summary`, which is now the name of the section
     names = {"verdict": "summary", "evidence": "results", "pictures": "images"}
     new: dict[str, Any] = with_new_names(document, names) | {"schema": SCHEMA}
     new["summary"] = with_new_names(new["summary"], {"summary": "text"})
@@ -147,7 +158,7 @@ _OLD_METRIC = re.compile(r"(?<=/)pictures$")
 
 
 def training_summary(rows: Sequence[Row]) -> dict[str, Any] | None:
-    """First and last row of the training and the online kNN curve; None without a row that has a loss."""
+    """First and last training row, and the online kNN curve; None if no row has a loss."""
     trained = [row for row in rows if "loss" in row]
     if not trained:
         return None
@@ -155,16 +166,16 @@ def training_summary(rows: Sequence[Row]) -> dict[str, Any] | None:
 
 
 def online_curve(rows: Sequence[Row]) -> list[list[float]]:
-    """[epoch (or step), accuracy] of the kNN evaluations during the run, k = 20 where it was asked for."""
-    keys = [key for row in rows for key in row if key.startswith("eval/knn/")]  # the first k comes first in a row
+    """[epoch (or step), accuracy] of the kNN evaluations during the run; k = 20 if it was evaluated."""
+    keys = [key for row in rows for key in row if key.startswith("eval/knn/")]
     if not keys:
         return []
-    key = "eval/knn/k20" if "eval/knn/k20" in keys else keys[0]
+    key = "eval/knn/k20" if "eval/knn/k20" in keys else keys[0]  # else the first k of the settings
     return [[float(row.get("epoch", row.get("step", 0))), float(row[key])] for row in rows if key in row]
 
 
 def clean(text: str) -> str:
-    """`text` without control characters and lone surrogates, which file names may hold and UTF-8 and HTML may not."""
+    """Replaces control characters and lone surrogates: file names may contain them, UTF-8 and HTML may not."""
     return "".join(
         "\ufffd" if unicodedata.category(mark) in ("Cc", "Cs") and mark not in "\n\t" else mark for mark in text
     )
@@ -197,6 +208,7 @@ def _encoder(name: str, encoder: EncoderResults) -> dict[str, Any]:
 
 
 def _embedding(embedding: Embedding) -> dict[str, Any]:
+    # three decimals are finer than a pixel of the figure, and keep the file small
     points = [[round(float(value), 3) for value in point] for point in embedding.points]
     return {
         "points": points, "labels": embedding.labels, "method": embedding.method, "caution": embedding.caution
@@ -204,47 +216,51 @@ def _embedding(embedding: Embedding) -> dict[str, Any]:
 
 
 def _notes(run: RunSummary, results: Results | None) -> list[str]:
-    notes = ["The weights are those of the last step; no epoch was chosen by its accuracy."] if run.epochs else []
+    notes = ["Weights are from the last step; no epoch was selected by its accuracy."] if run.epochs else []
     if results is None:
         return notes
-    probe = results.encoders["backbone"].metrics
+    probe = results.encoders["backbone"].metrics  # the settings that the linear probe selected are among them
     notes.append(
-        "The backbone is frozen. Unless a note says otherwise, features are its pooled output and images are not "
+        "The backbone is frozen. Unless a note says otherwise, features are its pooled output, and images are not "
         "augmented."
     )
+    # each note below is written only if the evaluator it describes ran
     known = results.encoders["backbone"].measures
     for quoted in [known[metric] for metric in results.headline if metric in known]:
         if quoted.evaluator == "knn" and (point := quoted.measure.point) is not None:
-            fixed = f"{point.axis} = {point.at:g} was fixed beforehand"
-            notes.append(f"{fixed}; the other {point.axis} are listed, not chosen from.")
+            fixed = f"{point.axis} = {point.at:g} was fixed in advance"
+            notes.append(f"{fixed}; results for other values of {point.axis} are listed but were not selected from.")
     if "linear/top1" in probe:
         notes.append(
-            "The linear probe chose its learning rate and weight decay on a hold-out of the training split, was "
-            "trained again on the whole of it, and met the test split once."
+            "The linear probe selected its learning rate and weight decay on a hold-out of the training split. It was "
+            "then retrained on the full training split and evaluated once on the test split."
+        )
+    if "linear/lr" in probe:
+        notes.append(
+            f"For this backbone, the linear probe selected learning rate {probe['linear/lr']:g} and weight decay "
+            f"{probe['linear/weight_decay']:g}."
         )
     notes += [
-        "Baselines go through the same evaluators and grid: raw pixels (at most 32 x 32), and the same architecture "
-        f"with random weights (seed {results.seeds.get('random weights', 0)}).",
-        "Intervals are 95 % and cover the choice of test images only, not another pretraining seed: Wilson for "
-        "accuracies unless the evaluator gives its own, Newcombe for differences (a little wide, as all encoders see "
-        "the same images).",
+        "Baselines go through the same evaluators with the same hyperparameter search: raw pixels (at most 32 x 32), "
+        f"and the same architecture with random weights (seed {results.seeds.get('random weights', 0)}).",
+        "95 % intervals account for the choice of test images only, not for the pretraining seed. Accuracies use "
+        "Wilson intervals unless the evaluator provides its own; differences use Newcombe intervals, which are "
+        "slightly too wide because all encoders see the same images.",
     ]
     if results.recalibrated:
         notes.append(
-            f"Running statistics of batch norms were estimated anew on {results.recalibrated:,} whole training "
-            "images, without labels, for the backbone and for random weights alike."
+            f"Running statistics of batch norms were recomputed on {results.recalibrated:,} unmasked training images, "
+            "without labels, for the backbone and for random weights alike."
         )
-    if "linear/lr" in probe:
-        notes.append(f"Chosen for this backbone: lr {probe['linear/lr']:g}, decay {probe['linear/weight_decay']:g}.")
     for split, names in results.skipped.items():
         if names:
             shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-            notes.append(f"{len(names)} {split} images could not be decoded and were left out: {shown}")
-    return [*notes, *general_notes(results)]
+            notes.append(f"{len(names)} {split} images could not be decoded and were skipped: {shown}")
+    return [*notes, *general_notes(results)]  # notes of an evaluator are in its own section
 
 
 def _plain(value: Any) -> Any:
-    """`value` in the types that JSON has: clean strings, lists, null for non-finite numbers."""
+    """`value` as JSON types: clean strings, lists, None for non-finite numbers."""
     if isinstance(value, Mapping):
         return {clean(str(key)): _plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):
@@ -253,7 +269,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, np.generic):
         return _plain(value.item())
-    if isinstance(value, float):
+    if isinstance(value, float):  # JSON has no NaN or infinity
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, (bool, int)):
         return value

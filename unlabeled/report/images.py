@@ -1,4 +1,4 @@
-"""Images of a report: encoded into its page, and as files beside the run, so that a later report has them too."""
+"""Images of a report: embedded in its page, and stored in the run folder so that a later report can show them."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ from unlabeled.eval.gallery import shrunk
 from unlabeled.ssl.core.errors import DataError
 
 FOLDER = "pictures"
-"""Of the run's folder: the task's images as PNG files."""
+"""Subfolder of the run folder with the task's images as PNG files."""
 
 PIXELATED = 96
-"""Images up to this height are shown enlarged with sharp pixels, and stored without loss."""
+"""Images up to this height are shown enlarged with sharp pixels, and stored losslessly."""
 _COLORS = 256
-"""Of a drawing, which PNG packs well; a photograph has more."""
+"""Up to this many colors an image is a drawing, which PNG compresses well; a photograph has more."""
 _LONGEST = (1600, 1100, 750, 500, 320)
-"""Longer side in pixels: the first at which all images of a page fit into `_BUDGET`."""
+"""Longer side in pixels to try: the first at which all images of a page fit into `_BUDGET`."""
 _BUDGET = 1_800_000
-"""Letters of the images of a page, its gallery apart: what a phone loads without a thought."""
+"""Characters of all encoded images of a page, without its gallery: small enough for a phone."""
 
 
 def shown_images(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[dict[str, Any]]]:
-    """Group → its images, uint8 (3, H, W) by name, as the templates want them; shrunk together to the page's budget.
+    """Prepares images for the templates, shrunk together to fit the page's budget.
 
-    Each has ``name``, ``uri``, ``css``, ``width`` (CSS pixels) and ``wide`` (needs a row of its own).
+    `groups` maps group → name → uint8 (3, H, W). Each returned entry has ``name``, ``uri``, ``css``, ``width`` (CSS
+    pixels) and ``wide`` (needs a row of its own).
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for longest in _LONGEST:
@@ -42,43 +43,49 @@ def shown_images(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[d
             for group, images in groups.items()
         }
         if sum(len(entry["uri"]) for entries in found.values() for entry in entries) <= _BUDGET:
-            break
+            break  # if even the smallest does not fit, it is used anyway
     return found
 
 
 def _shown(name: str, image: Tensor) -> dict[str, Any]:
     height, width = image.shape[-2:]
+    # small images are enlarged by a whole factor, so that all their pixels get the same size
     enlarged = width * max(1, round(2 * PIXELATED / height)) if height <= PIXELATED else width
     named = name.replace("_", " ")
     return {"name": named, "uri": data_uri(image), "css": css_class(image), "width": enlarged, "wide": enlarged > 480}
 
 
 def css_class(image: Tensor) -> str:
-    """How the page shows an image of that size."""
+    """The CSS class for an image of this size: ``small`` gets sharp pixels."""
     return "small" if image.shape[-2] <= PIXELATED else ""
 
 
 def data_uri(image: Tensor) -> str:
-    """uint8 (3, H, W) → ``data:image/...;base64,...``: PNG when it is small or has few colors, else JPEG."""
+    """uint8 (3, H, W) → ``data:image/...;base64,...``: PNG for small images and few colors, else JPEG."""
     pillow = _pillow(image)
+    # getcolors returns None for more than _COLORS colors
     small = pillow.height <= PIXELATED and pillow.width <= 8 * PIXELATED
     kind = "PNG" if small or pillow.getcolors(_COLORS) else "JPEG"
     return f"data:image/{kind.lower()};base64,{base64.b64encode(_encoded(pillow, kind)).decode()}"
 
 
 def save_images(folder: Path, images: Mapping[str, Tensor]) -> None:
-    """Writes ``folder/images/NAME.png`` for each, uint8 (3, H, W), instead of those of an earlier run."""
+    """Writes each image, uint8 (3, H, W), to ``folder/pictures/NAME.png`` and deletes older ones."""
     target = folder / FOLDER
     target.mkdir(parents=True, exist_ok=True)
     for old in target.glob("*.png"):
         old.unlink()
     for name, image in images.items():
+        # names may come from plugins and contain separators such as "/"
         safe = re.sub(r"[^\w.-]+", "_", name)
         (target / f"{safe}.png").write_bytes(_encoded(_pillow(image), "PNG"))
 
 
 def read_images(folder: Path) -> dict[str, Tensor]:
-    """What `save_images` left in `folder`, by name; {} when there is none. Raises DataError for a broken file."""
+    """Reads what `save_images` wrote into `folder`, by name; {} if there is none.
+
+    Raises DataError for a file that cannot be decoded.
+    """
     return {file.stem: _read(file) for file in sorted((folder / FOLDER).glob("*.png"))}
 
 

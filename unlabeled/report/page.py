@@ -1,4 +1,4 @@
-"""The report of a run: report.json for programs, report.md for terminals and reviews, report.html for people."""
+"""Writes the report of a run: report.json for programs, report.md for terminals and reviews, report.html to read."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ def write_report(
     metrics: Sequence[Row] | None,
     images: Mapping[str, Tensor] | None,
 ) -> Path:
-    """Writes ``folder/report/report.{json,md,html}`` and returns the path of the HTML.
+    """Writes ``folder/report/report.{json,md,html}`` and returns the path of the HTML file.
 
-    What was measured of the run's sizes (``folder/sizes.json``) becomes a section of it.
-    `metrics` are the rows of metrics.jsonl, `images` the task's own, name → uint8 (3, H, W). The page needs no other
-    file and no network. The schema of the JSON is that of `unlabeled.report.document.report_document`.
+    `metrics` are the rows of metrics.jsonl; `images` are the task's images, name → uint8 (3, H, W). If
+    ``folder/sizes.json`` exists, the report gets a section on the sizes of the elastic run. The HTML page is
+    self-contained and works offline. For the schema of the JSON file, see
+    `unlabeled.report.document.report_document`.
     """
     return render_report(folder / "report", run, results, metrics, images, sizes=read_curve(folder))
 
@@ -51,8 +52,9 @@ def render_report(
     *,
     sizes: SizeCurve | None = None,
 ) -> Path:
-    """As `write_report`, into `folder` itself and with these `sizes`."""
+    """Like `write_report`, but writes into `folder` itself and takes the measured sizes as an argument."""
     folder.mkdir(parents=True, exist_ok=True)
+    # report.json holds only data; figures and images are rendered for report.html alone
     document = report_document(run, results, metrics, list(images or {}), sizes)
     context = {**document, "lead": _lead(document), "facts": _facts(document), "baselines": _baselines(document)}
     if document["sizes"] is not None:
@@ -72,11 +74,11 @@ def render_report(
 
 
 def environment(*, html: bool) -> Environment:
-    """Of the templates beside this file, with the filters that they use."""
+    """The Jinja environment of the report's templates, with the filters they use."""
     environment = Environment(
         loader=PackageLoader("unlabeled.report", "templates"),
         autoescape=html,
-        trim_blocks=html,
+        trim_blocks=html,  # in Markdown, the newlines between blocks matter
         keep_trailing_newline=True,
     )
     environment.filters.update(percent=percent, signed=signed, grouped="{:,}".format, md=_markdown)
@@ -85,9 +87,9 @@ def environment(*, html: bool) -> Environment:
 
 
 def _markdown(text: Any) -> str:
-    """`text` as it stands, in one line, inside a table too."""
+    """`text` on one line with Markdown's special characters escaped, so that it is safe inside a table."""
     line = " ".join(str(text).split())
-    for mark in "\\`*_|[]<>":
+    for mark in "\\`*_|[]<>":  # the backslash first, or it would escape the other escapes
         line = line.replace(mark, "\\" + mark)
     return line
 
@@ -106,21 +108,22 @@ def _figures(results: Results | None, metrics: Sequence[Row], sizes: SizeCurve |
 
 
 def _images(results: Results | None, images: Mapping[str, Tensor]) -> dict[str, list[dict[str, Any]]]:
-    """``task``, ``maps``, and ``evaluator/encoder`` of what an evaluator drew of an encoder → images for the page."""
+    """Images for the page, by group: ``task``, ``maps``, and one ``evaluator/encoder`` for each set of drawings."""
     groups: dict[str, dict[str, Tensor]] = {"task": dict(images), "maps": results.maps if results else {}}
     for name, evaluator in results.evaluators.items() if results else ():
         for encoder, found in results.encoders.items() if results else ():
-            drawn = of_evaluator(name, found.images)
+            drawn = of_evaluator(name, found.images)  # keys are prefixed with the evaluator's name
             if drawn:
                 groups[f"{name}/{encoder}"] = {evaluator.captions.get(key, key): image for key, image in drawn.items()}
     return shown_images(groups)
 
 
 def _gallery(results: Results | None) -> list[dict[str, Any]]:
+    """Query images with their nearest training images, ready for the template."""
     if results is None:
         return []
 
-    def shown(thumbnail: Thumbnail, truth: int) -> dict[str, Any]:
+    def entry(thumbnail: Thumbnail, truth: int) -> dict[str, Any]:
         return {
             "uri": data_uri(thumbnail.image),
             "css": css_class(thumbnail.image),
@@ -132,8 +135,8 @@ def _gallery(results: Results | None) -> list[dict[str, Any]]:
 
     return [
         {
-            "query": shown(row.query, row.query.label),
-            "neighbors": [shown(near, row.query.label) for near in row.neighbors],
+            "query": entry(row.query, row.query.label),
+            "neighbors": [entry(neighbor, row.query.label) for neighbor in row.neighbors],
         }
         for row in results.gallery
     ]
@@ -145,11 +148,11 @@ def _baselines(document: Mapping[str, Any]) -> list[str]:
 
 def _lead(document: Mapping[str, Any]) -> str:
     run = document["run"]
-    return " · ".join(part for part in (run["task"], run["backbone"], run["data"], run["date"]) if part)
+    return " · ".join(fact for fact in (run["task"], run["backbone"], run["data"], run["date"]) if fact)
 
 
 def _facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Name and value of everything known of the run, in reading order."""
+    """(name, value) of every known fact about the run, in reading order."""
     run, results = document["run"], document["results"] or {}
     size = run["input_size"]
     known: list[tuple[str, Any]] = [
@@ -161,13 +164,13 @@ def _facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Epochs", None if run["epochs"] is None else f"{run['epochs']:g}"),
         ("Steps", None if run["steps"] is None else f"{run['steps']:,}"),
         ("Images seen", None if run["images"] is None else f"{run['images']:,}"),
-        ("Pretraining took", duration(run["seconds"])),
-        ("Evaluation took", duration(results.get("seconds"))),
+        ("Pretraining time", duration(run["seconds"])),
+        ("Evaluation time", duration(results.get("seconds"))),
         ("Device", run["device"]),
         ("Evaluated on", ", ".join(f"{k} {v}" for k, v in results.get("hardware", {}).items())),
         ("Training images", f"{results['train_images']:,}" if results else None),
         ("Test images", f"{results['test_images']:,}" if results else None),
-        ("Batch norms", _batch_norms(results.get("recalibrated", 0))),
+        ("Batch-norm statistics", _batch_norms(results.get("recalibrated", 0))),
         ("Seed", str(run["seed"])),
         ("Evaluation seeds", ", ".join(f"{name} {seed}" for name, seed in results.get("seeds", {}).items())),
         ("Commit", run["commit"]),
@@ -177,15 +180,15 @@ def _facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _batch_norms(images: int) -> str | None:
-    return f"statistics of {images:,} whole training images" if images else None
+    return f"recomputed on {images:,} unmasked training images" if images else None
 
 
 def duration(seconds: float | None) -> str | None:
-    """3725 → ``1 h 2 min``."""
+    """Formats a duration for people: 3725 → ``1 h 2 min``; None stays None."""
     if seconds is None:
         return None
     if seconds < 60:
         return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, rest = divmod(round(seconds), 60)  # rounded first: never "1 min 60 s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -1,4 +1,4 @@
-"""The report's section of each evaluator as data, and the curves that its measures make together."""
+"""The report's section on each evaluator as data, and the curves that its metrics form."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from unlabeled.eval.comparison import TITLES, Comparison, as_row, measures
 from unlabeled.eval.results import Results, of_evaluator
 
 _ELEMENTS = 2500
-"""Largest array that report.json holds."""
+"""Largest array that is stored in report.json."""
 
 
 def evaluator_sections(results: Results) -> list[dict[str, Any]]:
-    """One entry for each evaluator that found anything; what is in it says `report_document` under ``evaluators``."""
+    """One entry per evaluator with any output; its keys are documented in `report_document` under ``evaluators``."""
     rows = measures(results)
     found = ((name, evaluator.title, section_of(results, name, rows)) for name, evaluator in results.evaluators.items())
     return [
         {"name": name, "title": title, **section}
         for name, title, section in found
-        if any(section[part] for part in ("rows", "notes", "arrays", "images"))
+        if any(section[key] for key in ("rows", "notes", "arrays", "images"))
     ]
 
 
 def section_of(results: Results, name: str, rows: Sequence[Comparison]) -> dict[str, Any]:
-    """Rows, notes, small arrays and names of images of one evaluator."""
+    """One evaluator's rows, notes, small arrays and names of images."""
     arrays: dict[str, dict[str, Any]] = {}
     for encoder, found in results.encoders.items():
         for key, array in of_evaluator(name, found.arrays).items():
+            # larger arrays would make the page slow, and their figures unreadable
             if drawn(key) and array.size <= _ELEMENTS:
                 arrays.setdefault(key, {})[encoder] = array
     own = [row for row in rows if row.evaluator == name]
@@ -48,7 +49,7 @@ def section_of(results: Results, name: str, rows: Sequence[Comparison]) -> dict[
 
 
 def drawn(key: str) -> bool:
-    """Whether a figure shows an evaluator's array `key`: others, such as predictions, are for programs."""
+    """Whether the report plots an evaluator's array `key`; others, such as predictions, are only for programs."""
     return (
         key in ("confusion", "singular_values", "accuracies", "names", "severities")
         or is_per_class(key)
@@ -57,12 +58,12 @@ def drawn(key: str) -> bool:
 
 
 def is_per_class(name: str) -> bool:
-    """Whether an array holds a score of each class."""
+    """Whether an array contains one score per class."""
     return name.startswith("per_class") or name.endswith("iou")
 
 
 def general_notes(results: Results) -> Iterator[str]:
-    """Notes that belong to no evaluator."""
+    """Yields the notes that belong to no evaluator, each with the name of its encoder."""
     owners = tuple(f"{name}: " for name in results.evaluators)
     for encoder, found in results.encoders.items():
         for note in found.notes:
@@ -71,12 +72,12 @@ def general_notes(results: Results) -> Iterator[str]:
 
 
 def _notes(results: Results, name: str) -> Iterator[str]:
-    """The evaluator's notes, those that all encoders share once."""
-    said = {encoder: [note for note in found.notes if note.startswith(f"{name}: ")]
-            for encoder, found in results.encoders.items()}  # fmt: skip
-    shared = [note for note in said["backbone"] if all(note in notes for notes in said.values())]
+    """Yields the evaluator's notes: first those shared by all encoders, once, then those of a single encoder."""
+    by_encoder = {encoder: [note for note in found.notes if note.startswith(f"{name}: ")]
+                  for encoder, found in results.encoders.items()}  # fmt: skip
+    shared = [note for note in by_encoder["backbone"] if all(note in notes for notes in by_encoder.values())]
     yield from (note.removeprefix(f"{name}: ") for note in shared)
-    for encoder, notes in said.items():
+    for encoder, notes in by_encoder.items():
         for note in notes:
             if note not in shared:
                 yield f"{TITLES.get(encoder, encoder)}: {note.removeprefix(f'{name}: ')}"
@@ -84,21 +85,22 @@ def _notes(results: Results, name: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Series:
-    """Measures that differ in one number alone, such as the shots of few-shot episodes."""
+    """Metrics that differ in one number only, such as the number of shots of few-shot episodes: a curve."""
 
     title: str
-    """What they have in common."""
+    """What the metrics have in common."""
     axis: str
-    """What the number is."""
+    """Name of the number."""
     points: tuple[tuple[float, Comparison], ...]
-    """(number, measure), ascending."""
+    """(number, metric), ascending."""
 
 
 def find_series(rows: Sequence[Comparison]) -> list[Series]:
-    """The curves of two points and more among measures of one evaluator, on all features, in the order of `rows`."""
+    """The curves with at least two points among one evaluator's metrics on all features, in the order of `rows`."""
     groups: dict[tuple[str, str, str], list[tuple[float, Comparison]]] = {}
     for row in rows:
         if row.point is not None and row.cut is None:
+            # metrics in different units cannot share a y axis
             groups.setdefault((row.point.curve, row.point.axis, row.unit), []).append((row.point.at, row))
     return [
         Series(curve, axis, tuple(sorted(points, key=lambda point: point[0])))
@@ -108,6 +110,7 @@ def find_series(rows: Sequence[Comparison]) -> list[Series]:
 
 
 def per_class(array: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """(C, C) confusion → the part of each true class that is right, float64 (C,); NaN for classes without an image."""
+    """Confusion matrix (C, C) → accuracy of each true class, float64 (C,); NaN for classes without test images."""
     totals = array.sum(axis=1)
+    # the maximum only avoids a division by zero, `where` discards those entries
     return np.where(totals > 0, array.diagonal() / np.maximum(totals, 1), np.nan)

@@ -1,4 +1,4 @@
-"""The sizes of an elastic run for people: a table in the terminal, and a section of the report."""
+"""The sizes of an elastic run: a table for the terminal, and a section of the report."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from unlabeled.ssl.backbones.elastic import SubSize
 from unlabeled.ssl.backbones.elastic.cost import Cost
 
 _MANY = 24
-"""Rows past which the page shows the best at first."""
+"""With more rows than this, the page shows only the best sizes and collapses the full table."""
 
 
 def render_terminal(costs: Mapping[SubSize, Cost], curve: SizeCurve | None) -> Group:
-    """Every size with its cost, and the accuracies that were measured of it."""
+    """A table of every size with its cost, and its accuracies where they were measured."""
     headline = {metric: curve.label(metric) for metric in curve.headline} if curve is not None else {}
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("width", "blocks", "parameters\n(million)", "GMACs"):
         table.add_column(name, justify="right")
     for label in headline.values():
+        # break the labels, so that the table fits 80 columns
         table.add_column(label.replace(", ", ",\n"), justify="right")
         table.add_column("random\nweights", justify="right", style="dim")
     for size, cost in costs.items():
@@ -35,11 +36,11 @@ def render_terminal(costs: Mapping[SubSize, Cost], curve: SizeCurve | None) -> G
         )
         shown = ["" if value is None else percent(value) for value in measured]
         table.add_row(str(size.width), blocks, millions(cost.parameters), gmacs(cost.macs), *shown)
-    return Group(table, *(_beside(curve) if curve is not None else ()))
+    return Group(table, *(_reference_lines(curve) if curve is not None else ()))
 
 
-def _beside(curve: SizeCurve) -> Iterator[str]:
-    """Raw pixels and runs that were trained alone, a line each."""
+def _reference_lines(curve: SizeCurve) -> Iterator[str]:
+    """One line for raw pixels and one for each run that was trained alone."""
     others = {f"{one.title} (trained alone)": one.metrics for one in curve.results if one.kind == "alone"}
     for title, values in {"raw pixels": curve.pixels, **others}.items():
         found = [f"{curve.label(metric)} {percent(values[metric])} %" for metric in curve.headline if metric in values]
@@ -53,23 +54,16 @@ def millions(count: int) -> str:
 
 
 def gmacs(macs: int) -> str:
-    """Billions of multiply-adds in three digits."""
-    return f"{macs / 1e9:#.3g}".rstrip(".")
-
-
-def _accuracies(result: SizeResult | None, headline: tuple[str, ...]) -> list[str]:
-    if result is None:
-        return [""] * (2 * len(headline))
-    values = [values.get(metric) for metric in headline for values in (result.metrics, result.random)]
-    return ["" if value is None else percent(value) for value in values]
+    """Billions of multiply-adds to three digits: 1234567890 → ``1.23``."""
+    return f"{macs / 1e9:#.3g}".rstrip(".")  # "#" keeps trailing zeros, but also the point of "123."
 
 
 def size_section(curve: SizeCurve) -> dict[str, Any]:
-    """The section as data: what report.json holds under ``sizes`` (see `report_document`)."""
+    """The section as data, as stored in report.json under ``sizes`` (see `report_document`)."""
     front = {metric: {result.title for result in curve.front(metric)} for metric in curve.headline}
 
     def row(result: SizeResult) -> dict[str, Any]:
-        extracted = result.kind == "extracted"
+        extracted = result.kind == "extracted"  # runs trained alone are not on the model's own front
         return {
             **result.model_dump(
                 include={"kind", "title", "width", "depths", "parameters", "macs", "recalibrated", "seconds"}
@@ -91,31 +85,31 @@ def size_section(curve: SizeCurve) -> dict[str, Any]:
 
 
 def size_sentence(section: Mapping[str, Any]) -> str:
-    """What the section shows, in words."""
+    """The paragraph that introduces the section."""
     measured, stored = section["measured"], section["stored"]
-    words = (
-        f"{f'All {stored}' if measured == stored else f'{measured} of the {stored}'} sizes that this one model "
-        "holds, each "
-        "taken out of it and evaluated frozen. "
-        "Marked: better than every smaller size that was measured. A size is width x blocks; GMACs are billions of "
-        "multiply-adds for one image of the run's size."
+    text = (
+        f"{f'All {stored}' if measured == stored else f'{measured} of the {stored}'} sizes of this elastic model, each "
+        "extracted as a separate model and evaluated frozen. Highlighted: sizes that are better than every smaller "
+        "measured size. A size is written as width x blocks. GMACs are billions of multiply-adds for one image at the "
+        "run's input size."
     )
     if pixels := section["pixels"]:
         shown = ", ".join(
             f"{q['label']} {percent(pixels[q['metric']])} %" for q in section["headline"] if q["metric"] in pixels
         )
-        words += f" Raw pixels: {shown}."
+        text += f" Raw pixels: {shown}."
     if images := max((row["recalibrated"] for row in section["rows"]), default=0):
-        share = images / (section["train_images"] + section["test_images"])
-        words += (
-            f" Statistics of batch norms belong to one size, so they were estimated anew for each on {images:,} "
-            f"training images without labels, {100 * share:.0f} % more images through the network."
+        # relative to one pass over both splits, which is what evaluating a size costs otherwise
+        fraction = images / (section["train_images"] + section["test_images"])
+        text += (
+            f" Batch-norm statistics depend on the size, so they were recomputed for each size on {images:,} unlabeled "
+            f"training images, which adds {100 * fraction:.0f} % to the number of images processed."
         )
-    return words
+    return text
 
 
 def shown_rows(section: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """All rows, or, where they are many, those that no smaller size matches and those of other runs."""
+    """All rows; if there are many, only those on a Pareto front and those of other runs."""
     rows: list[dict[str, Any]] = section["rows"]
     return rows if len(rows) <= _MANY else [row for row in rows if row["front"] or row["kind"] == "alone"]
 

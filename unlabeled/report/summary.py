@@ -1,4 +1,4 @@
-"""What a report says about the run itself, apart from its evidence."""
+"""Facts about a run, as opposed to its results."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from unlabeled.ssl.config.schema import DataConfig, PretrainConfig
 
 @dataclass(frozen=True)
 class RunSummary:
-    """Facts of one run; None where they are not known, for instance of weights trained elsewhere."""
+    """Facts about one run; None where they are unknown, for instance for weights trained elsewhere."""
 
     title: str
     backbone: str
-    """timm name, with what was changed of it."""
+    """timm name, with the arguments that change it."""
     data: str
-    """In words: source and path or data set."""
+    """Name of the source, and its path or data set."""
     parameters: int
-    """Of the backbone."""
+    """Number of parameters of the backbone."""
     device: str
     seed: int
     config: str = ""
-    """The resolved settings, YAML."""
+    """The resolved settings as YAML."""
     task: str | None = None
     input_size: tuple[int, int] | None = None
     """(h, w) in pixels."""
     epochs: float | None = None
     steps: int | None = None
     images: int | None = None
-    """Images seen, repeats counted."""
+    """Images seen in training, counting repeats."""
     seconds: float | None = None
-    """Wall clock of the pretraining, resumed or not."""
+    """Wall-clock time of pretraining, summed over resumed runs."""
     date: str | None = None
-    """When it ended, as people write it."""
+    """When the run ended, formatted for people."""
     commit: str | None = None
     versions: dict[str, str] = field(default_factory=versions)
 
@@ -52,7 +52,7 @@ def summarize_run(
     date: str | None = None,
     commit: str | None = None,
 ) -> RunSummary:
-    """The summary of a pretraining run from its settings and the rows of its ``metrics.jsonl``."""
+    """Summarizes a pretraining run from its settings and the rows of its ``metrics.jsonl``."""
     task = str(config.task["name"])
     steps = max((int(row["step"]) for row in rows if "step" in row), default=None)
     return RunSummary(
@@ -75,20 +75,21 @@ def summarize_run(
 
 
 def training_seconds(rows: Sequence[Mapping[str, Any]], batch_size: int) -> float | None:
-    """Wall clock of the steps behind `rows` of ``metrics.jsonl``, from their images per second; None without these.
+    """Wall-clock seconds of the training steps in `rows` of ``metrics.jsonl``; None if no row has a speed.
 
-    A run that was killed and resumed has the time of the steps that it consists of, not of those that were lost.
+    For a run that was killed and resumed, this counts the steps that led to its weights, not those that were lost.
     """
     before, total = 0, 0.0
     for row in rows:
-        if row.get("images_per_s"):
+        if row.get("images_per_s"):  # mean speed since the previous such row
             total += (int(row["step"]) - before) * batch_size / float(row["images_per_s"])
             before = int(row["step"])
     return total or None
 
 
 def name_backbone(backbone: Backbone) -> str:
-    """The timm name and the arguments that were given beside it."""
+    """The timm name, followed by the arguments it was created with."""
+    # num_classes and img_size are always set; the report shows the input size on its own line
     given = ", ".join(
         f"{key} {value}" for key, value in backbone.kwargs.items() if key not in ("num_classes", "img_size")
     )
@@ -96,11 +97,11 @@ def name_backbone(backbone: Backbone) -> str:
 
 
 def name_data(data: DataConfig) -> str:
-    """The kind of source and where it lies, by those of its settings that say so."""
+    """The name of the source, and its data set and path where it has them."""
     settings = data.model_extra or {}
-    return " ".join(str(part) for part in (data.name, settings.get("dataset"), settings.get("path")) if part)
+    return " ".join(str(value) for value in (data.name, settings.get("dataset"), settings.get("path")) if value)
 
 
 def count_parameters(backbone: Backbone) -> int:
-    """Number of weights of the network."""
+    """Number of parameters of `backbone`."""
     return sum(parameter.numel() for parameter in backbone.parameters())

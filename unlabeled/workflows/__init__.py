@@ -1,1 +1,1 @@
-"""What the commands do: a file or a folder each, called by the command line and by the Python functions alike."""
+"""The implementation of each command, in one file or folder, shared by the command line and the Python functions."""

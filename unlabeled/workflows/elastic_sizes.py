@@ -1,8 +1,8 @@
-"""How good each size of an elastic run is: ``unlabeled evaluate RUN sizes=...``.
+"""``unlabeled evaluate RUN sizes=...``: evaluates each size of an elastic run.
 
-Each sub-network is evaluated as any network is, frozen, beside the same network with random weights; raw pixels are
-those of the run's own evaluation. A size is written to ``RUN/sizes.json`` as soon as it is measured, so that the same
-command goes on where it was stopped.
+Each sub-network is evaluated frozen, like any backbone, and compared with the same architecture with random weights.
+The results of raw pixels come from the evaluation of the full-size model. Each size is written to ``RUN/sizes.json`` as
+soon as it is measured, so that the same command continues after an interruption.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from unlabeled.ssl.data.source import ImageSource, limited
 from unlabeled.workflows.export import ElasticRun, choose_sizes, extract, outline_elastic
 
 Sources = tuple[ImageSource, ImageSource]
-"""Training and test split."""
+"""(training split, test split)."""
 
 _DIGESTS = ("weights", "data")
-"""Settings of which only a hash is kept."""
+"""Settings that are stored as a hash, which means nothing to people."""
 
 log = logging.getLogger(__name__)
 
 
 class Alone(NamedTuple):
-    """A network of one size, trained by itself."""
+    """A model of a single size, trained on its own, to compare with."""
 
     title: str
     folder: Path
@@ -54,17 +54,17 @@ class Alone(NamedTuple):
 
 @dataclass(frozen=True)
 class SizePlan:
-    """What is to be measured."""
+    """What to measure."""
 
     folder: Path
-    """The run's."""
-    whole: ElasticRun
+    """The run folder."""
+    elastic_run: ElasticRun
     sizes: tuple[SubSize, ...]
     versus: tuple[Alone, ...]
 
 
-class _Network(NamedTuple):
-    """One line of the plan."""
+class _Entry(NamedTuple):
+    """One model to measure: a size of the run, or a run trained alone."""
 
     kind: Literal["extracted", "alone"]
     title: str
@@ -72,52 +72,59 @@ class _Network(NamedTuple):
     weights: str
     build: Callable[[], Backbone]
     work: Path | None
-    """Where its features are, if they are kept."""
+    """Where its features are cached; None: they are not."""
 
 
-def plan_sizes(run: EvaluateRun, folder: Path, whole: ElasticRun, versus: Sequence[Alone]) -> SizePlan:
-    """What `run` asks for. Raises ConfigError, before anything is computed, for sizes and networks that do not fit."""
-    assert run.sizes is not None, "sizes were asked for"
-    family = whole.elastic.family
+def plan_sizes(run: EvaluateRun, folder: Path, elastic_run: ElasticRun, versus: Sequence[Alone]) -> SizePlan:
+    """Resolves the sizes that `run` requests.
+
+    Raises ConfigError, before anything is computed, for sizes that the run does not have, or other runs that cannot be
+    compared with them.
+    """
+    assert run.sizes is not None, "called only if sizes are requested"
+    family = elastic_run.elastic.family
     for title, _, backbone in versus:
         if type(backbone.model) is not family.kind:
             raise ConfigError(
-                f"versus: {title} is of the family {type(backbone.model).__name__}, the sizes of "
+                f"versus: {title} is of the family {type(backbone.model).__name__}, the sizes are of "
                 f"{family.kind.__name__}; give runs of that family"
             )
-    return SizePlan(folder, whole, tuple(choose_sizes(whole.elastic, run.sizes)), tuple(versus))
+    return SizePlan(folder, elastic_run, tuple(choose_sizes(elastic_run.elastic, run.sizes)), tuple(versus))
 
 
 def measure_sizes(
     plan: SizePlan, run: EvaluateRun, sources: Sources, results: Results, device: torch.device
 ) -> SizeCurve:
-    """Evaluates what `plan` names and ``sizes.json`` does not hold yet; `results` is that of the run as a whole.
+    """Evaluates everything in `plan` that ``sizes.json`` does not contain yet, and returns the size curve.
 
-    Raises ConfigError when ``sizes.json`` was measured under other settings.
+    `results` are those of the full-size model. Raises ConfigError if ``sizes.json`` was measured with other settings.
     """
     curve = _begun(plan, run, sources, results)
+    # baselines: true, false or a list of names
     baseline = run.evaluate.baselines is True or "random" in (run.evaluate.baselines or ())
-    networks = list(_networks(plan, curve.settings["weights"]))
-    for number, network in enumerate(networks, start=1):
-        wants_random = baseline and network.kind == "extracted"
-        known = curve.find(network.kind, network.title)
-        if known is not None and known.weights == network.weights and (known.random or not wants_random):
+    entries = list(_entries(plan, curve.settings["weights"]))
+    for number, entry in enumerate(entries, start=1):
+        wants_random = baseline and entry.kind == "extracted"
+        known = curve.find(entry.kind, entry.title)
+        # measured by an earlier call, unless that one had no baseline
+        if known is not None and known.weights == entry.weights and (known.random or not wants_random):
             continue
-        result = _measure(network, run, sources, device, wants_random=wants_random)
+        result = _measure(entry, run, sources, device, wants_random=wants_random)
         curve = curve.adding(result)
         write_curve(plan.folder, curve)
-        log.info("%s (%d of %d): %s", network.title, number, len(networks), _said(result, curve))
+        log.info("%s (%d of %d): %s", entry.title, number, len(entries), _accuracy_line(result, curve))
     return curve
 
 
-def _networks(plan: SizePlan, weights: str) -> Iterator[_Network]:
+def _entries(plan: SizePlan, weights: str) -> Iterator[_Entry]:
     for size in plan.sizes:
-        work = plan.folder if size == plan.whole.elastic.full else None  # of the run's own evaluation
-        yield _Network("extracted", str(size), size, weights, partial(extract, plan.whole, size), work)
+        # the full size has just been evaluated in the run folder: its features are read back
+        work = plan.folder if size == plan.elastic_run.elastic.full else None
+        yield _Entry("extracted", str(size), size, weights, partial(extract, plan.elastic_run, size), work)
     for alone in plan.versus:
-        size = plan.whole.elastic.family.read(alone.backbone.model)
+        size = plan.elastic_run.elastic.family.read(alone.backbone.model)
         digest = file_digest(alone.folder / WEIGHTS)
-        yield _Network("alone", alone.title, size, digest, partial(_itself, alone.backbone), None)
+        yield _Entry("alone", alone.title, size, digest, partial(_itself, alone.backbone), None)
 
 
 def _itself(backbone: Backbone) -> Backbone:
@@ -125,36 +132,37 @@ def _itself(backbone: Backbone) -> Backbone:
 
 
 def _measure(
-    network: _Network, run: EvaluateRun, sources: Sources, device: torch.device, *, wants_random: bool
+    entry: _Entry, run: EvaluateRun, sources: Sources, device: torch.device, *, wants_random: bool
 ) -> SizeResult:
-    backbone = network.build()
+    backbone = entry.build()  # one at a time: memory for a single size is enough
     cost = cost_of(backbone)
     config = run.evaluate.model_copy(
+        # pixels do not depend on the size; maps and embeddings are for the report of the full size
         update={"baselines": ("random",) if wants_random else False, "evaluators": ("knn", "linear"), "prefixes": ()}
         | {"embedding": None, "maps": 0}
     )
     results = evaluate_backbone(
-        backbone, *sources, config, work=network.work, device=device, seed=run.seed, workers=run.workers,
-        masked_statistics=bool(batch_norms(backbone)),  # those of the whole network are not its own
+        backbone, *sources, config, work=entry.work, device=device, seed=run.seed, workers=run.workers,
+        masked_statistics=bool(batch_norms(backbone)),  # statistics of the full size are not valid for this one
     )  # fmt: skip
-    assert results is not None, "one process evaluates"
+    assert results is not None, "only ranks other than the first get None"
     return SizeResult(
-        kind=network.kind,
-        title=network.title,
-        width=network.size.width,
-        depths=network.size.depths,
+        kind=entry.kind,
+        title=entry.title,
+        width=entry.size.width,
+        depths=entry.size.depths,
         parameters=cost.parameters,
         macs=cost.macs,
         metrics=_accuracies(results.encoders["backbone"]),
         random=_accuracies(results.encoders.get("random")),
         recalibrated=results.recalibrated,
         seconds=round(results.seconds, 2),
-        weights=network.weights,
+        weights=entry.weights,
     )
 
 
 def _begun(plan: SizePlan, run: EvaluateRun, sources: Sources, results: Results) -> SizeCurve:
-    """What is measured already under these settings, or an empty curve."""
+    """The curve measured so far with these settings, or an empty one. Raises ConfigError for other settings."""
     settings = _settings(plan, run, sources)
     pixels = _accuracies(results.encoders.get("pixels"))
     begun = load_curve(plan.folder)
@@ -166,26 +174,27 @@ def _begun(plan: SizePlan, run: EvaluateRun, sources: Sources, results: Results)
             labels={metric: known[metric].measure.text for metric in results.headline},
             train_images=results.train_images,
             test_images=results.test_images,
-            sizes=len(plan.whole.elastic.sizes),
+            sizes=len(plan.elastic_run.elastic.sizes),
             pixels=pixels,
         )
     for key in [*settings, *begun.settings]:
         there, here = begun.settings.get(key), settings.get(key)
         if there != here:
-            what = f"other {key}" if key in _DIGESTS else f"{_short(there)}, here it is {_short(here)}"
+            difference = f"other {key}" if key in _DIGESTS else f"{_short(there)}, here it is {_short(here)}"
             raise ConfigError(
-                f"{key}: {plan.folder / FILE} holds {len(begun.results)} sizes measured with {what}; give the same, or "
-                "move that file away"
+                f"{key}: {plan.folder / FILE} has {len(begun.results)} sizes measured with {difference}; use the same "
+                "value, or move that file away"
             )
+    # without the pixels baseline in this call, keep the values of an earlier one
     return begun.model_copy(update={"pixels": pixels or begun.pixels})
 
 
 def _settings(plan: SizePlan, run: EvaluateRun, sources: Sources) -> dict[str, Any]:
-    """What the numbers depend on, as JSON gives it back."""
+    """Everything that the accuracies depend on, as JSON types, so that it compares equal to what is stored."""
     evaluate = run.evaluate
     settings = {
         "weights": file_digest(plan.folder / WEIGHTS),
-        "elastic": plan.whole.elastic.config.model_dump(mode="json"),
+        "elastic": plan.elastic_run.elastic.config.model_dump(mode="json"),
         "seed": run.seed,
         "evaluate.limit": evaluate.limit,
         "evaluate.knn": evaluator_config(evaluate, "knn").model_dump(mode="json"),
@@ -205,14 +214,14 @@ def _accuracies(encoder: EncoderResults | None) -> dict[str, float]:
     return {metric: encoder.metrics[metric] for metric, one in shown if one.measure.unit == "accuracy"}
 
 
-def _said(result: SizeResult, curve: SizeCurve) -> str:
-    parts = [
+def _accuracy_line(result: SizeResult, curve: SizeCurve) -> str:
+    accuracies = [
         f"{curve.label(metric)} {percent(result.metrics[metric])} %"
         + (f" (random weights {percent(result.random[metric])} %)" if metric in result.random else "")
         for metric in curve.headline
         if metric in result.metrics
     ]
-    return ", ".join([*parts, f"{result.seconds:.0f} s"])
+    return ", ".join([*accuracies, f"{result.seconds:.0f} s"])
 
 
 def _short(value: Any) -> str:
@@ -221,6 +230,6 @@ def _short(value: Any) -> str:
 
 
 def size_table(run: str | Path) -> Group:
-    """``unlabeled sizes RUN``: every size that the run at `run` holds, its cost, and what was measured of it."""
-    whole = outline_elastic(run)
-    return render_terminal(costs_of(whole.elastic, whole.backbone), read_curve(Path(run)))
+    """``unlabeled sizes RUN``: a table of every size in the run, its cost, and its accuracies if measured."""
+    backbone, elastic = outline_elastic(run)
+    return render_terminal(costs_of(elastic, backbone), read_curve(Path(run)))

@@ -1,4 +1,4 @@
-"""``unlabeled evaluate TARGET``: kNN, linear probe and a report for a run, a timm model or a file of weights."""
+"""``unlabeled evaluate TARGET``: evaluates a run, a timm model or a weights file and writes a report."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ from unlabeled.workflows.elastic_sizes import Alone, SizePlan, measure_sizes, pl
 from unlabeled.workflows.export import with_sizes
 from unlabeled.workflows.settings import compose_settings, settle_evaluation
 
+# a target with one of these suffixes that does not exist is a mistyped path, not a mistyped timm name
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 
 log = logging.getLogger(__name__)
@@ -44,14 +45,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Target:
-    """What ``TARGET`` turned out to be."""
+    """The backbone that ``TARGET`` refers to, and where it comes from."""
 
     backbone: Backbone
     title: str
     config: PretrainConfig | None = None
-    """The settings of the run, when it is one."""
+    """The settings of the run; None if the target is not a run."""
     folder: Path | None = None
-    """The run folder, when it is one."""
+    """The run folder; None if the target is not a run."""
 
 
 def evaluate_config(
@@ -60,35 +61,37 @@ def evaluate_config(
     values: Mapping[str, Any] | None = None,
     backbone: Backbone | None = None,
 ) -> EvaluateRun:
-    """The validated settings of ``unlabeled evaluate TARGET``.
+    """Returns the validated settings of ``unlabeled evaluate TARGET``.
 
-    `backbone`: a network that is given from Python: the target itself, or what the target's weights belong to.
+    `backbone`: a model passed from Python, either the target itself or the model for the target's weights. Raises
+    ConfigError.
     """
     run = compose_settings("evaluate", overrides, EvaluateRun, {**(values or {}), "target": str(target)})
-    also = ("knn", "linear") if run.sizes is not None else ()  # what the sizes are judged by
+    also = ("knn", "linear") if run.sizes is not None else ()  # the metrics of the size curve
     run = run.model_copy(update={"evaluate": settle_evaluation(run.evaluate, overrides, values, also=also)})
     return run if backbone is None else run.model_copy(update={"backbone": record(backbone)})
 
 
 def evaluate_target(run: EvaluateRun, backbone: Backbone | None = None) -> Results:
-    """Evaluates what `run.target` names, its sizes too if they are asked for, writes the report, returns the evidence.
+    """Evaluates `run.target`, and its sizes if requested; writes the report and returns the results.
 
-    `backbone` as in `evaluate_config`; the weights that the target names are loaded into it.
-    Raises, each in one line, ConfigError for an unknown target or missing data, CheckpointError for weights that
-    cannot be read or do not fit, DataError for data without labels.
+    `backbone` is as in `evaluate_config`; the target's weights are loaded into it. Raises ConfigError for an unknown
+    target or missing data, CheckpointError for weights that cannot be read or do not fit, DataError for data without
+    labels.
     """
     target = resolve_target(run, backbone)
-    plan = _size_plan(run, target)
+    plan = _size_plan(run, target)  # raises before anything is computed
     data = _data(run, target.config)
     device = torch.device("cuda" if run.device == "auto" and torch.cuda.is_available() else "cpu")
     train, test = open_source(data, "train"), open_source(data, "test")
+    # a run's features are cached in its folder, those of other targets next to their report
     work = target.folder or run.out or _report_folder(run, target)
     images = read_images(target.folder) if target.folder is not None else None
     results = evaluate_backbone(
         target.backbone, train, test, run.evaluate, work=work, device=device, seed=run.seed, workers=run.workers,
         masked_statistics=run.evaluate.recalibrate == "auto" and saw_masked_images_only(target),
     )  # fmt: skip
-    assert results is not None, "one process evaluates"
+    assert results is not None, "only ranks other than the first get None"
     summary = _summary(run, target, data, str(device))
     sizes = measure_sizes(plan, run, (train, test), results, device) if plan is not None else _measured(target)
     report = render_report(_report_folder(run, target), summary, results, _metrics(target), images, sizes=sizes)
@@ -97,33 +100,34 @@ def evaluate_target(run: EvaluateRun, backbone: Backbone | None = None) -> Resul
 
 
 def resolve_target(run: EvaluateRun, given: Backbone | None = None) -> Target:
-    """Builds and fills the backbone that `run.target` names: a run folder, a file of weights or a timm model.
+    """Builds the backbone that `run.target` refers to and loads its weights.
 
-    `given`: the network, where it comes from Python; it is filled with the weights of the folder or file.
+    The target is a run folder, a weights file or a timm name. `given`: the model, if it is passed from Python; the
+    weights of the folder or file are loaded into it.
     """
     if run.backbone is not None:
         require_given(run.backbone, given)
     if given is not None and run.target == given.origin:
-        return Target(given, given.name)
+        return Target(given, given.name)  # the target is the model itself
     path = Path(run.target).expanduser()
-    if os.path.isdir(path):  # unlike Path's own, it takes any text for a name
+    if os.path.isdir(path):  # Path.is_dir raises for text that cannot be a path
         return _from_folder(path, given)
     if os.path.isfile(path):
         return _from_file(path, run.backbone, given)
     if given is not None:
-        raise ConfigError(f"target: {run.target!r} does not exist; give a run folder or a file of weights")
+        raise ConfigError(f"target: {run.target!r} does not exist; give a run folder or a weights file")
     if timm.is_model(run.target.partition(".")[0]) and path.suffix not in _WEIGHTS:
         return _from_timm(run)
     if path.suffix in _WEIGHTS or len(path.parts) > 1:
-        raise ConfigError(f"target: {run.target!r} does not exist; give a run folder, a file of weights or a timm name")
+        raise ConfigError(f"target: {run.target!r} does not exist; give a run folder, a weights file or a timm name")
     near = nearest(run.target, timm.list_models())
-    raise ConfigError(f"target: {run.target!r} is no run folder, file of weights or timm model; {near}")
+    raise ConfigError(f"target: {run.target!r} is not a run folder, weights file or timm model; {near}")
 
 
 def _from_folder(folder: Path, given: Backbone | None = None) -> Target:
     if not (folder / "backbone.safetensors").is_file() or not (folder / "backbone.json").is_file():
         raise CheckpointError(
-            f"target: {folder} holds no backbone.safetensors with its backbone.json; give the folder of a finished run"
+            f"target: {folder} contains no backbone.safetensors with a backbone.json; give the folder of a finished run"
         )
     config = _read_config(folder / "config.yaml")
     backbone = load_backbone(folder) if given is None else fill_adopted(given, folder)
@@ -133,6 +137,7 @@ def _from_folder(folder: Path, given: Backbone | None = None) -> Target:
 def _from_file(file: Path, config: BackboneConfig | None, given: Backbone | None) -> Target:
     backbone = given
     if backbone is None:
+        # an exported file: backbone.json next to it describes how to build the backbone
         if config is None and file.suffix == ".safetensors" and file.with_suffix(".json").is_file():
             return Target(load_backbone(file), file.name)
         if config is None:
@@ -141,7 +146,7 @@ def _from_file(file: Path, config: BackboneConfig | None, given: Backbone | None
     missing = load_weights(backbone, file).missing
     if missing:
         raise CheckpointError(
-            f"target: {file} lacks {len(missing)} tensors of {backbone.name}, such as {missing[0]}; "
+            f"target: {file} is missing {len(missing)} tensors of {backbone.name}, such as {missing[0]}; "
             "check backbone.name, backbone.size and backbone.kwargs"
         )
     return Target(backbone, f"{file.name} in {backbone.name}")
@@ -153,51 +158,57 @@ def _from_timm(run: EvaluateRun) -> Target:
         _check_published(run.target)
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.seed)  # what timm does not load, and all of it without weights
+            torch.manual_seed(run.seed)  # for parameters that no weights are loaded into
             backbone = create_backbone(run.target, pretrained=run.pretrained, size=config.size, **config.kwargs)
     except UnlabeledError:
         raise
-    except Exception as error:  # timm, its hub and the network raise kinds that share no base
+    except Exception as error:  # timm, huggingface_hub and the network stack raise types without a common base
         if not run.pretrained:
             raise ConfigError(
                 f"backbone: timm cannot build {run.target} ({first_line(error)}); check backbone.kwargs"
             ) from error
         raise CheckpointError(
             f"target: the published weights of {run.target} cannot be loaded ({first_line(error)}); go online, give a "
-            "file with backbone.name, or set pretrained=false"
+            "weights file with backbone.name, or set pretrained=false"
         ) from error
     return Target(backbone, run.target if run.pretrained else f"{run.target}, random weights")
 
 
 def _check_published(name: str) -> None:
     if not timm.is_model_pretrained(name):
-        raise CheckpointError(f"target: timm has no published weights for {name}; set pretrained=false or give a file")
+        raise CheckpointError(
+            f"target: timm has no published weights for {name}; set pretrained=false or give a weights file"
+        )
 
 
 def _size_plan(run: EvaluateRun, target: Target) -> SizePlan | None:
-    """The sizes that are to be measured; None when none are asked for."""
+    """The sizes to measure; None if none are requested."""
     if run.sizes is None:
         if run.versus:
-            raise ConfigError("versus: has a place beside sizes only; give sizes=all or sizes=[[width,depth]]")
+            raise ConfigError("versus: has no effect without sizes; set sizes=all or sizes=[[width,depth]]")
         return None
     if target.folder is None:
-        raise ConfigError(f"sizes: {run.target} is no run folder; only an elastic run holds several sizes")
+        raise ConfigError(f"sizes: {run.target} is not a run folder; only an elastic run has several sizes")
     versus = [_from_folder(folder) if folder.is_dir() else None for folder in run.versus]
     for folder, found in zip(run.versus, versus, strict=True):
         if found is None:
-            raise ConfigError(f"versus: {folder} is no folder; give folders of finished runs")
+            raise ConfigError(f"versus: {folder} is not a folder; give folders of finished runs")
     alone = [Alone(one.title, one.folder, one.backbone) for one in versus if one is not None and one.folder is not None]
     return plan_sizes(run, target.folder, with_sizes(target.folder, target.backbone), alone)
 
 
 def _data(run: EvaluateRun, config: PretrainConfig | None) -> DataConfig:
-    """The labeled data: the command's, else what the run names for evaluation, else its own with labels."""
+    """The labeled data to evaluate on.
+
+    In order of precedence: the data of this command, the data that the run was evaluated on, and the run's own data
+    with labels.
+    """
     if run.data is not None:
         return run.data
     if run.evaluate.data is not None:
         return run.evaluate.data
     if config is None:
-        raise ConfigError("data: not given; a target that is no run folder needs labeled data, such as data=digits")
+        raise ConfigError("data: not given; a target other than a run folder needs labeled data, such as data=digits")
     return config.evaluate.data or labeled(config.data)
 
 
@@ -209,12 +220,12 @@ def saw_masked_images_only(target: Target) -> bool:
         return task_class(target.config.task["name"]).masks_statistics(task_config(target.config.task))
     except (ConfigError, ImportError) as error:  # a plugin that is not installed here
         raise ConfigError(
-            f"evaluate.recalibrate: auto has to know the run's task ({first_line(error)}); set it to true or false"
+            f"evaluate.recalibrate: auto needs the run's task ({first_line(error)}); set it to true or false"
         ) from error
 
 
 def _read_config(file: Path) -> PretrainConfig | None:
-    """The settings beside a run's weights; None when there are none, as in an exported folder."""
+    """The settings stored with a run's weights; None if there are none, as in an exported folder."""
     return validate(read_config(file), PretrainConfig) if file.is_file() else None
 
 
@@ -249,6 +260,7 @@ def _report_folder(run: EvaluateRun, target: Target) -> Path:
         return run.out
     if target.folder is not None:
         return target.folder / "report"
+    # a model passed from Python has its class as the target, which is not a name for a folder
     given = run.backbone is not None and run.target == run.backbone.module
     name = target.backbone.name if given else Path(run.target).name
     return Path("reports") / re.sub(r"[^\w.-]+", "_", name)

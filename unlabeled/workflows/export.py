@@ -1,4 +1,4 @@
-"""What an elastic run holds, as files that any copy of timm loads: ``unlabeled export``."""
+"""``unlabeled export``: writes the backbone of a run, or sizes of an elastic run, as files that timm loads."""
 
 from __future__ import annotations
 
@@ -28,47 +28,47 @@ log = logging.getLogger(__name__)
 
 
 class Exported(NamedTuple):
-    """One written file."""
+    """One exported file."""
 
     file: Path
     line: str
-    """Python that loads it with timm."""
+    """A line of Python that loads it with timm."""
 
 
 class ElasticRun(NamedTuple):
-    """An elastic network and the sizes that it was trained to hold."""
+    """An elastic model and the sizes it was trained for."""
 
     backbone: Backbone
     elastic: Elastic
 
 
 def load_elastic(path: str | Path) -> ElasticRun:
-    """The whole network of the run or export at `path`, and its sizes.
+    """Loads the full-size model of the run or export at `path`, and its sizes.
 
-    Raises CheckpointError when it cannot be read, ConfigError when it was not trained as an elastic network.
+    Raises CheckpointError if it cannot be read, ConfigError if it was not trained as an elastic model.
     """
-    _sizes_of(path)  # before the weights are read
+    _sizes_of(path)  # raises before the weights are read
     return with_sizes(path, load_backbone(path))
 
 
 def outline_elastic(path: str | Path) -> ElasticRun:
-    """As `load_elastic` without the weights, which lie on the meta device: for what sizes there are and cost."""
-    _sizes_of(path)  # before anything is built
+    """Like `load_elastic`, but on the meta device and without weights: enough to list the sizes and their cost."""
+    _sizes_of(path)  # raises before anything is built
     with torch.device("meta"):
         return with_sizes(path, describe(path).build())
 
 
 def with_sizes(path: str | Path, backbone: Backbone) -> ElasticRun:
-    """`backbone`, which was built from the export at `path`, with the sizes that are named there; raises the same."""
+    """Adds the sizes described at `path` to `backbone`, which was built from there. Raises like `load_elastic`."""
     config = _sizes_of(path)
     try:
         return ElasticRun(backbone, Elastic(backbone, config))
     except ConfigError as error:
-        raise CheckpointError(f"{export_files(path)[1]}: its sizes do not fit its network ({error})") from error
+        raise CheckpointError(f"{export_files(path)[1]}: its sizes do not fit its backbone ({error})") from error
 
 
 def choose_sizes(elastic: Elastic, asked: Sizes) -> list[SubSize]:
-    """The sizes that are meant, smallest first. Raises ConfigError for one that there is not."""
+    """The requested sizes, smallest first. Raises ConfigError for a size that the model does not have."""
     if asked == "all":
         return list(elastic.sizes)
     wanted = {find(elastic.sizes, width, depth) for width, depth in asked}
@@ -76,41 +76,43 @@ def choose_sizes(elastic: Elastic, asked: Sizes) -> list[SubSize]:
 
 
 def export_config(run: str | Path, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> ExportRun:
-    """The validated settings of ``unlabeled export RUN``."""
+    """Returns the validated settings of ``unlabeled export RUN``. Raises ConfigError."""
     return compose_settings("export", overrides, ExportRun, {**(values or {}), "run": Path(run)})
 
 
 def export_run(run: ExportRun, given: Backbone | None = None) -> list[Exported]:
-    """Writes the network or the sub-networks that `run` asks for; each is loaded into timm's own model first.
+    """Writes the backbone or the sizes that `run` requests, and returns the files.
 
-    `given`: the network that the run's weights belong to, where only Python can build it.
-    Raises, each in one line, ConfigError for sizes that there are not, and CheckpointError for a run that cannot be
-    read or a place that cannot be written.
+    `given`: the model for the run's weights, if only Python code can build it. Raises ConfigError for sizes that the
+    run does not have, CheckpointError for a run that cannot be read or files that cannot be written.
     """
     _check_out(run)
+    # no size requested: the backbone itself, elastic or not
     if run.width is None and run.depth is None and run.sizes is None and run.like is None:
         backbone = load_backbone(run.run) if given is None else fill_adopted(given, run.run)
         file = export_backbone(backbone, run.out, elastic=describe(run.run).elastic)
         return [Exported(file, timm_line(backbone, file))]
-    whole = load_elastic(run.run)
+    elastic_run = load_elastic(run.run)
     if run.sizes is not None:
-        sizes = choose_sizes(whole.elastic, run.sizes)
-        return [_export(run, whole, size, run.out / f"{size}.safetensors") for size in sizes]
+        sizes = choose_sizes(elastic_run.elastic, run.sizes)
+        return [_export(run, elastic_run, size, run.out / f"{size}.safetensors") for size in sizes]
     if run.like is not None:
-        return [_export(run, whole, _size_of(run.like, whole), run.out, like=run.like)]
-    return [_export(run, whole, _asked_size(run, whole.elastic), run.out)]
+        return [_export(run, elastic_run, _size_of(run.like, elastic_run), run.out, like=run.like)]
+    return [_export(run, elastic_run, _asked_size(run, elastic_run.elastic), run.out)]
 
 
-def extract(whole: ElasticRun, size: SubSize) -> Backbone:
-    """The sub-network of `size` with weights of its own; `whole.backbone` itself for the full size."""
-    return whole.backbone if size == whole.elastic.full else whole.elastic.extract(whole.backbone, size)
+def extract(elastic_run: ElasticRun, size: SubSize) -> Backbone:
+    """The sub-network of `size` with its own copy of the weights; `elastic_run.backbone` itself for the full size."""
+    backbone, elastic = elastic_run
+    return backbone if size == elastic.full else elastic.extract(backbone, size)
 
 
 def timm_line(backbone: Backbone, file: Path) -> str:
-    """Python that builds `backbone` and loads `file` with nothing but timm (and this package, for its own networks)."""
+    """A line of Python that loads `file` with timm, and with this package for its own architectures."""
+    # a model passed from Python, or arguments that have no literal: only the user's code can build it
     if backbone.custom or objects_in(plain(backbone.kwargs), "kwargs") is not None:
         return (
-            f"import unlabeled; unlabeled.load_weights(module, {str(file)!r})  # module: {backbone.origin}, as it was"
+            f"import unlabeled; unlabeled.load_weights(module, {str(file)!r})  # module: an identical {backbone.origin}"
         )
     ours = type(backbone.model).__module__.startswith("unlabeled.")
     arguments = "".join(f", {key}={value!r}" for key, value in backbone.kwargs.items())
@@ -118,50 +120,52 @@ def timm_line(backbone: Backbone, file: Path) -> str:
     return f"import timm{', unlabeled; unlabeled.register_networks()' if ours else ''}; model = {create}"
 
 
-def _export(run: ExportRun, whole: ElasticRun, size: SubSize, out: Path, *, like: str | None = None) -> Exported:
-    alone = extract(whole, size)
-    if size != whole.elastic.full:
-        alone = _with_statistics(run, alone)
+def _export(run: ExportRun, elastic_run: ElasticRun, size: SubSize, out: Path, *, like: str | None = None) -> Exported:
+    backbone = extract(elastic_run, size)
+    if size != elastic_run.elastic.full:
+        backbone = _with_statistics(run, backbone)
     if like is not None:
-        alone = _as(like, alone, whole)
-    file = export_backbone(alone, out, elastic=whole.elastic.config if alone is whole.backbone else None)
+        backbone = _as(like, backbone, elastic_run)
+    # only the full-size model can be split into sizes again
+    config = elastic_run.elastic.config if backbone is elastic_run.backbone else None
+    file = export_backbone(backbone, out, elastic=config)
     log.info("%s: width %d, blocks %s", file, size.width, "-".join(map(str, size.depths)))
-    return Exported(file, timm_line(alone, file))
+    return Exported(file, timm_line(backbone, file))
 
 
-def _with_statistics(run: ExportRun, alone: Backbone) -> Backbone:
-    """`alone` with running statistics of its own, where it has batch norms."""
-    if not batch_norms(alone):
-        return alone
+def _with_statistics(run: ExportRun, backbone: Backbone) -> Backbone:
+    """Recomputes the batch-norm statistics of a sub-network: those of the full-size model are not valid for it."""
+    if not batch_norms(backbone):
+        return backbone
     if not run.recalibrate:
-        log.warning("recalibrate: false leaves batch norms without the statistics of this size; estimate them anew")
-        return alone
+        log.warning("recalibrate: false keeps batch-norm statistics that are not valid for this size; recompute them")
+        return backbone
     data = run.data or _data_of(run.run)
     if data is None:
         raise ConfigError(
-            f"data: not given; {alone.name} has batch norms, whose statistics belong to one size: give images with "
-            "data=..., or recalibrate=false and estimate them later"
+            f"data: not given; {backbone.name} has batch norms with statistics that depend on the size: give images "
+            "with data=..., or set recalibrate=false and recompute them later"
         )
     device = "cuda" if run.device == "auto" and torch.cuda.is_available() else "cpu"
     return recalibrated(
-        alone, open_source(data, "train"), count=run.recalibrate_images, batch_size=run.batch_size,
+        backbone, open_source(data, "train"), count=run.recalibrate_images, batch_size=run.batch_size,
         workers=run.workers, device=device,
     ).cpu()  # fmt: skip
 
 
 def _data_of(path: Path) -> DataConfig | None:
-    """The images that the run at `path` was trained on; None for another exported backbone."""
+    """The data that the run at `path` was trained on; None for an exported backbone, which does not record it."""
     file = path / "config.yaml"
     return validate(read_config(file), PretrainConfig).data if file.is_file() else None
 
 
-def _size_of(like: str, whole: ElasticRun) -> SubSize:
-    """The size of timm model `like`. Raises ConfigError for another family or a size that the run does not hold."""
+def _size_of(like: str, elastic_run: ElasticRun) -> SubSize:
+    """The size of timm model `like`. Raises ConfigError for another family or a size that the run does not have."""
     if not timm.is_model(like.partition(".")[0]):
         raise ConfigError(f"like: {like!r} is not a timm model; {nearest(like, timm.list_models())}")
-    backbone, elastic = whole
-    with torch.device("meta"):
-        model = _built_like(like, whole).model
+    backbone, elastic = elastic_run
+    with torch.device("meta"):  # its shapes are enough
+        model = _built_like(like, elastic_run).model
     if type(model) is not elastic.family.kind:
         raise ConfigError(
             f"like: {like} is of the family {type(model).__name__}, {backbone.name} of {elastic.family.kind.__name__}; "
@@ -171,12 +175,12 @@ def _size_of(like: str, whole: ElasticRun) -> SubSize:
     try:
         return find(elastic.sizes, size.width, size.depths)
     except ConfigError as error:
-        raise ConfigError(f"like: {like} is {size}, which the run does not hold ({error})") from None
+        raise ConfigError(f"like: {like} is {size}, which the run does not have ({error})") from None
 
 
-def _built_like(like: str, whole: ElasticRun) -> Backbone:
-    """`like` with the arguments of the run that do not say its size."""
-    backbone, elastic = whole
+def _built_like(like: str, elastic_run: ElasticRun) -> Backbone:
+    """Builds `like` with those arguments of the run that do not determine the size."""
+    backbone, elastic = elastic_run
     sized = elastic.family.arguments(backbone.model, elastic.full)
     kept = {key: value for key, value in elastic.kwargs.items() if key not in sized and key != "img_size"}
     try:
@@ -185,30 +189,31 @@ def _built_like(like: str, whole: ElasticRun) -> Backbone:
             plain if plain.input_size == elastic.input_size else create_backbone(like, size=elastic.input_size, **kept)
         )
     except ConfigError as error:
-        raise ConfigError(f"like: {like} cannot be built as the run's network was ({error})") from None
+        raise ConfigError(f"like: {like} cannot be built with the arguments of the run's backbone ({error})") from None
 
 
-def _as(like: str, alone: Backbone, whole: ElasticRun) -> Backbone:
-    """The weights of `alone` in timm model `like`. Raises ConfigError unless it is the same network."""
-    model = _built_like(like, whole)
-    ours, theirs = _shapes(alone), _shapes(model)
+def _as(like: str, backbone: Backbone, elastic_run: ElasticRun) -> Backbone:
+    """Loads the weights of `backbone` into timm model `like`. Raises ConfigError unless both compute the same."""
+    model = _built_like(like, elastic_run)
+    ours, theirs = _shapes(backbone), _shapes(model)
     for name in [*theirs, *ours]:
         if ours.get(name) != theirs.get(name):
             raise ConfigError(
-                f"like: {like} needs {name} {theirs.get(name, 'not at all')}, the run has it "
-                f"{ours.get(name, 'not at all')}; give the size by width and depth, or pretrain with its arguments"
+                f"like: {name} has shape {theirs.get(name, 'none')} in {like} and {ours.get(name, 'none')} in the run; "
+                "give the size by width and depth, or pretrain with the arguments of that model"
             )
-    if not _equal(alone, _loaded(alone, model)):
+    # equal shapes do not imply equal models: activation, norm or pooling may differ
+    if not _equal(backbone, _loaded(backbone, model)):
         raise ConfigError(
-            f"like: {like} has tensors of the same shapes but computes something else (another activation or pooling, "
-            "say); give the size by width and depth"
+            f"like: {like} has tensors of the same shapes but computes different features (for example, with another "
+            "activation or pooling); give the size by width and depth"
         )
     return model
 
 
-def _loaded(alone: Backbone, into: Backbone) -> Backbone:
-    into.model.load_state_dict(alone.model.state_dict(), strict=True)
-    into.set_statistics(alone.mean, alone.std)
+def _loaded(backbone: Backbone, into: Backbone) -> Backbone:
+    into.model.load_state_dict(backbone.model.state_dict(), strict=True)
+    into.set_statistics(backbone.mean, backbone.std)
     return into
 
 
@@ -218,7 +223,7 @@ def _shapes(backbone: Backbone) -> Mapping[str, Any]:
 
 @torch.no_grad()
 def _equal(first: Backbone, second: Backbone) -> bool:
-    """Whether both give the same features, up to rounding."""
+    """Whether both give the same features for random images, up to rounding."""
     x = torch.randn(2, 3, *first.input_size, generator=torch.Generator().manual_seed(0))
     ours, theirs = first.eval().pooled(x), second.eval().pooled(x)
     return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -227,29 +232,31 @@ def _equal(first: Backbone, second: Backbone) -> bool:
 def _asked_size(run: ExportRun, elastic: Elastic) -> SubSize:
     if run.width is None or run.depth is None:
         given, missing = ("width", "depth") if run.depth is None else ("depth", "width")
-        raise ConfigError(f"{missing}: not given beside {given}; `unlabeled sizes {run.run}` lists the sizes")
+        raise ConfigError(f"{missing}: not given, but needed with {given}; `unlabeled sizes {run.run}` lists the sizes")
     return find(elastic.sizes, run.width, run.depth)
 
 
 def _check_out(run: ExportRun) -> None:
-    """Raises ConfigError, before anything is computed, for words that exclude each other or a place that is taken."""
+    """Raises ConfigError, before anything is computed, for conflicting settings or an `out` that cannot be used."""
     asked = [name for name in ("width", "depth", "sizes", "like") if getattr(run, name) is not None]
     if len(asked) > 1 and asked != ["width", "depth"]:
-        raise ConfigError(f"{asked[-1]}: {asked[0]} says another size; give width and depth, or sizes, or like")
+        raise ConfigError(f"{asked[-1]}: conflicts with {asked[0]}; give width and depth, or sizes, or like")
     suffix, file = run.out.suffix, export_files(run.out)[0]
     if run.sizes is not None and file == run.out:
-        raise ConfigError(f"out: {run.out} is one file, sizes are several; give a folder")
+        raise ConfigError(f"out: {run.out} is a single file, but sizes are several files; give a folder")
     if suffix in (".pth", ".pt", ".bin", ".ckpt"):
-        raise ConfigError(f"out: {run.out} cannot be written; give a name that ends in .safetensors, or a folder")
+        raise ConfigError(
+            f"out: {run.out} has a suffix that is not supported; give a name that ends in .safetensors, or a folder"
+        )
     if file.resolve() == export_files(run.run)[0].resolve() or (run.out / "config.yaml").is_file():
-        raise ConfigError(f"out: {run.out} holds the network of a run; choose another place")
+        raise ConfigError(f"out: {run.out} would overwrite the backbone of a run; choose another folder or file")
 
 
 def _sizes_of(path: str | Path) -> ElasticConfig:
     config = describe(path).elastic
     if config is None:
         raise ConfigError(
-            f"{path}: the run is not elastic and holds one size; `unlabeled export {path} out=...` writes it, and a "
-            "run of task=poa holds several"
+            f"{path}: the run is not elastic and has a single size; `unlabeled export {path} out=...` writes it, and a "
+            "run with task=poa has several"
         )
     return config

@@ -1,4 +1,4 @@
-"""A scan of a data source before anyone spends a GPU hour on it: what is there, what is broken, what is odd."""
+"""``unlabeled doctor``: scans a data source for problems before you spend GPU hours on it."""
 
 from __future__ import annotations
 
@@ -26,84 +26,92 @@ from unlabeled.ssl.data.source import DecodeError, ImageSource, encoded, limited
 from unlabeled.workflows.settings import compose_settings
 
 SMALL = 32
-"""Pixels of a side under which an image is reported as small."""
+"""Images with a side of fewer pixels are reported as small."""
 EXTREME_ASPECT = 4.0
+"""Images with a larger ratio of their sides are reported as extreme."""
 IMBALANCE = 10.0
-"""Largest over smallest class from which classes are reported as unbalanced."""
+"""Classes are reported as unbalanced if the largest has more than this many times the images of the smallest."""
 _SHOWN = 10
+"""Broken images and classes listed in the terminal."""
 
 
 @dataclass(frozen=True)
 class Scanned:
-    """What one image turned out to be."""
+    """What the scan found out about one image."""
 
     index: int
     size: tuple[int, int] | None
-    """(height, width) as the views see it; None when it cannot be decoded."""
+    """(height, width) after decoding, as views receive it; None if it cannot be decoded."""
     format: str
     mode: str
     digest: bytes
-    """Of the exact bytes of the file, or of the pixels where there is no file."""
+    """Hash of the encoded bytes, or of the pixels for sources that store arrays."""
     seconds: float
-    """Time to read and decode."""
+    """Time to read and decode the image."""
     name: str = ""
-    """Of a broken image."""
+    """Name of a broken image."""
     reason: str = ""
+    """Why it cannot be decoded."""
 
 
 @dataclass
 class DoctorReport:
-    """Result of `examine`. Counts are of images; sizes are (height, width) in pixels."""
+    """Result of `examine`. Counts are numbers of images; sizes are (height, width) in pixels."""
 
     count: int
     """Images scanned."""
     total: int
-    """Images of the training split."""
+    """Images in the training split."""
     bad: list[BadImage]
+    """Images that cannot be decoded."""
     heights: tuple[int, float, int] | None
-    """Smallest, median, largest; None when nothing can be decoded."""
+    """Smallest, median, largest; None if nothing can be decoded."""
     widths: tuple[int, float, int] | None
     sizes: list[tuple[tuple[int, int], int]]
-    """The most frequent sizes and how often each is met."""
+    """The most frequent sizes and their counts."""
     formats: dict[str, int]
     modes: dict[str, int]
-    """Channels as stored, by Pillow's names."""
+    """Stored channels, by the names that Pillow uses, such as RGB and L."""
     small: int
+    """Images with a side under `SMALL` pixels."""
     extreme: int
-    """Images more than `EXTREME_ASPECT` times as long as wide, or as wide as long."""
+    """Images with one side more than `EXTREME_ASPECT` times the other."""
     duplicates: list[tuple[str, str]]
-    """(image, the earlier image whose bytes it repeats)."""
+    """(image, earlier image with the same bytes)."""
     images_per_second: float
-    """Read and decoded by one process."""
+    """Reading and decoding speed of one process."""
     classes: dict[str, int] | None = None
-    """Images per class of the training split, or None without labels."""
+    """Class → images in the training split; None without labels."""
     warnings: list[str] = field(default_factory=list)
-    """What a person should look at, a line each."""
+    """Problems to check, one line each."""
 
 
 def doctor_config(overrides: Sequence[str]) -> DoctorRun:
-    """The validated settings of ``unlabeled doctor``."""
+    """Returns the validated settings of ``unlabeled doctor``. Raises ConfigError."""
     return compose_settings("doctor", overrides, DoctorRun)
 
 
 def examine(run: DoctorRun) -> DoctorReport:
-    """Reads and decodes the training split that `run.data` names, or `run.limit` images of it.
+    """Reads and decodes the training split of `run.data`, or `run.limit` images of it.
 
-    Raises ConfigError and DataError as `open_source` does; broken images are reported, not raised.
+    Raises ConfigError and DataError like `open_source`. Broken images are reported, not raised.
     """
-    whole = open_source(run.data, "train")
-    source = limited(whole, run.limit)
+    split = open_source(run.data, "train")
+    source = limited(split, run.limit)
     scanned = list(_scan(source, run.workers))
-    report = _summary(source, scanned, total=len(whole))
-    labels = whole.labels()
-    if labels is not None and whole.classes is not None:
-        counts = torch.bincount(labels, minlength=len(whole.classes)).tolist()
-        report.classes = dict(zip(whole.classes, counts, strict=True))
+    report = _summary(source, scanned, total=len(split))
+    # labels are cheap, so classes are counted over the full split, whatever the limit
+    labels = split.labels()
+    if labels is not None and split.classes is not None:
+        counts = torch.bincount(labels, minlength=len(split.classes)).tolist()
+        report.classes = dict(zip(split.classes, counts, strict=True))
     report.warnings = list(_warnings(report, run.data.max_bad_fraction))
     return report
 
 
 class _Scan(Dataset[Scanned]):
+    """Scans the image at an index; as a dataset, so that a data loader's workers can share the work."""
+
     def __init__(self, source: ImageSource) -> None:
         self.source = source
 
@@ -115,7 +123,7 @@ class _Scan(Dataset[Scanned]):
         format_, mode, digest = "array", "RGB", b""
         try:
             content = encoded(self.source, index)
-            if content is None:
+            if content is None:  # the source has arrays, not encoded files
                 image = self.source.read(index)
                 digest = _digest(image.numpy().tobytes())
             else:
@@ -139,18 +147,19 @@ def _scan(source: ImageSource, workers: int) -> Iterator[Scanned]:
         num_workers=workers,
         collate_fn=_as_list,
         worker_init_fn=start_worker,
-        generator=torch.Generator(),
+        generator=torch.Generator(),  # else the loader draws a seed from the global generator
     )
     for batch in loader:
         yield from batch
 
 
+# a function of the module, because workers have to pickle it
 def _as_list(batch: list[Scanned]) -> list[Scanned]:
     return batch
 
 
 def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()
+    return hashlib.blake2b(content, digest_size=16).digest()  # 16 bytes: millions are kept in memory
 
 
 def _summary(source: ImageSource, scanned: Sequence[Scanned], total: int) -> DoctorReport:
@@ -178,7 +187,7 @@ def _spread(lengths: list[int]) -> tuple[int, float, int] | None:
 
 
 def _duplicates(source: ImageSource, good: Sequence[Scanned]) -> list[tuple[str, str]]:
-    first: dict[bytes, int] = {}
+    first: dict[bytes, int] = {}  # digest → index of the first image that has it
     pairs = ((item.index, first.setdefault(item.digest, item.index)) for item in good)
     return [(source.describe(index), source.describe(earlier)) for index, earlier in pairs if index != earlier]
 
@@ -186,14 +195,16 @@ def _duplicates(source: ImageSource, good: Sequence[Scanned]) -> list[tuple[str,
 def _warnings(report: DoctorReport, max_bad_fraction: float) -> Iterator[str]:
     if report.bad:
         too_many = len(report.bad) > max_bad_fraction * report.count
-        summary = f"a run stops above data.max_bad_fraction={max_bad_fraction}" if too_many else "a run replaces them"
-        yield f"images that cannot be decoded: {len(report.bad)} of {report.count}; {summary}"
+        replaced = "a run replaces them with other images"
+        consequence = f"a run stops above data.max_bad_fraction={max_bad_fraction}" if too_many else replaced
+        yield f"images that cannot be decoded: {len(report.bad)} of {report.count}; {consequence}"
     if report.small:
-        yield f"images with a side under {SMALL} pixels: {report.small}; views enlarge them"
+        yield f"images with a side under {SMALL} pixels: {report.small}; they are enlarged for training"
     if report.extreme:
-        yield f"images with one side over {EXTREME_ASPECT:g} times the other: {report.extreme}; crops lose much"
+        ratio = f"{EXTREME_ASPECT:g} times"
+        yield f"images with one side over {ratio} the other: {report.extreme}; crops show only a small region of them"
     if report.duplicates:
-        yield f"images that repeat the bytes of another image: {len(report.duplicates)}; they count double"
+        yield f"exact duplicates of another image: {len(report.duplicates)}; they are seen more often in training"
     if report.classes:
         yield from _class_warnings(report.classes)
 
@@ -202,16 +213,17 @@ def _class_warnings(classes: dict[str, int]) -> Iterator[str]:
     empty = [name for name, count in classes.items() if not count]
     if empty:
         yield f"{len(empty)} of {len(classes)} classes have no images: {', '.join(empty[:5])}"
+    # the ratio is taken over classes that have images; empty ones are reported separately
     filled = {name: count for name, count in classes.items() if count}
     most, least = max(filled, key=filled.__getitem__), min(filled, key=filled.__getitem__)
     if filled[most] > IMBALANCE * filled[least]:
         yield f"classes are unbalanced: {most} has {filled[most]} images, {least} has {filled[least]}"
     if len(filled) == 1:
-        yield f"there is a single class, {most}; evaluation needs two"
+        yield f"there is only one class, {most}; evaluation needs at least two"
 
 
 def render(report: DoctorReport) -> RenderableType:
-    """The report as tables for the terminal."""
+    """Renders the report as tables for the terminal."""
     facts = Table(show_header=False, box=None, pad_edge=False)
     facts.add_column(style="bold")
     scanned = f"{report.count}" if report.count == report.total else f"{report.count} of {report.total}"
@@ -222,18 +234,18 @@ def render(report: DoctorReport) -> RenderableType:
     facts.add_row("frequent sizes", ", ".join(f"{h} x {w} ({count})" for (h, w), count in report.sizes))
     facts.add_row("formats", _counts(report.formats))
     facts.add_row("channels", _counts(report.modes))
-    facts.add_row("decoding", f"{report.images_per_second:,.0f} pictures/s per process")
+    facts.add_row("decoding", f"{report.images_per_second:,.0f} images/s per process")
     facts.add_row("cannot be decoded", str(len(report.bad)))
-    facts.add_row("repeated", str(len(report.duplicates)))
+    facts.add_row("duplicates", str(len(report.duplicates)))
     if report.classes is not None:
         facts.add_row("classes", f"{len(report.classes)}: {escape(_counts(report.classes, limit=_SHOWN))}")
-    parts: list[RenderableType] = [facts]
+    blocks: list[RenderableType] = [facts]
     if report.bad:
-        parts += [Text(), _bad_table(report.bad)]
-    parts += [Text(f"warning: {line}", style="yellow") for line in report.warnings]
+        blocks += [Text(), _bad_table(report.bad)]
+    blocks += [Text(f"warning: {line}", style="yellow") for line in report.warnings]
     if not report.warnings:
-        parts.append(Text("nothing to worry about", style="green"))
-    return Group(*parts)
+        blocks.append(Text("no problems found", style="green"))
+    return Group(*blocks)
 
 
 def _counts(counts: dict[str, int], limit: int = 8) -> str:
@@ -244,7 +256,7 @@ def _counts(counts: dict[str, int], limit: int = 8) -> str:
 def _bad_table(bad: list[BadImage]) -> Table:
     table = Table(title=f"cannot be decoded (first {_SHOWN} of {len(bad)})" if len(bad) > _SHOWN else None)
     table.add_column("image", overflow="fold")
-    table.add_column("why")
+    table.add_column("reason")
     for image in bad[:_SHOWN]:
         table.add_row(escape(image.name), escape(image.reason))
     return table

@@ -1,4 +1,4 @@
-"""``unlabeled pretrain``: from words to a backbone, its evaluation and its report."""
+"""``unlabeled pretrain``: from settings to a trained backbone, its evaluation and its report."""
 
 from __future__ import annotations
 
@@ -47,31 +47,33 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PretrainResult(OldNames, evidence="results"):
-    """What a run leaves behind."""
+    """The outcome of a pretraining run."""
 
     backbone: Backbone
-    """The pretrained network, as evaluation received it."""
+    """The pretrained backbone, as it was evaluated and exported."""
     metrics: list[dict[str, Any]]
     """Rows of ``metrics.jsonl``."""
     results: Results | None
-    """kNN and linear probe against the baselines; None without labels, off the first rank, or when stopped."""
+    """The evaluation against the baselines; None without labels, on ranks other than the first, or if stopped."""
     out: Path
+    """The run folder."""
     weights: Path
-    """``backbone.safetensors``, which plain timm loads."""
+    """``backbone.safetensors``, which timm can load."""
     report: Path | None
+    """``report.html``; None on ranks other than the first, without a final evaluation, or if stopped."""
     stopped: str | None
-    """The signal that stopped the run early; None when it is complete."""
+    """Name of the signal that stopped the run early; None if it is complete."""
 
 
 def pretrain_config(
     overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None, backbone: Backbone | None = None
 ) -> PretrainConfig:
-    """The validated configuration of a pretraining run, its task's own settings and debug mode included.
+    """Returns the validated settings of a pretraining run, including those of its task, with debug mode applied.
 
-    `backbone`: the network that is given from Python, in place of one that the settings name.
+    `backbone`: a model passed from Python, which replaces the one named in the settings. Raises ConfigError.
     """
     config = compose_settings("pretrain", overrides, PretrainConfig, values)
-    task_config(config.task)
+    task_config(config.task)  # only to report invalid settings of the task now
     if backbone is not None:
         config = config.model_copy(update={"backbone": record(backbone)})
     config = config.model_copy(update={"evaluate": settle_evaluation(config.evaluate, overrides, values)})
@@ -79,17 +81,19 @@ def pretrain_config(
 
 
 def swept_configs(overrides: Sequence[str]) -> list[tuple[str, PretrainConfig]]:
-    """``--multirun``: (label, configuration) of every combination of swept values; each has a folder in ``out``.
+    """``--multirun``: (label, settings) of every combination of swept values; each has its own folder inside ``out``.
 
-    All of them are read before the first one is run, so that a fault in the last costs nothing.
+    All combinations are validated before the first one runs, so that an error in the last one costs nothing.
     """
-    base = next((word.removeprefix("out=") for word in reversed(overrides) if word.startswith("out=")), "runs/sweep")
-    combinations = sweep([word for word in overrides if not word.startswith("out=")])
+    folders = [override.removeprefix("out=") for override in overrides if override.startswith("out=")]
+    base = folders[-1] if folders else "runs/sweep"
+    combinations = sweep([override for override in overrides if not override.startswith("out=")])
+    # quoted, because labels contain characters with a meaning in hydra's grammar
     return [(label, pretrain_config([*swept, f"out='{Path(base) / label}'"])) for swept, label in combinations]
 
 
 def shrink(config: PretrainConfig) -> PretrainConfig:
-    """Tiny mode: two epochs of two steps on 64 images, no workers; everything else as it was asked for."""
+    """Applies debug mode: two epochs of two steps on 64 images, no workers; other settings stay as they are."""
     changes: dict[str, Any] = {"limit": 128}
     if "linear" in chosen_evaluators(config.evaluate):
         changes["linear"] = evaluator_config(config.evaluate, "linear").model_copy(update={"epochs": 2})
@@ -98,11 +102,11 @@ def shrink(config: PretrainConfig) -> PretrainConfig:
 
 
 def pretrain_from(config: PretrainConfig, backbone: Backbone | None = None) -> PretrainResult:
-    """Pretrains under a validated configuration, exports the backbone, evaluates it and writes the report.
+    """Pretrains with validated settings, exports the backbone, evaluates it and writes the report.
 
-    `backbone`: the network to train, where it is given from Python; it is the run's own from here on.
+    `backbone`: the model to train if it is passed from Python. It is trained in place.
     """
-    with report_errors_once():
+    with report_errors_once():  # the same input error occurs on every rank
         run = prepare(config, backbone)
     try:
         stopped = train(run)
@@ -112,7 +116,7 @@ def pretrain_from(config: PretrainConfig, backbone: Backbone | None = None) -> P
     encoder = task.encoder()
     if run.accelerator.is_main_process:
         export_backbone(encoder, config.out, elastic=task.elastic())
-    run.accelerator.wait_for_everyone()
+    run.accelerator.wait_for_everyone()  # other ranks may read the exported file
     results, report = (None, None) if stopped else conclude(config, run, task)
     return PretrainResult(
         backbone=encoder,
@@ -126,13 +130,14 @@ def pretrain_from(config: PretrainConfig, backbone: Backbone | None = None) -> P
 
 
 def prepare(config: PretrainConfig, backbone: Backbone | None = None) -> Training:
-    """Builds everything a run needs and restores the newest checkpoint of its folder, if there is one.
+    """Builds everything a run needs, and restores the newest checkpoint of its folder if there is one.
 
-    Raises ConfigError, DataError, CapabilityError or CheckpointError, in one line, before anything is written.
+    Raises ConfigError, DataError, CapabilityError or CheckpointError before anything is written.
     """
     accelerator = create_accelerator(config.engine)
     checkpoint = claim_folder(config)
     source = open_source(config.data, "train")
+    # open the data of the final evaluation now: an error in it should not surface after days of training
     evaluated = data_for_evaluation(config)
     plan = Plan.of(config, len(source), accelerator.num_processes)
     task = build_task(config, backbone)
@@ -143,23 +148,29 @@ def prepare(config: PretrainConfig, backbone: Backbone | None = None) -> Trainin
 
 
 def build_task(config: PretrainConfig, backbone: Backbone | None = None) -> PretextTask:
-    """The task around its backbone, initialized from ``engine.seed``, with the weights that were asked for."""
+    """Creates the task and its backbone, initialized from ``engine.seed``, and loads weights as set.
+
+    `backbone`: as in `pretrain_from`.
+    """
+    # one seed for both, drawn in this order: it fixes the initial weights for all ranks
     torch.manual_seed(derive("weights", config.engine.seed))
     task = create_task(config.task, build_backbone(config.backbone, backbone))
     if config.reference is not None:
         missing, unexpected = task.load_reference(read_tensors(config.reference))
         logger.info(
-            "task: read %s (missing: %s; not used: %s)", config.reference, missing or "none", unexpected or "none"
+            "task: loaded %s (missing: %s; unused: %s)", config.reference, missing or "none", unexpected or "none"
         )
     return task
 
 
 def data_for_evaluation(config: PretrainConfig) -> tuple[ImageSource, ImageSource] | None:
-    """`labeled_data` where it is needed while the run goes, or where the evaluation at its end may find a fault in it.
+    """`labeled_data` if it is needed during training, or if the final evaluation could reject it; else None.
 
-    Raises DataError for what the end would refuse.
+    Raises DataError if the final evaluation would, for instance because an evaluator needs masks that the data does
+    not have.
     """
     evaluate = config.evaluate
+    # otherwise the data is the run's own, opened anyway, and lack of labels only skips the evaluation
     asked = evaluate.data is not None or looks_at_sources(evaluate)
     found = labeled_data(config) if evaluate.every or (evaluate.final and asked) else None
     if found is not None and evaluate.final:
@@ -168,7 +179,7 @@ def data_for_evaluation(config: PretrainConfig) -> tuple[ImageSource, ImageSourc
 
 
 class OnlineEvaluation:
-    """kNN on held-out labeled images every few epochs; never due when there are none."""
+    """kNN accuracy on held-out labeled images every ``evaluate.every`` epochs; never due without labeled data."""
 
     def __init__(
         self, config: PretrainConfig, data: tuple[ImageSource, ImageSource] | None, steps_per_epoch: int
@@ -179,25 +190,27 @@ class OnlineEvaluation:
         self.every_steps = max(round(config.evaluate.every * steps_per_epoch), 1) if wanted else None
 
     def due(self, step: int) -> bool:
+        """Whether to evaluate after `step`."""
         return self.every_steps is not None and step % self.every_steps == 0
 
     def run(self, task: PretextTask, device: torch.device) -> dict[str, float]:
-        """``eval/knn_k20`` and its like on the main process; other ranks help to extract features."""
-        assert self._data is not None, "run() without data"
+        """Returns ``eval/knn/k20`` etc. on the main process; the other ranks help to extract features."""
+        assert self._data is not None, "run() is called only when due"
         train, test = self._data
         values = online_knn(task.encoder(), train, test, self._config, device, masked_statistics=self._masked)
         return {f"eval/{name}": value for name, value in values.items()}
 
 
 def saw_masked_images_only(config: PretrainConfig) -> bool:
-    """Whether the run's task, or one of a mixture, collects batch-norm statistics on masked images only."""
+    """Whether the run's task, or a task of its mixture, collects batch-norm statistics on masked images only."""
     return task_class(config.task["name"]).masks_statistics(task_config(config.task))
 
 
 def conclude(config: PretrainConfig, run: Training, task: PretextTask) -> tuple[Results | None, Path | None]:
-    """Evaluates a finished run against its baselines and writes the report; (None, None) off the main process.
+    """Evaluates a finished run against its baselines and writes the report.
 
-    `task` is the trained task, unsharded. Its images stay in ``images/`` of the run's folder, for later reports.
+    `task` is the trained task, unsharded. Its images are stored in the run's ``pictures/``, for later reports. Returns
+    (results, path of the report), or (None, None) on ranks other than the first.
     """
     encoder, device = task.encoder(), run.accelerator.device
     if not config.evaluate.final:
@@ -205,7 +218,7 @@ def conclude(config: PretrainConfig, run: Training, task: PretextTask) -> tuple[
     data = labeled_data(config)
     results = None
     if data is not None:
-        logger.info("evaluating: %d labeled training images, %d for testing", len(data[0]), len(data[1]))
+        logger.info("evaluating on %d labeled training images and %d test images", len(data[0]), len(data[1]))
         results = evaluate_backbone(
             encoder, *data, config.evaluate, work=config.out, device=device, seed=config.engine.seed,
             workers=config.engine.workers, masked_statistics=saw_masked_images_only(config),
@@ -217,6 +230,7 @@ def conclude(config: PretrainConfig, run: Training, task: PretextTask) -> tuple[
     drawn = task_images(run, task)
     with writing("report"):
         save_images(config.out, drawn)
+        # read back, so that this report is identical to one that `unlabeled evaluate` writes later
         report = write_report(config.out, summary, results, rows, read_images(config.out))
     if results is not None:
         logger.info("%s", summarize(results).text)
@@ -225,18 +239,22 @@ def conclude(config: PretrainConfig, run: Training, task: PretextTask) -> tuple[
 
 
 def task_images(run: Training, task: PretextTask, count: int = 8) -> dict[str, Tensor]:
-    """What the task shows of the first images of the data, under fixed randomness."""
+    """The task's visualizations of the first `count` training images, with a fixed seed: name → uint8 (3, H, W)."""
     views = type(task).views(task.config, task.backbone)
     dataset = ViewDataset(open_source(run.config.data, "train"), views, run.config.engine.seed)
     batch = collate([dataset[(0, index)] for index in range(min(count, len(dataset)))])
-    assert isinstance(batch, LoadedBatch), "only a loader's worker returns an error"
+    assert isinstance(batch, LoadedBatch), "only a worker process returns an error in place of a batch"
     device = run.accelerator.device
     with evaluating(task), seeded(run.config.engine.seed):
         return task.visualize({name: tensor.to(device) for name, tensor in batch.tensors.items()})
 
 
 def labeled_data(config: PretrainConfig) -> tuple[ImageSource, ImageSource] | None:
-    """(train, test) sources with labels for evaluation; None, with the reason in the log, when there are none."""
+    """Opens the labeled (train, test) sources for evaluation.
+
+    Returns None, and logs why, if the run's own data has no labels. Raises DataError if ``evaluate.data`` has none.
+    """
+    # data.limit shortens training; the evaluation has evaluate.limit
     data = config.evaluate.data or labeled(config.data).model_copy(update={"limit": None})
     try:
         train, test = (labeled_split(data, split, config.evaluate) for split in ("train", "test"))
@@ -249,7 +267,7 @@ def labeled_data(config: PretrainConfig) -> tuple[ImageSource, ImageSource] | No
 
 
 def labeled_split(data: DataConfig, split: Split, evaluate: EvaluateConfig) -> ImageSource:
-    """One split with labels, of at most ``evaluate.limit`` images. Raises DataError when it has no labels."""
+    """Opens one labeled split of at most ``evaluate.limit`` images. Raises DataError if it has no labels."""
     limit = min((value for value in (data.limit, evaluate.limit) if value is not None), default=None)
     source = open_source(data.model_copy(update={"limit": limit}), split)
     if source.labels() is None:

@@ -1,4 +1,4 @@
-"""Words and values of a command → its settings, with what tasks and sources bring of their own."""
+"""Turns the overrides and values of a command into its settings, including those of tasks and sources."""
 
 from __future__ import annotations
 
@@ -26,20 +26,25 @@ SectionT = TypeVar("SectionT", bound=Section)
 def compose_settings(
     command: str, overrides: Sequence[str], model: type[SectionT], values: Mapping[str, Any] | None = None
 ) -> SectionT:
-    """The settings of `command` as `model`: its file, then the words, then Python `values` on top.
+    """Composes the settings of `command`: its configuration file, then `overrides`, then Python `values` on top.
 
-    Sections of data are checked by their source, and hold all of its settings. Raises ConfigError, in one line, for a
-    word that cannot be read, an unknown setting, or an impossible value.
+    Returns an instance of `model`. Data sections are validated by their source and completed with its defaults. Raises
+    ConfigError for an override that cannot be parsed, an unknown setting or an invalid value.
     """
     choices = {"task": Recipes(), "data": Sources()}
+    # sources are plugins with their own settings, which the composed model does not know
     return with_sources(compose_config(command, overrides, model, values=values, choices=choices))
 
 
 def with_sources(config: SectionT, field: str = "") -> SectionT:
-    """`config` with `filled` in place of each section of data that was given, also within its sections."""
+    """Completes every data section that was set with the settings of its source, also in nested sections.
+
+    `field` is the dotted prefix for error messages.
+    """
     changed: dict[str, Any] = {}
     for name in type(config).model_fields:
         section = getattr(config, name)
+        # a default section stays incomplete: it may name a source that needs settings, such as a path
         if name not in config.model_fields_set or not isinstance(section, Section):
             continue
         inner = f"{field}{name}"
@@ -50,7 +55,7 @@ def with_sources(config: SectionT, field: str = "") -> SectionT:
 
 
 def tiny(config: RunConfig) -> dict[str, Any]:
-    """What tiny mode changes of any run."""
+    """The settings that debug mode changes in any run, for `model_copy`."""
     batch = min(config.batch_size, 32)
     return {
         "epochs": 2.0,
@@ -69,43 +74,44 @@ def settle_evaluation(
     *,
     also: Sequence[str] = (),
 ) -> EvaluateConfig:
-    """`evaluate` with the whole settings of every evaluator that will run, refused here rather than after a training.
+    """Completes the settings of every evaluator that will run, so that errors surface before training.
 
-    What the words and values set must have an effect; what a recipe's file sets need not. `also`: evaluators that run
-    beside those that are chosen. Raises ConfigError, in one line.
+    A setting in `overrides` or `values` must have an effect; one in a recipe file need not. `also`: evaluators that run
+    in addition to the chosen ones. Raises ConfigError.
     """
     return settle(evaluate, given=set_within("evaluate", overrides, values), also=also)
 
 
 def data_values(data: object) -> dict[str, Any]:
-    """What Python functions take as ``data``: the name of a source, a folder of images, or settings of a source.
+    """Converts the ``data`` argument of Python functions into settings.
 
-    Raises ConfigError for anything else.
+    Accepts the name of a source, a folder of images, or the settings of a source; raises ConfigError for anything else.
     """
     if isinstance(data, DataConfig):
         return {name: getattr(data, name) for name in data.model_fields_set | {"name"}}
     if isinstance(data, Mapping):
         return dict(data)
     if isinstance(data, (str, Path)):
+        # a source's name wins over a folder of the same name; write "./name" for the folder
         return {"name": data} if data in source_names() else {"name": "folder", "path": Path(data)}
     given = "a path, the name of a source, a mapping such as {'name': 'folder', 'path': ...} or a DataConfig"
     raise ConfigError(f"data: {in_short(data)} is not possible; give {given}")
 
 
 def run_folder(run: object) -> Path:
-    """What Python functions take as a run. Raises ConfigError for anything but a path, such as the network itself."""
+    """Checks the ``run`` argument of Python functions. Raises ConfigError for anything but a path."""
     if isinstance(run, (str, Path)):
         return Path(run)
-    raise ConfigError(f"run: {in_short(run)} is not possible; give a run's folder, and its network as backbone=...")
+    raise ConfigError(f"run: {in_short(run)} is not possible; give a run folder, and its model as backbone=...")
 
 
 def given_backbone(
     backbone: object, values: Mapping[str, Any], *, alongside: str | Path | None = None
 ) -> Backbone | None:
-    """The run's own copy of `backbone` where that is a network itself; None where it is a name or settings.
+    """Returns a copy of `backbone` for the run if it is a model; None if it is a name or settings.
 
-    `values`: the other settings, none of which may be of the backbone. `alongside`: see `adopt`. Raises
-    ConfigError or CapabilityError for what is no backbone.
+    `values`: the other settings; none of them may concern the backbone. `alongside`: see `adopt`. Raises ConfigError or
+    CapabilityError if it cannot serve as a backbone.
     """
     if backbone is None or isinstance(backbone, (str, Mapping, BackboneConfig)):
         return None
@@ -122,34 +128,38 @@ def given_backbone(
 
 
 def _instead(given: object, wanted: str) -> str:
-    """The remedy for what is no network; a class is one that was not built."""
+    """The remedy for an argument that is not a model. A class was probably passed by mistake for an instance."""
     return f"build it: {given.__name__}(...)" if isinstance(given, type) else f"give {wanted}"
 
 
 class Request(NamedTuple):
-    """What a function such as `unlabeled.evaluate` is to work on."""
+    """The parsed arguments of a function such as `unlabeled.evaluate`."""
 
     target: str | Path
-    """A run folder, a timm name or a file of weights; of a network that is given itself, its class."""
+    """A run folder, a timm name or a weights file; for a model passed from Python, its class."""
     backbone: Backbone | None
-    """The network, where it is given from Python."""
+    """The model, if it is passed from Python."""
     values: dict[str, Any]
     """The other settings."""
 
 
 def read_request(target: object, data: object, settings: Mapping[str, Any]) -> Request:
-    """Arguments of `unlabeled.evaluate` and `unlabeled.finetune`. Raises ConfigError or CapabilityError."""
+    """Parses the arguments of `unlabeled.evaluate` and `unlabeled.finetune`.
+
+    Raises ConfigError or CapabilityError.
+    """
     values = dict(settings) if data is None else {"data": data_values(data), **settings}
     if isinstance(target, (str, Path)):
         own = given_backbone(values.get("backbone"), values, alongside=target)
         if own is not None:
             del values["backbone"]
         return Request(target, own, values)
+    # from here on, the target itself is the model
     if not isinstance(target, nn.Module):
-        wanted = "a run folder, a timm name, a file of weights, an nn.Module or an unlabeled.Backbone"
+        wanted = "a run folder, a timm name, a weights file, an nn.Module or an unlabeled.Backbone"
         raise ConfigError(f"target: {in_short(target)} is not possible; {_instead(target, wanted)}")
     if "backbone" in values:
-        raise ConfigError("backbone: has no effect beside a target that is a network itself; leave it out")
+        raise ConfigError("backbone: has no effect if the target is itself a model; remove it")
     own = given_backbone(target, values)
-    assert own is not None, "an nn.Module is a network"
+    assert own is not None, "the target is an nn.Module"
     return Request(own.origin, own, values)

@@ -85,7 +85,7 @@ def test_faults_are_told_by_the_settings_that_caused_them() -> None:
         create_classifier_backbone(create_backbone("nin_cifar", size=16), 3, ModelConfig(drop_path=0.1))
     with pytest.raises(CheckpointError, match=r"^target: .*has shape .* needs"):
         create_classifier_backbone(vit(), 3, ModelConfig(kwargs={"embed_dim": 24}))
-    with pytest.raises(ConfigError, match=r"^model.drop_path: VisionTransformer is not built by its name"):
+    with pytest.raises(ConfigError, match=r"^model.drop_path: VisionTransformer has no timm name"):
         create_classifier_backbone(Backbone(vit().model, size=(16, 16)), 3, ModelConfig(drop_path=0.1))
 
 

@@ -72,7 +72,7 @@ def test_images_without_a_label_are_left_out(sources: dict[str, MemorySource]) -
     [
         ([1] * 30, "all training images are of class 'green'"),
         ([-1] * 30, "no image of the training split has a label"),
-        ([0, 1, 3] * 10, "training label 3 is outside the 3 classes"),
+        ([0, 1, 3] * 10, "training label 3 is not among the 3 classes"),
     ],
 )
 def test_labels_that_teach_nothing(sources: dict[str, MemorySource], labels: list[int], message: str) -> None:
@@ -105,5 +105,5 @@ def test_no_bits_are_black() -> None:
 
 
 def test_an_unknown_policy_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"augment.auto: 'randm9' is no policy of timm"):
+    with pytest.raises(ConfigError, match=r"augment.auto: 'randm9' is not a policy of timm"):
         TrainTransform(AugmentConfig(auto="randm9"), (16, 16), (0.5, 0.5, 0.5))

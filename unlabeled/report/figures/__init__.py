@@ -1,4 +1,4 @@
-"""The report's figures, one file a subject."""
+"""The report's figures, grouped by what they show."""
 
 from __future__ import annotations
 

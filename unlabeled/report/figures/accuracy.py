@@ -1,4 +1,4 @@
-"""Accuracies of the encoders beside each other: points, curves, and by class."""
+"""Accuracies of several encoders in one plot: as points, as curves, and by class."""
 
 from __future__ import annotations
 
@@ -32,15 +32,16 @@ from unlabeled.report.figures.style import (
 from unlabeled.report.sections import Series
 
 _ROWS = 24
-"""Classes up to which each has a row."""
+"""Up to this many classes, each class has its own row."""
 
 
 def comparison_figure(comparisons: Sequence[Comparison]) -> Markup:
-    """The headline accuracies of all encoders as points with their intervals."""
+    """The headline accuracies of all encoders, as points with their intervals."""
     quoted = [comparison for comparison in comparisons if comparison.headline]
     rows = [(c, name) for c in quoted for name in c.values]
     with mpl.rc_context(STYLE):
         figure, axes = drawing(0.5 + 0.3 * len(rows))
+        # rows from top to bottom, with a gap between metrics
         positions = [-row - 0.6 * quoted.index(comparison) for row, (comparison, _) in enumerate(rows)]
         for position, (comparison, name) in zip(positions, rows, strict=True):
             estimate, color = comparison.values[name], ACCENT if name == "backbone" else SOFT
@@ -58,18 +59,22 @@ def comparison_figure(comparisons: Sequence[Comparison]) -> Markup:
         axes.margins(x=0.16)
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
         axes.xaxis.set_major_locator(MaxNLocator(4))
-        return svg(figure, "Accuracy of each encoder with its 95 % interval")
+        return svg(figure, "Accuracy of each encoder with 95 % interval")
 
 
 def series_figure(series: Sequence[Series], title: str) -> Markup:
-    """Series of one evaluator as small charts side by side, on one scale if they have one unit; baselines dashed."""
+    """Plots series of one evaluator as small charts side by side, with baselines dashed.
+
+    The charts share a y axis if all series have the same unit.
+    """
     columns = min(2, len(series))
-    rows = -(-len(series) // columns)
+    rows = -(-len(series) // columns)  # rounded up
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 2.4 if rows == 1 else 0.5 + 1.55 * rows), layout="constrained")
         one_unit = len({one.points[0][1].unit for one in series}) == 1
         charts: list[Axes] = list(figure.subplots(rows, columns, squeeze=False, sharey=one_unit).flat)
         for axes, one in zip(charts, series, strict=False):
+            # not every encoder has every point: an evaluator may skip raw pixels
             names = dict.fromkeys(name for _, row in one.points for name in row.values)
             for name in names:
                 _line(axes, [(x, row.values[name]) for x, row in one.points if name in row.values], name)
@@ -86,14 +91,18 @@ def series_figure(series: Sequence[Series], title: str) -> Markup:
 
 
 def prefix_figure(rows: Sequence[Comparison], dimensions: Mapping[str, int], title: str) -> Markup | None:
-    """One measure, whose `rows` are of all features and of parts of them: of the first so many and,
-    hollow, of as many principal components. Raw pixels as a whole are a line across. None when it has no cuts."""
+    """Plots one metric against the number of features it was computed on: the first k, and k principal components.
+
+    `rows` has the metric on all features and on each subset. Points of principal components are hollow; raw pixels with
+    all features are a horizontal line. Returns None if there are no subsets.
+    """
     lines: dict[tuple[str, bool], list[tuple[float, Estimate]]] = {}
     pixels: Estimate | None = None
     for row in rows:
         pixels = row.values.get("pixels") if row.cut is None else pixels
         for name in [name for name in row.values if name != "pixels"]:
             length = dimensions[name] if row.cut is None else row.cut.length
+            # all features are the last point of both lines
             for principal in (False, True):
                 if row.cut is None or principal == row.cut.principal:
                     lines.setdefault((name, principal), []).append((length, row.values[name]))
@@ -114,24 +123,28 @@ def prefix_figure(rows: Sequence[Comparison], dimensions: Mapping[str, int], tit
         return svg(figure, title)
 
 
-def class_figure(shares: Mapping[str, npt.NDArray[np.float64]], classes: Sequence[str], label: str) -> Markup:
-    """A fraction of each class (C,) for each encoder: a row for each class, past 24 a curve from best to worst."""
+def class_figure(scores: Mapping[str, npt.NDArray[np.float64]], classes: Sequence[str], label: str) -> Markup:
+    """Plots a score per class (C,) for each encoder.
+
+    Each class has a row; with more than 24 classes, each encoder is a curve from its best to its worst class.
+    """
     with mpl.rc_context(STYLE):
         if len(classes) > _ROWS:
             figure, axes = drawing(2.6)
-            for name, share in shares.items():
-                values = np.sort(share[np.isfinite(share)])[::-1]
+            for name, score in scores.items():
+                # each encoder has its own order, so a position on the x axis is not the same class for all
+                values = np.sort(score[np.isfinite(score)])[::-1]
                 style = {**STYLES.get(name, {"color": SOFT}), "marker": None}
                 axes.plot(np.arange(1, len(values) + 1), values, label=TITLES.get(name, name), **style)
             axes.set_xlabel("classes, best first")
             percent_axis(axes)
         else:
             figure, axes = drawing(0.7 + 0.22 * len(classes))
-            for name, share in shares.items():
+            for name, score in scores.items():
                 style = {**STYLES.get(name, {"color": SOFT}), "linestyle": ""}
-                axes.plot(share, np.arange(len(share)), label=TITLES.get(name, name), **style)
+                axes.plot(score, np.arange(len(score)), label=TITLES.get(name, name), **style)
             axes.set_yticks(np.arange(len(classes)), [short(name) for name in classes])
-            axes.set_ylim(len(classes) - 0.5, -0.5)
+            axes.set_ylim(len(classes) - 0.5, -0.5)  # the first class on top
             axes.tick_params(axis="y", length=0)
             axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
             axes.xaxis.set_major_locator(MaxNLocator(4))
@@ -140,7 +153,7 @@ def class_figure(shares: Mapping[str, npt.NDArray[np.float64]], classes: Sequenc
 
 
 def _line(axes: Axes, points: Sequence[tuple[float, Estimate]], name: str, **style: Any) -> None:
-    """One encoder's values with their intervals."""
+    """Draws one encoder's values and their intervals."""
     xs, ys = [x for x, _ in points], [one.value for _, one in points]
     style = {"label": TITLES.get(name, name), **STYLES.get(name, {"color": SOFT}), **style}
     axes.plot(xs, ys, **style)
@@ -149,7 +162,7 @@ def _line(axes: Axes, points: Sequence[tuple[float, Estimate]], name: str, **sty
 
 
 def _numbered(axes: Axes, positions: Sequence[float]) -> None:
-    """Ticks at the places that were measured, on a log scale where they spread over more than a factor of eight."""
+    """Puts ticks at the measured positions, on a log scale if they span more than a factor of eight."""
     if min(positions) > 0 and max(positions) > 8 * min(positions):
         axes.set_xscale("log")
     elif max(positions) > min(positions):

@@ -1,4 +1,4 @@
-"""The map of test features."""
+"""The map of the test images: their features in two dimensions."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from unlabeled.eval.embedding import Embedding
 from unlabeled.report.figures.style import KINDS, SOFT, STYLE, WIDTH, drawing, legend, short, svg
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">")
-"""Shapes beside the colors, for eyes and printers that do not tell colors apart."""
+"""Shapes in addition to colors, for color-blind readers and gray printers."""
 
 _LEGEND = 0.5
-"""Inches below the points."""
+"""Height of the legend below the points, in inches."""
 
 
 def embedding_figure(embedding: Embedding, classes: Sequence[str]) -> Markup:
-    """Points of test images; the ten commonest classes have colors and shapes, others are small and gray."""
+    """Plots test images as points. The ten most common classes have colors and shapes; others are small and gray."""
     points, labels = embedding.points, embedding.labels
     counts = np.bincount(labels, minlength=len(classes))
+    # stable, so that ties go to the first class and the figure is reproducible
     shown = [int(one) for one in np.argsort(-counts, kind="stable")[: len(KINDS)] if counts[one]]
     with mpl.rc_context(STYLE):
         spread = np.ptp(points, axis=0)
+        # follow the shape of the map within limits; the width may be 0 if all features are equal
         figure, axes = drawing(WIDTH * float(np.clip(spread[1] / max(spread[0], 1e-12), 0.5, 1)) + _LEGEND)
         others = ~np.isin(labels, shown)
         if others.any():

@@ -1,4 +1,4 @@
-"""Which figures the section of an evaluator has, by its measures and arrays, so that a new one gets them too."""
+"""Chooses the figures of an evaluator's section from its metrics and arrays, so that new evaluators get them too."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Arrays = dict[str, dict[str, npt.NDArray[Any]]]
 """Key → encoder → array."""
 
 _LAYERS = {
-    "cka": "Likeness of the layers (CKA), percent",
-    "cka_random": "Layers beside those of random weights (CKA), percent",
+    "cka": "Similarity of the layers (CKA), percent",
+    "cka_random": "Layers versus layers with random weights (CKA), percent",
 }
 
 
 def evaluator_figures(results: Results) -> dict[str, list[Figure]]:
-    """Evaluator → its figures: curves over a number, over the number of features, and of the arrays in `_arrays`."""
+    """Evaluator → its figures: curves over a number, curves over the number of features, and plots of arrays."""
     rows = measures(results)
     found = {}
     for name, evaluator in results.evaluators.items():
@@ -38,18 +38,18 @@ def evaluator_figures(results: Results) -> dict[str, list[Figure]]:
     return found
 
 
-def _curves(of: str, rows: Sequence[Comparison]) -> Iterator[Figure]:
-    """A figure for each number that measures differ in."""
+def _curves(evaluator: str, rows: Sequence[Comparison]) -> Iterator[Figure]:
+    """Yields one figure per axis: each number in which metrics differ."""
     axes: dict[str, list[Series]] = {}
     for series in find_series(rows):
         axes.setdefault(series.axis, []).append(series)
     for axis, together in axes.items():
-        title = f"{of} by {axis}"
+        title = f"{evaluator} by {axis}"
         yield title, series_figure(together, title)
 
 
 def _prefixes(rows: Sequence[Comparison], results: Results) -> Iterator[Figure]:
-    """Of the measures to quote; of an evaluator without one, of its first that is a fraction."""
+    """Yields accuracy by number of features for each headline metric, or for the first fraction if there is none."""
     rows = [row for row in rows if row.unit != "number"]
     cut = list(dict.fromkeys(row.whole for row in rows if row.cut is not None))
     headline = {row.whole for row in rows if row.headline}
@@ -69,8 +69,11 @@ def _arrays_of(name: str, results: Results) -> Arrays:
 
 
 def _arrays(title: str, found: Arrays, classes: Sequence[str]) -> Iterator[Figure]:
-    """``confusion`` (C, C) · ``per_class*``, ``*iou`` (C,) or with the background (C + 1,) · ``singular_values`` (d,) ·
-    ``cka*`` (L, L) with ``names`` (L,) of the layers · ``accuracies`` (K, S) with ``names`` (K,) and ``severities``."""
+    """Yields figures of the arrays with these names; others are not plotted.
+
+    ``confusion`` (C, C) · ``per_class*``, ``*iou`` (C,) or with the background (C + 1,) · ``singular_values`` (d,) ·
+    ``cka*`` (L, L) with ``names`` (L,) of the layers · ``accuracies`` (K, S) with ``names`` (K,) and ``severities``.
+    """
     for key, arrays in found.items():
         own = arrays.get("backbone")
         if key == "confusion":
@@ -80,39 +83,42 @@ def _arrays(title: str, found: Arrays, classes: Sequence[str]) -> Iterator[Figur
         elif key == "accuracies":
             yield from _severities(title, found)
         elif key == "singular_values":
-            words = "Spectrum of the features"
-            if figure := spectrum_figure(arrays, f"{words}: singular values by rank"):
-                yield words, figure
+            caption = "Spectrum of the features"
+            if figure := spectrum_figure(arrays, f"{caption}: singular values by rank"):
+                yield caption, figure
         elif key.startswith("cka") and own is not None and own.ndim == 2:
             names = [str(one) for one in found.get("names", {}).get("backbone", ())]
+            # numbers instead of names if the other backbone has another number of layers
             rows, columns = (names if len(names) == n else [str(i + 1) for i in range(n)] for n in own.shape)
-            words = _LAYERS.get(key, key)
-            yield words, heat_figure(own, rows, columns, ("layer", "layer"), words)
+            caption = _LAYERS.get(key, key)
+            yield caption, heat_figure(own, rows, columns, ("layer", "layer"), caption)
 
 
 def _confusions(title: str, arrays: Mapping[str, npt.NDArray[Any]], classes: Sequence[str]) -> Iterator[Figure]:
     if "backbone" in arrays:
         own = confusion_figure(arrays["backbone"], classes, title)
         yield f"{title}: confusion, percent of each true class", own
-    shares = {encoder: per_class(array) for encoder, array in arrays.items()}
-    words = f"{title}: accuracy of each class"
-    yield words, class_figure(shares, classes, words)
+    accuracies = {encoder: per_class(array) for encoder, array in arrays.items()}
+    caption = f"{title}: accuracy of each class"
+    yield caption, class_figure(accuracies, classes, caption)
 
 
 def _classes(title: str, key: str, arrays: Mapping[str, npt.NDArray[Any]], classes: Sequence[str]) -> Iterator[Figure]:
+    # ``per_class_knn_iou`` → ``kNN IoU``
     score = (
         key.removeprefix("per_class").strip("_").replace("_", " ").replace("iou", "IoU").replace("knn", "kNN")
         or "score"
     )
+    # an array of any other length cannot be labeled with class names and is skipped
     lengths = {len(array) for array in arrays.values()}
     for named in (classes, ("background", *classes)):
         if lengths == {len(named)}:
-            words = f"{title}: {score} of each class"
-            yield words, class_figure(arrays, named, words)
+            caption = f"{title}: {score} of each class"
+            yield caption, class_figure(arrays, named, caption)
 
 
 def _severities(title: str, found: Arrays) -> Iterator[Figure]:
-    """A chart for each row of ``accuracies``, which all encoders were given alike."""
+    """Yields one figure with a chart for each row of ``accuracies``: a kind of corruption, by severity."""
     series = []
     levels = [float(level) for level in found.get("severities", {}).get("backbone", ())]
     for row, kind in enumerate(str(one) for one in found.get("names", {}).get("backbone", ())):

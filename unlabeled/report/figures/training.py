@@ -15,17 +15,19 @@ from unlabeled.report.document import Row, online_curve
 from unlabeled.report.figures.style import ACCENT, STYLE, drawing, percent_axis, svg
 
 _POINTS = 400
-_BESIDE = {"step", "epoch", "loss", "lr", "images_per_s", "data_wait", "grad_norm", "memory_gb", "time", "seconds"} | {
-    "size"
-}
-"""Columns of metrics.jsonl that are no log of the task."""
+"""Points per curve; more would only make the page larger."""
+_ENGINE_COLUMNS = {
+    "step", "epoch", "loss", "lr", "images_per_s", "data_wait", "grad_norm", "memory_gb", "time", "seconds", "size",
+}  # fmt: skip
+"""Columns of metrics.jsonl that the engine writes; all others are logged by the task."""
 _TASK_CURVES = 4
+"""Task logs that are plotted; report.json and metrics.jsonl have all of them."""
 
 
 def training_curves(rows: Sequence[Row]) -> list[tuple[str, Markup]]:
-    """(title, SVG) of the loss, the learning rate, the online kNN, and the first few of the task's own logs."""
+    """(title, SVG) of the loss, the learning rate, the online kNN accuracy, and the first few of the task's logs."""
     keys = dict.fromkeys(key for row in rows for key in row)
-    logs = [key for key in keys if key not in _BESIDE and not key.startswith("eval/")]
+    logs = [key for key in keys if key not in _ENGINE_COLUMNS and not key.startswith("eval/")]
     wanted = [("loss", "Loss"), ("lr", "Learning rate"), *((key, key) for key in logs[:_TASK_CURVES])]
     figures = []
     for key, title in wanted:
@@ -34,6 +36,7 @@ def training_curves(rows: Sequence[Row]) -> list[tuple[str, Markup]]:
             figures.append((title, _curve(points, title, _axis(rows), smooth=key != "lr")))
     online = online_curve(rows)
     if len(online) > 1:
+        # after the loss and the learning rate, before the task's logs
         title = "kNN accuracy during the run"
         figures.insert(2, (title, _curve([(x, y) for x, y in online], title, _axis(rows), smooth=False, fraction=True)))
     return figures
@@ -45,7 +48,7 @@ def _curve(
     xs, ys = _thinned(np.array([x for x, _ in points]), np.array([y for _, y in points]))
     with mpl.rc_context(STYLE):
         figure, axes = drawing(2.3)
-        if smooth and len(ys) > 20:
+        if smooth and len(ys) > 20:  # the raw values behind their moving mean
             axes.plot(xs, ys, color=ACCENT, alpha=0.3, linewidth=0.8)
             axes.plot(xs, _rolling(ys, max(3, len(ys) // 20)), color=ACCENT)
         else:
@@ -56,6 +59,7 @@ def _curve(
         if fraction:
             percent_axis(axes, 4)
         elif np.abs(ys).max(initial=0) < 0.01:
+            # small learning rates would otherwise need many digits on each tick
             axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
         return svg(figure, title)
 
@@ -75,15 +79,16 @@ def _is_number(value: Any) -> bool:
 def _thinned(
     xs: npt.NDArray[np.float64], ys: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """At most `_POINTS` points, means of neighboring ones."""
+    """Reduces a curve to at most `_POINTS` points, each the mean of neighboring ones."""
     if len(xs) <= _POINTS:
         return xs, ys
-    parts = np.array_split(np.arange(len(xs)), _POINTS)
-    return np.array([xs[part].mean() for part in parts]), np.array([ys[part].mean() for part in parts])
+    chunks = np.array_split(np.arange(len(xs)), _POINTS)
+    return np.array([xs[chunk].mean() for chunk in chunks]), np.array([ys[chunk].mean() for chunk in chunks])
 
 
 def _rolling(values: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.float64]:
     """Centered moving mean over `width` values, over fewer at the ends."""
+    # dividing by the convolved ones corrects for the zeros that "same" pads the ends with
     kernel = np.ones(width)
     mean: npt.NDArray[np.float64] = np.convolve(values, kernel, "same") / np.convolve(
         np.ones_like(values), kernel, "same"

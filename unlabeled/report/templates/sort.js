@@ -8,7 +8,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
     const key = row => row.cells[column].dataset.sort ?? row.cells[column].textContent;
     const rows = [...table.tBodies[0].rows].sort((a, b) => {
       const [x, y] = [key(a), key(b)];
-      if (x === "" || y === "") return (x === "") - (y === "");  // what is missing stays last
+      if (x === "" || y === "") return (x === "") - (y === "");  // missing values stay last, in either order
       const order = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
       return down ? -order : order;
     });

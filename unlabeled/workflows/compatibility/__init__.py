@@ -1,1 +1,1 @@
-"""What runs on what: every task tried on every architecture of timm, and the page that says so."""
+"""``unlabeled matrix``: tries every task on every timm architecture, and renders the results as a page."""

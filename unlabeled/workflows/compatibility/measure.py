@@ -1,8 +1,8 @@
-"""``unlabeled matrix``: which task runs on which architecture, found out by running each pair once.
+"""``unlabeled matrix``: finds out which task runs on which architecture, by running each pair once.
 
-A cell says *runs* when one forward and one backward pass of the task, with its default settings, on the smallest
-network of the module gave a finite loss and a finite gradient for each parameter that is to be trained; *cannot* when
-the task refused the network with a CapabilityError; *fault* when anything else happened, which is a bug.
+Each pair is tried with the smallest model of the architecture and the default settings of the task. The result is
+*runs* if a forward and a backward pass give a finite loss and a finite gradient for every trainable parameter, *cannot*
+if the task rejects the backbone with a CapabilityError, and *fault* if anything else happens, which is a bug.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from unlabeled.ssl.core.errors import CapabilityError, ConfigError, first_line, 
 
 _TABLE = Path(__file__).with_name("architectures.json")
 _SIZES = (64, 96, 128)
-"""Pixels tried, in this order, for a network that the table does not have; then its own size."""
+"""Input sizes in pixels, tried in this order for a model that is not in the table; the last resort is its own size."""
 _IMAGES = 2
+"""Batch size: contrastive losses and batch norms need more than one image."""
 
 
 class MatrixRun(Section):
@@ -51,43 +52,47 @@ class MatrixRun(Section):
     @classmethod
     def _is_a_page(cls, out: Path | None) -> Path | None:
         if out is not None and out.suffix != ".md":
-            raise ValueError(f"{out} is no Markdown file; give a name such as docs/reference/matrix.md")
+            raise ValueError(f"{out} is not a Markdown file; give a name such as docs/reference/matrix.md")
         return out
 
 
 class MatrixEntry(NamedTuple):
-    """What happened to one task on one network."""
+    """Result of one task on one architecture."""
 
     status: Literal["runs", "cannot", "fault"]
     reason: str = ""
+    """Why it does not run."""
 
 
 @dataclass
 class Matrix:
-    """Cells by module and task, and the network that stands for each module."""
+    """The entries by module and task, and the model that represents each module."""
 
     timm: str = timm.__version__
     networks: dict[str, str] = field(default_factory=dict)
-    """Module → name of the network, its size and arguments."""
-    cells: dict[str, dict[str, MatrixEntry]] = field(default_factory=dict)
+    """Module → name of the model that was tried, its input size and arguments."""
+    entries: dict[str, dict[str, MatrixEntry]] = field(default_factory=dict)
 
     @property
     def tasks(self) -> list[str]:
-        return sorted({task for row in self.cells.values() for task in row})
+        """All tasks that have an entry, sorted."""
+        return sorted({task for row in self.entries.values() for task in row})
 
     def having(self, status: str) -> list[tuple[str, str, str]]:
-        """(module, task, reason) of all cells of `status`."""
-        rows = sorted(self.cells.items())
+        """(module, task, reason) of all entries with `status`."""
         return [
-            (module, task, cell.reason) for module, row in rows for task, cell in row.items() if cell.status == status
+            (module, task, entry.reason)
+            for module, row in sorted(self.entries.items())
+            for task, entry in row.items()
+            if entry.status == status
         ]
 
     def dumps(self) -> str:
-        """JSON with one line per module."""
+        """JSON with one line per module, so that diffs are readable."""
         rows = [
             f"    {json.dumps(module)}: "
             + json.dumps({"network": self.networks[module], **{task: list(row[task]) for task in sorted(row)}})
-            for module, row in sorted(self.cells.items())
+            for module, row in sorted(self.entries.items())
         ]
         return f'{{\n  "timm": {json.dumps(self.timm)},\n  "modules": {{\n' + ",\n".join(rows) + "\n  }\n}\n"
 
@@ -96,40 +101,40 @@ class Matrix:
         """The inverse of `dumps`."""
         stored = json.loads(text)
         networks = {module: row.pop("network") for module, row in stored["modules"].items()}
-        cells = {
-            module: {task: MatrixEntry(*cell) for task, cell in row.items()}
+        entries = {
+            module: {task: MatrixEntry(*entry) for task, entry in row.items()}
             for module, row in stored["modules"].items()
         }
-        return cls(stored["timm"], networks, cells)
+        return cls(stored["timm"], networks, entries)
 
     @classmethod
     def stored_with(cls, page: Path) -> Matrix:
-        """The cells of the page `page`; none when it does not exist.
+        """The matrix stored with `page`; empty if there is none.
 
-        Raises ConfigError when they cannot be read, or are of another timm than the installed one.
+        Raises ConfigError if it cannot be read, or was measured with another version of timm.
         """
         file = page.with_suffix(".json")
         if not file.is_file():
             return cls()
-        again = "run all cells again, without task= and module="
+        remedy = "measure all entries again, without task= and module="
         try:
             stored = cls.loads(file.read_text(encoding="utf-8"))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"out: {file} does not hold the cells of a matrix ({error}); {again}") from None
+            raise ConfigError(f"out: {file} is not a stored matrix ({error}); {remedy}") from None
         if stored.timm != timm.__version__:
-            raise ConfigError(f"out: {file} is of timm {stored.timm}, this is {timm.__version__}; {again}")
+            raise ConfigError(f"out: {file} is for timm {stored.timm}, installed is {timm.__version__}; {remedy}")
         return stored
 
 
 def matrix_config(overrides: Sequence[str]) -> MatrixRun:
-    """The settings of the command. Raises ConfigError, in one line, for a word that is not one of them."""
+    """Returns the validated settings of ``unlabeled matrix``. Raises ConfigError."""
     values = {override.key_or_group: _value(override) for override in parse(overrides)}
     for name in ("task", "module"):
         if isinstance(values.get(name), str):
             values[name] = [values[name]]
     run = validate(values, MatrixRun)
     for task in run.task or ():
-        task_class(task)
+        task_class(task)  # raises for an unknown name
     known = timm.list_modules()
     for module in run.module or ():
         if module not in known:
@@ -138,39 +143,42 @@ def matrix_config(overrides: Sequence[str]) -> MatrixRun:
 
 
 def _value(override: Override) -> Any:
+    # task=mae,rotation is a sweep in hydra's grammar; here it is a list
     return (
         [str(value) for value in override.sweep_string_iterator()] if override.is_sweep_override() else override.value()
     )
 
 
 def measure(run: MatrixRun, progress: Callable[[Sequence[str]], Iterator[str]] = iter) -> Matrix:
-    """Runs the cells that `run` asks for, and adds those of its page that it does not ask for.
+    """Tries the pairs that `run` requests, and keeps the other entries of its page.
 
-    `progress` passes the modules on and may tell of them. Raises ConfigError when the page cannot be added to.
+    `progress` wraps the iteration over modules, for example to display it. Raises ConfigError if the existing page
+    cannot be extended.
     """
     partial = run.task is not None or run.module is not None
     matrix = Matrix.stored_with(run.out) if partial and run.out is not None else Matrix()
     tasks = list(run.task or task_names())
     for module in progress(list(run.module or timm.list_modules())):
-        network = architecture(module)
+        model = architecture(module)
         torch.manual_seed(run.seed)
-        backbone = create_backbone(network["name"], size=network["size"], **network.get("kwargs", {}))
-        matrix.networks[module] = _shown(network)
-        matrix.cells.setdefault(module, {}).update({task: try_task(task, backbone, run.seed) for task in tasks})
+        backbone = create_backbone(model["name"], size=model["size"], **model.get("kwargs", {}))
+        matrix.networks[module] = _shown(model)
+        matrix.entries.setdefault(module, {}).update({task: try_task(task, backbone, run.seed) for task in tasks})
         del backbone
-        gc.collect()
+        gc.collect()  # modules with reference cycles would otherwise pile up over a hundred architectures
     return matrix
 
 
 def architecture(module: str) -> dict[str, Any]:
-    """A small network of `module`: ``{"name": ..., "size": pixels, "kwargs": {...}}`` for `create_backbone`."""
+    """A small model of `module`: ``{"name": ..., "size": pixels, "kwargs": {...}}`` for `create_backbone`."""
     table: dict[str, dict[str, Any]] = json.loads(_TABLE.read_text())
     known = table.get(module)
+    # another version of timm may have dropped the model
     return known if known is not None and timm.is_model(known["name"]) else _smallest(module)
 
 
 def _smallest(module: str) -> dict[str, Any]:
-    """The network of `module` with the fewest parameters, at the smallest size that it takes."""
+    """The model of `module` with the fewest parameters, at the smallest of `_SIZES` that it accepts."""
     sizes: dict[str, int] = {}
     for name in timm.list_models(module=module):
         with torch.device("meta"):
@@ -186,14 +194,14 @@ def _smallest(module: str) -> dict[str, Any]:
 
 
 def try_task(task: str, backbone: Backbone, seed: int = 0) -> MatrixEntry:
-    """One forward and backward pass of `task` on a copy of `backbone`."""
+    """Runs one forward and backward pass of `task` on a copy of `backbone`."""
     kind = task_class(task)
     try:
         backbone.require(kind.requires, task=kind.__name__)
         return _step({"name": task, **kind.small_settings}, copy.deepcopy(backbone), seed)
     except CapabilityError as error:
         return MatrixEntry("cannot", _short(str(error)))
-    except Exception as error:  # whatever it is, it is a result: told in the table and to be mended
+    except Exception as error:  # any other exception is a bug; it is listed in the table, and the others are tried
         return MatrixEntry("fault", f"{type(error).__name__}: {first_line(error)}")
 
 
@@ -202,12 +210,13 @@ def _step(settings: Mapping[str, Any], backbone: Backbone, seed: int) -> MatrixE
     task = create_task(settings, backbone).train()
     views = type(task).views(task_config(settings), backbone)
     height, width = backbone.input_size
+    # a little larger than the input, so that views have something to crop
     images = torch.randint(0, 256, (_IMAGES, 3, height + 8, width + 8), dtype=torch.uint8)
-    seen = [views(image) for image in images]
-    batch: dict[str, Tensor] = {key: torch.stack([view[key] for view in seen]) for key in seen[0]}
+    samples = [views(image) for image in images]
+    batch: dict[str, Tensor] = {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
     loss = task(batch).loss
     if not bool(loss.isfinite()):
-        return MatrixEntry("fault", f"its loss is {loss.item()}")
+        return MatrixEntry("fault", f"the loss is {loss.item()}")
     loss.backward()
     for label, parameter in task.named_parameters():
         if parameter.requires_grad and (parameter.grad is None or not bool(parameter.grad.isfinite().all())):
@@ -216,13 +225,14 @@ def _step(settings: Mapping[str, Any], backbone: Backbone, seed: int) -> MatrixE
 
 
 def _short(message: str) -> str:
-    """The reason inside the one-line message of a CapabilityError."""
-    if match := re.search(r"it lacks \w+ \((.*)\)(?:; it can do|$)", message):
+    """Extracts the reason from the one-line message of a CapabilityError."""
+    if match := re.search(r"it (?:lacks|is missing) \w+ \((.*)\)(?:; it can do|$)", message):
         return match.group(1)
     return re.sub(r"^backbone: \S+ cannot (do \w+|be elastic): ", "", message).split("; it can do")[0]
 
 
-def _shown(network: dict[str, Any]) -> str:
-    arguments = ", ".join(f"{key}={value}" for key, value in network.get("kwargs", {}).items())
-    size = network["size"] if isinstance(network["size"], int) else "x".join(str(side) for side in network["size"])
-    return f"{network['name']} at {size} px" + (f" ({arguments})" if arguments else "")
+def _shown(model: dict[str, Any]) -> str:
+    """``vit_tiny_patch16_224 at 32 px (patch_size=8)``."""
+    arguments = ", ".join(f"{key}={value}" for key, value in model.get("kwargs", {}).items())
+    size = model["size"] if isinstance(model["size"], int) else "x".join(str(side) for side in model["size"])
+    return f"{model['name']} at {size} px" + (f" ({arguments})" if arguments else "")

@@ -1,1 +1,1 @@
-"""Supervised fine-tuning: how good a classifier the pretrained weights become, beside one that starts from nothing."""
+"""``unlabeled finetune``: fine-tunes pretrained weights as a classifier, and compares with training from scratch."""

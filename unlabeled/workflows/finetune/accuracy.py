@@ -1,4 +1,4 @@
-"""How often a classifier is right on the test split."""
+"""Accuracy of a fine-tuned classifier on the test split."""
 
 from __future__ import annotations
 
@@ -25,33 +25,35 @@ from unlabeled.workflows.finetune.task import Finetune
 
 @dataclass(frozen=True)
 class Accuracy(OldNames, pictures="images"):
-    """Of one set of weights."""
+    """Test accuracy of one set of weights."""
 
     values: Mapping[str, Estimate]
-    """``top1``, and ``top5`` where there are more than five classes, with 95 % Wilson intervals."""
+    """``top1``, and ``top5`` with more than five classes, with 95 % Wilson intervals."""
     images: int
+    """Number of test images, without skipped ones."""
     confusion: IntArray
     """(C, C): true class by predicted class."""
     skipped: tuple[str, ...] = ()
     """Images that could not be decoded."""
 
 
-def measure_accuracy(network: Backbone, test: LabeledImages, config: FinetuneConfig, device: torch.device) -> Accuracy:
-    """Top-1 and top-5 accuracy of `network` on `test`; the mode that it is in stays.
+def measure_accuracy(backbone: Backbone, test: LabeledImages, config: FinetuneConfig, device: torch.device) -> Accuracy:
+    """Measures the top-1 and top-5 accuracy of `backbone` on `test`, without changing its train or eval mode.
 
-    Under torch.distributed every process must call it. Raises DataError when outputs are not finite or no image can
-    be decoded.
+    Under torch.distributed, every process must call it. Raises DataError if outputs are not finite or no image can be
+    decoded.
     """
     outputs = extract_features(
-        network, test.source, outputs=logits_of, batch_size=config.evaluate.batch_size, workers=config.engine.workers,
+        backbone, test.source, outputs=logits_of, batch_size=config.evaluate.batch_size, workers=config.engine.workers,
         device=device, precision=config.engine.precision,
     )  # fmt: skip
-    assert outputs.indices is not None, "freshly extracted"
+    assert outputs.indices is not None, "extracted features have indices"
     return accuracy_of(outputs.features, test.labels.numpy()[outputs.indices], outputs.skipped)
 
 
 def accuracy_of(logits: Any, labels: IntArray, skipped: tuple[str, ...] = ()) -> Accuracy:
-    """Accuracies of `logits`, float (N, C), for `labels`, int64 (N,). Raises DataError when some are not finite."""
+    """Accuracy of `logits`, float (N, C), for `labels`, int64 (N,). Raises DataError if some are not finite."""
+    # argmax of a row of NaN is 0, which would silently count as class 0
     broken = int((~np.isfinite(logits).all(axis=1)).sum())
     if broken:
         raise DataError(
@@ -71,7 +73,7 @@ def accuracy_of(logits: Any, labels: IntArray, skipped: tuple[str, ...] = ()) ->
 
 
 class OnlineAccuracy:
-    """The test accuracy every few epochs, for a curve; never due when that is not asked for."""
+    """Test accuracy every ``evaluate.every`` epochs, for a curve; never due if that is 0."""
 
     def __init__(self, config: FinetuneConfig, test: LabeledImages, steps_per_epoch: int) -> None:
         self._config, self._test = config, test
@@ -79,11 +81,12 @@ class OnlineAccuracy:
         self._every_steps = max(round(every * steps_per_epoch), 1) if every else None
 
     def due(self, step: int) -> bool:
+        """Whether to measure after `step`."""
         return self._every_steps is not None and step % self._every_steps == 0
 
     def run(self, task: PretextTask, device: torch.device) -> dict[str, float]:
-        """``test_top1`` (and ``test_top1_averaged`` of averaged weights) on the main process, nothing elsewhere."""
-        assert isinstance(task, Finetune), "made for fine-tuning"
+        """Returns ``test_top1`` (and ``test_top1_averaged`` for averaged weights) on the main process, {} elsewhere."""
+        assert isinstance(task, Finetune), "used only by fine-tuning"
         found = {"test_top1": measure_accuracy(task.backbone, self._test, self._config, device)}
         if task.ema is not None:
             found["test_top1_averaged"] = measure_accuracy(task.encoder(), self._test, self._config, device)

@@ -1,7 +1,8 @@
-"""Every setting of ``unlabeled finetune``.
+"""The settings of ``unlabeled finetune``.
 
-Defaults are those with which MAE's authors fine-tune ViT-B on ImageNet (FINETUNE.md of github.com/facebookresearch/mae;
-arXiv 2111.06377 has others for its TensorFlow code), for a batch of any size; stochastic depth is off.
+The defaults are those used by MAE's authors to fine-tune ViT-B on ImageNet (FINETUNE.md in
+github.com/facebookresearch/mae; the paper, arXiv 2111.06377, has others for its TensorFlow code), scaled to the batch
+size, and without stochastic depth.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from pydantic import Field, model_validator
 from unlabeled.ssl.config.base import Arguments, Section
 from unlabeled.ssl.config.schema import BackboneConfig, OptimConfig, RunConfig, ScheduleConfig, Size
 
-Part = Annotated[float, Field(gt=0, le=1)]
-Chance = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 class ModelConfig(Section):
@@ -33,15 +34,15 @@ class ModelConfig(Section):
 class AugmentConfig(Section):
     """Augmentation of training images, by timm's transforms."""
 
-    crop: tuple[Part, Part] = (0.08, 1.0)
+    crop: tuple[Fraction, Fraction] = (0.08, 1.0)
     """Smallest and largest fraction of the image area that a crop covers. [fraction]"""
-    flip: Chance = 0.5
+    flip: Probability = 0.5
     """Probability of a horizontal flip; set it to 0 for digits and letters."""
     auto: str | None = "rand-m9-mstd0.5-inc1"
     """timm's string for RandAugment or AutoAugment; null: neither."""
     jitter: float = Field(0.0, ge=0)
     """Brightness, contrast and saturation change by up to this fraction; needs augment.auto=null. [fraction]"""
-    erase: Chance = 0.25
+    erase: Probability = 0.25
     """Probability that a rectangle of the image is replaced by noise (random erasing)."""
     mixup: float = Field(0.8, ge=0)
     """Alpha of mixup, which averages images and their labels in pairs; 0: off."""
@@ -52,9 +53,9 @@ class AugmentConfig(Section):
     @model_validator(mode="after")
     def _crop_is_ordered(self) -> AugmentConfig:
         if self.crop[0] > self.crop[1]:
-            raise ValueError(f"crop {list(self.crop)} is not possible; give the smaller part first")
-        if self.auto is not None and self.jitter:
-            raise ValueError("jitter has no effect beside auto; set augment.auto=null, or leave jitter out")
+            raise ValueError(f"crop {list(self.crop)} is not possible; give the smaller fraction first")
+        if self.auto is not None and self.jitter:  # timm ignores color_jitter if auto_augment is set
+            raise ValueError("jitter has no effect with auto; set augment.auto=null, or remove jitter")
         return self
 
 

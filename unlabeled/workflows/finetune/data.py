@@ -1,4 +1,4 @@
-"""Labeled images for fine-tuning, and what is done to them."""
+"""Labeled images for fine-tuning, and their augmentation."""
 
 from __future__ import annotations
 
@@ -28,45 +28,47 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LabeledImages:
-    """One split."""
+    """One labeled split."""
 
     source: ImageSource
     labels: Tensor
     """int64 (N,), in [0, len(classes))."""
     classes: tuple[str, ...]
-    """Those of the training split, for the test split too."""
+    """The classes of the training split; the test split uses the same numbering."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
 def open_labeled(config: FinetuneConfig) -> tuple[LabeledImages, LabeledImages]:
-    """(training, test) images that have a label, the first cut down to ``label_fraction``.
+    """Opens the labeled (training, test) images, with the training images reduced to ``label_fraction``.
 
-    Raises DataError for a split without labels, a single class, test classes that training does not have, and a
-    fraction that leaves a class without an image.
+    Raises DataError for a split without labels, a single class, test classes that are not training classes, and a
+    fraction that leaves a class without images.
     """
     train, test = (open_source(config.data, split) for split in ("train", "test"))
-    classes = _classes(train, "training")
+    classes = _classes(train, "training")  # the numbering of both splits
     images = _labeled(train, classes, "training")
     if len(present := torch.bincount(images.labels).nonzero()) < 2:
         raise DataError(
-            f"data: all training images are of class {classes[int(present[0])]!r}; give data with two classes or more"
+            f"data: all training images are of class {classes[int(present[0])]!r}; give data with at least two classes"
         )
     if config.label_fraction is not None:
-        rows = stratified(images.labels, classes, config.label_fraction, config.engine.seed)
-        images = LabeledImages(Subset(images.source, rows), images.labels[rows], classes)
+        indices = stratified(images.labels, classes, config.label_fraction, config.engine.seed)
+        images = LabeledImages(Subset(images.source, indices), images.labels[indices], classes)
     return images, _labeled(limited(test, config.evaluate.limit), classes, "test")
 
 
 def stratified(labels: Tensor, classes: tuple[str, ...], fraction: float, seed: int) -> Tensor:
-    """Sorted indices, int64 (M,), of `fraction` of the images of each class, rounded, under `seed`.
+    """Draws `fraction` of the images of each class with `seed`, and returns their sorted indices, int64 (M,).
 
-    A smaller fraction takes a part of those of a larger one. Raises DataError when it leaves a class without an image.
+    With the same seed, the images of a smaller fraction are a subset of those of a larger one. Raises DataError if a
+    class is left without images.
     """
     random = np.random.default_rng(derive("labels", seed))
     chosen = []
     for label in torch.bincount(labels).nonzero().flatten().tolist():
+        # permute, then cut: this makes the subsets nested
         members = random.permutation(torch.nonzero(labels == label).flatten().numpy())
         count = round(fraction * len(members))
         if count == 0:
@@ -81,66 +83,73 @@ def stratified(labels: Tensor, classes: tuple[str, ...], fraction: float, seed: 
 def _classes(source: ImageSource, split: str) -> tuple[str, ...]:
     if source.classes is None or source.labels() is None:
         raise DataError(
-            f"data: the {split} split has no labels; name sub-folders after classes, set data.label_column, or give "
-            "other data"
+            f"data: the {split} split has no labels; use one subfolder per class, set data.label_column, or give other "
+            "data"
         )
     return tuple(source.classes)
 
 
 def _labeled(source: ImageSource, classes: tuple[str, ...], split: str) -> LabeledImages:
-    """Those images of `source` that have a label, numbered as in `classes`."""
+    """The images of `source` that have a label, with labels numbered as in `classes`."""
     names, labels = _classes(source, split), source.labels()
     assert labels is not None, "a source with classes has labels"
     if len(labels) and int(labels.max()) >= len(names):
-        raise DataError(f"data: {split} label {int(labels.max())} is outside the {len(names)} classes; correct it")
-    if unknown := sorted(set(names) - set(classes)):
-        raise DataError(f"data: {split} class {unknown[0]!r} is not among the {len(classes)} training classes")
-    rows = torch.nonzero(labels >= 0).flatten()
-    if len(rows) == 0:
-        raise DataError(f"data: no image of the {split} split has a label; give other data")
-    if len(rows) < len(labels):
-        logger.info(
-            "data: %d of %d %s images have no label and are left out", len(labels) - len(rows), len(labels), split
+        raise DataError(
+            f"data: {split} label {int(labels.max())} is not among the {len(names)} classes; correct the labels"
         )
-        source = Subset(source, rows)
+    if unknown := sorted(set(names) - set(classes)):
+        raise DataError(
+            f"data: {split} class {unknown[0]!r} is not among the {len(classes)} training classes; add it or "
+            "remove its images"
+        )
+    indices = torch.nonzero(labels >= 0).flatten()  # -1: no label
+    if len(indices) == 0:
+        raise DataError(f"data: no image of the {split} split has a label; give other data")
+    if len(indices) < len(labels):
+        missing = len(labels) - len(indices)
+        logger.info("data: skipping %d of %d %s images that have no label", missing, len(labels), split)
+        source = Subset(source, indices)
+    # the splits may number their classes differently; names decide
     numbers = torch.tensor([classes.index(name) for name in names])
-    return LabeledImages(source, numbers[labels[rows]], classes)
+    return LabeledImages(source, numbers[labels[indices]], classes)
 
 
 class TrainTransform:
-    """Image, uint8 (3, H, W) of any size → ``{"image": uint8 (3, h, w)}``: crop, flip, RandAugment, by timm.
+    """Augments an image with timm's crop, flip and RandAugment: uint8 (3, H, W) → ``{"image": uint8 (3, h, w)}``.
 
-    Raises ConfigError for an `auto` that timm cannot read.
+    Raises ConfigError for an `auto` that timm cannot parse.
     """
 
     def __init__(self, config: AugmentConfig, size: tuple[int, int], mean: tuple[float, ...]) -> None:
         try:
+            # use_prefetcher: the result is uint8, as in pretraining, and is normalized on the device
             self._transform = create_transform(
                 (3, *size), is_training=True, scale=config.crop, hflip=config.flip, color_jitter=config.jitter or None,
                 auto_augment=config.auto, interpolation="bicubic", mean=mean, use_prefetcher=True,
             )  # fmt: skip
         except (AssertionError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"augment.auto: {config.auto!r} is no policy of timm ({str(error) or type(error).__name__}); "
+                f"augment.auto: {config.auto!r} is not a policy of timm ({str(error) or type(error).__name__}); "
                 "give one such as rand-m9-mstd0.5-inc1, or null"
             ) from error
+        # replace timm's posterize inside RandAugment ("ops") and AutoAugment ("policy", a list of lists)
         for step in self._transform.transforms:
             for operation in getattr(step, "ops", None) or itertools.chain(*getattr(step, "policy", ())):
                 if operation.name.startswith("Posterize"):
                     operation.aug_fn = _posterize
 
     def __call__(self, image: Tensor) -> dict[str, Tensor]:
-        """Under the global generators of torch, numpy and Python, which the loader seeds for each image."""
+        """Draws from the global generators of torch, numpy and Python, which the loader seeds for each image."""
         return {"image": self._transform(tv.to_pil_image(image))}
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """timm's, which keeps no bits at the highest magnitude: black, as Pillow had it before 13, which refuses that."""
+    """timm's posterize keeps 0 bits at the highest magnitude, which Pillow 13 rejects; before, the result was black."""
     return timm_posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 class PlainTransform:
-    """The image as in testing: no augmentation."""
+    """Prepares an image as in testing, without augmentation."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         self._transform = EvalTransform(size)
@@ -150,8 +159,8 @@ class PlainTransform:
         return {"image": self._transform(image)}
 
 
-def train_transform(config: AugmentConfig | None, network: Backbone) -> TrainTransform | PlainTransform:
-    """What training images of `network` go through."""
+def train_transform(config: AugmentConfig | None, backbone: Backbone) -> TrainTransform | PlainTransform:
+    """The transform of training images for `backbone`."""
     if config is None:
-        return PlainTransform(network.input_size)
-    return TrainTransform(config, network.input_size, network.mean)
+        return PlainTransform(backbone.input_size)
+    return TrainTransform(config, backbone.input_size, backbone.mean)

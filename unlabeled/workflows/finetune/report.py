@@ -1,4 +1,4 @@
-"""The report of fine-tuning: report.json for programs, report.md for terminals and reviews, report.html for people."""
+"""Writes the report of fine-tuning: report.json for programs, report.md for terminals, report.html to read."""
 
 from __future__ import annotations
 
@@ -28,50 +28,50 @@ from unlabeled.workflows.finetune.data import LabeledImages
 SCHEMA = 2
 
 OWN = "backbone"
-"""Key of the fine-tuned network, as in the report of evaluation."""
+"""Key of the fine-tuned model, as in the report of an evaluation."""
 
 _LARGEST_CONFUSION = 50
-"""Classes up to which report.json holds the confusion matrix."""
+"""Up to this many classes, report.json includes the confusion matrix."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a report says beside the accuracies."""
+    """Facts about a run, as opposed to its accuracies."""
 
     title: str
-    """Of the target."""
+    """Title of the target."""
     pretrained: bool
-    """Whether it began with trained weights."""
-    network: Backbone
+    """Whether training started from trained weights."""
+    backbone: Backbone
     train: LabeledImages
     test: LabeledImages
     steps: int
     seconds: float | None
-    """Wall clock of the fine-tuning; None when it was not all in one process."""
+    """Wall-clock time of fine-tuning; None for a resumed run, which was not timed as a whole."""
     device: str
 
 
 def write_report(
     config: FinetuneConfig, facts: Facts, own: Mapping[str, Accuracy], alongside: Mapping[str, Accuracy] | None
 ) -> Path:
-    """Writes ``report/report.{json,md,html}`` into the run folder and returns the path of the HTML.
+    """Writes ``report/report.{json,md,html}`` into the run folder and returns the path of the HTML file.
 
-    `own` and `alongside` (the baseline): which weights → accuracy, those to quote first. The JSON is that of
-    `finetune_document`. The page needs no other file and no network.
+    `own` and `alongside` (the baseline) map the name of a set of weights to its accuracy, the headline one first. The
+    JSON file is described in `finetune_document`. The HTML page is self-contained and works offline.
     """
     folder = config.out / "report"
     folder.mkdir(parents=True, exist_ok=True)
     rows = {"": read_metrics(config.out / "metrics.jsonl")}
-    if alongside is not None:
+    if alongside is not None:  # its curves get a prefix in their titles
         rows[f"{_title(_baseline(config))}: "] = read_metrics(config.out / "scratch" / "metrics.jsonl")
     comparisons = compare(config, own, alongside)
     document = finetune_document(config, facts, own, comparisons) | {"training": training_summary(rows[""])}
     write_json(document, folder / "report.json")
-    quoted = next(iter(own.values()))
+    headline = next(iter(own.values()))
     figures = {
         "comparison": comparison_figure(comparisons),
-        "confusion": confusion_figure(quoted.confusion, facts.test.classes, "the classifier"),
-        "curves": [(whose + title, svg) for whose, row in rows.items() for title, svg in training_curves(row)],
+        "confusion": confusion_figure(headline.confusion, facts.test.classes, "classifier"),
+        "curves": [(prefix + title, svg) for prefix, row in rows.items() for title, svg in training_curves(row)],
     }
     titles = {name: _title(name) for name in comparisons[0].values}
     context = {**document, "facts": _facts(document), "titles": titles, "figures": figures}
@@ -84,16 +84,16 @@ def write_report(
 def finetune_document(
     config: FinetuneConfig, facts: Facts, own: Mapping[str, Accuracy], comparisons: list[Comparison]
 ) -> dict[str, Any]:
-    """The report as JSON values; fractions are 0..1, times in seconds.
+    """Returns the report as JSON values. Fractions are 0..1, times in seconds.
 
     ``schema``, ``kind`` (finetune), ``versions``, ``run`` (what was trained, on what, for how long), ``summary``
-    (``level``: better, even, worse, alone; ``text``), ``comparison`` (as in the report of evaluation; encoders are
-    ``backbone`` and the baseline), ``classes``, ``majority`` (test accuracy of the commonest training class),
-    ``confusion`` (true class by predicted class; null past 50 classes), ``notes``.
+    (``level``: better, even, worse, alone; ``text``), ``comparison`` (as in the report of an evaluation; encoders are
+    ``backbone`` and the baseline), ``classes``, ``majority`` (test accuracy of always guessing the most common training
+    class), ``confusion`` (true class by predicted class; null for more than 50 classes), ``notes``.
     """
-    network, labels = facts.network, facts.test.labels
-    quoted = next(iter(own.values()))
-    commonest = torch.bincount(facts.train.labels, minlength=len(facts.train.classes)).argmax()
+    backbone, labels = facts.backbone, facts.test.labels
+    headline = next(iter(own.values()))
+    most_common = torch.bincount(facts.train.labels, minlength=len(facts.train.classes)).argmax()
     return {
         "schema": SCHEMA,
         "kind": "finetune",
@@ -102,13 +102,13 @@ def finetune_document(
             "title": clean(f"{facts.title}: {'linear classifier' if config.frozen else 'fine-tuned'}"),
             "target": clean(config.target),
             "pretrained": facts.pretrained,
-            "model": clean(name_backbone(network)),
-            "parameters": count_parameters(network),
-            "input_size": list(network.input_size),
+            "model": clean(name_backbone(backbone)),
+            "parameters": count_parameters(backbone),
+            "input_size": list(backbone.input_size),
             "data": clean(name_data(config.data)),
             "label_fraction": config.label_fraction,
             "train_images": len(facts.train),
-            "test_images": quoted.images,
+            "test_images": headline.images,
             "epochs": config.epochs,
             "steps": facts.steps,
             "batch_size": config.batch_size,
@@ -121,24 +121,27 @@ def finetune_document(
         "summary": _summary(config, facts, comparisons),
         "comparison": [asdict(comparison) for comparison in comparisons],
         "classes": [clean(name) for name in facts.test.classes],
-        "majority": float((labels == commonest).float().mean()),
-        "confusion": quoted.confusion.tolist() if len(facts.test.classes) <= _LARGEST_CONFUSION else None,
-        "notes": _notes(config, quoted, alongside=len(comparisons[0].values) > 1),
+        # the class is chosen on the training split, as a classifier without features would do
+        "majority": float((labels == most_common).float().mean()),
+        "confusion": headline.confusion.tolist() if len(facts.test.classes) <= _LARGEST_CONFUSION else None,
+        "notes": _notes(config, headline, alongside=len(comparisons[0].values) > 1),
     }
 
 
 def compare(
     config: FinetuneConfig, own: Mapping[str, Accuracy], alongside: Mapping[str, Accuracy] | None
 ) -> list[Comparison]:
-    """Top-1 and top-5 of each set of weights, beside the baseline's; the first is the one to quote."""
+    """Compares the top-1 and top-5 accuracy of each set of weights with the baseline's; the first is the headline."""
     found: list[Comparison] = []
     baseline = _baseline(config)
     for weights, accuracy in own.items():
         for metric, value in accuracy.values.items():
             values, gaps = {OWN: value}, {}
             if alongside is not None:
+                # the same kind of weights: averaged with averaged, last step with last step
                 other = alongside[weights].values[metric]
                 values[baseline] = other
+                # Newcombe's interval for equal numbers of images: both models are tested on the same ones
                 gap = difference(value.value, other.value, accuracy.images)
                 gaps[baseline] = Estimate(value.value - other.value, *gap)
             label = f"top-{metric.removeprefix('top')}" + (f", {weights}" if len(own) > 1 else "")
@@ -147,7 +150,7 @@ def compare(
 
 
 def _baseline(config: FinetuneConfig) -> str:
-    return "random" if config.frozen else "from scratch"
+    return "random" if config.frozen else "from scratch"  # a frozen random backbone is not trained at all
 
 
 def _title(name: str) -> str:
@@ -155,49 +158,51 @@ def _title(name: str) -> str:
 
 
 def _summary(config: FinetuneConfig, facts: Facts, comparisons: list[Comparison]) -> dict[str, str]:
-    """A difference counts as one when its 95 % interval does not hold zero."""
-    quoted = comparisons[0]
-    reached = f"{percent(quoted.values[OWN].value)} %"
-    if not quoted.differences:
-        what = "without a baseline, so nothing to be better than" if facts.pretrained else "from random weights"
-        return {"level": "alone", "text": f"{reached} of the test images are told rightly, {what}."}
-    baseline, gap = next(iter(quoted.differences.items()))
+    """The first sentence of the report. A difference is clear if its 95 % interval does not include zero."""
+    headline = comparisons[0]
+    reached = f"{percent(headline.values[OWN].value)} %"
+    if not headline.differences:
+        context = "There is no baseline to compare with" if facts.pretrained else "Trained from random weights"
+        return {"level": "alone", "text": f"{reached} of the test images are predicted correctly. {context}."}
+    baseline, gap = next(iter(headline.differences.items()))
     level = "better" if gap.low > 0 else "worse" if gap.high < 0 else "even"
-    other = "the same network " + ("with random weights" if config.frozen else "trained from scratch")
+    other = "the same model " + ("with random weights" if config.frozen else "trained from scratch")
     opening = {"better": "Better than", "worse": "Worse than", "even": "No clear difference from"}[level]
     return {
         "level": level,
-        "text": f"{opening} {other}: {reached} against {percent(quoted.values[baseline].value)} %, a difference of "
-        f"{signed(gap.value)} points (95 %: {signed(gap.low)} to {signed(gap.high)}).",
+        "text": f"{opening} {other}: {reached} versus {percent(headline.values[baseline].value)} %, a difference of "
+        f"{signed(gap.value)} percentage points (95 %: {signed(gap.low)} to {signed(gap.high)}).",
     }
 
 
-def _notes(config: FinetuneConfig, quoted: Accuracy, *, alongside: bool) -> list[str]:
+def _notes(config: FinetuneConfig, headline: Accuracy, *, alongside: bool) -> list[str]:
     notes = [
-        "Accuracies are those of the weights after the last step"
+        "Weights are from the last step"
         + (", averaged over the run" if config.ema else "")
-        + "; no epoch was chosen by its accuracy.",
-        "Intervals are 95 % and cover the choice of test images only, not another seed: Wilson for accuracies, "
-        "Newcombe for differences (a little wide, as both networks see the same images).",
+        + "; no epoch was selected by its accuracy.",
+        "95 % intervals account for the choice of test images only, not for the seed. Accuracies use Wilson intervals; "
+        "differences use Newcombe intervals, which are slightly too wide because both models see the same images.",
     ]
     if alongside:
-        kept = "" if config.optim.layer_decay is None else " but layer-wise decay, which is for pretrained layers"
+        kept = "" if config.optim.layer_decay is None else " except layer-wise decay, which is meant for trained layers"
         notes.append(
-            "The baseline is the same network from random weights, with the same images, steps, augmentation, seed "
-            f"and all other settings{kept}. It had no pretraining, so it also had less compute in all."
+            "The baseline is the same model trained from random weights, with the same images, number of steps, "
+            f"augmentation, seed and all other settings{kept}. Without pretraining, its total compute is lower."
         )
     if config.label_fraction is not None:
-        notes.append(f"Trained on {100 * config.label_fraction:.3g} % of the labels of each class, chosen by the seed.")
+        notes.append(
+            f"Trained on {100 * config.label_fraction:.3g} % of the labels of each class, drawn with the seed."
+        )
     if config.frozen:
-        notes.append("The classifier alone was trained; all other weights stayed as they were.")
-    if quoted.skipped:
-        shown = ", ".join(map(clean, quoted.skipped[:5])) + (", ..." if len(quoted.skipped) > 5 else "")
-        notes.append(f"{len(quoted.skipped)} test images could not be decoded and were left out: {shown}")
+        notes.append("Only the classifier was trained; the backbone was frozen.")
+    if headline.skipped:
+        shown = ", ".join(map(clean, headline.skipped[:5])) + (", ..." if len(headline.skipped) > 5 else "")
+        notes.append(f"{len(headline.skipped)} test images could not be decoded and were skipped: {shown}")
     return notes
 
 
 def _facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Name and value, in reading order."""
+    """(name, value) of every known fact about the run, in reading order."""
     run = document["run"]
     seconds, fraction = run["seconds"], run["label_fraction"]
     known = [
@@ -214,7 +219,7 @@ def _facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Test images", f"{run['test_images']:,}"),
         ("Epochs", f"{run['epochs']:g}"),
         ("Steps", f"{run['steps']:,} of {run['batch_size']:,} images"),
-        ("Took", str(timedelta(seconds=round(seconds))) if seconds is not None else ""),
+        ("Training time", str(timedelta(seconds=round(seconds))) if seconds is not None else ""),
         ("Device", run["device"]),
         ("Seed", str(run["seed"])),
         ("Date", run["date"]),

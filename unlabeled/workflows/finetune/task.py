@@ -1,4 +1,4 @@
-"""Fine-tuning as a task that the engine runs: it gets labels in its batch, and is no pretext task otherwise."""
+"""Fine-tuning as a task for the training engine. Unlike a pretext task, it gets labels in its batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from unlabeled.workflows.finetune.data import PlainTransform, TrainTransform, tr
 
 
 class FinetuneTask(TaskConfig):
-    """Settings of `Finetune`; see `unlabeled.workflows.finetune.config` for their meaning."""
+    """Settings of `Finetune`; they are documented in `unlabeled.workflows.finetune.config`."""
 
     classes: int
     augment: AugmentConfig | None = None
@@ -32,11 +32,11 @@ class FinetuneTask(TaskConfig):
 
 
 class Finetune(PretextTask):
-    """A classifier under cross-entropy, with mixup, CutMix, random erasing, label smoothing and averaged weights.
+    """Trains a classifier with cross-entropy, mixup, CutMix, random erasing, label smoothing and averaged weights.
 
-    The recipe of DeiT, BEiT and MAE (arXiv 2012.12877, 2106.08254, 2111.06377). `backbone` is the model of
-    `unlabeled.workflows.finetune.classifier.create_classifier_backbone`. The batch has ``image`` uint8 (B, 3, h, w) and
-    ``label``, int64 (B,).
+    This is the recipe of DeiT, BEiT and MAE (arXiv 2012.12877, 2106.08254, 2111.06377). `backbone` comes from
+    `unlabeled.workflows.finetune.classifier.create_classifier_backbone`. The batch has ``image``, uint8 (B, 3, h, w),
+    and ``label``, int64 (B,).
     """
 
     Config = FinetuneTask
@@ -52,6 +52,7 @@ class Finetune(PretextTask):
         self.ema: ModelEmaV3 | None = None
         if config.ema is not None:
             self.ema = ModelEmaV3(backbone, decay=config.ema, use_warmup=True).requires_grad_(False)
+        # number of averaging steps: a buffer to be stored in checkpoints, and a Python number to avoid a device sync
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self._updates: int | None = None
 
@@ -61,32 +62,34 @@ class Finetune(PretextTask):
         return train_transform(config.augment, backbone)
 
     def train(self, mode: bool = True) -> Finetune:
-        """As ever; what is frozen also keeps its batch-norm statistics and drops nothing."""
+        """Sets the mode of the task; a frozen backbone stays in eval mode."""
         super().train(mode)
+        # frozen parameters are not enough: train mode would update batch-norm statistics and apply dropout
         if self.config.frozen:
             self.backbone.eval()
         return self
 
     def forward(self, batch: Batch) -> StepOutput:
-        """Cross-entropy over the batch; logs the training accuracy where labels are not mixed."""
+        """Cross-entropy over the batch; logs the training accuracy unless labels are mixed."""
         images, labels = self.backbone.normalize(batch["image"]), batch["label"]
         if self.config.augment is not None:
             images, targets = self.mixed(images, labels)
         else:
             targets = labels
         logits = logits_of(self.backbone, images).float()
-        if targets.dim() > 1:  # mixed, and smoothed already
+        if targets.dim() > 1:  # mixed labels, which timm's Mixup has already smoothed
             return StepOutput(F.cross_entropy(logits, targets), {})
         loss = F.cross_entropy(logits, targets, label_smoothing=self.config.smoothing)
         return StepOutput(loss, {"accuracy": (logits.detach().argmax(1) == targets).float().mean()})
 
     def mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Random erasing, then mixup or CutMix: (B, 3, h, w), in place, and targets (B, classes), (B,) without mixing.
+        """Applies random erasing, then mixup or CutMix, in place.
 
-        timm draws from Python's and numpy's generators, which are seeded here from torch's.
+        Returns images (B, 3, h, w) and targets, (B, classes) or, without mixing, (B,).
         """
         augment = self.config.augment
-        assert augment is not None, "only where images are augmented"
+        assert augment is not None, "called only with augmentation"
+        # timm draws from the generators of Python and numpy: seed them from torch's, which checkpoints restore
         with seeded(int(torch.randint(2**31, ()))):
             if augment.erase:
                 images = RandomErasing(augment.erase, mode="pixel", device=images.device)(images)
@@ -96,7 +99,7 @@ class Finetune(PretextTask):
         return mixed
 
     def after_step(self, progress: float) -> None:
-        """Moves the averaged weights; how often it has done so is part of the state, and read from the device once."""
+        """Updates the averaged weights."""
         if self.ema is None:
             return
         updates = cast(Tensor, self.updates)
@@ -105,18 +108,20 @@ class Finetune(PretextTask):
         self.ema.update(self.backbone, step=self._updates)
 
     def encoder(self) -> Backbone:
-        """The network to test and to export: with averaged weights where there are some."""
+        """The model to test and export: the averaged weights if ``ema`` is set."""
         return self.backbone if self.ema is None else cast(Backbone, self.ema.module)
 
     def parameter_groups(self) -> Iterator[NamedParameter]:
-        """No weight decay for biases, norms and what timm's model excepts (tokens, tables of positions); the classifier
-        lies one layer past the last block."""
+        """Yields the parameters with their layer index; the classifier is one layer past the last block.
+
+        Biases, norms and parameters that the timm model exempts (tokens, position embeddings) have no weight decay.
+        """
         model = cast(Any, self.backbone.model)
-        excepted = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+        exempt = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
         layers, last = self.backbone.parameter_layers(), self.backbone.depth + 1
         for name, parameter in self.backbone.named_parameters():
             if parameter.requires_grad:
-                decay = decay_applies(name, parameter.shape) and name.removeprefix("model.") not in excepted
+                decay = decay_applies(name, parameter.shape) and name.removeprefix("model.") not in exempt
                 yield NamedParameter(f"backbone.{name}", parameter, decay, last if name in self._head else layers[name])
 
 

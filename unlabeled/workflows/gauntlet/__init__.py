@@ -1,1 +1,1 @@
-"""Many backbones on many data sets, each judged by the same evaluators: ``unlabeled gauntlet``."""
+"""``unlabeled gauntlet``: evaluates many backbones on many data sets with the same evaluators."""

@@ -1,4 +1,4 @@
-"""What became of a cell, as ``OUT/cells/KEY.json`` holds it."""
+"""The result of a cell, stored as ``OUT/cells/KEY.json``."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ log = logging.getLogger(__name__)
 
 
 class CellResult(BaseModel):
-    """One finished cell."""
+    """The result of one cell: its metrics, or why it failed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     entrant: str
-    """Labels as they were when it was measured; the file's name alone says what it belongs to."""
+    """Label when it was measured, for people; the file name identifies the cell, so labels can change later."""
     data: str
     evaluator: str
     seed: int
@@ -33,31 +33,34 @@ class CellResult(BaseModel):
     reason: str = ""
     """Why it failed, in one line."""
     measures: dict[str, Measure] = {}
-    """What those of the metrics are that tables show; empty: from before cells held it, see `measure`."""
+    """Label and unit of each metric that tables show; empty in files of older versions, see `measure`."""
     metrics: dict[str, float | None] = {}
-    """``evaluator/key`` → value; None: not finite."""
+    """``evaluator/key`` → value; None: NaN or infinite."""
     intervals: dict[str, tuple[float, float]] = {}
-    """95 % intervals of the metrics that bring their own."""
+    """95 % intervals of the metrics for which the evaluator provides one."""
     notes: tuple[str, ...] = ()
+    # the alias reads files of version 0.1.0
     test_images: int = Field(0, validation_alias=AliasChoices("test_images", "test_pictures"))
-    """Test images that were judged."""
+    """Test images that were evaluated, without unreadable ones."""
     seconds: dict[str, float] = {}
-    """``features`` (reading or computing them, once for all cells that share them) and ``evaluator``."""
+    """``features``: time to compute or read them, once for all cells that share them; ``evaluator``: its own time."""
 
     def measure(self, metric: str) -> Measure | None:
-        """What a metric is; None for one that no table shows."""
-        if not self.measures:  # a file from before the values said so themselves
+        """Label and unit of a metric; None if no table shows it."""
+        if not self.measures:  # a file of an older version, which did not store them
             return measure_of(metric)
         return self.measures.get(metric)
 
     @classmethod
     def done(cls, cell: GauntletCell, found: EncoderResults, test_images: int, features: float) -> CellResult:
+        """The result of a cell that was measured; `features`: seconds to get its features."""
         return cls(
             entrant=cell.entrant,
             data=cell.data,
             evaluator=cell.evaluator,
             seed=cell.seed,
             status="done",
+            # JSON has no NaN
             metrics={name: value if math.isfinite(value) else None for name, value in found.metrics.items()},
             intervals={name: ends for name, ends in found.intervals.items() if all(map(math.isfinite, ends))},
             measures={name: one.measure for name, one in found.measures.items()},
@@ -68,6 +71,7 @@ class CellResult(BaseModel):
 
     @classmethod
     def failed(cls, cell: GauntletCell, reason: str) -> CellResult:
+        """The result of a cell that raised an error."""
         return cls(
             entrant=cell.entrant, data=cell.data, evaluator=cell.evaluator, seed=cell.seed, status="failed",
             reason=reason,
@@ -75,24 +79,25 @@ class CellResult(BaseModel):
 
 
 class CellStore:
-    """The finished cells of a folder, one file each, written whole or not at all."""
+    """The finished cells in a folder, one file each. Files are written atomically, so a killed job leaves none behind
+    that is incomplete."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def read(self, cell: GauntletCell) -> CellResult | None:
-        """What became of `cell`; None when it has not been measured or its file is damaged."""
+        """The result of `cell`; None if it has not been measured, or its file is damaged."""
         file = self._file(cell)
         if not file.is_file():
             return None
         try:
             return CellResult.model_validate_json(file.read_bytes())
         except (OSError, ValidationError) as error:
-            log.warning("%s is damaged (%s) and is measured again", file, first_line(error))
+            log.warning("%s is damaged (%s); measuring the cell again", file, first_line(error))
             return None
 
     def write(self, cell: GauntletCell, result: CellResult) -> None:
-        """Raises CheckpointError when the disk refuses."""
+        """Stores `result`. Raises CheckpointError if the file cannot be written."""
         with writing(str(self._file(cell))):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self._file(cell), result.model_dump_json(indent=1) + "\n")

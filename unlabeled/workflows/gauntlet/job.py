@@ -1,7 +1,7 @@
-"""The job: every cell of the plan that is not finished yet, each written as soon as it is.
+"""Runs the cells of the plan that are not finished yet, and stores each result immediately.
 
-A job killed at any moment loses the cell it was at; the same command goes on with the next one, and features that were
-computed are read back.
+If the job is killed, only the current cell is lost. The same command continues from there and reads back features that
+were already computed.
 """
 
 from __future__ import annotations
@@ -27,53 +27,53 @@ from unlabeled.workflows.gauntlet.table import gauntlet_document
 
 SETTINGS = "gauntlet.yaml"
 
-Told = Callable[[GauntletCell, CellResult], None]
-"""Hears of each cell as it is finished."""
+OnCell = Callable[[GauntletCell, CellResult], None]
+"""Called with each cell as soon as it is finished."""
 
 Build = Callable[[Entrant, int], Backbone | None]
-"""(row, seed of random weights) → its network; None: raw pixels."""
+"""(row, seed of random weights) → its backbone; None for raw pixels."""
 
 log = logging.getLogger(__name__)
 
 
-def run_gauntlet(run: GauntletRun, begin: Callable[[int, int], Told] | None = None) -> dict[str, Any]:
-    """Measures what is missing and writes the table into ``run.out``; returns what ``table.json`` holds.
+def run_gauntlet(run: GauntletRun, begin: Callable[[int, int], OnCell] | None = None) -> dict[str, Any]:
+    """Measures the missing cells, writes the table into ``run.out`` and returns the contents of ``table.json``.
 
-    `begin` receives the number of cells and how many of them are finished, and gives what is told of each other one.
-    Raises, in one line, for settings and inputs that cannot work; a cell that cannot be measured is noted in the table,
-    and the job goes on.
+    `begin` is called with the number of cells and the number already finished, and returns the function to call after
+    each other cell. Raises a subclass of UnlabeledError for settings and inputs that cannot work. A cell that fails is
+    listed in the table, and the job continues.
     """
     _claim(run)
     plan = make_plan(run)
     _write_settings(run.model_copy(update={"evaluate": settled(run)}))
     store = CellStore(run.out / "cells")
     results = _known(run, plan, store)
-    told = begin(len({cell.key for cell in plan.cells()}), len(results)) if begin is not None else _silent
+    on_cell = begin(len({cell.key for cell in plan.cells()}), len(results)) if begin is not None else _ignore
     build = _last_kept()
     for group in plan.groups:
         pending = [cell for cell in group.cells if cell.key not in results]
         for cell, result in _measured(run, plan, group, pending, build):
             store.write(cell, result)
             results[cell.key] = result
-            told(cell, result)
-        if pending:  # for those who look while the job goes on
+            on_cell(cell, result)
+        if pending:  # update the table while the job is running
             write_pages(gauntlet_document(run, plan, results), run.out)
     document = gauntlet_document(run, plan, results)
     write_pages(document, run.out)
     return document
 
 
-def _silent(cell: GauntletCell, result: CellResult) -> None:
+def _ignore(cell: GauntletCell, result: CellResult) -> None:
     pass
 
 
 def _claim(run: GauntletRun) -> None:
-    """Refuses a folder of other things."""
+    """Raises CheckpointError for a folder that contains something else."""
     out = run.out
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"out: {out} is a file; give a folder")
     if out.is_dir() and any(out.iterdir()) and not (out / SETTINGS).is_file():
-        raise CheckpointError(f"out: {out} is not empty and holds no gauntlet; choose another folder")
+        raise CheckpointError(f"out: {out} is not empty and contains no gauntlet; choose another folder")
 
 
 def _write_settings(run: GauntletRun) -> None:
@@ -84,7 +84,7 @@ def _write_settings(run: GauntletRun) -> None:
 
 
 def _known(run: GauntletRun, plan: GauntletPlan, store: CellStore) -> dict[str, CellResult]:
-    """What earlier jobs finished, by key."""
+    """The results of earlier jobs, by key of the cell."""
     found = {cell.key: store.read(cell) for cell in plan.cells()}
     return {
         key: result
@@ -96,28 +96,29 @@ def _known(run: GauntletRun, plan: GauntletPlan, store: CellStore) -> dict[str, 
 def _measured(
     run: GauntletRun, plan: GauntletPlan, group: Group, cells: Sequence[GauntletCell], build: Build
 ) -> Iterator[tuple[GauntletCell, CellResult]]:
-    """Yields each of `cells`, which share their features, with what became of it."""
+    """Yields each of `cells`, which share their features, with its result."""
     if not cells:
         return
     began = time.perf_counter()
     try:
         dataset = _dataset(run, group, build)
-    except Exception as error:  # whatever it is, it is a result: the other cells go on
+    except Exception as error:  # any error is recorded as the result of these cells, and the job continues
         for cell in cells:
             yield cell, CellResult.failed(cell, _reason(error, cell))
         return
     features = time.perf_counter() - began
     for cell in cells:
+        # features are seed-independent, so the encoded dataset is shared and only its seed changes
         yield cell, _run_cell(run, plan, replace(dataset, seed=cell.seed), cell, features)
 
 
 def _last_kept() -> Build:
-    """Builds networks, and keeps the last one for the next data set."""
+    """Returns a function that builds backbones and keeps the last one, for the next data set of the same row."""
     kept: list[tuple[Entrant, int, Backbone | None]] = []
 
     def build(entrant: Entrant, init: int) -> Backbone | None:
         if not kept or kept[0][:2] != (entrant, init):
-            kept.clear()  # before the next one is built: memory for one is enough
+            kept.clear()  # before building the next one, so that only one is in memory
             kept.append((entrant, init, entrant.build(init) if entrant.build is not None else None))
         return kept[0][2]
 
@@ -135,14 +136,16 @@ def _run_cell(
 ) -> CellResult:
     try:
         found = evaluate_features(dataset, plan.evaluators[cell.evaluator], run.evaluate.prefixes)
-    except Exception as error:  # as above
+    except Exception as error:  # as in _measured
         return CellResult.failed(cell, _reason(error, cell))
     return CellResult.done(cell, found, len(dataset.features.test), features)
 
 
 def _reason(error: Exception, cell: GauntletCell) -> str:
-    """The error in one line; the log has the traceback of one that is no fault of the input."""
+    """The error in one line. The traceback of an unexpected error, which is a bug, goes to the log."""
     if isinstance(error, UnlabeledError):
         return str(error)
-    log.warning("%s on %s, %s: a bug, told below", cell.entrant, cell.data, cell.evaluator, exc_info=error)
+    log.warning(
+        "%s on %s, %s: unexpected error, which is a bug", cell.entrant, cell.data, cell.evaluator, exc_info=error
+    )
     return f"{type(error).__name__}: {first_line(error, 200)}"

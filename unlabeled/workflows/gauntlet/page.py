@@ -1,4 +1,4 @@
-"""The table of a gauntlet as files: table.json and table.csv for programs, table.md and table.html for people."""
+"""Writes the table of a gauntlet: table.json and table.csv for programs, table.md and table.html to read."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _CSV = (
     "images_low", "images_high", "rank", "best", "mean_rank",
 )  # fmt: skip
 _NAMED = 3
-"""Rows named beside a note."""
+"""Up to this many rows are listed after a note."""
 
 
 def write_pages(document: Mapping[str, Any], folder: Path) -> Path:
-    """Writes ``table.{json,csv,md,html}`` of a `gauntlet_document`; returns the path of the HTML.
+    """Writes a `gauntlet_document` as ``table.{json,csv,md,html}`` and returns the path of the HTML file.
 
-    Raises CheckpointError when the disk refuses.
+    Raises CheckpointError if the files cannot be written.
     """
-    document = _cleaned(document)
+    document = _cleaned(document)  # labels come from file names and settings
     tables = _tables(document)
     context = {
         **document,
@@ -49,7 +49,7 @@ def write_pages(document: Mapping[str, Any], folder: Path) -> Path:
 
 
 def _csv(document: Mapping[str, Any]) -> str:
-    """One line for each row in each column, shown or not."""
+    """The table in long form: one line per row and column, including columns that the page does not show."""
     rows = {row["label"]: row for row in document["rows"]}
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -57,6 +57,7 @@ def _csv(document: Mapping[str, Any]) -> str:
     for column in document["columns"]:
         for value in column["values"]:
             row = rows[value["row"]]
+            # an empty field where there is no interval
             ends = [*(value["over_seeds"] or ("", "")), *(value["over_images"] or ("", ""))]
             writer.writerow(
                 [column[name] for name in ("data", "metric", "label", "unit", "better")]
@@ -67,11 +68,11 @@ def _csv(document: Mapping[str, Any]) -> str:
 
 
 def _tables(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """For each data set: its columns, and for each row of the table the cells as they are shown."""
+    """For each data set: its columns, and the formatted cells of each row."""
     found = []
     for data in document["data"]:
         columns = [column for column in document["columns"] if column["data"] == data["label"]]
-        quoted = [column for column in columns if column["shown"]]
+        displayed = [column for column in columns if column["shown"]]
         failed = {
             (failure["entrant"], failure["evaluator"])
             for failure in document["failures"]
@@ -80,9 +81,9 @@ def _tables(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         found.append(
             {
                 **data,
-                "columns": quoted,
-                "rows": _cells(document["rows"], quoted, failed),
-                "all_columns": columns if len(columns) > len(quoted) else [],
+                "columns": displayed,
+                "rows": _cells(document["rows"], displayed, failed),
+                "all_columns": columns if len(columns) > len(displayed) else [],
                 "all_rows": _cells(document["rows"], columns, failed),
             }
         )
@@ -90,7 +91,7 @@ def _tables(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _overall(document: Mapping[str, Any], tables: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with the cells of all data sets side by side."""
+    """The rows, each with the cells of all data sets side by side."""
     return [
         {**row, "cells": [cell for table in tables for cell in table["rows"][position]["cells"]]}
         for position, row in enumerate(document["rows"])
@@ -98,37 +99,37 @@ def _overall(document: Mapping[str, Any], tables: Sequence[Mapping[str, Any]]) -
 
 
 def _lead(document: Mapping[str, Any]) -> str:
-    """How much was measured."""
+    """The line below the title: how much was measured."""
     cells, seeds = document["cells"], document["seeds"]
     given = sum(row["kind"] == "given" for row in document["rows"])
-    parts = [
+    facts = [
         f"{given} backbone{'s' * (given != 1)}",
         f"{len(document['data'])} data set{'s' * (len(document['data']) != 1)}",
         f"seed{'s' * (len(seeds) != 1)} {', '.join(map(str, seeds))}",
         f"{cells['done']} of {cells['total']} cells done",
     ]
-    return " · ".join([*parts, f"{cells['failed']} failed"] if cells["failed"] else parts)
+    return " · ".join([*facts, f"{cells['failed']} failed"] if cells["failed"] else facts)
 
 
 def _sentences(document: Mapping[str, Any]) -> list[str]:
-    """How the numbers came about."""
+    """The notes on how the numbers were obtained."""
     sentences = [
-        "Backbones are frozen; features are their pooled output, images are not augmented, and every row goes "
-        "through the same evaluators with the same settings.",
-        "Raw pixels are at most 32 x 32. Each architecture also stands there with random weights, drawn by each seed.",
-        "Intervals are 95 %: over test images (Wilson for accuracies, otherwise the evaluator's own), which says "
-        "nothing of another training of the same backbone"
-        + ("." if len(document["seeds"]) == 1 else "; over seeds, t intervals of the mean, which for backbones that "
-           "were given are seeds of the evaluation alone."),
-        "The mean rank is that of all columns above that are accuracies or other percentages, ties sharing theirs; a "
-        "row that lacks one of them has none.",
+        "Backbones are frozen. Features are their pooled output, images are not augmented, and every row goes through "
+        "the same evaluators with the same settings.",
+        "Raw pixels are at most 32 x 32. Each architecture is also evaluated with random weights, one set per seed.",
+        "95 % intervals over test images (Wilson for accuracies, otherwise the evaluator's own) do not account for the "
+        "variation between pretraining runs of the same backbone."
+        + ("" if len(document["seeds"]) == 1 else " 95 % intervals over seeds are t intervals of the mean. For given "
+           "backbones, only the evaluation is repeated with each seed."),
+        "The mean rank is taken over all columns above that are accuracies or other percentages; ties share their mean "
+        "rank. A row without a value in one of these columns has no mean rank.",
     ]  # fmt: skip
     if document["limit"] is not None:
-        sentences.append(f"At most {document['limit']:,} images of each split, chosen by a fixed shuffle.")
+        sentences.append(f"At most {document['limit']:,} images of each split are used, selected by a fixed shuffle.")
     recalibrated = [row["label"] for row in document["rows"] if row["recalibrated"]]
     if recalibrated:
         sentences.append(
-            f"Batch-norm statistics were estimated anew on whole training images for {', '.join(recalibrated)}."
+            f"Batch-norm statistics were recomputed on unmasked training images for {', '.join(recalibrated)}."
         )
     return sentences + [f"{note['note']} ({_few(note['where'])})" for note in document["notes"]]
 
@@ -141,6 +142,7 @@ def _few(names: Sequence[str]) -> str:
 def _cells(
     rows: Sequence[Mapping[str, Any]], columns: Sequence[Mapping[str, Any]], failed: set[tuple[str, str]]
 ) -> list[dict[str, Any]]:
+    # a column has no entry for rows that failed or were skipped
     by_row = [{value["row"]: value for value in column["values"]} for column in columns]
     return [
         {
@@ -155,14 +157,14 @@ def _cells(
 
 
 def _cell(value: Mapping[str, Any] | None, column: Mapping[str, Any], failed: bool) -> dict[str, Any]:
-    """One cell: text, its two intervals in words, what sorts it, and whether it is marked."""
+    """One formatted cell: text, up to two intervals, the sort key, the rank, and whether it is among the best."""
     if value is None:
         return {"text": "failed" if failed else "–", "intervals": [], "sort": None, "rank": None, "best": False}
     unit = column["unit"]
     intervals = [
         limits({"low": ends[0], "high": ends[1]}, unit) + (" (seeds)" if name == "over_seeds" else "")
         for name in ("over_images", "over_seeds")
-        if (ends := value[name]) is not None and ends[0] < ends[1]  # of equal seeds there is nothing to show
+        if (ends := value[name]) is not None and ends[0] < ends[1]  # equal values for all seeds: no interval to show
     ]
     return {
         "text": shown(value["value"], unit),
@@ -174,7 +176,7 @@ def _cell(value: Mapping[str, Any] | None, column: Mapping[str, Any], failed: bo
 
 
 def _cleaned(value: Any) -> Any:
-    """`value` with text that UTF-8, HTML and terminals can show."""
+    """Applies `clean` to all text in `value`, so that UTF-8, HTML and terminals can display it."""
     if isinstance(value, Mapping):
         return {key: _cleaned(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

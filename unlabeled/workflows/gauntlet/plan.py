@@ -1,4 +1,4 @@
-"""What a gauntlet consists of: its rows, its data sets and its cells, each with the hash of all that it depends on."""
+"""The plan of a gauntlet: rows, data sets, and cells with a hash of everything that their result depends on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from unlabeled.workflows.gauntlet.settings import GauntletBackbone, GauntletData
 
 Kind = Literal["given", "random", "pixels"]
 Sources = tuple[ImageSource, ImageSource]
-"""Training and test split."""
+"""(training split, test split)."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class Entrant:
     label: str
     kind: Kind
     build: Callable[[int], Backbone] | None
-    """Seed of random weights → the network; None: raw pixels."""
+    """Seed of random weights → the backbone; None: raw pixels."""
     weights: str = "pixels"
-    """Hash of the weights, of the network and of the size of its images; random weights also have their seed."""
-    network: str = ""
-    """timm name, with what was changed of it."""
+    """Hash of the weights and the input size; for random weights, of the architecture (the cell has the seed)."""
+    backbone: str = ""
+    """timm name, with the arguments that change it."""
     parameters: int = 0
     recalibrate: int = 0
-    """Training images on which batch-norm statistics are estimated anew; 0: they stay."""
+    """Training images on which batch-norm statistics are recomputed; 0: they are kept."""
 
 
 @dataclass(frozen=True)
@@ -56,18 +56,19 @@ class LabeledData:
     label: str
     sources: Sources
     identity: str
+    """Hash of both splits."""
     majority: float
-    """Part of the test images that are of the commonest training class."""
+    """Fraction of the test images in the most common training class."""
 
     @property
     def images(self) -> tuple[int, int]:
-        """Training and test images, unreadable ones counted."""
+        """Number of training and test images, including unreadable ones."""
         return len(self.sources[0]), len(self.sources[1])
 
 
 @dataclass(frozen=True)
 class GauntletCell:
-    """One evaluator on one encoder's features of one data set, under one seed."""
+    """One evaluator on the features of one row on one data set, with one seed."""
 
     entrant: str
     data: str
@@ -79,18 +80,18 @@ class GauntletCell:
 
 @dataclass(frozen=True)
 class Group:
-    """Cells that share their features."""
+    """Cells that share their features, which are therefore computed once."""
 
     entrant: Entrant
     data: LabeledData
     init: int
-    """Seed of random weights; without effect on others."""
+    """Seed of random weights; ignored for other rows."""
     cells: tuple[GauntletCell, ...]
 
 
 @dataclass(frozen=True)
 class GauntletPlan:
-    """Everything that is to be measured."""
+    """Everything to measure."""
 
     entrants: tuple[Entrant, ...]
     data: tuple[LabeledData, ...]
@@ -98,27 +99,30 @@ class GauntletPlan:
     groups: tuple[Group, ...]
 
     def cells(self) -> Iterator[GauntletCell]:
+        """All cells, in the order in which they are measured."""
         for group in self.groups:
             yield from group.cells
 
 
 def make_plan(run: GauntletRun) -> GauntletPlan:
-    """Opens everything that `run` names, so that what cannot work is said before anything is computed.
+    """Opens everything that `run` refers to, so that errors surface before anything is computed.
 
-    Raises ConfigError, CheckpointError or DataError, in one line, as `resolve_target` and `open_source` do, and for two
-    rows or data sets of one label.
+    Raises ConfigError, CheckpointError or DataError like `resolve_target` and `open_source`, and ConfigError for two
+    rows or data sets with the same label.
     """
     evaluators = {one.name: one for one in build_evaluators(settled(run))}
     for metric in run.measures:
         if not _may_be_measured(metric, evaluators):
             known = ", ".join(f"{name}/..." for name in evaluators)
-            raise ConfigError(f"measures: {metric!r} is not measured; give measures of {known} such as knn/k20")
+            raise ConfigError(f"measures: {metric!r} is not a metric of {known}; give metrics such as knn/k20")
     data = tuple(_labeled(entry, run.limit) for entry in run.data)
     entrants = (*_given(run), Entrant("raw pixels", "pixels", None))
     for field, labels in (("backbones", [one.label for one in entrants]), ("data", [one.label for one in data])):
         label, count = Counter(labels).most_common(1)[0]
         if count > 1:
-            raise ConfigError(f"{field}: {label!r} stands for {count} entries; give each a label of its own")
+            raise ConfigError(f"{field}: {count} entries have the label {label!r}; give each its own label")
+    # all data sets of one row in sequence: its backbone is built once. Random weights have features of their own for
+    # each seed, all other rows share theirs between seeds.
     groups = [
         _group(run, entrant, labeled, init, evaluators)
         for entrant in entrants
@@ -129,13 +133,14 @@ def make_plan(run: GauntletRun) -> GauntletPlan:
 
 
 def settled(run: GauntletRun) -> EvaluateConfig:
-    """The settings of all its evaluators. Raises ConfigError, in one line, for what cannot work or has no effect."""
+    """The complete settings of the evaluators of `run`. Raises ConfigError for invalid settings and those without
+    effect."""
     chosen = run.evaluate.model_copy(update={"evaluators": run.evaluators})
     return settle(chosen, field="evaluators")
 
 
 def _may_be_measured(metric: str, evaluators: Mapping[str, Evaluator]) -> bool:
-    """Of a word of the user; which keys an evaluator of another package has is known once it has run."""
+    """Whether a requested metric can exist. The metrics of a plugin's evaluator are only known after it has run."""
     name = metric.partition("/")[0]
     return name in evaluators and (measure_of(metric) is not None or evaluator_origin(name) != "built in")
 
@@ -143,21 +148,22 @@ def _may_be_measured(metric: str, evaluators: Mapping[str, Evaluator]) -> bool:
 def _labeled(entry: GauntletData, limit: int | None) -> LabeledData:
     train, test = limited(open_source(entry, "train"), limit), limited(open_source(entry, "test"), limit)
     settings = entry.model_extra or {}
-    position = Path(settings["path"]).name if settings.get("path") else entry.name
-    label = str(entry.label or settings.get("dataset") or position)
+    name = Path(settings["path"]).name if settings.get("path") else entry.name
+    label = str(entry.label or settings.get("dataset") or name)
     names: list[list[str]] = []
     for source in (train, test):
         labels = source.labels()
         if labels is None or source.classes is None:
-            raise DataError(f"data: {label} has no labels, and every evaluator needs them; set its label_column")
-        names.append([source.classes[position] if position >= 0 else "" for position in labels.tolist()])
-    commonest = Counter(names[0]).most_common(1)[0][0]
-    majority = float(np.mean([name == commonest for name in names[1]]))
+            raise DataError(f"data: {label} has no labels, which every evaluator needs; set its label_column")
+        names.append([source.classes[label] if label >= 0 else "" for label in labels.tolist()])
+    # by name, because the splits may number their classes differently
+    most_common = Counter(names[0]).most_common(1)[0][0]
+    majority = float(np.mean([name == most_common for name in names[1]]))
     return LabeledData(label, (train, test), cache_key(parts=[data_identity(train), data_identity(test)]), majority)
 
 
 def _given(run: GauntletRun) -> list[Entrant]:
-    """The backbones of `run`, and after them random weights for each of their architectures."""
+    """The backbones of `run`, followed by random weights for each of their architectures."""
     given: list[Entrant] = []
     twins: dict[str, Entrant] = {}
     for entry in run.backbones:
@@ -165,11 +171,12 @@ def _given(run: GauntletRun) -> list[Entrant]:
         backbone = target.backbone
         masked = run.evaluate.recalibrate == "auto" and saw_masked_images_only(target)
         facts: dict[str, Any] = {
-            "network": name_backbone(backbone),
+            "backbone": name_backbone(backbone),
             "parameters": count_parameters(backbone),
             "recalibrate": recalibration_images(run.evaluate, backbone, masked),
         }
         architecture = _architecture(backbone, facts["recalibrate"])
+        # an entry with random weights is itself the baseline of its architecture
         fresh = not entry.pretrained and not Path(entry.target).expanduser().exists()
         if fresh or architecture not in twins:
             label = (entry.label if fresh else None) or f"random weights, {backbone.name}"
@@ -177,7 +184,7 @@ def _given(run: GauntletRun) -> list[Entrant]:
         if not fresh:
             weights = cache_key(weights=weights_identity(backbone), size=backbone.input_size)
             given.append(Entrant(entry.label or target.title, "given", _weights_of(entry), weights, **facts))
-    return given + _told_apart(list(twins.values()))
+    return given + _with_unique_labels(list(twins.values()))
 
 
 def _resolve(entry: GauntletBackbone) -> Target:
@@ -185,10 +192,11 @@ def _resolve(entry: GauntletBackbone) -> Target:
     config = BackboneConfig(name=entry.name or entry.target, size=entry.size, kwargs=entry.kwargs) if changed else None
     target = resolve_target(EvaluateRun(target=entry.target, backbone=config, pretrained=entry.pretrained))
     if changed and target.folder is not None:
-        raise ConfigError(f"backbones: {entry.target} brings its own network; remove name, size and kwargs")
+        raise ConfigError(f"backbones: {entry.target} is a run with its own backbone; remove name, size and kwargs")
     return target
 
 
+# Both builders below load the weights again when called: only one backbone at a time has to fit into memory.
 def _weights_of(entry: GauntletBackbone) -> Callable[[int], Backbone]:
     return lambda _: _resolve(entry).backbone
 
@@ -198,24 +206,25 @@ def _fresh_weights(entry: GauntletBackbone) -> Callable[[int], Backbone]:
 
 
 def _architecture(backbone: Backbone, recalibrate: int) -> str:
-    """Hash of all that random weights and their features depend on, beside the seed."""
+    """Hash of everything that random weights and their features depend on, except the seed."""
     return cache_key(
         name=backbone.name,
         kwargs={name: list(value) if isinstance(value, tuple) else value for name, value in backbone.kwargs.items()},
         size=list(backbone.input_size),
         statistics=[list(backbone.mean), list(backbone.std)],
         recalibrate=recalibrate,
+        # how torch and timm draw initial weights may change between versions
         versions=[torch.__version__, timm.__version__],
     )
 
 
-def _told_apart(twins: Sequence[Entrant]) -> list[Entrant]:
-    """With numbers behind labels that stand for several architectures of one name."""
-    seen: Counter[str] = Counter()
+def _with_unique_labels(twins: Sequence[Entrant]) -> list[Entrant]:
+    """Numbers the labels of architectures that have the same name, such as one model with two input sizes."""
+    counts: Counter[str] = Counter()
     found = []
     for twin in twins:
-        seen[twin.label] += 1
-        found.append(replace(twin, label=f"{twin.label} ({seen[twin.label]})") if seen[twin.label] > 1 else twin)
+        counts[twin.label] += 1
+        found.append(replace(twin, label=f"{twin.label} ({counts[twin.label]})") if counts[twin.label] > 1 else twin)
     return found
 
 
@@ -225,13 +234,14 @@ def _group(run: GauntletRun, entrant: Entrant, data: LabeledData, init: int, eva
         GauntletCell(entrant.label, data.label, name, seed, _key(run, entrant, data, name, seed))
         for seed in seeds
         for name, evaluator in evaluators.items()
+        # raw pixels have no backbone to give such evaluators
         if entrant.build is not None or evaluator.needs != "backbone"
     ]
     return Group(entrant, data, init, tuple(cells))
 
 
 def _key(run: GauntletRun, entrant: Entrant, data: LabeledData, evaluator: str, seed: int) -> str:
-    """The seed is that of the evaluator and, for random weights, of the weights."""
+    """Hash that identifies a cell. `seed` is the seed of the evaluator and, for random weights, of the weights."""
     return cache_key(
         weights=entrant.weights,
         data=data.identity,

@@ -16,7 +16,7 @@ from unlabeled.ssl.core.errors import ConfigError
 from unlabeled.ssl.data.registry import Sources, filled, labeled
 
 _SHARED = {"batch_size", "prefixes", "recalibrate", "recalibrate_images"}
-"""Settings of ``evaluate`` that have an effect here, beside the sections of the evaluators."""
+"""Settings of ``evaluate`` that have an effect here, in addition to the sections of the evaluators."""
 
 
 def _as_list(value: Any) -> Any:
@@ -24,7 +24,7 @@ def _as_list(value: Any) -> Any:
 
 
 def _entries(field: str) -> BeforeValidator:
-    """One entry or a list, where a word alone is short for a mapping with `field`."""
+    """Accepts one entry or a list; a plain string is short for a mapping with `field`."""
     return BeforeValidator(lambda value: [{field: one} if isinstance(one, str) else one for one in _as_list(value)])
 
 
@@ -88,30 +88,33 @@ class GauntletRun(Section):
     @model_validator(mode="before")
     @classmethod
     def _one_evaluator_is_a_list(cls, values: Any) -> Any:
+        # not a BeforeValidator as for the other lists: "all" has to stay a string
         if isinstance(values, dict) and isinstance(values.get("evaluators"), str) and values["evaluators"] != "all":
             return values | {"evaluators": [values["evaluators"]]}
         return values
 
     @model_validator(mode="after")
-    def _each_setting_has_one_place(self) -> GauntletRun:
+    def _settings_have_an_effect(self) -> GauntletRun:
         for name in sorted(self.evaluate.model_fields_set & EvaluateConfig.model_fields.keys() - _SHARED):
             remedy = f"set {name}=... instead" if name in type(self).model_fields else "remove it"
             raise ValueError(f"evaluate.{name} has no effect in a gauntlet; {remedy}")
         for name in ("seeds", "measures"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise ValueError(f"{name}: {list(getattr(self, name))} names one twice; name each once")
+                raise ValueError(f"{name}: {list(getattr(self, name))} has duplicates; give each once")
         return self
 
 
 def gauntlet_config(overrides: Sequence[str]) -> GauntletRun:
-    """The validated settings of a gauntlet. Raises ConfigError, in one line, for words that do not make one."""
-    named = [word for word in overrides if word.startswith("data=")]
-    listed = _list_in(named[-1]) if named else None
-    others = [word for word in overrides if word not in named or (listed is None and _list_in(word) is None)]
+    """Returns the validated settings of ``unlabeled gauntlet``. Raises ConfigError."""
+    # hydra would read data=[...] as a list of group choices, so such an override is taken out and merged by hand
+    data = [override for override in overrides if override.startswith("data=")]
+    listed = _list_in(data[-1]) if data else None
+    others = [one for one in overrides if one not in data or (listed is None and _list_in(one) is None)]
+    # `composed`, not `compose_settings`: data has to be inserted between composition and validation
     composition = composed("gauntlet", others, choices={"data": Sources()})
     if listed is not None:
-        if inside := next((word for word in others if word.startswith("data.")), None):
-            raise ConfigError(f"{inside}: data is a list; write it inside of one of its mappings")
+        if inside := next((override for override in others if override.startswith("data.")), None):
+            raise ConfigError(f"{inside}: data is a list; set this inside one of its mappings")
         composition["data"] = listed
     run = validate(composition, GauntletRun)
     entries = [
@@ -120,7 +123,7 @@ def gauntlet_config(overrides: Sequence[str]) -> GauntletRun:
     return run.model_copy(update={"data": tuple(entries)})
 
 
-def _list_in(word: str) -> list[Any] | None:
-    """The list in ``data=[...]``, which Hydra would take for choices of a group; None for another value."""
-    value = parse([word])[0].value()
+def _list_in(override: str) -> list[Any] | None:
+    """The list in ``data=[...]``; None for another value."""
+    value = parse([override])[0].value()
     return value if isinstance(value, list) else None

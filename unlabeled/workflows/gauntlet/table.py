@@ -1,8 +1,8 @@
-"""Cells to a table: means over seeds, their intervals, ranks, and what is best as far as the intervals tell.
+"""Turns cells into a table: means over seeds, intervals, ranks, and the best values with their overlaps.
 
-A value has up to two 95 % intervals. Over seeds: mean ± t s / √n (Student 1908), for two seeds or more. Over images:
-Wilson's for an accuracy on n test images, for other measures the one that the evaluator brings; of several seeds the
-mean of both ends. Where both are known, `low` and `high` span them.
+A value has up to two 95 % intervals. Over seeds: mean ± t s / √n (Student 1908), with at least two seeds. Over images:
+Wilson's interval for an accuracy on n test images, the evaluator's own for other metrics; with several seeds, the mean
+of each end. If both are known, `low` and `high` span them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SCHEMA = 2
 
 Ends = tuple[float, float]
 Results = Mapping[str, CellResult]
-"""Key of a cell → what became of it."""
+"""Key of a cell → its result."""
 
 
 @dataclass(frozen=True)
@@ -40,29 +40,31 @@ class Value:
     value: float
     """Mean over seeds."""
     low: float | None
+    """Lower end of both intervals; None without an interval."""
     high: float | None
     over_seeds: Ends | None
     over_images: Ends | None
     seeds: int
+    """Number of seeds."""
     rank: float | None = None
-    """1 is best, ties share their mean; None where neither direction is better."""
+    """1 is best, ties share their mean rank; None if neither direction is better."""
     best: bool = False
-    """The best of its column, or its interval overlaps that of the best."""
+    """Whether it is the best of its column, or its interval overlaps that of the best."""
 
 
 def gauntlet_document(run: GauntletRun, plan: GauntletPlan, results: Results) -> dict[str, Any]:
-    """What ``table.json`` holds, as JSON-like values; fractions are 0..1, times in seconds.
+    """Returns the contents of ``table.json``. Fractions are 0..1, times in seconds.
 
-    ``schema``    1; grows when a key changes its meaning or goes.
+    ``schema``    2; increases when a key changes its meaning or is removed.
     ``cells``     ``total``, ``done``, ``failed``.
-    ``rows``      best mean rank first: ``label``, ``kind`` (given, random, pixels), ``network``, ``parameters``,
-                  ``recalibrated``, ``mean_rank`` (over all columns with ``ranked``; null where one of them is missing).
+    ``rows``      best mean rank first: ``label``, ``kind`` (given, random, pixels), ``backbone``, ``parameters``,
+                  ``recalibrated``, ``mean_rank`` (over all columns with ``ranked``; null if a value is missing).
     ``data``      ``label``, ``train_images``, ``test_images``, ``majority``.
-    ``columns``   one for each data set and measure: ``data``, ``metric``, ``evaluator``, ``label``, ``unit``,
-                  ``better``, ``shown`` (in the table; the others are in the files alone), ``ranked`` (counts for the
-                  mean rank), ``values`` (the fields of `Value`, best first).
+    ``columns``   one per data set and metric: ``data``, ``metric``, ``evaluator``, ``label``, ``unit``, ``better``,
+                  ``shown`` (whether the page shows it; the files have all columns), ``ranked`` (whether it counts in
+                  the mean rank), ``values`` (the fields of `Value`, best first).
     ``failures``  ``entrant``, ``data``, ``evaluator``, ``seed``, ``reason``.
-    ``notes``     what evaluators said: ``note`` and ``where`` (rows and data sets).
+    ``notes``     the evaluators' notes: ``note`` and ``where`` (rows and data sets).
     ``seeds``, ``limit``, ``versions``, ``hardware``, and ``seconds`` of all evaluators together.
     """
     columns = [
@@ -71,9 +73,11 @@ def gauntlet_document(run: GauntletRun, plan: GauntletPlan, results: Results) ->
     shown = _shown(run, columns)
     for column in columns:
         column["shown"] = column["metric"] in shown[column["data"]]
+        # plain numbers have no scale that is comparable between backbones, so they get no rank
         column["ranked"] = column["shown"] and column["better"] is not None and column["unit"] != "number"
     known = [result for cell in _unique(plan.cells()) if (result := results.get(cell.key)) is not None]
     failures = _failures(plan, results)
+    # by key: two rows with the same weights share a failed cell, which counts once
     failed = {failure.pop("key") for failure in failures}
     return {
         "schema": SCHEMA,
@@ -96,7 +100,7 @@ def gauntlet_document(run: GauntletRun, plan: GauntletPlan, results: Results) ->
 
 
 def over_seeds(values: Sequence[float]) -> Ends | None:
-    """95 % t interval of the mean of `values`; None of fewer than two."""
+    """95 % t interval of the mean of `values`; None for fewer than two values."""
     found = of_mean(values)
     return None if math.isnan(found.low) else (found.low, found.high)
 
@@ -106,10 +110,11 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def ranked(values: Sequence[Value], better: str | None) -> list[Value]:
-    """`values` best first, with their ranks and what cannot be told from the best."""
+    """`values` sorted from best to worst, with their ranks and flags for the best and those that overlap with it."""
     if better is None or not values:
         return list(values)
     sign = -1.0 if better == "higher" else 1.0
+    # scipy ranks ascending and gives ties their mean
     ranks = rankdata([sign * one.value for one in values])
     ordered = sorted(zip(ranks.tolist(), values, strict=True), key=lambda pair: pair[0])
     first = ordered[0][1]
@@ -117,7 +122,7 @@ def ranked(values: Sequence[Value], better: str | None) -> list[Value]:
 
 
 def _overlap(one: Value, first: Value) -> bool:
-    """Whether the intervals of both meet; without an interval the value stands for it."""
+    """Whether the intervals of both overlap; a value without an interval counts as a point."""
     low, high = _ends(one)
     first_low, first_high = _ends(first)
     return low <= first_high and first_low <= high
@@ -129,17 +134,17 @@ def _ends(one: Value) -> Ends:
 
 @dataclass(frozen=True)
 class Column:
-    """A measure of one data set."""
+    """One metric on one data set."""
 
     metric: str
     evaluator: str
     measure: Measure
     cells: list[GauntletCell]
-    """Where it was measured."""
+    """The cells in which it was measured."""
 
 
 def _columns(plan: GauntletPlan, labeled: LabeledData, results: Results) -> list[Column]:
-    """What a table can show of one data set, in the order in which evaluators yield it."""
+    """The columns available for one data set, in the order in which the evaluators yield them."""
     found: dict[str, Column] = {}
     done = [
         cell
@@ -159,7 +164,7 @@ def _column(labeled: LabeledData, column: Column, results: Results) -> dict[str,
     metric, measure = column.metric, column.measure
     rows: dict[str, list[CellResult]] = {}
     for cell in column.cells:
-        if results[cell.key].metrics[metric] is not None:
+        if results[cell.key].metrics[metric] is not None:  # None: NaN or infinite, which has no rank
             rows.setdefault(cell.entrant, []).append(results[cell.key])
     values = [_value(row, metric, measure, found) for row, found in rows.items()]
     return {
@@ -178,6 +183,7 @@ def _value(row: str, metric: str, measure: Measure, found: Sequence[CellResult])
     images = [ends for result in found if (ends := _of_images(metric, measure, result)) is not None]
     by_seed = over_seeds(values)
     if by_seed is not None and measure.unit != "number":
+        # a t interval may leave the range of a fraction
         by_seed = (max(0.0, by_seed[0]), min(1.0, by_seed[1]))
     by_image = (_mean([low for low, _ in images]), _mean([high for _, high in images])) if images else None
     both = [ends for ends in (by_seed, by_image) if ends is not None]
@@ -202,10 +208,10 @@ def _of_images(metric: str, measure: Measure, result: CellResult) -> Ends | None
 
 
 def _shown(run: GauntletRun, columns: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Data set → metrics of the table: those asked for, else one of each evaluator: the k to quote, or its first."""
+    """Data set → metrics on the page: the requested ones, else one per evaluator (kNN's headline k, or the first)."""
     knn = build_evaluator(run.evaluate, "knn")
-    assert isinstance(knn, KnnEvaluator), "its name is taken"
-    quoted = f"knn/k{knn.headline_k(sys.maxsize)}"
+    assert isinstance(knn, KnnEvaluator), "plugins cannot replace a built-in evaluator"
+    headline = f"knn/k{knn.headline_k(sys.maxsize)}"
     found: dict[str, dict[str, str]] = {}
     for column in columns:
         found.setdefault(column["data"], {})[column["metric"]] = column["evaluator"]
@@ -216,7 +222,7 @@ def _shown(run: GauntletRun, columns: Sequence[Mapping[str, Any]]) -> dict[str, 
         first: dict[str, str] = {}
         for metric, evaluator in metrics.items():
             first.setdefault(evaluator, metric)
-        shown[data] = [quoted if name == "knn" and quoted in metrics else metric for name, metric in first.items()]
+        shown[data] = [headline if name == "knn" and headline in metrics else metric for name, metric in first.items()]
     return shown
 
 
@@ -230,14 +236,16 @@ def _rows(plan: GauntletPlan, columns: Sequence[Mapping[str, Any]]) -> list[dict
         {
             "label": entrant.label,
             "kind": entrant.kind,
-            "backbone": entrant.network,
+            "backbone": entrant.backbone,
             "parameters": entrant.parameters,
             "recalibrated": entrant.recalibrate,
+            # comparable between rows only if all have the same columns
             "mean_rank": float(np.mean(found)) if counted and len(found) == len(counted) else None,
         }
         for entrant in plan.entrants
         for found in [ranks[entrant.label]]
     ]
+    # rows without a mean rank come last, in the order of the settings (the sort is stable)
     return sorted(rows, key=lambda row: math.inf if row["mean_rank"] is None else row["mean_rank"])
 
 
@@ -252,12 +260,12 @@ def _data(labeled: LabeledData) -> dict[str, Any]:
 
 
 def _unique(cells: Iterable[GauntletCell]) -> list[GauntletCell]:
-    """One cell for each key."""
+    """One cell per key: two rows with the same weights share their cells."""
     return list({cell.key: cell for cell in cells}.values())
 
 
 def _failures(plan: GauntletPlan, results: Results) -> list[dict[str, Any]]:
-    """Cells of networks that could not be measured; that raw pixels cannot be judged by some evaluators is no fault."""
+    """The failed cells of backbones. Evaluators that do not apply to raw pixels are listed as notes instead."""
     return [
         {name: getattr(cell, name) for name in ("key", "entrant", "data", "evaluator", "seed")}
         | {"reason": results[cell.key].reason}
@@ -269,7 +277,7 @@ def _failures(plan: GauntletPlan, results: Results) -> list[dict[str, Any]]:
 
 
 def _notes(plan: GauntletPlan, results: Results) -> list[dict[str, Any]]:
-    """What evaluators said, and of which rows and data sets; also why they cannot judge raw pixels."""
+    """The notes of evaluators with their rows and data sets, and the reasons why some do not apply to raw pixels."""
     where: dict[str, dict[str, None]] = {}
     for group in plan.groups:
         for cell in group.cells:
@@ -277,4 +285,4 @@ def _notes(plan: GauntletPlan, results: Results) -> list[dict[str, Any]]:
                 refused = (result.reason,) if result.reason and group.entrant.kind == "pixels" else ()
                 for note in result.notes + refused:
                     where.setdefault(note, {})[f"{cell.entrant} on {cell.data}"] = None
-    return [{"note": note, "where": list(positions)} for note, positions in where.items()]
+    return [{"note": note, "where": list(names)} for note, names in where.items()]
