@@ -10,7 +10,7 @@ EXIT_STOPPED = 75
 """Exit code of a run that a signal stopped after it wrote a checkpoint; the same command resumes it (EX_TEMPFAIL)."""
 
 # by name, since Windows has no SIGUSR1; Slurm can send it ahead of a time limit
-_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
+STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 
 
 class StopRequest:
@@ -23,7 +23,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            for name in _SIGNALS:
+            for name in STOP_SIGNALS:
                 if (number := getattr(signal, name, None)) is not None:
                     self._previous[number] = signal.signal(number, self._remember)
         return self

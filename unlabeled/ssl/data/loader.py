@@ -25,6 +25,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from unlabeled.ssl.core.errors import ConfigError, DataError, UnlabeledError
 from unlabeled.ssl.core.seeds import derive
+from unlabeled.ssl.core.signals import STOP_SIGNALS
 from unlabeled.ssl.data.bad import BadImage
 from unlabeled.ssl.data.source import DecodeError, ImageSource
 from unlabeled.ssl.data.views import Views
@@ -251,8 +252,9 @@ def collate(samples: list[Sample] | UnlabeledError) -> LoadedBatch | UnlabeledEr
 def start_worker(worker: int) -> None:
     """Sets up a loader process."""
     # a launcher signals all processes, and the main one still needs its workers until the next checkpoint
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in STOP_SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)  # the workers already use all cores
 
 
