@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 import unlabeled
 from unlabeled import _moved
+from unlabeled.eval.size_curve import SizeCurve
 from unlabeled.pretext.registry import register_task
 from unlabeled.report.document import read_report
 from unlabeled.ssl.core.errors import CheckpointError
+from unlabeled.workflows.gauntlet.cells import CellResult
 
 
 class Views:
@@ -145,3 +147,19 @@ def test_reports_of_older_schemas_are_read(tmp_path: Path, schema: int) -> None:
     assert found["evaluators"][0]["images"] in ({}, {"backbone": []})
     assert found.get("sizes") in (None, {"stored": 3})
     assert not {"verdict", "evidence", "pictures"} & found.keys()
+
+
+def test_measured_sizes_and_cells_of_then_are_read() -> None:
+    stored = {
+        "settings": {"evaluate.recalibrate_pictures": 8},
+        "headline": ["knn/k20"],
+        "train_pictures": 5,
+        "test_pictures": 2,
+        "sizes": 3,
+    }
+    curve = SizeCurve.model_validate(stored)
+    assert (curve.train_images, curve.test_images) == (5, 2)
+    assert curve.settings == {"evaluate.recalibrate_images": 8}
+    assert SizeCurve.model_validate_json(curve.model_dump_json()) == curve
+    cell = {"entrant": "a", "data": "b", "evaluator": "knn", "seed": 0, "status": "done", "test_pictures": 7}
+    assert CellResult.model_validate(cell).test_images == 7

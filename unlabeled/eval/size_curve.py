@@ -7,10 +7,11 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from unlabeled.eval.registry import measure_of
 from unlabeled.ssl.backbones.weights import WEIGHTS
+from unlabeled.ssl.config.renamed import new_name
 from unlabeled.ssl.core.errors import CheckpointError, DataError, first_line
 from unlabeled.ssl.core.files import write_atomically, writing
 
@@ -67,6 +68,11 @@ class SizeCurve(_Record):
     pixels: dict[str, float] = {}
     """Accuracies of raw pixels; empty: not measured."""
     results: tuple[SizeResult, ...] = ()
+
+    @field_validator("settings")
+    @classmethod
+    def _with_new_names(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        return {new_name(key): value for key, value in settings.items()}
 
     def label(self, metric: str) -> str:
         """Name of a headline metric in tables."""
