@@ -68,19 +68,19 @@ def test_examples_are_valid(name: str, example: object) -> None:
     assert given.command == name
     if name == "pretrain":
         if given.multirun:
-            assert len(swept_configs(given.words)) == 6
+            assert len(swept_configs(given.overrides)) == 6
         else:
-            pretrain_config(given.words)
+            pretrain_config(given.overrides)
     elif name == "evaluate":
-        assert evaluate_config(given.target, given.words).target == given.target
+        assert evaluate_config(given.target, given.overrides).target == given.target
     elif name == "finetune":
-        assert finetune_config(given.target, given.words).target == given.target
+        assert finetune_config(given.target, given.overrides).target == given.target
     elif name == "export":
-        assert str(export_config(given.run, given.words).run) == given.run
+        assert str(export_config(given.run, given.overrides).run) == given.run
     elif name == "doctor":
-        assert doctor_config(given.words).data.name in ("folder", "parquet")
+        assert doctor_config(given.overrides).data.name in ("folder", "parquet")
     elif name == "gauntlet":
-        assert gauntlet_config(given.words).backbones
+        assert gauntlet_config(given.overrides).backbones
     elif name == "settings" and given.what is not None:
         assert describe(given.what)
 
