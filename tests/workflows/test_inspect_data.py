@@ -118,5 +118,5 @@ def test_the_report_is_readable(mixed_folder: Path) -> None:
 
 
 def test_data_that_is_not_there_raises(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"^data: no images in "):
+    with pytest.raises(DataError, match=r"^data: no images among 0 files in "):
         examine(DoctorRun(data=DataConfig(name="folder", path=tmp_path)))

@@ -50,12 +50,8 @@ class JigsawViews:
 class Jigsaw(PretextTask):
     """Predicts how the tiles of an image were shuffled."""
 
-    paper: ClassVar[Paper] = Paper(
-        "Unsupervised Learning of Visual Representations by Solving Jigsaw Puzzles",
-        2016,
-        "https://arxiv.org/abs/1603.09246",
-    )
-    good_for: ClassVar[str] = "images of objects with parts in a typical layout"
+    paper = Paper("Visual Representations by Solving Jigsaw Puzzles", 2016, "https://arxiv.org/abs/1603.09246")
+    good_for = "images of objects with parts in a typical layout"
 
     Config: ClassVar[type[TaskConfig]] = JigsawConfig
     recipe: ClassVar[Recipe] = {

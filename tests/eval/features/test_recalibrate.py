@@ -141,9 +141,8 @@ def test_undecodable_images_are_left_out_and_a_lone_one_in_its_batch_too() -> No
     with torch.no_grad():
         values = whole.model.conv(whole.normalize(images))
     torch.testing.assert_close(whole.model.norm.running_mean, values.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
-    recalibrated(
-        resnet(), MemorySource(5), count=5, batch_size=1
-    )  # maps of one position: batches of two, one image is left over
+    # maps of one position: batches of two, and one image is left over
+    recalibrated(resnet(), MemorySource(5), count=5, batch_size=1)
     with pytest.raises(DataError, match=r"recalibrate: fewer than two of 3 training images can be decoded"):
         recalibrated(resnet(), MemorySource(3, corrupt=(0, 1)), count=3)
 
@@ -200,10 +199,10 @@ def test_the_report_says_so(tmp_path: Path) -> None:
         write_report(tmp_path, summary, results, None, None)
         document = json.loads((tmp_path / "report" / "report.json").read_text())
         assert document["results"]["recalibrated"] == (40 if said else 0)
-        assert any("estimated anew on 40 whole" in note for note in document["notes"]) == said
+        assert any("recomputed on 40 unmasked training images" in note for note in document["notes"]) == said
         for name in ("report.md", "report.html"):
             text = (tmp_path / "report" / name).read_text()
-            assert ("statistics of 40 whole training images" in text) == said, name
+            assert ("recomputed on 40 unmasked training images" in text) == said, name
 
 
 def test_the_command_asks_the_runs_task(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +212,9 @@ def test_the_command_asks_the_runs_task(monkeypatch: pytest.MonkeyPatch) -> None
     assert saw_masked_images_only(Target(resnet(), "run", config))
     assert not saw_masked_images_only(Target(resnet(), "a file of weights"))
     unknown = PretrainConfig.model_validate({"task": {"name": "rotatoin"}})
-    with pytest.raises(ConfigError, match=r"recalibrate: auto has to know.*'rotatoin'.*set it to true or false"):
+    with pytest.raises(
+        ConfigError, match=r"recalibrate: auto needs the run's task .*'rotatoin'.*set it to true or false"
+    ):
         saw_masked_images_only(Target(resnet(), "run", unknown))
     assert not saw_masked_images_only(Target(tiny_vit(), "run", unknown))
 
