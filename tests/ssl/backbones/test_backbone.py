@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import timm
 import torch
-from huggingface_hub.utils import LocalEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 
 from unlabeled.pretext import registry

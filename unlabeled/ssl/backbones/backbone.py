@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 
 import timm
 import torch
-from huggingface_hub.utils import LocalEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError
 from timm.data import resolve_model_data_config
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
