@@ -49,6 +49,11 @@ def test_help_has_examples_and_fits(
     assert ("unlabeled settings" in text) == (name in WITH_SETTINGS or name in ("settings", "tasks"))
 
 
+def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert capsys.readouterr().err == help_of([], capsys)
+
+
 def test_the_list_of_commands_is_short(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     lines = help_of([], capsys).splitlines()

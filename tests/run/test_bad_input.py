@@ -100,6 +100,7 @@ def files_of(folder: Path) -> dict[Path, bytes]:
         (["evaluate.data={name:folder,path:nowhere}", "evaluate.final=true"], "nowhere"),
         (["reference=nowhere.pth"], "nowhere.pth: there is no such file"),
         (["epochs"], "'epochs' is not a setting; write key=value"),
+        (["/"], "'/' is not a setting; for a folder of images write data=folder data.path=/"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_work(
@@ -190,7 +191,7 @@ def test_a_run_from_before_a_setting_existed_goes_on(tmp_path: Path, capsys: pyt
     record.write_text("".join(line for line in record.open() if "patch_embed_lr" not in line))
     capsys.readouterr()
     assert pretrain(tmp_path / "run", "optim.patch_embed_lr=0.5") == 2
-    assert "holds another run (optim.patch_embed_lr: 1.0 there, 0.5 here)" in error_line(capsys)
+    assert "holds another run (optim.patch_embed_lr: 1 there, 0.5 here)" in error_line(capsys)
     assert pretrain(tmp_path / "run") == 0
 
 

@@ -24,6 +24,7 @@ import unlabeled
 from unlabeled.cli import main
 from unlabeled.pretext.registry import task_names
 from unlabeled.report.document import read_report
+from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.core.signals import EXIT_STOPPED
 from unlabeled.ssl.train.monitor import read_metrics
 
@@ -213,7 +214,13 @@ def test_images_in_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture, la
     assert result.report is not None
     assert result.report.is_file()
     assert (result.results is not None) == labeled
-    assert ("no evaluation: " in caplog.text) != labeled
+    measure = f"unlabeled evaluate {tmp_path / 'run'} data=folder data.path=LABELED data.labels=true"
+    line = f"no evaluation: the images have no labels; to measure, run: {measure}"
+    assert caplog.messages.count(line) == (0 if labeled else 1)
+    assert "no evaluation: " not in caplog.text.replace(line, "")
+    if not labeled:
+        with pytest.raises(DataError, match=r"^data: the run's own data has no labels; give labeled images: data=fold"):
+            unlabeled.evaluate(tmp_path / "run")
 
 
 def test_evaluating_a_run_again_gives_the_same_numbers(results: dict[str, unlabeled.PretrainResult]) -> None:
@@ -223,10 +230,21 @@ def test_evaluating_a_run_again_gives_the_same_numbers(results: dict[str, unlabe
     assert again.encoders["backbone"].metrics == result.results.encoders["backbone"].metrics
 
 
-def test_debug_is_a_tiny_run_and_multirun_makes_a_folder_for_each(tmp_path: Path) -> None:
+def test_debug_is_a_tiny_run_and_multirun_makes_a_folder_for_each(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     overrides = ["task=rotation", "data=digits", "debug=true", "evaluate.final=false", "backbone=resnet18"]
-    overrides += ["backbone.size=32", "backbone.kwargs={channels:[8,8,8,8],stem_width:8}", "engine.seed=0,1"]
+    overrides += [
+        "backbone.size=32",
+        "backbone.kwargs={channels:[8,8,8,8],stem_width:8}",
+        "engine.seed=0,1",
+        "epochs=100",
+    ]
     assert main(["pretrain", "--multirun", *overrides, f"out={tmp_path}/sweep"]) == 0
+    assert caplog.messages[:2] == ["debug=true: epochs 100 -> 2"] * 2
+    assert "run 2 of 2: engine.seed=1" in caplog.messages
+    assert caplog.messages[-1] == f"2 runs finished; compare them: unlabeled report {tmp_path}/sweep/*"
     folders = sorted(path.name for path in (tmp_path / "sweep").iterdir())
     assert folders == ["engine.seed=0", "engine.seed=1"]
     first, second = (read_metrics(tmp_path / "sweep" / name / "metrics.jsonl") for name in folders)
@@ -247,7 +265,10 @@ def test_accumulation_gives_the_large_batch(tmp_path: Path) -> None:
         assert summed["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)
 
 
-def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     overrides = settings("rotation") | {"epochs": 200, "evaluate": {"final": False}, "out": tmp_path / "run"}
 
     def stop() -> None:
@@ -266,6 +287,19 @@ def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(tmp_path: Pat
     done = result.metrics[-1]["step"]
     assert (result.out / "checkpoints" / "last").read_text() == f"step_{done:08d}"
     assert 0 < done < 800
+    assert caplog.messages.count("SIGUSR1: stopping after this step, Ctrl-C to stop at once") == 1
+    assert f"stopped at step {done} of 800, checkpoint written; repeat the command to continue" in caplog.messages
+
+
+def test_a_finished_run_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    overrides = settings("rotation") | {"evaluate": {"final": False}, "out": tmp_path / "run"}
+    unlabeled.pretrain(**overrides)
+    caplog.clear()
+    caplog.set_level("INFO")
+    unlabeled.pretrain(**overrides)
+    assert f"{tmp_path / 'run'} is already finished (8 steps)" in caplog.messages
+    assert "32 images, 2 epochs of 4 steps = 8 steps; batch 8" in caplog.messages
+    assert "resuming" not in caplog.text
 
 
 @pytest.mark.slow
@@ -287,10 +321,10 @@ def test_two_processes_of_accelerate_launch_do_what_one_does(tmp_path: Path) -> 
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 processes x 1 micro-steps x 4" in done.stderr
+    assert "2 processes x 1 micro-step x 4" in done.stderr
     log = tmp_path / "log"
     assert launch([*overrides, f"out={tmp_path / 'one'}"], log, script=ROOT / "pretrain.py") == [0], log.read_text()
-    assert "2 processes x 1 micro-steps x 4" not in log.read_text()
+    assert "2 processes x 1 micro-step x 4" not in log.read_text()
     one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert len(one) == len(two) == 10
     for single, double in zip(one, two, strict=True):

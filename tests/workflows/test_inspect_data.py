@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 from pathlib import Path
 
@@ -77,6 +78,8 @@ def test_classes_and_their_balance(mixed_folder: Path) -> None:
     report = examine(DoctorRun(data=data, workers=0))
     assert report.classes == {"few": 1, "lone": 1, "many": 23, "other": 4, "void": 0}
     assert "1 of 5 classes have no images: void" in report.warnings
+    assert report.held_out
+    assert re.search(r"images scanned +29 \(training split\)", shown(report))
     assert "classes are unbalanced: many has 23 images, few has 1" in report.warnings
 
 
@@ -84,6 +87,7 @@ def test_a_limited_scan(mixed_folder: Path) -> None:
     data = DataConfig(name="folder", path=mixed_folder)
     report = examine(DoctorRun(data=data, limit=7, workers=0))
     assert (report.count, report.total) == (7, 31)
+    assert not report.held_out
     assert "7 of 31" in shown(report)
 
 

@@ -34,7 +34,11 @@ first steps:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    given = _parser().parse_args(arguments)
+    parser = _parser()
+    if not (sys.argv[1:] if arguments is None else arguments):
+        parser.print_help(sys.stderr)
+        return 2
+    given = parser.parse_args(arguments)
     _set_up_logging()
     try:
         return int(importlib.import_module(f"unlabeled.cli.{given.command}").run(given))

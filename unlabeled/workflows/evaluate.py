@@ -29,8 +29,17 @@ from unlabeled.ssl.backbones.given import fill_adopted, record, require_given
 from unlabeled.ssl.backbones.weights import load_backbone, load_weights
 from unlabeled.ssl.config.composition import validate
 from unlabeled.ssl.config.schema import BackboneConfig, DataConfig, EvaluateRun, PretrainConfig
-from unlabeled.ssl.core.errors import CheckpointError, ConfigError, UnlabeledError, first_line, nearest
+from unlabeled.ssl.core.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NoLabelsError,
+    UnlabeledError,
+    first_line,
+    nearest,
+)
 from unlabeled.ssl.data.registry import labeled, open_source
+from unlabeled.ssl.data.source import ImageSource
 from unlabeled.ssl.train.monitor import read_metrics
 from unlabeled.ssl.train.run_folder import read_config
 from unlabeled.workflows.elastic_sizes import Alone, SizePlan, measure_sizes, plan_sizes
@@ -83,7 +92,7 @@ def evaluate_target(run: EvaluateRun, backbone: Backbone | None = None) -> Resul
     plan = _size_plan(run, target)  # raises before anything is computed
     data = _data(run, target.config)
     device = torch.device("cuda" if run.device == "auto" and torch.cuda.is_available() else "cpu")
-    train, test = open_source(data, "train"), open_source(data, "test")
+    train, test = _open_splits(run, target.config, data)
     # a run's features are cached in its folder, those of other targets next to their report
     work = target.folder or run.out or _report_folder(run, target)
     images = read_images(target.folder) if target.folder is not None else None
@@ -210,6 +219,20 @@ def _data(run: EvaluateRun, config: PretrainConfig | None) -> DataConfig:
     if config is None:
         raise ConfigError("data: not given; a target other than a run folder needs labeled data, such as data=digits")
     return config.evaluate.data or labeled(config.data)
+
+
+def _open_splits(run: EvaluateRun, config: PretrainConfig | None, data: DataConfig) -> tuple[ImageSource, ImageSource]:
+    """The (training, test) splits of `data`. Raises DataError, which names the remedy if `data` is that of the run."""
+    try:
+        return open_source(data, "train"), open_source(data, "test")
+    except NoLabelsError:
+        given = run.data is not None or run.evaluate.data is not None
+        if given or config is None or config.evaluate.data is not None or getattr(config.data, "labels", False):
+            raise
+        raise DataError(
+            "data: the run's own data has no labels; give labeled images: "
+            "data=folder data.path=LABELED data.labels=true"
+        ) from None
 
 
 def saw_masked_images_only(target: Target) -> bool:

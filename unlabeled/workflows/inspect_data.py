@@ -17,7 +17,8 @@ from rich.table import Table
 from rich.text import Text
 from torch.utils.data import Dataset
 
-from unlabeled.ssl.config.schema import DoctorRun
+from unlabeled.ssl.config.schema import DataConfig, DoctorRun
+from unlabeled.ssl.core.errors import UnlabeledError
 from unlabeled.ssl.data.bad import BadImage
 from unlabeled.ssl.data.decode import decode_rgb, read_bytes, read_header
 from unlabeled.ssl.data.loader import RunLoader, start_worker
@@ -82,6 +83,8 @@ class DoctorReport:
     """Reading and decoding speed of one process."""
     classes: dict[str, int] | None = None
     """Class → images in the training split; None without labels."""
+    held_out: bool = False
+    """Whether labeled data also has a test split, which is not scanned."""
     warnings: list[str] = field(default_factory=list)
     """Problems to check, one line each."""
 
@@ -105,8 +108,16 @@ def examine(run: DoctorRun) -> DoctorReport:
     if labels is not None and split.classes is not None:
         counts = torch.bincount(labels, minlength=len(split.classes)).tolist()
         report.classes = dict(zip(split.classes, counts, strict=True))
+        report.held_out = _has_test_split(run.data)
     report.warnings = list(_warnings(report, run.data.max_bad_fraction))
     return report
+
+
+def _has_test_split(data: DataConfig) -> bool:
+    try:
+        return len(open_source(data, "test")) > 0
+    except UnlabeledError:
+        return False
 
 
 class _Scan(Dataset[Scanned]):
@@ -227,7 +238,7 @@ def render(report: DoctorReport) -> RenderableType:
     facts = Table(show_header=False, box=None, pad_edge=False)
     facts.add_column(style="bold")
     scanned = f"{report.count}" if report.count == report.total else f"{report.count} of {report.total}"
-    facts.add_row("images scanned", scanned)
+    facts.add_row("images scanned", f"{scanned} (training split)" if report.held_out else scanned)
     for title, spread in (("height", report.heights), ("width", report.widths)):
         if spread is not None:
             facts.add_row(title, f"{spread[0]} .. {spread[2]} pixels, median {spread[1]:g}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -27,7 +28,7 @@ from unlabeled.ssl.backbones.weights import export_backbone, read_tensors
 from unlabeled.ssl.config.composition import sweep
 from unlabeled.ssl.config.schema import DataConfig, EvaluateConfig, PretrainConfig
 from unlabeled.ssl.core.distributed import report_errors_once
-from unlabeled.ssl.core.errors import DataError
+from unlabeled.ssl.core.errors import DataError, NoLabelsError
 from unlabeled.ssl.core.files import writing
 from unlabeled.ssl.core.renamed import OldNames
 from unlabeled.ssl.core.seeds import derive
@@ -40,7 +41,7 @@ from unlabeled.ssl.train.build import assemble, build_backbone
 from unlabeled.ssl.train.loop import Training, train, unsharded_task
 from unlabeled.ssl.train.monitor import read_metrics
 from unlabeled.ssl.train.run_folder import Plan, claim_folder
-from unlabeled.workflows.settings import compose_settings, settle_evaluation, tiny
+from unlabeled.workflows.settings import compose_settings, log_replaced, settle_evaluation, tiny
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,11 @@ def pretrain_config(
     if backbone is not None:
         config = config.model_copy(update={"backbone": record(backbone)})
     config = config.model_copy(update={"evaluate": settle_evaluation(config.evaluate, overrides, values)})
-    return shrink(config) if config.debug else config
+    if not config.debug:
+        return config
+    shrunk = shrink(config)
+    log_replaced(config, shrunk, overrides, values)
+    return shrunk
 
 
 def swept_configs(overrides: Sequence[str]) -> list[tuple[str, PretrainConfig]]:
@@ -169,13 +174,17 @@ def data_for_evaluation(config: PretrainConfig) -> tuple[ImageSource, ImageSourc
     Raises DataError if the final evaluation would, for instance because an evaluator needs masks that the data does
     not have.
     """
-    evaluate = config.evaluate
+    found = labeled_data(config) if opened_early(config.evaluate) else None
+    if found is not None and config.evaluate.final:
+        check_sources(config.evaluate, *found)
+    return found
+
+
+def opened_early(evaluate: EvaluateConfig) -> bool:
+    """Whether `data_for_evaluation` opens the data."""
     # otherwise the data is the run's own, opened anyway, and lack of labels only skips the evaluation
     asked = evaluate.data is not None or looks_at_sources(evaluate)
-    found = labeled_data(config) if evaluate.every or (evaluate.final and asked) else None
-    if found is not None and evaluate.final:
-        check_sources(evaluate, *found)
-    return found
+    return evaluate.every > 0 or (evaluate.final and asked)
 
 
 class OnlineEvaluation:
@@ -215,7 +224,7 @@ def conclude(config: PretrainConfig, run: Training, task: PretextTask) -> tuple[
     encoder, device = task.encoder(), run.accelerator.device
     if not config.evaluate.final:
         return None, None
-    data = labeled_data(config)
+    data = labeled_data(config, explain=not opened_early(config.evaluate))
     results = None
     if data is not None:
         logger.info("evaluating on %d labeled training images and %d test images", len(data[0]), len(data[1]))
@@ -249,10 +258,11 @@ def task_images(run: Training, task: PretextTask, count: int = 8) -> dict[str, T
         return task.visualize({name: tensor.to(device) for name, tensor in batch.tensors.items()})
 
 
-def labeled_data(config: PretrainConfig) -> tuple[ImageSource, ImageSource] | None:
+def labeled_data(config: PretrainConfig, *, explain: bool = True) -> tuple[ImageSource, ImageSource] | None:
     """Opens the labeled (train, test) sources for evaluation.
 
-    Returns None, and logs why, if the run's own data has no labels. Raises DataError if ``evaluate.data`` has none.
+    Returns None, and with `explain` logs why, if the run's own data has no labels. Raises DataError if
+    ``evaluate.data`` has none.
     """
     # data.limit shortens training; the evaluation has evaluate.limit
     data = config.evaluate.data or labeled(config.data).model_copy(update={"limit": None})
@@ -261,9 +271,19 @@ def labeled_data(config: PretrainConfig) -> tuple[ImageSource, ImageSource] | No
     except DataError as error:
         if config.evaluate.data is not None:
             raise
-        logger.info("no evaluation: %s", error)
+        if explain:
+            logger.info("no evaluation: %s", _how_to_measure(config, error))
         return None
     return train, test
+
+
+def _how_to_measure(config: PretrainConfig, error: DataError) -> str:
+    """Why there is no evaluation, and how to get one."""
+    # without labels that the user asked for, nothing is wrong with the data, and the error's remedy does not apply
+    if not isinstance(error, NoLabelsError) or getattr(config.data, "labels", False):
+        return str(error)
+    command = f"unlabeled evaluate {shlex.quote(str(config.out))} data=folder data.path=LABELED data.labels=true"
+    return f"the images have no labels; to measure, run: {command}"
 
 
 def labeled_split(data: DataConfig, split: Split, evaluate: EvaluateConfig) -> ImageSource:
@@ -271,5 +291,5 @@ def labeled_split(data: DataConfig, split: Split, evaluate: EvaluateConfig) -> I
     limit = min((value for value in (data.limit, evaluate.limit) if value is not None), default=None)
     source = open_source(data.model_copy(update={"limit": limit}), split)
     if source.labels() is None:
-        raise DataError(f"data: {name_data(data)} has no labels; give evaluate.data=... with labels")
+        raise NoLabelsError(f"data: {name_data(data)} has no labels; give evaluate.data=... with labels")
     return source

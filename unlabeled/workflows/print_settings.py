@@ -88,7 +88,7 @@ def _listed(settings: Sequence[Setting], width: int) -> list[RenderableType]:
     """Name and default, type and unit on a line if they fit; the meaning below, indented."""
     parts: list[RenderableType] = []
     for one in settings:
-        unit = f", {one.unit}" if one.unit else ""
+        unit = f" [{one.unit}]" if one.unit else ""
         given = "  (required)" if one.default == REQUIRED else f" = {one.default}" if one.default else ""
         head = Text.assemble((one.name, "cyan"), given)
         kind = Text(f"{one.type}{unit}", style="dim")

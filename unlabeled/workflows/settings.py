@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -13,14 +14,17 @@ from unlabeled.pretext.registry import Recipes
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.backbones.given import adopt
 from unlabeled.ssl.config.base import Section
-from unlabeled.ssl.config.composition import compose_config, set_within
+from unlabeled.ssl.config.composition import compose_config, parse, set_within
 from unlabeled.ssl.config.messages import in_short
 from unlabeled.ssl.config.schema import BackboneConfig, DataConfig, EvaluateConfig, RunConfig
 from unlabeled.ssl.core.errors import ConfigError
+from unlabeled.ssl.core.plain import whole
 from unlabeled.ssl.data.registry import Sources, filled, source_names
 from unlabeled.ssl.data.registry import tiny as tiny_data
 
 SectionT = TypeVar("SectionT", bound=Section)
+
+logger = logging.getLogger(__name__)
 
 
 def compose_settings(
@@ -65,6 +69,27 @@ def tiny(config: RunConfig) -> dict[str, Any]:
         "schedule": config.schedule.model_copy(update={"warmup_epochs": min(config.schedule.warmup_epochs, 0.5)}),
         "log": config.log.model_copy(update={"every": 1}),
     }
+
+
+def log_replaced(
+    before: RunConfig, after: RunConfig, overrides: Sequence[str], values: Mapping[str, Any] | None = None
+) -> None:
+    """Logs which of the settings that the user gave, in `overrides` or `values`, debug mode replaced."""
+    paths = [override.key_or_group.split(".") for override in parse(overrides)]
+    paths += [key.replace("__", ".").split(".") for key in values or {}]
+    replaced = [change for path in dict.fromkeys(map(tuple, paths)) if (change := _change(before, after, path))]
+    if replaced:
+        logger.info("debug=true: %s", ", ".join(replaced))
+
+
+def _change(before: object, after: object, path: Sequence[str]) -> str | None:
+    """``epochs 100 -> 2``; None if the setting at `path` is unchanged or a section."""
+    for name in path:
+        before, after = getattr(before, name, None), getattr(after, name, None)
+    if before == after or isinstance(before, (Section, Mapping)):
+        return None
+    old, new = ("null" if value is None else str(whole(value)) for value in (before, after))
+    return f"{'.'.join(path)} {old} -> {new}"
 
 
 def settle_evaluation(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from types import ModuleType
 
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 
 from unlabeled.pretext import registry
@@ -144,6 +146,19 @@ def test_pretrained_without_network_names_the_remedy(monkeypatch):
 
     monkeypatch.setattr("timm.models._builder.load_pretrained", offline)
     with pytest.raises(CheckpointError, match=r"no weights for test_resnet \(no route.*backbone.checkpoint=FILE"):
+        create_backbone("test_resnet", pretrained=True)
+
+
+def test_a_hub_that_cannot_be_reached_is_named_in_one_line(monkeypatch):
+    def offline(*_, **__):
+        raise LocalEntryNotFoundError("An error happened while trying to locate the file on the Hub. " * 3)
+
+    monkeypatch.setattr("timm.models._builder.load_pretrained", offline)
+    message = (
+        "backbone.pretrained: cannot download test_resnet (no connection to the Hugging Face Hub); give a file "
+        "(backbone.checkpoint=FILE, or `unlabeled evaluate FILE backbone=test_resnet`), or set pretrained=false"
+    )
+    with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
         create_backbone("test_resnet", pretrained=True)
 
 

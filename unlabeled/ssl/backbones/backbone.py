@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 
 import timm
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from timm.data import resolve_model_data_config
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
@@ -278,10 +279,11 @@ def _build(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
         if match := re.search(r"unexpected keyword argument[^']*'(\w+)'", str(error)):
             raise _UnknownArgumentError(name, match.group(1)) from error
         if pretrained and not isinstance(error, (AssertionError, TypeError)):
-            remedy = "give a file of weights instead (backbone.checkpoint=FILE), or set pretrained=false"
-            raise CheckpointError(
-                f"backbone.pretrained: no weights for {name} ({first_line(error)}); {remedy}"
-            ) from error
+            remedy = f"give a file (backbone.checkpoint=FILE, or `unlabeled evaluate FILE backbone={name}`)"
+            reason = f"no weights for {name} ({first_line(error)})"
+            if isinstance(error, LocalEntryNotFoundError):  # its text is long and does not name the model
+                reason = f"cannot download {name} (no connection to the Hugging Face Hub)"
+            raise CheckpointError(f"backbone.pretrained: {reason}; {remedy}, or set pretrained=false") from error
         raise ConfigError(f"backbone: {name} cannot be built with {arguments} ({first_line(error)})") from error
     return model
 

@@ -10,6 +10,7 @@ would refuse or misread are handled here, so that each mistake gives an error of
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -222,7 +223,10 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     parsed = []
     for text in overrides:
         if "=" not in text and not text.startswith("~"):
-            raise ConfigError(f"{text!r} is not a setting; write key=value, such as epochs=100")
+            found = os.path.exists(text)  # Path.exists raises for text that cannot be a path
+            hint = f"for a folder of images write data=folder data.path={text}"
+            remedy = hint if found else "write key=value, such as epochs=100"
+            raise ConfigError(f"{text!r} is not a setting; {remedy}")
         try:
             parsed += OverridesParser.create().parse_overrides([_dotted(text)])
         except HydraException as error:

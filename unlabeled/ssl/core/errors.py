@@ -18,6 +18,10 @@ class DataError(UnlabeledError):
     """Images or labels are missing, unreadable, or do not fit the settings."""
 
 
+class NoLabelsError(DataError):
+    """The data has no labels, which evaluation needs."""
+
+
 class CapabilityError(UnlabeledError):
     """A backbone cannot do what a task needs."""
 
@@ -35,14 +39,17 @@ class CheckpointError(UnlabeledError):
 
 
 def first_line(error: BaseException, limit: int = 160) -> str:
-    """The first line of an error's message, cut to `limit` characters; the error's class name if it has no message.
+    """The first line of an error's message, cut after the last word within `limit` characters; the error's class name
+    if it has no message.
 
     For an error of the operating system, only the reason, such as "No space left on device".
     """
     if isinstance(error, OSError) and error.strerror:  # str(error) would repeat the file that our message names
         return error.strerror
     lines = str(error).strip().splitlines()
-    return lines[0][:limit] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return lines[0] if len(lines[0]) <= limit else lines[0][:limit].rsplit(maxsplit=1)[0] + " ..."
 
 
 def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:

@@ -37,6 +37,22 @@ def number(value: Any) -> Any:
     return value
 
 
+def whole(value: Any) -> Any:
+    """A float without a fraction as an integer, which reads better; anything else unchanged."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else value
+
+
+def counted(count: float, noun: str) -> str:
+    """A number with its noun.
+
+    >>> counted(1, "step"), counted(2.0, "epoch"), counted(3, "process")
+    ('1 step', '2 epochs', '3 processes')
+    """
+    shown = whole(count)
+    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{shown:g} {noun}{ending}" if isinstance(shown, float) else f"{shown} {noun}{ending}"
+
+
 def named(value: Any) -> str:
     """``python:package.module:name`` of a class or function; for any other object its class and its repr."""
     if hasattr(value, "__qualname__"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -12,11 +13,17 @@ EXIT_STOPPED = 75
 # by name, since Windows has no SIGUSR1; Slurm can send it ahead of a time limit
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 
+logger = logging.getLogger(__name__)
+
 
 class StopRequest:
-    """Context manager in which the first signal sets `requested`; a second SIGINT interrupts immediately."""
+    """Context manager in which the first signal sets `requested`; a second SIGINT interrupts immediately.
 
-    def __init__(self) -> None:
+    The first signal is logged if `announce` is set, which one process of a run is enough for.
+    """
+
+    def __init__(self, *, announce: bool = False) -> None:
+        self._announce = announce
         self.requested: str | None = None
         """Name of the last signal received, such as ``SIGTERM``; None before the first."""
         self._previous: dict[int, object] = {}
@@ -37,4 +44,8 @@ class StopRequest:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.requested is not None and number == signal.SIGINT:  # Ctrl-C twice: do not wait for the checkpoint
             raise KeyboardInterrupt
-        self.requested = signal.Signals(number).name
+        name = signal.Signals(number).name
+        if self.requested is None and self._announce:
+            again = " again" if number == signal.SIGINT else ""
+            logger.info("%s: stopping after this step, Ctrl-C%s to stop at once", name, again)
+        self.requested = name

@@ -13,6 +13,7 @@ from unlabeled.ssl.backbones.backbone import Backbone, create_backbone
 from unlabeled.ssl.backbones.given import require_given, require_same_weights
 from unlabeled.ssl.backbones.weights import load_weights
 from unlabeled.ssl.config.schema import BackboneConfig, RunConfig
+from unlabeled.ssl.core.plain import counted
 from unlabeled.ssl.data.bad import BadImages
 from unlabeled.ssl.data.loader import RunSampler, ViewDataset, make_loader
 from unlabeled.ssl.data.source import DecodeError, ImageSource
@@ -169,29 +170,54 @@ def open_loader(config: RunConfig, dataset: ViewDataset, plan: Plan, accelerator
 def announce(
     config: RunConfig, plan: Plan, schedule: Schedule, task: PretextTask, accelerator: Accelerator, start: int
 ) -> None:
-    """Logs the length of the run, the batch size and how the peak learning rate was computed."""
+    """Logs the length of the run, the batch size, how the peak learning rate was computed, and doubtful schedules."""
     if not accelerator.is_main_process:
         return
     optim = config.optim
     parameters = sum(parameter.numel() for parameter in task.parameters() if parameter.requires_grad)
-    rule = {"linear": f"{optim.lr:g} x {plan.batch_size}/{optim.lr_batch}", "none": f"{optim.lr:g}, not scaled"}.get(
-        optim.lr_scaling, f"{optim.lr:g} x sqrt({plan.batch_size}/{optim.lr_batch})"
-    )
+    ratio = f"{plan.batch_size}/{optim.lr_batch}"
+    factor = {"linear": f" ({optim.lr:g} x {ratio})", "sqrt": f" ({optim.lr:g} x sqrt({ratio}))"}
+    rule = factor.get(optim.lr_scaling, "")
     logger.info("%s on %s: %.2f M trainable parameters", type(task).__name__, task.backbone.name, parameters / 1e6)
+    shares = _shares(plan.batch_size, accelerator.num_processes, config.engine.accumulation)
     logger.info(
-        "%d images, %g epochs of %d steps = %d steps; batch %d = %d processes x %d micro-steps x %d",
-        plan.images, config.epochs, plan.steps_per_epoch, plan.total_steps, plan.batch_size, accelerator.num_processes,
-        config.engine.accumulation, plan.batch_size // accelerator.num_processes // config.engine.accumulation,
+        "%s, %s of %s = %s; batch %s",
+        counted(plan.images, "image"), counted(config.epochs, "epoch"), counted(plan.steps_per_epoch, "step"),
+        counted(plan.total_steps, "step"), shares,
     )  # fmt: skip
     logger.info(
-        "%s, peak lr %.3g (%s), %s on %s, out %s",
+        "%s, peak lr %.3g%s, %s on %s, out %s",
         optim.name, schedule.peak, rule, config.engine.precision, accelerator.device, config.out,
     )  # fmt: skip
-    if config.schedule.warmup_epochs >= config.epochs > 0:
+    _warn_about_schedule(config)
+    if start >= plan.total_steps:
+        logger.info("%s is already finished (%s)", config.out, counted(plan.total_steps, "step"))
+    elif start:
+        logger.info("resuming after step %d", start)
+
+
+def _shares(batch: int, processes: int, micro_steps: int) -> str:
+    """A batch size and how it is divided: ``64``, or ``64 = 2 processes x 1 micro-step x 32``."""
+    if processes == micro_steps == 1:
+        return str(batch)
+    share = batch // processes // micro_steps
+    return f"{batch} = {counted(processes, 'process')} x {counted(micro_steps, 'micro-step')} x {share}"
+
+
+def _warn_about_schedule(config: RunConfig) -> None:
+    """Logs a warning if the learning rate never reaches its peak or never falls."""
+    schedule, epochs = config.schedule, config.epochs
+    if schedule.warmup_epochs >= epochs > 0:
         logger.warning(
             "schedule.warmup_epochs: %g is not below epochs=%g; the peak is never reached",
-            config.schedule.warmup_epochs,
-            config.epochs,
+            schedule.warmup_epochs,
+            epochs,
         )
-    if start:
-        logger.info("resuming after step %d", start)
+    late = bool(schedule.milestones) and min(schedule.milestones) >= epochs
+    if schedule.name == "multistep" and late and not config.debug:  # debug mode shortens every run
+        logger.warning(
+            "schedule.milestones: [%s] %s after the last epoch (%g), so the learning rate never falls; "
+            "set schedule.name=cosine or other milestones",
+            ", ".join(f"{milestone:g}" for milestone in schedule.milestones),
+            "lie" if len(schedule.milestones) > 1 else "lies", epochs,
+        )  # fmt: skip

@@ -89,7 +89,8 @@ def train(run: Training) -> str | None:
     run.model.train()
     # torch.compile chooses kernels itself
     kernels = False if run.config.engine.compile else run.config.engine.cpu_kernels
-    with StopRequest() as stop, cpu_kernels(run.accelerator.device, kernels):
+    main = run.accelerator.is_main_process
+    with StopRequest(announce=main) as stop, cpu_kernels(run.accelerator.device, kernels):
         for step in range(run.start_step, run.plan.total_steps):
             # forward and backward
             lr = run.schedule(step)
@@ -111,6 +112,9 @@ def train(run: Training) -> str | None:
             if stopping or run.saver.due(step + 1):
                 run.saver.save(step + 1, run.meter)
             if stopping and step + 1 < run.plan.total_steps:
+                if main:
+                    stopped = f"stopped at step {step + 1} of {run.plan.total_steps}"
+                    logger.info("%s, checkpoint written; repeat the command to continue", stopped)
                 return stop.requested or "a signal on another rank"
     return None
 

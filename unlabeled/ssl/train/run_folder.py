@@ -18,6 +18,7 @@ from unlabeled.ssl.config.renamed import with_new_names
 from unlabeled.ssl.config.schema import RunConfig
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError
 from unlabeled.ssl.core.files import write_atomically, writing
+from unlabeled.ssl.core.plain import whole
 from unlabeled.ssl.data.loader import require_batch
 from unlabeled.ssl.data.registry import source_class
 from unlabeled.ssl.train.checkpoint import last_checkpoint
@@ -80,7 +81,7 @@ def claim_folder(config: RunConfig) -> Path | None:
     if difference is not None:
         key, there, here = difference
         raise CheckpointError(
-            f"out: {out} holds another run ({key}: {there} there, {here} here); "
+            f"out: {out} holds another run ({key}: {whole(there)} there, {whole(here)} here); "
             "choose another out=, or the same settings"
         )
     checkpoint = last_checkpoint(out / "checkpoints")

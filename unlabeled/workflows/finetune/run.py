@@ -38,7 +38,7 @@ from unlabeled.workflows.finetune.config import FinetuneConfig
 from unlabeled.workflows.finetune.data import LabeledImages, open_labeled
 from unlabeled.workflows.finetune.report import Facts, write_report
 from unlabeled.workflows.finetune.task import Finetune, FinetuneTask
-from unlabeled.workflows.settings import compose_settings, tiny
+from unlabeled.workflows.settings import compose_settings, log_replaced, tiny
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,9 @@ def finetune_config(
     changes = tiny(config)
     # `tiny` returns a pretraining schedule: take its warmup only
     schedule = config.schedule.model_copy(update={"warmup_epochs": changes["schedule"].warmup_epochs})
-    return config.model_copy(update={**changes, "schedule": schedule})
+    shrunk = config.model_copy(update={**changes, "schedule": schedule})
+    log_replaced(config, shrunk, overrides, values)
+    return shrunk
 
 
 def _data_of(folder: Path) -> DataConfig:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from unlabeled.ssl.core.errors import DataError
+from unlabeled.ssl.core.errors import DataError, NoLabelsError
 from unlabeled.ssl.data.decode import EXTENSIONS
 from unlabeled.ssl.data.source import SourceConfig, Split
 from unlabeled.ssl.data.sources.files import FileSource
@@ -151,7 +151,7 @@ def _class_names(root: Path, without: Path | None) -> list[str]:
     folders = [entry for entry in _entries(root) if entry.is_dir()]
     names = [entry.name for entry in folders if without is None or not os.path.samefile(entry.path, without)]
     if not names:
-        raise DataError(
+        raise NoLabelsError(
             f"data.labels: {root} has no sub-folders to name classes; make one per class or set labels=false"
         )
     return names
@@ -163,7 +163,9 @@ def _labels(names: list[str], classes: list[str], root: Path) -> torch.Tensor:
     for index, name in enumerate(names):
         first, _, rest = name.partition("/")
         if not rest:
-            raise DataError(f"data.labels: {root / name} is in no sub-folder and has no label; move it into a class")
+            raise NoLabelsError(
+                f"data.labels: {root / name} is in no sub-folder and has no label; move it into a class"
+            )
         if first not in numbers:
             raise DataError(f"data.labels: class {first!r} of {root} is not among the training classes; remove it")
         labels[index] = numbers[first]

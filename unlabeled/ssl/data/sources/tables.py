@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from unlabeled.ssl.core.errors import ConfigError, DataError, nearest
+from unlabeled.ssl.core.errors import ConfigError, DataError, NoLabelsError, nearest
 from unlabeled.ssl.data.decode import decode_rgb
 from unlabeled.ssl.data.source import DecodeError, Split
 from unlabeled.ssl.data.sources.layout import FilesConfig, holdout
@@ -54,7 +54,7 @@ class TableSource:
             self._rows = holdout(self._labels, config.test_fraction, split)
             self._labels = self._labels[self._rows]
         elif test is None and split == "test":
-            raise DataError(
+            raise NoLabelsError(
                 f"data.path: {self.origin} has no test split and no labels to hold out a fraction by; "
                 f"set data.test_path or data.label_column"
             )

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from unlabeled.ssl.core.errors import DataError
+from unlabeled.ssl.core.errors import DataError, NoLabelsError
 from unlabeled.ssl.data.decode import EXTENSIONS, decode_rgb
 from unlabeled.ssl.data.source import DecodeError, SourceConfig, Split
 from unlabeled.ssl.data.sources.layout import FilesConfig, holdout, split_files
@@ -64,7 +64,7 @@ class TarSource:
             kept = holdout(self._labels, config.test_fraction, split)
             self._index, self._labels = shards.take(kept.numpy()), self._labels[kept]
         elif split == "test":
-            raise DataError(
+            raise NoLabelsError(
                 f"data.path: {config.path} has no test shards and no labels to hold out a fraction by; "
                 "set data.test_path"
             )

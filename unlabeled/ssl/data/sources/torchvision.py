@@ -11,7 +11,7 @@ import torch
 import torchvision
 from pydantic import Field
 
-from unlabeled.ssl.core.errors import ConfigError, DataError, nearest
+from unlabeled.ssl.core.errors import ConfigError, DataError, NoLabelsError, nearest
 from unlabeled.ssl.data.decode import rgb_tensor
 from unlabeled.ssl.data.source import DecodeError, SourceConfig, Split
 from unlabeled.ssl.data.sources.layout import existing_folder, holdout
@@ -59,7 +59,7 @@ class TorchvisionSource:
             self._kept = holdout(labels, config.test_fraction, split)
             labels = labels[self._kept]
         elif not has_split and split == "test":
-            raise DataError(
+            raise NoLabelsError(
                 f"data.dataset: {self.name} has neither a test split nor labels to hold out a fraction by; "
                 "choose another class or data=folder"
             )
