@@ -15,6 +15,7 @@ from unlabeled.eval.base import Estimate
 from unlabeled.eval.comparison import TITLES, Comparison, percent, signed
 from unlabeled.eval.environment import versions
 from unlabeled.eval.intervals import difference
+from unlabeled.eval.notes import skipped_images
 from unlabeled.report.document import clean, training_summary, write_json
 from unlabeled.report.figures import comparison_figure, confusion_figure, training_curves
 from unlabeled.report.page import environment
@@ -196,8 +197,7 @@ def _notes(config: FinetuneConfig, headline: Accuracy, *, alongside: bool) -> li
     if config.frozen:
         notes.append("Only the classifier was trained; the backbone was frozen.")
     if headline.skipped:
-        shown = ", ".join(map(clean, headline.skipped[:5])) + (", ..." if len(headline.skipped) > 5 else "")
-        notes.append(f"{len(headline.skipped)} test images could not be decoded and were skipped: {shown}")
+        notes.append(skipped_images("test", list(map(clean, headline.skipped))))
     return notes
 
 
