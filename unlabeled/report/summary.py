@@ -12,6 +12,8 @@ from unlabeled.eval.environment import versions
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.config.schema import DataConfig, PretrainConfig
 
+DEBUG_NOTE = "Debug run of a few steps: the numbers mean nothing."
+
 
 @dataclass(frozen=True)
 class RunSummary:
@@ -41,6 +43,8 @@ class RunSummary:
     """When the run ended, formatted for people."""
     commit: str | None = None
     versions: dict[str, str] = field(default_factory=versions)
+    notes: tuple[str, ...] = ()
+    """Warnings, shown with the summary."""
 
 
 def summarize_run(
@@ -71,6 +75,7 @@ def summarize_run(
         seed=config.engine.seed,
         date=date,
         commit=commit,
+        notes=(DEBUG_NOTE,) if config.debug else (),
     )
 
 
