@@ -57,11 +57,10 @@ def summarize_run(
     commit: str | None = None,
 ) -> RunSummary:
     """Summarizes a pretraining run from its settings and the rows of its ``metrics.jsonl``."""
-    task = str(config.task["name"])
     steps = max((int(row["step"]) for row in rows if "step" in row), default=None)
     return RunSummary(
-        title=f"{task} on {config.data.name}: {backbone.name}",
-        task=task,
+        title=config.out.resolve().name,
+        task=str(config.task["name"]),
         backbone=name_backbone(backbone),
         data=name_data(config.data),
         config=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
@@ -95,8 +94,11 @@ def training_seconds(rows: Sequence[Mapping[str, Any]], batch_size: int) -> floa
 def name_backbone(backbone: Backbone) -> str:
     """The timm name, followed by the arguments it was created with."""
     # num_classes and img_size are always set; the report shows the input size on its own line
+    # tuples become lists, as in an exported file, so that a run and its evaluation write the same
     given = ", ".join(
-        f"{key} {value}" for key, value in backbone.kwargs.items() if key not in ("num_classes", "img_size")
+        f"{key} {list(value) if isinstance(value, tuple) else value}"
+        for key, value in backbone.kwargs.items()
+        if key not in ("num_classes", "img_size")
     )
     return f"{backbone.name} ({given})" if given else backbone.name
 

@@ -45,6 +45,8 @@ class Entrant:
     backbone: str = ""
     """timm name, with the arguments that change it."""
     parameters: int = 0
+    input_size: tuple[int, int] | None = None
+    """(h, w) in pixels; None for raw pixels."""
     recalibrate: int = 0
     """Training images on which batch-norm statistics are recomputed; 0: they are kept."""
 
@@ -173,6 +175,7 @@ def _given(run: GauntletRun) -> list[Entrant]:
         facts: dict[str, Any] = {
             "backbone": name_backbone(backbone),
             "parameters": count_parameters(backbone),
+            "input_size": backbone.input_size,
             "recalibrate": recalibration_images(run.evaluate, backbone, masked),
         }
         architecture = _architecture(backbone, facts["recalibrate"])
@@ -219,12 +222,17 @@ def _architecture(backbone: Backbone, recalibrate: int) -> str:
 
 
 def _with_unique_labels(twins: Sequence[Entrant]) -> list[Entrant]:
-    """Numbers the labels of architectures that have the same name, such as one model with two input sizes."""
+    """Adds the input size to labels of architectures that have the same name, and a number if that does not help."""
+    alike = Counter(twin.label for twin in twins)
     counts: Counter[str] = Counter()
     found = []
     for twin in twins:
-        counts[twin.label] += 1
-        found.append(replace(twin, label=f"{twin.label} ({counts[twin.label]})") if counts[twin.label] > 1 else twin)
+        label = twin.label
+        if alike[label] > 1 and twin.input_size is not None:
+            height, width = twin.input_size
+            label += f" at {height} px" if height == width else f" at {height} x {width} px"
+        counts[label] += 1
+        found.append(replace(twin, label=f"{label} ({counts[label]})" if counts[label] > 1 else label))
     return found
 
 

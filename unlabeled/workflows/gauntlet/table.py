@@ -58,7 +58,8 @@ def gauntlet_document(run: GauntletRun, plan: GauntletPlan, results: Results) ->
     ``schema``    2; increases when a key changes its meaning or is removed.
     ``cells``     ``total``, ``done``, ``failed``.
     ``rows``      best mean rank first: ``label``, ``kind`` (given, random, pixels), ``backbone``, ``parameters``,
-                  ``recalibrated``, ``mean_rank`` (over all columns with ``ranked``; null if a value is missing).
+                  ``input_size`` ([h, w], null for raw pixels), ``recalibrated``, ``mean_rank`` (over all columns with
+                  ``ranked``; null if a value is missing).
     ``data``      ``label``, ``train_images``, ``test_images``, ``majority``.
     ``columns``   one per data set and metric: ``data``, ``metric``, ``evaluator``, ``label``, ``unit``, ``better``,
                   ``shown`` (whether the page shows it; the files have all columns), ``ranked`` (whether it counts in
@@ -238,6 +239,7 @@ def _rows(plan: GauntletPlan, columns: Sequence[Mapping[str, Any]]) -> list[dict
             "kind": entrant.kind,
             "backbone": entrant.backbone,
             "parameters": entrant.parameters,
+            "input_size": None if entrant.input_size is None else list(entrant.input_size),
             "recalibrated": entrant.recalibrate,
             # comparable between rows only if all have the same columns
             "mean_rank": float(np.mean(found)) if counted and len(found) == len(counted) else None,
