@@ -311,9 +311,7 @@ def test_paths_with_equals_signs_are_accepted_in_a_list(tmp_path: Path, monkeypa
     for entry in ("task=mae", '"task=mae"', "{target: task=mae}"):
         run = gauntlet_config([f"backbones=[resnet18, {entry}]", "data=digits"])
         assert [backbone.target for backbone in run.backbones] == ["resnet18", "task=mae"]
-    with pytest.raises(
-        ConfigError, match=r"""backbones: the path lr=1 contains "="; quote it inside the list: 'backb"""
-    ):
+    with pytest.raises(ConfigError, match=r'the path lr=1 contains "="; quote it inside the list'):
         gauntlet_config(["backbones=[lr=1,2]", "data=digits"])
 
 
@@ -323,9 +321,7 @@ def test_rows_that_are_alike_have_their_input_size_as_a_label() -> None:
     plan = make_plan(run)
     labels = [entrant.label for entrant in plan.entrants]
     assert labels[:2] == ["random weights, resnet10t at 32 px", "random weights, resnet10t at 64 px"]
-    note = (
-        "Each backbone is evaluated at its own input size: 32 x 32 pixels (random weights, resnet10t at 32 px); 64 x "
-    )
+    note = "Each backbone is evaluated at its own input size: 32 x 32 pixels (random weights, resnet10t at 32 px); "
     assert any(sentence.startswith(note) for sentence in _sentences(gauntlet_document(run, plan, {})))
 
 
