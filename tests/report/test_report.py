@@ -19,6 +19,8 @@ from unlabeled.eval.registry import measure_of
 from unlabeled.report.document import clean, read_report, report_document
 from unlabeled.report.figures import confusion_figure, training_curves
 from unlabeled.report.page import write_report
+from unlabeled.report.summary import name_backbone
+from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.core.renamed import with_new_names
 
@@ -179,6 +181,22 @@ def test_the_number_of_bad_images_is_plotted_only_if_it_changes() -> None:
     trained = [{**row, "bad_images": 1} for row in rows() if "loss" in row]
     assert "bad_images" not in [title for title, _ in training_curves(trained)]
     assert "bad_images" in [title for title, _ in training_curves([*trained, {**trained[-1], "bad_images": 2}])]
+
+
+def test_warnings_and_captions_are_on_the_page(tmp_path: Path) -> None:
+    run = replace(RUN, notes=("Debug run",))
+    images = {name: torch.zeros(3, 8, 8, dtype=torch.uint8) for name in ("rotations", "views")}
+    page = write_report(tmp_path, run, results(), rows(), images, {"rotations": "green: correct"})
+    html = page.read_text()
+    assert "<b>Debug run</b>" in html
+    assert "<h3>rotations: green: correct</h3>" in html
+    assert "<h3>views</h3>" in html
+    assert "**Debug run**" in page.with_suffix(".md").read_text()
+
+
+def test_lists_and_tuples_of_a_backbone_are_written_alike() -> None:
+    created = create_backbone("resnet10t", size=32, channels=(8, 8, 8, 8))
+    assert name_backbone(created) == "resnet10t (channels [8, 8, 8, 8])"
 
 
 def test_the_summary_without_baselines_and_without_results() -> None:
