@@ -14,10 +14,13 @@ import torch
 from report_helpers import RUN, results, with_made_up
 
 from unlabeled.eval.comparison import compare, summarize
+from unlabeled.eval.notes import skipped_images
 from unlabeled.eval.registry import measure_of
 from unlabeled.report.document import clean, read_report, report_document
 from unlabeled.report.figures import confusion_figure, training_curves
 from unlabeled.report.page import write_report
+from unlabeled.report.summary import name_backbone
+from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.core.renamed import with_new_names
 
@@ -141,7 +144,8 @@ def test_values_that_no_table_shows_have_no_label(metric: str, label: str | None
         ((0.4, 0.6, 0.5), (0.5, 0.6, 0.7), "worse", "Not better than the baselines: 20.0 points below raw pixels in "
          "kNN, k = 20 and 20.0 points below random weights in the linear probe."),
         ((0.61, 0.6, 0.5), (0.6, 0.6, 0.5), "even", "No clear difference from the stronger baseline: 1.0 points above "
-         "raw pixels in kNN, k = 20 (within chance) and level with raw pixels in the linear probe (within chance)."),
+         "raw pixels in kNN, k = 20 (the interval includes 0) and level with raw pixels in the linear probe (the "
+         "interval includes 0)."),
         ((0.8, 0.6, 0.5), (0.5, 0.6, 0.5), "mixed", "Mixed results: 20.0 points above raw pixels in kNN, k = 20 and "
          "10.0 points below raw pixels in the linear probe."),
     ],
@@ -151,9 +155,48 @@ def test_the_summary_says_what_the_numbers_say(knn, linear, level: str, text: st
     assert (summary.level, summary.text) == (level, text)
 
 
-def test_a_large_difference_on_few_images_is_within_chance() -> None:
+def test_worse_and_even_is_not_mixed() -> None:
+    summary = summarize(results((0.4, 0.6, 0.5), (0.6, 0.61, 0.5)))
+    assert summary.level == "worse"
+    assert summary.text == (
+        "Not better than the baselines: 20.0 points below raw pixels in kNN, k = 20 and 1.0 points below raw pixels in "
+        "the linear probe (the interval includes 0)."
+    )
+
+
+def test_a_large_difference_on_few_images_is_not_clear() -> None:
     assert summarize(results((0.8, 0.6, 0.5), (0.8, 0.6, 0.5), count=1000)).level == "better"
-    assert summarize(results((0.8, 0.6, 0.5), (0.8, 0.6, 0.5), count=20)).level == "even"
+    few = summarize(results((0.8, 0.6, 0.5), (0.8, 0.6, 0.5), count=20))
+    assert few.level == "even"
+    assert few.text.startswith("Cannot tell yet: too few test images (20); 20.0 points above raw pixels in kNN, k = 20")
+
+
+def test_skipped_images_are_counted_in_words() -> None:
+    assert skipped_images("train", ["a.png"]) == "1 training image could not be decoded and was skipped: a.png"
+    assert skipped_images("test", list("abcdef")).endswith("6 test images could not be decoded and were skipped: a, b, "
+                                                           "c, d, e, ...")  # fmt: skip
+
+
+def test_the_number_of_bad_images_is_plotted_only_if_it_changes() -> None:
+    trained = [{**row, "bad_images": 1} for row in rows() if "loss" in row]
+    assert "bad_images" not in [title for title, _ in training_curves(trained)]
+    assert "bad_images" in [title for title, _ in training_curves([*trained, {**trained[-1], "bad_images": 2}])]
+
+
+def test_warnings_and_captions_are_on_the_page(tmp_path: Path) -> None:
+    run = replace(RUN, notes=("Debug run",))
+    images = {name: torch.zeros(3, 8, 8, dtype=torch.uint8) for name in ("rotations", "views")}
+    page = write_report(tmp_path, run, results(), rows(), images, {"rotations": "green: correct"})
+    html = page.read_text()
+    assert "<b>Debug run</b>" in html
+    assert "<h3>rotations: green: correct</h3>" in html
+    assert "<h3>views</h3>" in html
+    assert "**Debug run**" in page.with_suffix(".md").read_text()
+
+
+def test_lists_and_tuples_of_a_backbone_are_written_alike() -> None:
+    created = create_backbone("resnet10t", size=32, channels=(8, 8, 8, 8))
+    assert name_backbone(created) == "resnet10t (channels [8, 8, 8, 8])"
 
 
 def test_the_summary_without_baselines_and_without_results() -> None:

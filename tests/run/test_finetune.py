@@ -268,10 +268,11 @@ def test_bad_words(
 
 def test_bad_targets_and_folders(result: FinetuneResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for given, message in (
+        ("runs/nope", "target: 'runs/nope' does not exist; give a run folder, a weights file or a timm model"),
         ("no_such_run", "'no_such_run' is not a run folder, weights file or timm model"),
         (str(result.out), "is a fine-tuning run; give"),
     ):
-        assert main(["finetune", given, "data=digits", f"out={tmp_path / 'x'}"]) == 2
+        assert main(["finetune", given, f"out={tmp_path / 'x'}"]) == 2
         assert message in said(capsys)
     other = ["task=rotation", "data=digits", "backbone=resnet18", "backbone.size=16"]
     assert main(["pretrain", *other, f"out={result.out}", "engine.device=cpu"]) == 2

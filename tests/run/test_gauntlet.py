@@ -23,8 +23,10 @@ from unlabeled.ssl.backbones.weights import export_backbone
 from unlabeled.ssl.core.errors import CheckpointError, ConfigError, DataError
 from unlabeled.workflows.gauntlet import job
 from unlabeled.workflows.gauntlet.job import run_gauntlet
+from unlabeled.workflows.gauntlet.page import _sentences
+from unlabeled.workflows.gauntlet.plan import make_plan
 from unlabeled.workflows.gauntlet.settings import GauntletRun, gauntlet_config
-from unlabeled.workflows.gauntlet.table import Value, over_seeds, ranked
+from unlabeled.workflows.gauntlet.table import Value, gauntlet_document, over_seeds, ranked
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `launch`, in the processes too
 
@@ -35,7 +37,7 @@ FRESH = "{target: resnet18, pretrained: false, size: 32, kwargs: {channels: [8,8
 KNN = ["evaluate.knn.k=[5,20]", "device=cpu"]
 LINEAR = ["evaluate.linear.epochs=2", "evaluate.linear.lr=[0.1]", "evaluate.linear.weight_decay=[0.0]"]
 CELLS = 3 * 2 * 2 * 2
-"""(A folder, random weights, raw pixels) x data sets x evaluators x seeds."""
+"""(A folder, random weights, raw pixels) x datasets x evaluators x seeds."""
 
 
 @pytest.fixture(scope="module")
@@ -301,6 +303,26 @@ def test_data_without_labels_and_folders_of_other_things_are_refused(folder: Pat
         run_gauntlet(
             gauntlet_config(overrides(folder, tmp_path / "g", f"data=[{{name: folder, path: {tmp_path / 'flat'}}}]"))
         )
+
+
+def test_paths_with_equals_signs_are_accepted_in_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "task=mae").mkdir()
+    for entry in ("task=mae", '"task=mae"', "{target: task=mae}"):
+        run = gauntlet_config([f"backbones=[resnet18, {entry}]", "data=digits"])
+        assert [backbone.target for backbone in run.backbones] == ["resnet18", "task=mae"]
+    with pytest.raises(ConfigError, match=r'the path lr=1 contains "="; quote it inside the list'):
+        gauntlet_config(["backbones=[lr=1,2]", "data=digits"])
+
+
+def test_rows_that_are_alike_have_their_input_size_as_a_label() -> None:
+    entries = [f"{{target: resnet10t, size: {size}, pretrained: false}}" for size in (32, 64)]
+    run = gauntlet_config([f"backbones=[{', '.join(entries)}]", "data=digits", "limit=20", "evaluators=knn"])
+    plan = make_plan(run)
+    labels = [entrant.label for entrant in plan.entrants]
+    assert labels[:2] == ["random weights, resnet10t at 32 px", "random weights, resnet10t at 64 px"]
+    note = "Each backbone is evaluated at its own input size: 32 x 32 pixels (random weights, resnet10t at 32 px); "
+    assert any(sentence.startswith(note) for sentence in _sentences(gauntlet_document(run, plan, {})))
 
 
 def test_words_and_mappings_mean_the_same() -> None:

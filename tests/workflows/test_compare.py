@@ -143,7 +143,9 @@ def test_intervals_of_evaluators_are_taken_from_their_sections(three: list[str],
     [
         ([], "report: no run is given"),
         (["out=x"], "report: no run is given"),
-        (["NOWHERE"], r"NOWHERE contains no report\.json; write it with `unlabeled evaluate"),
+        (["NOWHERE"], r"NOWHERE does not exist; give the folder of a run"),
+        (["BARE"], r"BARE contains no report\.json; write it with `unlabeled evaluate"),
+        ([""], r"holds no report but 7 runs; did you mean \S+/\*\?"),
         (["A", "BROKEN"], r"report\.json cannot be read"),
         (["A", "SCHEMA"], r"report\.json has schema 99"),
         (["A", "EMPTY"], r"report\.json is not the report of a run"),
@@ -159,6 +161,7 @@ def test_bad_input_is_one_line(three: list[str], tmp_path: Path, overrides: list
         "EMPTY": json.dumps({"schema": valid["schema"], "results": None, "comparison": []}),
         "ODD": json.dumps(odd),
     }
+    (tmp_path / "BARE").mkdir()
     for name, text in texts.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "report.json").write_text(text)
@@ -172,10 +175,32 @@ def test_the_command_exits_with_two_and_says_where_the_page_is(
     three: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["report", str(tmp_path / "nowhere")]) == 2
-    assert re.search(r"^unlabeled: report: \S+ contains no report\.json", capsys.readouterr().err)
+    assert re.search(r"^unlabeled: report: \S+ does not exist", capsys.readouterr().err)
     monkeypatch.chdir(tmp_path)
-    assert main(["report", *three]) == 0
-    assert (tmp_path / "reports" / "a_b_c" / "compare.html").is_file()
+    assert main(["report", *three[:2]]) == 0
+    assert (tmp_path / "reports" / "a_b" / "compare.html").is_file()
+
+
+def test_a_whole_sweep_gives_its_name_to_the_page_and_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = "task=mae,optim.lr=0.1,backbone.kwargs.depth=12,epochs=10,seed="
+    runs = [run_folder(tmp_path / "sweep" / f"{long}{seed}", results()) for seed in range(3)]
+    monkeypatch.chdir(tmp_path)
+    whole = report_runs(runs)
+    assert whole == Path("reports/sweep/compare.html")
+    assert "<h1>sweep: 3 runs</h1>" in whole.read_text()
+    parts = [report_runs(part).parent.name for part in (runs[:2], [runs[0], runs[2]])]
+    assert len({*parts, "sweep"}) == 3
+    assert max(map(len, parts)) == 80
+
+
+def test_two_runs_are_compared_in_words(three: list[str], tmp_path: Path) -> None:
+    compared(three[:2], tmp_path / "out")
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert "kNN, k = 20: a is better than b by 10.0 points (6.9 to 13.1)" in page
+    assert "linear probe: no clear difference between a and b (+0.5 points for b, −2.1 to +3.1)" in page
+    assert "<small>vs a −10.0 (−13.1 to −6.9)</small>" in page
 
 
 def test_folders_of_one_name_and_names_with_equal_signs_are_distinguished(tmp_path: Path) -> None:

@@ -97,6 +97,9 @@ def test_a_run_folder_is_evaluated_on_its_own_data_with_labels(
     assert document["images"] == ["views"]
     assert "What the task sees" in (folder / "report" / "report.html").read_text()
     assert document["training"]["rows"] == 4
+    stopped = f"{folder} stopped at step 30 of 1000: these are unfinished weights"
+    assert stopped in caplog.text
+    assert document["run"]["notes"][0].startswith(stopped)
     assert (folder / "report" / "report.html").is_file()
     assert f"Report: {folder / 'report' / 'report.html'}" in caplog.text
     assert len(list((folder / "features").iterdir())) == 6

@@ -139,11 +139,11 @@ COMMANDS: dict[str, Command] = {
         (RUN,),
     ),
     "gauntlet": Command(
-        "evaluate many backbones on many data sets, resumable",
-        "Evaluates every backbone on every data set and writes one table. Run the same command again to resume it.",
+        "evaluate many backbones on many datasets, resumable",
+        "Evaluates every backbone on every dataset and writes one table. Run the same command again to resume it.",
         (
             Example(
-                "two backbones, two data sets",
+                "two backbones, two datasets",
                 "unlabeled gauntlet 'backbones=[runs/mae,resnet18]' 'data=[digits,shapes]'",
             ),
             Example(

@@ -1,4 +1,4 @@
-"""``unlabeled gauntlet``: many backbones on many data sets in one job."""
+"""``unlabeled gauntlet``: many backbones on many datasets in one job."""
 
 from __future__ import annotations
 

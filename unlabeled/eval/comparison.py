@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -13,6 +13,10 @@ from unlabeled.eval.results import Metric, Results
 from unlabeled.ssl.core.renamed import OldNames
 
 Level = Literal["better", "even", "worse", "mixed", "alone", "none"]
+Outcome = Literal["better", "even", "worse"]
+
+_VAGUE = 0.1
+"""Half the width of an interval of a difference above which the test split is too small to tell."""
 
 TITLES = {"backbone": "this backbone", "pixels": "raw pixels", "random": "random weights"}
 
@@ -51,8 +55,8 @@ class Summary(OldNames, summary="text"):
     """The result of an evaluation in one sentence, with a sentence of details for each headline metric."""
 
     level: Level
-    """better, even or worse than the stronger baseline; mixed: the headline metrics differ; alone: there are no
-    baselines; none: nothing was evaluated."""
+    """better, even or worse than the stronger baseline; mixed: better in some headline metrics only; alone: there are
+    no baselines; none: nothing was evaluated."""
     text: str
     details: tuple[str, ...] = ()
 
@@ -124,18 +128,33 @@ def summarize(results: Results | None) -> Summary:
     baselines = list(dict.fromkeys(name for comparison in quoted for name in comparison.differences))
     other = "both baselines" if len(baselines) > 1 else TITLES[baselines[0]]
     gaps = " and ".join(_gap(comparison) for comparison in quoted)
-    level = outcomes.pop() if len(outcomes) == 1 else "mixed"
+    level = _level(outcomes)
     opening = {
-        "better": f"Better than {other}",
-        "even": f"No clear difference from {'the stronger baseline' if len(baselines) > 1 else other}",
-        "worse": f"Not better than {'the baselines' if len(baselines) > 1 else other}",
-        "mixed": "Mixed results",
+        "better": f"Better than {other}:",
+        "even": f"No clear difference from {'the stronger baseline' if len(baselines) > 1 else other}:",
+        "worse": f"Not better than {'the baselines' if len(baselines) > 1 else other}:",
+        "mixed": "Mixed results:",
     }
-    assert level is not None
-    return Summary(level, f"{opening[level]}: {gaps}.", tuple(details))
+    if level == "even" and all(map(_is_vague, quoted)):
+        opening["even"] = f"Cannot tell yet: too few test images ({results.test_images:,});"
+    return Summary(level, f"{opening[level]} {gaps}.", tuple(details))
 
 
-def _outcome(comparison: Comparison) -> Literal["better", "even", "worse"] | None:
+def _level(outcomes: Collection[Outcome | None]) -> Literal["better", "even", "worse", "mixed"]:
+    if "better" in outcomes:
+        return "better" if len(outcomes) == 1 else "mixed"
+    return "worse" if "worse" in outcomes else "even"
+
+
+def _is_vague(comparison: Comparison) -> bool:
+    """Whether the interval of the difference from the stronger baseline is wider than ±10 points."""
+    stronger = comparison.stronger()
+    assert stronger is not None
+    gap = comparison.differences[stronger]
+    return gap.high - gap.low > 2 * _VAGUE
+
+
+def _outcome(comparison: Comparison) -> Outcome | None:
     stronger = comparison.stronger()
     if stronger is None:
         return None
@@ -146,7 +165,7 @@ def _outcome(comparison: Comparison) -> Literal["better", "even", "worse"] | Non
 def _gap(comparison: Comparison) -> str:
     stronger = comparison.stronger()
     assert stronger is not None
-    doubt = " (within chance)" if _outcome(comparison) == "even" else ""
+    doubt = " (the interval includes 0)" if _outcome(comparison) == "even" else ""
     return f"{_against(comparison.differences[stronger].value, stronger)} in {_inside(comparison.label)}{doubt}"
 
 

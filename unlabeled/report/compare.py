@@ -17,6 +17,7 @@ from unlabeled.eval.base import Estimate, Measure
 from unlabeled.eval.environment import versions
 from unlabeled.eval.intervals import less, wilson
 from unlabeled.report.compare_figures import accuracy_figure, online_figure
+from unlabeled.report.compare_sentences import pair_sentences
 from unlabeled.report.document import clean, read_report
 from unlabeled.report.page import duration, environment
 from unlabeled.ssl.core.errors import DataError
@@ -38,6 +39,8 @@ class Run:
     label: str
     """Name of the run in tables, unique in a comparison."""
     document: Mapping[str, Any]
+    folder: Path = Path()
+    """The run folder, or the folder of a report that lies elsewhere."""
 
     @property
     def results(self) -> Mapping[str, Any]:
@@ -91,15 +94,29 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     for path in paths:
         file = next((path / name for name in _WHERE if (path / name).is_file()), path)
         if not file.is_file():
-            raise DataError(f"report: {path} contains no report.json; write it with `unlabeled evaluate {path}`")
+            raise DataError(f"report: {_missing_reason(path)}")
         found.append((_folder_of(file).name or "run", read_report(file), file))
     counts = Counter(label for label, _, _ in found)
     runs = []
     for position, (label, document, file) in enumerate(found, start=1):
         _check(document, file)
         # folders of the same name are numbered in the order given
-        runs.append(Run(clean(label if counts[label] == 1 else f"{position}: {label}"), document))
+        runs.append(Run(clean(label if counts[label] == 1 else f"{position}: {label}"), document, _folder_of(file)))
     return runs
+
+
+def _missing_reason(path: Path) -> str:
+    """Why there is no report at `path`, and what to do about it."""
+    if not path.exists():
+        return f"{path} does not exist; give the folder of a run or a report.json"
+    if inside := len(reported(path)):
+        return f"{path} holds no report but {inside} run{'s' * (inside > 1)}; did you mean {path}/*?"
+    return f"{path} contains no report.json; write it with `unlabeled evaluate {path}`"
+
+
+def reported(folder: Path) -> set[Path]:
+    """The subfolders of `folder` that contain a report."""
+    return {file.parents[len(Path(name).parts) - 1] for name in _WHERE for file in folder.glob(f"*/{name}")}
 
 
 def _folder_of(file: Path) -> Path:
@@ -150,8 +167,10 @@ def compare_runs(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def write_comparison(runs: Sequence[Run], folder: Path) -> Path:
+def write_comparison(runs: Sequence[Run], folder: Path, title: str | None = None) -> Path:
     """Writes ``compare.{json,md,html}`` into `folder` and returns the path of the HTML file.
+
+    `title` is that of the page; it defaults to the labels of the runs.
 
     Raises DataError for damaged reports, CheckpointError when the files cannot be written.
     """
@@ -161,7 +180,15 @@ def write_comparison(runs: Sequence[Run], folder: Path) -> Path:
         raise DataError(
             f"report: a report.json is damaged ({error!r}); write it again with `unlabeled evaluate`"
         ) from None
-    context = {**document, "facts": _fact_rows(document), "figures": _figures(document)}
+    title = title or ", ".join(run.label for run in runs)
+    sentences = pair_sentences(document) if len(runs) == 2 else []
+    context = {
+        **document,
+        "title": title,
+        "sentences": sentences,
+        "facts": _fact_rows(document),
+        "figures": _figures(document),
+    }
     texts = {
         "json": json.dumps(document, indent=1) + "\n",
         "md": environment(html=False).get_template("compare.md.j2").render(context),
@@ -251,7 +278,7 @@ def _line(name: str, values: Sequence[str], runs: Sequence[Run]) -> str:
 
 
 def _evaluated_on(run: Run) -> str | None:
-    """The data set set for evaluation, else the run's own; None if the settings do not name it."""
+    """The dataset set for evaluation, else the run's own; None if the settings do not name it."""
     settings = run.settings
     section = "evaluate.data" if "evaluate.data.name" in settings else "data"
     values = [settings.get(f"{section}.{name}") for name in ("name", "dataset", "path", "test_path", "limit")]

@@ -16,6 +16,7 @@ import numpy as np
 from unlabeled.eval.comparison import TITLES, as_row, compare, summarize
 from unlabeled.eval.embedding import Embedding
 from unlabeled.eval.environment import versions
+from unlabeled.eval.notes import skipped_images
 from unlabeled.eval.registry import evaluator_class, evaluator_names
 from unlabeled.eval.results import EncoderResults, Results
 from unlabeled.eval.size_curve import SizeCurve
@@ -254,8 +255,7 @@ def _notes(run: RunSummary, results: Results | None) -> list[str]:
         )
     for split, names in results.skipped.items():
         if names:
-            shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-            notes.append(f"{len(names)} {split} images could not be decoded and were skipped: {shown}")
+            notes.append(skipped_images(split, names))
     return [*notes, *general_notes(results)]  # notes of an evaluator are in its own section
 
 

@@ -32,15 +32,18 @@ def write_report(
     results: Results | None,
     metrics: Sequence[Row] | None,
     images: Mapping[str, Tensor] | None,
+    captions: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes ``folder/report/report.{json,md,html}`` and returns the path of the HTML file.
 
-    `metrics` are the rows of metrics.jsonl; `images` are the task's images, name → uint8 (3, H, W). If
-    ``folder/sizes.json`` exists, the report gets a section on the sizes of the elastic run. The HTML page is
-    self-contained and works offline. For the schema of the JSON file, see
+    `metrics` are the rows of metrics.jsonl; `images` are the task's images, name → uint8 (3, H, W), and `captions`
+    explain them by name. If ``folder/sizes.json`` exists, the report gets a section on the sizes of the elastic run.
+    The HTML page is self-contained and works offline. For the schema of the JSON file, see
     `unlabeled.report.document.report_document`.
     """
-    return render_report(folder / "report", run, results, metrics, images, sizes=read_curve(folder))
+    return render_report(
+        folder / "report", run, results, metrics, images, sizes=read_curve(folder), captions=captions or {}
+    )
 
 
 def render_report(
@@ -51,6 +54,7 @@ def render_report(
     images: Mapping[str, Tensor] | None,
     *,
     sizes: SizeCurve | None = None,
+    captions: Mapping[str, str] | None = None,
 ) -> Path:
     """Like `write_report`, but writes into `folder` itself and takes the measured sizes as an argument."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +70,7 @@ def render_report(
         context,
         figures=_figures(results, metrics or (), sizes),
         gallery=_gallery(results),
-        shown_images=_images(results, images or {}),
+        shown_images=_images(results, _captioned(images or {}, captions or {})),
     )
     file = folder / "report.html"
     file.write_text(html, encoding="utf-8")
@@ -105,6 +109,11 @@ def _figures(results: Results | None, metrics: Sequence[Row], sizes: SizeCurve |
         if results.embedding is not None:
             figures["embedding"] = embedding_figure(results.embedding, results.classes)
     return figures
+
+
+def _captioned(images: Mapping[str, Tensor], captions: Mapping[str, str]) -> dict[str, Tensor]:
+    """The task's images, each named with its caption if there is one."""
+    return {f"{name}: {captions[name]}" if name in captions else name: image for name, image in images.items()}
 
 
 def _images(results: Results | None, images: Mapping[str, Tensor]) -> dict[str, list[dict[str, Any]]]:

@@ -12,6 +12,8 @@ from unlabeled.eval.environment import versions
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.config.schema import DataConfig, PretrainConfig
 
+DEBUG_NOTE = "Debug run of a few steps: the numbers mean nothing."
+
 
 @dataclass(frozen=True)
 class RunSummary:
@@ -21,7 +23,7 @@ class RunSummary:
     backbone: str
     """timm name, with the arguments that change it."""
     data: str
-    """Name of the source, and its path or data set."""
+    """Name of the source, and its path or dataset."""
     parameters: int
     """Number of parameters of the backbone."""
     device: str
@@ -41,6 +43,8 @@ class RunSummary:
     """When the run ended, formatted for people."""
     commit: str | None = None
     versions: dict[str, str] = field(default_factory=versions)
+    notes: tuple[str, ...] = ()
+    """Warnings, shown with the summary."""
 
 
 def summarize_run(
@@ -53,11 +57,10 @@ def summarize_run(
     commit: str | None = None,
 ) -> RunSummary:
     """Summarizes a pretraining run from its settings and the rows of its ``metrics.jsonl``."""
-    task = str(config.task["name"])
     steps = max((int(row["step"]) for row in rows if "step" in row), default=None)
     return RunSummary(
-        title=f"{task} on {config.data.name}: {backbone.name}",
-        task=task,
+        title=config.out.resolve().name,
+        task=str(config.task["name"]),
         backbone=name_backbone(backbone),
         data=name_data(config.data),
         config=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
@@ -71,6 +74,7 @@ def summarize_run(
         seed=config.engine.seed,
         date=date,
         commit=commit,
+        notes=(DEBUG_NOTE,) if config.debug else (),
     )
 
 
@@ -90,14 +94,17 @@ def training_seconds(rows: Sequence[Mapping[str, Any]], batch_size: int) -> floa
 def name_backbone(backbone: Backbone) -> str:
     """The timm name, followed by the arguments it was created with."""
     # num_classes and img_size are always set; the report shows the input size on its own line
+    # tuples become lists, as in an exported file, so that a run and its evaluation write the same
     given = ", ".join(
-        f"{key} {value}" for key, value in backbone.kwargs.items() if key not in ("num_classes", "img_size")
+        f"{key} {list(value) if isinstance(value, tuple) else value}"
+        for key, value in backbone.kwargs.items()
+        if key not in ("num_classes", "img_size")
     )
     return f"{backbone.name} ({given})" if given else backbone.name
 
 
 def name_data(data: DataConfig) -> str:
-    """The name of the source, and its data set and path where it has them."""
+    """The name of the source, and its dataset and path where it has them."""
     settings = data.model_extra or {}
     return " ".join(str(value) for value in (data.name, settings.get("dataset"), settings.get("path")) if value)
 

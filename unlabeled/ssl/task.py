@@ -108,6 +108,8 @@ class PretextTask(nn.Module):
     small_settings: ClassVar[Mapping[str, Any]] = {}
     """Settings for small backbones of any kind and small images, if the defaults do not fit them; used by the matrix of
     tasks and architectures."""
+    captions: ClassVar[Mapping[str, str]] = {}
+    """Name of an image of `visualize` → what its colors and marks mean; the report shows it with the image."""
     collapse_remedy: ClassVar[str] = "lower optim.lr, lengthen schedule.warmup_epochs, or raise batch_size"
     """What to change when the features collapse; the warning ends with it."""
 

@@ -40,6 +40,7 @@ from unlabeled.ssl.core.errors import (
 )
 from unlabeled.ssl.data.registry import labeled, open_source
 from unlabeled.ssl.data.source import ImageSource
+from unlabeled.ssl.train.checkpoint import last_checkpoint
 from unlabeled.ssl.train.monitor import read_metrics
 from unlabeled.ssl.train.run_folder import read_config
 from unlabeled.workflows.elastic_sizes import Alone, SizePlan, measure_sizes, plan_sizes
@@ -103,7 +104,9 @@ def evaluate_target(run: EvaluateRun, backbone: Backbone | None = None) -> Resul
     assert results is not None, "only ranks other than the first get None"
     summary = _summary(run, target, data, str(device))
     sizes = measure_sizes(plan, run, (train, test), results, device) if plan is not None else _measured(target)
-    report = render_report(_report_folder(run, target), summary, results, _metrics(target), images, sizes=sizes)
+    report = render_report(
+        _report_folder(run, target), summary, results, _metrics(target), images, sizes=sizes, captions=_captions(target)
+    )
     log.info("%s Report: %s", summarize(results).text, report)
     return results
 
@@ -123,14 +126,23 @@ def resolve_target(run: EvaluateRun, given: Backbone | None = None) -> Target:
         return _from_folder(path, given)
     if os.path.isfile(path):
         return _from_file(path, run.backbone, given)
+    check_exists(run.target, given)
+    return _from_timm(run)
+
+
+def check_exists(target: str, given: Backbone | None = None) -> None:
+    """Raises ConfigError for a target that is no folder, file or timm model; only `given` may have another name."""
+    path = Path(target).expanduser()
+    if os.path.exists(path) or (given is not None and target == given.origin):
+        return
     if given is not None:
-        raise ConfigError(f"target: {run.target!r} does not exist; give a run folder or a weights file")
-    if timm.is_model(run.target.partition(".")[0]) and path.suffix not in _WEIGHTS:
-        return _from_timm(run)
+        raise ConfigError(f"target: {target!r} does not exist; give a run folder or a weights file")
+    if timm.is_model(target.partition(".")[0]) and path.suffix not in _WEIGHTS:
+        return
     if path.suffix in _WEIGHTS or len(path.parts) > 1:
-        raise ConfigError(f"target: {run.target!r} does not exist; give a run folder, a weights file or a timm name")
-    near = nearest(run.target, timm.list_models())
-    raise ConfigError(f"target: {run.target!r} is not a run folder, weights file or timm model; {near}")
+        raise ConfigError(f"target: {target!r} does not exist; give a run folder, a weights file or a timm model")
+    near = nearest(target, timm.list_models())
+    raise ConfigError(f"target: {target!r} is not a run folder, weights file or timm model; {near}")
 
 
 def _from_folder(folder: Path, given: Backbone | None = None) -> Target:
@@ -256,6 +268,34 @@ def _metrics(target: Target) -> list[dict[str, Any]]:
     return read_metrics(target.folder / "metrics.jsonl") if target.folder is not None else []
 
 
+def _unfinished(target: Target) -> str | None:
+    """Warns of a run that was stopped before its last step; None if it is complete, or has too few metrics to tell."""
+    if target.config is None or target.folder is None:
+        return None
+    rows = [row for row in _metrics(target) if row.get("epoch")]
+    checkpoint = last_checkpoint(target.folder / "checkpoints")
+    if not rows:
+        return None
+    planned = max(round(target.config.epochs * round(rows[-1]["step"] / rows[-1]["epoch"])), 1)
+    # a checkpoint may be newer than the last row; a finished run may have no checkpoint any more
+    step = max(int(rows[-1]["step"]), int(checkpoint.name.partition("_")[2]) if checkpoint is not None else 0)
+    if step >= planned:
+        return None
+    return (
+        f"{target.folder} stopped at step {step} of {planned}: these are unfinished weights; repeat the pretrain "
+        "command to finish it"
+    )
+
+
+def _captions(target: Target) -> Mapping[str, str]:
+    if target.config is None:
+        return {}
+    try:
+        return task_class(target.config.task["name"]).captions
+    except (ConfigError, ImportError):  # a plugin that is not installed here
+        return {}
+
+
 def _measured(target: Target) -> SizeCurve | None:
     return read_curve(target.folder) if target.folder is not None else None
 
@@ -264,6 +304,10 @@ def _summary(run: EvaluateRun, target: Target, data: DataConfig, device: str) ->
     backbone, today = target.backbone, date.today().isoformat()
     if target.config is not None:
         summary = summarize_run(target.config, backbone, device=device, rows=_metrics(target), date=today)
+        unfinished = _unfinished(target)
+        if unfinished is not None:
+            log.warning("%s", unfinished)
+            summary = replace(summary, notes=(*summary.notes, unfinished))
         return replace(summary, title=target.title)
     return RunSummary(
         title=target.title,

@@ -240,7 +240,7 @@ def conclude(config: PretrainConfig, run: Training, task: PretextTask) -> tuple[
     with writing("report"):
         save_images(config.out, drawn)
         # read back, so that this report is identical to one that `unlabeled evaluate` writes later
-        report = write_report(config.out, summary, results, rows, read_images(config.out))
+        report = write_report(config.out, summary, results, rows, read_images(config.out), type(task).captions)
     if results is not None:
         logger.info("%s", summarize(results).text)
     logger.info("report: %s", report)

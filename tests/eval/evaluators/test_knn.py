@@ -91,7 +91,7 @@ def test_top5_only_with_more_than_five_classes_and_headline_is_k20_or_the_first(
 def test_k_beyond_the_training_set_is_cut_and_said() -> None:
     data = FeatureSet(clusters(15, 3), clusters(6, 3, seed=4), names(3))
     found = plain_values(KnnEvaluator(KnnConfig(k=(10, 20, 100))).run(EncodedDataset(data)))
-    assert found["note"] == "k was cut to 15, the number of training images"
+    assert found["note"] == "k = 20 and 100 need more training images than the 15 here; k = 15 is used instead"
     assert {key for key in found if key.startswith("k")} == {"k10", "k15"}
     assert found["neighbors"].shape == (6, 15)
 

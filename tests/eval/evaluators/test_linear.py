@@ -98,7 +98,7 @@ def test_the_edge_of_the_grid_is_said() -> None:
     notes = plain_values(
         LinearEvaluator(LinearConfig(lr=(1e-9, 2e-9, 1e-3), weight_decay=(0.0,), epochs=5)).run(EncodedDataset(data))
     )
-    assert "lr 0.001 is at the edge of the grid" in notes["note"]
+    assert "learning rate, 0.001, is the largest one tried" in notes["note"]
 
 
 def test_features_without_variance_are_harmless() -> None:

@@ -88,7 +88,7 @@ def test_classes_of_one_image_and_k_beyond_the_split_are_said() -> None:
     pairs = plain_pairs(RetrievalEvaluator(RetrievalConfig(k=(2, 10, 20))).run(dataset(TRAIN, test)))
     assert [value for key, value in pairs if key == "note"] == [
         "2 test images are the only one of their class and were not used as queries",
-        "k was cut to 6, the number of other test images",
+        "k = 10 and 20 need more other test images than the 6 here; k = 6 is used instead",
     ]
     values = dict(pairs)
     assert {key for key in values if key.startswith("recall")} == {"recall2", "recall6"}

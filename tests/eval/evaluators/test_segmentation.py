@@ -228,7 +228,7 @@ def test_the_bank_is_cut_evenly_and_k_with_it():
     config = SegmentationConfig(bank=25, k=40, epochs=2, batch_size=8)
     found = run(dataset(train, test, backbone), config)
     assert dict(found)["positions"] == 25
-    assert ("note", "k was cut to 25, the number of training positions") in found
+    assert ("note", "k = 40 needs more training positions than the 25 here; k = 25 is used instead") in found
     bank = SegmentationEvaluator(config)._bank(
         DenseFeatures(dataset(train, test, backbone), "segmentation"), train, dataset(train, test, backbone), 3
     )

@@ -19,9 +19,9 @@ from unlabeled.ssl.backbones.level_map import LevelMap
 
 CAPTIONS = {
     "pca": "first three principal components of the feature map over all images, as red, green and blue",
-    "attention": "attention of the class token in the last block, averaged over its heads",
-    "pooling": "attention of the mean feature to each position (SimPool without training)",
-    "similarity": "cosine similarity of each position to the marked one",
+    "attention": "attention of the class token in the last block, averaged over its heads; bright: much attention",
+    "pooling": "attention of the mean feature to each position (SimPool without training); bright: much attention",
+    "similarity": "cosine similarity of each position to the marked one; bright: similar",
 }
 """Key of `map_images` → caption; there is either ``attention`` or ``pooling``."""
 

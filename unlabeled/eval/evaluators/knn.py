@@ -32,6 +32,7 @@ from unlabeled.eval.base import (
 from unlabeled.eval.encoded_dataset import EncodedDataset
 from unlabeled.eval.intervals import over_draws
 from unlabeled.eval.neighbors.search import APPROXIMATE, SearchSettings, recall, search
+from unlabeled.eval.notes import cut_k
 from unlabeled.ssl.core.errors import ConfigError
 
 _HEADLINE_K = 20
@@ -114,8 +115,8 @@ class KnnEvaluator(Evaluator):
         count = len(data.train)
         wanted = [min(k, count) for k in self.config.k]
         headline = self.headline_k(count)
-        if max(self.config.k) > count:
-            yield "note", f"k was cut to {count}, the number of training images"
+        if (note := cut_k(self.config.k, count, "training images")) is not None:
+            yield "note", note
         # one search for all k
         neighbors, similarities = nearest_neighbors(
             data.train.features, data.test.features, max(wanted), self.config, seed=dataset.seed

@@ -33,6 +33,7 @@ from unlabeled.eval.base import (
 )
 from unlabeled.eval.encoded_dataset import EncodedDataset
 from unlabeled.eval.evaluators.knn import best_classes
+from unlabeled.eval.notes import edge_of_grid
 from unlabeled.eval.probe.batches import Batches, Course, augmented_batches, cached_batches
 from unlabeled.eval.probe.heads import GroupedSgd, Setting, hold_out
 from unlabeled.eval.probe.inputs import BlockFeatures, Input, block_inputs, pooled_inputs
@@ -275,9 +276,8 @@ class LinearEvaluator(Evaluator):
             yield "note", f"trained on random crops and flips of the images for {self.config.augment_epochs} epochs"
         elif self.config.augment:
             yield "note", "trained on cached features, since there is no backbone to encode augmented images"
-        lr, learning_rates = chosen.setting.lr, self.config.lr
-        if len(set(learning_rates)) > 2 and lr in (min(learning_rates), max(learning_rates)):
-            yield "note", f"the selected lr {lr:g} is at the edge of the grid; evaluate.linear.lr may be too narrow"
+        if (note := edge_of_grid(chosen.setting.lr, self.config.lr, "evaluate.linear.lr")) is not None:
+            yield "note", note
 
 
 def _with_grid(config: LinearConfig) -> LinearConfig:

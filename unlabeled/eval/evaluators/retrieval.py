@@ -19,6 +19,7 @@ from unlabeled.eval.base import Estimate, Evaluator, EvaluatorConfig, Measure, P
 from unlabeled.eval.encoded_dataset import EncodedDataset
 from unlabeled.eval.intervals import wilson
 from unlabeled.eval.neighbors.search import normalized
+from unlabeled.eval.notes import cut_k
 from unlabeled.ssl.core.errors import ConfigError, DataError
 from unlabeled.ssl.core.seeds import derive
 
@@ -79,8 +80,8 @@ class RetrievalEvaluator(Evaluator):
         if alone:
             yield "note", f"{alone} test images are the only one of their class and were not used as queries"
         wanted = list(dict.fromkeys(min(k, total - 1) for k in self.config.k))
-        if max(self.config.k) > total - 1:
-            yield "note", f"k was cut to {total - 1}, the number of other test images"
+        if (note := cut_k(self.config.k, total - 1, "other test images")) is not None:
+            yield "note", note
         # a stable sort ranks equal similarities by row, which the shuffle makes random
         order = np.random.default_rng(derive(dataset.seed, "retrieval")).permutation(total)
         features = torch.from_numpy(normalized(data.test.features[order])).to(dataset.device)

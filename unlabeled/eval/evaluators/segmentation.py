@@ -25,6 +25,7 @@ from unlabeled.eval.dense.miou import Overlap, class_iou, estimates, joined, ove
 from unlabeled.eval.dense.probes import LabeledFeatures, LinearSegmenter, NearestSegmenter
 from unlabeled.eval.dense.tiles import class_colors, tiled
 from unlabeled.eval.encoded_dataset import EncodedDataset
+from unlabeled.eval.notes import cut_k, edge_of_grid
 from unlabeled.ssl.core.errors import DataError
 from unlabeled.ssl.core.seeds import derive
 from unlabeled.ssl.data.source import ImageSource
@@ -133,13 +134,12 @@ class SegmentationEvaluator(Evaluator):
         yield "diverged", probe.diverged
         yield "positions", len(bank.fractions)
         yield "examples", tiled(examples)
-        if nearest.k < self.config.k:
-            yield "note", f"k was cut to {nearest.k}, the number of training positions"
-        if len(set(self.config.lr)) > 2 and probe.lr in (min(self.config.lr), max(self.config.lr)):
-            yield (
-                "note",
-                f"the selected lr {probe.lr:g} is at the edge of the grid; evaluate.segmentation.lr may be too narrow",
-            )
+        for note in (
+            cut_k([self.config.k], nearest.k, "training positions"),
+            edge_of_grid(probe.lr, self.config.lr, "evaluate.segmentation.lr"),
+        ):
+            if note is not None:
+                yield "note", note
         if dense.note is not None:
             yield "note", dense.note
 

@@ -147,6 +147,9 @@ class Context(PretextTask):
     requires: ClassVar[frozenset[str]] = frozenset({"pooled"})
     synced_statistics: ClassVar[bool] = True
     float_images: ClassVar[FloatImages] = "bytes"
+    captions: ClassVar[Mapping[str, str]] = {
+        "positions": "green frame: position predicted correctly, red: not; white dot: the predicted position"
+    }
     collapse_remedy: ClassVar[str] = (
         "lower optim.lr, or take a backbone whose batch norms have no learnable scale (backbone=contextnet)"
     )

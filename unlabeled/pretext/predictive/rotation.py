@@ -113,6 +113,9 @@ class Rotation(PretextTask):
     """Rotation prediction (Gidaris et al., ICLR 2018, arXiv 1803.07728): the authors' CIFAR-10 recipe. Each image
     is seen in four rotations; batch_size counts images, and the learning rate is not scaled by four."""
     requires: ClassVar[frozenset[str]] = frozenset({"pooled"})
+    captions: ClassVar[Mapping[str, str]] = {
+        "rotations": "green frame: rotation predicted correctly, red: not; white bar: the side predicted to be the top"
+    }
     config: RotationConfig
 
     def __init__(self, config: RotationConfig, backbone: Backbone) -> None:

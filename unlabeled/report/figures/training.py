@@ -32,7 +32,8 @@ def training_curves(rows: Sequence[Row]) -> list[tuple[str, Markup]]:
     figures = []
     for key, title in wanted:
         points = [(_position(row), float(row[key])) for row in rows if _is_number(row.get(key))]
-        if len(points) > 1:
+        constant = len({value for _, value in points}) == 1
+        if len(points) > 1 and not (constant and key == "bad_images"):
             figures.append((title, _curve(points, title, _axis(rows), smooth=key != "lr")))
     online = online_curve(rows)
     if len(online) > 1:

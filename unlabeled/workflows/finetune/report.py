@@ -15,10 +15,11 @@ from unlabeled.eval.base import Estimate
 from unlabeled.eval.comparison import TITLES, Comparison, percent, signed
 from unlabeled.eval.environment import versions
 from unlabeled.eval.intervals import difference
+from unlabeled.eval.notes import skipped_images
 from unlabeled.report.document import clean, training_summary, write_json
 from unlabeled.report.figures import comparison_figure, confusion_figure, training_curves
 from unlabeled.report.page import environment
-from unlabeled.report.summary import count_parameters, name_backbone, name_data
+from unlabeled.report.summary import DEBUG_NOTE, count_parameters, name_backbone, name_data
 from unlabeled.ssl.backbones.backbone import Backbone
 from unlabeled.ssl.train.monitor import read_metrics
 from unlabeled.workflows.finetune.accuracy import Accuracy
@@ -53,8 +54,8 @@ class Facts:
 
 def write_report(
     config: FinetuneConfig, facts: Facts, own: Mapping[str, Accuracy], alongside: Mapping[str, Accuracy] | None
-) -> Path:
-    """Writes ``report/report.{json,md,html}`` into the run folder and returns the path of the HTML file.
+) -> tuple[Path, str]:
+    """Writes ``report/report.{json,md,html}`` into the run folder; returns the path of the HTML file and its summary.
 
     `own` and `alongside` (the baseline) map the name of a set of weights to its accuracy, the headline one first. The
     JSON file is described in `finetune_document`. The HTML page is self-contained and works offline.
@@ -78,7 +79,7 @@ def write_report(
     for kind in ("md", "html"):
         template = environment(html=kind == "html").get_template(f"finetune.{kind}.j2")
         (folder / f"report.{kind}").write_text(template.render(context), "utf-8")
-    return folder / "report.html"
+    return folder / "report.html", document["summary"]["text"]
 
 
 def finetune_document(
@@ -176,7 +177,8 @@ def _summary(config: FinetuneConfig, facts: Facts, comparisons: list[Comparison]
 
 
 def _notes(config: FinetuneConfig, headline: Accuracy, *, alongside: bool) -> list[str]:
-    notes = [
+    notes = [DEBUG_NOTE] if config.debug else []
+    notes += [
         "Weights are from the last step"
         + (", averaged over the run" if config.ema else "")
         + "; no epoch was selected by its accuracy.",
@@ -196,8 +198,7 @@ def _notes(config: FinetuneConfig, headline: Accuracy, *, alongside: bool) -> li
     if config.frozen:
         notes.append("Only the classifier was trained; the backbone was frozen.")
     if headline.skipped:
-        shown = ", ".join(map(clean, headline.skipped[:5])) + (", ..." if len(headline.skipped) > 5 else "")
-        notes.append(f"{len(headline.skipped)} test images could not be decoded and were skipped: {shown}")
+        notes.append(skipped_images("test", list(map(clean, headline.skipped))))
     return notes
 
 

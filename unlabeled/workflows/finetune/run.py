@@ -31,7 +31,7 @@ from unlabeled.ssl.train.build import assemble
 from unlabeled.ssl.train.loop import Training, train, unsharded_task
 from unlabeled.ssl.train.monitor import read_metrics
 from unlabeled.ssl.train.run_folder import Plan, claim_folder, read_config
-from unlabeled.workflows.evaluate import Target, resolve_target
+from unlabeled.workflows.evaluate import Target, check_exists, resolve_target
 from unlabeled.workflows.finetune.accuracy import Accuracy, OnlineAccuracy, measure_accuracy
 from unlabeled.workflows.finetune.classifier import create_classifier_backbone
 from unlabeled.workflows.finetune.config import FinetuneConfig
@@ -105,6 +105,7 @@ def finetune_config(
     folder = Path(target).expanduser()
     if os.path.isfile(folder / CLASSIFIER):  # Path.is_file raises for text that cannot be a path
         raise ConfigError(f"target: {folder} is a fine-tuning run; give {folder / CLASSIFIER} to fine-tune it further")
+    check_exists(config.target, backbone)
     data = config.data if "data" in config.model_fields_set else _data_of(folder)
     config = config.model_copy(update={"data": filled(labeled(data))})
     if not config.debug:
@@ -144,7 +145,8 @@ def finetune_from(config: FinetuneConfig, backbone: Backbone | None = None) -> F
     report = None
     if own.main and not stopped:
         with writing("report"):
-            report = _report(config, own, baseline)
+            report, sentence = _report(config, own, baseline)
+        logger.info("%s", sentence)
         logger.info("report: %s", report)
     return FinetuneResult(
         backbone=own.backbone,
@@ -243,7 +245,7 @@ def _measure(task: Finetune, test: LabeledImages, config: FinetuneConfig, device
     return {name: measure_accuracy(backbone, test, config, device) for name, backbone in backbones.items()}
 
 
-def _report(config: FinetuneConfig, own: _Trained, baseline: _Trained | None) -> Path:
+def _report(config: FinetuneConfig, own: _Trained, baseline: _Trained | None) -> tuple[Path, str]:
     facts = Facts(
         title=own.title,
         pretrained=own.pretrained,

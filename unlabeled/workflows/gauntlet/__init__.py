@@ -1,1 +1,1 @@
-"""``unlabeled gauntlet``: evaluates many backbones on many data sets with the same evaluators."""
+"""``unlabeled gauntlet``: evaluates many backbones on many datasets with the same evaluators."""

@@ -113,7 +113,7 @@ def _measured(
 
 
 def _last_kept() -> Build:
-    """Returns a function that builds backbones and keeps the last one, for the next data set of the same row."""
+    """Returns a function that builds backbones and keeps the last one, for the next dataset of the same row."""
     kept: list[tuple[Entrant, int, Backbone | None]] = []
 
     def build(entrant: Entrant, init: int) -> Backbone | None:

@@ -68,7 +68,7 @@ def _csv(document: Mapping[str, Any]) -> str:
 
 
 def _tables(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """For each data set: its columns, and the formatted cells of each row."""
+    """For each dataset: its columns, and the formatted cells of each row."""
     found = []
     for data in document["data"]:
         columns = [column for column in document["columns"] if column["data"] == data["label"]]
@@ -91,7 +91,7 @@ def _tables(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _overall(document: Mapping[str, Any], tables: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows, each with the cells of all data sets side by side."""
+    """The rows, each with the cells of all datasets side by side."""
     return [
         {**row, "cells": [cell for table in tables for cell in table["rows"][position]["cells"]]}
         for position, row in enumerate(document["rows"])
@@ -104,7 +104,7 @@ def _lead(document: Mapping[str, Any]) -> str:
     given = sum(row["kind"] == "given" for row in document["rows"])
     facts = [
         f"{given} backbone{'s' * (given != 1)}",
-        f"{len(document['data'])} data set{'s' * (len(document['data']) != 1)}",
+        f"{len(document['data'])} dataset{'s' * (len(document['data']) != 1)}",
         f"seed{'s' * (len(seeds) != 1)} {', '.join(map(str, seeds))}",
         f"{cells['done']} of {cells['total']} cells done",
     ]
@@ -124,6 +124,7 @@ def _sentences(document: Mapping[str, Any]) -> list[str]:
         "The mean rank is taken over all columns above that are accuracies or other percentages; ties share their mean "
         "rank. A row without a value in one of these columns has no mean rank.",
     ]  # fmt: skip
+    sentences += _input_sizes(document["rows"])
     if document["limit"] is not None:
         sentences.append(f"At most {document['limit']:,} images of each split are used, selected by a fixed shuffle.")
     recalibrated = [row["label"] for row in document["rows"] if row["recalibrated"]]
@@ -132,6 +133,18 @@ def _sentences(document: Mapping[str, Any]) -> list[str]:
             f"Batch-norm statistics were recomputed on unmasked training images for {', '.join(recalibrated)}."
         )
     return sentences + [f"{note['note']} ({_few(note['where'])})" for note in document["notes"]]
+
+
+def _input_sizes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A note on the input sizes of the rows, if they differ."""
+    by_size: dict[str, list[str]] = {}
+    for row in rows:
+        if row["input_size"] is not None:
+            by_size.setdefault("{} x {} pixels".format(*row["input_size"]), []).append(row["label"])
+    if len(by_size) < 2:
+        return []
+    listed = "; ".join(f"{size} ({_few(labels)})" for size, labels in by_size.items())
+    return [f"Each backbone is evaluated at its own input size: {listed}."]
 
 
 def _few(names: Sequence[str]) -> str:

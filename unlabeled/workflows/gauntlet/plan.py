@@ -1,4 +1,4 @@
-"""The plan of a gauntlet: rows, data sets, and cells with a hash of everything that their result depends on."""
+"""The plan of a gauntlet: rows, datasets, and cells with a hash of everything that their result depends on."""
 
 from __future__ import annotations
 
@@ -45,13 +45,15 @@ class Entrant:
     backbone: str = ""
     """timm name, with the arguments that change it."""
     parameters: int = 0
+    input_size: tuple[int, int] | None = None
+    """(h, w) in pixels; None for raw pixels."""
     recalibrate: int = 0
     """Training images on which batch-norm statistics are recomputed; 0: they are kept."""
 
 
 @dataclass(frozen=True)
 class LabeledData:
-    """One data set."""
+    """One dataset."""
 
     label: str
     sources: Sources
@@ -68,7 +70,7 @@ class LabeledData:
 
 @dataclass(frozen=True)
 class GauntletCell:
-    """One evaluator on the features of one row on one data set, with one seed."""
+    """One evaluator on the features of one row on one dataset, with one seed."""
 
     entrant: str
     data: str
@@ -108,7 +110,7 @@ def make_plan(run: GauntletRun) -> GauntletPlan:
     """Opens everything that `run` refers to, so that errors surface before anything is computed.
 
     Raises ConfigError, CheckpointError or DataError like `resolve_target` and `open_source`, and ConfigError for two
-    rows or data sets with the same label.
+    rows or datasets with the same label.
     """
     evaluators = {one.name: one for one in build_evaluators(settled(run))}
     for metric in run.measures:
@@ -121,7 +123,7 @@ def make_plan(run: GauntletRun) -> GauntletPlan:
         label, count = Counter(labels).most_common(1)[0]
         if count > 1:
             raise ConfigError(f"{field}: {count} entries have the label {label!r}; give each its own label")
-    # all data sets of one row in sequence: its backbone is built once. Random weights have features of their own for
+    # all datasets of one row in sequence: its backbone is built once. Random weights have features of their own for
     # each seed, all other rows share theirs between seeds.
     groups = [
         _group(run, entrant, labeled, init, evaluators)
@@ -173,6 +175,7 @@ def _given(run: GauntletRun) -> list[Entrant]:
         facts: dict[str, Any] = {
             "backbone": name_backbone(backbone),
             "parameters": count_parameters(backbone),
+            "input_size": backbone.input_size,
             "recalibrate": recalibration_images(run.evaluate, backbone, masked),
         }
         architecture = _architecture(backbone, facts["recalibrate"])
@@ -219,12 +222,17 @@ def _architecture(backbone: Backbone, recalibrate: int) -> str:
 
 
 def _with_unique_labels(twins: Sequence[Entrant]) -> list[Entrant]:
-    """Numbers the labels of architectures that have the same name, such as one model with two input sizes."""
+    """Adds the input size to labels of architectures that have the same name, and a number if that does not help."""
+    alike = Counter(twin.label for twin in twins)
     counts: Counter[str] = Counter()
     found = []
     for twin in twins:
-        counts[twin.label] += 1
-        found.append(replace(twin, label=f"{twin.label} ({counts[twin.label]})") if counts[twin.label] > 1 else twin)
+        label = twin.label
+        if alike[label] > 1 and twin.input_size is not None:
+            height, width = twin.input_size
+            label += f" at {height} px" if height == width else f" at {height} x {width} px"
+        counts[label] += 1
+        found.append(replace(twin, label=f"{label} ({counts[label]})" if counts[label] > 1 else label))
     return found
 
 

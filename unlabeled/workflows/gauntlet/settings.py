@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -47,20 +48,20 @@ class GauntletBackbone(Section):
 
 
 class GauntletData(DataConfig):
-    """One labeled data set; a bare name is its `name`."""
+    """One labeled dataset; a bare name is its `name`."""
 
     label: str | None = None
-    """Name in the table; null: the data set's name or path."""
+    """Name in the table; null: the dataset's name or path."""
 
 
 class GauntletRun(Section):
-    """Evaluates many backbones on many data sets, in one job that you can stop and resume."""
+    """Evaluates many backbones on many datasets, in one job that you can stop and resume."""
 
     backbones: Annotated[tuple[GauntletBackbone, ...], _entries("target"), Field(min_length=1)]
     """Run folders, timm names or weights files: a list of names, or of mappings such as {target: resnet18, label:
     ResNet}."""
     data: Annotated[tuple[GauntletData, ...], _entries("name"), Field(min_length=1)]
-    """Labeled data sets: a list of source names, or of mappings such as {name: parquet, path: FILE}."""
+    """Labeled datasets: a list of source names, or of mappings such as {name: parquet, path: FILE}."""
     evaluators: Literal["all"] | Annotated[tuple[str, ...], Field(min_length=1)] = ("knn", "linear")
     """Evaluators to run, by name; all: every one."""
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -106,6 +107,7 @@ class GauntletRun(Section):
 
 def gauntlet_config(overrides: Sequence[str]) -> GauntletRun:
     """Returns the validated settings of ``unlabeled gauntlet``. Raises ConfigError."""
+    overrides = [_with_quoted_paths(override) for override in overrides]
     # hydra would read data=[...] as a list of group choices, so such an override is taken out and merged by hand
     data = [override for override in overrides if override.startswith("data=")]
     listed = _list_in(data[-1]) if data else None
@@ -121,6 +123,29 @@ def gauntlet_config(overrides: Sequence[str]) -> GauntletRun:
         filled(labeled(entry, f"data.{position}"), f"data.{position}") for position, entry in enumerate(run.data)
     ]
     return run.model_copy(update={"data": tuple(entries)})
+
+
+_QUOTED_OR_EQUALS = re.compile(r""""[^"]*"|'[^']*'|([^][{},:"'\s]+=[^][{},:"'\s]*)""")
+"""Quoted text, or (as a group) an entry of a list that contains an equals sign."""
+
+
+def _with_quoted_paths(override: str) -> str:
+    """``backbones=[...]`` with quotes around paths such as ``runs/sweep/task=mae``, which hydra's grammar refuses."""
+    if not override.startswith("backbones=["):
+        return override
+
+    def quoted(found: re.Match[str]) -> str:
+        path = found[1]
+        if path is None:
+            return found[0]
+        if not Path(path).expanduser().exists():  # mistyped, or the first half of a path with a comma
+            raise ConfigError(
+                f'backbones: the path {path} contains "="; quote it inside the list: \'backbones=["{path}"]\''
+            )
+        return f'"{path}"'
+
+    name, _, value = override.partition("=")
+    return f"{name}={_QUOTED_OR_EQUALS.sub(quoted, value)}"
 
 
 def _list_in(override: str) -> list[Any] | None:

@@ -58,13 +58,14 @@ def gauntlet_document(run: GauntletRun, plan: GauntletPlan, results: Results) ->
     ``schema``    2; increases when a key changes its meaning or is removed.
     ``cells``     ``total``, ``done``, ``failed``.
     ``rows``      best mean rank first: ``label``, ``kind`` (given, random, pixels), ``backbone``, ``parameters``,
-                  ``recalibrated``, ``mean_rank`` (over all columns with ``ranked``; null if a value is missing).
+                  ``input_size`` ([h, w], null for raw pixels), ``recalibrated``, ``mean_rank`` (over all columns with
+                  ``ranked``; null if a value is missing).
     ``data``      ``label``, ``train_images``, ``test_images``, ``majority``.
-    ``columns``   one per data set and metric: ``data``, ``metric``, ``evaluator``, ``label``, ``unit``, ``better``,
+    ``columns``   one per dataset and metric: ``data``, ``metric``, ``evaluator``, ``label``, ``unit``, ``better``,
                   ``shown`` (whether the page shows it; the files have all columns), ``ranked`` (whether it counts in
                   the mean rank), ``values`` (the fields of `Value`, best first).
     ``failures``  ``entrant``, ``data``, ``evaluator``, ``seed``, ``reason``.
-    ``notes``     the evaluators' notes: ``note`` and ``where`` (rows and data sets).
+    ``notes``     the evaluators' notes: ``note`` and ``where`` (rows and datasets).
     ``seeds``, ``limit``, ``versions``, ``hardware``, and ``seconds`` of all evaluators together.
     """
     columns = [
@@ -134,7 +135,7 @@ def _ends(one: Value) -> Ends:
 
 @dataclass(frozen=True)
 class Column:
-    """One metric on one data set."""
+    """One metric on one dataset."""
 
     metric: str
     evaluator: str
@@ -144,7 +145,7 @@ class Column:
 
 
 def _columns(plan: GauntletPlan, labeled: LabeledData, results: Results) -> list[Column]:
-    """The columns available for one data set, in the order in which the evaluators yield them."""
+    """The columns available for one dataset, in the order in which the evaluators yield them."""
     found: dict[str, Column] = {}
     done = [
         cell
@@ -208,7 +209,7 @@ def _of_images(metric: str, measure: Measure, result: CellResult) -> Ends | None
 
 
 def _shown(run: GauntletRun, columns: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Data set → metrics on the page: the requested ones, else one per evaluator (kNN's headline k, or the first)."""
+    """Dataset → metrics on the page: the requested ones, else one per evaluator (kNN's headline k, or the first)."""
     knn = build_evaluator(run.evaluate, "knn")
     assert isinstance(knn, KnnEvaluator), "plugins cannot replace a built-in evaluator"
     headline = f"knn/k{knn.headline_k(sys.maxsize)}"
@@ -238,6 +239,7 @@ def _rows(plan: GauntletPlan, columns: Sequence[Mapping[str, Any]]) -> list[dict
             "kind": entrant.kind,
             "backbone": entrant.backbone,
             "parameters": entrant.parameters,
+            "input_size": None if entrant.input_size is None else list(entrant.input_size),
             "recalibrated": entrant.recalibrate,
             # comparable between rows only if all have the same columns
             "mean_rank": float(np.mean(found)) if counted and len(found) == len(counted) else None,
@@ -277,7 +279,7 @@ def _failures(plan: GauntletPlan, results: Results) -> list[dict[str, Any]]:
 
 
 def _notes(plan: GauntletPlan, results: Results) -> list[dict[str, Any]]:
-    """The notes of evaluators with their rows and data sets, and the reasons why some do not apply to raw pixels."""
+    """The notes of evaluators with their rows and datasets, and the reasons why some do not apply to raw pixels."""
     where: dict[str, dict[str, None]] = {}
     for group in plan.groups:
         for cell in group.cells:
