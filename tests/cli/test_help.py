@@ -64,7 +64,9 @@ def test_the_list_of_commands_is_short(capsys: pytest.CaptureFixture[str], monke
 
 
 @pytest.mark.parametrize(("name", "example"), EXAMPLES, ids=[example.line for _, example in EXAMPLES])
-def test_examples_are_valid(name: str, example: object) -> None:
+def test_examples_are_valid(name: str, example: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs" / "mae").mkdir(parents=True)  # a target must exist
+    monkeypatch.chdir(tmp_path)
     line = example.line  # type: ignore[attr-defined]
     assert len(line) <= 78
     program, *words = shlex.split(line.partition(" > ")[0])
