@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import unlabeled
-from unlabeled import _moved
+from unlabeled import _moved, testing
 from unlabeled.eval.size_curve import SizeCurve
 from unlabeled.pretext.registry import REGISTRY, register_task
 from unlabeled.report.document import read_report
@@ -104,6 +104,14 @@ def test_results_answer_to_their_old_names(tmp_path: Path) -> None:
 def test_public_names_lead_on_with_a_warning(old: str) -> None:
     with pytest.warns(DeprecationWarning, match=f"unlabeled.{old} is now unlabeled.{_moved.RENAMED[old]}"):
         assert getattr(unlabeled, old) is getattr(unlabeled, _moved.RENAMED[old])
+
+
+@pytest.mark.parametrize(("old", "new"), [("Subject", "TaskCase"), ("pictures", "images")])
+def test_names_of_the_checks_lead_on_too(old: str, new: str) -> None:
+    with pytest.warns(DeprecationWarning, match=f"unlabeled.testing.{old} is now unlabeled.testing.{new}"):
+        assert getattr(testing, old) is getattr(testing, new)
+    with pytest.raises(AttributeError, match="module 'unlabeled.testing' has no attribute 'nothing'"):
+        testing.nothing  # noqa: B018
 
 
 def test_old_modules_know_their_names_of_then() -> None:

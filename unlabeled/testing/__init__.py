@@ -8,6 +8,11 @@
 `docs/how-to/own-task.md`, `docs/how-to/own-evaluator.md` and `docs/how-to/own-source.md` explain the rules.
 """
 
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
 from unlabeled.testing.case import TINY_BACKBONES, ContractError, TaskCase, images, views_batch
 from unlabeled.testing.check import CHECKS, Check, check_evaluator, check_task, run_check
 from unlabeled.testing.evaluator import EVALUATOR_CHECKS, EvaluatorCase
@@ -47,3 +52,13 @@ __all__ = [
     "two_processes_equal_one",
     "views_batch",
 ]
+
+_OLD_NAMES = {"SourceSubject": "SourceCase", "Subject": "TaskCase", "pictures": "images"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _OLD_NAMES:
+        current = _OLD_NAMES[name]
+        warnings.warn(f"unlabeled.testing.{name} is now unlabeled.testing.{current}", DeprecationWarning, stacklevel=2)
+        return globals()[current]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
