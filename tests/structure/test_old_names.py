@@ -110,7 +110,7 @@ def test_public_names_lead_on_with_a_warning(old: str) -> None:
 def test_names_of_the_checks_lead_on_too(old: str, new: str) -> None:
     with pytest.warns(DeprecationWarning, match=f"unlabeled.testing.{old} is now unlabeled.testing.{new}"):
         assert getattr(testing, old) is getattr(testing, new)
-    with pytest.raises(AttributeError, match="module 'unlabeled.testing' has no attribute 'nothing'"):
+    with pytest.raises(AttributeError, match=r"module 'unlabeled.testing' has no attribute 'nothing'"):
         testing.nothing  # noqa: B018
 
 
