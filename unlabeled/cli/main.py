@@ -23,7 +23,7 @@ from unlabeled.ssl.core.errors import UnlabeledError
 
 _EPILOG = """\
 settings are written as key=value, such as task=mae optim.lr=1e-3:
-  unlabeled settings                lists all of them
+  unlabeled settings                lists their groups, tasks, evaluators and sources
   unlabeled COMMAND --help          shows examples
 
 first steps:
