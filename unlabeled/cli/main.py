@@ -23,7 +23,7 @@ from unlabeled.ssl.core.errors import UnlabeledError
 
 _EPILOG = """\
 settings are written as key=value, such as task=mae optim.lr=1e-3:
-  unlabeled settings                lists their groups, tasks, evaluators and sources
+  unlabeled settings                lists where to look them up
   unlabeled COMMAND --help          shows examples
 
 first steps:
