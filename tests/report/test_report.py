@@ -22,7 +22,7 @@ from unlabeled.report.page import write_report
 from unlabeled.report.summary import name_backbone
 from unlabeled.ssl.backbones.backbone import create_backbone
 from unlabeled.ssl.core.errors import DataError
-from unlabeled.ssl.core.renamed import with_new_names
+from unlabeled.ssl.core.renamed import with_renamed_keys
 
 HOSTILE = (
     "<script>steal()</script>",
@@ -98,10 +98,10 @@ def test_a_report_of_schema_1_is_read_in_the_form_of_today(tmp_path: Path) -> No
         {key: value for key, value in row.items() if key not in ("unit", "better")} for row in now["comparison"]
     ]
     confusion = now["evaluators"][1]["arrays"]["confusion"]["backbone"]
-    old["verdict"] = with_new_names(old.pop("summary"), {"text": "summary"})
+    old["verdict"] = with_renamed_keys(old.pop("summary"), {"text": "summary"})
     old["pictures"] = old.pop("images")
     counts = {"train_images": "train_pictures", "test_images": "test_pictures"}
-    old["evidence"] = with_new_names({**old.pop("results"), "confusion": confusion}, counts)
+    old["evidence"] = with_renamed_keys({**old.pop("results"), "confusion": confusion}, counts)
     file = tmp_path / "report.json"
     file.write_text(json.dumps(old))
     found = read_report(file)

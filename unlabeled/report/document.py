@@ -24,7 +24,7 @@ from unlabeled.report.sections import evaluator_sections, general_notes
 from unlabeled.report.size_table import size_section
 from unlabeled.report.summary import RunSummary
 from unlabeled.ssl.core.errors import DataError
-from unlabeled.ssl.core.renamed import with_new_names
+from unlabeled.ssl.core.renamed import with_renamed_keys
 
 SCHEMA = 3
 
@@ -142,16 +142,16 @@ def _third_schema(document: dict[str, Any]) -> dict[str, Any]:
     """Converts schema 2, which used other names for some keys."""
     # the order matters: the sentence inside `verdict` was called `summary`, which is now the name of the section
     names = {"verdict": "summary", "evidence": "results", "pictures": "images"}
-    new: dict[str, Any] = with_new_names(document, names) | {"schema": SCHEMA}
-    new["summary"] = with_new_names(new["summary"], {"summary": "text"})
-    new["evaluators"] = [with_new_names(section, names) for section in new["evaluators"]]
+    new: dict[str, Any] = with_renamed_keys(document, names) | {"schema": SCHEMA}
+    new["summary"] = with_renamed_keys(new["summary"], {"summary": "text"})
+    new["evaluators"] = [with_renamed_keys(section, names) for section in new["evaluators"]]
     if new["results"] is not None:
         counts = {"train_pictures": "train_images", "test_pictures": "test_images"}
-        new["results"] = with_new_names(new["results"], counts)
+        new["results"] = with_renamed_keys(new["results"], counts)
         for encoder in new["results"]["encoders"].values():
             encoder["metrics"] = {_OLD_METRIC.sub("images", key): value for key, value in encoder["metrics"].items()}
     if new.get("sizes") is not None:
-        new["sizes"] = with_new_names(new["sizes"], {"held": "stored"})
+        new["sizes"] = with_renamed_keys(new["sizes"], {"held": "stored"})
     return new
 
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 
-def with_new_names(values: Any, names: Mapping[str, str]) -> Any:
-    """`values` with keys renamed by `names` (old → new); where both stand, the new one counts.
+def with_renamed_keys(values: Any, names: Mapping[str, str]) -> Any:
+    """`values` with keys renamed by `names` (old → new); if both are there, the new one counts.
 
-    Anything but a mapping comes back as it is, so that a validator may call this before types are checked.
+    Anything but a mapping comes back unchanged: a damaged file is reported by whoever reads its parts.
     """
     if not isinstance(values, Mapping):
         return values
